@@ -1,0 +1,1 @@
+"""LoCo, Greedy InfoMax and end-to-end SimCLR as three lists of units."""
