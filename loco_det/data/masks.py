@@ -1,0 +1,172 @@
+"""Ground-truth instance masks that are cut out and rasterised only for the boxes that ask for it.
+
+Both classes have a length, are indexed by a bool or integer tensor and crop to boxes; `Instances.masks` holds either.
+Same results, bit for bit, as the classes of the same name in Detectron2's structures/masks.py.
+
+Shape legend: N instances, H x W the image in pixels, M the side of a cropped mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torchvision.ops import roi_align
+
+# Detectron2 never divides by a box side shorter than this when it scales polygons to the mask grid.
+SHORTEST_SIDE = 0.1
+
+
+def rasterize(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
+    """Union of polygons as COCO's own rasteriser draws it.
+
+    Args:
+        polygons: flat float arrays x0, y0, x1, y1, ... in pixels, at least three points each; may be empty.
+        height, width: size of the mask in pixels.
+
+    Returns:
+        (height, width) bool array.
+    """
+    if not len(polygons):
+        return np.zeros((height, width), dtype=bool)
+    # Six coordinates or more, so pycocotools cannot mistake a polygon for a four-number box.
+    encoded = coco_mask.merge(coco_mask.frPyObjects(list(polygons), height, width))
+    return coco_mask.decode(encoded).astype(bool)
+
+
+class PolygonMasks:
+    """Masks as lists of polygons, always on the CPU.
+
+    Args:
+        polygons: for each of N instances a list of flat coordinate arrays x0, y0, x1, y1, ... in pixels. An
+            instance without polygons is an empty mask.
+
+    Raises:
+        ValueError: a polygon has an odd number of coordinates or fewer than three points.
+    """
+
+    def __init__(self, polygons: Sequence[Sequence[np.ndarray]]):
+        self.polygons = [[np.asarray(p, dtype=np.float64) for p in instance] for instance in polygons]
+        for polygon in (p for instance in self.polygons for p in instance):
+            if polygon.ndim != 1 or len(polygon) < 6 or len(polygon) % 2:
+                raise ValueError(f"not a polygon of at least three x, y points: shape {polygon.shape}")
+
+    def __len__(self) -> int:
+        return len(self.polygons)
+
+    def __getitem__(self, index: torch.Tensor) -> PolygonMasks:
+        """The instances that a bool (N,) or integer (K,) tensor selects."""
+        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index
+        chosen = PolygonMasks([])
+        chosen.polygons = [self.polygons[i] for i in index.tolist()]
+        return chosen
+
+    def to(self, device: torch.device | str) -> PolygonMasks:
+        """Itself: polygons stay on the CPU, the crops go to the device of the boxes."""
+        return self
+
+    def nonempty(self) -> torch.Tensor:
+        """(N,) bool: the instance has at least one polygon."""
+        return torch.tensor([bool(instance) for instance in self.polygons], dtype=torch.bool)
+
+    def bounding_boxes(self) -> torch.Tensor:
+        """(N, 4) float32 XYXY boxes round the polygons; inf, inf, 0, 0 for an empty mask, as Detectron2 gives."""
+        boxes = torch.tensor([float("inf"), float("inf"), 0.0, 0.0]).repeat(len(self), 1)
+        for box, instance in zip(boxes, self.polygons):
+            if instance:
+                points = torch.from_numpy(np.concatenate(instance).reshape(-1, 2)).float()
+                box[:2] = points.amin(0)
+                box[2:] = points.amax(0).clamp(min=0)
+        return boxes
+
+    def crop_and_resize(self, boxes: torch.Tensor, size: int) -> torch.Tensor:
+        """Mask i as seen through box i.
+
+        Args:
+            boxes: (N, 4) float32 XYXY in pixels, on any device.
+            size: M.
+
+        Returns:
+            (N, M, M) bool on the device of `boxes`.
+        """
+        if len(boxes) != len(self):
+            raise ValueError(f"{len(boxes)} boxes for {len(self)} masks")
+        crops = np.zeros((len(self), size, size), dtype=bool)
+        for crop, polygons, box in zip(crops, self.polygons, boxes.detach().cpu().numpy()):
+            crop[:] = rasterize(_to_grid(polygons, box, size), size, size)
+        return torch.from_numpy(crops).to(boxes.device)
+
+
+def _to_grid(polygons: list[np.ndarray], box: np.ndarray, size: int) -> list[np.ndarray]:
+    """Polygons moved from the image to the size x size grid that covers the box."""
+    # The ratios stay float32 like the box: a float64 ratio would move a few pixels away from Detectron2's.
+    sides = [max(side, SHORTEST_SIDE) for side in (box[2] - box[0], box[3] - box[1])]
+    ratio = np.array([size / side for side in sides], dtype=np.float64)
+    return [((p.reshape(-1, 2) - box[:2]) * ratio).reshape(-1) for p in polygons]
+
+
+class BitMasks:
+    """Masks as bitmaps.
+
+    Indexing keeps the bitmaps and remembers which are meant, so a hundred sampled proposals of ten objects cost ten
+    bitmaps and not a hundred.
+
+    Args:
+        bitmaps: (U, H, W) bool, the distinct masks.
+        index: (N,) int64, the bitmap of each instance; all of them in order if not given.
+    """
+
+    def __init__(self, bitmaps: torch.Tensor, index: torch.Tensor | None = None):
+        if bitmaps.dim() != 3:
+            raise ValueError(f"bitmaps must be (N, H, W), not {tuple(bitmaps.shape)}")
+        self.bitmaps = bitmaps.to(torch.bool)
+        self.index = torch.arange(len(bitmaps), device=bitmaps.device) if index is None else index
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """(N, H, W) bool, one bitmap for each instance."""
+        return self.bitmaps[self.index]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, index: torch.Tensor) -> BitMasks:
+        """The instances that a bool (N,) or integer (K,) tensor selects."""
+        return BitMasks(self.bitmaps, self.index[index.to(self.index.device)])
+
+    def to(self, device: torch.device | str) -> BitMasks:
+        return BitMasks(self.bitmaps.to(device), self.index.to(device))
+
+    def nonempty(self) -> torch.Tensor:
+        """(N,) bool: at least one pixel is set."""
+        return self.bitmaps.flatten(1).any(1)[self.index]
+
+    def bounding_boxes(self) -> torch.Tensor:
+        """(N, 4) float32 XYXY boxes round the set pixels, whole pixels included; zeros for an empty mask."""
+        sides = []
+        for used in (self.bitmaps.any(1), self.bitmaps.any(2)):
+            count = torch.arange(1, used.shape[1] + 1, device=used.device)
+            last = (used * count).amax(1)
+            first = used.shape[1] - (used * count.flip(0)).amax(1)
+            sides.append((torch.where(used.any(1), first, 0), last))
+        (x0, x1), (y0, y1) = sides
+        return torch.stack([x0, y0, x1, y1], 1).float()[self.index]
+
+    def crop_and_resize(self, boxes: torch.Tensor, size: int) -> torch.Tensor:
+        """Mask i as seen through box i: ROIAlign on the bitmap, at least half of the cell covered.
+
+        Args:
+            boxes: (N, 4) float32 XYXY in pixels.
+            size: M.
+
+        Returns:
+            (N, M, M) bool on the device of the bitmaps.
+        """
+        if len(boxes) != len(self):
+            raise ValueError(f"{len(boxes)} boxes for {len(self)} masks")
+        boxes = boxes.detach().to(self.bitmaps.device, torch.float32)
+        rois = torch.cat([self.index[:, None].to(boxes.dtype), boxes], 1)
+        crops = roi_align(self.bitmaps[:, None].float(), rois, size, 1.0, sampling_ratio=0, aligned=True)
+        return crops[:, 0] >= 0.5
