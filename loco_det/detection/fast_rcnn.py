@@ -1,0 +1,159 @@
+"""The box branch: a head over pooled regions, class scores and class-specific boxes, their losses and detections.
+
+Shape legend: R regions over all images, K classes (index K is background), S pooled side.
+Source: Fast R-CNN; detectron2/modeling/roi_heads/fast_rcnn.py and box_head.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from fvcore.common.config import CfgNode
+from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
+from torch import nn
+
+from loco_det.detection.boxes import BoxCoder, clip, nms_per_class, regression_loss
+from loco_det.detection.layers import Conv
+from loco_det.errors import UserError
+from loco_det.structures import Instances
+
+
+class BoxHead(nn.Module):
+    """(R, C, S, S) -> (R, `out_channels`) through NUM_CONV 3x3 convolutions and NUM_FC linear layers, ReLU after each.
+
+    Without linear layers the result stays (R, CONV_DIM, S, S) and `out_channels` counts all of it.
+    """
+
+    def __init__(self, cfg: CfgNode, channels: int) -> None:
+        super().__init__()
+        head = cfg.MODEL.ROI_BOX_HEAD
+        if head.NUM_CONV + head.NUM_FC < 1:
+            raise UserError(
+                "MODEL.ROI_BOX_HEAD.NUM_CONV and NUM_FC are both 0; StandardROIHeads needs at least one layer"
+            )
+        self.convs, self.fcs = [], []
+        for index in range(head.NUM_CONV):
+            conv = Conv(channels, head.CONV_DIM, 3, head.NORM, relu=True)
+            c2_msra_fill(conv)
+            self.add_module(f"conv{index + 1}", conv)
+            self.convs.append(f"conv{index + 1}")
+            channels = head.CONV_DIM
+        size = channels * head.POOLER_RESOLUTION**2
+        for index in range(head.NUM_FC):
+            fc = nn.Linear(size, head.FC_DIM)
+            c2_xavier_fill(fc)
+            self.add_module(f"fc{index + 1}", fc)
+            self.fcs.append(f"fc{index + 1}")
+            size = head.FC_DIM
+        self.out_channels = size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in self.convs:
+            x = getattr(self, name)(x)
+        if self.fcs:
+            x = x.flatten(1)
+        for name in self.fcs:
+            x = F.relu_(getattr(self, name)(x))
+        return x
+
+
+class BoxPredictor(nn.Module):
+    """Linear class scores (R, K+1) and box deltas (R, K*4), or (R, 4) if class-agnostic."""
+
+    def __init__(self, cfg: CfgNode, channels: int) -> None:
+        super().__init__()
+        head = cfg.MODEL.ROI_BOX_HEAD
+        self.num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        self.cls_score = nn.Linear(channels, self.num_classes + 1)
+        self.bbox_pred = nn.Linear(channels, 4 if head.CLS_AGNOSTIC_BBOX_REG else 4 * self.num_classes)
+        nn.init.normal_(self.cls_score.weight, std=0.01)
+        nn.init.normal_(self.bbox_pred.weight, std=0.001)
+        nn.init.zeros_(self.cls_score.bias)
+        nn.init.zeros_(self.bbox_pred.bias)
+        self.coder = BoxCoder(head.BBOX_REG_WEIGHTS)
+        self.settings = head
+        self.score_threshold = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST
+        self.nms_threshold = cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST
+        self.max_detections = cfg.TEST.DETECTIONS_PER_IMAGE
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(R, ...) region features -> scores (R, K+1) and deltas (R, K*4 or 4)."""
+        x = x.flatten(1)
+        return self.cls_score(x), self.bbox_pred(x)
+
+    def losses(
+        self,
+        scores: torch.Tensor,
+        deltas: torch.Tensor,
+        boxes: torch.Tensor,
+        classes: torch.Tensor,
+        truth: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """`loss_cls` and `loss_box_reg` of sampled regions.
+
+        Args:
+            boxes: (R, 4) regions.
+            classes: (R,) int64 in [0, K].
+            truth: (R, 4) matched ground truth; anything where the class is background.
+        """
+        foreground = (classes < self.num_classes).nonzero().squeeze(1)
+        if deltas.shape[1] == 4:
+            deltas = deltas[foreground]
+        else:
+            deltas = deltas.view(-1, self.num_classes, 4)[foreground, classes[foreground]]
+        s = self.settings
+        box_loss = regression_loss(
+            self.coder, boxes[foreground], deltas, truth[foreground], s.BBOX_REG_LOSS_TYPE, s.SMOOTH_L1_BETA
+        )
+        # By all regions, not by foreground ones: every foreground region then weighs the same in every batch.
+        return {
+            "loss_cls": self._class_loss(scores, classes),
+            "loss_box_reg": box_loss / max(len(classes), 1) * s.BBOX_REG_LOSS_WEIGHT,
+        }
+
+    def _class_loss(self, scores: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        if not len(classes):
+            return scores.sum() * 0.0
+        if self.settings.USE_SIGMOID_CE:
+            truth = F.one_hot(classes, self.num_classes + 1)[:, :-1].to(scores.dtype)
+            each = F.binary_cross_entropy_with_logits(scores[:, :-1], truth, reduction="none")
+            return each.sum() / len(classes)
+        return F.cross_entropy(scores, classes)
+
+    @torch.no_grad()
+    def boxes_of_classes(self, deltas: torch.Tensor, boxes: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """(R, 4) predicted boxes of the given classes; background takes the last class's."""
+        decoded = self.coder.decode(deltas, boxes).view(len(boxes), -1, 4)
+        chosen = classes.clamp(0, decoded.shape[1] - 1)
+        return decoded[torch.arange(len(boxes), device=boxes.device), chosen]
+
+    def detect(self, scores: torch.Tensor, deltas: torch.Tensor, proposals: Sequence[Instances]) -> list[Instances]:
+        """Detections of every image: `boxes`, `scores`, `classes`, by descending score.
+
+        Args:
+            scores, deltas: predictions for the regions of all `proposals`, in their order.
+        """
+        counts = [len(p) for p in proposals]
+        boxes = self.coder.decode(deltas, torch.cat([p.boxes for p in proposals]))
+        scores = scores.sigmoid() if self.settings.USE_SIGMOID_CE else F.softmax(scores, dim=-1)
+        return [
+            self._detect_in_image(b, s, p.image_size)
+            for b, s, p in zip(boxes.split(counts), scores.split(counts), proposals)
+        ]
+
+    def _detect_in_image(self, boxes: torch.Tensor, scores: torch.Tensor, image_size: tuple[int, int]) -> Instances:
+        finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
+        if not finite.all():
+            boxes, scores = boxes[finite], scores[finite]
+        scores = scores[:, :-1]
+        region, classes = (scores > self.score_threshold).nonzero(as_tuple=True)
+        scores = scores[region, classes]
+        boxes = boxes.view(len(boxes), -1, 4)
+        boxes = boxes[region, classes if boxes.shape[1] > 1 else torch.zeros_like(classes)]
+        boxes = clip(boxes, image_size)
+        keep = nms_per_class(boxes, scores, classes, self.nms_threshold)
+        if self.max_detections >= 0:
+            keep = keep[: self.max_detections]
+        return Instances(image_size, boxes=boxes[keep], classes=classes[keep], scores=scores[keep])

@@ -1,0 +1,122 @@
+"""What the detector sees of an image: ResNet stages (C4, DC5) or a feature pyramid over them.
+
+Shape legend: B images of H x W pixels; a feature of stride s is (B, C, H/s, W/s).
+Both backbones have `channels` and `strides` (by feature name) and `size_divisibility` (0: no padding beyond the
+largest image of the batch).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from fvcore.common.config import CfgNode
+from fvcore.nn.weight_init import c2_xavier_fill
+from torch import nn
+
+from loco_det.backbone import ResNet, freeze
+from loco_det.detection.layers import Conv
+from loco_det.errors import UserError
+
+
+class Trunk(ResNet):
+    """The ResNet under a detector: gives only the named stages, and builds no graph where all of it is frozen."""
+
+    size_divisibility = 0
+
+    def __init__(self, cfg: CfgNode) -> None:
+        resnets = cfg.MODEL.RESNETS
+        unknown = [name for name in resnets.OUT_FEATURES if name not in ("stem", "res2", "res3", "res4", "res5")]
+        if unknown or not resnets.OUT_FEATURES:
+            raise UserError(
+                f"MODEL.RESNETS.OUT_FEATURES {list(resnets.OUT_FEATURES)} must name one or more of stem, res2, "
+                "res3, res4, res5"
+            )
+        super().__init__(
+            resnets.DEPTH,
+            norm=resnets.NORM,
+            stride_in_1x1=resnets.STRIDE_IN_1X1,
+            groups=resnets.NUM_GROUPS,
+            width_per_group=resnets.WIDTH_PER_GROUP,
+            res2_out_channels=resnets.RES2_OUT_CHANNELS,
+            stem_channels=resnets.STEM_OUT_CHANNELS,
+            res5_dilation=resnets.RES5_DILATION,
+            last_stage=max(resnets.OUT_FEATURES, key=("stem", "res2", "res3", "res4", "res5").index),
+        )
+        self.out_features = tuple(resnets.OUT_FEATURES)
+        for name in self.stage_names[: max(0, cfg.MODEL.BACKBONE.FREEZE_AT)]:
+            freeze(getattr(self, name))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(B, 3, H, W) normalised images -> {stage: feature} for the stages of MODEL.RESNETS.OUT_FEATURES."""
+        outputs = {}
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            for name in self.stage_names:
+                x = getattr(self, name)(x)
+                if name in self.out_features:
+                    outputs[name] = x
+        return outputs
+
+
+class FPN(nn.Module):
+    """Feature pyramid p2..p5 over res2..res5, and p6 by subsampling p5.
+
+    Source: FPN section 3; detectron2/modeling/backbone/fpn.py.
+
+    Args:
+        bottom_up: the ResNet.
+        in_features: its stages from fine to coarse, each half the size of the one before, the last of stride 32.
+        out_channels: channels of every level.
+        norm: "" (biases instead) or a normalisation's name.
+        average: halve the sum of lateral and top-down features.
+    """
+
+    def __init__(self, bottom_up: Trunk, in_features: list[str], out_channels: int, norm: str, average: bool) -> None:
+        super().__init__()
+        strides = [bottom_up.strides.get(name) for name in in_features]
+        if not strides or None in strides or any(32 >> i != s for i, s in enumerate(reversed(strides))):
+            raise UserError(
+                f"MODEL.FPN.IN_FEATURES {list(in_features)} has strides {strides}; name neighbouring stages of "
+                "MODEL.RESNETS.OUT_FEATURES from fine to coarse, ending in one of stride 32 (RES5_DILATION 1)"
+            )
+        self.in_features = tuple(in_features)
+        self.average = average
+        self.levels = [int(math.log2(stride)) for stride in strides]
+        for name, level in zip(in_features, self.levels):
+            lateral = Conv(bottom_up.channels[name], out_channels, 1, norm)
+            output = Conv(out_channels, out_channels, 3, norm)
+            c2_xavier_fill(lateral)
+            c2_xavier_fill(output)
+            self.add_module(f"fpn_lateral{level}", lateral)
+            self.add_module(f"fpn_output{level}", output)
+        self.bottom_up = bottom_up
+        self.strides = {f"p{level}": 2**level for level in [*self.levels, self.levels[-1] + 1]}
+        self.channels = dict.fromkeys(self.strides, out_channels)
+        self.size_divisibility = strides[-1]
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(B, 3, H, W) with H and W multiples of 32 -> {"p2": (B, C, H/4, W/4), ..., "p6": (B, C, H/64, W/64)}."""
+        features = self.bottom_up(images)
+        outputs: dict[str, torch.Tensor] = {}
+        above: torch.Tensor | None = None
+        for name, level in reversed(list(zip(self.in_features, self.levels))):
+            x = getattr(self, f"fpn_lateral{level}")(features[name])
+            if above is not None:
+                x = x + F.interpolate(above, scale_factor=2.0, mode="nearest")
+                x = x / 2 if self.average else x
+            above = x
+            outputs[f"p{level}"] = getattr(self, f"fpn_output{level}")(x)
+        coarsest = self.levels[-1]
+        outputs[f"p{coarsest + 1}"] = F.max_pool2d(outputs[f"p{coarsest}"], kernel_size=1, stride=2)
+        return {name: outputs[name] for name in self.strides}
+
+
+def build_backbone(cfg: CfgNode) -> Trunk | FPN:
+    """The backbone that MODEL.BACKBONE.NAME asks for, its first MODEL.BACKBONE.FREEZE_AT stages frozen."""
+    trunk = Trunk(cfg)
+    if cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":
+        return trunk
+    fpn = cfg.MODEL.FPN
+    return FPN(trunk, list(fpn.IN_FEATURES), fpn.OUT_CHANNELS, fpn.NORM, fpn.FUSE_TYPE == "avg")

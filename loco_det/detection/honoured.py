@@ -1,0 +1,134 @@
+"""The keys of Detectron2's config tree that the model reads, and the values it has an answer to.
+
+`None` means any value of the key's type. A key that is absent here does not reach the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from loco_det.detection.boxes import BOX_LOSSES
+from loco_det.detection.poolers import POOLER_TYPES
+from loco_det.errors import UserError
+
+_NORMS = ("BN", "SyncBN", "FrozenBN", "GN")
+
+MODEL_KEYS: dict[str, tuple[Any, ...] | None] = {
+    "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
+    "MODEL.MASK_ON": None,
+    "MODEL.KEYPOINT_ON": (False,),
+    "MODEL.LOAD_PROPOSALS": (False,),
+    "MODEL.PIXEL_MEAN": None,
+    "MODEL.PIXEL_STD": None,
+    "MODEL.BACKBONE.NAME": ("build_resnet_backbone", "build_resnet_fpn_backbone"),
+    "MODEL.BACKBONE.FREEZE_AT": None,
+    "MODEL.RESNETS.DEPTH": (18, 34, 50, 101, 152),
+    "MODEL.RESNETS.OUT_FEATURES": None,
+    "MODEL.RESNETS.NORM": _NORMS,
+    "MODEL.RESNETS.NUM_GROUPS": None,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": None,
+    "MODEL.RESNETS.STRIDE_IN_1X1": None,
+    "MODEL.RESNETS.RES5_DILATION": (1, 2),
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": None,
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": None,
+    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ([False, False, False, False],),
+    "MODEL.FPN.IN_FEATURES": None,
+    "MODEL.FPN.OUT_CHANNELS": None,
+    "MODEL.FPN.NORM": ("", *_NORMS),
+    "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
+    "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN",),
+    "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": None,
+    "MODEL.ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
+    "MODEL.ANCHOR_GENERATOR.SIZES": None,
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": None,
+    "MODEL.ANCHOR_GENERATOR.OFFSET": None,
+    "MODEL.RPN.HEAD_NAME": ("StandardRPNHead",),
+    "MODEL.RPN.IN_FEATURES": None,
+    "MODEL.RPN.BOUNDARY_THRESH": None,
+    "MODEL.RPN.IOU_THRESHOLDS": None,
+    "MODEL.RPN.IOU_LABELS": None,
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": None,
+    "MODEL.RPN.POSITIVE_FRACTION": None,
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
+    "MODEL.RPN.BBOX_REG_LOSS_WEIGHT": None,
+    "MODEL.RPN.BBOX_REG_WEIGHTS": None,
+    "MODEL.RPN.SMOOTH_L1_BETA": None,
+    "MODEL.RPN.LOSS_WEIGHT": None,
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": None,
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": None,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": None,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": None,
+    "MODEL.RPN.NMS_THRESH": None,
+    "MODEL.RPN.CONV_DIMS": None,
+    "MODEL.ROI_HEADS.NAME": ("StandardROIHeads", "Res5ROIHeads"),
+    "MODEL.ROI_HEADS.NUM_CLASSES": None,
+    "MODEL.ROI_HEADS.IN_FEATURES": None,
+    "MODEL.ROI_HEADS.IOU_THRESHOLDS": None,
+    "MODEL.ROI_HEADS.IOU_LABELS": None,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": None,
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION": None,
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": None,
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST": None,
+    "MODEL.ROI_HEADS.PROPOSAL_APPEND_GT": None,
+    "MODEL.ROI_BOX_HEAD.NAME": ("", "FastRCNNConvFCHead"),
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": None,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": None,
+    "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": None,
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": None,
+    "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": None,
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": POOLER_TYPES,
+    "MODEL.ROI_BOX_HEAD.NUM_FC": None,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": None,
+    "MODEL.ROI_BOX_HEAD.NUM_CONV": None,
+    "MODEL.ROI_BOX_HEAD.CONV_DIM": None,
+    "MODEL.ROI_BOX_HEAD.NORM": ("", *_NORMS),
+    "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": None,
+    "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": None,
+    "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": (False,),
+    "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": None,
+    "MODEL.ROI_MASK_HEAD.NAME": ("MaskRCNNConvUpsampleHead",),
+    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": None,
+    "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": None,
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": None,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": None,
+    "MODEL.ROI_MASK_HEAD.NORM": ("", *_NORMS),
+    "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": None,
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": POOLER_TYPES,
+    "TEST.DETECTIONS_PER_IMAGE": None,
+}
+
+
+def check_model_keys(cfg: CfgNode) -> None:
+    """Refuses a config that this engine would have to answer with another model than the one asked for.
+
+    Raises:
+        UserError: names the key, its value and what can stand there.
+    """
+    for key, allowed in MODEL_KEYS.items():
+        value = lookup(cfg, key)
+        value = list(value) if isinstance(value, tuple) else value
+        if allowed is not None and value not in allowed:
+            choices = " or ".join(repr(choice) for choice in allowed)
+            raise UserError(
+                f"{key} is {value!r}, which the torchvision engine does not have; set it to {choices}, or use "
+                "--engine detectron2"
+            )
+    resnets = cfg.MODEL.RESNETS
+    if resnets.DEPTH < 50:
+        needed = {"RES2_OUT_CHANNELS": 64, "RES5_DILATION": 1, "NUM_GROUPS": 1}
+        for name, value in needed.items():
+            if resnets[name] != value:
+                raise UserError(f"MODEL.RESNETS.{name} is {resnets[name]}, but depth {resnets.DEPTH} needs {value}")
+    if cfg.MODEL.ROI_HEADS.NAME == "StandardROIHeads" and not cfg.MODEL.ROI_BOX_HEAD.NAME:
+        raise UserError("MODEL.ROI_BOX_HEAD.NAME is empty; StandardROIHeads needs 'FastRCNNConvFCHead'")
+
+
+def lookup(cfg: CfgNode, key: str) -> Any:
+    """The value of a dotted key."""
+    node: Any = cfg
+    for part in key.split("."):
+        node = node[part]
+    return node

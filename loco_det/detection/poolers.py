@@ -1,0 +1,81 @@
+"""Region pooling over one feature map or a pyramid.
+
+Shape legend: N images, R regions over all images, S output side, features (N, C, Hi, Wi).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torchvision.ops import roi_align, roi_pool
+
+from loco_det.detection.boxes import area
+from loco_det.errors import UserError
+
+POOLER_TYPES = ("ROIAlignV2", "ROIAlign", "ROIPool")
+
+# A region of 224 x 224 pixels, ImageNet's crop, belongs to the level of stride 16 (FPN equation 1).
+CANONICAL_SIDE = 224
+CANONICAL_LEVEL = 4
+
+
+def assign_levels(boxes: torch.Tensor, lowest: int, highest: int) -> torch.Tensor:
+    """(R,) int64 pyramid level of each box, log2 of the stride, limited to [lowest, highest].
+
+    Source: FPN equation 1; detectron2/modeling/poolers.py `assign_boxes_to_levels`.
+    """
+    side = torch.sqrt(area(boxes))
+    level = torch.floor(CANONICAL_LEVEL + torch.log2(side / CANONICAL_SIDE + 1e-8))
+    return level.clamp(min=lowest, max=highest).to(torch.int64)
+
+
+class RoiPooler:
+    """Pools each region from the level its size asks for.
+
+    Args:
+        side: S.
+        strides: of the feature maps, ascending powers of two, each twice the one before.
+        sampling_ratio: samples a bin side; 0 means as many as there are feature cells under the bin.
+        kind: one of `POOLER_TYPES`; ROIAlignV2 is ROIAlign with the half-pixel correction.
+
+    Raises:
+        UserError: if the strides do not form a pyramid.
+    """
+
+    def __init__(self, side: int, strides: Sequence[int], sampling_ratio: int, kind: str) -> None:
+        levels = [math.log2(stride) for stride in strides]
+        if any(level != levels[0] + i or level % 1 for i, level in enumerate(levels)):
+            raise UserError(
+                f"MODEL.ROI_HEADS.IN_FEATURES gives feature maps of strides {list(strides)}, which are no pyramid: "
+                "name neighbouring levels from fine to coarse"
+            )
+        self.side, self.strides, self.sampling_ratio, self.kind = side, list(strides), sampling_ratio, kind
+        self.lowest, self.highest = int(levels[0]), int(levels[-1])
+
+    def __call__(self, features: Sequence[torch.Tensor], boxes: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Pooled regions (R, C, S, S), in the order of the boxes.
+
+        Args:
+            features: one map a level.
+            boxes: N tensors (Ri, 4), in input pixels.
+        """
+        image = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
+        regions = torch.cat([image, torch.cat(list(boxes))], dim=1)
+        if len(features) == 1:
+            return self._pool(features[0], regions, self.strides[0])
+        level = assign_levels(regions[:, 1:], self.lowest, self.highest) - self.lowest
+        chosen = [(level == i).nonzero().squeeze(1) for i in range(len(features))]
+        pooled = [self._pool(f, regions[c], s) for f, c, s in zip(features, chosen, self.strides)]
+        result = features[0].new_zeros((len(regions), *pooled[0].shape[1:]))
+        for index, values in zip(chosen, pooled):
+            result.index_put_((index,), values)
+        return result
+
+    def _pool(self, feature: torch.Tensor, regions: torch.Tensor, stride: int) -> torch.Tensor:
+        size, scale = (self.side, self.side), 1.0 / stride
+        regions = regions.to(feature.dtype)
+        if self.kind == "ROIPool":
+            return roi_pool(feature, regions, size, scale)
+        return roi_align(feature, regions, size, scale, self.sampling_ratio, self.kind == "ROIAlignV2")

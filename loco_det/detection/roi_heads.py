@@ -1,0 +1,217 @@
+"""What happens to each proposal: sampling in training, box and mask branches, with or without an FPN.
+
+Shape legend: B images, Ri regions of image i, R over all images, K classes (index K is background).
+Source: detectron2/modeling/roi_heads/roi_heads.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from loco_det.backbone import make_stage
+from loco_det.detection.boxes import match, pairwise_iou, sample_labels
+from loco_det.detection.fast_rcnn import BoxHead, BoxPredictor
+from loco_det.detection.masks import MaskHead, logits_of_classes, mask_loss
+from loco_det.detection.poolers import RoiPooler
+from loco_det.errors import UserError
+from loco_det.structures import Instances
+
+Features = dict[str, torch.Tensor]
+Losses = dict[str, torch.Tensor]
+
+
+@dataclass
+class Sample:
+    """Regions of one image that train the heads.
+
+    Attributes:
+        boxes: (Ri, 4); foreground regions come first.
+        classes: (Ri,) int64 in [0, K].
+        truth: (Ri, 4) matched ground truth, the region itself where the image has none.
+        index: (Ri,) int64 matched ground truth.
+        masks: the image's ground-truth masks or None.
+    """
+
+    boxes: torch.Tensor
+    classes: torch.Tensor
+    truth: torch.Tensor
+    index: torch.Tensor
+    masks: Any
+
+
+class RoiHeads(nn.Module):
+    """Sampling of regions and the mask branch's bookkeeping; the two subclasses differ in how they see a region."""
+
+    def __init__(self, cfg: CfgNode, strides: dict[str, int]) -> None:
+        super().__init__()
+        self.settings = cfg.MODEL.ROI_HEADS
+        self.in_features = list(self.settings.IN_FEATURES)
+        self.num_classes = self.settings.NUM_CLASSES
+        self.box_pooler = make_pooler(cfg.MODEL.ROI_BOX_HEAD, [strides[name] for name in self.in_features])
+
+    @torch.no_grad()
+    def sample(self, proposals: Sequence[Instances], targets: Sequence[Instances]) -> list[Sample]:
+        """Matches proposals (and the ground truth itself) with the ground truth and draws a batch of each image."""
+        s = self.settings
+        samples = []
+        for proposal, target in zip(proposals, targets):
+            boxes = torch.cat([proposal.boxes, target.boxes]) if s.PROPOSAL_APPEND_GT else proposal.boxes
+            index, label = match(pairwise_iou(target.boxes, boxes), s.IOU_THRESHOLDS, s.IOU_LABELS, False)
+            if len(target):
+                classes = target.classes[index]
+                classes[label == 0] = self.num_classes
+                classes[label == -1] = -1
+            else:
+                classes = torch.full_like(index, self.num_classes)
+            chosen = torch.cat(sample_labels(classes, s.BATCH_SIZE_PER_IMAGE, s.POSITIVE_FRACTION, self.num_classes))
+            boxes, index = boxes[chosen], index[chosen]
+            truth = target.boxes[index] if len(target) else boxes
+            samples.append(Sample(boxes, classes[chosen], truth, index, target.masks))
+        return samples
+
+    def box_losses(self, scores: torch.Tensor, deltas: torch.Tensor, samples: Sequence[Sample]) -> Losses:
+        return self.box_predictor.losses(
+            scores,
+            deltas,
+            torch.cat([s.boxes for s in samples]),
+            torch.cat([s.classes for s in samples]),
+            torch.cat([s.truth for s in samples]),
+        )
+
+    def mask_losses(self, pooled: torch.Tensor, samples: Sequence[Sample]) -> Losses:
+        """`loss_mask` of the foreground regions, whose pooled features are (R, C, S, S)."""
+        chosen = [s.classes < self.num_classes for s in samples]
+        classes = torch.cat([s.classes[c] for s, c in zip(samples, chosen)])
+        masks = [s.masks[s.index[c]] if c.any() else None for s, c in zip(samples, chosen)]
+        boxes = [s.boxes[c] for s, c in zip(samples, chosen)]
+        return {"loss_mask": mask_loss(self.mask_head(pooled), classes, masks, boxes)}
+
+    def add_masks(self, pooled: torch.Tensor, detections: Sequence[Instances]) -> None:
+        """Gives each detection its (Ri, M, M) float probabilities, from pooled features (R, C, S, S)."""
+        classes = torch.cat([d.classes for d in detections])
+        soft = logits_of_classes(self.mask_head(pooled), classes).sigmoid()
+        for detection, masks in zip(detections, soft.split([len(d) for d in detections])):
+            detection.masks = masks
+
+
+class StandardROIHeads(RoiHeads):
+    """Box and mask branches that each pool for themselves (FPN, DC5)."""
+
+    def __init__(self, cfg: CfgNode, channels: dict[str, int], strides: dict[str, int]) -> None:
+        super().__init__(cfg, strides)
+        widths = {channels[name] for name in self.in_features}
+        if len(widths) != 1:
+            raise UserError(f"MODEL.ROI_HEADS.IN_FEATURES {self.in_features} differ in channels: {sorted(widths)}")
+        width = widths.pop()
+        self.train_on_predictions = cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES
+        self.box_head = BoxHead(cfg, width)
+        self.box_predictor = BoxPredictor(cfg, self.box_head.out_channels)
+        self.mask_on = cfg.MODEL.MASK_ON
+        if self.mask_on:
+            self.mask_pooler = make_pooler(cfg.MODEL.ROI_MASK_HEAD, [strides[name] for name in self.in_features])
+            self.mask_head = MaskHead(cfg, width)
+
+    def forward(
+        self, features: Features, proposals: Sequence[Instances], targets: Sequence[Instances] | None = None
+    ) -> tuple[list[Instances], Losses]:
+        """Detections (none in training) and losses (none in inference); detections carry soft masks (Ri, M, M)."""
+        maps = [features[name] for name in self.in_features]
+        regions = self.sample(proposals, targets) if self.training else proposals
+        scores, deltas = self.box_predictor(self.box_head(self.box_pooler(maps, [region.boxes for region in regions])))
+        if self.training:
+            return [], self._train(maps, regions, scores, deltas)
+        detections = self.box_predictor.detect(scores, deltas, proposals)
+        self.predict_masks(features, detections)
+        return detections, {}
+
+    def predict_masks(self, features: Features, detections: Sequence[Instances]) -> None:
+        """Adds soft masks to given boxes and classes; nothing where the model has no mask branch."""
+        if self.mask_on:
+            maps = [features[name] for name in self.in_features]
+            self.add_masks(self.mask_pooler(maps, [d.boxes for d in detections]), detections)
+
+    def _train(
+        self,
+        maps: Sequence[torch.Tensor],
+        samples: list[Sample],
+        scores: torch.Tensor,
+        deltas: torch.Tensor,
+    ) -> Losses:
+        losses = self.box_losses(scores, deltas, samples)
+        if not self.mask_on:
+            return losses
+        if self.train_on_predictions:
+            for sample, delta in zip(samples, deltas.detach().split([len(s.boxes) for s in samples])):
+                sample.boxes = self.box_predictor.boxes_of_classes(delta, sample.boxes, sample.classes)
+        foreground = [s.boxes[s.classes < self.num_classes] for s in samples]
+        return {**losses, **self.mask_losses(self.mask_pooler(maps, foreground), samples)}
+
+
+class Res5ROIHeads(RoiHeads):
+    """Both branches share one pooling and the ResNet's last stage (C4: Mask R-CNN appendix A of ResNet)."""
+
+    def __init__(self, cfg: CfgNode, channels: dict[str, int], strides: dict[str, int]) -> None:
+        super().__init__(cfg, strides)
+        resnets = cfg.MODEL.RESNETS
+        width = 8 * resnets.RES2_OUT_CHANNELS
+        if len(self.in_features) != 1 or channels[self.in_features[0]] != width // 2:
+            raise UserError(
+                f"MODEL.ROI_HEADS.IN_FEATURES {self.in_features} must be the one stage below res5, ['res4'], for "
+                "Res5ROIHeads"
+            )
+        # Three bottlenecks for every depth, as Detectron2 builds it.
+        self.res5 = make_stage(
+            "res5",
+            50,
+            norm=resnets.NORM,
+            stride_in_1x1=resnets.STRIDE_IN_1X1,
+            groups=resnets.NUM_GROUPS,
+            width_per_group=resnets.WIDTH_PER_GROUP,
+            res2_out_channels=resnets.RES2_OUT_CHANNELS,
+        )
+        self.box_predictor = BoxPredictor(cfg, width)
+        self.mask_on = cfg.MODEL.MASK_ON
+        if self.mask_on:
+            self.mask_head = MaskHead(cfg, width)
+
+    def forward(
+        self, features: Features, proposals: Sequence[Instances], targets: Sequence[Instances] | None = None
+    ) -> tuple[list[Instances], Losses]:
+        """Detections (none in training) and losses (none in inference); detections carry soft masks (Ri, M, M)."""
+        regions = self.sample(proposals, targets) if self.training else proposals
+        pooled = self._pool(features, regions)
+        scores, deltas = self.box_predictor(pooled.mean(dim=[2, 3]))
+        if self.training:
+            losses = self.box_losses(scores, deltas, regions)
+            if self.mask_on:
+                foreground = torch.cat([s.classes < self.num_classes for s in regions])
+                losses.update(self.mask_losses(pooled[foreground], regions))
+            return [], losses
+        detections = self.box_predictor.detect(scores, deltas, proposals)
+        self.predict_masks(features, detections)
+        return detections, {}
+
+    def predict_masks(self, features: Features, detections: Sequence[Instances]) -> None:
+        """Adds soft masks to given boxes and classes; nothing where the model has no mask branch."""
+        if self.mask_on:
+            self.add_masks(self._pool(features, detections), detections)
+
+    def _pool(self, features: Features, regions: Sequence[Any]) -> torch.Tensor:
+        return self.res5(self.box_pooler([features[self.in_features[0]]], [r.boxes for r in regions]))
+
+
+def make_pooler(head: CfgNode, strides: Sequence[int]) -> RoiPooler:
+    """The pooler that a MODEL.ROI_BOX_HEAD or MODEL.ROI_MASK_HEAD node describes."""
+    return RoiPooler(head.POOLER_RESOLUTION, strides, head.POOLER_SAMPLING_RATIO, head.POOLER_TYPE)
+
+
+def build_roi_heads(cfg: CfgNode, channels: dict[str, int], strides: dict[str, int]) -> RoiHeads:
+    """The heads that MODEL.ROI_HEADS.NAME asks for."""
+    kinds = {"StandardROIHeads": StandardROIHeads, "Res5ROIHeads": Res5ROIHeads}
+    return kinds[cfg.MODEL.ROI_HEADS.NAME](cfg, channels, strides)
