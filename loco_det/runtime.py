@@ -1,0 +1,313 @@
+"""What every long command needs: seeds, device, torch.distributed, files that are whole or absent, logs, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from torch import Tensor
+
+from loco_det.errors import UserError
+
+log = logging.getLogger("loco_det")
+_LINE_SECONDS = 10.0  # between two progress lines where there is no terminal
+_quiet = False
+
+
+# --- logs and progress ------------------------------------------------------------------------------------------
+
+
+def setup_logging(output_dir: str | Path | None = None, quiet: bool = False) -> None:
+    """Send the `loco_det` logger to standard error and, on the main process, to OUTPUT_DIR/log.txt.
+
+    Ranks other than 0 say only warnings. Calling it again replaces what the last call set up.
+    """
+    global _quiet
+    _quiet = quiet or not is_main()
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    stamp = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+    console = logging.StreamHandler(sys.stderr)
+    console.setLevel(logging.WARNING if _quiet else logging.INFO)
+    console.setFormatter(stamp)
+    log.addHandler(console)
+    if output_dir is not None and is_main():
+        with _os_errors(output_dir):
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            file = logging.FileHandler(Path(output_dir) / "log.txt")
+        file.setFormatter(stamp)
+        log.addHandler(file)
+
+
+class Progress:
+    """A progress bar with ETA on a terminal, a plain line every ten seconds elsewhere, nothing when quiet.
+
+    `advance(n, loss=..., ...)` moves it on; the fields given last are shown beside the rate.
+    """
+
+    def __init__(self, total: int, description: str, initial: int = 0, unit: str = "it") -> None:
+        self.total, self.description, self.unit = total, description, unit
+        self.done = self.initial = initial
+        self.started = self.last_line = time.monotonic()
+        self.bar: RichProgress | None = None
+        if sys.stderr.isatty() and not _quiet:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[shown]}"),
+            )
+            self.bar = RichProgress(*columns, console=Console(stderr=True))
+
+    def __enter__(self) -> Progress:
+        if self.bar is not None:
+            self.bar.start()
+            self.task = self.bar.add_task(self.description, total=self.total, completed=self.done, shown="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def advance(self, n: int = 1, **fields: float | str) -> None:
+        """`n` more are done."""
+        self.done += n
+        now = time.monotonic()
+        rate = (self.done - self.initial) / max(now - self.started, 1e-9)
+        shown = " ".join([f"{rate:.3g} {self.unit}/s", *(f"{k} {_short(v)}" for k, v in fields.items())])
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, shown=shown)
+        elif now - self.last_line >= _LINE_SECONDS or self.done >= self.total:
+            self.last_line = now
+            eta = time.strftime("%H:%M:%S", time.gmtime((self.total - self.done) / rate))
+            log.info("%s %d/%d eta %s %s", self.description, self.done, self.total, eta, shown)
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def append_metrics(output_dir: str | Path, values: dict[str, Any]) -> None:
+    """Add one JSON object as a line to OUTPUT_DIR/metrics.json, as Detectron2 does; only on the main process.
+
+    A value that is not finite is written as null, so that every line stays valid JSON.
+    """
+    if not is_main():
+        return
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    with _os_errors(output_dir), open(Path(output_dir) / "metrics.json", "a") as file:
+        file.write(json.dumps(clean) + "\n")
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """A file object whose content appears at `path` whole when the block ends, and not at all if it fails.
+
+    It is written under a temporary name in the same folder, flushed to the disk and renamed.
+
+    Raises:
+        UserError: the folder or file cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, mode) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def _os_errors(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{path}: cannot be written ({reason}); free space or choose another folder") from error
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`value` as indented JSON at `path`, atomically."""
+    with atomic_write(path, "w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+
+
+# --- seeds, device, signals -------------------------------------------------------------------------------------
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators; each rank gets its own stream."""
+    seed += rank()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (libraries draw from the global one)
+    torch.manual_seed(seed)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`: auto (CUDA where there is one), cpu, cuda, cuda:N, mps.
+
+    On several processes "auto" and "cuda" mean the GPU of this process's local rank.
+
+    Raises:
+        UserError: not a device, or not on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank() if device.index is None else device.index)
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device.index >= count:
+            raise UserError(f"device {name!r} needs GPU {device.index} but {count} are usable; use auto or cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device {name!r} is not usable on this machine; use auto or cpu")
+    return device
+
+
+class StopSignal:
+    """While active, SIGTERM and SIGINT only set `received`, so that a loop can save and leave between two steps.
+
+    A second signal interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __enter__(self) -> StopSignal:
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: object) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+# --- torch.distributed ------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def reduce_mean(values: dict[str, Tensor]) -> dict[str, float]:
+    """The mean over processes of each scalar, as floats; one synchronisation for all of them."""
+    if not values:
+        return {}
+    stacked = torch.stack([v.detach().float() for v in values.values()])
+    if world_size() > 1:
+        dist.all_reduce(stacked)
+        stacked /= world_size()
+    return dict(zip(values, stacked.tolist()))
+
+
+def launch(worker: Callable[..., Any], processes: int, *args: Any) -> Any:
+    """Run `worker(*args)` in every process of the job; returns its value on a single process, else None.
+
+    Under torchrun (WORLD_SIZE in the environment) this process joins that job; otherwise `processes` > 1 starts
+    that many here. The back end is nccl where every process has a GPU of its own, else gloo.
+
+    Raises:
+        UserError: as the worker raised it, whichever process it was in.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _joined(worker, args)
+    if processes <= 1:
+        return worker(*args)
+    context = torch.multiprocessing.get_context("spawn")
+    errors = context.SimpleQueue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    try:
+        torch.multiprocessing.spawn(_spawned, (worker, args, processes, port, errors), nprocs=processes)
+    except torch.multiprocessing.ProcessExitedException as failure:
+        if not errors.empty():
+            raise UserError(errors.get()) from failure
+        raise
+    return None
+
+
+def _spawned(
+    index: int, worker: Callable[..., Any], args: tuple[Any, ...], processes: int, port: int, errors: Any
+) -> None:
+    place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": processes, "MASTER_PORT": port}
+    os.environ.update({k: str(v) for k, v in place.items()}, MASTER_ADDR="127.0.0.1")
+    try:
+        _joined(worker, args)
+    except UserError as error:
+        errors.put(str(error))
+        os._exit(2)  # a traceback would hide the sentence, and peers may be waiting in a collective
+
+
+def _joined(worker: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    processes = int(os.environ["WORLD_SIZE"])
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    on_gpu = gpus >= per_machine
+    if on_gpu:
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        return worker(*args)
+    finally:
+        dist.destroy_process_group()
