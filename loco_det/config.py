@@ -155,9 +155,7 @@ class _PlainReader:
     def read(self, node: yaml.Node) -> Any:
         self.count += 1
         if self.count > MAX_NODES:
-            raise UserError(
-                f"{self.path} expands to more than {MAX_NODES} values; remove its nested aliases."
-            )
+            raise UserError(f"{self.path} expands to more than {MAX_NODES} values; remove its nested aliases.")
         if id(node) in self.open:
             raise self.fault(node, "an alias refers to the value that contains it")
         self.open.add(id(node))
@@ -213,9 +211,7 @@ class _PlainReader:
         if tag.removeprefix("tag:yaml.org,2002:") not in ("int", "float", "bool", "null"):
             return node.value
         try:
-            return self.scalars.construct_object(
-                yaml.ScalarNode(tag, node.value, node.start_mark, node.end_mark)
-            )
+            return self.scalars.construct_object(yaml.ScalarNode(tag, node.value, node.start_mark, node.end_mark))
         except (ValueError, KeyError, yaml.YAMLError) as error:
             raise self.fault(node, f"{node.value!r} is no {tag.rpartition(':')[2]}") from error
 
@@ -233,9 +229,7 @@ def _read_with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Setting]:
     here = path.resolve()
     if here in above:
         chain = " -> ".join(f.name for f in (*above, here))
-        raise UserError(
-            f"{path}: {BASE_KEY} leads back to a file that is being read ({chain}); break the circle."
-        )
+        raise UserError(f"{path}: {BASE_KEY} leads back to a file that is being read ({chain}); break the circle.")
     mapping = _read_mapping(path)
     bases = mapping.pop(BASE_KEY, _Line([], 0))
     names = [bases.value] if isinstance(bases.value, str) else bases.value
@@ -244,9 +238,7 @@ def _read_with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Setting]:
     settings: dict[str, Setting] = {}
     for name in names:
         if "://" in name:
-            raise UserError(
-                f"{path}, line {bases.line}: download the {BASE_KEY} {name} and name the local file."
-            )
+            raise UserError(f"{path}, line {bases.line}: download the {BASE_KEY} {name} and name the local file.")
         base = path.parent / Path(name).expanduser()
         if not base.is_file():
             raise UserError(f"{path}, line {bases.line}: the {BASE_KEY} file {base} does not exist.")
@@ -289,8 +281,7 @@ def _assign(cfg: CfgNode, key: str, setting: Setting) -> None:
         if not isinstance(node, CfgNode):
             name = ".".join(sections[: depth + 1])
             raise UserError(
-                f"{setting.origin}: {name} takes a {_kind(node)}, and {key} treats it as a section; "
-                f"set {name} itself."
+                f"{setting.origin}: {name} takes a {_kind(node)}, and {key} treats it as a section; set {name} itself."
             )
     if last not in node:
         raise _no_such_key(cfg, key, key, setting)
@@ -311,8 +302,8 @@ def _fit(value: Any, default: Any, key: str, origin: str) -> Any:
         odd = [leaf for leaf in _leaves(value) if _leaf_kind(leaf) not in kinds]
         if len(kinds) == 1 and odd:
             raise UserError(
-                f"{origin}: {key} takes a {_kind(default)} of {kinds.pop()}s, and {odd[0]!r} in it is of type "
-                f"{_kind(odd[0])}."
+                f"{origin}: {key} takes a {_kind(default)} of {kinds.pop()}s, and {odd[0]!r} in it is of "
+                f"type {_kind(odd[0])}."
             )
         return type(default)(value)
     if type(value) is type(default):

@@ -1,0 +1,253 @@
+"""The optimiser side of detector training, with Detectron2's arithmetic: groups, schedule, clipping, precision.
+
+Every number here comes from `cfg.SOLVER`; sources are detectron2/solver/build.py and lr_scheduler.py (v0.6).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
+    ConstantParamScheduler,
+    CosineParamScheduler,
+    LinearParamScheduler,
+    MultiStepParamScheduler,
+    ParamScheduler,
+    StepWithFixedGammaParamScheduler,
+)
+from torch import Tensor, nn
+
+from loco_det.errors import UserError
+from loco_det.runtime import log
+
+NORMS = (
+    nn.modules.batchnorm._BatchNorm,  # BatchNorm1d to 3d and SyncBatchNorm
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.LocalResponseNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
+    """SGD over the trainable parameters, one group for each set of hyperparameters, in order of appearance.
+
+    The order is Detectron2's, so that the optimiser state of a checkpoint means the same in both engines.
+
+    Raises:
+        UserError: the model has no trainable parameter, or a SOLVER value is out of range.
+    """
+    solver = cfg.SOLVER
+    for key in ("BASE_LR", "MOMENTUM", "WEIGHT_DECAY"):
+        if not (math.isfinite(solver[key]) and solver[key] >= 0):
+            raise UserError(f"SOLVER.{key} is {solver[key]}; give a finite number that is not negative.")
+    if solver.NESTEROV and solver.MOMENTUM <= 0:
+        raise UserError("SOLVER.NESTEROV needs SOLVER.MOMENTUM above 0.")
+    groups: dict[tuple[tuple[str, float], ...], list[nn.Parameter]] = {}
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                groups.setdefault(_options(solver, module, name), []).append(parameter)
+    if not groups:
+        raise UserError("No parameter of the model is trainable; lower MODEL.BACKBONE.FREEZE_AT.")
+    return torch.optim.SGD(
+        [{**dict(options), "params": parameters} for options, parameters in groups.items()],
+        lr=solver.BASE_LR,
+        momentum=solver.MOMENTUM,
+        nesterov=solver.NESTEROV,
+        weight_decay=solver.WEIGHT_DECAY,
+        foreach=True,
+    )
+
+
+def _options(solver: CfgNode, module: nn.Module, name: str) -> tuple[tuple[str, float], ...]:
+    options = {"lr": solver.BASE_LR}
+    if isinstance(module, NORMS):
+        options["weight_decay"] = solver.WEIGHT_DECAY_NORM
+    if name == "bias":
+        if solver.BIAS_LR_FACTOR != 1.0:
+            options["lr"] = solver.BASE_LR * solver.BIAS_LR_FACTOR
+        if solver.WEIGHT_DECAY_BIAS is not None:
+            options["weight_decay"] = solver.WEIGHT_DECAY_BIAS
+    return tuple(options.items())
+
+
+class Schedule:
+    """Sets every group's learning rate to its base rate times a function of the iterations done.
+
+    `state_dict` has the form of Detectron2's LRMultiplier.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, multiplier: Callable[[float], float], length: int) -> None:
+        self.optimizer, self.multiplier, self.length = optimizer, multiplier, length
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.iteration = 0
+        self._apply()
+
+    def step(self) -> None:
+        """One more iteration is done."""
+        self.iteration += 1
+        self._apply()
+
+    def _apply(self) -> None:
+        if self.iteration >= self.length:
+            return  # nothing follows the last iteration, and fvcore's schedulers end before 1.0
+        factor = self.multiplier(self.iteration / self.length)
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs):
+            group["lr"] = base * factor
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"base_lrs": self.base_lrs, "last_epoch": self.iteration}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.base_lrs, self.iteration = list(state["base_lrs"]), int(state["last_epoch"])
+        self._apply()
+
+
+def build_schedule(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Schedule:
+    """The schedule that SOLVER.LR_SCHEDULER_NAME names, with its warm-up, over SOLVER.MAX_ITER iterations.
+
+    Raises:
+        UserError: an unknown name or method, or values that no schedule can be made of.
+    """
+    return Schedule(optimizer, lr_multiplier(cfg), cfg.SOLVER.MAX_ITER)
+
+
+def lr_multiplier(cfg: CfgNode) -> ParamScheduler:
+    """The factor on the base learning rate as a function of training done, in [0, 1)."""
+    solver = cfg.SOLVER
+    if solver.MAX_ITER < 1:
+        raise UserError(f"SOLVER.MAX_ITER is {solver.MAX_ITER}; give at least 1.")
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        main: ParamScheduler = _multi_step(solver)
+    elif solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
+        if not 0 <= solver.BASE_LR_END <= solver.BASE_LR or solver.BASE_LR == 0:
+            raise UserError(
+                f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}; give a value from 0 to SOLVER.BASE_LR ({solver.BASE_LR})."
+            )
+        main = CosineParamScheduler(1, solver.BASE_LR_END / solver.BASE_LR)
+    elif solver.LR_SCHEDULER_NAME == "WarmupStepWithFixedGammaLR":
+        if not 0 < solver.NUM_DECAYS < solver.MAX_ITER:
+            raise UserError(f"SOLVER.NUM_DECAYS is {solver.NUM_DECAYS}; give 1 to SOLVER.MAX_ITER - 1.")
+        main = StepWithFixedGammaParamScheduler(1.0, solver.NUM_DECAYS, solver.GAMMA, solver.MAX_ITER)
+    else:
+        raise UserError(
+            f"SOLVER.LR_SCHEDULER_NAME is {solver.LR_SCHEDULER_NAME!r}; use WarmupMultiStepLR, WarmupCosineLR or "
+            "WarmupStepWithFixedGammaLR."
+        )
+    return _with_warmup(main, solver)
+
+
+def _multi_step(solver: CfgNode) -> ParamScheduler:
+    steps = list(solver.STEPS)
+    if any(type(step) is not int or step <= 0 for step in steps) or steps != sorted(set(steps)):
+        raise UserError(f"SOLVER.STEPS is {tuple(steps)}; give positive whole numbers in ascending order.")
+    used = [step for step in steps if step < solver.MAX_ITER]
+    if used != steps:
+        log.info("SOLVER.STEPS %s lie at or after SOLVER.MAX_ITER and have no effect", steps[len(used) :])
+    if len(used) >= solver.MAX_ITER:
+        raise UserError(f"SOLVER.STEPS has {len(used)} entries for {solver.MAX_ITER} iterations; give fewer.")
+    return MultiStepParamScheduler(
+        [solver.GAMMA**k for k in range(len(used) + 1)], num_updates=solver.MAX_ITER, milestones=used
+    )
+
+
+def _with_warmup(main: ParamScheduler, solver: CfgNode) -> ParamScheduler:
+    if solver.WARMUP_ITERS < 0:
+        raise UserError(f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS}; give 0 or more.")
+    share = min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0)
+    start = solver.WARMUP_FACTOR * main(0.0)
+    if solver.WARMUP_METHOD == "linear":
+        warmup: ParamScheduler = LinearParamScheduler(start, main(0.0 if solver.RESCALE_INTERVAL else share))
+    elif solver.WARMUP_METHOD == "constant":
+        warmup = ConstantParamScheduler(start)
+    else:
+        raise UserError(f"SOLVER.WARMUP_METHOD is {solver.WARMUP_METHOD!r}; use linear or constant.")
+    return CompositeParamScheduler(
+        [warmup, main],
+        lengths=[share, 1 - share],
+        interval_scaling=["rescaled", "rescaled" if solver.RESCALE_INTERVAL else "fixed"],
+    )
+
+
+def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
+    """The configuration for `world_size` processes, where SOLVER.REFERENCE_WORLD_SIZE says what it was made for.
+
+    The batch of each process stays, the learning rate grows and the schedule shrinks with the total batch
+    (detectron2 DefaultTrainer.auto_scale_workers). 0 switches this off.
+
+    Raises:
+        UserError: the batch cannot be divided by REFERENCE_WORLD_SIZE.
+    """
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference in (0, world_size):
+        return cfg
+    if reference < 0 or cfg.SOLVER.IMS_PER_BATCH % reference:
+        raise UserError(
+            f"SOLVER.REFERENCE_WORLD_SIZE is {reference}, which does not divide SOLVER.IMS_PER_BATCH "
+            f"{cfg.SOLVER.IMS_PER_BATCH}; change one of them."
+        )
+    scale = world_size / reference
+    cfg = cfg.clone()
+    cfg.defrost()
+    solver = cfg.SOLVER
+    solver.IMS_PER_BATCH = round(solver.IMS_PER_BATCH * scale)
+    solver.BASE_LR *= scale
+    for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
+        solver[key] = round(solver[key] / scale)
+    solver.STEPS = tuple(round(step / scale) for step in solver.STEPS)
+    cfg.TEST.EVAL_PERIOD = round(cfg.TEST.EVAL_PERIOD / scale)
+    solver.REFERENCE_WORLD_SIZE = world_size
+    cfg.freeze()
+    log.info(
+        "scaled from %d to %d processes: batch %d, learning rate %g, %d iterations",
+        *(reference, world_size, solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER),
+    )
+    return cfg
+
+
+def autocast(cfg: CfgNode, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The precision of one forward pass: float16 on CUDA and bfloat16 elsewhere if SOLVER.AMP.ENABLED."""
+    if not cfg.SOLVER.AMP.ENABLED:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.float16 if device.type == "cuda" else torch.bfloat16)
+
+
+def grad_scaler(cfg: CfgNode, device: torch.device) -> torch.amp.GradScaler:
+    """Loss scaling for float16; off, and then without any effect, on other devices and without AMP."""
+    return torch.amp.GradScaler("cuda", enabled=cfg.SOLVER.AMP.ENABLED and device.type == "cuda")
+
+
+def optimizer_step(cfg: CfgNode, loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """Backward of the total loss (a scalar), clipping, and the optimiser's update."""
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
+        scaler.unscale_(optimizer)
+        clip_gradients(cfg, (p for group in optimizer.param_groups for p in group["params"]))
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def clip_gradients(cfg: CfgNode, parameters: Iterable[nn.Parameter]) -> None:
+    """Clip each parameter's gradient by itself, as Detectron2 does: by value, or by its own norm.
+
+    Raises:
+        UserError: SOLVER.CLIP_GRADIENTS.CLIP_TYPE is neither.
+    """
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    for parameter in parameters:
+        if clip.CLIP_TYPE == "value":
+            nn.utils.clip_grad_value_(parameter, clip.CLIP_VALUE)
+        elif clip.CLIP_TYPE == "norm":
+            nn.utils.clip_grad_norm_(parameter, clip.CLIP_VALUE, clip.NORM_TYPE)
+        else:
+            raise UserError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; use value or norm.")
