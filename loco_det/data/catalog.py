@@ -1,0 +1,72 @@
+"""Where a dataset lies on disk, from its name alone.
+
+The root is the environment variable DETECTRON2_DATASETS, ./datasets if unset; the COCO names are those that
+Detectron2 registers (data/datasets/builtin.py). Any other name FOO_SPLIT is a COCO-format set in the same shape:
+
+    ROOT/FOO/SPLIT/                               images
+    ROOT/FOO/annotations/instances_SPLIT.json     annotations
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from loco_det.errors import UserError
+
+# name: (image folder, annotation file) below ROOT/coco
+_COCO = {
+    "coco_2014_train": ("train2014", "instances_train2014"),
+    "coco_2014_val": ("val2014", "instances_val2014"),
+    "coco_2014_minival": ("val2014", "instances_minival2014"),
+    "coco_2014_valminusminival": ("val2014", "instances_valminusminival2014"),
+    "coco_2017_train": ("train2017", "instances_train2017"),
+    "coco_2017_val": ("val2017", "instances_val2017"),
+    "coco_2017_val_100": ("val2017", "instances_val2017_100"),
+    "coco_2017_test": ("test2017", "image_info_test2017"),
+    "coco_2017_test-dev": ("test2017", "image_info_test-dev2017"),
+}
+
+
+class DatasetPaths(NamedTuple):
+    """A COCO-format dataset: its name, its folder of images and its JSON file."""
+
+    name: str
+    images: Path
+    annotations: Path
+
+
+def datasets_root() -> Path:
+    """The folder under which every dataset is looked for."""
+    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+
+
+def find_dataset(name: str) -> DatasetPaths:
+    """The paths of a dataset, both of them known to exist.
+
+    Args:
+        name: `coco_2017_train` and its kin, or FOO_SPLIT.
+
+    Raises:
+        UserError: the name has no split, or the folder or the file is not there.
+    """
+    root = datasets_root()
+    if name in _COCO:
+        folder, (images, annotations) = root / "coco", _COCO[name]
+    else:
+        stem, _, split = name.rpartition("_")
+        if not stem or not split:
+            raise UserError(
+                f"DATASETS: '{name}' is neither a COCO name such as coco_2017_train nor of the form NAME_SPLIT, "
+                "which stands for ROOT/NAME/SPLIT/ and ROOT/NAME/annotations/instances_SPLIT.json."
+            )
+        folder, images, annotations = root / stem, split, f"instances_{split}"
+    paths = DatasetPaths(name, folder / images, folder / "annotations" / f"{annotations}.json")
+    for path, there in ((paths.annotations, Path.is_file), (paths.images, Path.is_dir)):
+        if not there(path):
+            raise UserError(
+                f"Dataset '{name}' needs {path}, which does not exist; put it there or set DETECTRON2_DATASETS "
+                f"to the folder that holds the datasets (now '{root}')."
+            )
+    return paths

@@ -1,0 +1,220 @@
+"""COCO files: what is kept, what is refused and how, and equality with Detectron2's reader."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from loco_det.data.catalog import DatasetPaths, find_dataset
+from loco_det.data.coco import CocoDataset, decode_segmentation, load_coco
+from loco_det.errors import UserError
+
+SQUARE = [[10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]]
+CONTENT = {
+    "images": [
+        {"id": 9, "file_name": "b.jpg", "height": 40, "width": 50},
+        {"id": 4, "file_name": "a.jpg", "height": 60, "width": 30},
+        {"id": 7, "file_name": "sub/ü.jpg", "height": 40, "width": 50},
+    ],
+    "categories": [{"id": 90, "name": "zebra"}, {"id": 3, "name": "apple"}, {"id": 17, "name": "cat"}],
+    "annotations": [
+        {"id": 1, "image_id": 9, "category_id": 17, "bbox": [10.1, 10.2, 20.3, 20.4], "segmentation": SQUARE},
+        {"id": 2, "image_id": 4, "category_id": 90, "bbox": [0, 5.5, 7, 9], "iscrowd": 0, "segmentation": SQUARE * 2},
+        {
+            **{"id": 3, "image_id": 9, "category_id": 3, "bbox": [1.0, 2.0, 3.0, 4.0], "iscrowd": 1},
+            "segmentation": {"size": [40, 50], "counts": [100, 30, 40 * 50 - 130]},
+        },
+        {"id": 4, "image_id": 9, "category_id": 3, "bbox": [1.5, 2, 3, 4], "segmentation": [[1, 2, 3, 4], [1, 2, 3]]},
+        {"id": 5, "image_id": 9, "category_id": 3, "bbox": [2.5, 2, 3, 4], "segmentation": [[1, 2, 3, 4], SQUARE[0]]},
+        {"id": 6, "image_id": 9, "category_id": 3, "bbox": [3.5, 2, 3, 4], "segmentation": [[1, 2, 3, 4, 5, 6, 7]]},
+        {"id": 7, "image_id": 9, "category_id": 3, "bbox": [4.5, 2, 3, 4], "segmentation": []},
+        {"id": 8, "image_id": 9, "category_id": 3, "bbox": [5.5, 2, 3, 4]},
+        {"id": 9, "image_id": 9, "category_id": 3, "bbox": [6.5, 2, 3, 4], "segmentation": [[]]},
+    ],
+}
+
+
+def write(folder: Path, content: dict | str | bytes) -> DatasetPaths:
+    paths = DatasetPaths("made_val", folder / "val", folder / "instances.json")
+    (paths.images / "sub").mkdir(parents=True, exist_ok=True)
+    for name in ("a.jpg", "b.jpg", "sub/ü.jpg"):
+        (paths.images / name).touch()
+    content = json.dumps(content) if isinstance(content, dict) else content
+    paths.annotations.write_bytes(content.encode() if isinstance(content, str) else content)
+    return paths
+
+
+def changed(**changes) -> dict:
+    """CONTENT with, e.g., annotations__0__bbox=... set."""
+    content = copy.deepcopy(CONTENT)
+    for place, value in changes.items():
+        *path, last = [int(p) if p.isdigit() else p for p in place.split("__")]
+        node = content
+        for p in path:
+            node = node[p]
+        node[last] = value
+    return content
+
+
+def test_tables(tmp_path):
+    dataset = load_coco(write(tmp_path, CONTENT))
+    assert dataset.class_names == ("apple", "cat", "zebra")
+    assert dataset.category_ids == (3, 17, 90)
+    assert [dataset[i].image_id for i in range(len(dataset))] == [4, 7, 9]
+    assert [Path(dataset[i].file_name).name for i in range(3)] == ["a.jpg", "ü.jpg", "b.jpg"]
+    first, empty, last = (dataset[i] for i in range(3))
+    assert (first.height, first.width) == (60, 30)
+    assert first.classes.tolist() == [2]
+    assert first.boxes.dtype == np.float32
+    assert first.boxes.tolist() == [[0.0, 5.5, 7.0, 14.5]]
+    assert len(empty.boxes) == len(empty.segmentations) == 0
+    assert last.annotation_ids.tolist() == [1, 3, 5, 7, 8]
+    assert last.crowd.tolist() == [False, True, False, False, False]
+    assert last.classes.tolist() == [1, 0, 0, 0, 0]
+    np.testing.assert_array_equal(decode_segmentation(last, 0), SQUARE)
+    flat = np.zeros(40 * 50, dtype=np.uint8)
+    flat[100:130] = 1  # RLE runs down the columns
+    np.testing.assert_array_equal(coco_mask.decode(decode_segmentation(last, 1)), flat.reshape(50, 40).T)
+    np.testing.assert_array_equal(decode_segmentation(last, 2), SQUARE)
+    assert decode_segmentation(last, 3) is None
+    assert decode_segmentation(last, 4) is None
+
+
+def test_boxes_without_area_are_counted_in_one_line(tmp_path, caplog, monkeypatch):
+    content = changed(annotations__0__bbox=[5, 5, 0, 7], annotations__1__bbox=[5, 5, 7, -1.0])
+    content["annotations"][2]["image_id"] = 12345
+    monkeypatch.setattr(logging.getLogger("loco_det"), "propagate", True)
+    dataset = load_coco(write(tmp_path, content))
+    assert dataset.annotation_id.tolist() == [5, 7, 8]
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert "left out 6 of 9" in line
+    assert "1 of images not listed, 2 with a box without area, 3 with polygons" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["whole JSON"]),
+        (json.dumps(CONTENT)[:-50], ["whole JSON"]),
+        (b'{"categories": [{"id": 1, "name": "\xff"}]}', ["UTF-8"]),
+        ("[]", ["COCO instances"]),
+        ({"images": []}, ["categories"]),
+        ({"images": [], "categories": CONTENT["categories"]}, ["no images"]),
+        ({"images": CONTENT["images"], "categories": []}, ["no categories"]),
+        (changed(annotations=[]), ["no usable annotation"]),
+        (changed(annotations__4__category_id=8), ["annotation id 5", "category_id 8"]),
+        (changed(annotations__4__id=3), ["annotation id 3", "2 times"]),
+        (changed(images__2__id=9), ["image id 9"]),
+        (changed(categories__0__id=17), ["category id 17"]),
+        (changed(annotations__2__bbox=[1, 2, 3]), ["bbox", "(id 3)"]),
+        (changed(annotations__2__bbox=None), ["bbox", "(id 3)"]),
+        (changed(annotations__2__bbox=[1e300, 0, 1, 1]), ["annotation id 3", "finite"]),
+        (changed(annotations__2__image_id="9"), ["image_id", "(id 3)"]),
+        (changed(annotations__2__ignore=1), ["annotation id 3", "ignore"]),
+        (changed(images__1__height=0), ["image id 4", "30 x 0"]),
+        (changed(images__1__width="30"), ["width", "(id 4)"]),
+        (changed(images__1__file_name="gone.jpg"), ["'gone.jpg'", "image id 4", "val"]),
+    ],
+)
+def test_bad_file_is_one_sentence_naming_file_and_id(tmp_path, content, words):
+    with pytest.raises(UserError) as caught:
+        load_coco(write(tmp_path, content))
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in ["instances.json", *words]:
+        assert word in message
+
+
+def test_a_set_to_run_on_may_have_no_annotations(tmp_path):
+    content = {k: CONTENT[k] for k in ("images", "categories")}
+    dataset = load_coco(write(tmp_path, content), need_annotations=False)
+    assert len(dataset) == 3
+    assert dataset[2].boxes.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "word"),
+    [
+        ("abc", "neither"),
+        ([1, 2, 3], "neither"),
+        ([["x"] * 6], "neither"),
+        ({"size": [40, 50]}, "neither"),
+        ({"size": [50, 40], "counts": "abc"}, "[50, 40]"),
+        ({"size": [40, 50], "counts": [1, 2]}, "add up"),
+        ({"size": [40, 50], "counts": [3000, -1000]}, "add up"),
+        ({"size": [40, 50], "counts": [2**40, 2000 - 2**40]}, "add up"),
+    ],
+)
+def test_bad_segmentation_is_named_when_it_is_used(tmp_path, segmentation, word):
+    dataset = load_coco(write(tmp_path, changed(annotations__0__segmentation=segmentation)))
+    with pytest.raises(UserError, match="annotation id 1") as caught:
+        decode_segmentation(dataset[2], 0)
+    assert word in str(caught.value)
+    assert "b.jpg" in str(caught.value)
+
+
+def test_dataset_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    for folder, split, file in (("coco", "val2017", "val2017_100"), ("my_set", "train", "train")):
+        (tmp_path / folder / split).mkdir(parents=True)
+        (tmp_path / folder / "annotations").mkdir(exist_ok=True)
+        (tmp_path / folder / "annotations" / f"instances_{file}.json").touch()
+    found = find_dataset("coco_2017_val_100")
+    assert found.images == tmp_path / "coco" / "val2017"
+    assert found.annotations == tmp_path / "coco" / "annotations" / "instances_val2017_100.json"
+    assert find_dataset("my_set_train").images == tmp_path / "my_set" / "train"
+    for name in ("coco_2017_train", "my_set_val"):
+        with pytest.raises(UserError, match="DETECTRON2_DATASETS"):
+            find_dataset(name)
+    for name in ("shapes", "_train", "shapes_"):
+        with pytest.raises(UserError, match="NAME_SPLIT"):
+            find_dataset(name)
+    monkeypatch.delenv("DETECTRON2_DATASETS")
+    with pytest.raises(UserError, match="datasets"):
+        find_dataset("coco_2017_train")
+
+
+def assert_equal_to_detectron2(dataset: CocoDataset, name: str) -> None:
+    data = pytest.importorskip("detectron2.data")
+    from detectron2.data.datasets import load_coco_json
+    from detectron2.structures import BoxMode
+
+    theirs = load_coco_json(str(dataset.paths.annotations), str(dataset.paths.images), name)
+    meta = data.MetadataCatalog.get(name)
+    assert list(dataset.class_names) == meta.thing_classes
+    assert {c: k for k, c in enumerate(dataset.category_ids)} == meta.thing_dataset_id_to_contiguous_id
+    assert len(dataset) == len(theirs)
+    for i, their in enumerate(theirs):
+        ours = dataset[i]
+        assert (ours.file_name, ours.image_id) == (their["file_name"], their["image_id"])
+        assert (ours.height, ours.width) == (their["height"], their["width"])
+        assert len(ours.boxes) == len(their["annotations"])
+        for k, annotation in enumerate(their["annotations"]):
+            box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+            assert ours.boxes[k].tolist() == box
+            assert ours.classes[k] == annotation["category_id"]
+            assert ours.crowd[k] == annotation.get("iscrowd", 0)
+            segmentation = decode_segmentation(ours, k)
+            expected = annotation.get("segmentation")
+            if isinstance(expected, dict):
+                np.testing.assert_array_equal(coco_mask.decode(segmentation), coco_mask.decode(expected))
+            else:
+                assert [p.tolist() for p in segmentation or []] == (expected or [])
+
+
+@pytest.mark.detectron2
+def test_equal_to_detectron2_on_every_oddity(tmp_path):
+    assert_equal_to_detectron2(load_coco(write(tmp_path, CONTENT)), "made_oddities")
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_equal_to_detectron2_on_real_coco(real_coco, monkeypatch, split):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(real_coco))
+    assert_equal_to_detectron2(load_coco(find_dataset(f"coco_2017_{split}")), f"coco_2017_{split}")
