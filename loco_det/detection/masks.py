@@ -85,17 +85,32 @@ def paste_masks(
     Returns:
         (R, H, W) bool.
     """
+    if masks.device.type == "cpu":
+        return _paste_near_boxes(masks, boxes, image_size, threshold)
+    return _paste_in_chunks(masks, boxes, image_size, threshold, PASTE_PIXELS)
+
+
+def _paste_near_boxes(
+    masks: torch.Tensor, boxes: torch.Tensor, image_size: tuple[int, int], threshold: float
+) -> torch.Tensor:
+    """One mask at a time in the neighbourhood of its box only, for on a CPU every pixel costs."""
     height, width = image_size
     result = torch.zeros((len(masks), height, width), dtype=torch.bool, device=masks.device)
-    if masks.device.type == "cpu":
-        # Only the neighbourhood of the box can be above the threshold, and on a CPU every pixel costs.
-        for index, box in enumerate(boxes):
-            x0, y0 = (int(v) for v in (box[:2].floor() - 1).clamp(min=0))
-            x1, y1 = min(int(box[2].ceil()) + 1, width), min(int(box[3].ceil()) + 1, height)
-            soft = _sample(masks[index : index + 1], box[None], (y0, y1), (x0, x1))
-            result[index, y0:y1, x0:x1] = soft[0] >= threshold
-        return result
-    step = max(1, PASTE_PIXELS // max(1, height * width))
+    for index, box in enumerate(boxes):
+        x0, y0 = (int(v) for v in (box[:2].floor() - 1).clamp(min=0))
+        x1, y1 = min(int(box[2].ceil()) + 1, width), min(int(box[3].ceil()) + 1, height)
+        soft = _sample(masks[index : index + 1], box[None], (y0, y1), (x0, x1))
+        result[index, y0:y1, x0:x1] = soft[0] >= threshold
+    return result
+
+
+def _paste_in_chunks(
+    masks: torch.Tensor, boxes: torch.Tensor, image_size: tuple[int, int], threshold: float, pixels: int
+) -> torch.Tensor:
+    """Many whole images at a time, at most `pixels` of them together, for on a GPU every call costs."""
+    height, width = image_size
+    result = torch.zeros((len(masks), height, width), dtype=torch.bool, device=masks.device)
+    step = max(1, pixels // max(1, height * width))
     for start in range(0, len(masks), step):
         part = slice(start, start + step)
         result[part] = _sample(masks[part], boxes[part], (0, height), (0, width)) >= threshold

@@ -1,0 +1,169 @@
+"""Small detectors, images and weights that come from closed formulas, the same on every machine.
+
+The parity tests, the recorded golden outputs and the tests of the model share them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+
+CLASSES = 5
+
+COMMON = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.MASK_ON": True,
+    "MODEL.PIXEL_STD": [57.0, 58.0, 59.0],
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 64,
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 150,
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": 100,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 80,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 40,
+    "MODEL.ROI_HEADS.NUM_CLASSES": CLASSES,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 32,
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.02,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 12,
+    "TEST.DETECTIONS_PER_IMAGE": 20,
+}
+FPN = {
+    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
+    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.OUT_CHANNELS": 16,
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[12], [24], [48], [72], [96]],
+    "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
+    "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
+    "MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
+    "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 2,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": 2,
+}
+C4 = {
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[16, 32, 64]],
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 6,
+}
+DC5 = {
+    "MODEL.RESNETS.OUT_FEATURES": ["res5"],
+    "MODEL.RESNETS.RES5_DILATION": 2,
+    "MODEL.RPN.IN_FEATURES": ["res5"],
+    "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
+    "MODEL.ROI_HEADS.IN_FEATURES": ["res5"],
+    "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
+}
+R18 = {
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
+}
+FULL_WIDTH = {
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 256,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 64,
+}
+
+
+# Last layers whose output must stay small enough to leave something to decide.
+GAINS = {"objectness": 0.3, "anchor_deltas": 0.1, "cls_score": 0.2, "bbox_pred": 0.3}
+
+
+def configure(cfg: Any, *settings: dict[str, Any]) -> Any:
+    """`cfg` (this project's or Detectron2's defaults) as a small detector; later settings win."""
+    merged = {key: value for part in (COMMON, *settings) for key, value in part.items()}
+    cfg.merge_from_list([item for pair in merged.items() for item in pair])
+    return cfg
+
+
+def hashed(name: str, count: int) -> np.ndarray:
+    """`count` float64 numbers in [-1, 1) that look random and follow from `name` by integer arithmetic alone."""
+    x = np.arange(count, dtype=np.uint64) * np.uint64(2654435761) + np.uint64(zlib.crc32(name.encode()))
+    for _ in range(2):
+        x &= np.uint64(0xFFFFFFFF)
+        x = (x ^ (x >> np.uint64(16))) * np.uint64(0x45D9F3B)
+    x &= np.uint64(0xFFFFFFFF)
+    return (x ^ (x >> np.uint64(16))).astype(np.float64) / 2.0**31 - 1.0
+
+
+def formula_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Gives every parameter and statistic a value by its name, of a size that keeps activations alive."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if not tensor.is_floating_point():
+                continue
+            values = hashed(name, tensor.numel()).reshape(tuple(tensor.shape))
+            if "norm." in name:
+                centre, spread = {"weight": (0.6, 0.3), "running_var": (1.0, 0.5)}.get(name.rsplit(".", 1)[1], (0, 0.1))
+                values = centre + spread * values
+            elif tensor.ndim > 1:
+                fan_in = tensor[0].numel()
+                gain = next((g for key, g in GAINS.items() if key in name), 1.0)
+                values = values * (6.0 / fan_in) ** 0.5 * gain
+            else:
+                values = values * 0.1
+            tensor.copy_(torch.from_numpy(values))
+    return model
+
+
+def images(sizes: tuple[tuple[int, int], ...] = ((90, 125), (76, 96))) -> list[torch.Tensor]:
+    """uint8 (3, H, W) images: waves, blocks and a little noise."""
+    result = []
+    for index, (height, width) in enumerate(sizes):
+        y, x = np.mgrid[0:height, 0:width]
+        noise = hashed(f"image{index}", 3 * height * width).reshape(3, height, width)
+        planes = [(x * (3 + c) + y * (5 - c) + index * 40) % 256 // 32 * 32 for c in range(3)]
+        pixels = np.stack(planes) + ((x // 17 + y // 13) % 2 * 60)[None] + 20 * noise
+        result.append(torch.from_numpy(np.clip(pixels, 0, 255).astype(np.uint8)))
+    return result
+
+
+def objects(index: int) -> tuple[torch.Tensor, torch.Tensor, list[list[np.ndarray]]]:
+    """Boxes (N, 4), classes (N,) and triangles of the index-th image."""
+    boxes = torch.tensor([[8, 10, 40, 52], [30, 20, 85, 70], [50, 5, 72, 30.5]], dtype=torch.float32)[index:]
+    classes = torch.tensor([1, 4, 0])[index:]
+    triangles = [[np.array([a, b, c, b, (a + c) / 2, d])] for a, b, c, d in boxes.tolist()]
+    return boxes, classes, triangles
+
+
+def our_batch(train: bool) -> list[dict[str, Any]]:
+    """The two images as this project's mapper hands them over, originals of twice their size."""
+    from loco_det.data.masks import PolygonMasks
+    from loco_det.structures import Instances
+
+    batch = []
+    for index, image in enumerate(images()):
+        item = {"image": image, "height": 2 * image.shape[1], "width": 2 * image.shape[2] + 1}
+        if train:
+            boxes, classes, polygons = objects(index)
+            item["instances"] = Instances(tuple(image.shape[1:]), boxes, classes, masks=PolygonMasks(polygons))
+        batch.append(item)
+    return batch
+
+
+def detectron2_batch(train: bool) -> list[dict[str, Any]]:
+    """The same two images as Detectron2's mapper hands them over."""
+    from detectron2.structures import Boxes, Instances, PolygonMasks
+
+    batch = []
+    for index, image in enumerate(images()):
+        item = {"image": image, "height": 2 * image.shape[1], "width": 2 * image.shape[2] + 1}
+        if train:
+            boxes, classes, polygons = objects(index)
+            item["instances"] = Instances(
+                tuple(image.shape[1:]),
+                gt_boxes=Boxes(boxes),
+                gt_classes=classes,
+                gt_masks=PolygonMasks(polygons),
+            )
+        batch.append(item)
+    return batch
