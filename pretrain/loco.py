@@ -1,0 +1,255 @@
+"""The paper in one file: units, the stop-gradient between them, and one exact local training step.
+
+LoCo (Xiong, Ren, Urtasun, NeurIPS 2020), SimCLR end to end and Greedy InfoMax (GIM) are one thing with
+different units. A **unit** is a run of consecutive stages trained by one contrastive loss. Its gradient stops at
+its first stage. Units may overlap: the stage that two units share is the last stage of the lower one, so part of
+its decoder, and the first of the upper one, whose loss it carries back to the unit below.
+
+    simclr   [res2 res3 res4 res5]                      one loss, end to end
+    gim      [res2] [res3] [res4] [res5]                no overlap, nothing crosses a border
+    loco     [res2 res3] [res3 res4] [res4 res5]        each inner stage stands in two units
+
+Shape legend: B images, two views each, so stages run on a batch of 2B; D numbers in an embedding.
+
+**The step.** Each stage is forwarded once, from a detached input, so that autograd's graph ends at its borders. As
+soon as the last stage of a unit has run, the unit's loss is known, and its gradient walks down by hand, one
+vector-Jacobian product per stage. Call U(k, t) the units that cover stage k and start at t or below. These sets
+are nested; the largest, all units that cover k, is what k's weights learn from:
+
+- the *parameter pass* of k sends the summed gradient of all units covering k through k. It is the only pass
+  that computes weight gradients, and it also gives the input gradient if none of those units starts at k.
+- each smaller set must be passed on alone, because the others' gradient stops at a start further up: one
+  *input-only pass* per set, no weight gradients.
+
+A pass runs as soon as the last unit in its set has its loss. After the parameter pass the stage's activations are
+dropped and its gradients are final, while the stages above have yet to run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from loco_det.backbone import ResNet
+from loco_det.errors import UserError
+
+METHODS = {
+    "simclr": [["res2", "res5"]],
+    "gim": [["res2", "res2"], ["res3", "res3"], ["res4", "res4"], ["res5", "res5"]],
+    "loco": [["res2", "res3"], ["res3", "res4"], ["res4", "res5"]],
+}
+
+
+# --- units ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Stages `first`..`last` (positions, both included) that one loss trains."""
+
+    first: int
+    last: int
+
+    def covers(self, stage: int) -> bool:
+        return self.first <= stage <= self.last
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of the backbone's blocks that no unit border divides."""
+
+    name: str
+    module: nn.Sequential
+    channels: int
+
+
+def split_backbone(backbone: ResNet, units: list[list[str]]) -> tuple[list[Stage], list[Unit]]:
+    """Cut the backbone into stages at the borders of `units`.
+
+    Args:
+        backbone: its modules are shared with the stages, not copied.
+        units: [first, last] pairs of stage names: "res3", or some of its blocks, "res3.1" or "res3.0-1". "stem"
+            may be named; where it is not, it belongs to res2's first block.
+
+    Returns:
+        The stages in order and, for each pair, the unit over them.
+
+    Raises:
+        UserError: a name that the backbone lacks, a unit that ends before it starts, a block that no unit trains.
+    """
+    blocks = [
+        (f"{name}.{i}", block) for name in backbone.stage_names[1:] for i, block in enumerate(getattr(backbone, name))
+    ]
+    blocks.insert(0, ("stem", backbone.stem))
+    spans = []
+    for pair in units:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise UserError(f"UNITS: {pair!r} is not a [first, last] pair of stage names such as [res2, res3]")
+        (first, _), (_, last) = (_block_range(str(name), [b for b, _ in blocks]) for name in pair)
+        spans.append((first, last))
+    if not any("stem" in map(str, pair) for pair in units):
+        spans = [(0 if first == 1 else first, last) for first, last in spans]
+    for (first, last), pair in zip(spans, units):
+        if last < first:
+            raise UserError(f"UNITS: {list(pair)} ends before it starts; give the lower stage first")
+    for position, (name, _) in enumerate(blocks):
+        if not any(first <= position <= last for first, last in spans):
+            raise UserError(f"UNITS: no unit trains {name}; add one that covers it")
+    starts = sorted({0} | {first for first, _ in spans} | {last + 1 for _, last in spans} - {len(blocks)})
+    stages = [_stage(blocks[a:b], backbone) for a, b in zip(starts, [*starts[1:], len(blocks)])]
+    return stages, [Unit(starts.index(first), _stage_of(last, starts)) for first, last in spans]
+
+
+def _block_range(name: str, blocks: list[str]) -> tuple[int, int]:
+    """Positions of the first and last block that `name` means."""
+    match = re.fullmatch(r"(stem|res\d)(?:\.(\d+)(?:-(\d+))?)?", name)
+    if match:
+        stage, low, high = match.groups()
+        own = [i for i, block in enumerate(blocks) if block.split(".")[0] == stage]
+        first = int(low) if low else 0
+        last = int(high) if high else first if low else len(own) - 1
+        if own and first <= last < len(own):
+            return own[first], own[last]
+    raise UserError(f"UNITS: {name!r} is not in this backbone; its blocks are {blocks[0]}, {blocks[1]} .. {blocks[-1]}")
+
+
+def _stage_of(block: int, starts: list[int]) -> int:
+    return max(i for i, start in enumerate(starts) if start <= block)
+
+
+def _stage(blocks: list[tuple[str, nn.Module]], backbone: ResNet) -> Stage:
+    names = [name for name, _ in blocks]
+    channels = backbone.channels[names[-1].split(".")[0]]
+    name = names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
+    return Stage(name, nn.Sequential(*(block for _, block in blocks)), channels)
+
+
+# --- one step ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One vector-Jacobian product through a stage, for the gradient of some of the units that cover it."""
+
+    units: frozenset[int]
+    when: int  # the stage after whose forward the last of these units has its loss
+    weights: bool  # the parameter pass: weight gradients too, then the stage's activations are dropped
+    input: bool  # the gradient goes on to the stage below
+
+
+def plan_passes(units: list[Unit], stages: int) -> list[list[Pass]]:
+    """The passes of each stage in the order in which they run; the last of a stage is its parameter pass.
+
+    In units of one forward the parameter pass costs 2 and an input-only pass 1, so inner stages of LoCo cost 4 with
+    their forward and everything in GIM and SimCLR costs 3.
+    """
+    plan = []
+    for k in range(stages):
+        covering = {i for i, unit in enumerate(units) if unit.covers(k)}
+        passes = []
+        for start in sorted({units[i].first for i in covering}):
+            some = frozenset(i for i in covering if units[i].first <= start)
+            when = max(units[i].last for i in some)
+            passes.append(Pass(some, when, weights=some == covering, input=start < k))
+        plan.append(passes)
+    return plan
+
+
+@dataclass
+class _Forward:
+    """A stage's forward, kept until its parameter pass, and the gradients that have reached its output."""
+
+    input: Tensor
+    output: Tensor
+    from_losses: dict[int, Tensor] = field(default_factory=dict)  # unit that ends here -> gradient
+    from_above: dict[frozenset[int], Tensor] = field(default_factory=dict)  # units of the pass above -> gradient
+
+
+class LocalTrainer:
+    """Runs the stages under their units' losses and leaves every gradient in `.grad`.
+
+    Args:
+        stages: in order; stage k reads stage k-1's output.
+        units: any list; together they cover every stage.
+        losses: for each unit, from its last stage's output (2B, C, H, W) to a scalar (a decoder and NT-Xent).
+        on_final: called with a stage's position once its weight gradients are final, in the middle of the step;
+            the place for an all-reduce.
+    """
+
+    def __init__(
+        self,
+        stages: list[nn.Module],
+        units: list[Unit],
+        losses: list[Callable[[Tensor], Tensor]],
+        on_final: Callable[[int], None] | None = None,
+    ) -> None:
+        self.stages, self.units, self.losses = stages, units, losses
+        self.plan = plan_passes(units, len(stages))
+        self.parameters = [[p for p in stage.parameters() if p.requires_grad] for stage in stages]
+        self.on_final = on_final
+
+    def step(self, x: Tensor, *, autocast: Callable[[], object] | None = None, scale: float = 1.0) -> list[Tensor]:
+        """One forward and all gradients, added to `.grad` as backward does.
+
+        Args:
+            x: (2B, 3, H, W), the first view of every image, then the second.
+            autocast: makes the context in which forwards run; gradients are computed outside it.
+            scale: factor on every gradient (the loss scale of fp16 training).
+
+        Returns:
+            Each unit's loss, detached scalars.
+        """
+        context = autocast or torch.enable_grad
+        alive: dict[int, _Forward] = {}
+        losses: dict[int, Tensor] = {}
+        for k, stage in enumerate(self.stages):
+            x = x.detach()  # the stop-gradient: from here on autograd cannot see the stage below
+            x.requires_grad_(any(p.input for p in self.plan[k]))
+            with context():
+                alive[k] = _Forward(x, stage(x))
+            x = alive[k].output
+            for i in self._ending(k):
+                losses[i] = self._loss(i, alive[k], context, scale)
+            self._walk_down(k, alive)
+        return [losses[i] for i in range(len(self.units))]
+
+    def _ending(self, k: int) -> list[int]:
+        return [i for i, unit in enumerate(self.units) if unit.last == k]
+
+    def _loss(self, i: int, top: _Forward, context: Callable[[], object], scale: float) -> Tensor:
+        """Unit i's loss; its decoder learns at once and its gradient waits at the top of its last stage."""
+        output = top.output.detach().requires_grad_()
+        with context():
+            loss = self.losses[i](output)
+        (loss * scale).backward()
+        top.from_losses[i] = output.grad
+        return loss.detach()
+
+    def _walk_down(self, when: int, alive: dict[int, _Forward]) -> None:
+        """Every pass that the losses known after stage `when` complete, from the top down."""
+        for k in range(when, -1, -1):
+            for p in self.plan[k]:
+                if p.when == when:
+                    gradient = self._pass(k, alive[k], p)
+                    if p.input:
+                        alive[k - 1].from_above[p.units] = gradient
+                    if p.weights:
+                        del alive[k]
+                        if self.on_final is not None:
+                            self.on_final(k)
+
+    def _pass(self, k: int, at: _Forward, p: Pass) -> Tensor | None:
+        parts = [gradient for i, gradient in at.from_losses.items() if i in p.units]
+        through = frozenset(i for i in p.units if self.units[i].covers(k + 1))
+        if through:
+            parts.append(at.from_above[through])
+        gradient = sum(parts[1:], start=parts[0])
+        if not p.weights:
+            return torch.autograd.grad(at.output, at.input, gradient, retain_graph=True)[0]
+        wanted = [*self.parameters[k], at.input] if p.input else self.parameters[k]
+        torch.autograd.backward(at.output, gradient, inputs=wanted)
+        return at.input.grad

@@ -1,0 +1,57 @@
+"""Optimizers and the learning-rate schedule of contrastive pretraining."""
+
+from __future__ import annotations
+
+import torch
+from fvcore.common.config import CfgNode
+from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
+    CosineParamScheduler,
+    LinearParamScheduler,
+    ParamScheduler,
+)
+from timm.optim import Lars
+from torch import nn
+
+from loco_det.errors import UserError
+
+
+def build_optimizer(cfg: CfgNode, modules: nn.Module) -> torch.optim.Optimizer:
+    """LARS, SGD or AdamW over all parameters; biases and normalisation terms get no weight decay.
+
+    With LARS those also get no trust ratio, as in SimCLR (timm adapts only what decays). The learning rate is set
+    by the schedule before every step.
+
+    Raises:
+        UserError: SOLVER.OPTIMIZER names none of them.
+    """
+    decayed = [p for p in modules.parameters() if p.ndim > 1]
+    plain = [p for p in modules.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": cfg.SOLVER.WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if cfg.SOLVER.OPTIMIZER == "lars":
+        return Lars(groups, lr=0.0, momentum=cfg.SOLVER.MOMENTUM)
+    if cfg.SOLVER.OPTIMIZER == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=cfg.SOLVER.MOMENTUM)
+    if cfg.SOLVER.OPTIMIZER == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0)
+    raise UserError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}; use lars, sgd or adamw")
+
+
+def learning_rate(cfg: CfgNode, total_steps: int, steps_per_epoch: int) -> ParamScheduler:
+    """Linear warm-up from 0, then a half cosine to 0; call it with the share of the run that is done, in [0, 1).
+
+    The peak is BASE_LR * BATCH_SIZE / 256 for lars and sgd (BATCH_SIZE counts all processes) and BASE_LR itself
+    for adamw.
+    """
+    peak = cfg.SOLVER.BASE_LR
+    if cfg.SOLVER.OPTIMIZER != "adamw":
+        peak *= cfg.SOLVER.BATCH_SIZE / 256
+    share = min(1.0, cfg.SOLVER.WARMUP_EPOCHS * steps_per_epoch / total_steps)
+    cosine = CosineParamScheduler(peak, 0.0)
+    if share == 0:
+        return cosine
+    warmup = LinearParamScheduler(0.0, peak)
+    if share == 1:
+        return warmup
+    return CompositeParamScheduler([warmup, cosine], ["rescaled", "rescaled"], [share, 1 - share])

@@ -1,0 +1,163 @@
+"""The local step against each unit run and differentiated alone, and its limiting cases."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from loco_det.backbone import ResNet
+from loco_det.errors import UserError
+from pretrain.decoders import Decoder
+from pretrain.loco import METHODS, LocalTrainer, Unit, plan_passes, split_backbone
+from pretrain.loss import nt_xent
+
+UNIT_LISTS = {
+    **METHODS,
+    "nested": [["res2", "res5"], ["res3", "res4"]],
+    "wide overlaps": [["res2", "res4"], ["res3", "res5"]],
+    "same start": [["res2", "res3"], ["res2", "res5"], ["res3", "res5"]],
+    "twice the same unit": [["res2", "res5"], ["res2", "res5"]],
+    "inside a stage": [["stem", "res2.0"], ["res2.1", "res3.0"], ["res3.0-1", "res4.0"], ["res3.1", "res5.1"]],
+    "one block each": [["stem", "stem"]] + [[f"res{s}.{b}"] * 2 for s in (2, 3, 4, 5) for b in (0, 1)],
+}
+
+
+def build(units: list[list[str]], depth: int = 18):
+    torch.manual_seed(0)
+    backbone = ResNet(depth, stem="cifar").double()
+    stages, spans = split_backbone(backbone, units)
+    decoders = nn.ModuleList(
+        Decoder(stages[u.last].channels, conv_blocks=1, mlp_layers=2, hidden_dim=16, out_dim=8) for u in spans
+    ).double()
+    losses = [lambda h, d=d: nt_xent(d(h), 0.2) for d in decoders]
+    return backbone, stages, spans, decoders, losses
+
+
+def gradients(*modules: nn.Module) -> list[torch.Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for m in modules for p in m.parameters()]
+
+
+def obvious_step(stages, units, losses, x) -> list[float]:
+    """Every unit by itself: forward from the stop-gradient, one backward through the whole unit."""
+    values = []
+    for unit, loss in zip(units, losses):
+        h = x
+        with torch.no_grad():
+            for stage in stages[: unit.first]:
+                h = stage.module(h)
+        for stage in stages[unit.first : unit.last + 1]:
+            h = stage.module(h)
+        value = loss(h)
+        value.backward()
+        values.append(value.item())
+    return values
+
+
+@pytest.mark.parametrize("name", UNIT_LISTS)
+def test_every_gradient_equals_that_of_the_units_run_alone(name: str) -> None:
+    x = torch.randn(6, 3, 16, 16, dtype=torch.float64)
+    backbone, stages, units, decoders, losses = build(UNIT_LISTS[name])
+    expected_losses = obvious_step(stages, units, losses, x)
+    expected = gradients(backbone, decoders)
+    backbone, stages, units, decoders, losses = build(UNIT_LISTS[name])
+    got_losses = LocalTrainer([s.module for s in stages], units, losses).step(x)
+    assert [v.item() for v in got_losses] == pytest.approx(expected_losses, abs=1e-12)
+    for want, got in zip(expected, gradients(backbone, decoders)):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+    assert any(g.abs().max() > 1e-6 for g in expected)
+
+
+def test_one_unit_over_everything_is_end_to_end_simclr() -> None:
+    x = torch.randn(6, 3, 16, 16, dtype=torch.float64)
+    backbone, stages, units, decoders, losses = build(METHODS["simclr"])
+    assert (len(stages), units) == (1, [Unit(0, 0)])
+    LocalTrainer([s.module for s in stages], units, losses).step(x)
+    got = gradients(backbone, decoders)
+    backbone, _, _, decoders, losses = build(METHODS["simclr"])
+    losses[0](backbone(x)["res5"]).backward()
+    for want, have in zip(gradients(backbone, decoders), got):
+        torch.testing.assert_close(have, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("method", "loss", "reached"), [("gim", 2, {4}), ("loco", 1, {3, 4}), ("loco", 2, {4, 5})])
+def test_a_stage_outside_a_unit_gets_exactly_nothing_from_it(method: str, loss: int, reached: set[int]) -> None:
+    backbone, stages, units, _, losses = build(METHODS[method])
+    only = [f if i == loss else (lambda h: h.sum() * 0) for i, f in enumerate(losses)]
+    LocalTrainer([s.module for s in stages], units, only).step(torch.randn(6, 3, 16, 16, dtype=torch.float64))
+    for name in ("stem", "res2", "res3", "res4", "res5"):
+        touched = any(g.abs().max() > 0 for g in gradients(getattr(backbone, name)))
+        assert touched == (name[-1].isdigit() and int(name[-1]) in reached)
+
+
+def test_batch_statistics_are_updated_once() -> None:
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    backbone, stages, units, _, losses = build(METHODS["loco"])
+    LocalTrainer([s.module for s in stages], units, losses).step(x)
+    other, *_ = build(METHODS["loco"])
+    other(x)
+    for (name, got), want in zip(backbone.state_dict().items(), other.state_dict().values()):
+        if "running" in name or "tracked" in name:
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "costs", "final_after"),
+    [("simclr", [3], [0]), ("gim", [3, 3, 3, 3], [0, 1, 2, 3]), ("loco", [3, 4, 4, 3], [1, 2, 3, 3])],
+)
+def test_the_plan_is_minimal_and_early(method: str, costs: list[int], final_after: list[int]) -> None:
+    _, stages, units, _, _ = build(METHODS[method])
+    plan = plan_passes(units, len(stages))
+    assert [1 + sum(1 + p.weights for p in passes) for passes in plan] == costs
+    assert [passes[-1].when for passes in plan] == final_after
+
+
+def test_gradients_are_final_when_on_final_says_so() -> None:
+    _, stages, units, _, losses = build(METHODS["loco"])
+    seen: dict[int, list[torch.Tensor]] = {}
+    trainer = LocalTrainer(
+        [s.module for s in stages], units, losses, lambda k: seen.update({k: gradients(stages[k].module)})
+    )
+    trainer.step(torch.randn(4, 3, 16, 16, dtype=torch.float64))
+    assert list(seen) == [0, 1, 3, 2]  # 3 before 2: the top stage's gradient flows down into its neighbour
+    for k, early in seen.items():
+        for a, b in zip(early, gradients(stages[k].module)):
+            assert torch.equal(a, b)
+
+
+def test_scale_multiplies_every_gradient() -> None:
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    results = []
+    for scale in (1.0, 8.0):
+        backbone, stages, units, decoders, losses = build(METHODS["loco"])
+        LocalTrainer([s.module for s in stages], units, losses).step(x, scale=scale)
+        results.append(gradients(backbone, decoders))
+    for one, eight in zip(*results):
+        torch.testing.assert_close(eight, one * 8, rtol=1e-12, atol=0)
+
+
+def test_stages_partition_the_backbone() -> None:
+    for units in UNIT_LISTS.values():
+        backbone, stages, spans, _, _ = build(units)
+        ids = [id(p) for s in stages for p in s.module.parameters()]
+        assert ids == [id(p) for p in backbone.parameters()]
+        assert all(b.first <= a.last + 1 for a, b in pairwise(sorted(spans, key=lambda u: u.first)))
+
+
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [
+        ([["res2", "res6"]], "'res6' is not in this backbone"),
+        ([["res2", "res5.7"]], "'res5.7' is not in this backbone"),
+        ([["res3", "res2"], ["res2", "res5"]], "ends before it starts"),
+        ([["res2", "res3"], ["res5", "res5"]], "no unit trains res4.0"),
+        ([["res2"]], "is not a"),
+        (["res2"], "is not a"),
+        ([["stem.1", "res5"]], "'stem.1' is not in this backbone"),
+    ],
+)
+def test_units_that_cannot_be(units: list, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(units)
