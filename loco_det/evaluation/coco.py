@@ -1,0 +1,211 @@
+"""COCO box and mask AP from predictions in COCO's result format, by hotcoco or by pycocotools.
+
+Both evaluators give the same numbers to the last bit; hotcoco is the one that runs, pycocotools the one that
+papers quote. Input on which they could part is refused first (coco_checks.py).
+
+Shape legend: N instances of one image, H x W its size in pixels; T = 10 IoU thresholds .50:.05:.95, R = 101 recall
+levels, K categories in ascending order of their ids, A = 4 area ranges (all, small, medium, large).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hotcoco
+import msgspec
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from loco_det.errors import UserError
+from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
+from loco_det.runtime import atomic_write
+from loco_det.structures import Instances
+
+EVALUATORS = ("hotcoco", "pycocotools")
+_RESULT_BATCH = 10_000  # results encoded at a time when they are written
+
+# --- evaluation -------------------------------------------------------------------------------------------------
+
+
+def evaluate_coco(
+    annotations: str | Path,
+    results: list[dict[str, Any]],
+    iou_types: Sequence[str] = ("bbox", "segm"),
+    *,
+    evaluator: str = "hotcoco",
+    max_dets: int = 100,
+) -> dict[str, dict[str, float]]:
+    """Average precision in percent, under Detectron2's names.
+
+    Args:
+        annotations: ground truth in COCO format.
+        results: COCO results, `instances_to_coco` makes them; left as they are. An empty list gives AP 0.
+        iou_types: "bbox" and/or "segm".
+        evaluator: "hotcoco", or "pycocotools" for the reference; the numbers are the same.
+        max_dets: detections that count per image and category, highest score first.
+
+    Returns:
+        {iou type: {"AP", "AP50", "AP75", "APs", "APm", "APl", "AP-<class>" ...}}; NaN where there is no object to
+        find. With a single class there is no "AP-<class>", as in Detectron2. Sizes are by box area for "bbox"
+        and by mask area for "segm" (detectron2/evaluation/coco_evaluation.py).
+
+    Raises:
+        UserError: as `read_ground_truth` and `check_results`, or an unknown evaluator.
+    """
+    if evaluator not in EVALUATORS:
+        raise UserError(f"There is no evaluator '{evaluator}'; choose one of {', '.join(EVALUATORS)}.")
+    if max_dets < 1:
+        raise UserError(f"The number of detections per image is {max_dets}; it must be at least 1.")
+    if not iou_types or not set(iou_types) <= {"bbox", "segm"}:
+        raise ValueError(f"iou_types must be some of 'bbox', 'segm', not {iou_types!r}")
+    truth = read_ground_truth(annotations, iou_types)
+    detections = check_results(results, truth, iou_types)
+    precision = (_hotcoco if evaluator == "hotcoco" else _pycocotools)(truth, detections, iou_types, max_dets)
+    return {iou_type: _summarise(values, truth.categories) for iou_type, values in precision.items()}
+
+
+def _hotcoco(
+    truth: GroundTruth, detections: Detections, iou_types: Sequence[str], max_dets: int
+) -> dict[str, np.ndarray]:
+    """{iou type: precision (T, R, K, A) float64, -1 where undefined}."""
+    try:
+        gt = hotcoco.COCO(str(truth.path))
+    except ValueError as error:
+        raise UserError(f"hotcoco cannot read {truth.path} ({error}); try --evaluator pycocotools.") from error
+    d = detections
+    columns = np.column_stack([d.image_ids, d.boxes, d.scores, d.category_ids]).astype(np.float64)
+    precision = {}
+    for iou_type in iou_types:
+        if iou_type == "bbox" or not len(columns):
+            dt = gt.load_res(columns)
+        else:
+            dt = gt.load_res(columns, segmentation=d.masks)
+            area = np.asarray(hotcoco.mask.area(d.masks), dtype=np.float64)  # it took the box's
+            dt.update_anns(ids=np.arange(1, len(area) + 1), area=area)
+        evaluation = hotcoco.COCOeval(gt, dt, iou_type)
+        evaluation.params.max_dets = [max_dets]  # AP needs no other
+        evaluation.evaluate()
+        evaluation.accumulate()
+        precision[iou_type] = np.asarray(evaluation.eval["precision"])[..., -1]
+    return precision
+
+
+def _pycocotools(
+    truth: GroundTruth, detections: Detections, iou_types: Sequence[str], max_dets: int
+) -> dict[str, np.ndarray]:
+    """As `_hotcoco`, in pycocotools' standard protocol."""
+    precision = {}
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports every step
+        gt = COCO(str(truth.path))
+        for number, annotation in enumerate(gt.dataset["annotations"], 1):
+            annotation["id"] = number  # a match with id 0 would read as no match
+            annotation.setdefault("iscrowd", 0)
+        gt.createIndex()
+        for iou_type in iou_types:
+            evaluation = COCOeval(gt, _load_res(gt, detections, iou_type), iou_type)
+            evaluation.params.maxDets = [1, 10, max_dets]
+            evaluation.evaluate()
+            evaluation.accumulate()
+            precision[iou_type] = evaluation.eval["precision"][..., -1]
+    return precision
+
+
+def _load_res(gt: COCO, d: Detections, iou_type: str) -> COCO:
+    """Each result with its box or its mask, not both: pycocotools takes the size from the box where there is one."""
+    if not len(d.scores):
+        empty = COCO()  # loadRes looks at the first result
+        empty.dataset = {**gt.dataset, "annotations": []}
+        empty.createIndex()
+        return empty
+    key, shapes = ("bbox", d.boxes.tolist()) if iou_type == "bbox" else ("segmentation", d.masks)
+    columns = zip(d.image_ids.tolist(), d.category_ids.tolist(), d.scores.tolist(), shapes)
+    return gt.loadRes([{"image_id": i, "category_id": c, "score": s, key: shape} for i, c, s, shape in columns])
+
+
+def _summarise(precision: np.ndarray, categories: list[tuple[int, str]]) -> dict[str, float]:
+    every, small, medium, large = np.moveaxis(precision, -1, 0)
+    selections = {"AP": every, "AP50": every[0], "AP75": every[5], "APs": small, "APm": medium, "APl": large}
+    if len(categories) > 1:
+        names = [name for _, name in categories]
+        for k, (category_id, name) in enumerate(categories):
+            label = name if names.count(name) == 1 else f"{name} (id {category_id})"
+            selections[f"AP-{label}"] = every[..., k]
+    return {name: _percent(values) for name, values in selections.items()}
+
+
+def _percent(precision: np.ndarray) -> float:
+    defined = precision[precision > -1]  # one dimension: the same order of summation whatever the memory layout
+    return float(np.mean(defined) * 100) if defined.size else math.nan
+
+
+# --- predictions in, files and tables out -----------------------------------------------------------------------
+
+
+def instances_to_coco(instances: Instances, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """Detections of one image in COCO's result format.
+
+    Args:
+        instances: boxes (N, 4) XYXY in the original image, scores (N,), classes (N,) and, if there are any,
+            masks (N, H, W) bool; on any device.
+        image_id: the image's id in the annotation file.
+        category_ids: the dataset's category id of every class.
+
+    Returns:
+        N dicts of image_id, category_id, bbox [x, y, width, height], score and, with masks, segmentation as
+        compressed RLE whose counts are a str, ready for JSON.
+    """
+    boxes = instances.boxes.cpu().clone()
+    boxes[:, 2:] -= boxes[:, :2]
+    columns = zip(instances.classes.tolist(), boxes.tolist(), instances.scores.tolist())
+    results = [
+        {"image_id": image_id, "category_id": category_ids[c], "bbox": box, "score": score} for c, box, score in columns
+    ]
+    if instances.masks is not None:
+        for result, mask in zip(results, instances.masks.cpu().numpy()):
+            rle = hotcoco.mask.encode(mask)  # the bytes of pycocotools' encoder in a third of its time
+            result["segmentation"] = {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+    return results
+
+
+def write_results(output_dir: str | Path, results: list[dict[str, Any]]) -> Path:
+    """Write OUTPUT_DIR/inference/coco_instances_results.json whole or not at all; returns its path.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = Path(output_dir) / "inference" / "coco_instances_results.json"
+    with atomic_write(path) as file:
+        file.write(b"[")
+        for start in range(0, len(results), _RESULT_BATCH):
+            batch = msgspec.json.encode(results[start : start + _RESULT_BATCH])
+            file.write((b"," if start else b"") + batch[1:-1])
+        file.write(b"]")
+    return path
+
+
+def format_results(results: dict[str, dict[str, float]]) -> str:
+    """The numbers of `evaluate_coco` as text tables: a summary and the categories, for each IoU type."""
+    tables = []
+    for iou_type, numbers in results.items():
+        summary = {name: value for name, value in numbers.items() if not name.startswith("AP-")}
+        categories = {name[3:]: value for name, value in numbers.items() if name.startswith("AP-")}
+        tables.append(f"{iou_type} AP:\n" + _table([list(summary), [f"{v:.3f}" for v in summary.values()]]))
+        if categories:
+            cells = [cell for name, value in categories.items() for cell in (name, f"{value:.3f}")]
+            columns = min(6, len(cells))
+            cells += [""] * (-len(cells) % columns)
+            rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+            tables.append(f"{iou_type} AP per category:\n" + _table([["category", "AP"] * (columns // 2), *rows]))
+    return "\n\n".join(tables)
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
