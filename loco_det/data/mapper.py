@@ -1,0 +1,143 @@
+"""From an annotated image on disk to what the detector trains on.
+
+Equal to Detectron2's default mapper (data/dataset_mapper.py) for the same random draws: the image bit for bit, boxes,
+classes and masks too. One difference is meant: coordinates that a JSON file writes as whole numbers are scaled like
+any others, where Detectron2 cuts off what follows the decimal point.
+
+Shape legend: H x W the image after the transforms, N its annotated objects.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from pycocotools import mask as coco_mask
+
+from loco_det.data.coco import Record, decode_segmentation
+from loco_det.data.images import read_image
+from loco_det.data.masks import BitMasks, PolygonMasks, rasterize
+from loco_det.data.transforms import Transform, check_input, draw_transforms, resize_short_side
+from loco_det.errors import UserError
+from loco_det.structures import Instances
+
+# Pixels; an object whose box is no wider or higher after the transforms is left out.
+SMALLEST_SIDE = 1e-5
+
+
+def sample_rng(seed: int, position: int) -> np.random.RandomState:
+    """The random numbers of one sample, a function of the run's seed and the sample's place in the stream alone.
+
+    RandomState, because its stream is fixed for ever, which Generator's is not, and because Detectron2 draws from
+    one, so that equality is testable.
+    """
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, position])))
+
+
+class DetectionMapper:
+    """Turns a `Record` into the dict that the model takes.
+
+    Args:
+        cfg: Detectron2's keys; INPUT and MODEL.MASK_ON are read.
+        train: with random transforms and "instances", or resized for testing and without.
+
+    Raises:
+        UserError: a value of INPUT means nothing.
+    """
+
+    def __init__(self, cfg: CfgNode, train: bool):
+        check_input(cfg.INPUT)
+        self.input = cfg.INPUT
+        self.with_masks = bool(cfg.MODEL.MASK_ON)
+        self.train = train
+
+    def __call__(self, record: Record, rng: np.random.RandomState | None = None) -> dict[str, Any]:
+        """One sample.
+
+        Args:
+            rng: where the random transforms are drawn from; needed for training only.
+
+        Returns:
+            file_name, image_id, height, width: as in the record, i.e. of the original image.
+            image: (3, H, W) uint8 in INPUT.FORMAT order.
+            instances: training only, `Instances` in pixels of `image` without crowds and empty objects.
+
+        Raises:
+            UserError: the image is unreadable or of another size, or a segmentation missing or malformed.
+        """
+        image = read_image(record.file_name, self.input.FORMAT)
+        if image.shape[:2] != (record.height, record.width):
+            raise UserError(
+                f"{record.file_name} is {image.shape[1]} x {image.shape[0]} pixels but annotated (image id "
+                f"{record.image_id}) as {record.width} x {record.height}; correct the one or the other."
+            )
+        transforms = self._transforms(record, rng)
+        for transform in transforms:
+            image = transform.image(image)
+        sample = {
+            "file_name": record.file_name,
+            "image_id": record.image_id,
+            "height": record.height,
+            "width": record.width,
+            "image": torch.from_numpy(image.transpose(2, 0, 1).copy()),
+        }
+        if self.train:
+            sample["instances"] = self._instances(record, transforms, image.shape[:2])
+        return sample
+
+    def _transforms(self, record: Record, rng: np.random.RandomState | None) -> list[Transform]:
+        if self.train:
+            return draw_transforms(self.input, record.height, record.width, rng)
+        if self.input.MIN_SIZE_TEST == 0:
+            return []
+        size = (record.height, record.width, self.input.MIN_SIZE_TEST, self.input.MAX_SIZE_TEST)
+        return [resize_short_side(*size)]
+
+    def _instances(self, record: Record, transforms: list[Transform], size: tuple[int, int]) -> Instances:
+        rows = np.flatnonzero(~record.crowd)
+        corners = record.boxes[rows].astype(np.float64).reshape(-1, 2)
+        for transform in transforms:
+            corners = transform.points(corners)
+        corners = np.clip(corners, 0, size[::-1]).reshape(-1, 2, 2)
+        boxes = np.concatenate([corners.min(1), corners.max(1)], 1)
+        instances = Instances(
+            size,
+            boxes=torch.from_numpy(boxes).float(),
+            classes=torch.from_numpy(record.classes[rows]),
+        )
+        keep = torch.ones(len(rows), dtype=torch.bool)
+        if self.with_masks:
+            instances.masks = self._masks(record, rows, transforms, size)
+            keep = instances.masks.nonempty()
+            if self.input.CROP.ENABLED:
+                # The cut box of a cut object is not tight: a triangle's tip may lie outside the window.
+                instances.boxes = instances.masks.bounding_boxes()
+        sides = instances.boxes[:, 2:] - instances.boxes[:, :2]
+        return instances[keep & (sides > SMALLEST_SIDE).all(1)]
+
+    def _masks(
+        self, record: Record, rows: np.ndarray, transforms: list[Transform], size: tuple[int, int]
+    ) -> PolygonMasks | BitMasks:
+        as_polygons = self.input.MASK_FORMAT == "polygon"
+        masks: list[Any] = []
+        for k in rows:
+            segmentation = decode_segmentation(record, k)
+            which = f"{record.file_name}: annotation id {record.annotation_ids[k]}"
+            if segmentation is None:
+                raise UserError(f"{which} has no segmentation; set MODEL.MASK_ON False to train on boxes alone.")
+            if isinstance(segmentation, list):
+                for transform in transforms:
+                    segmentation = transform.polygons(segmentation)
+                masks.append(segmentation if as_polygons else rasterize(segmentation, *size))
+                continue
+            if as_polygons:
+                raise UserError(f"{which} is an RLE and not a polygon; set INPUT.MASK_FORMAT bitmask.")
+            bitmap = coco_mask.decode(segmentation)
+            for transform in transforms:
+                bitmap = transform.mask(bitmap)
+            masks.append(bitmap.astype(bool))
+        if as_polygons:
+            return PolygonMasks(masks)
+        return BitMasks(torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *size, dtype=torch.bool))

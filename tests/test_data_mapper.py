@@ -1,0 +1,321 @@
+"""The detection mapper: limiting cases, hostile input, and equality with Detectron2's for the same random draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fvcore.common.config import CfgNode
+from PIL import Image
+
+from loco_det.data.catalog import DatasetPaths, find_dataset
+from loco_det.data.coco import CocoDataset, load_coco
+from loco_det.data.mapper import DetectionMapper, sample_rng
+from loco_det.data.masks import rasterize
+from loco_det.data.transforms import Crop, Flip, resize_short_side
+from loco_det.detection.schema import get_cfg
+from loco_det.errors import UserError
+
+
+def config(*overrides) -> CfgNode:
+    cfg = get_cfg().clone()
+    cfg.defrost()
+    cfg.merge_from_list(["MODEL.MASK_ON", True, *overrides])
+    return cfg
+
+
+def make_dataset(folder: Path, rle: bool = False) -> CocoDataset:
+    """Three noise images with three polygons (or RLEs) each and one crowd."""
+    rng = np.random.default_rng(0)
+    (folder / "train").mkdir(parents=True)
+    images, annotations = [], []
+    for i, (h, w) in enumerate([(50, 70), (80, 41), (64, 64)]):
+        Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(folder / "train" / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "height": h, "width": w})
+        for _ in range(3):
+            angle = np.sort(rng.uniform(0, 2 * np.pi, 8))
+            radius = rng.uniform(4, 20, 8)
+            points = np.stack([w / 2 + radius * np.cos(angle), h / 2 + radius * np.sin(angle)], 1)
+            points = np.clip(points + rng.uniform(-15, 15, 2), 0, (w, h)).round(2)
+            low, side = points.min(0), np.ptp(points, axis=0)
+            segmentation = [points.reshape(-1).tolist()]
+            if rle:
+                mask = rasterize([points.reshape(-1)], h, w)
+                runs = np.diff(np.flatnonzero(np.diff(mask.T.reshape(-1), prepend=~mask[0, 0], append=2)))
+                segmentation = {"size": [h, w], "counts": [0] * int(mask[0, 0]) + runs.tolist()}
+            annotations.append(
+                {
+                    **{"id": len(annotations), "image_id": i, "category_id": int(rng.integers(1, 4)), "iscrowd": 0},
+                    **{"bbox": [*low.tolist(), *side.tolist()], "segmentation": segmentation},
+                }
+            )
+        crowd = {"size": [h, w], "counts": [10, 100, h * w - 110]}
+        annotations.append(
+            {
+                **{"id": len(annotations), "image_id": i, "category_id": 1, "iscrowd": 1},
+                **{"bbox": [0.5, 0.5, 9.0, 9.0], "segmentation": crowd},
+            }
+        )
+    content = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": c, "name": f"c{c}"} for c in (1, 2, 3)],
+    }
+    paths = DatasetPaths("made_train", folder / "train", folder / "instances.json")
+    paths.annotations.write_text(json.dumps(content))
+    return load_coco(paths)
+
+
+def test_nothing_drawn_leaves_everything_as_it_is(tmp_path):
+    dataset = make_dataset(tmp_path)
+    cfg = config("INPUT.MIN_SIZE_TRAIN", (0,), "INPUT.RANDOM_FLIP", "none", "INPUT.FORMAT", "RGB")
+    record = dataset[0]
+    sample = DetectionMapper(cfg, train=True)(record, sample_rng(0, 0))
+    assert sample["image"].dtype == torch.uint8
+    np.testing.assert_array_equal(sample["image"].numpy(), np.asarray(Image.open(record.file_name)).transpose(2, 0, 1))
+    assert sample["instances"].image_size == (50, 70)
+    np.testing.assert_array_equal(sample["instances"].boxes.numpy(), record.boxes[~record.crowd])
+    np.testing.assert_array_equal(sample["instances"].classes.numpy(), record.classes[~record.crowd])
+    bgr = DetectionMapper(config("INPUT.MIN_SIZE_TEST", 0), train=False)(record)
+    assert torch.equal(bgr["image"], sample["image"].flip(0))
+    assert "instances" not in bgr
+
+
+def test_test_time_resize_keeps_the_original_size_in_the_record(tmp_path):
+    record = make_dataset(tmp_path)[1]
+    cfg = config("INPUT.MIN_SIZE_TEST", 100, "INPUT.MAX_SIZE_TEST", 150)
+    sample = DetectionMapper(cfg, train=False)(record)
+    assert tuple(sample["image"].shape) == (3, 150, 77)  # 41 / 80 * 150 = 76.9
+    assert (sample["height"], sample["width"]) == (80, 41)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_flipping_twice_is_nothing_and_masks_follow_the_image(axis):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    polygon = rng.uniform(5, 25, 12)
+    flip = Flip(axis, image.shape[axis])
+    np.testing.assert_array_equal(flip.image(flip.image(image)), image)
+    np.testing.assert_allclose(flip.polygons(flip.polygons([polygon]))[0], polygon)
+    # A box of whole pixels has the same pixels before and after.
+    square = np.array([4.0, 7, 12, 7, 12, 20, 4, 20])
+    np.testing.assert_array_equal(rasterize(flip.polygons([square]), 30, 40), flip.mask(rasterize([square], 30, 40)))
+
+
+def shoelace(polygons: list[np.ndarray]) -> float:
+    return sum(abs(np.dot(p[::2], np.roll(p[1::2], 1)) - np.dot(p[1::2], np.roll(p[::2], 1))) / 2 for p in polygons)
+
+
+def test_cropped_polygons_tile_the_polygon_and_stay_in_their_window():
+    rng = np.random.default_rng(0)
+    for trial in range(200):
+        angle = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 15)))
+        points = 32 + np.stack([np.cos(angle), np.sin(angle)], 1) * rng.uniform(3, 32, (len(angle), 1))
+        if trial % 2:
+            points = points.round()  # corners on the cutting lines
+        if len(angle) == 3 or np.diff(angle, append=angle[0] + 2 * np.pi).max() > 3:
+            continue  # star-shaped round the centre, hence simple, only without a gap of half a turn
+        polygon = points.reshape(-1)
+        x, y = (int(v) for v in rng.integers(10, 54, 2))
+        whole = 0.0
+        for window in (Crop(0, 0, x, y), Crop(x, 0, 64 - x, y), Crop(0, y, x, 64 - y), Crop(x, y, 64 - x, 64 - y)):
+            parts = window.polygons([polygon])
+            whole += shoelace(parts)
+            for part in parts:
+                assert (part >= 0).all()
+                assert (part[::2] <= window.w).all()
+                assert (part[1::2] <= window.h).all()
+        assert whole == pytest.approx(shoelace([polygon]), rel=1e-9)
+
+
+def test_a_polygon_round_the_corner_of_the_window_leaves_two_parts_without_the_corner():
+    # A thin L whose bend lies outside: its two arms reach into the window, its corner does not.
+    polygon = np.array([-5.0, -5, 20, -5, 20, 3, 15, 3, 15, -2, -2, -2, -2, 15, 3, 15, 3, 20, -5, 20])
+    parts = Crop(0, 0, 30, 30).polygons([polygon])
+    boxes = sorted([*p.reshape(-1, 2).min(0), *p.reshape(-1, 2).max(0)] for p in parts)
+    assert boxes == [[0, 15, 3, 20], [15, 0, 20, 3]]
+
+
+def test_crop_draws_lie_in_the_image_and_boxes_are_tight(tmp_path):
+    dataset = make_dataset(tmp_path)
+    cfg = config("INPUT.CROP.ENABLED", True, "INPUT.CROP.SIZE", [0.3, 0.5], "INPUT.MIN_SIZE_TRAIN", (0,))
+    mapper = DetectionMapper(cfg, train=True)
+    lost = 0
+    for position in range(60):
+        record = dataset[position % 3]
+        sample = mapper(record, sample_rng(1, position))
+        _, h, w = sample["image"].shape
+        assert round(0.3 * record.height) <= h <= record.height
+        assert round(0.5 * record.width) <= w <= record.width
+        found = sample["instances"]
+        lost += 3 - len(found)
+        for box, instance in zip(found.boxes, found.masks.polygons):
+            points = np.concatenate(instance).reshape(-1, 2)
+            np.testing.assert_allclose(box, [*points.min(0), *points.max(0)], rtol=1e-5)
+            assert (points >= 0).all()
+            assert (points <= (w, h)).all()
+    assert lost > 0
+
+
+def test_random_numbers_are_a_function_of_seed_and_position():
+    draws = [sample_rng(seed, position).rand() for seed in (0, 1) for position in range(50)]
+    assert len(set(draws)) == 100
+    assert draws[7] == sample_rng(0, 7).rand()
+    flips = [sample_rng(3, position).rand() < 0.5 for position in range(1000)]
+    assert 440 < sum(flips) < 560
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("INPUT.FORMAT", "L"),
+        ("INPUT.MASK_FORMAT", "rle"),
+        ("INPUT.RANDOM_FLIP", "both"),
+        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "uniform"),
+        ("INPUT.MIN_SIZE_TRAIN", ()),
+        ("INPUT.MIN_SIZE_TRAIN", (-1,)),
+        ("INPUT.MAX_SIZE_TRAIN", 0),
+        ("INPUT.MAX_SIZE_TEST", -1),
+        ("INPUT.MIN_SIZE_TEST", -800),
+        ("INPUT.CROP.TYPE", "any"),
+        ("INPUT.CROP.SIZE", [1.5, 0.5]),
+    ],
+)
+def test_meaningless_input_keys_are_named(key, value):
+    with pytest.raises(UserError, match=key.replace(".", r"\.")):
+        DetectionMapper(config("INPUT.CROP.ENABLED", True, key, value), train=True)
+
+
+def test_range_needs_two_sizes():
+    with pytest.raises(UserError, match="MIN_SIZE_TRAIN"):
+        DetectionMapper(config("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"), train=True)
+
+
+def test_bad_images_and_segmentations_are_named(tmp_path):
+    mapper = DetectionMapper(config(), train=True)
+    record = make_dataset(tmp_path)[0]
+    with pytest.raises(UserError, match=r"0\.png is 70 x 50 pixels"):
+        mapper(record._replace(height=51), sample_rng(0, 0))
+    with pytest.raises(UserError, match="annotation id 0 has no segmentation"):
+        mapper(record._replace(segmentations=[b"[]"] * 4), sample_rng(0, 0))
+    with pytest.raises(UserError, match="annotation id 0 is an RLE"):
+        mapper(make_dataset(tmp_path / "rle", rle=True)[0], sample_rng(0, 0))
+    boxes_only = DetectionMapper(config("MODEL.MASK_ON", False), train=True)
+    assert boxes_only(record._replace(segmentations=[b"[]"] * 4), sample_rng(0, 0))["instances"].masks is None
+    file = Path(record.file_name)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"0\.png"):
+        mapper(record, sample_rng(0, 0))
+
+
+SETTINGS = {
+    "shapes": [],
+    "range": ["INPUT.MIN_SIZE_TRAIN", (40, 130), "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"],
+    "long": ["INPUT.MIN_SIZE_TRAIN", (60, 100, 140), "INPUT.MAX_SIZE_TRAIN", 120, "INPUT.FORMAT", "RGB"],
+    "vertical": ["INPUT.RANDOM_FLIP", "vertical", "INPUT.MIN_SIZE_TRAIN", (0, 50)],
+    "none": ["INPUT.RANDOM_FLIP", "none", "INPUT.MASK_FORMAT", "bitmask"],
+    "bitmask": ["INPUT.MASK_FORMAT", "bitmask", "INPUT.MIN_SIZE_TRAIN", (90,)],
+    "boxes": ["MODEL.MASK_ON", False, "INPUT.CROP.ENABLED", True, "INPUT.CROP.SIZE", [0.5, 0.6]],
+    "crop": ["INPUT.CROP.ENABLED", True, "INPUT.CROP.SIZE", [0.4, 0.5], "INPUT.MASK_FORMAT", "bitmask"],
+    "absolute": ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE", [30, 20]],
+    "steps": ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "absolute_range", "INPUT.CROP.SIZE", [30, 60]],
+    "relative": ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "relative", "INPUT.CROP.SIZE", [0.7, 0.4]],
+}
+
+
+def assert_equal_to_detectron2(dataset: CocoDataset, cfg: CfgNode, name: str, train: bool, draws: int = 6) -> None:
+    """Detectron2's mapper and ours on every image, `draws` times, its global generator in the state of ours."""
+    pytest.importorskip("detectron2")
+    from detectron2.config import get_cfg as their_get_cfg
+    from detectron2.data import DatasetMapper
+    from detectron2.data.datasets import load_coco_json
+
+    their_cfg = their_get_cfg()
+    their_cfg.INPUT.update(cfg.INPUT)
+    their_cfg.MODEL.MASK_ON = cfg.MODEL.MASK_ON
+    theirs, ours = DatasetMapper(their_cfg, is_train=train), DetectionMapper(cfg, train)
+    records = load_coco_json(str(dataset.paths.annotations), str(dataset.paths.images), name)
+    for i, their_record in enumerate(records):
+        for position in range(draws):
+            rng = sample_rng(i, position)
+            np.random.set_state(rng.get_state())  # noqa: NPY002 (Detectron2 draws from the global one)
+            expected, found = theirs(their_record), ours(dataset[i], rng)
+            assert torch.equal(found["image"], expected["image"])
+            assert {k: found[k] for k in found if k not in ("image", "instances")} == {
+                k: expected[k] for k in expected if k not in ("image", "instances")
+            }
+            if train:
+                assert_instances_equal(found["instances"], expected["instances"])
+
+
+def assert_instances_equal(found, expected) -> None:
+    assert found.image_size == expected.image_size
+    assert torch.equal(found.boxes, expected.gt_boxes.tensor)
+    assert torch.equal(found.classes, expected.gt_classes)
+    if not expected.has("gt_masks"):
+        assert not found.masks or len(found.masks) == 0
+    elif hasattr(expected.gt_masks, "polygons"):
+        for ours, theirs in zip(found.masks.polygons, expected.gt_masks.polygons, strict=True):
+            assert [p.tolist() for p in ours] == [p.tolist() for p in theirs]
+    else:
+        assert torch.equal(found.masks.tensor, expected.gt_masks.tensor)
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_equal_to_detectron2(tmp_path, setting):
+    cfg = config(*SETTINGS[setting])
+    # Cutting polygons needs shapely in Detectron2, and starts them at another point: RLEs are cut exactly.
+    rle = cfg.INPUT.MASK_FORMAT == "bitmask" or (cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON)
+    if rle:
+        cfg.INPUT.MASK_FORMAT = "bitmask"
+    assert_equal_to_detectron2(make_dataset(tmp_path, rle), cfg, f"made_{setting}", train=True)
+
+
+@pytest.mark.detectron2
+def test_equal_to_detectron2_at_test_time(tmp_path):
+    cfg = config("INPUT.MIN_SIZE_TEST", 70, "INPUT.MAX_SIZE_TEST", 100)
+    assert_equal_to_detectron2(make_dataset(tmp_path), cfg, "made_test", train=False, draws=1)
+
+
+@pytest.mark.detectron2
+def test_cropped_polygons_equal_detectron2_as_shapes():
+    pytest.importorskip("shapely")
+    pytest.importorskip("detectron2")
+    from fvcore.transforms.transform import CropTransform
+
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        angle = np.sort(rng.uniform(0, 2 * np.pi, 10))
+        points = 32 + np.stack([np.cos(angle), np.sin(angle)], 1) * rng.uniform(3, 32, (10, 1))
+        window = (*(int(v) for v in rng.integers(0, 30, 2)), *(int(v) for v in rng.integers(10, 34, 2)))
+        found = Crop(*window).polygons([points.reshape(-1)])
+        expected = [p.reshape(-1) for p in CropTransform(*window).apply_polygons([points])]
+        assert len(found) == len(expected)
+        assert shoelace(found) == pytest.approx(shoelace(expected))
+        assert not found or np.concatenate(found).reshape(-1, 2).min(0) == pytest.approx(
+            np.concatenate(expected).reshape(-1, 2).min(0)
+        )
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("masks", ["polygon", "bitmask"])
+def test_equal_to_detectron2_on_real_coco(real_coco, monkeypatch, masks):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(real_coco))
+    dataset = load_coco(find_dataset("coco_2017_val"))
+    assert dataset.crowd.any()
+    cfg = config("INPUT.MASK_FORMAT", masks, "INPUT.MIN_SIZE_TRAIN", (320, 400), "INPUT.MAX_SIZE_TRAIN", 500)
+    assert_equal_to_detectron2(dataset, cfg, "coco_2017_val", train=True, draws=1)
+
+
+def test_resize_keeps_the_long_side_within_the_limit():
+    for h, w in [(100, 37), (37, 100), (50, 50), (480, 640)]:
+        for short, longest in [(20, 1000), (200, 333), (800, 1333)]:
+            resize = resize_short_side(h, w, short, longest)
+            sides = sorted((resize.new_height, resize.new_width))
+            assert sides[1] <= longest
+            assert sides[0] == short or sides[1] == longest
+            assert abs(resize.new_width / resize.new_height - w / h) < 0.1 * w / h
