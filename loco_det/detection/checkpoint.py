@@ -1,0 +1,136 @@
+"""Checkpoints in OUTPUT_DIR, in Detectron2's layout: model_0004999.pth, model_final.pth and `last_checkpoint`.
+
+A file holds {"model", "optimizer", "scheduler", "iteration", ...} and the same state once more as Detectron2's
+DefaultTrainer nests it, under "trainer" (tensors are stored once), so that either program can take up the other's
+run. "iteration" is the one that was last finished, counted from 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.checkpoint import PeriodicCheckpointer
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+
+from loco_det.detection.solver import Schedule
+from loco_det.detection.weights import Weights, apply_weights, pixel_facts, read_weights
+from loco_det.errors import UserError
+from loco_det.runtime import atomic_write, is_main, log
+
+LAST = "last_checkpoint"
+
+
+@dataclass
+class Checkpointer:
+    """Saves and restores one training run; `note` is what the run wants to remember of itself."""
+
+    cfg: CfgNode
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    scaler: torch.amp.GradScaler
+    note: dict[str, Any]
+    path_manager: None = None  # fvcore asks for one when it deletes files, which this run never does
+
+    def save(self, name: str, iteration: int) -> Path:
+        """Write OUTPUT_DIR/`name`.pth, whole or not at all, and point `last_checkpoint` at it."""
+        path = Path(self.cfg.OUTPUT_DIR) / f"{name}.pth"
+        optimizer, schedule = self.optimizer.state_dict(), self.schedule.state_dict()
+        trainer = {"iteration": iteration, "optimizer": optimizer}
+        state: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": optimizer, "scheduler": schedule}
+        if self.scaler.is_enabled():
+            state["grad_scaler"] = trainer["grad_scaler"] = self.scaler.state_dict()
+        state["iteration"] = iteration
+        state["trainer"] = {"iteration": iteration, "hooks": {"LRScheduler": schedule}, "_trainer": trainer}
+        state["loco_det"] = {"pixels": pixel_facts(self.cfg), **self.note}
+        if is_main():
+            with atomic_write(path) as file:
+                torch.save(state, file)
+            with atomic_write(path.with_name(LAST), "w") as file:
+                file.write(path.name)
+            log.info("saved %s", path)
+        return path
+
+    def periodic(self) -> PeriodicCheckpointer:
+        """Saves after every SOLVER.CHECKPOINT_PERIOD iterations and, as model_final, after the last."""
+        if self.cfg.SOLVER.CHECKPOINT_PERIOD < 1:
+            raise UserError(f"SOLVER.CHECKPOINT_PERIOD is {self.cfg.SOLVER.CHECKPOINT_PERIOD}; give at least 1.")
+        return PeriodicCheckpointer(self, self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.SOLVER.MAX_ITER)
+
+    def restore(self, weights: Weights) -> int:
+        """Take up a run from its checkpoint; returns the iteration to go on with.
+
+        Raises:
+            UserError: the file has no training state, or is of another model or optimiser.
+        """
+        state = training_state(weights)
+        apply_weights(self.model, weights, self.cfg)
+        try:
+            self.optimizer.load_state_dict(_own(state["optimizer"]))
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"{weights.path}: its optimiser state does not fit ({error}); resume with the configuration the run "
+                "was started with."
+            ) from error
+        self.schedule.load_state_dict(state["scheduler"])
+        if self.scaler.is_enabled() and state.get("grad_scaler"):
+            self.scaler.load_state_dict(state["grad_scaler"])
+        self.note.update({k: v for k, v in (state.get("loco_det") or {}).items() if k != "pixels"})
+        return int(state["iteration"]) + 1
+
+
+def training_state(weights: Weights) -> dict[str, Any]:
+    """Optimiser, schedule and iteration of a checkpoint of ours or of Detectron2's DefaultTrainer.
+
+    Raises:
+        UserError: there is none in the file.
+    """
+    state = dict(weights.state or {})
+    trainer = state.get("trainer")
+    if "optimizer" not in state and isinstance(trainer, dict):
+        inner = trainer.get("_trainer", {})
+        state.update({key: inner[key] for key in ("optimizer", "grad_scaler") if key in inner})
+        state["scheduler"] = trainer.get("hooks", {}).get("LRScheduler")
+        state["iteration"] = trainer.get("iteration")
+    lacking = [key for key in ("optimizer", "scheduler", "iteration") if state.get(key) is None]
+    if lacking:
+        raise UserError(f"{weights.path}: has no {lacking[0]} to resume from; start anew with it as MODEL.WEIGHTS.")
+    return state
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The file that OUTPUT_DIR/last_checkpoint names; None if no run has saved there.
+
+    Raises:
+        UserError: it names a file that is gone.
+    """
+    pointer = Path(output_dir) / LAST
+    if not pointer.is_file():
+        return None
+    path = pointer.parent / pointer.read_text().strip()
+    if not path.is_file():
+        raise UserError(
+            f"{pointer} names {path.name}, which is gone; write the name of an existing checkpoint into it."
+        )
+    return path
+
+
+def read_last(output_dir: str | Path) -> Weights | None:
+    """The last checkpoint of OUTPUT_DIR, read; None if there is none."""
+    path = last_checkpoint(output_dir)
+    return read_weights(path) if path else None
+
+
+def _own(value: Any) -> Any:
+    """A copy whose tensors no longer share the file's pages."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _own(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_own(item) for item in value)
+    return value

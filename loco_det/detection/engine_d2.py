@@ -1,0 +1,98 @@
+"""The engine that is Detectron2: its model, its data pipeline. The only file that imports it, and only when called.
+
+See `engine_torchvision` for what each function answers. `model`, losses, anchors, sampling, mapper and inference
+are Detectron2's own; loop, solver (tested equal), checkpoints and evaluation are this package's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from typing import Any
+
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+
+from loco_det.data.catalog import find_dataset
+from loco_det.structures import Instances
+
+NAME = "detectron2"
+_registered: dict[str, tuple[str, str]] = {}
+
+
+def installed() -> bool:
+    """Whether Detectron2 can be imported here."""
+    return importlib.util.find_spec("detectron2") is not None
+
+
+def check(cfg: CfgNode) -> None:
+    """Every key of the tree is Detectron2's; it judges the values itself."""
+
+
+def build_model(cfg: CfgNode) -> nn.Module:
+    from detectron2.modeling import build_model
+
+    return build_model(_native(cfg))
+
+
+def train_batches(cfg: CfgNode, start: int) -> Iterable[list[dict[str, Any]]]:
+    """Detectron2's loader begins its order of images anew at every start; `start` is not used, as in Detectron2."""
+    from detectron2.data import build_detection_train_loader
+
+    for name in cfg.DATASETS.TRAIN:
+        _register(name)
+    return build_detection_train_loader(_native(cfg))
+
+
+def test_batches(cfg: CfgNode, dataset: str) -> Iterable[list[dict[str, Any]]]:
+    from detectron2.data import build_detection_test_loader
+
+    _register(dataset)
+    return build_detection_test_loader(_native(cfg), dataset)
+
+
+def losses(model: nn.Module, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+    from detectron2.utils.events import EventStorage
+
+    with EventStorage():  # its heads write statistics to one
+        return model(batch)
+
+
+def predict(model: nn.Module, batch: list[dict[str, Any]]) -> list[Instances]:
+    return [_instances(output["instances"]) for output in model(batch)]
+
+
+def _instances(found: Any) -> Instances:
+    return Instances(
+        image_size=tuple(found.image_size),
+        boxes=found.pred_boxes.tensor,
+        classes=found.pred_classes,
+        scores=found.scores,
+        masks=found.pred_masks if found.has("pred_masks") else None,
+    )
+
+
+def _native(cfg: CfgNode) -> Any:
+    from detectron2.config import get_cfg
+
+    native = get_cfg()
+    native.merge_from_other_cfg(cfg)
+    return native
+
+
+def _register(name: str) -> None:
+    """Tell Detectron2 of a NAME_SPLIT data set that it does not know."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets import register_coco_instances
+
+    paths = find_dataset(name)
+    places = str(paths.annotations), str(paths.images)
+    if _registered.get(name) == places:
+        return
+    if name in _registered:  # the same name below another DETECTRON2_DATASETS
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    elif name in DatasetCatalog.list():
+        return
+    register_coco_instances(name, {}, *places)
+    _registered[name] = places

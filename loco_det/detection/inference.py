@@ -1,0 +1,123 @@
+"""A detector over whole data sets: predictions in COCO's format, on disk, and their AP. The same for both engines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from loco_det.data.catalog import find_dataset
+from loco_det.errors import UserError
+from loco_det.evaluation.coco import evaluate_coco, format_results, instances_to_coco, write_results
+from loco_det.runtime import barrier, is_main, log, world_size
+
+Results = dict[str, dict[str, float]]
+
+
+def evaluate(cfg: CfgNode, model: nn.Module, engine: ModuleType, evaluator: str = "hotcoco") -> dict[str, Any]:
+    """Run `model` on every data set of DATASETS.TEST and measure AP.
+
+    Predictions go to OUTPUT_DIR/inference/coco_instances_results.json, or where there are several data sets to
+    OUTPUT_DIR/NAME/inference/....
+
+    Returns:
+        On the main process {"bbox": {"AP": percent, ...}, "segm": ...}, for several data sets {name: {...}};
+        {} on other processes and where there is nothing to test on.
+    """
+    results: dict[str, Any] = {}
+    names = list(cfg.DATASETS.TEST)
+    for name in names:
+        output_dir = Path(cfg.OUTPUT_DIR) if len(names) == 1 else Path(cfg.OUTPUT_DIR) / name
+        found = _evaluate_one(cfg, model, engine, name, output_dir, evaluator)
+        results.update(found if len(names) == 1 else {name: found})
+    return results if is_main() else {}
+
+
+def _evaluate_one(
+    cfg: CfgNode, model: nn.Module, engine: ModuleType, name: str, output_dir: Path, evaluator: str
+) -> Results:
+    paths = find_dataset(name)
+    category_ids = tuple(read_categories(paths.annotations))
+    began = time.perf_counter()
+    predictions = predict_dataset(model, engine, engine.test_batches(cfg, name), category_ids)
+    results: Results = {}
+    if is_main():
+        seconds = time.perf_counter() - began
+        file = write_results(output_dir, predictions)
+        log.info("%s: %d detections in %.1f s, written to %s", name, len(predictions), seconds, file)
+        iou_types = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
+        results = evaluate_coco(paths.annotations, predictions, iou_types, evaluator=evaluator)
+        log.info("%s, by %s:\n%s", name, evaluator, format_results(results))
+    barrier()
+    return results
+
+
+def predict_dataset(
+    model: nn.Module, engine: ModuleType, batches: Any, category_ids: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """COCO results of every image; on the main process those of all processes, elsewhere an empty list.
+
+    The model's training mode is put back as it was.
+    """
+    training = model.training
+    model.eval()
+    try:
+        own = list(_predictions(model, engine, batches, category_ids))
+    finally:
+        model.train(training)
+    if world_size() == 1:
+        return own
+    gathered: list[Any] = [None] * world_size()
+    dist.gather_object(own, gathered if is_main() else None)
+    # By image, so that the file does not depend on the number of processes.
+    return sorted((r for part in gathered for r in part), key=lambda r: r["image_id"]) if is_main() else []
+
+
+@torch.inference_mode()
+def _predictions(
+    model: nn.Module, engine: ModuleType, batches: Any, category_ids: tuple[int, ...]
+) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        for item, instances in zip(batch, engine.predict(model, batch)):
+            yield from instances_to_coco(instances, item["image_id"], category_ids)
+
+
+class _Category(msgspec.Struct):
+    id: int
+    name: str
+
+
+class _Categories(msgspec.Struct):
+    categories: list[_Category]
+
+
+def read_categories(annotations: Path) -> dict[int, str]:
+    """{category id: name} of a COCO file in ascending order of ids, that is in the order of the model's classes.
+
+    Raises:
+        UserError: the file cannot be read or has no categories.
+    """
+    try:
+        found = msgspec.json.decode(annotations.read_bytes(), type=_Categories).categories
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UserError(f"{annotations} is not a COCO annotation file ({error}); check the data set.") from error
+    return {category.id: category.name for category in sorted(found, key=lambda category: category.id)}
+
+
+def flatten(results: dict[str, Any]) -> dict[str, float]:
+    """{"bbox": {"AP": 1.0}} -> {"bbox/AP": 1.0}, the names of metrics.json."""
+    flat: dict[str, float] = {}
+    for key, value in results.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}/{name}": number for name, number in flatten(value).items()})
+        else:
+            flat[key] = value
+    return flat

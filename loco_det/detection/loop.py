@@ -1,0 +1,169 @@
+"""The training loop, the same for both engines: step, watch, log, save, evaluate.
+
+The random state of every iteration follows from SEED, iteration and process alone, so a run that was stopped and
+resumed is, on the same machine, the run that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from statistics import median
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from loco_det.backbone import tensors_hash
+from loco_det.detection import solver
+from loco_det.detection.checkpoint import Checkpointer
+from loco_det.detection.inference import evaluate, flatten
+from loco_det.errors import UserError
+from loco_det.runtime import StopSignal, append_metrics, barrier, log, rank, reduce_mean
+
+LOG_PERIOD = 20  # iterations between two lines of metrics.json, and the window of their medians
+LOG_SECONDS = 15.0  # a slow machine is heard of sooner
+
+
+@dataclass
+class Run:
+    """One training run in one process; `wrapped` is `model`, or its distributed wrapper."""
+
+    cfg: CfgNode
+    engine: ModuleType
+    model: nn.Module
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: solver.Schedule
+    scaler: torch.amp.GradScaler
+    checkpointer: Checkpointer
+    start: int
+    device: torch.device
+    recent: dict[str, deque[float]] = field(default_factory=dict)
+
+    def remember(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.recent.setdefault(name, deque(maxlen=LOG_PERIOD)).append(value)
+
+
+def train(run: Run, evaluator: str) -> None:
+    """Iterations run.start to SOLVER.MAX_ITER, with logs, checkpoints and periodic evaluation; no final one."""
+    cfg, last = run.cfg, run.cfg.SOLVER.MAX_ITER - 1
+    periodic = run.checkpointer.periodic()
+    run.wrapped.train()
+    log.info(
+        "training: iterations %d to %d, %d frozen tensors", run.start, last + 1, len(run.checkpointer.note["frozen"])
+    )
+    said = time.monotonic()
+    with StopSignal() as stop:
+        for iteration, stopped in _steps(run, stop):
+            periodic.step(iteration)
+            if stopped and iteration < last:
+                path = run.checkpointer.save(f"model_{iteration:07d}", iteration)
+                barrier()
+                raise UserError(
+                    f"stopped by {stop.received or 'a signal'} after iteration {iteration + 1}; {path} holds the run, "
+                    "go on with --resume."
+                )
+            line: dict[str, Any] = {}
+            if (iteration + 1) % LOG_PERIOD == 0 or iteration == last:
+                line = _metrics(run, iteration)
+            if line or time.monotonic() - said > LOG_SECONDS:
+                said = time.monotonic()
+                log.info("%s", _describe(run, iteration))
+            if cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0 and iteration < last:
+                line = {"iteration": iteration, **line}
+                line.update(flatten(evaluate(cfg, run.model, run.engine, evaluator)))
+            if line:
+                append_metrics(cfg.OUTPUT_DIR, line)
+    check_frozen(run.checkpointer.note["frozen"], frozen_hashes(run.model))
+
+
+def _steps(run: Run, stop: StopSignal) -> Iterator[tuple[int, bool]]:
+    """Does one optimiser step after another; gives (iteration, whether some process was told to stop)."""
+    if run.start >= run.cfg.SOLVER.MAX_ITER:
+        return
+    batches = iter(run.engine.train_batches(run.cfg, run.start))
+    for iteration in range(run.start, run.cfg.SOLVER.MAX_ITER):
+        began = time.perf_counter()
+        seed_iteration(run.cfg.SEED, iteration)
+        batch = next(batches)
+        waited = time.perf_counter() - began
+        with solver.autocast(run.cfg, run.device):
+            losses = run.engine.losses(run.wrapped, batch)
+        flag = torch.tensor(float(stop.received is not None), device=run.device)
+        shown = reduce_mean({**losses, "stop": flag})
+        stopped = shown.pop("stop") > 0
+        check_finite(shown, iteration)
+        solver.optimizer_step(run.cfg, sum(losses.values()), run.optimizer, run.scaler)
+        lr = max(run.optimizer.param_groups, key=lambda group: len(group["params"]))["lr"]
+        run.schedule.step()
+        times = {"time": time.perf_counter() - began, "data_time": waited}
+        run.remember({"total_loss": sum(shown.values()), **shown, **times})
+        run.recent["lr"] = deque([lr])
+        yield iteration, stopped
+
+
+def seed_iteration(seed: int, iteration: int) -> None:
+    """Set torch's generators for one iteration of this process; nothing of it needs to be saved for a resume."""
+    state = np.random.SeedSequence([seed, iteration, rank()]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(state) % 2**63)
+
+
+def check_finite(losses: dict[str, float], iteration: int) -> None:
+    """Raises UserError that names the losses which are not finite."""
+    bad = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(
+            f"at iteration {iteration} {', '.join(bad)}; lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or set "
+            "SOLVER.CLIP_GRADIENTS.ENABLED True."
+        )
+
+
+def _metrics(run: Run, iteration: int) -> dict[str, Any]:
+    """One line of metrics.json: medians of the last LOG_PERIOD iterations, as Detectron2 writes them."""
+    left = run.cfg.SOLVER.MAX_ITER - iteration - 1
+    medians = {name: median(values) for name, values in run.recent.items()}
+    return {"iteration": iteration, "eta_seconds": left * medians["time"], **medians}
+
+
+def _describe(run: Run, iteration: int) -> str:
+    line = _metrics(run, iteration)
+    losses = " ".join(f"{name} {value:.4g}" for name, value in line.items() if name.startswith(("total", "loss")))
+    eta = time.strftime("%H:%M:%S", time.gmtime(line["eta_seconds"] % 86400))
+    days = f"{int(line['eta_seconds'] // 86400)}d " if line["eta_seconds"] >= 86400 else ""
+    return (
+        f"iter {iteration + 1}/{run.cfg.SOLVER.MAX_ITER} eta {days}{eta} {losses} lr {line['lr']:.4g} "
+        f"{1 / line['time']:.3g} it/s data {100 * line['data_time'] / line['time']:.0f}% mem {_memory(run.device):.0f}M"
+    )
+
+
+def _memory(device: torch.device) -> float:
+    """Largest use so far in MiB: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def frozen_hashes(model: nn.Module) -> dict[str, str]:
+    """sha256 of everything training must not change: parameters without gradient, and frozen normalisation."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    for prefix, module in model.named_modules():
+        if type(module).__name__ == "FrozenBatchNorm2d":  # this package's or Detectron2's
+            frozen.update({f"{prefix}.{name}": buffer for name, buffer in module.named_buffers(recurse=False)})
+    return {name: tensors_hash([(name, tensor)]) for name, tensor in frozen.items()}
+
+
+def check_frozen(before: dict[str, str], after: dict[str, str]) -> None:
+    """Raises RuntimeError, naming a tensor, if a frozen one changed: the result would be no frozen readout."""
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    if changed:
+        raise RuntimeError(f"frozen tensor {changed[0]} changed during training ({len(changed)} of {len(before)})")

@@ -1,0 +1,193 @@
+"""Training a detector: one loop for both engines, from a configuration to a checkpoint and its AP.
+
+What it leaves in OUTPUT_DIR is what Detectron2 leaves: config.yaml, metrics.json, model_*.pth, last_checkpoint,
+inference/coco_instances_results.json.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from fvcore.common.config import CfgNode
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from loco_det import __version__
+from loco_det.data.catalog import find_dataset
+from loco_det.detection import engine_d2, solver
+from loco_det.detection.checkpoint import Checkpointer, read_last
+from loco_det.detection.inference import evaluate, flatten, read_categories
+from loco_det.detection.loop import Run, check_frozen, frozen_hashes, train
+from loco_det.detection.weights import apply_weights, load_weights
+from loco_det.errors import UserError
+from loco_det.runtime import (
+    append_metrics,
+    atomic_write,
+    barrier,
+    is_main,
+    log,
+    resolve_device,
+    seed_everything,
+    world_size,
+)
+
+
+def train_net(
+    cfg: CfgNode, *, engine: str = "auto", eval_only: bool = False, resume: bool = False, evaluator: str = "hotcoco"
+) -> dict[str, Any]:
+    """Train and evaluate the detector that `cfg` describes, in this process's share of the job.
+
+    Args:
+        cfg: Detectron2's key tree (`schema.get_cfg`), complete.
+        engine: "torchvision", "detectron2", or "auto": Detectron2 where it can be imported.
+        eval_only: only evaluate MODEL.WEIGHTS, or with `resume` the last checkpoint.
+        resume: go on from OUTPUT_DIR/last_checkpoint if there is one.
+        evaluator: "hotcoco" or "pycocotools".
+
+    Returns:
+        On the main process {"bbox": {"AP": percent, ...}, "segm": {...}}; with several DATASETS.TEST a dict of these
+        by name, without any an empty one.
+
+    Raises:
+        UserError: bad configuration, data or weights; a loss that is not finite; a stop by signal.
+        RuntimeError: a frozen tensor changed.
+    """
+    module = choose_engine(engine)
+    module.check(cfg)
+    cfg = _prepare(cfg, eval_only)
+    model = module.build_model(cfg)
+    if eval_only:
+        _load_for_evaluation(model, cfg, resume)
+        results = evaluate(cfg, model, module, evaluator)
+        append_metrics(cfg.OUTPUT_DIR, flatten(results))
+        return results
+    run = start_run(cfg, module, model, resume)
+    train(run, evaluator)
+    results = evaluate(cfg, model, module, evaluator)
+    if results:
+        append_metrics(cfg.OUTPUT_DIR, {"iteration": cfg.SOLVER.MAX_ITER, **flatten(results)})
+    return results
+
+
+def choose_engine(name: str) -> ModuleType:
+    """The engine's module; see `engine_torchvision` for its functions.
+
+    Raises:
+        UserError: an unknown name, or Detectron2 is asked for and not installed.
+    """
+    if name not in ("auto", "torchvision", "detectron2"):
+        raise UserError(f"There is no engine {name!r}; use auto, torchvision or detectron2.")
+    if name == "detectron2" and not engine_d2.installed():
+        raise UserError("Detectron2 is not installed here; use --engine torchvision, or install it (docs/engines.md).")
+    if name == "detectron2" or (name == "auto" and engine_d2.installed()):
+        log.info("engine: detectron2%s", " (it is installed)" if name == "auto" else "")
+        return engine_d2
+    from loco_det.detection import engine_torchvision
+
+    log.info("engine: torchvision%s", " (Detectron2 is not installed)" if name == "auto" else "")
+    return engine_torchvision
+
+
+# --- before the first step --------------------------------------------------------------------------------------
+
+
+def _prepare(cfg: CfgNode, eval_only: bool) -> CfgNode:
+    """Check what would otherwise fail late, write config.yaml, seed; returns the configuration as it will run."""
+    if not cfg.OUTPUT_DIR:
+        raise UserError("OUTPUT_DIR is empty; name the folder for checkpoints and results.")
+    if not eval_only and not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty; name a data set to train on, e.g. ('coco_2017_train',).")
+    if eval_only and not cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty; name a data set to evaluate on, e.g. ('coco_2017_val',).")
+    _check_classes(cfg, [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
+    if is_main():
+        with atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", "w") as file:
+            file.write(cfg.dump())
+    barrier()
+    cfg = solver.scale_to_world_size(cfg, world_size()).clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = str(_device(cfg.MODEL.DEVICE))
+    cfg.SEED = _common_seed(cfg.SEED)
+    cfg.freeze()
+    if cfg.MODEL.DEVICE.startswith("cuda"):
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not eval_only
+        if cfg.FLOAT32_PRECISION:
+            torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
+            torch.backends.cudnn.allow_tf32 = cfg.FLOAT32_PRECISION != "highest"
+    if "SyncBN" in (cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM) and cfg.MODEL.DEVICE == "cpu" and world_size() > 1:
+        raise UserError(
+            "MODEL.RESNETS.NORM or FPN.NORM is SyncBN, which needs GPUs on several processes; set it to BN."
+        )
+    seed_everything(cfg.SEED)
+    return cfg
+
+
+def _check_classes(cfg: CfgNode, names: list[str]) -> None:
+    """Every data set exists and has the classes that the model is built for, before hours are spent."""
+    for name in names:
+        categories = read_categories(find_dataset(name).annotations)
+        if len(categories) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+            raise UserError(
+                f"data set {name} has {len(categories)} classes and MODEL.ROI_HEADS.NUM_CLASSES is "
+                f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES}; set MODEL.ROI_HEADS.NUM_CLASSES {len(categories)}."
+            )
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():  # Detectron2's default, hardly ever written by hand
+        log.warning("MODEL.DEVICE is cuda and this machine has no usable GPU: running on the CPU")
+        name = "cpu"
+    return resolve_device(name)
+
+
+def _common_seed(seed: int) -> int:
+    """SEED, or for a negative one a number drawn for this run, the same in all processes."""
+    if seed >= 0:
+        return seed
+    drawn = torch.tensor(np.random.SeedSequence().generate_state(1)[0] % 2**31, dtype=torch.int64)
+    if world_size() > 1:
+        drawn = drawn.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.broadcast(drawn, 0)
+    log.info("SEED is %d: this run drew %d", seed, int(drawn))
+    return int(drawn)
+
+
+def _load_for_evaluation(model: nn.Module, cfg: CfgNode, resume: bool) -> None:
+    last = read_last(cfg.OUTPUT_DIR) if resume else None
+    if last is not None:
+        apply_weights(model, last, cfg)
+        return
+    if not cfg.MODEL.WEIGHTS:
+        raise UserError("MODEL.WEIGHTS is empty, so there is nothing to evaluate; give a detector's checkpoint.")
+    load_weights(model, cfg)
+
+
+def start_run(cfg: CfgNode, engine: ModuleType, model: nn.Module, resume: bool) -> Run:
+    """Weights, optimiser and schedule, from MODEL.WEIGHTS or, with `resume`, from the last checkpoint."""
+    last = read_last(cfg.OUTPUT_DIR) if resume else None
+    if resume and last is None:
+        log.info("nothing to resume in %s: starting from MODEL.WEIGHTS", cfg.OUTPUT_DIR)
+    if last is None:
+        load_weights(model, cfg)
+    device = torch.device(cfg.MODEL.DEVICE)
+    optimizer = solver.build_optimizer(cfg, model)
+    schedule = solver.build_schedule(cfg, optimizer)
+    scaler = solver.grad_scaler(cfg, device)
+    note = {"version": __version__, "engine": engine.NAME, "seed": cfg.SEED}
+    checkpointer = Checkpointer(cfg, model, optimizer, schedule, scaler, note)
+    start = 0
+    if last is not None:
+        start = checkpointer.restore(last)
+        log.info("resumed from %s: %d of %d iterations are done", last.path, start, cfg.SOLVER.MAX_ITER)
+    frozen = frozen_hashes(model)
+    check_frozen(note.setdefault("frozen", frozen), frozen)
+    wrapped = model
+    if world_size() > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    return Run(cfg, engine, model, wrapped, optimizer, schedule, scaler, checkpointer, start, device)

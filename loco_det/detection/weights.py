@@ -1,0 +1,262 @@
+"""Weights into a detector, all or nothing: a backbone, or a whole detector under Detectron2's names.
+
+A backbone file must fill every tensor of the model's ResNet, a detector file every tensor of the model; anything
+missing, left over or of another shape is refused by name, because a partly loaded backbone costs AP in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+
+from loco_det.artifact import Manifest, decode_manifest, load_backbone
+from loco_det.convert.load import load_tensors
+from loco_det.errors import UserError
+from loco_det.names import to_detectron2
+from loco_det.runtime import log
+
+STAGE = re.compile(r"(stem|res[2-5])\.")
+# Detectron2 names a detector's ResNet so: under FPN, alone, and as the head of C4.
+PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
+# What may be in a file without a place in the model: step counters, the classifier that a converter of an
+# ImageNet model leaves behind, and constants that old Detectron2 checkpoints carry.
+DROPPED = re.compile(
+    r"(.*\.)?num_batches_tracked|(stem\.)?fc\.(weight|bias)|pixel_(mean|std)|.*anchor_generator\.cell_anchors\.\d+"
+)
+TOLERANCE = 0.01  # in 0-255 units: published means are rounded to two or three digits
+
+
+@dataclass
+class Weights:
+    """The content of a weights file.
+
+    Attributes:
+        path: where it came from.
+        tensors: under Detectron2's names, relative to the ResNet for a backbone, complete for a detector.
+        manifest: what an exported backbone says of itself.
+        pixels: what a detector checkpoint says of its input (`pixel_facts`).
+        state: everything else in a checkpoint: optimiser, schedule, iteration.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    manifest: Manifest | None = None
+    pixels: dict[str, Any] | None = None
+    state: dict[str, Any] | None = None
+
+    @property
+    def is_backbone(self) -> bool:
+        return any(STAGE.match(name) for name in self.tensors)
+
+
+def load_weights(model: nn.Module, cfg: CfgNode) -> None:
+    """Fill `model` from MODEL.WEIGHTS; with "" it keeps its random initialisation, and the log says so.
+
+    Raises:
+        UserError: the file is missing, damaged, of unknown names, contradicts the configuration, or does not fit.
+    """
+    path = cfg.MODEL.WEIGHTS
+    if not path:
+        log.info("MODEL.WEIGHTS is empty: every layer starts from random values")
+        return
+    apply_weights(model, read_weights(path), cfg)
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Read a converted backbone (.pkl), a backbone artifact (.safetensors) or a detector checkpoint.
+
+    Nothing in the file is executed.
+
+    Raises:
+        UserError: a URL, a missing or damaged file, or names that are not Detectron2's.
+    """
+    text = str(path)
+    if "://" in text:
+        raise UserError(
+            f"MODEL.WEIGHTS {text} is not a file; download it, convert it with tools/convert_to_d2.py if it is not "
+            "loco_det's or Detectron2's own, and give the path."
+        )
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"MODEL.WEIGHTS {path} does not exist; pretrain and convert a backbone, or correct the path.")
+    if path.suffix == ".safetensors":
+        tensors, manifest = load_backbone(path)
+        return Weights(path, {to_detectron2(name): tensor for name, tensor in tensors.items()}, manifest)
+    content = load_tensors(path)
+    state = {key: value for key, value in content.items() if key != "model"} if "model" in content else {}
+    tensors = _tensors(path, content.get("model", content))
+    weights = Weights(path, tensors, state=state)
+    note = state.get("loco_det")
+    if isinstance(note, (str, bytes)):
+        weights.manifest = decode_manifest(note, path)
+    elif isinstance(note, dict):
+        weights.pixels = note.get("pixels")
+    if not weights.is_backbone and not any(name.startswith(PREFIXES) for name in tensors):
+        name = next(iter(tensors))
+        raise UserError(
+            f"{path}: tensor {name!r} has no name of Detectron2's; convert the file with tools/convert_to_d2.py first."
+        )
+    return weights
+
+
+def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path}: holds no tensors under 'model'; give the file of a backbone or a detector.")
+    tensors: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value)
+        if not isinstance(value, Tensor):
+            raise UserError(f"{path}: {name!r} is a {type(value).__name__} where weights have a tensor.")
+        tensors[str(name)] = value
+    return tensors
+
+
+def apply_weights(model: nn.Module, weights: Weights, cfg: CfgNode) -> None:
+    """Copy `weights` into `model`, whose names are Detectron2's.
+
+    Raises:
+        UserError: naming the tensor that is missing, unknown or wrongly shaped, or the key that contradicts.
+    """
+    check_manifest(weights, cfg)
+    target = model.state_dict()
+    matched = _match_backbone(weights, target) if weights.is_backbone else _match_detector(weights, target, cfg)
+    _check_finite(weights.path, matched)
+    model.load_state_dict(matched, strict=False)
+    kind = "backbone" if weights.is_backbone else "detector"
+    log.info("loaded %d %s tensors from %s", len(matched), kind, weights.path)
+
+
+def _match_backbone(weights: Weights, target: dict[str, Tensor]) -> dict[str, Tensor]:
+    places = {}
+    for name in target:
+        prefix = next((p for p in PREFIXES if name.startswith(p) and STAGE.match(name.removeprefix(p))), None)
+        if prefix:
+            places[name.removeprefix(prefix)] = name
+    stages = {name.partition(".")[0] for name in places}
+    dropped = []
+    matched: dict[str, Tensor] = {}
+    for name, tensor in weights.tensors.items():
+        stage = STAGE.match(name)
+        if DROPPED.fullmatch(name) or (stage and stage[1] not in stages):
+            dropped.append(name)
+        elif name not in places:
+            raise UserError(
+                f"{weights.path}: tensor {name} has no place in the model's ResNet; MODEL.RESNETS.DEPTH and NORM must "
+                "be those of the weights."
+            )
+        else:
+            _check_shape(weights.path, name, tensor, target[places[name]])
+            matched[places[name]] = tensor
+    _check_complete(weights.path, matched, places.values())
+    if dropped:
+        log.info("not used from %s: %d tensors, e.g. %s", weights.path, len(dropped), dropped[0])
+    return matched
+
+
+def _match_detector(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
+    _check_classes(weights, target, cfg)
+    masks = [name for name in weights.tensors if name.startswith("roi_heads.mask_head.")]
+    if bool(masks) != any(name.startswith("roi_heads.mask_head.") for name in target):
+        has = "has" if masks else "has no"
+        raise UserError(f"{weights.path} {has} mask head; set MODEL.MASK_ON to {bool(masks)}.")
+    matched: dict[str, Tensor] = {}
+    for name, tensor in weights.tensors.items():
+        if name in target:
+            _check_shape(weights.path, name, tensor, target[name])
+            matched[name] = tensor
+        elif not DROPPED.fullmatch(name):
+            raise UserError(
+                f"{weights.path}: tensor {name} has no place in the model that the configuration describes."
+            )
+    _check_complete(weights.path, matched, target)
+    return matched
+
+
+def _check_classes(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -> None:
+    name = "roi_heads.box_predictor.cls_score.weight"
+    if name in weights.tensors and name in target and weights.tensors[name].shape[0] != target[name].shape[0]:
+        raise UserError(
+            f"{weights.path} was trained for {weights.tensors[name].shape[0] - 1} classes and "
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}; set it, or take other weights."
+        )
+
+
+def _check_shape(path: Path, name: str, tensor: Tensor, wanted: Tensor) -> None:
+    if tensor.shape != wanted.shape:
+        raise UserError(
+            f"{path}: tensor {name} is {tuple(tensor.shape)} and the model takes {tuple(wanted.shape)}; the "
+            "configuration must describe the network that the weights are of."
+        )
+
+
+def _check_complete(path: Path, matched: dict[str, Tensor], needed: Any) -> None:
+    missing = [name for name in needed if name not in matched and not DROPPED.fullmatch(name)]
+    if missing:
+        raise UserError(
+            f"{path}: tensor {missing[0]} that the model needs is not in it ({len(missing)} in all); the "
+            "configuration must describe the network that the weights are of."
+        )
+
+
+def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: tensor {name} has values that are not finite; take weights of an earlier step.")
+
+
+def check_manifest(weights: Weights, cfg: CfgNode) -> None:
+    """Refuse weights that say they were made for other pixels or another network than the configuration's.
+
+    Raises:
+        UserError: naming the key, the weights' value and the configuration's.
+    """
+    facts: dict[str, Any] = {}
+    if weights.manifest is not None:
+        m = weights.manifest
+        if m.stem != "imagenet":
+            raise UserError(
+                f"{weights.path} has a {m.stem} stem, which no detector has; pretrain with BACKBONE.STEM imagenet."
+            )
+        facts = {
+            "INPUT.FORMAT": m.channel_order,
+            "MODEL.PIXEL_MEAN": list(m.pixel_mean),
+            "MODEL.PIXEL_STD": list(m.pixel_std),
+            "MODEL.RESNETS.DEPTH": m.depth,
+        }
+        if m.depth >= 50:
+            facts["MODEL.RESNETS.STRIDE_IN_1X1"] = m.stride_in_1x1
+    elif weights.pixels is not None:
+        facts = weights.pixels
+    ours = pixel_facts(cfg)
+    for key, value in facts.items():
+        if key in ours and not _agree(value, ours[key]):
+            raise UserError(
+                f"{weights.path} was made with {key} {json.dumps(value)} and the configuration has "
+                f"{json.dumps(ours[key])}; set {key} to the weights' value."
+            )
+
+
+def pixel_facts(cfg: CfgNode) -> dict[str, Any]:
+    """The keys that weights depend on without any shape showing it."""
+    return {
+        "INPUT.FORMAT": cfg.INPUT.FORMAT,
+        "MODEL.PIXEL_MEAN": list(cfg.MODEL.PIXEL_MEAN),
+        "MODEL.PIXEL_STD": list(cfg.MODEL.PIXEL_STD),
+        "MODEL.RESNETS.DEPTH": cfg.MODEL.RESNETS.DEPTH,
+        "MODEL.RESNETS.STRIDE_IN_1X1": cfg.MODEL.RESNETS.STRIDE_IN_1X1,
+    }
+
+
+def _agree(a: Any, b: Any) -> bool:
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(abs(x - y) <= TOLERANCE for x, y in zip(a, b))
+    return a == b
