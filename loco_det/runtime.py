@@ -120,6 +120,23 @@ def append_metrics(output_dir: str | Path, values: dict[str, Any]) -> None:
         file.write(json.dumps(clean) + "\n")
 
 
+def trim_metrics(output_dir: str | Path, iteration: int) -> None:
+    """Before continuing at `iteration`, drop the lines of OUTPUT_DIR/metrics.json that will be written again."""
+    path = Path(output_dir) / "metrics.json"
+    if not is_main() or not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines(keepends=True) if _iteration(line) < iteration]
+    with atomic_write(path, "w") as file:
+        file.writelines(kept)
+
+
+def _iteration(line: str) -> float:
+    try:
+        return json.loads(line)["iteration"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # cut off by a kill in the middle of the line
+
+
 # --- files ------------------------------------------------------------------------------------------------------
 
 

@@ -192,13 +192,19 @@ class LocalTrainer:
         self.parameters = [[p for p in stage.parameters() if p.requires_grad] for stage in stages]
         self.on_final = on_final
 
-    def step(self, x: Tensor, *, autocast: Callable[[], object] | None = None, scale: float = 1.0) -> list[Tensor]:
+    def step(
+        self,
+        x: Tensor,
+        *,
+        autocast: Callable[[], object] | None = None,
+        scale: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[Tensor]:
         """One forward and all gradients, added to `.grad` as backward does.
 
         Args:
             x: (2B, 3, H, W), the first view of every image, then the second.
             autocast: makes the context in which forwards run; gradients are computed outside it.
-            scale: factor on every gradient (the loss scale of fp16 training).
+            scale: what multiplies a loss before its gradient is taken (fp16's loss scaling).
 
         Returns:
             Each unit's loss, detached scalars.
@@ -220,12 +226,12 @@ class LocalTrainer:
     def _ending(self, k: int) -> list[int]:
         return [i for i, unit in enumerate(self.units) if unit.last == k]
 
-    def _loss(self, i: int, top: _Forward, context: Callable[[], object], scale: float) -> Tensor:
+    def _loss(self, i: int, top: _Forward, context: Callable[[], object], scale: Callable | None) -> Tensor:
         """Unit i's loss; its decoder learns at once and its gradient waits at the top of its last stage."""
         output = top.output.detach().requires_grad_()
         with context():
             loss = self.losses[i](output)
-        (loss * scale).backward()
+        (scale(loss) if scale else loss).backward()
         top.from_losses[i] = output.grad
         return loss.detach()
 

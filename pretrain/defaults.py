@@ -1,0 +1,61 @@
+"""Every key of a pretraining configuration with its default value."""
+
+from __future__ import annotations
+
+from fvcore.common.config import CfgNode
+
+
+def get_cfg() -> CfgNode:
+    """The tree that `loco_det.config.load_config` merges a YAML file over."""
+    return CfgNode(
+        {
+            "METHOD": "loco",  # loco | gim | simclr, each a list of units; random: no training, BN statistics only
+            "UNITS": [],  # [[first, last], ...] stage names; overrides METHOD's list
+            "BACKBONE": {
+                "NAME": "resnet50",  # resnet18 | 34 | 50 | 101 | 152
+                "STEM": "imagenet",  # imagenet: 7x7 stride 2 and pool; cifar: 3x3 stride 1
+                "NORM": "BN",  # BN | SyncBN (statistics over all GPUs)
+            },
+            "DECODER": {
+                "CONV_BLOCKS": 0,  # residual blocks before the pool
+                "MLP_LAYERS": 2,
+                "HIDDEN_DIM": 2048,  # 0: as many as the unit's last stage has channels
+                "OUT_DIM": 128,
+            },
+            "LOSS": {"TEMPERATURE": 0.1},
+            "DATA": {
+                "PATH": "",  # class folders, a flat folder, a text list or a zip
+                "FORMAT": "auto",  # auto | folder | flat | list | zip
+                "IMAGE_SIZE": 224,
+                "NUM_WORKERS": 4,
+                "MAX_BAD_SHARE": 0.01,  # unreadable images are skipped and reported up to this share
+            },
+            "AUGMENT": {
+                "PRESET": "simclr",  # simclr | mocov2; a key below that is set replaces the preset's value
+                "CROP_SCALE": [],
+                "FLIP_PROB": -1.0,
+                "JITTER": [],
+                "JITTER_PROB": -1.0,
+                "GRAY_PROB": -1.0,
+                "BLUR_PROB": -1.0,
+                "BLUR_SIGMA": [],
+                "SOLARIZE_PROB": -1.0,
+            },
+            "SOLVER": {
+                "OPTIMIZER": "lars",  # lars | sgd | adamw
+                "BASE_LR": 0.3,  # for 256 images; times BATCH_SIZE / 256 for lars and sgd
+                "MOMENTUM": 0.9,
+                "WEIGHT_DECAY": 1e-6,
+                "BATCH_SIZE": 256,  # images, over all processes
+                "EPOCHS": 100,
+                "MAX_STEPS": 0,  # stop here instead of after EPOCHS, if above 0
+                "WARMUP_EPOCHS": 10.0,
+                "AMP": "none",  # none | bf16 | fp16
+            },
+            "LOG_PERIOD": 20,  # steps between two lines of metrics.json
+            "CHECKPOINT_PERIOD": 500,  # steps between two checkpoints; the last two are kept
+            "SEED": 0,
+            "DEVICE": "auto",
+            "OUTPUT_DIR": "output/pretrain",
+        }
+    )
