@@ -1,0 +1,268 @@
+"""Batches for training and testing a detector.
+
+Training follows an infinite stream of image numbers, the same in every process: shuffled epoch after epoch from the
+seed alone. Process r of R takes positions r, r + R, r + 2R, ... of it, collects images of like orientation into
+batches, and draws the transforms of a sample from (seed, position). So the batches after iteration k are the same
+whether the run was resumed there or not and however many workers load them. The streams are those of Detectron2's
+samplers (data/samplers/distributed_sampler.py) for the same seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from fvcore.common.config import CfgNode
+from torch.utils.data import DataLoader, Dataset
+
+from loco_det.data.catalog import find_dataset
+from loco_det.data.coco import CocoDataset, load_coco
+from loco_det.data.mapper import DetectionMapper, sample_rng
+from loco_det.errors import UserError
+from loco_det.runtime import log, rank, world_size
+
+
+class Loader:
+    """An iterable of batches, each a list of the mapper's dicts.
+
+    `len` is the number of batches of a test loader; a training loader has none and starts again at its `start_iter`
+    each time it is iterated.
+
+    Attributes:
+        datasets: the annotations that are read, for who needs class names or ids.
+    """
+
+    def __init__(self, datasets: list[CocoDataset], batches: DataLoader):
+        self.datasets = datasets
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        for batch in self.batches:
+            for sample in batch:
+                if isinstance(sample, UserError):
+                    raise sample
+            yield batch
+
+
+def build_train_loader(cfg: CfgNode, start_iter: int = 0) -> Loader:
+    """Endless batches of this process: SOLVER.IMS_PER_BATCH images over all processes.
+
+    Args:
+        cfg: Detectron2's keys; DATASETS.TRAIN, DATALOADER, INPUT, SOLVER.IMS_PER_BATCH, SEED, MODEL.MASK_ON,
+            MODEL.DEVICE and MODEL.ROI_HEADS.NUM_CLASSES are read.
+        start_iter: how many batches to skip, for resuming. A negative SEED is drawn anew and cannot be resumed
+            exactly.
+
+    Raises:
+        UserError: a data set cannot be used or does not fit the configuration.
+    """
+    if not len(cfg.DATASETS.TRAIN):
+        raise UserError("DATASETS.TRAIN names no data set; name one, such as ('coco_2017_train',).")
+    total, processes = cfg.SOLVER.IMS_PER_BATCH, world_size()
+    if total < 1 or total % processes:
+        raise UserError(f"SOLVER.IMS_PER_BATCH is {total}, which {processes} processes cannot share equally.")
+    datasets = [_load(cfg, name, train=True) for name in cfg.DATASETS.TRAIN]
+    for other in datasets[1:]:
+        if other.class_names != datasets[0].class_names:
+            raise UserError(f"DATASETS.TRAIN: {other.paths.name} and {datasets[0].paths.name} differ in their classes.")
+    chosen = [_trainable(cfg, dataset) for dataset in datasets]
+    seed = _shared_seed(cfg.SEED)
+    batches = _TrainBatches(
+        stream=_sampler(cfg, datasets, chosen, seed),
+        wide=np.concatenate([(d.width > d.height)[rows] for d, rows in zip(datasets, chosen)]),
+        size=total // processes,
+        grouped=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        start=start_iter,
+    )
+    return _loader(cfg, datasets, _Samples(datasets, chosen, DetectionMapper(cfg, train=True), seed), batches)
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> Loader:
+    """Each image of a data set once, one a batch, divided over the processes in runs of neighbours.
+
+    Raises:
+        UserError: the data set cannot be used or does not fit the configuration.
+    """
+    dataset = _load(cfg, dataset_name, train=False)
+    share = np.array_split(np.arange(len(dataset)), world_size())[rank()]
+    samples = _Samples([dataset], [np.arange(len(dataset))], DetectionMapper(cfg, train=False), None)
+    return _loader(cfg, [dataset], samples, [[(i, i)] for i in share.tolist()])
+
+
+class _Samples(Dataset):
+    """Mapped samples by (position in the stream, image number); bad data comes back as the UserError itself, since
+    an exception that leaves a worker process reaches the user as a traceback."""
+
+    def __init__(
+        self, datasets: list[CocoDataset], chosen: list[np.ndarray], mapper: DetectionMapper, seed: int | None
+    ):
+        self.datasets, self.mapper, self.seed = datasets, mapper, seed
+        self.dataset = np.repeat(np.arange(len(chosen)), [len(rows) for rows in chosen])
+        self.row = np.concatenate(chosen)
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any] | UserError:
+        position, image = place
+        record = self.datasets[self.dataset[image]][self.row[image]]
+        try:
+            return self.mapper(record, None if self.seed is None else sample_rng(self.seed, position))
+        except UserError as error:
+            return UserError(str(error))  # without its cause, which need not survive the way between processes
+
+
+class _TrainBatches:
+    """This process's batches of (position, image number), without end.
+
+    Args:
+        stream: infinite image numbers over all processes, from the start each time it is iterated.
+        wide: (images,) bool, wider than high.
+        size: images a batch.
+        grouped: wide images apart from the others, which saves padding.
+        start: batches to skip.
+    """
+
+    def __init__(self, stream: TrainingStream, wide: np.ndarray, size: int, grouped: bool, start: int):
+        self.stream, self.size, self.start = stream, size, start
+        self.group = (wide & bool(grouped)).tolist()
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return itertools.islice(self._all(), self.start, None)
+
+    def _all(self) -> Iterator[list[tuple[int, int]]]:
+        waiting: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
+        for position, image in itertools.islice(enumerate(self.stream), rank(), None, world_size()):
+            group = self.group[image]
+            waiting[group].append((position, image))
+            if len(waiting[group]) == self.size:
+                yield waiting[group]
+                waiting[group] = []
+
+
+class TrainingStream:
+    """Image numbers without end: epoch after epoch, each in a new order.
+
+    Args:
+        count: how many images there are.
+        seed: of the order and of the rounding below.
+        repeat: (count,) float32 >= 1, how often an image comes in an epoch on average: the whole part always, once
+            more with the probability of the fraction. Each image once if not given.
+    """
+
+    def __init__(self, count: int, seed: int, repeat: torch.Tensor | None = None):
+        self.count, self.seed, self.repeat = count, seed, repeat
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            images = torch.arange(self.count)
+            if self.repeat is not None:
+                more = torch.rand(self.count, generator=generator) < self.repeat.frac()
+                images = images.repeat_interleave(self.repeat.long() + more)
+            yield from images[torch.randperm(len(images), generator=generator)].tolist()
+
+
+def repeat_factors(images: np.ndarray, labels: np.ndarray, count: int, threshold: float, root: bool) -> torch.Tensor:
+    """How often to repeat each image so that rare classes are seen more often (LVIS, arXiv 1908.03195, appendix B.2).
+
+    A class in a share f < threshold of the images has factor threshold / f, or its square root; an image has the
+    largest factor of its classes, at least 1.
+
+    Args:
+        images, labels: (A,) image number and class of every annotation.
+        count: number of images.
+
+    Returns:
+        (count,) float32.
+    """
+    pairs = np.unique(np.stack([images, labels]), axis=1)
+    share = np.bincount(pairs[1]) / count
+    factor = threshold / np.maximum(share, 1e-12)
+    factor = np.maximum(np.sqrt(factor) if root else factor, 1.0)
+    result = np.ones(count)
+    np.maximum.at(result, pairs[0], factor[pairs[1]])
+    return torch.from_numpy(result).float()
+
+
+def _load(cfg: CfgNode, name: str, train: bool) -> CocoDataset:
+    dataset = load_coco(find_dataset(name), need_annotations=train)
+    classes, expected = len(dataset.class_names), cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if classes != expected:
+        raise UserError(
+            f"{dataset.paths.annotations} has {classes} classes but MODEL.ROI_HEADS.NUM_CLASSES is {expected}; "
+            f"set it to {classes}."
+        )
+    return dataset
+
+
+def _trainable(cfg: CfgNode, dataset: CocoDataset) -> np.ndarray:
+    """The images to train on: with DATALOADER.FILTER_EMPTY_ANNOTATIONS those with an object that is no crowd."""
+    rows = np.arange(len(dataset))
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        objects = np.concatenate([[0], np.cumsum(~dataset.crowd)])
+        rows = np.flatnonzero(np.diff(objects[dataset.first]) > 0)
+    if not len(rows):
+        raise UserError(f"{dataset.paths.annotations} has no image with an object that is not a crowd.")
+    log.info(
+        "%s: %d of %d images, %d objects of %d classes",
+        *(dataset.paths.name, len(rows), len(dataset), (~dataset.crowd).sum(), len(dataset.class_names)),
+    )
+    return rows
+
+
+def _sampler(cfg: CfgNode, datasets: list[CocoDataset], chosen: list[np.ndarray], seed: int) -> TrainingStream:
+    count = sum(len(rows) for rows in chosen)
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        return TrainingStream(count, seed)
+    if name != "RepeatFactorTrainingSampler":
+        raise UserError(
+            f"DATALOADER.SAMPLER_TRAIN must be TrainingSampler or RepeatFactorTrainingSampler, not '{name}'."
+        )
+    images, labels, before = [], [], 0
+    for dataset, rows in zip(datasets, chosen):
+        number = np.full(len(dataset), -1)
+        number[rows] = np.arange(before, before + len(rows))
+        owner = number[np.repeat(np.arange(len(dataset)), np.diff(dataset.first))]
+        images.append(owner[owner >= 0])
+        labels.append(dataset.label[owner >= 0])
+        before += len(rows)
+    settings = cfg.DATALOADER.REPEAT_THRESHOLD, cfg.DATALOADER.REPEAT_SQRT
+    return TrainingStream(count, seed, repeat_factors(np.concatenate(images), np.concatenate(labels), count, *settings))
+
+
+def _shared_seed(seed: int) -> int:
+    """SEED itself, or, if negative, a number that no one chose but all processes share."""
+    if seed >= 0:
+        return seed
+    drawn = [int.from_bytes(os.urandom(4), "little")]
+    if world_size() > 1:
+        dist.broadcast_object_list(drawn)
+    log.info("training samples are drawn from seed %d; set SEED to resume exactly", drawn[0])
+    return drawn[0]
+
+
+def _loader(cfg: CfgNode, datasets: list[CocoDataset], samples: _Samples, batches: Any) -> Loader:
+    workers = cfg.DATALOADER.NUM_WORKERS
+    if workers < 0:
+        raise UserError(f"DATALOADER.NUM_WORKERS must be 0 or more, not {workers}.")
+    torch_loader = DataLoader(
+        samples,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_as_list,
+        pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",
+        # Workers get their seeds from here and not from the global generator, whose state a resumed run restores.
+        generator=torch.Generator().manual_seed(samples.seed or 0),
+    )
+    return Loader(datasets, torch_loader)
+
+
+def _as_list(samples: Sequence[Any]) -> list[Any]:
+    return list(samples)
