@@ -274,17 +274,17 @@ def _decode(value: Any) -> Any:
 def _assign(cfg: CfgNode, key: str, setting: Setting) -> None:
     node = cfg
     *sections, last = key.split(".")
-    for depth, section in enumerate(sections):
+    for depth, section in enumerate(sections, 1):
         if section not in node:
-            raise _no_such_key(cfg, ".".join(sections[: depth + 1]), key, setting)
+            raise _no_such_key(cfg, key, setting)
         node = node[section]
         if not isinstance(node, CfgNode):
-            name = ".".join(sections[: depth + 1])
+            name = ".".join(sections[:depth])
             raise UserError(
                 f"{setting.origin}: {name} takes a {_kind(node)}, and {key} treats it as a section; set {name} itself."
             )
     if last not in node:
-        raise _no_such_key(cfg, key, key, setting)
+        raise _no_such_key(cfg, key, setting)
     value = setting.value
     if value == {} and isinstance(node[last], CfgNode):
         return  # an empty section changes nothing
@@ -327,8 +327,8 @@ def _kind(value: Any) -> str:
     return "mapping" if isinstance(value, dict) else "null" if value is None else type(value).__name__
 
 
-def _no_such_key(cfg: CfgNode, unknown: str, key: str, setting: Setting) -> UserError:
-    close = closest_key(cfg, unknown)
+def _no_such_key(cfg: CfgNode, key: str, setting: Setting) -> UserError:
+    close = closest_key(cfg, key)
     hint = f"did you mean {close}?" if close else "remove it."
     return UserError(f"{setting.origin}: there is no key {key}; {hint}")
 
@@ -338,9 +338,7 @@ def closest_key(cfg: CfgNode, key: str) -> str | None:
     known = all_keys(cfg)
     upper = key.upper()
     same_word = [k for k in known if k.rpartition(".")[2] == upper.rpartition(".")[2]]
-    if len(same_word) == 1:
-        return same_word[0]
-    close = difflib.get_close_matches(upper, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(upper, same_word or known, n=1, cutoff=0.0 if same_word else 0.6)
     return close[0] if close else None
 
 

@@ -110,7 +110,7 @@ def check_honoured(cfg: CfgNode, settings: Mapping[str, Setting] | None = None) 
     for key, default in values(_defaults()).items():
         value = lookup(cfg, key)
         allowed = HONOURED.get(key, ())
-        if value == default or allowed is None or _plain(value) in allowed:
+        if allowed is None or _plain(value) == _plain(default) or _plain(value) in allowed:
             continue
         where = f"{settings[key].origin}: " if settings and key in settings else ""
         if not allowed:
@@ -126,4 +126,5 @@ def check_honoured(cfg: CfgNode, settings: Mapping[str, Setting] | None = None) 
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    """Tuples as lists at every depth: a dumped file has only lists."""
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

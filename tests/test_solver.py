@@ -1,0 +1,266 @@
+"""The solver against loops written from its definition, and against Detectron2 itself where it is installed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from loco_det.config import load_config
+from loco_det.detection import solver
+from loco_det.detection.schema import get_cfg
+from loco_det.errors import UserError
+
+SCHEDULES = {
+    "multi-step": ["SOLVER.MAX_ITER", "60", "SOLVER.STEPS", "(30, 45)", "SOLVER.WARMUP_ITERS", "10"],
+    "no warm-up": ["SOLVER.MAX_ITER", "40", "SOLVER.STEPS", "(20,)", "SOLVER.WARMUP_ITERS", "0"],
+    "constant warm-up": ["SOLVER.MAX_ITER", "40", "SOLVER.STEPS", "(20,)", "SOLVER.WARMUP_ITERS", "7",
+                         "SOLVER.WARMUP_METHOD", "constant", "SOLVER.WARMUP_FACTOR", "0.2"],
+    "steps beyond the end": ["SOLVER.MAX_ITER", "40", "SOLVER.STEPS", "(20, 90)", "SOLVER.WARMUP_ITERS", "3"],
+    "longer warm-up than training": ["SOLVER.MAX_ITER", "25", "SOLVER.STEPS", "()", "SOLVER.WARMUP_ITERS", "1000"],
+    "step inside warm-up": ["SOLVER.MAX_ITER", "40", "SOLVER.STEPS", "(5, 20)", "SOLVER.WARMUP_ITERS", "10"],
+    "cosine": ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.MAX_ITER", "50", "SOLVER.WARMUP_ITERS", "10",
+               "SOLVER.BASE_LR", "0.1", "SOLVER.BASE_LR_END", "0.01"],
+}  # fmt: skip
+
+
+class Net(nn.Module):
+    """One of everything that gets its own treatment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.group = nn.GroupNorm(2, 4)
+        self.frozen = nn.Linear(4, 4)
+        self.fc = nn.Linear(4, 2)
+        self.tied = self.fc
+        self.frozen.requires_grad_(False)
+
+
+def config(*overrides: str):
+    return load_config(get_cfg(), "", list(overrides))
+
+
+def rates(cfg, count: int | None = None) -> list[float]:
+    """The learning rate that each iteration is trained with."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
+    schedule = solver.build_schedule(cfg, optimizer)
+    found = []
+    for _ in range(count or cfg.SOLVER.MAX_ITER):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def expected_rate(cfg, iteration: int) -> float:
+    """From the definition: warm-up runs from FACTOR times the first value to the schedule's value at its end."""
+    s = cfg.SOLVER
+
+    def main(i: float) -> float:
+        if s.LR_SCHEDULER_NAME == "WarmupCosineLR":
+            return s.BASE_LR_END + 0.5 * (s.BASE_LR - s.BASE_LR_END) * (1 + math.cos(math.pi * i / s.MAX_ITER))
+        return s.BASE_LR * s.GAMMA ** sum(step <= i for step in s.STEPS)
+
+    warmup = min(s.WARMUP_ITERS, s.MAX_ITER)
+    if iteration >= warmup:
+        return main(iteration)
+    if s.WARMUP_METHOD == "constant":
+        return s.WARMUP_FACTOR * main(0)
+    share = iteration / warmup
+    return (1 - share) * s.WARMUP_FACTOR * main(0) + share * main(warmup)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_schedule_is_its_definition(name):
+    cfg = config(*SCHEDULES[name])
+    expected = [expected_rate(cfg, i) for i in range(cfg.SOLVER.MAX_ITER)]
+    assert rates(cfg) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_schedule_survives_its_end_and_a_restore():
+    cfg = config(*SCHEDULES["multi-step"])
+    assert len(rates(cfg, 65)) == 65
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
+    schedule = solver.build_schedule(cfg, optimizer)
+    for _ in range(35):
+        schedule.step()
+    state = schedule.state_dict()
+    again = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=99.0)
+    restored = solver.build_schedule(cfg, again)
+    restored.load_state_dict(state)
+    assert again.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == rates(cfg)[35]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER"),
+        (["SOLVER.STEPS", "(20, 10)"], "SOLVER.STEPS"),
+        (["SOLVER.STEPS", "(10, 10)"], "SOLVER.STEPS"),
+        (["SOLVER.STEPS", "(0.5,)"], "SOLVER.STEPS"),
+        (["SOLVER.LR_SCHEDULER_NAME", "Linear"], "SOLVER.LR_SCHEDULER_NAME"),
+        (["SOLVER.WARMUP_METHOD", "slow"], "SOLVER.WARMUP_METHOD"),
+        (["SOLVER.WARMUP_ITERS", "-1"], "SOLVER.WARMUP_ITERS"),
+        (["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR_END", "1.0"], "SOLVER.BASE_LR_END"),
+        (["SOLVER.LR_SCHEDULER_NAME", "WarmupStepWithFixedGammaLR", "SOLVER.NUM_DECAYS", "0"], "SOLVER.NUM_DECAYS"),
+    ],
+)
+def test_impossible_schedules_are_refused(overrides, word):
+    with pytest.raises(UserError, match=word):
+        solver.lr_multiplier(config("SOLVER.MAX_ITER", "30", *overrides))
+
+
+def test_each_parameter_gets_the_hyperparameters_of_its_kind():
+    cfg = config("SOLVER.BASE_LR", "0.5", "SOLVER.WEIGHT_DECAY", "0.01", "SOLVER.WEIGHT_DECAY_NORM", "0.002",
+                 "SOLVER.BIAS_LR_FACTOR", "2.0", "SOLVER.WEIGHT_DECAY_BIAS", "0.0",
+                 "SOLVER.NESTEROV", "True")  # fmt: skip
+    net = Net()
+    optimizer = solver.build_optimizer(cfg, net)
+    found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 8  # tied once, frozen never
+    for name, parameter in net.named_parameters():
+        if name.startswith("frozen"):
+            assert id(parameter) not in found
+            continue
+        bias = name.endswith("bias")
+        decay = 0.0 if bias else 0.002 if name.startswith(("norm", "group")) else 0.01
+        group = found[id(parameter)]
+        assert (group["lr"], group["weight_decay"]) == (1.0 if bias else 0.5, decay), name
+        assert group["nesterov"]
+        assert group["momentum"] == 0.9
+
+
+def test_sgd_does_what_its_equation_says():
+    cfg = config("SOLVER.BASE_LR", "0.1", "SOLVER.WEIGHT_DECAY", "0.01")
+    net = nn.Linear(3, 1, bias=False).double()
+    optimizer = solver.build_optimizer(cfg, net)
+    w, velocity = net.weight.detach().clone(), torch.zeros_like(net.weight)
+    for step in range(4):
+        x = torch.full((1, 3), step + 1.0, dtype=torch.float64)
+        solver.optimizer_step(cfg, net(x).sum(), optimizer, solver.grad_scaler(cfg, torch.device("cpu")))
+        velocity = 0.9 * velocity + (x + 0.01 * w)
+        w = w - 0.1 * velocity
+    assert torch.allclose(net.weight, w, rtol=1e-14)
+
+
+def test_clipping_is_by_value_or_by_the_norm_of_each_parameter():
+    grads = {"a": torch.tensor([3.0, -4.0]), "b": torch.tensor([0.1, 0.2])}
+    for kind, want in (("value", {"a": [1.0, -1.0], "b": [0.1, 0.2]}), ("norm", {"a": [0.6, -0.8], "b": [0.1, 0.2]})):
+        cfg = config("SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", kind)
+        parameters = {name: nn.Parameter(torch.zeros(2)) for name in grads}
+        optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
+        loss = sum((parameters[name] * grad).sum() for name, grad in grads.items())
+        solver.optimizer_step(cfg, loss, optimizer, solver.grad_scaler(cfg, torch.device("cpu")))
+        for name, parameter in parameters.items():
+            assert (-parameter).tolist() == pytest.approx(want[name], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        (["SOLVER.BASE_LR", "-0.1"], "SOLVER.BASE_LR"),
+        (["SOLVER.BASE_LR", "1e999"], "SOLVER.BASE_LR"),
+        (["SOLVER.NESTEROV", "True", "SOLVER.MOMENTUM", "0.0"], "SOLVER.NESTEROV"),
+    ],
+)
+def test_impossible_optimisers_are_refused(overrides, word):
+    with pytest.raises(UserError, match=word):
+        solver.build_optimizer(config(*overrides), Net())
+
+
+def test_nothing_to_train_is_refused():
+    with pytest.raises(UserError, match="FREEZE_AT"):
+        solver.build_optimizer(config(), nn.Linear(2, 2).requires_grad_(False))
+
+
+def test_scaling_to_the_processes_keeps_what_one_image_sees():
+    cfg = config("SOLVER.IMS_PER_BATCH", "16", "SOLVER.BASE_LR", "0.02", "SOLVER.REFERENCE_WORLD_SIZE", "8",
+                 "SOLVER.MAX_ITER", "90000", "SOLVER.STEPS", "(60000, 80000)", "TEST.EVAL_PERIOD", "5000")  # fmt: skip
+    assert solver.scale_to_world_size(cfg, 8) is cfg
+    two = solver.scale_to_world_size(cfg, 2)
+    s = two.SOLVER
+    assert (s.IMS_PER_BATCH, s.BASE_LR, s.MAX_ITER, s.STEPS) == (4, 0.005, 360000, (240000, 320000))
+    assert (s.WARMUP_ITERS, s.CHECKPOINT_PERIOD, two.TEST.EVAL_PERIOD, s.REFERENCE_WORLD_SIZE) == (
+        4000,
+        20000,
+        20000,
+        2,
+    )
+    assert s.IMS_PER_BATCH * s.MAX_ITER == 16 * 90000
+    assert cfg.SOLVER.IMS_PER_BATCH == 16
+    with pytest.raises(UserError, match="REFERENCE_WORLD_SIZE"):
+        solver.scale_to_world_size(config("SOLVER.IMS_PER_BATCH", "15", "SOLVER.REFERENCE_WORLD_SIZE", "2"), 1)
+
+
+def test_mixed_precision_on_the_cpu_is_bfloat16_without_loss_scaling():
+    cpu = torch.device("cpu")
+    on, off = config("SOLVER.AMP.ENABLED", "True"), config()
+    x, layer = torch.ones(2, 3), nn.Linear(3, 2)
+    with solver.autocast(on, cpu):
+        assert layer(x).dtype == torch.bfloat16
+    with solver.autocast(off, cpu):
+        assert layer(x).dtype == torch.float32
+    assert not solver.grad_scaler(on, cpu).is_enabled()
+
+
+# --- Detectron2 itself ------------------------------------------------------------------------------------------
+
+
+def their_config(cfg):
+    native = pytest.importorskip("detectron2.config").get_cfg()
+    native.merge_from_other_cfg(cfg)
+    return native
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("name", [*SCHEDULES, "fixed gamma"])
+def test_the_schedule_is_detectron2s(name):
+    build = pytest.importorskip("detectron2.solver")
+    fixed = [
+        "SOLVER.LR_SCHEDULER_NAME",
+        "WarmupStepWithFixedGammaLR",
+        "SOLVER.MAX_ITER",
+        "40",
+        "SOLVER.WARMUP_ITERS",
+        "5",
+    ]
+    cfg = config(*SCHEDULES.get(name, fixed))
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
+    theirs = build.build_lr_scheduler(their_config(cfg), optimizer)
+    trace = []
+    for i in range(cfg.SOLVER.MAX_ITER):
+        trace.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if i < cfg.SOLVER.MAX_ITER - 1:
+            theirs.step()
+    assert rates(cfg) == trace
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("clip", ["none", "value", "norm"])
+def test_twenty_steps_are_detectron2s(clip):
+    build = pytest.importorskip("detectron2.solver")
+    cfg = config("SOLVER.BASE_LR", "0.05", "SOLVER.WEIGHT_DECAY_BIAS", "0.001", "SOLVER.BIAS_LR_FACTOR", "2.0",
+                 "SOLVER.CLIP_GRADIENTS.ENABLED", str(clip != "none"), "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "0.05",
+                 "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm" if clip == "norm" else "value")  # fmt: skip
+    torch.manual_seed(0)
+    ours, theirs = Net(), Net()
+    theirs.load_state_dict(ours.state_dict())
+    mine, other = solver.build_optimizer(cfg, ours), build.build_optimizer(their_config(cfg), theirs)
+    assert [len(g["params"]) for g in mine.param_groups] == [len(g["params"]) for g in other.param_groups]
+    for _ in range(20):
+        x = torch.randn(2, 3, 4, 4)
+
+        def loss(net, x=x):
+            return net.fc(net.group(net.norm(net.conv(x))).mean((2, 3))).square().sum()
+
+        solver.optimizer_step(cfg, loss(ours), mine, solver.grad_scaler(cfg, torch.device("cpu")))
+        other.zero_grad()
+        loss(theirs).backward()
+        other.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
+        assert torch.equal(a, b), name
