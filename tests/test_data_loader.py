@@ -187,18 +187,20 @@ def test_repeated_images_come_as_often_as_their_factor_says():
 
 
 def test_repeat_factor_sampler_is_wired(root):
-    make(root, "made", count=12, classes=3)
+    make(root, "made", count=13)
     file = root / "made" / "annotations" / "instances_train.json"
     content = json.loads(file.read_text())
+    # Image 1 is filtered out, so that image numbers of the file and of the stream differ.
+    content["annotations"].pop(1)
     for annotation in content["annotations"]:
-        annotation["category_id"] = 2 if annotation["id"] == 0 else 1
+        annotation["category_id"] = 2 if annotation["id"] == 4 else 1
     file.write_text(json.dumps(content))
     cfg = config("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD", 0.75)
     count = Counter(s["image_id"] for b in take(build_train_loader(cfg), 7 * 10) for s in b)
-    assert count[0] == pytest.approx(3 * 10, abs=4)  # sqrt(0.75 / (1 / 12)) = 3
+    assert count[4] == pytest.approx(3 * 10, abs=4)  # sqrt(0.75 / (1 / 12)) = 3
     cfg.DATALOADER.REPEAT_SQRT = False
     count = Counter(s["image_id"] for b in take(build_train_loader(cfg), 10 * 10) for s in b)
-    assert count[0] == pytest.approx(9 * 10, abs=10)
+    assert count[4] == pytest.approx(9 * 10, abs=10)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
