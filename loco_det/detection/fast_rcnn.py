@@ -125,7 +125,7 @@ class BoxPredictor(nn.Module):
     @torch.no_grad()
     def boxes_of_classes(self, deltas: torch.Tensor, boxes: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         """(R, 4) predicted boxes of the given classes; background takes the last class's."""
-        decoded = self.coder.decode(deltas, boxes).view(len(boxes), -1, 4)
+        decoded = self.coder.decode(deltas, boxes).view(len(boxes), deltas.shape[1] // 4, 4)
         chosen = classes.clamp(0, decoded.shape[1] - 1)
         return decoded[torch.arange(len(boxes), device=boxes.device), chosen]
 
@@ -150,7 +150,7 @@ class BoxPredictor(nn.Module):
         scores = scores[:, :-1]
         region, classes = (scores > self.score_threshold).nonzero(as_tuple=True)
         scores = scores[region, classes]
-        boxes = boxes.view(len(boxes), -1, 4)
+        boxes = boxes.view(len(boxes), boxes.shape[1] // 4, 4)
         boxes = boxes[region, classes if boxes.shape[1] > 1 else torch.zeros_like(classes)]
         boxes = clip(boxes, image_size)
         keep = nms_per_class(boxes, scores, classes, self.nms_threshold)
