@@ -32,7 +32,7 @@ def build_model(cfg: CfgNode) -> nn.Module:
 
 def train_batches(cfg: CfgNode, start: int) -> Iterable[list[dict[str, Any]]]:
     """Endless batches of this process's share of SOLVER.IMS_PER_BATCH, from iteration `start` on."""
-    return build_train_loader(cfg, start_iteration=start)
+    return build_train_loader(cfg, start_iter=start)
 
 
 def test_batches(cfg: CfgNode, dataset: str) -> Iterable[list[dict[str, Any]]]:
