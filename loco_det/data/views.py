@@ -1,0 +1,304 @@
+"""Two augmented views of one image, on OpenCV: the random crops and colours of SimCLR and MoCo v2, at decoding speed.
+
+Shape legend: H x W the decoded image, S the view's side, B images in a batch; pixels are RGB, uint8, 0-255.
+
+The distribution is torchvision's (RandomResizedCrop, RandomHorizontalFlip, RandomApply(ColorJitter),
+RandomGrayscale, RandomApply(GaussianBlur), RandomSolarize(128), in this order); sources: SimCLR (arXiv 2002.05709,
+appendix A), MoCo v2 (arXiv 2003.04297), BYOL (arXiv 2006.07733) for solarize. Every operation rounds to the nearest
+level where torchvision cuts off, so one operation differs from `torchvision.transforms.v2.functional` by at most 1
+level (contrast: 2), which `tests/test_views_operations.py` asserts.
+
+A view is a pure function of (bytes, config, seed, epoch, index, view): a counter-based generator gives each its own
+stream, whatever worker or rank makes it. Views leave as uint8: a quarter of float32's bytes through workers, pinned
+memory and the bus, and the one pass that makes floats of them runs on the device (`normalise`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from loco_det.data.images import REDUCTIONS, decode_image, jpeg_size
+from loco_det.errors import UserError
+
+# What AUGMENT.* means where the user leaves a key unset (None).
+PRESETS: dict[str, dict[str, Any]] = {
+    "simclr": {"CROP_SCALE": (0.08, 1.0), "JITTER": (0.8, 0.8, 0.8, 0.2)},
+    "moco_v2": {"CROP_SCALE": (0.2, 1.0), "JITTER": (0.4, 0.4, 0.4, 0.1)},
+}
+_SHARED = {
+    "FLIP_PROB": 0.5,
+    "JITTER_PROB": 0.8,
+    "GRAY_PROB": 0.2,
+    "BLUR_PROB": 0.5,
+    "BLUR_SIGMA": (0.1, 2.0),
+    "SOLARIZE_PROB": 0.0,
+}
+# For a config tree: every key there is, the preset chosen, the rest left to it.
+AUGMENT_DEFAULTS: dict[str, Any] = {
+    "PRESET": "simclr",
+    **dict.fromkeys(["CROP_SCALE", "JITTER", *_SHARED]),
+}
+
+CROP_RATIO = (3 / 4, 4 / 3)  # width / height
+_CROP_ATTEMPTS = 10
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+_MOST_DRAWS = 2 * _CROP_ATTEMPTS + 2 + 15
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """One view's distribution. Ranges are (low, high); `jitter` is brightness, contrast, saturation, hue."""
+
+    size: int
+    crop_scale: tuple[float, float]  # share of the image's area
+    flip_prob: float
+    jitter: tuple[float, float, float, float]
+    jitter_prob: float
+    gray_prob: float
+    blur_prob: float
+    blur_sigma: tuple[float, float]  # pixels of the view
+    solarize_prob: float
+
+
+@dataclass(frozen=True)
+class ViewParams:
+    """One draw from a ViewConfig; applying it is deterministic."""
+
+    crop: tuple[int, int, int, int]  # top, left, height, width
+    flip: bool
+    jitter: tuple[tuple[str, float], ...]  # (operation, factor) in the order of application
+    gray: bool
+    blur_sigma: float  # 0: none
+    solarize: bool
+
+
+def view_config(size: int, augment: Mapping[str, Any]) -> ViewConfig:
+    """The distribution that the keys under AUGMENT mean for views of `size` pixels.
+
+    A key that is absent or None is the preset's; AUGMENT.PRESET itself defaults to simclr.
+
+    Raises:
+        UserError: an unknown key or preset, or a value out of range; names the key.
+    """
+    unknown = sorted(set(augment) - set(AUGMENT_DEFAULTS))
+    if unknown:
+        raise UserError(f"AUGMENT.{unknown[0]} is no key; use one of {', '.join(AUGMENT_DEFAULTS)}")
+    preset = augment.get("PRESET") or AUGMENT_DEFAULTS["PRESET"]
+    if preset not in PRESETS:
+        raise UserError(f"AUGMENT.PRESET {preset!r} is unknown; use one of {', '.join(PRESETS)}")
+    if not isinstance(size, int) or size < 1:
+        raise UserError(f"DATA.IMAGE_SIZE {size!r} is not a number of pixels; use 224, or 32 for small images")
+    values = {**_SHARED, **PRESETS[preset], **{k: v for k, v in augment.items() if v is not None}}
+    for key in (key for key in values if key.endswith("_PROB")):
+        _numbers(key, [values[key]], 1, 0.0, 1.0)
+    return ViewConfig(
+        size=size,
+        crop_scale=_range("CROP_SCALE", values["CROP_SCALE"], 1.0),
+        jitter=_jitter(values["JITTER"]),
+        blur_sigma=_range("BLUR_SIGMA", values["BLUR_SIGMA"], math.inf),
+        **{key.lower(): float(values[key]) for key in values if key.endswith("_PROB")},
+    )
+
+
+def _numbers(key: str, value: Any, count: int, low: float, high: float) -> tuple[float, ...]:
+    good = isinstance(value, Sequence) and len(value) == count
+    if not good or not all(isinstance(v, (int, float)) and low <= v <= high for v in value):
+        bounds = f">= {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise UserError(f"AUGMENT.{key} {value!r} must be {count} number{'s' * (count > 1)} {bounds}; correct it")
+    return tuple(float(v) for v in value)
+
+
+def _range(key: str, value: Any, high: float) -> tuple[float, float]:
+    low, top = _numbers(key, value, 2, 0.0, high)
+    if not 0 < low <= top:
+        raise UserError(f"AUGMENT.{key} {value!r} must be [low, high] with 0 < low <= high; correct it")
+    return low, top
+
+
+def _jitter(value: Any) -> tuple[float, float, float, float]:
+    brightness, contrast, saturation, hue = _numbers("JITTER", value, 4, 0.0, math.inf)
+    if hue > 0.5:
+        raise UserError(f"AUGMENT.JITTER {value!r}: hue is a share of the colour circle; use at most 0.5")
+    return brightness, contrast, saturation, hue
+
+
+def view_draws(seed: int, epoch: int, index: int, view: int) -> Iterator[float]:
+    """The uniform numbers in [0, 1) that belong to one view; no two of (seed, epoch, index, view) share any."""
+    # The counter's lowest word counts the draws; a key taken as given skips SeedSequence's hashing.
+    bits = np.random.Philox(key=[seed % 2**64, epoch], counter=[0, index, view, 0])
+    return iter(np.random.Generator(bits).random(_MOST_DRAWS).tolist())
+
+
+def draw_view(config: ViewConfig, height: int, width: int, draws: Iterator[float]) -> ViewParams:
+    """One view's parameters for a H x W image, from uniform numbers in [0, 1)."""
+    return ViewParams(
+        crop=_draw_crop(config.crop_scale, height, width, draws),
+        flip=next(draws) < config.flip_prob,
+        jitter=_draw_jitter(config.jitter, draws) if next(draws) < config.jitter_prob else (),
+        gray=next(draws) < config.gray_prob,
+        blur_sigma=_between(*config.blur_sigma, draws) if next(draws) < config.blur_prob else 0.0,
+        solarize=next(draws) < config.solarize_prob,
+    )
+
+
+def _between(low: float, high: float, draws: Iterator[float]) -> float:
+    return low + (high - low) * next(draws)
+
+
+def _draw_crop(
+    scale: tuple[float, float], height: int, width: int, draws: Iterator[float]
+) -> tuple[int, int, int, int]:
+    """Area uniform in `scale`, log of the shape uniform in CROP_RATIO, place uniform; drawn again if it juts out."""
+    low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
+    for _ in range(_CROP_ATTEMPTS):
+        area = height * width * _between(*scale, draws)
+        ratio = math.exp(_between(low, high, draws))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(next(draws) * (height - h + 1)), int(next(draws) * (width - w + 1)), h, w
+    # A long, thin image: the largest middle part of legal shape, as torchvision falls back.
+    w = min(width, round(height * CROP_RATIO[1]))
+    h = min(height, round(width / CROP_RATIO[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _draw_jitter(strengths: Sequence[float], draws: Iterator[float]) -> tuple[tuple[str, float], ...]:
+    places = [next(draws) for _ in range(4)]
+    factors = [_between(max(0.0, 1 - s), 1 + s, draws) for s in strengths[:3]]
+    factors.append(_between(-strengths[3], strengths[3], draws))
+    named = list(zip(("brightness", "contrast", "saturation", "hue"), factors, strengths))
+    order = sorted(range(4), key=places.__getitem__)
+    return tuple((named[i][0], named[i][1]) for i in order if named[i][2] > 0)
+
+
+def two_views(
+    data: bytes, name: str, config: ViewConfig, seed: int, epoch: int, index: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both (S, S, 3) uint8 views of an encoded image, which is decoded once, and coarsely where both crops allow it.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 if each crop still has S pixels on either side; its borders then lie on the
+    nearest coarse pixel.
+
+    Raises:
+        UserError: the image cannot be decoded; names it.
+    """
+
+    def draw(size: tuple[int, int]) -> tuple[ViewParams, ViewParams]:
+        first, second = (draw_view(config, *size, view_draws(seed, epoch, index, view)) for view in (0, 1))
+        return first, second
+
+    size = jpeg_size(data)
+    reduce = reduction(draw(size), config.size) if size is not None else 1
+    image = decode_image(data, name, reduce=reduce)
+    if size is not None and reduce > 1 and image.shape[:2] != _coarse(size, reduce):
+        # EXIF turned it, and the crops that suit it upright may need finer pixels.
+        size = size[::-1]
+        if image.shape[:2] != _coarse(size, reduce) or reduction(draw(size), config.size) < reduce:
+            reduce, image = 1, decode_image(data, name)
+    pair = draw(size if size is not None and reduce > 1 else image.shape[:2])
+    first, second = (apply_view(image, params, config.size, reduce) for params in pair)
+    return first, second
+
+
+def _coarse(size: tuple[int, int], factor: int) -> tuple[int, int]:
+    return -(-size[0] // factor), -(-size[1] // factor)
+
+
+def reduction(pair: Sequence[ViewParams], size: int) -> int:
+    """The coarsest of 1, 2, 4, 8 at which every crop of `pair` still has `size` pixels on either side."""
+    least = min(min(params.crop[2:]) for params in pair)
+    return next((factor for factor in REDUCTIONS if least >= factor * size), 1)
+
+
+def apply_view(image: np.ndarray, params: ViewParams, size: int, reduce: int = 1) -> np.ndarray:
+    """The (S, S, 3) view that `params`, drawn for the whole image, make of (H, W, 3) `image` at 1/reduce of it."""
+    view = crop_resize(image, _reduced(params.crop, reduce, image.shape), size)
+    if params.flip:
+        view = cv2.flip(view, 1)
+    for operation, factor in params.jitter:
+        view = _JITTER[operation](view, factor)
+    if params.gray:  # one channel suffices until the end
+        view = cv2.cvtColor(view, cv2.COLOR_RGB2GRAY)
+    if params.blur_sigma > 0:
+        view = blur(view, params.blur_sigma)
+    if params.solarize:
+        view = solarize(view)
+    return cv2.cvtColor(view, cv2.COLOR_GRAY2RGB) if params.gray else view
+
+
+def _reduced(crop: tuple[int, int, int, int], factor: int, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    if factor == 1:
+        return crop
+    top, left, height, width = (round(value / factor) for value in crop)
+    height, width = min(height, shape[0]), min(width, shape[1])
+    return min(top, shape[0] - height), min(left, shape[1] - width), height, width
+
+
+def crop_resize(image: np.ndarray, crop: tuple[int, int, int, int], size: int) -> np.ndarray:
+    """(size, size, 3) bilinear, antialiased resampling of the crop (top, left, height, width)."""
+    top, left, height, width = crop
+    part = image[top : top + height, left : left + width]
+    if height <= size and width <= size:  # nothing to alias
+        return cv2.resize(part, (size, size), interpolation=cv2.INTER_LINEAR)
+    # OpenCV's bilinear filter skips pixels when it shrinks, and its area filter is another one, three times slower.
+    pixels = torch.from_numpy(part)[None].permute(0, 3, 1, 2)  # in this order torch sees channels-last and keeps it
+    resized = interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def brightness(view: np.ndarray, factor: float) -> np.ndarray:
+    """`factor` >= 0 times every value."""
+    return cv2.convertScaleAbs(view, alpha=factor)
+
+
+def contrast(view: np.ndarray, factor: float) -> np.ndarray:
+    """Away from (factor > 1) or towards the view's mean luma."""
+    mean = sum(weight * value for weight, value in zip(_LUMA, cv2.mean(view)))
+    return cv2.addWeighted(view, factor, view, 0.0, (1 - factor) * mean)
+
+
+def saturation(view: np.ndarray, factor: float) -> np.ndarray:
+    """Away from (factor > 1) or towards each pixel's luma."""
+    matrix = factor * np.eye(3) + (1 - factor) * np.array([_LUMA])
+    return cv2.transform(view, matrix.astype(np.float32))
+
+
+def hue(view: np.ndarray, shift: float) -> np.ndarray:
+    """Hue turned by `shift` of a full circle, value and saturation kept."""
+    # In float, for 8-bit hue is off by up to 6 levels and no faster; OpenCV wraps large angles but not negative ones.
+    hsv = cv2.cvtColor(view.astype(np.float32), cv2.COLOR_RGB2HSV)
+    hsv = cv2.add(hsv, (360.0 * (shift % 1.0), 0.0, 0.0, 0.0), dst=hsv)
+    return cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=hsv))
+
+
+_JITTER = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
+
+
+def blur(view: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur of `sigma` pixels, mirrored at the border; what lies beyond 3.5 sigma (0.05 %) is left out."""
+    radius = min(math.ceil(3.5 * sigma), min(view.shape[:2]) - 1)
+    kernel = cv2.getGaussianKernel(2 * radius + 1, sigma)
+    return cv2.sepFilter2D(view, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
+
+
+def solarize(view: np.ndarray) -> np.ndarray:
+    """Values of 128 and more inverted."""
+    return np.minimum(view, ~view)
+
+
+def normalise(
+    images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(B, 3, S, S) uint8 -> (B, 3, S, S) `dtype`, contiguous, (x - mean) / std with both in 0-255 units."""
+    shift = torch.tensor(mean, dtype=dtype, device=images.device).view(-1, 1, 1)
+    scale = torch.tensor(std, dtype=dtype, device=images.device).view(-1, 1, 1).reciprocal()
+    return images.to(dtype, memory_format=torch.contiguous_format).sub_(shift).mul_(scale)
