@@ -248,3 +248,12 @@ def _plain(value: Any, resolve: Resolver) -> Any:
         return item if isinstance(item, set | frozenset) else None
 
     return convert(value, 0)
+
+
+def safetensors_metadata(path: str | Path) -> dict[str, str]:
+    """The header's metadata of a safetensors file that `load_tensors` could read; empty for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        return {}

@@ -1,0 +1,158 @@
+"""The strict account of a conversion: every tensor that was read is converted, or dropped for a named reason."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from loco_det.convert.architecture import Architecture, check_tensors, recognise
+from loco_det.convert.sources import COUNTERS, NAMINGS, SOURCES, Candidate, Pixels, Rules, candidates, choose, flatten
+from loco_det.errors import UserError
+from loco_det.names import to_detectron2
+
+NEW_IN_DETECTOR = (
+    ("feature pyramid (FPN models)", "backbone.fpn_lateral2-5, backbone.fpn_output2-5"),
+    ("region proposals", "proposal_generator.rpn_head.*"),
+    ("box head", "roi_heads.box_head.* (FPN models), roi_heads.box_predictor.*"),
+    ("mask head (Mask R-CNN)", "roi_heads.mask_head.*"),
+)
+"""What a detector has beyond its backbone and so starts from fresh weights: (what, tensor names)."""
+
+
+@dataclass
+class Account:
+    """What became of every tensor of a file.
+
+    Attributes:
+        source: the code base as recognised, and the branch taken.
+        architecture: the ResNet the tensors make up.
+        read: number of tensors in the file.
+        converted: torchvision's name -> tensor.
+        keys: torchvision's name -> where the tensor stood in the file.
+        dropped: reason -> keys.
+        pixels: what the backbone expects to see, and where its strides stand.
+        proof: what `prove.prove` measured.
+    """
+
+    source: str
+    branch: str
+    architecture: Architecture
+    read: int
+    converted: dict[str, Tensor]
+    keys: dict[str, str]
+    dropped: dict[str, list[str]]
+    pixels: Pixels = field(default_factory=Pixels)
+    proof: dict[str, Any] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """The account and the proof as aligned plain text."""
+        p, dropped = self.pixels, sum(map(len, self.dropped.values()))
+        rows = [
+            ("source", f"{self.source}, branch {self.branch}" if self.branch else self.source),
+            ("backbone", f"{self.architecture.name}, stride in the {'1x1' if p.stride_in_1x1 else '3x3'} convolution"),
+            ("", "BatchNorm eps 1e-05 (frozen in the detector, so its momentum does not matter)"),
+            ("pixels", f"{p.order}, mean {_numbers(p.mean)}, std {_numbers(p.std)} (0-255)"),
+            ("read", f"{self.read:4d} tensors"),
+            ("converted", f"{len(self.converted):4d}"),
+            ("dropped", f"{dropped:4d}"),
+            *((f"  {len(keys):4d}", f"{why} ({_shown(keys)})") for why, keys in self.dropped.items()),
+            *(("new" if i == 0 else "", f"{what}: {names}") for i, (what, names) in enumerate(NEW_IN_DETECTOR)),
+        ]
+        lines = [f"{label:<10} {text}" for label, text in rows]
+        if self.proof:
+            lines += ["", f"proof: {self.proof['image']} through source and converted backbone"]
+            lines += [f"{'':10} {'float64 max|d|':>15} {'relative':>9} {'float32 max|d|':>15} {'relative':>9}"]
+            for stage in self.proof["float64"]:
+                cells = [self.proof[kind][stage] for kind in ("float64", "float32")]
+                numbers = (f"{c['max_abs']:15.2e} {c['relative']:9.2e}" for c in cells)
+                lines.append(f"{stage:10} {' '.join(numbers)}")
+        return lines
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:g}" for value in values)
+
+
+def _shown(keys: list[str]) -> str:
+    return keys[0] if len(keys) == 1 else f"{keys[0]} ..."
+
+
+def take_account(path: object, loaded: dict[str, Any], branch: str | None = None) -> tuple[Account, Candidate]:
+    """Sort every tensor of a loaded file into converted and dropped, and check what is converted.
+
+    Raises:
+        UserError: no or several backbones, or a tensor is unknown, missing, there twice or not as it must be.
+    """
+    original = _moved(path, dict(flatten(loaded)))
+    tensors = {key: tensor for key, (_, tensor) in original.items()}
+    chosen = choose(path, tensors, branch)
+    others = {c.prefix: c.branch for c in candidates(tensors) if c != chosen}
+    converted: dict[str, Tensor] = {}
+    keys: dict[str, str] = {}
+    dropped: dict[str, list[str]] = {}
+    for key, (file_key, tensor) in original.items():
+        name, reason = _place(key, chosen, others)
+        if name is not None:
+            if name in converted:
+                raise UserError(f"{path}: {keys[name]!r} and {file_key!r} are the same tensor; remove one of them")
+            converted[name], keys[name] = tensor.contiguous(), file_key
+        elif reason is not None:
+            dropped.setdefault(reason, []).append(file_key)
+        else:
+            where = chosen.source.name if chosen.source else "this"
+            raise UserError(f"{path}: tensor {file_key!r} is unknown in a {where} checkpoint; remove it")
+    architecture = recognise(path, converted)
+    check_tensors(path, converted, architecture, lambda name: keys.get(name, f"{chosen.prefix}{name}"))
+    source = chosen.source.name if chosen.source else "unknown code base"
+    return Account(source, chosen.branch, architecture, len(tensors), converted, keys, dropped), chosen
+
+
+def _moved(path: object, tensors: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    """Key after the rows' moves -> (key in the file, tensor)."""
+    moves = [move for source in SOURCES for move in source.moves]
+    found: dict[str, tuple[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        new = key
+        for pattern, replacement in moves:
+            new = re.sub(pattern, replacement, new)
+        if new in found:
+            raise UserError(f"{path}: {found[new][0]!r} and {key!r} are the same tensor; remove one of them")
+        found[new] = key, tensor
+    return found
+
+
+def _place(key: str, chosen: Candidate, others: dict[str, str]) -> tuple[str | None, str | None]:
+    """(torchvision's name, None) for a tensor of the backbone, (None, reason) for one to drop, else (None, None)."""
+    source = chosen.source
+    container, _, name = key.rpartition(":")
+    if key.startswith(chosen.prefix) and container == chosen.prefix.rpartition(":")[0]:
+        rest = key[len(chosen.prefix) :]
+        renamed = NAMINGS[chosen.naming][2](rest)
+        reason = _dropped(rest, (COUNTERS, *(source.inside if source else ())))
+        if reason is not None:
+            return None, reason
+        if _is_backbone(renamed):
+            return renamed, None
+    for prefix, branch in others.items():
+        if key.startswith(prefix) and len(prefix) > (len(chosen.prefix) if key.startswith(chosen.prefix) else -1):
+            return None, f"other branch ({branch})"
+    if container != chosen.prefix.rpartition(":")[0]:
+        return None, f"beside the model ({container.split('/')[0] or 'loose tensors'})"
+    if source is None and not key.startswith(chosen.prefix):
+        return None, "outside the branch"
+    return None, _dropped(name, (COUNTERS, *(source.outside if source else ())))
+
+
+def _dropped(name: str, rules: Rules) -> str | None:
+    return next((reason for pattern, reason in rules if re.fullmatch(pattern, name)), None)
+
+
+def _is_backbone(name: str) -> bool:
+    try:
+        to_detectron2(name)
+    except UserError:
+        return False
+    return True

@@ -1,0 +1,178 @@
+"""Any known ResNet checkpoint -> Detectron2 weights: load safely, recognise, account, write, prove.
+
+`convert` is the command; `load_backbone_weights` and `load_checkpoint` are how training reads MODEL.WEIGHTS.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch import Tensor
+
+from loco_det.artifact import HEADER_KEY, Manifest, Stage, decode_manifest, load_backbone
+from loco_det.backbone import stage_channels, stage_strides, tensors_hash
+from loco_det.convert.account import Account, take_account
+from loco_det.convert.architecture import check_tensors, recognise
+from loco_det.convert.export import write_pickle, yaml_text
+from loco_det.convert.load import load_tensors, safetensors_metadata
+from loco_det.convert.prove import prove
+from loco_det.convert.sources import Pixels, Triple
+from loco_det.errors import UserError
+from loco_det.names import to_detectron2
+from loco_det.runtime import atomic_write
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    branch: str | None = None,
+    image: str | Path | None = None,
+    channel_order: str | None = None,
+    pixel_mean: Triple | None = None,
+    pixel_std: Triple | None = None,
+    stride_in_1x1: bool | None = None,
+) -> Account:
+    """Write `output` (.pkl, Detectron2's format) and the YAML fragment beside it; returns the account with proof.
+
+    Args:
+        source: our own artifact or any checkpoint that `sources.SOURCES` knows.
+        branch: which backbone, where the file holds several.
+        image: for the proof, in place of one made by a formula.
+        channel_order, pixel_mean, pixel_std: what the backbone was trained to see, "RGB" or "BGR" and 0-255 units
+            in that order, where it is not the source's own; all three or none.
+        stride_in_1x1: whether bottleneck blocks have their stride in the first convolution (MSRA's weights).
+
+    Raises:
+        UserError: the file or an option cannot be used, or the proof fails; nothing is left at `output` then.
+    """
+    source, output = Path(source), Path(output)
+    if output.suffix != ".pkl":
+        raise UserError(f"{output}: Detectron2 tells the format from the name; give an output that ends in .pkl")
+    if output.absolute() == source.absolute():
+        raise UserError(f"{output}: is the input too; give the output another name")
+    account, manifest, known = _read(source, branch)
+    stated = _stated(source, account, manifest, known, channel_order, pixel_mean, pixel_std, stride_in_1x1)
+    account.pixels = stated
+    manifest = manifest or _describe(account)
+    tensors = {to_detectron2(name): tensor for name, tensor in account.converted.items()}
+    with atomic_write(output) as file:
+        write_pickle(file, tensors, manifest)
+        written = load_tensors(file.name)["model"]
+        try:
+            account.proof = prove(account.converted, written, account.architecture, stated, image)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+        manifest = msgspec.structs.replace(manifest, proof=account.proof)
+        write_pickle(file, tensors, manifest)
+        if tensors_hash(load_tensors(file.name)["model"].items()) != tensors_hash(written.items()):
+            raise UserError(f"{output}: the disk gave back other bytes than were written; choose another disk")
+    with atomic_write(output.with_suffix(".yaml"), "w") as file:
+        file.write(yaml_text(output, manifest, account.architecture))
+    return account
+
+
+def load_backbone_weights(path: str | Path, branch: str | None = None) -> tuple[dict[str, Tensor], Manifest | None]:
+    """A backbone's tensors under Detectron2's names relative to the ResNet (`stem.conv1.weight`), and its manifest.
+
+    Reads everything that `convert` reads; the manifest is None where the file is not loco_det's. Tensors are
+    float32 on the CPU, complete and finite for one ResNet.
+
+    Raises:
+        UserError: as `convert`.
+    """
+    account, manifest, _ = _read(Path(path), branch)
+    return {to_detectron2(name): tensor for name, tensor in account.converted.items()}, manifest
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint as Detectron2 writes it (.pth or .pkl): {"model": {name: tensor}, ...} with all else as stored.
+
+    A file that is the model's dictionary itself is given its "model" level. Nothing is renamed.
+
+    Raises:
+        UserError: unreadable, or without a flat dictionary of tensors.
+    """
+    loaded = load_tensors(path)
+    checkpoint = loaded if isinstance(loaded.get("model"), dict) else {"model": loaded}
+    for name, value in checkpoint["model"].items():
+        if not isinstance(value, Tensor) or not isinstance(name, str):
+            raise UserError(f"{path}: {name!r:.100} is no tensor of a model; give a detector's checkpoint")
+    if not checkpoint["model"]:
+        raise UserError(f"{path}: holds no tensors; give a detector's checkpoint")
+    return checkpoint
+
+
+def _read(path: Path, branch: str | None) -> tuple[Account, Manifest | None, Pixels | None]:
+    """The account of a file, its manifest if it is ours, and the pixels that its source is known to expect."""
+    loaded = load_tensors(path)
+    if HEADER_KEY in safetensors_metadata(path):
+        tensors, manifest = load_backbone(path)
+        architecture = recognise(path, tensors)
+        check_tensors(path, tensors, architecture)
+        account = Account(f"loco_det ({manifest.method})", "", architecture, len(tensors), tensors, {}, {})
+    else:
+        account, chosen = take_account(path, loaded, branch)
+        manifest = None
+        if isinstance(loaded.get(HEADER_KEY), str):
+            manifest = decode_manifest(loaded[HEADER_KEY], path)
+        elif chosen.source is not None:
+            return account, None, chosen.source.pixels
+    if manifest is not None and manifest.depth != account.architecture.depth:
+        found = f"depth {manifest.depth}, its tensors {account.architecture.depth}"
+        raise UserError(f"{path}: the manifest says {found}; take an intact copy")
+    return account, manifest, None
+
+
+def _stated(
+    path: Path,
+    account: Account,
+    manifest: Manifest | None,
+    known: Pixels | None,
+    order: str | None,
+    mean: Triple | None,
+    std: Triple | None,
+    stride: bool | None,
+) -> Pixels:
+    """The pixels and stride to go by: the file's own word, else the caller's, else the source's."""
+    given = [order, mean, std]
+    if manifest is not None:
+        if any(v is not None for v in (*given, stride)):
+            raise UserError(f"{path}: its manifest already states pixels and stride; leave those options out")
+        return Pixels(manifest.channel_order, manifest.pixel_mean, manifest.pixel_std, manifest.stride_in_1x1)
+    if None in given and any(v is not None for v in given):
+        raise UserError("--channel-order, --pixel-mean and --pixel-std belong together; give all three or none")
+    if order is not None and order not in ("RGB", "BGR"):
+        raise UserError(f"--channel-order {order!r} is neither RGB nor BGR; give one of them")
+    if std is not None and not all(0 < v < float("inf") for v in std):
+        raise UserError(f"--pixel-std {std} must be three positive numbers in 0-255 units; correct it")
+    if mean is not None and not all(abs(v) < float("inf") for v in mean):
+        raise UserError(f"--pixel-mean {mean} must be three numbers in 0-255 units; correct it")
+    needs_stride = account.architecture.depth >= 50 and stride is None
+    if known is None and (order is None or needs_stride):
+        raise UserError(
+            f"{path}: does not say what pixels and stride it was trained with; state --channel-order, --pixel-mean, "
+            "--pixel-std and --stride-in-1x1 (Detectron2's own defaults: BGR, 103.53 116.28 123.675, 1 1 1, yes)"
+        )
+    pixels = Pixels(order, mean, std) if order is not None else known
+    if stride is None:
+        stride = known.stride_in_1x1 if known else False
+    return Pixels(pixels.order, pixels.mean, pixels.std, stride)
+
+
+def _describe(account: Account) -> Manifest:
+    depth, strides, pixels = account.architecture.depth, stage_strides(), account.pixels
+    return Manifest(
+        architecture=account.architecture.name,
+        depth=depth,
+        stem="imagenet",
+        stages={name: Stage(channels, strides[name]) for name, channels in stage_channels(depth).items()},
+        method=account.source,
+        channel_order=pixels.order,
+        pixel_mean=pixels.mean,
+        pixel_std=pixels.std,
+        stride_in_1x1=pixels.stride_in_1x1,
+        tensors_sha256=tensors_hash(account.converted.items()),
+    )

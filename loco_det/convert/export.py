@@ -1,0 +1,75 @@
+"""Detectron2's file for a backbone: OUTPUT.pkl, and OUTPUT.yaml with the keys that must agree with it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+import numpy as np
+from torch import Tensor
+
+from loco_det.artifact import Manifest
+from loco_det.convert.architecture import Architecture
+
+
+class _Pickler(pickle.Pickler):
+    """Writes an array as numpy.ndarray(shape, dtype text, bytes), which every numpy release can read.
+
+    numpy 2's own way names a module that numpy 1 lacks, and Detectron2 often lives beside numpy 1.
+    """
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return np.ndarray, (value.shape, value.dtype.str, bytearray(value.tobytes()))
+        return NotImplemented
+
+
+def write_pickle(file: IO[bytes], tensors: dict[str, Tensor], manifest: Manifest) -> None:
+    """The .pkl: names relative to the ResNet, so that Detectron2's matching finds them in FPN and C4 models alike.
+
+    Args:
+        file: where to write, from its beginning.
+        tensors: Detectron2's names (`stem.conv1.weight`, `res2.0...`) -> float32 CPU tensors.
+        manifest: stored as JSON text, which Detectron2 ignores.
+    """
+    content = {
+        "model": {name: tensor.numpy() for name, tensor in tensors.items()},
+        "__author__": "loco_det",
+        "matching_heuristics": True,
+        "loco_det": msgspec.json.encode(manifest).decode(),
+    }
+    file.seek(0)
+    file.truncate()
+    pickler = _Pickler(file, protocol=4)
+    pickler.fast = True  # keeps no list of what was written, so one array at a time is in memory twice
+    pickler.dump(content)
+    file.flush()
+
+
+def yaml_text(weights: Path, manifest: Manifest, architecture: Architecture) -> str:
+    """The YAML fragment for stock Detectron2: weights, pixels and ResNet keys that these weights need."""
+    wide = (architecture.groups, architecture.width_per_group) != (1, 64)
+    lines = [
+        f"# {architecture.name} backbone ({manifest.method}), converted and proven by loco_det.",
+        "# These keys must agree with the weights: put them into your config, or name this file as its _BASE_.",
+        "MODEL:",
+        f"  WEIGHTS: {json.dumps(str(weights.absolute()), ensure_ascii=False)}",
+        f"  PIXEL_MEAN: {_numbers(manifest.pixel_mean)}",
+        f"  PIXEL_STD: {_numbers(manifest.pixel_std)}",
+        "  RESNETS:",
+        f"    DEPTH: {architecture.depth}",
+        f"    STRIDE_IN_1X1: {'true' if manifest.stride_in_1x1 else 'false'}",
+        f"    RES2_OUT_CHANNELS: {architecture.res2_out_channels}",
+        *([f"    NUM_GROUPS: {architecture.groups}"] if wide else []),
+        *([f"    WIDTH_PER_GROUP: {architecture.width_per_group}"] if wide else []),
+        "INPUT:",
+        f'  FORMAT: "{manifest.channel_order}"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return "[" + ", ".join(repr(float(value)) for value in values) + "]"

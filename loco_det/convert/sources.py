@@ -1,0 +1,261 @@
+"""Whose checkpoint is this? One row a code base: where its backbone stands, how it is named, what else is there.
+
+A tensor's key is its place in the file: the dictionaries on the way joined by "/", a colon, its name; a tensor of
+the outermost dictionary has its name alone (`conv1.weight`, `state_dict:module.encoder_q.conv1.weight`). The part
+in front of the backbone's own tensor names is the prefix of a branch. Two branches in one file are never chosen
+between: the caller is told their names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD
+from loco_det.errors import UserError
+from loco_det.names import to_torchvision
+
+MAX_ITEMS = 1_000_000
+
+Rules = tuple[tuple[str, str], ...]
+"""(pattern, reason): tensors whose whole name matches are dropped for that reason."""
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What a backbone was trained to see: mean and std in 0-255 units, in `order`; and where its strides stand."""
+
+    order: str = "RGB"
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+    stride_in_1x1: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """One code base.
+
+    Attributes:
+        name: what the account calls it.
+        branches: branch name -> pattern of the prefix under which that branch's backbone stands.
+        namings: how tensors are named behind the prefix, keys of `NAMINGS`.
+        inside: what is dropped behind the prefix of the chosen branch.
+        outside: what is dropped in the same dictionary, by its name there.
+        marker: a pattern some key must match, for rows that would otherwise fit where a plainer one does.
+        pixels: what its published recipes feed it; None where the file alone cannot say.
+        moves: (pattern, replacement) applied to every key first.
+    """
+
+    name: str
+    branches: dict[str, str]
+    namings: tuple[str, ...] = ("torchvision",)
+    inside: Rules = ()
+    outside: Rules = ()
+    marker: str = ""
+    pixels: Pixels | None = field(default_factory=Pixels)
+    moves: Rules = ()
+
+
+CLASSIFIER = (r"fc\.(weight|bias)", "classifier")
+HEAD = (r"fc\..+", "projection head")
+
+SOURCES = (
+    Source(
+        "MoCo v1/v2",
+        {
+            "query": r"(state_dict:)?(module\.)?encoder_q\.",
+            "momentum": r"(state_dict:)?(module\.)?encoder_k\.",
+        },
+        inside=(HEAD,),
+        outside=((r"(module\.)?queue(_ptr)?", "queue of negatives"),),
+    ),
+    Source(
+        "SimSiam",
+        {"encoder": r"(state_dict:)?(module\.)?encoder\."},
+        inside=(HEAD,),
+        outside=((r"(module\.)?predictor\..+", "prediction head"),),
+        marker=r"(.+:)?(module\.)?predictor\..+",
+    ),
+    Source(
+        "SwAV",
+        {"model": r"(state_dict:)?(module\.)?"},
+        inside=((r"(projection_head|prototypes\d*)\..+", "projection head and prototypes"),),
+        marker=r"(.+:)?(module\.)?projection_head\..+",
+    ),
+    Source(
+        "Barlow Twins or VICReg",
+        {"backbone": r"model:(module\.)?backbone\."},
+        inside=(CLASSIFIER,),
+        outside=((r"(module\.)?(projector|bn)\..+", "projection head"),),
+        marker=r"model:(module\.)?projector\..+",
+    ),
+    Source(
+        "DINO",
+        {"student": r"student:(module\.)?backbone\.", "teacher": r"teacher:(module\.)?backbone\."},
+        outside=((r"(module\.)?head\..+", "projection head"),),
+    ),
+    Source(
+        "lightly",
+        {
+            "online": r"(state_dict:)?(model\.)?backbone\.",
+            "momentum": r"(state_dict:)?(model\.)?backbone_momentum\.",
+            "student": r"(state_dict:)?(model\.)?student_backbone\.",
+            "teacher": r"(state_dict:)?(model\.)?teacher_backbone\.",
+        },
+        namings=("children", "torchvision"),
+        outside=(
+            (r"(.+\.)?(projection_head|prediction_head|student_head|teacher_head)(_momentum)?\..+", "projection head"),
+            (r"(.+\.)?prototypes\..+", "prototypes"),
+            (r"(.+\.)?(online_classifier|fc)\..+", "classifier"),
+            (r"(.+\.)?criterion\..+", "loss"),
+        ),
+        marker=r"(state_dict:)?(.+\.)?(projection_head|prediction_head|student_head)\..+",
+    ),
+    Source(
+        "Detectron2",
+        {"backbone": r"(model:)?(backbone\.(bottom_up\.)?)?"},
+        namings=("detectron2",),
+        inside=((r"(stem\.)?(fc|linear)\.(weight|bias)", "classifier"),),
+        outside=(
+            (r"backbone\.(fpn_|top_block).+", "feature pyramid"),
+            (r"proposal_generator\..+", "region proposals"),
+            (r"roi_heads\..+", "box and mask heads"),
+            (r"pixel_(mean|std)", "pixel statistics"),
+        ),
+        pixels=None,
+        moves=((r"^(model:)?roi_heads\.res5\.", r"\1backbone.res5."),),
+    ),
+    Source(
+        "timm training run",
+        {"model": r"state_dict:", "ema": r"state_dict_ema:"},
+        inside=(CLASSIFIER,),
+        marker=r"state_dict_ema:.+",
+    ),
+    Source(
+        "torchvision or timm ResNet",
+        {"model": r"((state_dict|model):)?(module\.)?"},
+        inside=(CLASSIFIER,),
+    ),
+)
+
+_CHILDREN = {"0.": "conv1.", "1.": "bn1.", "4.": "layer1.", "5.": "layer2.", "6.": "layer3.", "7.": "layer4."}
+
+
+def _children(name: str) -> str:
+    """torchvision's name of a tensor in `nn.Sequential(*resnet.children())`."""
+    start, dot, rest = name.partition(".")
+    return _CHILDREN.get(start + dot, start + dot) + rest
+
+
+def _detectron2(name: str) -> str:
+    try:
+        return to_torchvision(name)
+    except UserError:
+        return name
+
+
+NAMINGS = {
+    # naming: (its name of the stem's convolution, of the first block's, function to torchvision's names)
+    "torchvision": ("conv1.weight", "layer1.0.conv1.weight", lambda name: name),
+    "children": ("0.weight", "4.0.conv1.weight", _children),
+    "detectron2": ("stem.conv1.weight", "res2.0.conv1.weight", _detectron2),
+}
+
+COUNTERS = (r"(.+\.)?num_batches_tracked", "batch counters")
+REFUSED = (
+    (r"(.+[.:])?conv1\.[03]\.weight", "has a stem of three convolutions (resnet*d, *c, *s), which Detectron2 lacks"),
+    (r"(.+\.)?layer1\.0\.(se|conv2_se|attn)\..+", "has attention in its blocks (SE, ECA), which Detectron2 lacks"),
+    (r"(.+\.)?layer1\.0\.conv2\.(conv|fc1)\.weight", "has split-attention blocks (ResNeSt), which Detectron2 lacks"),
+    (r"(.+[.:])?(cls_token|patch_embed\..+)", "is a vision transformer, not a ResNet"),
+    (r"(.+[.:])?stages\.0\.blocks\.0\..+", "is a pre-activation ResNet or ConvNeXt, which Detectron2 lacks"),
+)
+"""Key pattern -> why a file with such a tensor cannot become a Detectron2 ResNet."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One backbone that a file holds: `source` is None where no row knows its prefix."""
+
+    source: Source | None
+    branch: str
+    prefix: str
+    naming: str
+
+
+def flatten(loaded: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) for every tensor in nested plain data, keys as this module's docstring says.
+
+    Raises:
+        UserError: containers inside containers amount to more than a million items.
+    """
+    waiting: list[tuple[str, Any]] = [("", loaded)]
+    seen = 0
+    while waiting:
+        place, container = waiting.pop()
+        items = container if isinstance(container, dict) else dict(enumerate(container))
+        seen += len(items)
+        if seen > MAX_ITEMS:  # shared containers can stand for exponentially many
+            raise UserError(f"the file nests more than {MAX_ITEMS:,} items; save the model's state_dict() alone")
+        for name, value in items.items():
+            if isinstance(value, Tensor):
+                yield f"{place}:{name}" if place else str(name), value
+            elif isinstance(value, dict | list | tuple):
+                waiting.append((f"{place}/{name}" if place else str(name), value))
+
+
+def candidates(tensors: dict[str, Tensor]) -> list[Candidate]:
+    """Every backbone among `tensors`, in the order of their keys, each with the first row that fits it."""
+    found = []
+    for naming, (stem, block, _) in NAMINGS.items():
+        for key, tensor in tensors.items():
+            prefix = key.removesuffix(stem)
+            at_border = not prefix or prefix[-1] in ".:"
+            if key.endswith(stem) and at_border and prefix + block in tensors and tensor.ndim == 4:
+                found.append(_identify(prefix, naming, tensors))
+    return found
+
+
+def _identify(prefix: str, naming: str, tensors: dict[str, Tensor]) -> Candidate:
+    for source in SOURCES:
+        if naming not in source.namings:
+            continue
+        if source.marker and not any(re.fullmatch(source.marker, key) for key in tensors):
+            continue
+        for branch, pattern in source.branches.items():
+            if re.fullmatch(pattern, prefix):
+                return Candidate(source, branch, prefix, naming)
+    return Candidate(None, prefix, prefix, naming)
+
+
+def choose(path: object, tensors: dict[str, Tensor], branch: str | None) -> Candidate:
+    """The backbone to convert; `branch` is a branch's name or the literal prefix of its keys.
+
+    Raises:
+        UserError: there is none, it is of a kind that Detectron2 lacks, or there are several and `branch` is None.
+    """
+    found = candidates(tensors)
+    for pattern, reason in REFUSED:
+        for key in tensors:
+            if re.fullmatch(pattern, key):
+                raise UserError(f"{path}: tensor {key!r} shows that it {reason}; give a plain ResNet's weights")
+    if not found:
+        shown = ", ".join(repr(key) for key in list(tensors)[:3]) or "none"
+        raise UserError(f"{path}: holds no ResNet backbone (first tensors: {shown}); give a ResNet's weights")
+    chosen = [c for c in found if branch in (None, c.branch, c.prefix)]
+    choices = " or ".join(f"--branch {c.branch or repr(c.prefix)}" for c in found)
+    if not chosen:
+        raise UserError(f"{path}: has no branch {branch!r}; choose {choices}")
+    if len(chosen) > 1:
+        raise UserError(f"{path}: holds {len(found)} backbones; choose one with {choices}")
+    if chosen[0].source is None and branch is None:
+        raise UserError(
+            f"{path}: no known code base keeps its backbone under {chosen[0].prefix!r}; "
+            f"if it is the one you mean, say --branch {chosen[0].prefix}"
+        )
+    return chosen[0]
