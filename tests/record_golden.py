@@ -26,6 +26,19 @@ CASES: dict[str, tuple[dict[str, Any], ...]] = {
     "mask_rcnn_R_50_FPN": (cases.FPN,),
     "mask_rcnn_R_50_C4": (cases.C4,),
     "mask_rcnn_R_50_DC5_frozen": (cases.DC5, {"MODEL.BACKBONE.FREEZE_AT": 5}),
+    "mask_rcnn_R_50_FPN_options": (
+        cases.FPN,
+        {
+            "MODEL.FPN.FUSE_TYPE": "avg",
+            "MODEL.RPN.BOUNDARY_THRESH": 4,
+            "MODEL.ROI_HEADS.IOU_THRESHOLDS": [0.05, 0.15],
+            "MODEL.ROI_HEADS.IOU_LABELS": [0, -1, 1],
+            "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": True,
+            "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": True,
+            "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": 0.5,
+            "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True,
+        },
+    ),
     "faster_rcnn_R_18_FPN_giou": (
         cases.FPN,
         cases.R18,
