@@ -19,15 +19,20 @@ _ROWS = (
     ("layer{s}.{b}.downsample.1", "res{s}.{b}.shortcut.norm"),
 )
 _LEAVES = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
+# Numbers without leading zeros, or two names of one side would become one of the other.
+_NUMBERS = {"b": "0|[1-9][0-9]{0,2}", "k": "[123]"}
 _STAGE_SHIFT = 1
 
 
-def _pattern(row: str) -> re.Pattern[str]:
-    return re.compile(re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(row)) + r"\." + _LEAVES)
+def _pattern(row: str, stages: str) -> re.Pattern[str]:
+    regex = re.escape(row)
+    for letter, numbers in {**_NUMBERS, "s": stages}.items():
+        regex = regex.replace(rf"\{{{letter}\}}", f"(?P<{letter}>{numbers})")
+    return re.compile(regex + r"\." + _LEAVES)
 
 
-_TORCHVISION = [(_pattern(tv), d2) for tv, d2 in _ROWS]
-_DETECTRON2 = [(_pattern(d2), tv) for tv, d2 in _ROWS]
+_TORCHVISION = [(_pattern(tv, "[1-4]"), d2) for tv, d2 in _ROWS]
+_DETECTRON2 = [(_pattern(d2, "[2-5]"), tv) for tv, d2 in _ROWS]
 
 
 def to_detectron2(name: str) -> str:
