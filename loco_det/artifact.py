@@ -127,5 +127,5 @@ def decode_manifest(text: str | bytes, path: str | Path) -> Manifest:
         if found != FORMAT:
             raise UserError(f"{path}: manifest format {found!r} is not {FORMAT}; use the loco_det that wrote it")
         return msgspec.json.decode(text, type=Manifest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise UserError(f"{path}: its manifest cannot be read ({error}); write the file again") from error
