@@ -34,13 +34,16 @@ _quiet = False
 # --- logs and progress ------------------------------------------------------------------------------------------
 
 
-def setup_logging(output_dir: str | Path | None = None, quiet: bool = False) -> None:
+def setup_logging(output_dir: str | Path | None = None, quiet: bool | None = None) -> None:
     """Send the `loco_det` logger to standard error and, on the main process, to OUTPUT_DIR/log.txt.
 
-    Ranks other than 0 say only warnings. Calling it again replaces what the last call set up.
+    With `quiet` standard error gets warnings only and no progress; None leaves that as it is, also in the
+    processes that `launch` starts. Ranks other than 0 say only warnings. Calling it again replaces what the last
+    call set up.
     """
     global _quiet
-    _quiet = quiet or not is_main()
+    if quiet is not None:
+        _quiet = quiet
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
@@ -48,7 +51,7 @@ def setup_logging(output_dir: str | Path | None = None, quiet: bool = False) -> 
     log.propagate = False
     stamp = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
     console = logging.StreamHandler(sys.stderr)
-    console.setLevel(logging.WARNING if _quiet else logging.INFO)
+    console.setLevel(logging.INFO if _shows_progress() else logging.WARNING)
     console.setFormatter(stamp)
     log.addHandler(console)
     if output_dir is not None and is_main():
@@ -57,6 +60,10 @@ def setup_logging(output_dir: str | Path | None = None, quiet: bool = False) -> 
             file = logging.FileHandler(Path(output_dir) / "log.txt")
         file.setFormatter(stamp)
         log.addHandler(file)
+
+
+def _shows_progress() -> bool:
+    return is_main() and not _quiet
 
 
 class Progress:
@@ -70,13 +77,13 @@ class Progress:
         self.done = self.initial = initial
         self.started = self.last_line = time.monotonic()
         self.bar: RichProgress | None = None
-        if sys.stderr.isatty() and not _quiet:
+        if sys.stderr.isatty() and _shows_progress():
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[shown]}"),
+                TextColumn("{task.fields[shown]}", markup=False),  # names may hold [brackets]
             )
             self.bar = RichProgress(*columns, console=Console(stderr=True))
 
@@ -100,8 +107,14 @@ class Progress:
             self.bar.update(self.task, completed=self.done, shown=shown)
         elif now - self.last_line >= _LINE_SECONDS or self.done >= self.total:
             self.last_line = now
-            eta = time.strftime("%H:%M:%S", time.gmtime((self.total - self.done) / rate))
+            eta = _duration((self.total - self.done) / rate) if rate else "unknown"
             log.info("%s %d/%d eta %s %s", self.description, self.done, self.total, eta, shown)
+
+
+def _duration(seconds: float) -> str:
+    """3 days and 4 hours are "76:00:00"."""
+    minutes, seconds = divmod(round(max(seconds, 0)), 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def _short(value: float | str) -> str:
@@ -154,7 +167,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     with _os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, mode) as file:
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -296,18 +309,26 @@ def launch(worker: Callable[..., Any], processes: int, *args: Any) -> Any:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     try:
-        torch.multiprocessing.spawn(_spawned, (worker, args, processes, port, errors), nprocs=processes)
-    except torch.multiprocessing.ProcessExitedException as failure:
-        if not errors.empty():
+        torch.multiprocessing.spawn(_spawned, (worker, args, processes, port, errors, _quiet), nprocs=processes)
+    except torch.multiprocessing.ProcessException as failure:
+        if not errors.empty():  # also where a peer's broken connection was noticed first
             raise UserError(errors.get()) from failure
         raise
     return None
 
 
 def _spawned(
-    index: int, worker: Callable[..., Any], args: tuple[Any, ...], processes: int, port: int, errors: Any
+    index: int,
+    worker: Callable[..., Any],
+    args: tuple[Any, ...],
+    processes: int,
+    port: int,
+    errors: Any,
+    quiet: bool,
 ) -> None:
-    place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": processes, "MASTER_PORT": port}
+    setup_logging(quiet=quiet)
+    place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    place["MASTER_PORT"] = port
     os.environ.update({k: str(v) for k, v in place.items()}, MASTER_ADDR="127.0.0.1")
     try:
         _joined(worker, args)
