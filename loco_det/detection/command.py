@@ -1,9 +1,8 @@
-"""The command line of detector training, in Detectron2's argument style: parse, start the processes, exit code."""
+"""The detector job: its arguments, in Detectron2's style, and what they start."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from fvcore.common.config import CfgNode
@@ -16,19 +15,18 @@ from loco_det.runtime import launch, setup_logging
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `train`; read them with `parser.parse_intermixed_args`, so that KEY VALUE may stand anywhere."""
+    """Config, engine, overrides and processes."""
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file with Detectron2's keys")
     parser.add_argument("--engine", choices=("auto", "torchvision", "detectron2"), default="auto")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and stop")
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT_DIR/last_checkpoint if there is one")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes here, a GPU each if there are")
     parser.add_argument("--evaluator", choices=EVALUATORS, default=EVALUATORS[0])
-    parser.add_argument("--debug", action="store_true", help="show a traceback for bad input too")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides, e.g. SOLVER.BASE_LR 0.01")
 
 
-def run(args: argparse.Namespace) -> Any:
-    """Train or evaluate as the arguments say; returns the results of `train_net`, None if it ran in other processes.
+def run(args: argparse.Namespace) -> None:
+    """Train or evaluate as the arguments say.
 
     Raises:
         UserError: bad arguments, configuration, data or weights.
@@ -40,7 +38,7 @@ def run(args: argparse.Namespace) -> Any:
         raise UserError(f"--num-gpus is {args.num_gpus}; give at least 1, which without a GPU means one CPU process.")
     if choose_engine(args.engine).NAME == "torchvision":  # again in every process, but here it is known who set what
         check_honoured(cfg, collect_settings(args.config_file, args.opts))
-    return launch(_worker, args.num_gpus, cfg, args.engine, args.eval_only, args.resume, args.evaluator)
+    launch(_worker, args.num_gpus, cfg, args.engine, args.eval_only, args.resume, args.evaluator)
 
 
 def _worker(cfg: CfgNode, engine: str, eval_only: bool, resume: bool, evaluator: str) -> dict[str, Any]:
@@ -48,18 +46,3 @@ def _worker(cfg: CfgNode, engine: str, eval_only: bool, resume: bool, evaluator:
 
     setup_logging(cfg.OUTPUT_DIR or None)
     return train_net(cfg, engine=engine, eval_only=eval_only, resume=resume, evaluator=evaluator)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0; 2 for bad input, with one sentence on standard error; anything else is a bug's traceback."""
-    parser = argparse.ArgumentParser(prog="train_net.py", description="Train and evaluate Faster and Mask R-CNN.")
-    add_arguments(parser)
-    args = parser.parse_intermixed_args(argv)
-    try:
-        run(args)
-    except UserError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

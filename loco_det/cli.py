@@ -1,0 +1,133 @@
+"""The command line: `loco-det COMMAND ...`, and the same jobs behind the files in tools/.
+
+A job is two functions, one that adds its arguments to a parser and one that runs them; each lives with the code
+it starts and is imported only when that job is asked for. What all jobs share is here: `--quiet`, `--debug`, bad
+input as one sentence, the exit status. This is the only file of `loco_det` that knows `pretrain`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from loco_det import __version__
+from loco_det.errors import UserError
+
+BAD_INPUT = 2  # argparse's own status for arguments that it refuses
+INTERRUPTED = 130  # as a shell reports SIGINT
+
+
+class Job(NamedTuple):
+    """What a subcommand takes and does; `run` returns an exit status, None for 0."""
+
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int | None]
+    logs: bool = True  # False: it reads --quiet itself and must work where torch does not
+
+
+def _quickstart() -> Job:
+    from loco_det.quickstart import quickstart
+    from pretrain.command import pretrain_file
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for data, runs, results")
+        parser.add_argument("--seed", type=int, default=0, metavar="N")
+
+    def run(args: argparse.Namespace) -> None:
+        quickstart(args.out, pretrain=pretrain_file, seed=args.seed)
+
+    return Job(add_arguments, run)
+
+
+def _doctor() -> Job:
+    from loco_det import doctor
+
+    return Job(doctor.add_arguments, doctor.run, logs=False)
+
+
+def _pretrain() -> Job:
+    from pretrain import command
+
+    return Job(command.add_arguments, command.run)
+
+
+def _convert() -> Job:
+    from loco_det.convert import command
+
+    return Job(command.add_arguments, command.run)
+
+
+def _train() -> Job:
+    from loco_det.detection import command
+
+    return Job(command.add_arguments, command.run)
+
+
+# In the order of the help text.
+JOBS: dict[str, tuple[str, Callable[[], Job]]] = {
+    "quickstart": ("make a data set, pretrain on it, convert, detect: the whole road in minutes on a CPU", _quickstart),
+    "doctor": ("check this machine, its data sets and a config with its weights, and say what to do", _doctor),
+    "pretrain": ("pretrain a backbone on unlabelled images with LoCo, GIM or SimCLR", _pretrain),
+    "convert": ("turn a backbone into weights that Detectron2 and `train` read, with proof", _convert),
+    "train": ("train and evaluate Faster or Mask R-CNN on a frozen or fine-tuned backbone", _train),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`loco-det COMMAND ARGUMENTS`; returns the exit status."""
+    width = max(map(len, JOBS))
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, (text, _) in JOBS.items())
+    parser = argparse.ArgumentParser(
+        prog="loco-det",
+        usage="loco-det [-h] [--version] COMMAND ...",
+        description="How good is this backbone for detection and instance segmentation?",
+        epilog=f"commands:\n{commands}\n\n`loco-det COMMAND --help` lists a command's arguments.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"loco-det {__version__}")
+    parser.add_argument("command", choices=JOBS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    return run_job(args.command, args.rest, prog=f"loco-det {args.command}")
+
+
+def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Parse one job's arguments and run it; tools/*.py call this.
+
+    Args:
+        name: a key of `JOBS`.
+        argv: its arguments; None for the process's own.
+        prog: its name in usage and error texts; None for the script's.
+
+    Returns:
+        0; 1 where a check failed (`doctor`); 2 for bad input, with one sentence on standard error and a traceback
+        only under --debug; 130 when interrupted. A bug raises.
+    """
+    text, load = JOBS[name]
+    job = load()
+    parser = argparse.ArgumentParser(prog=prog, description=f"{text[0].upper()}{text[1:]}.")
+    job.add_arguments(parser)
+    parser.add_argument("--quiet", action="store_true", help="say only what needs attention")
+    parser.add_argument("--debug", action="store_true", help="show a traceback for bad input too")
+    args = parser.parse_intermixed_args(argv)  # options may stand between KEY and VALUE pairs
+
+    if job.logs:
+        from loco_det.runtime import setup_logging
+
+        setup_logging(quiet=args.quiet)
+    try:
+        return job.run(args) or 0
+    except (UserError, KeyboardInterrupt) as error:
+        if args.debug:
+            traceback.print_exc()
+        bad_input = isinstance(error, UserError)
+        print(f"error: {error}" if bad_input else "interrupted", file=sys.stderr)
+        return BAD_INPUT if bad_input else INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""The pretraining job: its arguments, and what they start."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from loco_det.config import load_config
+from loco_det.errors import UserError
+from loco_det.runtime import launch
+from pretrain.defaults import get_cfg
+from pretrain.train import pretrain
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Config, overrides and processes, in Detectron2's style."""
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML file, e.g. configs/pretrain/*.yaml")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUTPUT_DIR, if any")
+    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes here, a GPU each if there are")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides, e.g. DATA.PATH images SEED 1")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train a backbone as the arguments say.
+
+    Raises:
+        UserError: bad arguments, configuration or data.
+    """
+    if args.num_gpus < 1:
+        raise UserError(f"--num-gpus is {args.num_gpus}; give at least 1, which without a GPU means one CPU process")
+    launch(pretrain, args.num_gpus, load_config(get_cfg(), args.config_file, args.opts), args.resume)
+
+
+def pretrain_file(config: str, overrides: list[str]) -> Path:
+    """Train in this process what a YAML file and overrides describe; returns its backbone.safetensors."""
+    return pretrain(load_config(get_cfg(), config, overrides))
