@@ -116,7 +116,7 @@ def test_box_loss_vanishes_on_the_target_and_for_no_regions(kind: str) -> None:
     assert float(regression_loss(coder, boxes, exact + 1, targets, kind, 0.0)) > 0.1
     none = torch.zeros(0, 4, requires_grad=True)
     loss = regression_loss(coder, boxes[:0], none, targets[:0], kind, 0.0)
-    assert float(loss) == 0
+    assert loss.item() == 0
     loss.backward()
     assert none.grad is not None
 
@@ -131,7 +131,7 @@ def test_smooth_l1_equals_a_loop(beta: float) -> None:
         for difference in (abs(p - t) for p, t in zip(row, wanted)):
             total += 0.5 * difference**2 / beta if difference < beta else difference - 0.5 * beta
     loss = regression_loss(coder, boxes, deltas, targets, "smooth_l1", beta)
-    assert float(loss) == pytest.approx(total, rel=1e-5)
+    assert loss.item() == pytest.approx(total, rel=1e-5)
 
 
 def test_giou_equals_a_loop() -> None:
@@ -145,7 +145,7 @@ def test_giou_equals_a_loop() -> None:
         hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
         total += 1 - (width * height / union - (hull - union) / hull)
     loss = regression_loss(coder, boxes, torch.zeros(9, 4), targets, "giou", 0.0)
-    assert float(loss) == pytest.approx(total, rel=1e-4)
+    assert loss.item() == pytest.approx(total, rel=1e-4)
 
 
 def match_by_loops(

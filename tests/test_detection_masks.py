@@ -93,7 +93,7 @@ def test_mask_loss_equals_a_loop() -> None:
                 total += math.log1p(math.exp(-z)) + (0.0 if target[y][x] else z)
                 count += 1
     loss = mask_loss(logits, classes, [polygons, bits], boxes)
-    assert float(loss) == pytest.approx(total / count, rel=1e-5)
+    assert loss.item() == pytest.approx(total / count, rel=1e-5)
 
 
 def test_an_image_without_foreground_takes_no_part() -> None:
@@ -107,7 +107,7 @@ def test_an_image_without_foreground_takes_no_part() -> None:
 def test_no_foreground_at_all_gives_zero_with_a_gradient() -> None:
     logits = torch.zeros(0, 3, 8, 8, requires_grad=True)
     loss = mask_loss(logits, torch.zeros(0, dtype=torch.int64), [None], [torch.zeros(0, 4)])
-    assert float(loss) == 0
+    assert loss.item() == 0
     loss.backward()
     assert logits.grad is not None
 

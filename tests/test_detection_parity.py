@@ -33,6 +33,7 @@ OPTIONS = {
     "X": {"MODEL.RESNETS.NUM_GROUPS": 4, "MODEL.RESNETS.STRIDE_IN_1X1": False},
     "frozen": {"MODEL.BACKBONE.FREEZE_AT": 5},
     "fine-tuned BN": {"MODEL.RESNETS.NORM": "BN", "MODEL.BACKBONE.FREEZE_AT": 0},
+    "SyncBN": {"MODEL.RESNETS.NORM": "SyncBN", "MODEL.FPN.NORM": "SyncBN"},
     "half-frozen BN": {"MODEL.RESNETS.NORM": "BN", "MODEL.BACKBONE.FREEZE_AT": 3},
     "FPN BN": {"MODEL.FPN.NORM": "BN", "MODEL.FPN.FUSE_TYPE": "avg"},
     "GN": {
@@ -193,15 +194,18 @@ def check_inference(theirs: Any, ours: Any) -> None:
             assert torch.equal(a.pred_masks, b.masks)
 
 
-def test_an_image_without_objects_trains_alike() -> None:
-    pytest.importorskip("detectron2")
-    from detectron2.config import get_cfg as detectron2_cfg
-    from detectron2.modeling import build_model as detectron2_model
+@pytest.mark.parametrize("pair", ["mask_rcnn_R_50_DC5"], indirect=True)
+def test_mixed_precision_trains_alike(pair: tuple[Any, Any, float]) -> None:
+    theirs, ours, tolerance = pair
+    with torch.autocast("cpu", torch.bfloat16):
+        check_training(theirs, ours, tolerance)
+
+
+@pytest.mark.parametrize("pair", ["mask_rcnn_R_50_DC5"], indirect=True)
+def test_an_image_without_objects_trains_alike(pair: tuple[Any, Any, float]) -> None:
     from detectron2.utils.events import EventStorage
 
-    theirs = cases.formula_weights(detectron2_model(cases.configure(detectron2_cfg(), cases.FPN)))
-    ours = build_model(cases.configure(get_cfg(), cases.FPN))
-    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs, ours, _ = pair
     for emptied in ([1], [0, 1]):
         their_batch, our_batch = cases.detectron2_batch(train=True), cases.our_batch(train=True)
         none = torch.zeros(0, dtype=torch.int64)
