@@ -109,7 +109,7 @@ def _pycocotools(
         gt.createIndex()
         for iou_type in iou_types:
             evaluation = COCOeval(gt, _load_res(gt, detections, iou_type), iou_type)
-            evaluation.params.maxDets = [1, 10, max_dets]
+            evaluation.params.maxDets = [*(n for n in (1, 10) if n < max_dets), max_dets]
             evaluation.evaluate()
             evaluation.accumulate()
             precision[iou_type] = evaluation.eval["precision"][..., -1]
