@@ -29,10 +29,10 @@ from torch.nn.functional import interpolate
 from loco_det.data.images import REDUCTIONS, decode_image, jpeg_size
 from loco_det.errors import UserError
 
-# What AUGMENT.* means where the user leaves a key unset (None).
+# What the keys under AUGMENT mean where the user leaves them unset.
 PRESETS: dict[str, dict[str, Any]] = {
     "simclr": {"CROP_SCALE": (0.08, 1.0), "JITTER": (0.8, 0.8, 0.8, 0.2)},
-    "moco_v2": {"CROP_SCALE": (0.2, 1.0), "JITTER": (0.4, 0.4, 0.4, 0.1)},
+    "mocov2": {"CROP_SCALE": (0.2, 1.0), "JITTER": (0.4, 0.4, 0.4, 0.1)},
 }
 _SHARED = {
     "FLIP_PROB": 0.5,
@@ -42,11 +42,7 @@ _SHARED = {
     "BLUR_SIGMA": (0.1, 2.0),
     "SOLARIZE_PROB": 0.0,
 }
-# For a config tree: every key there is, the preset chosen, the rest left to it.
-AUGMENT_DEFAULTS: dict[str, Any] = {
-    "PRESET": "simclr",
-    **dict.fromkeys(["CROP_SCALE", "JITTER", *_SHARED]),
-}
+KEYS = ("PRESET", "CROP_SCALE", "JITTER", *_SHARED)
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height
 _CROP_ATTEMPTS = 10
@@ -84,20 +80,21 @@ class ViewParams:
 def view_config(size: int, augment: Mapping[str, Any]) -> ViewConfig:
     """The distribution that the keys under AUGMENT mean for views of `size` pixels.
 
-    A key that is absent or None is the preset's; AUGMENT.PRESET itself defaults to simclr.
+    A key that is absent, None, [] or -1 is unset and takes the preset's value; AUGMENT.PRESET itself: simclr, mocov2.
 
     Raises:
         UserError: an unknown key or preset, or a value out of range; names the key.
     """
-    unknown = sorted(set(augment) - set(AUGMENT_DEFAULTS))
+    unknown = sorted(set(augment) - set(KEYS))
     if unknown:
-        raise UserError(f"AUGMENT.{unknown[0]} is no key; use one of {', '.join(AUGMENT_DEFAULTS)}")
-    preset = augment.get("PRESET") or AUGMENT_DEFAULTS["PRESET"]
+        raise UserError(f"AUGMENT.{unknown[0]} is no key; use one of {', '.join(KEYS)}")
+    preset = augment.get("PRESET", "simclr")
     if preset not in PRESETS:
         raise UserError(f"AUGMENT.PRESET {preset!r} is unknown; use one of {', '.join(PRESETS)}")
     if not isinstance(size, int) or size < 1:
         raise UserError(f"DATA.IMAGE_SIZE {size!r} is not a number of pixels; use 224, or 32 for small images")
-    values = {**_SHARED, **PRESETS[preset], **{k: v for k, v in augment.items() if v is not None}}
+    given = {k: v for k, v in augment.items() if v is not None and v != -1 and v not in ([], ())}
+    values = {**_SHARED, **PRESETS[preset], **given}
     for key in (key for key in values if key.endswith("_PROB")):
         _numbers(key, [values[key]], 1, 0.0, 1.0)
     return ViewConfig(
@@ -296,9 +293,11 @@ def solarize(view: np.ndarray) -> np.ndarray:
 
 
 def normalise(
-    images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """(B, 3, S, S) uint8 -> (B, 3, S, S) `dtype`, contiguous, (x - mean) / std with both in 0-255 units."""
-    shift = torch.tensor(mean, dtype=dtype, device=images.device).view(-1, 1, 1)
-    scale = torch.tensor(std, dtype=dtype, device=images.device).view(-1, 1, 1).reciprocal()
-    return images.to(dtype, memory_format=torch.contiguous_format).sub_(shift).mul_(scale)
+    """(B, 3, S, S) uint8 -> float32 on the same device, (x - mean) / std with both in 0-255 units."""
+    shift, scale = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
+    return images.to(torch.float32, memory_format=memory_format).sub_(shift).div_(scale)

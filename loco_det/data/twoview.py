@@ -1,0 +1,308 @@
+"""Batches of images: two views of each, endless and resumable, for pretraining; one plain view, in order, for probes.
+
+Shape legend: B images in this process's batch, S the view's side; images are uint8 RGB, (B, 3, S, S) in channels-last
+memory, for `views.normalise` on the device.
+
+Step t of a run is batch t % steps_per_epoch of epoch t // steps_per_epoch. What it holds is a function of (data, seed,
+t) alone: workers only decide who computes it, ranks split the same global batch among them, and resuming is starting
+at t. Workers run on over the end of an epoch, so that small sets are not slowed by refilling the queue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from loco_det import runtime
+from loco_det.data.images import decode_image
+from loco_det.data.sources import Source
+from loco_det.data.views import ViewConfig, crop_resize, two_views, view_config
+from loco_det.errors import UserError
+
+_SUBSTITUTES = 100  # images tried in place of an unreadable one before giving up
+_BAD_NAMED = 20  # unreadable images named in the log, one line each; later ones at every power of two
+_ORDER_STREAM = 2**63  # a counter that no image index reaches
+
+
+class TwoViews(NamedTuple):
+    """One step's images of this process."""
+
+    first: Tensor  # (B, 3, S, S) uint8
+    second: Tensor  # (B, 3, S, S) uint8
+    index: Tensor  # (B,) int64, the image in the source that was really used
+
+
+class PlainBatch(NamedTuple):
+    """Images as a probe sees them."""
+
+    images: Tensor  # (B, 3, S, S) uint8
+    labels: Tensor  # (B,) int64, -1 where the source has none
+    index: Tensor  # (B,) int64
+
+
+class TwoViewDataset(Dataset):
+    """(epoch, image indices) -> (TwoViews, unreadable images met), or the UserError that ends the run.
+
+    Errors are returned because a DataLoader would wrap one that is raised in a worker in its traceback.
+    """
+
+    def __init__(self, source: Source, config: ViewConfig, seed: int) -> None:
+        self.source, self.config, self.seed = source, config, seed
+
+    def __getitem__(self, request: tuple[int, Sequence[int]]) -> tuple[TwoViews, list[tuple[int, str]]] | UserError:
+        epoch, indices = request
+        views = torch.empty(2, len(indices), self.config.size, self.config.size, 3, dtype=torch.uint8)
+        used, bad = torch.empty(len(indices), dtype=torch.int64), []
+        for row, index in enumerate(indices):
+            for substitute in range(_SUBSTITUTES):
+                used[row] = image = (int(index) + substitute) % len(self.source)
+                try:
+                    # Drawn as the image that was wanted, else a neighbour would come twice with the same views.
+                    pair = two_views(
+                        self.source.read(image), self.source.name(image), self.config, self.seed, epoch, int(index)
+                    )
+                except UserError as error:
+                    bad.append((image, str(error)))
+                    continue
+                views.numpy()[:, row] = pair
+                break
+            else:
+                return UserError(f"{bad[-1][1]} (as were the {_SUBSTITUTES - 1} images before it)")
+        first, second = views.permute(0, 1, 4, 2, 3)
+        return TwoViews(first, second, used), bad
+
+
+class _Steps:
+    """Endless (epoch, this rank's image indices) from `start` on; the order is drawn anew for every epoch."""
+
+    def __init__(self, images: int, batch: int, seed: int, rank: int, world_size: int) -> None:
+        self.images, self.batch, self.seed, self.rank, self.world_size = images, batch, seed, rank, world_size
+        self.start = 0
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        whole = self.batch * self.world_size
+        step, steps_per_epoch, order = self.start, self.images // whole, None
+        while True:
+            epoch, position = divmod(step, steps_per_epoch)
+            if order is None or position == 0:
+                order = epoch_order(self.images, self.seed, epoch)
+            first = position * whole + self.rank * self.batch
+            yield epoch, order[first : first + self.batch]
+            step += 1
+
+
+def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
+    """The (images,) int64 permutation of one epoch."""
+    bits = np.random.Philox(key=[seed % 2**64, epoch], counter=[0, _ORDER_STREAM, 0, 0])
+    return np.random.Generator(bits).permutation(images)
+
+
+class TwoViewLoader:
+    """Iterates over a run's steps; see `build_two_view_loader`.
+
+    Attributes:
+        steps_per_epoch: whole global batches in the data; the images left over are other ones every epoch.
+        bad: unreadable images met so far by this process, index -> reason.
+    """
+
+    def __init__(
+        self,
+        dataset: TwoViewDataset,
+        batch: int,
+        *,
+        num_workers: int,
+        pin_memory: bool,
+        max_bad_share: float,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.source = dataset.source
+        self.max_bad_share = max_bad_share
+        self.steps_per_epoch = len(self.source) // (batch * world_size)
+        self.bad: dict[int, str] = {}
+        self._steps = _Steps(len(self.source), batch, dataset.seed, rank, world_size)
+        self._loader = _loader(dataset, self._steps, num_workers, pin_memory)
+
+    def batches(self, start: int = 0) -> Iterator[TwoViews]:
+        """The batches of steps start, start + 1, ... without end.
+
+        Raises:
+            UserError: more than DATA.MAX_BAD_SHARE of the images cannot be read.
+        """
+        self._steps.start = start
+        for batch in self._loader:
+            if isinstance(batch, UserError):
+                raise batch
+            views, bad = batch
+            self._count(bad)
+            yield views
+
+    def _count(self, bad: list[tuple[int, str]]) -> None:
+        for index, reason in bad:
+            if index in self.bad:
+                continue
+            self.bad[index] = reason
+            count, images = len(self.bad), len(self.source)
+            if count <= _BAD_NAMED or count & (count - 1) == 0:
+                runtime.log.warning("%s; a neighbour takes its place (%d such of %d images)", reason, count, images)
+            if count > self.max_bad_share * images:
+                raise UserError(
+                    f"DATA.PATH {self.source.root}: {count} of {images} images cannot be read, which is more than "
+                    f"DATA.MAX_BAD_SHARE {self.max_bad_share:g} (the last: {reason}); repair them or raise it"
+                )
+
+
+def build_two_view_loader(
+    cfg: CfgNode, source: Source, *, rank: int | None = None, world_size: int | None = None
+) -> TwoViewLoader:
+    """The loader that AUGMENT.*, DATA.*, SOLVER.BATCH_SIZE, SEED and DEVICE describe.
+
+    Args:
+        cfg: a pretraining configuration; SOLVER.BATCH_SIZE counts the images of all ranks.
+        rank: this process's; by default torch.distributed's, like `world_size`.
+
+    Raises:
+        UserError: an unusable value, or fewer images than one batch; names the key.
+    """
+    rank = runtime.rank() if rank is None else rank
+    world_size = runtime.world_size() if world_size is None else world_size
+    batch = cfg.SOLVER.BATCH_SIZE
+    if batch < 1 or batch % world_size:
+        raise UserError(f"SOLVER.BATCH_SIZE is {batch}; use a multiple of {world_size} processes")
+    if batch > len(source):
+        raise UserError(f"SOLVER.BATCH_SIZE is {batch} but DATA.PATH {source.root} has {len(source)} images; lower it")
+    if not 0 <= cfg.DATA.MAX_BAD_SHARE <= 1:
+        raise UserError(f"DATA.MAX_BAD_SHARE is {cfg.DATA.MAX_BAD_SHARE}; use a share from 0 to 1")
+    return TwoViewLoader(
+        TwoViewDataset(source, view_config(cfg.DATA.IMAGE_SIZE, cfg.AUGMENT), cfg.SEED),
+        batch // world_size,
+        num_workers=cfg.DATA.NUM_WORKERS,
+        pin_memory=runtime.resolve_device(cfg.DEVICE).type == "cuda",
+        max_bad_share=cfg.DATA.MAX_BAD_SHARE,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+class PlainDataset(Dataset):
+    """Image indices -> PlainBatch, or the UserError that ends the run."""
+
+    def __init__(self, source: Source, size: int, short_side: int) -> None:
+        self.source, self.size, self.short_side = source, size, short_side
+
+    def __getitem__(self, indices: Sequence[int]) -> PlainBatch | UserError:
+        images = torch.empty(len(indices), self.size, self.size, 3, dtype=torch.uint8)
+        labels = torch.tensor([-1 if (label := self.source.label(i)) is None else label for i in indices])
+        for row, index in enumerate(indices):
+            try:
+                pixels = decode_image(self.source.read(index), self.source.name(index))
+            except UserError as error:
+                return error
+            images.numpy()[row] = centre(pixels, self.size, self.short_side)
+        return PlainBatch(images.permute(0, 3, 1, 2), labels, torch.tensor(indices))
+
+
+def centre(image: np.ndarray, size: int, short_side: int) -> np.ndarray:
+    """(size, size, 3): (H, W, 3) `image` scaled to `short_side`, then its middle, in one resampling."""
+    height, width = image.shape[:2]
+    side = max(1, round(min(height, width) * size / short_side))
+    return crop_resize(image, ((height - side) // 2, (width - side) // 2, side, side), size)
+
+
+class PlainLoader:
+    """Iterates over PlainBatch once, in the order of `indices`."""
+
+    def __init__(self, dataset: PlainDataset, batches: list[list[int]], num_workers: int, pin_memory: bool) -> None:
+        self._loader = _loader(dataset, batches, num_workers, pin_memory)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[PlainBatch]:
+        for batch in self._loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+def build_plain_loader(
+    source: Source,
+    size: int,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    short_side: int | None = None,
+    indices: Sequence[int] | None = None,
+    pin_memory: bool = False,
+) -> PlainLoader:
+    """Images scaled so that the short side has `short_side` pixels, of which the middle `size` are kept.
+
+    Args:
+        short_side: by default size x 8 / 7 (256 for 224), and `size` itself below 96, where no pixel is to spare.
+        indices: the images wanted, in this order; by default all.
+
+    Raises:
+        UserError: while iterating, an image cannot be read; names it.
+    """
+    if short_side is None:
+        short_side = size if size < 96 else round(size * 8 / 7)
+    wanted = [int(i) for i in (range(len(source)) if indices is None else indices)]
+    batches = [wanted[at : at + batch_size] for at in range(0, len(wanted), batch_size)]
+    return PlainLoader(PlainDataset(source, size, short_side), batches, num_workers, pin_memory)
+
+
+def _loader(dataset: Dataset, requests: Any, num_workers: int, pin_memory: bool) -> DataLoader:
+    if num_workers < 0:
+        raise UserError(f"DATA.NUM_WORKERS is {num_workers}; use 0 or more")
+    # More workers than cores only cost memory, and change nothing that comes out.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_workers = min(num_workers, cores)
+    return DataLoader(
+        dataset,
+        sampler=requests,
+        batch_size=None,
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=prepare_worker,
+        generator=torch.Generator(),  # leaves the global generator to the training
+    )
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def prepare_worker(_: int = 0) -> None:
+    """Fit a process to this work: one thread, memory kept, and stop signals left to the parent.
+
+    An image's buffer is freed and allocated again for every image; glibc by default hands it back to the system each
+    time, and touching it anew costs a quarter of the time that decoding does.
+    """
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # At exit Python terminates workers that still run; a quiet end keeps torch from reporting that as a crash.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep up to 256 MiB of freed memory for the next allocation; elsewhere do nothing."""
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 32 * 2**20)  # the most that glibc accepts
+        libc.mallopt(trim_threshold, 256 * 2**20)
