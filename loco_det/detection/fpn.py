@@ -12,10 +12,10 @@ import math
 import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
-from fvcore.nn.weight_init import c2_xavier_fill
 from torch import nn
 
 from loco_det.backbone import ResNet, freeze
+from loco_det.detection.fvcore_nn import c2_xavier_fill
 from loco_det.detection.layers import Conv
 from loco_det.errors import UserError
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
-from fvcore.nn.weight_init import c2_msra_fill
 from torch import nn
 
+from loco_det.detection.fvcore_nn import c2_msra_fill
 from loco_det.detection.layers import Conv
 
 # Sampled pixels held at a time when all masks of an image are pasted together (not on CPU): 1 GiB of float32.
