@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det.artifact import Manifest, decode_manifest, load_backbone
-from loco_det.convert.load import load_tensors
+from loco_det.convert import load_checkpoint
 from loco_det.errors import UserError
 from loco_det.names import to_detectron2
 from loco_det.runtime import log
@@ -90,9 +89,8 @@ def read_weights(path: str | Path) -> Weights:
     if path.suffix == ".safetensors":
         tensors, manifest = load_backbone(path)
         return Weights(path, {to_detectron2(name): tensor for name, tensor in tensors.items()}, manifest)
-    content = load_tensors(path)
-    state = {key: value for key, value in content.items() if key != "model"} if "model" in content else {}
-    tensors = _tensors(path, content.get("model", content))
+    state = load_checkpoint(path)
+    tensors = state.pop("model")
     weights = Weights(path, tensors, state=state)
     note = state.get("loco_det")
     if isinstance(note, (str, bytes)):
@@ -107,19 +105,6 @@ def read_weights(path: str | Path) -> Weights:
     return weights
 
 
-def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{path}: holds no tensors under 'model'; give the file of a backbone or a detector.")
-    tensors: dict[str, Tensor] = {}
-    for name, value in content.items():
-        if isinstance(value, np.ndarray):
-            value = torch.from_numpy(value)
-        if not isinstance(value, Tensor):
-            raise UserError(f"{path}: {name!r} is a {type(value).__name__} where weights have a tensor.")
-        tensors[str(name)] = value
-    return tensors
-
-
 def apply_weights(model: nn.Module, weights: Weights, cfg: CfgNode) -> None:
     """Copy `weights` into `model`, whose names are Detectron2's.
 
@@ -128,17 +113,19 @@ def apply_weights(model: nn.Module, weights: Weights, cfg: CfgNode) -> None:
     """
     check_manifest(weights, cfg)
     target = model.state_dict()
-    matched = _match_backbone(weights, target) if weights.is_backbone else _match_detector(weights, target, cfg)
+    matched = _match_backbone(weights, target, cfg) if weights.is_backbone else _match_detector(weights, target, cfg)
     _check_finite(weights.path, matched)
     model.load_state_dict(matched, strict=False)
     kind = "backbone" if weights.is_backbone else "detector"
     log.info("loaded %d %s tensors from %s", len(matched), kind, weights.path)
 
 
-def _match_backbone(weights: Weights, target: dict[str, Tensor]) -> dict[str, Tensor]:
+def _match_backbone(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
+    # Detectron2's C4 head is made of bottlenecks at any depth: below 50 no backbone has its tensors.
+    prefixes = PREFIXES if cfg.MODEL.RESNETS.DEPTH >= 50 else PREFIXES[:2]
     places = {}
     for name in target:
-        prefix = next((p for p in PREFIXES if name.startswith(p) and STAGE.match(name.removeprefix(p))), None)
+        prefix = next((p for p in prefixes if name.startswith(p) and STAGE.match(name.removeprefix(p))), None)
         if prefix:
             places[name.removeprefix(prefix)] = name
     stages = {name.partition(".")[0] for name in places}
