@@ -54,4 +54,4 @@ def learning_rate(cfg: CfgNode, total_steps: int, steps_per_epoch: int) -> Param
     warmup = LinearParamScheduler(0.0, peak)
     if share == 1:
         return warmup
-    return CompositeParamScheduler([warmup, cosine], ["rescaled", "rescaled"], [share, 1 - share])
+    return CompositeParamScheduler([warmup, cosine], [share, 1 - share], ["rescaled", "rescaled"])

@@ -1,0 +1,362 @@
+"""Pretraining from images to `OUTPUT_DIR/backbone.safetensors`: data, steps, schedule, checkpoints, metrics."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+
+from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD, backbone_tensors, describe, save_backbone
+from loco_det.backbone import BLOCKS, ResNet
+from loco_det.data.sources import Source, open_source
+from loco_det.data.twoview import TwoViewLoader, TwoViews, build_two_view_loader
+from loco_det.data.views import normalise
+from loco_det.errors import UserError
+from loco_det.runtime import (
+    Progress,
+    StopSignal,
+    append_metrics,
+    atomic_write,
+    barrier,
+    is_main,
+    log,
+    reduce_mean,
+    resolve_device,
+    seed_everything,
+    setup_logging,
+    trim_metrics,
+    world_size,
+)
+from pretrain.average import GradientAverage
+from pretrain.checkpoint import latest_checkpoint, save_checkpoint
+from pretrain.decoders import Decoder
+from pretrain.loco import METHODS, LocalTrainer, split_backbone
+from pretrain.loss import embedding_health, nt_xent
+from pretrain.optim import build_optimizer, learning_rate
+
+MIN_STD = 0.05  # of the embeddings, where 1 is spread over the sphere; below it the training has collapsed
+HEALTH_IMAGES = 128  # pairs that alignment and uniformity are computed from; their cost grows with the square
+RANDOM_BATCHES = 50  # batches that METHOD random measures BatchNorm's statistics on
+# Keys that change where and how fast a run goes but not what it computes; --resume lets them differ.
+FREE_KEYS = ("OUTPUT_DIR", "DEVICE", "LOG_PERIOD", "CHECKPOINT_PERIOD", "DATA.NUM_WORKERS", "DATA.PATH")
+
+
+class Learner(nn.Module):
+    """The backbone, cut at the units' borders, and one decoder and loss for each unit."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__()
+        self.backbone = build_backbone(cfg)
+        self.stages, self.units = split_backbone(self.backbone, unit_names(cfg))
+        self.unit_labels = [f"{first}-{last}" for first, last in unit_names(cfg)]
+        self.decoders = nn.ModuleList(
+            Decoder(
+                self.stages[unit.last].channels,
+                norm=cfg.BACKBONE.NORM,
+                **{key.lower(): value for key, value in cfg.DECODER.items()},
+            )
+            for unit in self.units
+        )
+        self.temperature = cfg.LOSS.TEMPERATURE
+        self.embeddings: dict[int, Tensor] = {}  # of the last step, for the monitoring
+
+    def loss(self, i: int, features: Tensor) -> Tensor:
+        """Unit i's NT-Xent from its last stage's output (2b, C, H, W)."""
+        z = self.decoders[i](features)
+        self.embeddings[i] = z.detach()
+        return nt_xent(z, self.temperature)
+
+
+def build_backbone(cfg: CfgNode) -> ResNet:
+    """The ResNet that BACKBONE.* describes.
+
+    Raises:
+        UserError: a name, stem or norm that there is not.
+    """
+    names = {f"resnet{depth}": depth for depth in BLOCKS}
+    if cfg.BACKBONE.NAME not in names:
+        raise UserError(f"BACKBONE.NAME is {cfg.BACKBONE.NAME!r}; use one of {', '.join(names)}")
+    if cfg.BACKBONE.STEM not in ("imagenet", "cifar"):
+        raise UserError(f"BACKBONE.STEM is {cfg.BACKBONE.STEM!r}; use imagenet or cifar")
+    if cfg.BACKBONE.NORM not in ("BN", "SyncBN"):
+        raise UserError(f"BACKBONE.NORM is {cfg.BACKBONE.NORM!r}; use BN or SyncBN")
+    return ResNet(names[cfg.BACKBONE.NAME], stem=cfg.BACKBONE.STEM, norm=cfg.BACKBONE.NORM)
+
+
+def unit_names(cfg: CfgNode) -> list[list[str]]:
+    """The [first, last] stage names of the units that UNITS, else METHOD, asks for."""
+    if cfg.UNITS:
+        return [list(unit) if isinstance(unit, (list, tuple)) else unit for unit in cfg.UNITS]
+    if cfg.METHOD not in METHODS:
+        raise UserError(f"METHOD is {cfg.METHOD!r}; use one of {', '.join(METHODS)} or random, or set UNITS")
+    return METHODS[cfg.METHOD]
+
+
+def pretrain(cfg: CfgNode, resume: bool = False) -> Path:
+    """Train a backbone as `cfg` says (keys: pretrain/defaults.py) and write it.
+
+    Args:
+        cfg: the frozen configuration.
+        resume: continue from the newest checkpoint in OUTPUT_DIR, if there is one.
+
+    Returns:
+        OUTPUT_DIR/backbone.safetensors.
+
+    Raises:
+        UserError: unusable configuration or data, a loss that is not finite, a stop by signal (after saving).
+    """
+    output = Path(cfg.OUTPUT_DIR)
+    setup_logging(output)
+    device = resolve_device(cfg.DEVICE)
+    torch.manual_seed(cfg.SEED)  # the same weights on every process
+    if cfg.SOLVER.BATCH_SIZE < 1 or cfg.SOLVER.BATCH_SIZE % world_size():
+        raise UserError(f"SOLVER.BATCH_SIZE is {cfg.SOLVER.BATCH_SIZE}; use a multiple of {world_size()} processes")
+    source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT)
+    loader = build_two_view_loader(cfg, source)
+    if is_main():
+        with atomic_write(output / "config.yaml", "w") as file:
+            file.write(cfg.dump())
+    if cfg.METHOD == "random" and not cfg.UNITS:
+        backbone = build_backbone(cfg).to(device)
+        seed_everything(cfg.SEED)
+        step = measure_batchnorm(backbone, loader, device)
+        return write_backbone(cfg, backbone, [], source, step)
+    learner = Learner(cfg).to(device, memory_format=_memory_format(device))
+    seed_everything(cfg.SEED)
+    step = _train(cfg, learner, loader, source, device, resume)
+    return write_backbone(cfg, learner.backbone, unit_names(cfg), source, step)
+
+
+def _memory_format(device: torch.device) -> torch.memory_format:
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def _train(
+    cfg: CfgNode, learner: Learner, loader: TwoViewLoader, source: Source, device: torch.device, resume: bool
+) -> int:
+    """All steps; returns how many there were."""
+    optimizer = build_optimizer(cfg, learner)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.SOLVER.AMP == "fp16")
+    total = cfg.SOLVER.MAX_STEPS or cfg.SOLVER.EPOCHS * loader.steps_per_epoch
+    schedule = learning_rate(cfg, total, loader.steps_per_epoch)
+    state = {"learner": learner, "optimizer": optimizer, "scaler": scaler}
+    start = _restore(cfg, state) if resume else 0
+    trim_metrics(cfg.OUTPUT_DIR, start)
+    average = GradientAverage()
+    trainer = LocalTrainer(
+        [stage.module for stage in learner.stages],
+        learner.units,
+        [partial(learner.loss, i) for i in range(len(learner.units))],
+        on_final=lambda k: average.start(trainer.parameters[k]),
+    )
+    log.info(
+        "%s: %d images, %d steps of %d images on %s", cfg.METHOD, len(source), total, cfg.SOLVER.BATCH_SIZE, device
+    )
+    waited = Stopwatch()
+    monitor = Monitor(cfg, learner, waited)
+    batches = waited.through(loader.batches(start))
+    with StopSignal() as stop, Progress(total, "pretrain", start, unit="it") as progress:
+        for step in range(start, total):
+            batch = next(batches)
+            x = _input(batch, device)
+            lr = schedule(step / total)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad(set_to_none=True)
+            losses = trainer.step(
+                x, autocast=_autocast(cfg, device), scale=scaler.scale if scaler.is_enabled() else None
+            )
+            average.start(list(learner.decoders.parameters()))
+            average.finish()
+            _check_finite(losses, learner, step, batch.index, source)
+            scaler.step(optimizer)
+            scaler.update()
+            progress.advance(**monitor(step, losses, lr))
+            done = step + 1
+            if done % cfg.CHECKPOINT_PERIOD == 0 or done == total or stop.received:
+                _save(cfg, state, done)
+            if stop.received and done < total:
+                raise UserError(f"stopped by {stop.received} after step {done}; --resume continues from there")
+    return total
+
+
+def _input(batch: TwoViews, device: torch.device) -> Tensor:
+    """(2b, 3, S, S) float32 on the device: the first view of every image, then the second."""
+    both = torch.cat([batch.first, batch.second]).to(device, non_blocking=True)
+    x = normalise(both, IMAGENET_MEAN, IMAGENET_STD)
+    return x.contiguous(memory_format=_memory_format(device))
+
+
+def _autocast(cfg: CfgNode, device: torch.device) -> Callable[[], object]:
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if cfg.SOLVER.AMP == "none":
+        return nullcontext
+    if cfg.SOLVER.AMP not in types:
+        raise UserError(f"SOLVER.AMP is {cfg.SOLVER.AMP!r}; use none, bf16 or fp16")
+    return lambda: torch.autocast(device.type, types[cfg.SOLVER.AMP])
+
+
+def _check_finite(losses: list[Tensor], learner: Learner, step: int, indices: Tensor, source: Source) -> None:
+    for label, loss in zip(learner.unit_labels, torch.stack(losses).tolist()):
+        if not math.isfinite(loss):
+            names = ", ".join(source.name(i) for i in indices[:4].tolist())
+            raise UserError(
+                f"the loss of unit {label} is {loss} at step {step} (images {names}, ...); lower SOLVER.BASE_LR, raise "
+                "LOSS.TEMPERATURE or set SOLVER.AMP none, and --resume from the last checkpoint"
+            )
+
+
+class Stopwatch:
+    """The share of the time that is spent waiting for batches."""
+
+    def __init__(self) -> None:
+        self.waited = 0.0
+        self.since = time.perf_counter()
+
+    def through(self, batches: Iterator) -> Iterator:
+        while True:
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - begun
+            if batch is None:
+                return
+            yield batch
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds since the last lap, seconds of them spent waiting)."""
+        now = time.perf_counter()
+        result = now - self.since, self.waited
+        self.since, self.waited = now, 0.0
+        return result
+
+
+class Monitor:
+    """Turns a step into the numbers on the progress bar and, every LOG_PERIOD steps, a line of metrics.json."""
+
+    def __init__(self, cfg: CfgNode, learner: Learner, stopwatch: Stopwatch) -> None:
+        self.cfg, self.learner, self.stopwatch = cfg, learner, stopwatch
+        self.steps = 0
+        self.warned = False
+
+    def __call__(self, step: int, losses: list[Tensor], lr: float) -> dict[str, float]:
+        self.steps += 1
+        values = {f"loss/{label}": loss for label, loss in zip(self.learner.unit_labels, losses)}
+        if (step + 1) % self.cfg.LOG_PERIOD and step:
+            return {label: loss.item() for label, loss in values.items()}
+        for i, label in enumerate(self.learner.unit_labels):
+            first, second = self.learner.embeddings[i].chunk(2)
+            few = torch.cat([first[:HEALTH_IMAGES], second[:HEALTH_IMAGES]])
+            values.update({f"{name}/{label}": value for name, value in embedding_health(few).items()})
+        means = reduce_mean(values)
+        seconds, waiting = self.stopwatch.lap()
+        rate = self.steps * self.cfg.SOLVER.BATCH_SIZE / seconds
+        self.steps = 0
+        extra = {"lr": lr, "images_per_second": rate, "data_wait_share": waiting / seconds}
+        append_metrics(self.cfg.OUTPUT_DIR, {"iteration": step, **means, **extra})
+        self._warn_of_collapse(means, step)
+        return {**{k: v for k, v in means.items() if k.startswith("loss/")}, "img/s": rate}
+
+    def _warn_of_collapse(self, means: dict[str, float], step: int) -> None:
+        for label in self.learner.unit_labels:
+            if means[f"std/{label}"] < MIN_STD and not self.warned:
+                self.warned = True
+                log.warning(
+                    "step %d: the embeddings of unit %s have collapsed (std %.3f of 1); lower SOLVER.BASE_LR or "
+                    "raise the batch size",
+                    step,
+                    label,
+                    means[f"std/{label}"],
+                )
+
+
+@torch.no_grad()
+def measure_batchnorm(backbone: ResNet, loader: TwoViewLoader, device: torch.device) -> int:
+    """Give a random backbone the BatchNorm statistics of the images: plain means over up to 50 batches.
+
+    Without them activations grow or vanish with depth and "random" would be a degenerate baseline.
+    """
+    norms = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative mean
+    batches = loader.batches(0)
+    count = min(RANDOM_BATCHES, loader.steps_per_epoch)
+    with Progress(count, "batch statistics") as progress:
+        for _ in range(count):
+            backbone(_input(next(batches), device))
+            progress.advance()
+    for norm, momentum in zip(norms, before):
+        norm.momentum = momentum
+    return 0
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def config_hash(cfg: CfgNode) -> str:
+    """sha256 of the configuration without the keys that do not change what is computed."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    for key in FREE_KEYS:
+        *parents, leaf = key.split(".")
+        node = cfg
+        for parent in parents:
+            node = node[parent]
+        del node[leaf]
+    return hashlib.sha256(cfg.dump().encode()).hexdigest()
+
+
+def _save(cfg: CfgNode, state: dict[str, object], step: int) -> None:
+    if is_main():
+        values = {name: part.state_dict() for name, part in state.items()}
+        save_checkpoint(Path(cfg.OUTPUT_DIR), {**values, "step": step, "config_hash": config_hash(cfg)})
+    barrier()
+
+
+def _restore(cfg: CfgNode, state: dict[str, object]) -> int:
+    found = latest_checkpoint(Path(cfg.OUTPUT_DIR))
+    if found is None:
+        log.info("%s has no checkpoint; starting from the beginning", cfg.OUTPUT_DIR)
+        return 0
+    path, values = found
+    if values["config_hash"] != config_hash(cfg):
+        raise UserError(
+            f"{path} was made with another configuration; resume with the {path.parent / 'config.yaml'} that it was "
+            "made with, or choose another OUTPUT_DIR"
+        )
+    for name, part in state.items():
+        part.load_state_dict(values[name])
+    log.info("resumed from %s at step %d", path, values["step"])
+    return values["step"]
+
+
+def write_backbone(cfg: CfgNode, backbone: ResNet, units: list[list[str]], source: Source, step: int) -> Path:
+    """OUTPUT_DIR/backbone.safetensors with its manifest; returns its path."""
+    path = Path(cfg.OUTPUT_DIR) / "backbone.safetensors"
+    if is_main():
+        manifest = describe(
+            backbone,
+            stem=cfg.BACKBONE.STEM,
+            method="custom" if cfg.UNITS else cfg.METHOD,
+            units=units,
+            decoder=dict(cfg.DECODER) if units else {},
+            config=yaml.safe_load(cfg.dump()),
+            config_hash=config_hash(cfg),
+            step=step,
+            dataset=Path(cfg.DATA.PATH).name,
+            images=len(source),
+        )
+        save_backbone(path, backbone_tensors(backbone), manifest)
+        log.info("wrote %s", path)
+    barrier()
+    return path
