@@ -1,0 +1,111 @@
+"""Stock Detectron2 loads what is exported, every backbone tensor of it, and computes the same features."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from convert_cases import randomised
+
+from loco_det.backbone import ResNet
+from loco_det.convert import convert, load_backbone_weights, load_checkpoint
+
+pytest.importorskip("detectron2")
+pytestmark = pytest.mark.detectron2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("d2")
+    torch.save(randomised(torchvision.models.resnet50()).state_dict(), folder / "r50.pth")
+    convert(folder / "r50.pth", folder / "r50.pkl")
+    return folder
+
+
+def detector(name: str, fragment: Path) -> torch.nn.Module:
+    """A stock Mask R-CNN from Detectron2's own YAML and our fragment, with our weights in it."""
+    from detectron2 import model_zoo
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.modeling import build_model
+
+    cfg = model_zoo.get_config(f"COCO-InstanceSegmentation/mask_rcnn_R_50_{name}_1x.yaml")
+    cfg.merge_from_file(str(fragment))
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg).eval()
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model
+
+
+def ours(folder: Path) -> ResNet:
+    model = ResNet(50, norm="FrozenBN").eval()
+    model.load_state_dict(load_backbone_weights(folder / "r50.pkl")[0])
+    return model
+
+
+def assert_all_loaded(model: torch.nn.Module, tensors: dict, place: dict[str, str]) -> None:
+    state = model.state_dict()
+    for name, tensor in tensors.items():
+        stage = name.split(".")[0]
+        assert torch.equal(state[place.get(stage, place[""]) + name], tensor), name
+
+
+def assert_same_features(found: dict, expected: dict) -> None:
+    assert found
+    for name, tensor in found.items():
+        assert (tensor - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max()
+
+
+def test_fpn(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        model = detector("FPN", folder / "r50.yaml")
+    assert "shape of" not in caplog.text.lower()
+    tensors, _ = load_backbone_weights(folder / "r50.pkl")
+    assert_all_loaded(model, tensors, {"": "backbone.bottom_up."})
+    assert model.pixel_mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
+    x = torch.randn(1, 3, 97, 130, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert_same_features(model.backbone.bottom_up(x), ours(folder)(x))
+
+
+def test_c4(folder: Path) -> None:
+    model = detector("C4", folder / "r50.yaml")
+    tensors, _ = load_backbone_weights(folder / "r50.pkl")
+    assert_all_loaded(model, tensors, {"": "backbone.", "res5": "roi_heads."})
+    x = torch.randn(1, 3, 97, 130, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = ours(folder)(x)
+        found = model.backbone(x)
+        found["res5"] = model.roi_heads.res5(found["res4"])
+    assert_same_features(found, expected)
+
+
+@pytest.mark.parametrize("name", ["FPN", "C4"])
+def test_a_checkpoint_that_detectron2_saved_comes_back(folder: Path, tmp_path: Path, name: str) -> None:
+    from detectron2.checkpoint import DetectionCheckpointer
+
+    model = detector(name, folder / "r50.yaml")
+    DetectionCheckpointer(model, str(tmp_path)).save("model_final", iteration=5)
+    loaded = load_checkpoint(tmp_path / "model_final.pth")
+    assert loaded["iteration"] == 5
+    assert loaded["model"].keys() == model.state_dict().keys()
+    tensors, manifest = load_backbone_weights(tmp_path / "model_final.pth")
+    assert manifest is None
+    expected, _ = load_backbone_weights(folder / "r50.pkl")
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+
+
+def test_msra_stride(folder: Path, tmp_path: Path) -> None:
+    tensors, _ = load_backbone_weights(folder / "r50.pkl")
+    torch.save(tensors, tmp_path / "msra.pth")
+    pixels = {"channel_order": "BGR", "pixel_mean": (103.53, 116.28, 123.675), "pixel_std": (1.0, 1.0, 1.0)}
+    convert(tmp_path / "msra.pth", tmp_path / "msra.pkl", **pixels, stride_in_1x1=True)
+    model = detector("FPN", tmp_path / "msra.yaml")
+    mine = ResNet(50, norm="FrozenBN", stride_in_1x1=True).eval()
+    mine.load_state_dict(load_backbone_weights(tmp_path / "msra.pkl")[0])
+    x = torch.randn(1, 3, 97, 130, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert_same_features(model.backbone.bottom_up(x), mine(x))

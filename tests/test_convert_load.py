@@ -1,0 +1,272 @@
+"""Safe loading: the tensors that torch, numpy and safetensors give, and nothing from a file that means harm."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import io
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from convert_cases import hostile_files, pickles_that_run, torch_zip
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from loco_det.convert.load import load_tensors
+from loco_det.convert.sources import flatten
+from loco_det.errors import UserError
+
+
+def training_checkpoint() -> dict:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    base = torch.arange(24.0)
+    return {
+        "state_dict": model.state_dict(),
+        "parameters": dict(model.named_parameters()),
+        "optimizer": optimizer.state_dict(),
+        "views": [base[3:7], base.reshape(4, 6).T, base[::5], base.reshape(2, 3, 4)[:, 1], torch.tensor(5.0)],
+        "empty": torch.zeros(0, 3),
+        "kinds": [torch.ones(3).to(dtype) for dtype in (torch.bfloat16, torch.half, torch.uint8, torch.bool)],
+        "size": model[0].weight.shape,
+        "plain": {"epoch": 3, "arch": "resnet18", "lr": 0.1, "none": None, "flag": True, "big": 2**40, "b": b"xy"},
+        "set": {1, 2},
+        "counts": collections.Counter("aab"),
+        "default": collections.defaultdict(list, {"a": [1]}),
+    }
+
+
+def assert_same(found: object, expected: object) -> None:
+    if isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key in expected:
+            assert_same(found[key], expected[key])
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for pair in zip(found, expected):
+            assert_same(*pair)
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("name", ["c.pth", "c.pt", "c.pth.tar", "c.ckpt", "pytorch_model.bin"])
+@pytest.mark.parametrize("modern", [True, False])
+def test_torch_files_read_as_torch_reads_them(tmp_path: Path, name: str, modern: bool) -> None:
+    path = tmp_path / name
+    torch.save(training_checkpoint(), path, _use_new_zipfile_serialization=modern)
+    assert_same(load_tensors(path), torch.load(path, weights_only=False))
+
+
+def test_newer_dtypes_read_as_torch_reads_them(tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    torch.save({"a": torch.arange(5).to(torch.uint16)}, path)
+    assert_same(load_tensors(path), torch.load(path, weights_only=True))
+
+
+def test_settings_objects_are_left_out_and_never_made(tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    torch.save({"args": argparse.Namespace(lr=1), "out": Path("x"), "model": {"a": torch.ones(2)}}, path)
+    assert_same(load_tensors(path), {"args": None, "out": None, "model": {"a": torch.ones(2)}})
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_numpy_pickles_of_every_protocol(tmp_path: Path, protocol: int) -> None:
+    generator = np.random.default_rng(0)
+    arrays = {
+        "c": generator.normal(size=(2, 3, 4)).astype(np.float32),
+        "fortran": np.asfortranarray(generator.normal(size=(3, 5))),
+        "big_endian": np.arange(4, dtype=">i4"),
+        "scalar": np.array(2.5),
+        "none": np.zeros((0, 2)),
+        "bool": np.array([True, False]),
+    }
+    path = tmp_path / "w.pkl"
+    path.write_bytes(pickle.dumps({**arrays, "number": np.float64(0.5)}, protocol=protocol))
+    loaded = load_tensors(path)
+    assert loaded.pop("number") == 0.5
+    assert list(loaded) == list(arrays)
+    for name, array in arrays.items():
+        assert np.array_equal(loaded[name].numpy(), array)
+        assert loaded[name].shape == array.shape
+
+
+def test_python_2_pickles_read(tmp_path: Path) -> None:
+    data = np.array([1.5, -2.0], dtype="<f4").tobytes()
+    text = (
+        b"\x80\x02}U\x07conv1_wcnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        b"(K\x01K\x02\x85cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        b"\x89U\x08" + data + b"tbs."
+    )
+    assert np.array_equal(pickle.loads(text, encoding="latin1")["conv1_w"], [1.5, -2.0])
+    (tmp_path / "R-50.pkl").write_bytes(text)
+    assert_same(load_tensors(tmp_path / "R-50.pkl"), {"conv1_w": torch.tensor([1.5, -2.0])})
+
+
+def test_safetensors_read(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(2, 3), "b": torch.arange(4)}
+    safetensors.torch.save_file(tensors, tmp_path / "w.safetensors")
+    assert_same(load_tensors(tmp_path / "w.safetensors"), tensors)
+
+
+def test_loading_a_large_file_reads_only_what_is_used(tmp_path: Path) -> None:
+    path = tmp_path / "large.pth"
+    torch.save({"a": torch.zeros(64 * 2**20 // 4), "b": torch.ones(3)}, path)
+    script = (
+        "import resource, sys; from loco_det.convert.load import load_tensors; load_tensors(sys.argv[2])\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert load_tensors(sys.argv[1])['b'].sum() == 3\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    torch.save({"b": torch.ones(3)}, tmp_path / "small.pth")
+    command = [sys.executable, "-c", script, str(path), str(tmp_path / "small.pth")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 1.3 * path.stat().st_size  # mapped once, copied never
+
+
+def test_the_corpus_would_harm_a_plain_reader(tmp_path: Path) -> None:
+    """Without this the next test could pass on files that do nothing."""
+    canary = tmp_path / "canary"
+    content = pickles_that_run(canary)
+    harmed = []
+    for name in ("system", "check_call", "eval", "exec", "open", "nested", "numpy_object", "map", "protocol_0", "inst"):
+        pickle.loads(content[name])
+        harmed.append(canary.exists())
+        canary.unlink(missing_ok=True)
+    assert all(harmed)
+
+
+def test_hostile_files_do_nothing(tmp_path: Path) -> None:
+    """Every file of the corpus: no code runs, one sentence, at most seconds; all of it within 1 GiB of memory."""
+    canary = tmp_path / "canary"
+    (tmp_path / "corpus").mkdir()
+    paths = hostile_files(tmp_path / "corpus", canary)
+    assert len(paths) >= 60
+    script = (
+        "import resource, sys, time\n"
+        "from pathlib import Path\n"
+        "from loco_det.convert import load_backbone_weights, load_checkpoint\n"
+        "from loco_det.errors import UserError\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for path in sorted(Path(sys.argv[1]).iterdir()):\n"
+        "    started = time.monotonic()\n"
+        "    try:\n"
+        "        load_backbone_weights(path)\n"
+        "        print('LOADED', path.name)\n"
+        "    except UserError as error:\n"
+        "        print('refused', path.name, repr(str(error)), time.monotonic() - started, sep='\\t')\n"
+        "print('memory', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, sep='\\t')"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "corpus")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *lines, memory = [line.split("\t") for line in done.stdout.splitlines()]
+    assert len(lines) == len(paths)
+    for verdict, name, sentence, seconds in lines:
+        assert verdict == "refused"
+        assert name in sentence
+        assert "\\n" not in sentence
+        assert len(sentence) < 600 + len(str(tmp_path))
+        assert float(seconds) < 10
+    assert int(memory[1]) < 2**20  # KiB
+    assert not canary.exists()
+
+
+def small_files() -> dict[str, bytes]:
+    tensors = {"conv1.weight": torch.arange(12.0).reshape(3, 4), "bn1.bias": torch.ones(3)}
+    modern, legacy = io.BytesIO(), io.BytesIO()
+    torch.save({"state_dict": tensors, "epoch": 1}, modern)
+    torch.save({"state_dict": tensors, "epoch": 1}, legacy, _use_new_zipfile_serialization=False)
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    return {
+        "modern.pth": modern.getvalue(),
+        "legacy.pth": legacy.getvalue(),
+        "arrays2.pkl": pickle.dumps({"model": arrays}, protocol=2),
+        "arrays5.pkl": pickle.dumps({"model": arrays}, protocol=5),
+        "w.safetensors": safetensors.torch.save(tensors),
+    }
+
+
+FILES = small_files()
+
+
+def outcome(path: Path, content: bytes) -> bool:
+    """Whether `content` loads; anything raised but UserError is a failure of the test."""
+    path.write_bytes(content)
+    try:
+        for _, tensor in flatten(path, load_tensors(path)):
+            tensor.double().sum()  # touches every element: a wrong view would crash here
+    except UserError as error:
+        return "\n" in str(error)  # a refusal is one sentence
+    return True
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_truncated_at_every_offset(tmp_path: Path, name: str) -> None:
+    content = FILES[name]
+    assert outcome(tmp_path / name, content)
+    loaded = [cut for cut in range(0, len(content), 1 + len(content) // 400) if outcome(tmp_path / name, content[:cut])]
+    assert not loaded
+
+
+@settings(
+    max_examples=int(os.environ.get("LOCO_DET_FUZZ", "400")),
+    deadline=None,
+    derandomize="LOCO_DET_FUZZ" not in os.environ,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    name=st.sampled_from(list(FILES)),
+    edits=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=9), st.integers(0, 9)), min_size=1, max_size=6),
+)
+def test_mutated_files_load_or_are_refused(tmp_path: Path, name: str, edits: list[tuple[float, bytes, int]]) -> None:
+    content = FILES[name]
+    for place, new, removed in edits:
+        at = int(place * len(content))
+        content = content[:at] + new + content[at + removed :]
+    started = time.monotonic()
+    outcome(tmp_path / name, content)
+    assert time.monotonic() - started < 10
+
+
+def test_flipped_weight_bits_are_noticed_by_the_checksum(tmp_path: Path) -> None:
+    content = FILES["modern.pth"]
+    at = content.index(torch.arange(12.0).numpy().tobytes())
+    assert not outcome(tmp_path / "c.pth", content[: at + 5] + b"\x01" + content[at + 6 :])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("e.pth", b"", "is empty"),
+        ("p.pth", b"<html>", "web page"),
+        ("l.pth", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        ("n.pth", b"noise noise noise noise", "no torch, safetensors or pickle"),
+        ("r.pkl", pickle.dumps([1, 2]), "holds a list"),
+        ("z.pth", torch_zip(pickle.dumps(argparse.ArgumentParser)), "argparse.ArgumentParser"),
+    ],
+)
+def test_sentences(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        load_tensors(tmp_path / name)
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.pth", tmp_path):
+        with pytest.raises(UserError, match="cannot be read"):
+            load_tensors(path)

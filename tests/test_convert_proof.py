@@ -1,0 +1,285 @@
+"""The road from a file to Detectron2's .pkl and YAML: what is written, and that failure leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torchvision
+import yaml
+from convert_cases import prefixed, randomised
+
+from loco_det.artifact import describe, load_backbone, save_backbone
+from loco_det.backbone import ResNet
+from loco_det.convert import conversion, convert, load_backbone_weights
+from loco_det.convert.architecture import Architecture
+from loco_det.convert.command import main
+from loco_det.convert.prove import TOLERANCE, made_image, prove
+from loco_det.convert.sources import Pixels
+from loco_det.errors import UserError
+from loco_det.names import to_detectron2, to_torchvision
+
+ROOT = Path(__file__).resolve().parent.parent
+MSRA = {"channel_order": "BGR", "pixel_mean": (103.53, 116.28, 123.675), "pixel_std": (1.0, 1.0, 1.0)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """r50.pth, a torchvision ResNet-50 of random weights, and r50.pkl made of it."""
+    folder = tmp_path_factory.mktemp("r50")
+    torch.save(randomised(torchvision.models.resnet50()).state_dict(), folder / "r50.pth")
+    convert(folder / "r50.pth", folder / "r50.pkl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def r18(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("r18") / "r18.pth"
+    torch.save(randomised(torchvision.models.resnet18()).state_dict(), path)
+    return path
+
+
+def backbone_of(path: Path) -> ResNet:
+    tensors, manifest = load_backbone_weights(path)
+    model = ResNet(manifest.depth, stride_in_1x1=manifest.stride_in_1x1, norm="FrozenBN").eval()
+    model.load_state_dict(tensors, strict=True)
+    return model
+
+
+def test_the_file_is_what_detectron2_s_loader_expects(folder: Path) -> None:
+    content = pickle.loads((folder / "r50.pkl").read_bytes(), encoding="latin1")
+    assert content["__author__"] == "loco_det"
+    assert content["matching_heuristics"] is True
+    state = torch.load(folder / "r50.pth", weights_only=True)
+    expected = {k: v for k, v in state.items() if not k.startswith("fc.") and "num_batches" not in k}
+    assert content["model"].keys() == {to_detectron2(name) for name in expected}
+    for name, tensor in expected.items():
+        array = content["model"][to_detectron2(name)]
+        assert isinstance(array, np.ndarray)
+        assert array.flags.writeable  # torch.from_numpy warns of any other
+        assert np.array_equal(array, tensor.numpy())
+
+
+def test_the_file_names_nothing_that_a_numpy_release_lacks(folder: Path) -> None:
+    import pickletools
+
+    content = (folder / "r50.pkl").read_bytes()
+    words = [arg for op, arg, _ in pickletools.genops(content) if "UNICODE" in op.name]
+    assert not any(word.startswith("numpy.") for word in words)
+
+
+def test_the_manifest_carries_the_proof(folder: Path) -> None:
+    manifest = json.loads(pickle.loads((folder / "r50.pkl").read_bytes())["loco_det"])
+    assert (manifest["architecture"], manifest["depth"], manifest["channel_order"]) == ("resnet50", 50, "RGB")
+    assert manifest["stages"]["res5"] == {"channels": 2048, "stride": 32}
+    for kind in ("float64", "float32"):
+        assert list(manifest["proof"][kind]) == ["stem", "res2", "res3", "res4", "res5"]
+        assert all(0 <= numbers["relative"] <= TOLERANCE for numbers in manifest["proof"][kind].values())
+
+
+def test_the_yaml_fragment_states_what_the_weights_need(folder: Path) -> None:
+    fragment = yaml.safe_load((folder / "r50.yaml").read_text())
+    assert fragment == {
+        "INPUT": {"FORMAT": "RGB"},
+        "MODEL": {
+            "WEIGHTS": str((folder / "r50.pkl").absolute()),
+            "PIXEL_MEAN": [123.675, 116.28, 103.53],
+            "PIXEL_STD": [58.395, 57.12, 57.375],
+            "RESNETS": {"DEPTH": 50, "STRIDE_IN_1X1": False, "RES2_OUT_CHANNELS": 256},
+        },
+    }
+
+
+def test_features_equal_those_of_timm(folder: Path) -> None:
+    """An implementation that the proof does not use."""
+    timm = pytest.importorskip("timm")
+    other = timm.create_model("resnet50", features_only=True).eval()
+    state = torch.load(folder / "r50.pth", weights_only=True)
+    other.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+    x = torch.randn(1, 3, 97, 130, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = backbone_of(folder / "r50.pkl")(x), other(x)
+    for name, tensor in zip(("res2", "res3", "res4", "res5"), expected[1:]):
+        assert (found[name] - tensor).abs().max() <= 1e-5 * tensor.abs().max()
+
+
+def test_converting_what_was_converted_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    account = convert(folder / "r50.pkl", tmp_path / "again.pkl")
+    assert (tmp_path / "again.pkl").read_bytes() == (folder / "r50.pkl").read_bytes()
+    assert account.dropped == {}
+
+
+def test_our_artifact_keeps_its_manifest(tmp_path: Path) -> None:
+    backbone = randomised(ResNet(18))
+    plain = {to_torchvision(k): v for k, v in backbone.state_dict().items() if "num_batches" not in k}
+    about = describe(
+        backbone, stem="imagenet", method="loco", step=70, dataset="made", images=9, units=[["stem", "res2"]],
+        channel_order="BGR", pixel_mean=(1.0, 2.0, 3.0), pixel_std=(50.0, 51.0, 52.0),
+    )  # fmt: skip
+    save_backbone(tmp_path / "backbone.safetensors", plain, about)
+    account = convert(tmp_path / "backbone.safetensors", tmp_path / "b.pkl")
+    tensors, manifest = load_backbone_weights(tmp_path / "b.pkl")
+    _, before = load_backbone(tmp_path / "backbone.safetensors")
+    assert manifest.proof == account.proof
+    for name in before.__struct_fields__:
+        assert name == "proof" or getattr(manifest, name) == getattr(before, name)
+    assert all(torch.equal(tensors[to_detectron2(name)], tensor) for name, tensor in plain.items())
+    fragment = yaml.safe_load((tmp_path / "b.yaml").read_text())
+    assert fragment["INPUT"]["FORMAT"] == "BGR"
+    assert fragment["MODEL"]["PIXEL_STD"] == [50.0, 51.0, 52.0]
+    assert fragment["MODEL"]["RESNETS"] == {"DEPTH": 18, "STRIDE_IN_1X1": False, "RES2_OUT_CHANNELS": 64}
+    with pytest.raises(UserError, match="manifest already states"):
+        convert(tmp_path / "backbone.safetensors", tmp_path / "c.pkl", **MSRA)
+
+
+def test_detectron2_weights_must_be_told_their_pixels(folder: Path, tmp_path: Path) -> None:
+    tensors, _ = load_backbone_weights(folder / "r50.pkl")
+    path = tmp_path / "model_final.pth"
+    torch.save({"model": prefixed("backbone.bottom_up.", tensors)}, path)
+    for options in ({}, MSRA):
+        with pytest.raises(UserError, match="does not say what pixels and stride"):
+            convert(path, tmp_path / "out.pkl", **options)
+    convert(path, tmp_path / "out.pkl", **MSRA, stride_in_1x1=True)
+    fragment = yaml.safe_load((tmp_path / "out.yaml").read_text())
+    assert fragment["MODEL"]["RESNETS"]["STRIDE_IN_1X1"] is True
+    assert (fragment["INPUT"]["FORMAT"], fragment["MODEL"]["PIXEL_STD"]) == ("BGR", [1.0, 1.0, 1.0])
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = [backbone_of(p)(x)["res3"] for p in (tmp_path / "out.pkl", folder / "r50.pkl")]
+    assert outputs[0].shape == outputs[1].shape
+    assert not torch.allclose(*outputs)  # no shape shows a wrong stride: only the statement does
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"channel_order": "BGR"}, "give all three or none"),
+        ({**MSRA, "channel_order": "GRB"}, "neither RGB nor BGR"),
+        ({**MSRA, "pixel_std": (0.0, 1.0, 1.0)}, "--pixel-std"),
+        ({**MSRA, "pixel_mean": (float("nan"), 1.0, 1.0)}, "--pixel-mean"),
+        ({"branch": "query"}, "has no branch 'query'"),
+        ({"image": "absent.jpg"}, "absent.jpg"),
+    ],
+)
+def test_options_that_cannot_be_used(r18: Path, tmp_path: Path, options: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        convert(r18, tmp_path / "out.pkl", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_that_cannot_be_used(r18: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"ends in \.pkl"):
+        convert(r18, r18.with_suffix(".pth"))
+    with pytest.raises(UserError, match="is the input too"):
+        convert(folder / "r50.pkl", folder / "r50.pkl")
+    with pytest.raises(UserError, match="cannot be written"):
+        convert(r18, r18 / "out.pkl")
+
+
+def test_a_wrong_name_in_the_table_fails_the_proof(r18: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two norms swapped keep every shape; only the proof can see it, and nothing may be left behind."""
+    swap = {"res4.0.conv1.norm": "res4.0.conv2.norm", "res4.0.conv2.norm": "res4.0.conv1.norm"}
+
+    def swapped(name: str) -> str:
+        module, leaf = to_detectron2(name).rsplit(".", 1)
+        return f"{swap.get(module, module)}.{leaf}"
+
+    monkeypatch.setattr(conversion, "to_detectron2", swapped)
+    with pytest.raises(UserError, match="res4 of the converted backbone differs"):
+        convert(r18, tmp_path / "out.pkl")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_output_survives_a_failure(r18: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out.pkl").write_bytes(b"old")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversion, "prove", killed)
+    with pytest.raises(KeyboardInterrupt):
+        convert(r18, tmp_path / "out.pkl")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.pkl"]
+    assert (tmp_path / "out.pkl").read_bytes() == b"old"
+
+
+def test_the_proof_needs_an_output_to_compare() -> None:
+    """A backbone that answers nothing proves nothing."""
+    model = ResNet(18, norm="FrozenBN")
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    plain = {to_torchvision(name): tensor for name, tensor in tensors.items()}
+    with pytest.raises(UserError, match="output of stem is 0"):
+        prove(plain, tensors, Architecture(18), Pixels())
+
+
+@pytest.mark.parametrize("arch", [Architecture(50, 32, 4), Architecture(50, 1, 128), Architecture(34)])
+def test_the_proof_covers_other_architectures(arch: Architecture) -> None:
+    tensors = randomised(arch.build(norm="FrozenBN")).state_dict()
+    proof = prove({to_torchvision(n): t for n, t in tensors.items()}, tensors, arch, Pixels())
+    assert max(cell["relative"] for cell in proof["float64"].values()) <= 1e-12
+
+
+def test_the_made_image_never_changes_and_is_no_flat_picture() -> None:
+    image = made_image()
+    assert image.dtype == np.uint8
+    assert image.shape == (157, 221, 3)
+    assert np.array_equal(image, made_image())
+    assert image.reshape(-1, 3).std(axis=0).min() > 40
+    correlation = np.corrcoef(image.reshape(-1, 3).T)
+    assert np.abs(correlation[np.triu_indices(3, 1)]).max() < 0.3  # a channel swap must show
+
+
+def test_a_real_image_in_the_proof(r18: Path, tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (600, 1100, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "picture.png"), picture)
+    account = convert(r18, tmp_path / "out.pkl", image=tmp_path / "picture.png")
+    assert "picture.png (367 x 200)" in account.proof["image"]
+
+
+def run_tool(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "convert_to_d2.py"), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_the_command_prints_account_and_proof(r18: Path, tmp_path: Path) -> None:
+    done = run_tool(r18, tmp_path / "out.pkl")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for line in (
+        "read        122 tensors",
+        "converted   100",
+        "dropped      22",
+        "    20     batch counters",
+        "roi_heads.",
+    ):
+        assert line in done.stdout
+    assert len([line for line in done.stdout.splitlines() if line.startswith(("stem ", "res"))]) == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.pkl", "out.yaml"]
+
+
+def test_the_command_says_one_sentence_and_status_2(tmp_path: Path) -> None:
+    done = run_tool(tmp_path / "absent.pth", tmp_path / "out.pkl")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "absent.pth" in done.stderr
+    assert "Traceback" in run_tool(tmp_path / "absent.pth", tmp_path / "out.pkl", "--debug").stderr
+
+
+def test_the_command_passes_its_options_on(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tensors, _ = load_backbone_weights(folder / "r50.pkl")
+    torch.save(tensors, tmp_path / "plain.pth")
+    output = tmp_path / "out.pkl"
+    given = ["--channel-order", "BGR", "--pixel-mean", "1", "2", "3", "--pixel-std", "4", "5", "6"]
+    assert main([str(tmp_path / "plain.pth"), str(output), *given, "--stride-in-1x1", "yes"]) == 0
+    assert "BGR, mean 1 2 3, std 4 5 6" in capsys.readouterr().out
+    assert load_backbone_weights(output)[1].stride_in_1x1 is True
