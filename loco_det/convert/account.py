@@ -9,7 +9,18 @@ from typing import Any
 from torch import Tensor
 
 from loco_det.convert.architecture import Architecture, check_tensors, recognise
-from loco_det.convert.sources import COUNTERS, NAMINGS, SOURCES, Candidate, Pixels, Rules, candidates, choose, flatten
+from loco_det.convert.sources import (
+    COUNTERS,
+    HEAD,
+    NAMINGS,
+    SOURCES,
+    Candidate,
+    Pixels,
+    Rules,
+    candidates,
+    choose,
+    flatten,
+)
 from loco_det.errors import UserError
 from loco_det.names import to_detectron2
 
@@ -86,7 +97,7 @@ def take_account(path: object, loaded: dict[str, Any], branch: str | None = None
     Raises:
         UserError: no or several backbones, or a tensor is unknown, missing, there twice or not as it must be.
     """
-    original = _moved(path, dict(flatten(loaded)))
+    original = _moved(path, dict(flatten(path, loaded)))
     tensors = {key: tensor for key, (_, tensor) in original.items()}
     chosen = choose(path, tensors, branch)
     others = {c.prefix: c.branch for c in candidates(tensors) if c != chosen}
@@ -131,7 +142,7 @@ def _place(key: str, chosen: Candidate, others: dict[str, str]) -> tuple[str | N
     if key.startswith(chosen.prefix) and container == chosen.prefix.rpartition(":")[0]:
         rest = key[len(chosen.prefix) :]
         renamed = NAMINGS[chosen.naming][2](rest)
-        reason = _dropped(rest, (COUNTERS, *(source.inside if source else ())))
+        reason = _dropped(rest, (COUNTERS, *(source.inside if source else (HEAD,))))
         if reason is not None:
             return None, reason
         if _is_backbone(renamed):

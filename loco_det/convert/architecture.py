@@ -59,11 +59,7 @@ def recognise(path: object, tensors: dict[str, Tensor]) -> Architecture:
         UserError: it is none that Detectron2 can build.
     """
     stem = tuple(tensors["conv1.weight"].shape)
-    if stem[2:] == (3, 3):
-        raise UserError(
-            f"{path}: has the 3x3 stem for small images (CIFAR), but Detectron2's stem is 7x7 with stride 2 and a "
-            "pool; pretrain with BACKBONE.STEM imagenet"
-        )
+    refuse_small_stem(path, stem)
     if stem != (STEM_CHANNELS, 3, 7, 7):
         raise UserError(f"{path}: 'conv1.weight' has shape {list(stem)}, not [64, 3, 7, 7]; give a standard ResNet")
     counts = tuple(len({n.split(".")[1] for n in tensors if n.startswith(f"layer{s}.")}) for s in (1, 2, 3, 4))
@@ -83,6 +79,15 @@ def recognise(path: object, tensors: dict[str, Tensor]) -> Architecture:
         return Architecture(depths[0])
     groups = second.shape[0] // second.shape[1]
     return Architecture(depths[0], groups, second.shape[0] // max(groups, 1))
+
+
+def refuse_small_stem(path: object, stem: tuple[int, ...]) -> None:
+    """Raise UserError if the stem's convolution, of shape `stem`, is the 3x3 one for small images."""
+    if stem[2:] == (3, 3):
+        raise UserError(
+            f"{path}: has the 3x3 stem for small images (CIFAR), but Detectron2's stem is 7x7 with stride 2 and a "
+            "pool; pretrain with BACKBONE.STEM imagenet"
+        )
 
 
 def check_tensors(

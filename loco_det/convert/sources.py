@@ -9,6 +9,7 @@ between: the caller is told their names.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD
+from loco_det.convert.architecture import refuse_small_stem
 from loco_det.errors import UserError
 from loco_det.names import to_torchvision
 
@@ -188,20 +190,20 @@ class Candidate:
     naming: str
 
 
-def flatten(loaded: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def flatten(path: object, loaded: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """(key, tensor) for every tensor in nested plain data, keys as this module's docstring says.
 
     Raises:
         UserError: containers inside containers amount to more than a million items.
     """
-    waiting: list[tuple[str, Any]] = [("", loaded)]
+    waiting: deque[tuple[str, Any]] = deque([("", loaded)])
     seen = 0
     while waiting:
-        place, container = waiting.pop()
+        place, container = waiting.popleft()
         items = container if isinstance(container, dict) else dict(enumerate(container))
         seen += len(items)
         if seen > MAX_ITEMS:  # shared containers can stand for exponentially many
-            raise UserError(f"the file nests more than {MAX_ITEMS:,} items; save the model's state_dict() alone")
+            raise UserError(f"{path}: nests more than {MAX_ITEMS:,} items; save the model's state_dict() alone")
         for name, value in items.items():
             if isinstance(value, Tensor):
                 yield f"{place}:{name}" if place else str(name), value
@@ -253,6 +255,7 @@ def choose(path: object, tensors: dict[str, Tensor], branch: str | None) -> Cand
         raise UserError(f"{path}: has no branch {branch!r}; choose {choices}")
     if len(chosen) > 1:
         raise UserError(f"{path}: holds {len(found)} backbones; choose one with {choices}")
+    refuse_small_stem(path, tuple(tensors[chosen[0].prefix + NAMINGS[chosen[0].naming][0]].shape))
     if chosen[0].source is None and branch is None:
         raise UserError(
             f"{path}: no known code base keeps its backbone under {chosen[0].prefix!r}; "

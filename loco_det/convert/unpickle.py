@@ -182,7 +182,7 @@ def _global(m: _Machine, argument: str | None) -> None:
         raise ValueError("a global whose name is not text")
     full = f"{module}.{name}".replace("__builtin__.", "builtins.").replace("numpy._core.", "numpy.core.")
     if not admitted(full):
-        raise Refused(f"asks for {full[:80]!r}, which is code and not plain data")
+        raise Refused(f"asks for {full[:80]!r}, which is no plain data")
     m.stack.append(Name(full))
 
 
