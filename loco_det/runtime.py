@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessException
 
 from loco_det.errors import UserError
 
@@ -310,7 +311,7 @@ def launch(worker: Callable[..., Any], processes: int, *args: Any) -> Any:
         port = free.getsockname()[1]
     try:
         torch.multiprocessing.spawn(_spawned, (worker, args, processes, port, errors, _quiet), nprocs=processes)
-    except torch.multiprocessing.ProcessException as failure:
+    except ProcessException as failure:
         if not errors.empty():  # also where a peer's broken connection was noticed first
             raise UserError(errors.get()) from failure
         raise
