@@ -66,6 +66,18 @@ def train(run: Run, evaluator: str) -> None:
     with StopSignal() as stop:
         for iteration, stopped in _steps(run, stop):
             periodic.step(iteration)
+            line: dict[str, Any] = {}
+            if (iteration + 1) % LOG_PERIOD == 0 or iteration == last:
+                line = _metrics(run, iteration)
+            if line or time.monotonic() - said > LOG_SECONDS:
+                said = time.monotonic()
+                log.info("%s", _describe(run, iteration))
+            due = cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0
+            if due and iteration < last and not stopped:
+                line = {"iteration": iteration, **line}
+                line.update(flatten(evaluate(cfg, run.model, run.engine, evaluator)))
+            if line:
+                append_metrics(cfg.OUTPUT_DIR, line)
             if stopped and iteration < last:
                 path = run.checkpointer.save(f"model_{iteration:07d}", iteration)
                 barrier()
@@ -73,17 +85,6 @@ def train(run: Run, evaluator: str) -> None:
                     f"stopped by {stop.received or 'a signal'} after iteration {iteration + 1}; {path} holds the run, "
                     "go on with --resume."
                 )
-            line: dict[str, Any] = {}
-            if (iteration + 1) % LOG_PERIOD == 0 or iteration == last:
-                line = _metrics(run, iteration)
-            if line or time.monotonic() - said > LOG_SECONDS:
-                said = time.monotonic()
-                log.info("%s", _describe(run, iteration))
-            if cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0 and iteration < last:
-                line = {"iteration": iteration, **line}
-                line.update(flatten(evaluate(cfg, run.model, run.engine, evaluator)))
-            if line:
-                append_metrics(cfg.OUTPUT_DIR, line)
     check_frozen(run.checkpointer.note["frozen"], frozen_hashes(run.model))
 
 

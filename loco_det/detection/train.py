@@ -59,6 +59,7 @@ def train_net(
     """
     module = choose_engine(engine)
     module.check(cfg)
+    drawn = cfg.SEED < 0
     cfg = _prepare(cfg, eval_only)
     model = module.build_model(cfg)
     if eval_only:
@@ -66,7 +67,7 @@ def train_net(
         results = evaluate(cfg, model, module, evaluator)
         append_metrics(cfg.OUTPUT_DIR, flatten(results))
         return results
-    run = start_run(cfg, module, model, resume)
+    run = start_run(cfg, module, model, resume, drawn)
     train(run, evaluator)
     results = evaluate(cfg, model, module, evaluator)
     if results:
@@ -104,16 +105,13 @@ def _prepare(cfg: CfgNode, eval_only: bool) -> CfgNode:
         raise UserError("DATASETS.TRAIN is empty; name a data set to train on, e.g. ('coco_2017_train',).")
     if eval_only and not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty; name a data set to evaluate on, e.g. ('coco_2017_val',).")
-    _check_classes(cfg, [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
+    check_classes(cfg, [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
     if is_main():
         with atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", "w") as file:
             file.write(cfg.dump())
     barrier()
-    cfg = solver.scale_to_world_size(cfg, world_size()).clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = str(_device(cfg.MODEL.DEVICE))
-    cfg.SEED = _common_seed(cfg.SEED)
-    cfg.freeze()
+    cfg = solver.scale_to_world_size(cfg, world_size())
+    cfg = _with(cfg, **{"MODEL.DEVICE": str(_device(cfg.MODEL.DEVICE)), "SEED": _common_seed(cfg.SEED)})
     if cfg.MODEL.DEVICE.startswith("cuda"):
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not eval_only
         if cfg.FLOAT32_PRECISION:
@@ -127,7 +125,16 @@ def _prepare(cfg: CfgNode, eval_only: bool) -> CfgNode:
     return cfg
 
 
-def _check_classes(cfg: CfgNode, names: list[str]) -> None:
+def _with(cfg: CfgNode, **values: Any) -> CfgNode:
+    """A frozen copy of a configuration with other values for some keys."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list([part for pair in values.items() for part in pair])
+    cfg.freeze()
+    return cfg
+
+
+def check_classes(cfg: CfgNode, names: list[str]) -> None:
     """Every data set exists and has the classes that the model is built for, before hours are spent."""
     for name in names:
         categories = read_categories(find_dataset(name).annotations)
@@ -167,8 +174,11 @@ def _load_for_evaluation(model: nn.Module, cfg: CfgNode, resume: bool) -> None:
     load_weights(model, cfg)
 
 
-def start_run(cfg: CfgNode, engine: ModuleType, model: nn.Module, resume: bool) -> Run:
-    """Weights, optimiser and schedule, from MODEL.WEIGHTS or, with `resume`, from the last checkpoint."""
+def start_run(cfg: CfgNode, engine: ModuleType, model: nn.Module, resume: bool, drawn: bool) -> Run:
+    """Weights, optimiser and schedule, from MODEL.WEIGHTS or, with `resume`, from the last checkpoint.
+
+    `drawn`: the configuration gave no SEED.
+    """
     last = read_last(cfg.OUTPUT_DIR) if resume else None
     if resume and last is None:
         log.info("nothing to resume in %s: starting from MODEL.WEIGHTS", cfg.OUTPUT_DIR)
@@ -183,11 +193,13 @@ def start_run(cfg: CfgNode, engine: ModuleType, model: nn.Module, resume: bool) 
     start = 0
     if last is not None:
         start = checkpointer.restore(last)
+        if drawn:  # a run without a SEED goes on with the one it drew at its start
+            cfg = checkpointer.cfg = _with(cfg, SEED=note["seed"])
         log.info("resumed from %s: %d of %d iterations are done", last.path, start, cfg.SOLVER.MAX_ITER)
-    frozen = frozen_hashes(model)
-    check_frozen(note.setdefault("frozen", frozen), frozen)
     wrapped = model
     if world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    frozen = frozen_hashes(model)  # of what the wrapper has made equal in all processes
+    check_frozen(note.setdefault("frozen", frozen), frozen)
     return Run(cfg, engine, model, wrapped, optimizer, schedule, scaler, checkpointer, start, device)

@@ -1,0 +1,273 @@
+"""The training loop: what it writes, that a stopped run resumes to the same numbers, and what makes it refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_detection import tiny_cfg, write_tiny
+
+from loco_det.config import load_config
+from loco_det.data.catalog import find_dataset
+from loco_det.detection import command, engine_d2, engine_torchvision, loop, solver
+from loco_det.detection.schema import get_cfg
+from loco_det.detection.train import choose_engine, train_net
+from loco_det.errors import UserError
+from loco_det.runtime import launch
+
+LOSSES = {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def every_iteration_is_logged(data, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(data))
+    monkeypatch.setattr(loop, "LOG_PERIOD", 1)
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """Six iterations without interruption: (OUTPUT_DIR, results)."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(data))
+        patch.setattr(loop, "LOG_PERIOD", 1)
+        changes = {"SOLVER__CHECKPOINT_PERIOD": 4, "TEST__EVAL_PERIOD": 3}
+        return folder, train_net(tiny_cfg(folder, **changes), engine="torchvision")
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def losses(folder: Path) -> dict[int, dict[str, float]]:
+    return {
+        line["iteration"]: {k: v for k, v in line.items() if "loss" in k or k == "lr"}
+        for line in metrics(folder)
+        if "total_loss" in line
+    }
+
+
+def model(folder: Path, name: str = "model_final") -> dict[str, torch.Tensor]:
+    return torch.load(folder / f"{name}.pth", weights_only=True)["model"]
+
+
+def test_a_run_leaves_what_detectron2_leaves(whole):
+    folder, results = whole
+    names = {p.name for p in folder.iterdir()}
+    assert {"config.yaml", "metrics.json", "last_checkpoint", "model_0000003.pth", "model_final.pth"} <= names
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+    assert (
+        load_config(get_cfg(), folder / "config.yaml").dump()
+        == tiny_cfg(folder, SOLVER__CHECKPOINT_PERIOD=4, TEST__EVAL_PERIOD=3).dump()
+    )
+    detections = json.loads((folder / "inference" / "coco_instances_results.json").read_text())
+    assert {d["image_id"] for d in detections} == set(range(1, 7))
+    assert {d["category_id"] for d in detections} <= {3, 7}
+    assert set(detections[0]) == {"image_id", "category_id", "bbox", "score", "segmentation"}
+    assert set(results) == {"bbox", "segm"}
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AP-red", "AP-green"} == set(results["bbox"])
+
+
+def test_metrics_have_detectron2s_names(whole):
+    folder, results = whole
+    lines = metrics(folder)
+    assert list(losses(folder)) == [0, 1, 2, 3, 4, 5]
+    for line in lines[:-1]:
+        assert {"iteration", "total_loss", "lr", "time", "data_time", "eta_seconds"} | LOSSES <= set(line)
+        assert line["total_loss"] == pytest.approx(sum(line[name] for name in LOSSES))
+    assert [("bbox/AP" in line) for line in lines] == [False, False, True, False, False, False, True]
+    assert lines[-1]["iteration"] == 6
+    assert lines[-1]["segm/AP50"] == results["segm"]["AP50"]
+    lrs = [lines[i]["lr"] for i in range(6)]
+    assert lrs == pytest.approx([0.00001, 0.005005, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_frozen_tensors_stay_and_all_others_learn(whole):
+    folder, _ = whole
+    before, after = model(folder, "model_0000003"), model(folder)
+    for name, tensor in after.items():
+        if name.startswith("backbone.bottom_up."):
+            assert torch.equal(tensor, before[name]), name
+        elif name.endswith("weight"):
+            assert not torch.equal(tensor, before[name]), name
+
+
+def test_a_stopped_run_resumes_to_the_same_numbers(whole, tmp_path, monkeypatch):
+    forward, done = engine_torchvision.losses, []
+
+    def stop_in_the_third(*args):
+        done.append(1)
+        if len(done) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*args)
+
+    monkeypatch.setattr(engine_torchvision, "losses", stop_in_the_third)
+    cfg = tiny_cfg(tmp_path)
+    with pytest.raises(UserError, match=r"stopped by SIGTERM after iteration 3.*model_0000002.pth.*--resume"):
+        train_net(cfg, engine="torchvision")
+    monkeypatch.setattr(engine_torchvision, "losses", forward)
+    torch.rand(17)  # what happened to the generator in between must not matter
+    results = train_net(cfg, engine="torchvision", resume=True)
+    folder, expected = whole
+    assert losses(tmp_path) == losses(folder)
+    assert results == expected
+    for name, tensor in model(folder).items():
+        assert torch.equal(model(tmp_path)[name], tensor), name
+
+
+def test_resuming_a_finished_run_only_evaluates(whole, monkeypatch):
+    folder, expected = whole
+    monkeypatch.setattr(engine_torchvision, "train_batches", None)  # would fail
+    assert train_net(tiny_cfg(folder), engine="torchvision", resume=True) == expected
+
+
+def test_evaluation_alone_gives_the_final_numbers(whole, tmp_path):
+    folder, expected = whole
+    cfg = tiny_cfg(tmp_path, MODEL__WEIGHTS=folder / "model_final.pth")
+    for evaluator in ("hotcoco", "pycocotools"):
+        assert train_net(cfg, engine="torchvision", eval_only=True, evaluator=evaluator) == expected
+    assert not (tmp_path / "model_final.pth").exists()
+    assert metrics(tmp_path)[0]["bbox/AP"] == expected["bbox"]["AP"]
+
+
+def test_resume_without_a_checkpoint_starts_from_the_weights(whole, tmp_path):
+    folder, _ = whole
+    cfg = tiny_cfg(tmp_path, SOLVER__MAX_ITER=1, SOLVER__STEPS=(), DATASETS__TEST=())
+    assert train_net(cfg, engine="torchvision", resume=True) == {}
+    assert losses(tmp_path)[0]["total_loss"] == losses(folder)[0]["total_loss"]
+
+
+def test_a_changed_frozen_tensor_is_an_error(tmp_path, monkeypatch):
+    step = solver.optimizer_step
+    seen = []
+
+    def and_touch_the_backbone(cfg, loss, optimizer, scaler):
+        step(cfg, loss, optimizer, scaler)
+        seen[0].backbone.bottom_up.res4[0].conv1.weight.data += 1e-3
+
+    build = engine_torchvision.build_model
+    monkeypatch.setattr(engine_torchvision, "build_model", lambda cfg: seen.append(build(cfg)) or seen[0])
+    monkeypatch.setattr(solver, "optimizer_step", and_touch_the_backbone)
+    cfg = tiny_cfg(tmp_path, SOLVER__MAX_ITER=1, SOLVER__STEPS=(), DATASETS__TEST=())
+    with pytest.raises(RuntimeError, match=r"backbone.bottom_up.res4.0.conv1.weight changed"):
+        train_net(cfg, engine="torchvision")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch):
+    def broken(model, batch):
+        return {**model(batch), "loss_mask": torch.tensor(float("nan"), requires_grad=True)}
+
+    monkeypatch.setattr(engine_torchvision, "losses", broken)
+    with pytest.raises(UserError, match=r"at iteration 0 loss_mask = nan; lower SOLVER.BASE_LR"):
+        train_net(tiny_cfg(tmp_path), engine="torchvision")
+    assert not (tmp_path / "last_checkpoint").exists()
+
+
+def test_a_negative_seed_is_drawn_and_kept_for_the_resume(tmp_path):
+    changes = {"SOLVER__STEPS": (), "SOLVER__WARMUP_ITERS": 0, "DATASETS__TEST": ()}
+    train_net(tiny_cfg(tmp_path / "a", SEED=-1, SOLVER__MAX_ITER=1, **changes), engine="torchvision")
+    seed = torch.load(tmp_path / "a" / "model_final.pth", weights_only=True)["loco_det"]["seed"]
+    train_net(tiny_cfg(tmp_path / "a", SEED=-1, SOLVER__MAX_ITER=2, **changes), engine="torchvision", resume=True)
+    train_net(tiny_cfg(tmp_path / "b", SEED=seed, SOLVER__MAX_ITER=2, **changes), engine="torchvision")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_fine_tuning_in_mixed_precision_with_clipping_changes_the_backbone(tmp_path):
+    cfg = tiny_cfg(
+        tmp_path,
+        MODEL__BACKBONE__FREEZE_AT=0,
+        MODEL__RESNETS__NORM="BN",
+        SOLVER__AMP__ENABLED=True,
+        SOLVER__CLIP_GRADIENTS__ENABLED=True,
+        SOLVER__MAX_ITER=2,
+        SOLVER__STEPS=(),
+        SOLVER__CHECKPOINT_PERIOD=1,
+        DATASETS__TEST=(),
+    )
+    train_net(cfg, engine="torchvision")
+    before, after = model(tmp_path, "model_0000000"), model(tmp_path)
+    for part in ("stem.conv1.weight", "res5.1.conv2.weight", "stem.conv1.norm.running_mean"):
+        assert not torch.equal(before[f"backbone.bottom_up.{part}"], after[f"backbone.bottom_up.{part}"]), part
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "words"),
+    [
+        ({"MODEL__ROI_HEADS__NUM_CLASSES": 80}, {}, ["tiny_train has 2 classes", "NUM_CLASSES is 80"]),
+        ({"DATASETS__TRAIN": ()}, {}, ["DATASETS.TRAIN is empty"]),
+        ({"DATASETS__TRAIN": ("absent_train",)}, {}, ["absent_train", "does not exist"]),
+        ({"DATASETS__TEST": ("absent_val",)}, {}, ["absent_val", "does not exist"]),
+        ({"DATASETS__TEST": ()}, {"eval_only": True}, ["DATASETS.TEST is empty"]),
+        ({}, {"eval_only": True}, ["MODEL.WEIGHTS is empty"]),
+        ({}, {"engine": "caffe"}, ["no engine 'caffe'"]),
+        ({"MODEL__DEVICE": "gpu"}, {}, ["gpu"]),
+        ({"SOLVER__IMS_PER_BATCH": 0}, {}, ["SOLVER.IMS_PER_BATCH is 0"]),
+        ({"SOLVER__CHECKPOINT_PERIOD": 0}, {}, ["SOLVER.CHECKPOINT_PERIOD is 0"]),
+        ({"TEST__AUG__ENABLED": True}, {}, ["TEST.AUG.ENABLED is True", "--engine detectron2"]),
+    ],
+)
+def test_bad_input_is_refused_before_training(tmp_path, changes, arguments, words):
+    with pytest.raises(UserError) as refused:
+        train_net(tiny_cfg(tmp_path, **changes), **{"engine": "torchvision", **arguments})
+    for word in words:
+        assert word in str(refused.value)
+    assert not (tmp_path / "model_final.pth").exists()
+
+
+def test_an_empty_output_dir_is_refused():
+    with pytest.raises(UserError, match="OUTPUT_DIR is empty"):
+        train_net(tiny_cfg(""), engine="torchvision")
+
+
+def test_a_test_set_of_other_classes_is_refused_before_training(tmp_path, data, monkeypatch):
+    annotations = find_dataset("tiny_val").annotations
+    content = json.loads(annotations.read_text())
+    content["categories"].append({"id": 9, "name": "blue"})
+    other = tmp_path / "other"
+    (other / "annotations").mkdir(parents=True)
+    (other / "val").symlink_to(data / "tiny" / "val")
+    (other / "train").symlink_to(data / "tiny" / "train")
+    (other / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    (other / "annotations" / "instances_train.json").write_bytes(find_dataset("tiny_train").annotations.read_bytes())
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    cfg = tiny_cfg(tmp_path / "out", DATASETS__TRAIN=("other_train",), DATASETS__TEST=("other_val",))
+    with pytest.raises(UserError, match=r"other_val has 3 classes and MODEL.ROI_HEADS.NUM_CLASSES is 2"):
+        train_net(cfg, engine="torchvision")
+
+
+def test_detectron2_is_asked_for_by_name_only_where_it_is(monkeypatch):
+    monkeypatch.setattr(engine_d2, "installed", lambda: False)
+    with pytest.raises(UserError, match=r"Detectron2 is not installed here; use --engine torchvision"):
+        choose_engine("detectron2")
+    assert choose_engine("auto") is engine_torchvision
+    monkeypatch.setattr(engine_d2, "installed", lambda: True)
+    assert choose_engine("auto") is engine_d2
+
+
+def test_two_processes_share_the_work(tmp_path):
+    cfg = tiny_cfg(tmp_path, SOLVER__MAX_ITER=2, SOLVER__STEPS=(), SOLVER__CHECKPOINT_PERIOD=1)
+    launch(command._worker, 2, cfg, "torchvision", False, False, "hotcoco")
+    lines = metrics(tmp_path)
+    assert [line["iteration"] for line in lines] == [1, 2]  # one writer, and LOG_PERIOD is 20 over there
+    assert "bbox/AP" in lines[-1]
+    detections = json.loads((tmp_path / "inference" / "coco_instances_results.json").read_text())
+    images = [d["image_id"] for d in detections]
+    assert set(images) == set(range(1, 7))
+    assert images == sorted(images)
+    assert len(images) == 60  # ten an image, none twice
+    assert not any(name.startswith("module.") for name in model(tmp_path))
+
+
+def test_an_error_in_two_processes_is_one_sentence(tmp_path):
+    cfg = tiny_cfg(tmp_path, SOLVER__IMS_PER_BATCH=3)
+    with pytest.raises(UserError, match=r"SOLVER.IMS_PER_BATCH is 3, which 2 processes"):
+        launch(command._worker, 2, cfg, "torchvision", False, False, "hotcoco")
