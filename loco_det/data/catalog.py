@@ -28,6 +28,8 @@ _COCO = {
     "coco_2017_test-dev": ("test2017", "image_info_test-dev2017"),
 }
 
+COCO_NAMES = tuple(_COCO)
+
 
 class DatasetPaths(NamedTuple):
     """A COCO-format dataset: its name, its folder of images and its JSON file."""

@@ -25,6 +25,18 @@ def installed() -> bool:
     return importlib.util.find_spec("detectron2") is not None
 
 
+def version() -> str:
+    """Detectron2's version, after importing it and the operators it compiled for one version of torch.
+
+    Raises:
+        ImportError: either cannot be.
+    """
+    import detectron2
+    import detectron2.layers  # loads them
+
+    return detectron2.__version__
+
+
 def check(cfg: CfgNode) -> None:
     """Every key of the tree is Detectron2's; it judges the values itself."""
 
