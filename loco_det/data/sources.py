@@ -139,11 +139,13 @@ def open_source(path: str | Path, format: str = "auto") -> Source:
     root = Path(file if file.lower().endswith(".zip") else path)
     if not root.exists():
         raise UserError(f"DATA.PATH {root}: no such file or folder; correct the path")
+    wanted = format
     if format == "auto":
-        format = "folder or flat" if root.is_dir() else {".zip": "zip", ".txt": "list"}.get(root.suffix.lower(), "")
-    if root.is_dir() != (format in ("folder", "flat", "folder or flat")):
+        by_suffix = {".zip": "zip", ".txt": "list"}
+        format = "folder or flat" if root.is_dir() else by_suffix.get(root.suffix.lower(), "")
+    if not format or root.is_dir() != (format not in ("zip", "list")):
         kind = "a folder" if root.is_dir() else "a file"
-        raise UserError(f"DATA.PATH {root} is {kind}, which DATA.FORMAT {format or 'auto'!r} does not read; change one")
+        raise UserError(f"DATA.PATH {root} is {kind}, which DATA.FORMAT {wanted!r} does not read; change one")
     if format == "zip":
         return _open_zip(root, inner)
     return _open_list(root) if format == "list" else _open_folder(root, format)

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from loco_det import runtime
 from loco_det.data.images import decode_image
 from loco_det.data.sources import Source
-from loco_det.data.views import ViewConfig, crop_resize, two_views, view_config
+from loco_det.data.views import ViewConfig, crop_resize, stream, two_views, view_config
 from loco_det.errors import UserError
 
 _SUBSTITUTES = 100  # images tried in place of an unreadable one before giving up
@@ -104,8 +104,7 @@ class _Steps:
 
 def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
     """The (images,) int64 permutation of one epoch."""
-    bits = np.random.Philox(key=[seed % 2**64, epoch], counter=[0, _ORDER_STREAM, 0, 0])
-    return np.random.Generator(bits).permutation(images)
+    return stream(seed, epoch, _ORDER_STREAM, 0).permutation(images)
 
 
 class TwoViewLoader:

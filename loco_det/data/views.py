@@ -4,9 +4,9 @@ Shape legend: H x W the decoded image, S the view's side, B images in a batch; p
 
 The distribution is torchvision's (RandomResizedCrop, RandomHorizontalFlip, RandomApply(ColorJitter),
 RandomGrayscale, RandomApply(GaussianBlur), RandomSolarize(128), in this order); sources: SimCLR (arXiv 2002.05709,
-appendix A), MoCo v2 (arXiv 2003.04297), BYOL (arXiv 2006.07733) for solarize. Every operation rounds to the nearest
-level where torchvision cuts off, so one operation differs from `torchvision.transforms.v2.functional` by at most 1
-level (contrast: 2), which `tests/test_views_operations.py` asserts.
+appendix A), MoCo v2 (arXiv 2003.04297), BYOL (arXiv 2006.07733) for solarize. With the same parameters a crop, flip,
+colour operation, blur or solarize differs from `torchvision.transforms.v2.functional` by at most 1 level of 255, which
+`tests/test_views_operations.py` asserts.
 
 A view is a pure function of (bytes, config, seed, epoch, index, view): a counter-based generator gives each its own
 stream, whatever worker or rank makes it. Views leave as uint8: a quarter of float32's bytes through workers, pinned
@@ -47,6 +47,9 @@ KEYS = ("PRESET", "CROP_SCALE", "JITTER", *_SHARED)
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height
 _CROP_ATTEMPTS = 10
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+# torchvision, as PIL, cuts blended values off where OpenCV rounds them: less half a level they agree. A little less
+# than half, so that whole numbers stay what they are.
+_CUT = -0.499
 _MOST_DRAWS = 2 * _CROP_ATTEMPTS + 2 + 15
 
 
@@ -130,9 +133,15 @@ def _jitter(value: Any) -> tuple[float, float, float, float]:
 
 def view_draws(seed: int, epoch: int, index: int, view: int) -> Iterator[float]:
     """The uniform numbers in [0, 1) that belong to one view; no two of (seed, epoch, index, view) share any."""
-    # The counter's lowest word counts the draws; a key taken as given skips SeedSequence's hashing.
-    bits = np.random.Philox(key=[seed % 2**64, epoch], counter=[0, index, view, 0])
-    return iter(np.random.Generator(bits).random(_MOST_DRAWS).tolist())
+    return iter(stream(seed, epoch, index, view).random(_MOST_DRAWS).tolist())
+
+
+def stream(seed: int, epoch: int, first: int, second: int) -> np.random.Generator:
+    """The random numbers of one use, told apart by `first` and `second`, unsigned 64-bit integers."""
+    # As uint64 arrays, since numpy takes lists of large integers through float64. The counter's lowest word counts the
+    # draws; a key taken as given skips SeedSequence's hashing.
+    key, counter = np.array([seed % 2**64, epoch], np.uint64), np.array([0, first, second, 0], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def draw_view(config: ViewConfig, height: int, width: int, draws: Iterator[float]) -> ViewParams:
@@ -254,19 +263,20 @@ def crop_resize(image: np.ndarray, crop: tuple[int, int, int, int], size: int) -
 
 def brightness(view: np.ndarray, factor: float) -> np.ndarray:
     """`factor` >= 0 times every value."""
-    return cv2.convertScaleAbs(view, alpha=factor)
+    return cv2.convertScaleAbs(view, alpha=factor, beta=_CUT)
 
 
 def contrast(view: np.ndarray, factor: float) -> np.ndarray:
     """Away from (factor > 1) or towards the view's mean luma."""
     mean = sum(weight * value for weight, value in zip(_LUMA, cv2.mean(view)))
-    return cv2.addWeighted(view, factor, view, 0.0, (1 - factor) * mean)
+    return cv2.addWeighted(view, factor, view, 0.0, (1 - factor) * (mean + _CUT) + _CUT)
 
 
 def saturation(view: np.ndarray, factor: float) -> np.ndarray:
     """Away from (factor > 1) or towards each pixel's luma."""
-    matrix = factor * np.eye(3) + (1 - factor) * np.array([_LUMA])
-    return cv2.transform(view, matrix.astype(np.float32))
+    matrix = np.full((3, 4), (1 - factor) * _CUT + _CUT, np.float32)
+    matrix[:, :3] = factor * np.eye(3) + (1 - factor) * np.array(_LUMA)
+    return cv2.transform(view, matrix)
 
 
 def hue(view: np.ndarray, shift: float) -> np.ndarray:

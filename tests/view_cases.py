@@ -1,0 +1,35 @@
+"""Made-up images that the tests of the pretraining data share."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+
+def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """(height, width, 3) uint8: large soft shapes, edges, texture and all colours, as a photograph has."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    image = np.zeros((height, width, 3))
+    for _ in range(12):
+        wave = rng.uniform(-14, 14, 2)
+        image += rng.normal(0, 40, 3) * np.sin(wave[0] * x + wave[1] * y + rng.uniform(0, 6.3))[..., None]
+    for _ in range(8):
+        centre, radius = rng.uniform(0, 1, 2), rng.uniform(0.03, 0.2)
+        inside = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < radius**2
+        image[inside] = rng.uniform(-128, 128, 3)
+    image += 128 + rng.normal(0, 6, image.shape)
+    image = image.clip(0, 255).astype(np.uint8)
+    return image
+
+
+def encode(image: np.ndarray | Image.Image, file_format: str = "JPEG", **options) -> bytes:
+    file = io.BytesIO()
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    if file_format == "JPEG":
+        options.setdefault("quality", 95)
+    image.save(file, file_format, **options)
+    return file.getvalue()
