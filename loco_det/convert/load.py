@@ -11,6 +11,7 @@ import io
 import json
 import mmap
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -60,7 +61,9 @@ def load_tensors(path: str | Path) -> dict[str, Any]:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be read ({reason}); give a weights file that exists") from error
     try:
-        loaded = _reader(path, start)(path, data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in damaged text: the file is read or refused either way
+            loaded = _reader(path, start)(path, data)
     except Refused as error:
         sentence = f"{path}: {error}"[:MAX_SENTENCE]
         raise UserError(f"{sentence}; nothing was run, save the tensors alone and convert those") from error
