@@ -319,3 +319,10 @@ def test_detectron2s_own_yaml_files_read_the_same():
         theirs = config.get_cfg()
         theirs.merge_from_file(path)
         assert values(theirs) == values(load_config(get_cfg(), path))
+
+
+def test_the_documented_table_is_the_codes():
+    from record_key_table import PAGE, with_table
+
+    page = PAGE.read_text()
+    assert page == with_table(page), "run python tests/record_key_table.py"
