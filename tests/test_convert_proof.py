@@ -19,9 +19,9 @@ from convert_cases import prefixed, randomised
 
 from loco_det.artifact import describe, load_backbone, save_backbone
 from loco_det.backbone import ResNet
+from loco_det.cli import run_job
 from loco_det.convert import conversion, convert, load_backbone_weights
 from loco_det.convert.architecture import Architecture
-from loco_det.convert.command import main
 from loco_det.convert.prove import TOLERANCE, made_image, prove
 from loco_det.convert.sources import Pixels
 from loco_det.errors import UserError
@@ -280,6 +280,6 @@ def test_the_command_passes_its_options_on(folder: Path, tmp_path: Path, capsys:
     torch.save(tensors, tmp_path / "plain.pth")
     output = tmp_path / "out.pkl"
     given = ["--channel-order", "BGR", "--pixel-mean", "1", "2", "3", "--pixel-std", "4", "5", "6"]
-    assert main([str(tmp_path / "plain.pth"), str(output), *given, "--stride-in-1x1", "yes"]) == 0
+    assert run_job("convert", [str(tmp_path / "plain.pth"), str(output), *given, "--stride-in-1x1", "yes"]) == 0
     assert "BGR, mean 1 2 3, std 4 5 6" in capsys.readouterr().out
     assert load_backbone_weights(output)[1].stride_in_1x1 is True

@@ -1,11 +1,12 @@
-#!/usr/bin/env python3
-"""Convert a ResNet checkpoint to Detectron2 weights: convert_to_d2.py INPUT OUTPUT.pkl (docs/conversion.md)."""
-
-from __future__ import annotations
+#!/usr/bin/env python
+"""Convert a ResNet checkpoint to Detectron2 weights: tools/convert_to_d2.py INPUT OUTPUT.pkl"""
 
 import sys
+from pathlib import Path
 
-from loco_det.convert.command import main
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout without installing it
+
+from loco_det.cli import run_job
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_job("convert"))
