@@ -221,8 +221,10 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N") from error
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         device = torch.device("cuda", local_rank() if device.index is None else device.index)
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

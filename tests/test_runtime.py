@@ -1,0 +1,413 @@
+"""Files that are whole or absent, seeds, devices, signals, progress, and jobs of several processes."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from loco_det import runtime
+from loco_det.errors import UserError
+from loco_det.runtime import (
+    Progress,
+    StopSignal,
+    append_metrics,
+    atomic_write,
+    launch,
+    log,
+    rank,
+    reduce_mean,
+    resolve_device,
+    seed_everything,
+    setup_logging,
+    trim_metrics,
+    world_size,
+    write_json,
+)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before():
+    handlers, quiet, level, propagate = list(log.handlers), runtime._quiet, log.level, log.propagate
+    yield
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+    for handler in handlers:
+        log.addHandler(handler)
+    log.setLevel(level)
+    log.propagate, runtime._quiet = propagate, quiet
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def test_a_written_file_is_there_with_its_folder_and_nothing_else(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "a" / "b" / "file.bin") as file:
+        file.write(b"\x00\xff")
+    assert (tmp_path / "a" / "b" / "file.bin").read_bytes() == b"\x00\xff"
+    assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["file.bin"]
+
+
+def test_a_failure_in_the_middle_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path, "w") as file:
+        file.write("new" * 100_000)
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_file_does_not_appear_before_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with atomic_write(path, "w") as file:
+        file.write("part")
+        file.flush()
+        assert not path.exists()
+    assert path.read_text() == "part"
+
+
+def test_text_is_utf8_whatever_the_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "ascii")
+    monkeypatch.setattr("locale.getencoding", lambda *_: "ascii", raising=False)
+    with atomic_write(tmp_path / "file", "w") as file:
+        assert file.encoding.lower().replace("-", "") == "utf8"
+        file.write("größe")
+    assert (tmp_path / "file").read_bytes() == "größe".encode()
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    with (
+        pytest.raises(UserError, match=r"weights.*No space left on device.*free space") as info,
+        atomic_write(path) as f,
+    ):
+        f.write(b"new")
+    assert "\n" not in str(info.value)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["weights"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_disk_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_open = open
+
+    def redirected(path: object, *args: object, **kwargs: object) -> object:
+        return real_open("/dev/full" if str(path).endswith(".tmp") else path, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", redirected)
+    with pytest.raises(UserError, match="No space left"):
+        write_json(tmp_path / "results.json", {"a": list(range(10_000))})
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("place", ["under a file", "onto a folder"])
+def test_an_impossible_place_is_bad_input(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder" / "content").mkdir(parents=True)
+    path = tmp_path / "file" / "x" if place == "under a file" else tmp_path / "folder"
+    with pytest.raises(UserError, match="cannot be written"):
+        write_json(path, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def _write_slowly(path: str) -> None:
+    with atomic_write(path) as file:
+        for _ in range(1000):
+            file.write(b"x" * 1000)
+            file.flush()
+            time.sleep(0.01)
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    path.write_bytes(b"old")
+    process = multiprocessing.get_context("fork").Process(target=_write_slowly, args=(str(path),))
+    process.start()
+    deadline = time.monotonic() + 30
+    while not any(p.name.endswith(".tmp") and p.stat().st_size for p in tmp_path.iterdir()):
+        assert time.monotonic() < deadline, "the writer never began"
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert path.read_bytes() == b"old"
+    with atomic_write(path) as file:  # and the rest of the killed one is not in the way
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_json_that_cannot_be_encoded_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": [1] * 1000, "b": object()})
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------
+
+
+def test_every_line_of_metrics_is_valid_json(tmp_path: Path) -> None:
+    append_metrics(tmp_path, {"iteration": 0, "loss": float("nan"), "AP": np.float64("inf")})
+    append_metrics(tmp_path, {"iteration": 1, "loss": 0.25, "note": "x"})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert lines == [{"iteration": 0, "loss": None, "AP": None}, {"iteration": 1, "loss": 0.25, "note": "x"}]
+
+
+def test_trimming_drops_what_will_come_again_and_a_cut_off_line(tmp_path: Path) -> None:
+    for iteration in range(6):
+        append_metrics(tmp_path, {"iteration": iteration})
+    with open(tmp_path / "metrics.json", "a") as file:
+        file.write('{"iteration": 2, "los')
+    trim_metrics(tmp_path, 3)
+    assert [json.loads(x)["iteration"] for x in (tmp_path / "metrics.json").read_text().splitlines()] == [0, 1, 2]
+    trim_metrics(tmp_path / "absent", 3)
+
+
+def test_metrics_into_a_missing_folder_are_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written"):
+        append_metrics(tmp_path / "absent", {"iteration": 0})
+
+
+# --- logs and progress ------------------------------------------------------------------------------------------
+
+
+def test_the_log_goes_to_stderr_and_the_folder_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    setup_logging(tmp_path / "first")
+    setup_logging(tmp_path / "second")
+    log.info("a line")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("a line") == 1
+    assert (tmp_path / "first" / "log.txt").read_text() == ""
+    assert (tmp_path / "second" / "log.txt").read_text().count("a line") == 1
+
+
+def test_quiet_shows_warnings_only_and_stays_until_said_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    setup_logging(quiet=True)
+    setup_logging(tmp_path)  # as a command does that was started quietly
+    log.info("detail")
+    log.warning("trouble")
+    err = capsys.readouterr().err
+    assert "detail" not in err
+    assert "trouble" in err
+    assert "detail" in (tmp_path / "log.txt").read_text()
+    setup_logging(quiet=False)
+    log.info("detail")
+    assert "detail" in capsys.readouterr().err
+
+
+def test_a_log_folder_that_cannot_be_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file.*cannot be written"):
+        setup_logging(tmp_path / "file")
+
+
+class Clock:
+    """time.monotonic that a test moves by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(runtime.time, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_plain_progress_lines_with_rate_and_eta(clock: Clock, capsys: pytest.CaptureFixture) -> None:
+    setup_logging(quiet=False)
+    with Progress(1000, "pretrain", initial=100, unit="images") as progress:
+        progress.advance(10, loss=1.0)  # too early for a line
+        clock.now += 20
+        progress.advance(30, loss=0.123456)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    # 40 in 20 s, 860 are left: 430 s
+    assert lines[0].endswith("pretrain 140/1000 eta 00:07:10 2 images/s loss 0.1235")
+
+
+def test_an_eta_of_days(clock: Clock, capsys: pytest.CaptureFixture) -> None:
+    setup_logging(quiet=False)
+    with Progress(100_001, "train") as progress:
+        clock.now += 20
+        progress.advance()
+    assert "eta 555:33:20" in capsys.readouterr().err  # 2,000,000 s
+
+
+@pytest.mark.parametrize(("total", "steps"), [(0, [0]), (5, [0, 5, 3]), (3, [1, 1, 1])])
+def test_progress_survives_its_limits(
+    total: int, steps: list[int], clock: Clock, capsys: pytest.CaptureFixture
+) -> None:
+    setup_logging(quiet=False)
+    with Progress(total, "x") as progress:
+        for step in steps:
+            clock.now += 11
+            progress.advance(step)
+    assert len(capsys.readouterr().err.splitlines()) == len(steps)
+
+
+def test_the_bar_of_a_terminal_shows_names_with_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    setup_logging(quiet=False)
+    with Progress(4, "unit [red]") as progress:
+        progress.advance(2, **{"loss[res2]": 0.5})
+    assert "unit [red]" in terminal.getvalue()
+    assert "loss[res2] 0.5" in terminal.getvalue()
+    assert "2/4" in terminal.getvalue()
+
+    quiet = Terminal()
+    monkeypatch.setattr(sys, "stderr", quiet)
+    setup_logging(quiet=True)
+    with Progress(4, "unit") as progress:
+        progress.advance(4)
+    assert quiet.getvalue() == ""
+
+
+# --- seeds, devices, signals ------------------------------------------------------------------------------------
+
+
+def _draws() -> list[float]:
+    return [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002 (the global one is meant)
+
+
+def test_a_seed_decides_every_global_generator() -> None:
+    seed_everything(3)
+    first = _draws()
+    assert first != _draws()
+    seed_everything(3)
+    assert first == _draws()
+    seed_everything(4)
+    assert all(a != b for a, b in zip(first, _draws()))
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "cuda:99", "meta", "cpu:-2"])
+def test_a_device_that_is_not_here_is_bad_input(name: str) -> None:
+    with pytest.raises(UserError, match=r"device '.*use auto"):
+        resolve_device(name)
+
+
+def test_auto_is_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("auto") == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert resolve_device("cuda") == torch.device("cuda:1")
+    assert resolve_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(UserError, match="GPU 2 but 2 are usable"):
+        resolve_device("cuda:2")
+
+
+def test_a_signal_waits_for_the_step_and_a_second_interrupts() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# --- several processes ------------------------------------------------------------------------------------------
+
+
+def _report(folder: str) -> None:
+    setup_logging()
+    log.info("from %d", rank())
+    mean = reduce_mean({"a": torch.tensor(float(rank())), "b": torch.tensor(4)})
+    append_metrics(folder, {"rank": rank()})
+    seed_everything(0)
+    found = {
+        "world": world_size(),
+        "mean": mean,
+        "draw": float(torch.rand(())),
+        "quiet": runtime._quiet,
+        "shown": runtime._shows_progress(),
+        "backend": torch.distributed.get_backend(),
+    }
+    write_json(Path(folder) / f"{rank()}.json", found)
+
+
+def test_two_processes_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # as a torchrun of one process around this one leaves it
+    setup_logging(quiet=True)
+    assert launch(_report, 2, str(tmp_path)) is None
+    first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
+    for found in (first, second):
+        assert found["world"] == 2
+        assert found["mean"] == {"a": 0.5, "b": 4.0}
+        assert found["quiet"] is True
+        assert found["shown"] is False
+        assert found["backend"] == ("nccl" if torch.cuda.device_count() >= 2 else "gloo")
+    assert first["draw"] != second["draw"]
+    assert (tmp_path / "metrics.json").read_text() == '{"rank": 0}\n'
+
+
+def _fail(kind: str) -> None:
+    if rank() == 1:
+        raise UserError("images/7.jpg is damaged; remove it") if kind == "user" else ValueError("a bug")
+    torch.distributed.barrier()
+
+
+def test_bad_input_in_a_child_is_bad_input_here(capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(UserError, match=r"^images/7.jpg is damaged; remove it$"):
+        launch(_fail, 2, "user")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_bug_in_a_child_is_a_bug_here() -> None:
+    with pytest.raises(Exception, match="a bug") as info:
+        launch(_fail, 2, "bug")
+    assert not isinstance(info.value, UserError)
+
+
+def test_one_process_runs_here_and_returns() -> None:
+    assert launch(lambda a: (os.getpid(), a), 1, 5) == (os.getpid(), 5)
+    assert world_size() == 1
+    assert reduce_mean({}) == {}
+    assert reduce_mean({"x": torch.tensor(2.5, requires_grad=True)}) == {"x": 2.5}
+
+
+def test_under_torchrun_the_process_joins_that_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = {}
+    monkeypatch.setattr(runtime.dist, "init_process_group", lambda backend: joined.update(backend=backend))
+    monkeypatch.setattr(runtime.dist, "destroy_process_group", lambda: joined.update(left=True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert launch(lambda: "value", 1) == "value"
+    assert joined == {"backend": "gloo", "left": True}
