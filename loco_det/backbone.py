@@ -259,9 +259,9 @@ def freeze(module: nn.Module) -> nn.Module:
     as its frozen replacement.
     """
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        frozen = FrozenBatchNorm2d(module.num_features, module.eps)
+        frozen = FrozenBatchNorm2d(module.num_features, module.eps).to(module.running_mean)  # its device and dtype
         frozen.load_state_dict(module.state_dict())
-        return frozen.to(module.running_mean)  # its device and dtype
+        return frozen
     for parameter in module.parameters(recurse=False):
         parameter.requires_grad_(False)
     for name, child in module.named_children():
