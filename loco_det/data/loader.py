@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -257,11 +258,17 @@ def _loader(cfg: CfgNode, datasets: list[CocoDataset], samples: _Samples, batche
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_as_list,
+        worker_init_fn=_leave_stopping_to_the_parent,
         pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",
         # Workers get their seeds from here and not from the global generator, whose state a resumed run restores.
         generator=torch.Generator().manual_seed(samples.seed or 0),
     )
     return Loader(datasets, torch_loader)
+
+
+def _leave_stopping_to_the_parent(_: int) -> None:
+    """A cluster's SIGTERM goes to all processes of a job; the training process needs its workers until it has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _as_list(samples: Sequence[Any]) -> list[Any]:
