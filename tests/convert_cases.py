@@ -243,8 +243,8 @@ def zips_that_lie() -> dict[str, bytes]:
     start, end = data.index(b"PK\x01\x02"), data.index(b"PK\x05\x06")
     name = data.index(b"archive/data/0", start)
     record = data[name - 46 : name + len(b"archive/data/0")]
-    records = b"".join(record.replace(b"data/0", b"dat%03d" % i) for i in range(500))
-    length = struct.pack("<HHII", 500, 500, len(records), start)
+    records = data[start:end] + b"".join(record.replace(b"data/0", b"dat%03d" % i) for i in range(500))
+    length = struct.pack("<HHII", 504, 504, len(records), start)
     found["overlap"] = data[:start] + records + data[end : end + 8] + length + data[end + 20 :]
     return found
 

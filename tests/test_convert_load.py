@@ -7,6 +7,7 @@ import collections
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from loco_det.convert import load_backbone_weights
 from loco_det.convert.load import load_tensors
 from loco_det.convert.sources import flatten
 from loco_det.errors import UserError
@@ -150,16 +152,23 @@ def test_the_corpus_would_harm_a_plain_reader(tmp_path: Path) -> None:
     assert all(harmed)
 
 
-def test_hostile_files_do_nothing(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of hostile files; `canary` beside it must never appear."""
+    folder = tmp_path_factory.mktemp("hostile") / "corpus"
+    folder.mkdir()
+    hostile_files(folder, folder.parent / "canary")
+    return folder
+
+
+def test_hostile_files_do_nothing(corpus: Path) -> None:
     """Every file of the corpus: no code runs, one sentence, at most seconds; all of it within 1 GiB of memory."""
-    canary = tmp_path / "canary"
-    (tmp_path / "corpus").mkdir()
-    paths = hostile_files(tmp_path / "corpus", canary)
+    paths = list(corpus.iterdir())
     assert len(paths) >= 60
     script = (
         "import resource, sys, time\n"
         "from pathlib import Path\n"
-        "from loco_det.convert import load_backbone_weights, load_checkpoint\n"
+        "from loco_det.convert import load_backbone_weights\n"
         "from loco_det.errors import UserError\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for path in sorted(Path(sys.argv[1]).iterdir()):\n"
@@ -171,7 +180,7 @@ def test_hostile_files_do_nothing(tmp_path: Path) -> None:
         "        print('refused', path.name, repr(str(error)), time.monotonic() - started, sep='\\t')\n"
         "print('memory', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, sep='\\t')"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "corpus")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, str(corpus)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     *lines, memory = [line.split("\t") for line in done.stdout.splitlines()]
     assert len(lines) == len(paths)
@@ -179,10 +188,41 @@ def test_hostile_files_do_nothing(tmp_path: Path) -> None:
         assert verdict == "refused"
         assert name in sentence
         assert "\\n" not in sentence
-        assert len(sentence) < 600 + len(str(tmp_path))
+        assert len(sentence) < 600 + len(str(corpus))
         assert float(seconds) < 10
     assert int(memory[1]) < 2**20  # KiB
-    assert not canary.exists()
+    assert not (corpus.parent / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("pickle-system.pkl", "asks for 'posix.system', which is no plain data"),
+        ("zip-numpy_object.pth", "asks for 'posix.system'"),
+        ("legacy-obj.pt", "asks for 'os.system'"),
+        ("pickle-extension.pkl", "the pickle instruction EXT1"),
+        ("pickle-bytearray.pkl", "makes bytes of something"),
+        ("pickle-copies.pkl", "copies the same data many times"),
+        ("pickle-deep_key.pkl", "uses a tuple as a dictionary key"),
+        ("pickle-collisions.pkl", "a number beyond 64 bits"),
+        ("pickle-deep_list.pkl", "more than 64 deep"),
+        ("pickle-circle.pkl", "or in a circle"),
+        ("pickle-laughs.pkl", "nests more than 1,000,000 items"),
+        ("pickle-instructions.pkl", "more than 2,000,000 pickle instructions"),
+        ("pickle-twice.pkl", "gives the key 'a' twice"),
+        ("torch-stride_0.ckpt", "does not fit its 16 stored elements"),
+        ("torch-short_storage.ckpt", "does not fit its 64 stored bytes"),
+        ("torch-bomb.ckpt", "compressed zip"),
+        ("torch-overlap.ckpt", "overlap"),
+        ("torch-checksum.ckpt", "checksum"),
+        ("torch-torchscript.ckpt", "TorchScript"),
+        ("st-twice.safetensors", "names 'a' twice"),
+    ],
+)
+def test_each_guard_is_the_one_that_refuses(corpus: Path, name: str, said: str) -> None:
+    """One guard may hide another's failure: each must be seen to act on the file made for it."""
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_backbone_weights(corpus / name)
 
 
 def small_files() -> dict[str, bytes]:

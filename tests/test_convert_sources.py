@@ -388,6 +388,14 @@ def test_a_tensor_under_two_names_is_refused() -> None:
         take_account("x", file)
 
 
+def test_a_tensor_in_two_namings_is_refused() -> None:
+    file, _ = lightly_moco()
+    state = {k: v for k, v in file["state_dict"].items() if "momentum" not in k}
+    state["backbone.conv1.weight"] = state["backbone.0.weight"]
+    with pytest.raises(UserError, match=r"'state_dict:backbone.0.weight' and .* are the same tensor"):
+        take_account("x", {"state_dict": state})
+
+
 def test_an_unknown_prefix_is_never_guessed_but_can_be_named() -> None:
     state = resnet().state_dict()
     file = {"net": {**prefixed("trunk.", state), "head.weight": torch.ones(1)}}
