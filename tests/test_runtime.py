@@ -62,9 +62,14 @@ def test_a_written_file_is_there_with_its_folder_and_nothing_else(tmp_path: Path
 def test_a_failure_in_the_middle_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(RuntimeError), atomic_write(path, "w") as file:
-        file.write("new" * 100_000)
-        raise RuntimeError
+
+    def fail_half_way() -> None:
+        with atomic_write(path, "w") as file:
+            file.write("new" * 100_000)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -223,7 +228,7 @@ def test_quiet_shows_warnings_only_and_stays_until_said_otherwise(
 
 def test_a_log_folder_that_cannot_be_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file.*cannot be written"):
+    with pytest.raises(UserError, match=r"file.*cannot be written"):
         setup_logging(tmp_path / "file")
 
 
