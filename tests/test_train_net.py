@@ -111,6 +111,21 @@ def test_a_killed_run_resumes_to_the_same_end(arguments, tmp_path):
         assert torch.equal(ours["model"][name], tensor), name
 
 
+def test_a_signal_to_the_whole_job_saves_and_says_how_to_go_on(arguments, tmp_path):
+    command = [*TRAIN_NET, *arguments(SOLVER__MAX_ITER=10000, DATALOADER__NUM_WORKERS=1)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stderr:
+        if "images," in line:  # the loader is there and its worker about to start
+            break
+    time.sleep(1.0)
+    os.killpg(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 2, said
+    assert "Traceback" not in said
+    assert "error: stopped by SIGTERM after iteration" in said
+    assert (tmp_path / "out" / (tmp_path / "out" / "last_checkpoint").read_text()).is_file()
+
+
 @pytest.mark.parametrize(
     ("flags", "changes", "words"),
     [
