@@ -88,7 +88,7 @@ def save_backbone(path: str | Path, tensors: dict[str, Tensor], manifest: Manife
         UserError: the file cannot be written.
     """
     manifest = msgspec.structs.replace(manifest, tensors_sha256=tensors_hash(tensors.items()))
-    header = {HEADER_KEY: msgspec.json.encode(manifest).decode(), "format": "pt"}
+    header = {HEADER_KEY: msgspec.json.encode(manifest).decode()}  # one key: safetensors writes several in any order
     with atomic_write(path) as file:
         file.write(save(tensors, metadata=header))
     return manifest
