@@ -11,11 +11,11 @@ import pytest
 import torch
 from fvcore.common.config import CfgNode
 from torchvision.transforms import v2
-from view_cases import encode, photograph
+from view_cases import encode, photograph, two_views
 
 from loco_det.data.sources import open_source
 from loco_det.data.twoview import TwoViews, build_plain_loader, build_two_view_loader, epoch_order
-from loco_det.data.views import two_views, view_config
+from loco_det.data.views import view_config
 from loco_det.errors import UserError
 
 IMAGES, SIZE = 23, 24

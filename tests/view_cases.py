@@ -7,6 +7,8 @@ import io
 import numpy as np
 from PIL import Image
 
+from loco_det.data import views
+
 
 def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
     """(height, width, 3) uint8: large soft shapes, edges, texture and all colours, as a photograph has."""
@@ -33,3 +35,17 @@ def encode(image: np.ndarray | Image.Image, file_format: str = "JPEG", **options
         options.setdefault("quality", 95)
     image.save(file, file_format, **options)
     return file.getvalue()
+
+
+def view(image: np.ndarray, params: views.ViewParams, size: int, reduce: int = 1) -> np.ndarray:
+    """The (size, size, 3) view that `apply_view` writes."""
+    out = np.zeros((3, size, size), np.uint8)
+    views.apply_view(image, params, out, reduce)
+    return out.transpose(1, 2, 0)
+
+
+def two_views(data: bytes, name: str, config: views.ViewConfig, seed: int, epoch: int, index: int) -> np.ndarray:
+    """The (2, size, size, 3) views that `views.two_views` writes."""
+    out = np.zeros((2, 3, config.size, config.size), np.uint8)
+    views.two_views(data, name, config, seed, epoch, index, out)
+    return out.transpose(0, 2, 3, 1)

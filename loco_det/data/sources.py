@@ -97,6 +97,10 @@ class ZipSource(Source):
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": {}}
 
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", {}).values():
+            file.close()
+
     def name(self, index: int) -> str:
         return f"{self.root}!{self._names[index]}"
 

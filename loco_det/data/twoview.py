@@ -1,7 +1,7 @@
 """Batches of images: two views of each, endless and resumable, for pretraining; one plain view, in order, for probes.
 
-Shape legend: B images in this process's batch, S the view's side; images are uint8 RGB, (B, 3, S, S) in channels-last
-memory, for `views.normalise` on the device.
+Shape legend: B images in this process's batch, S the view's side; images are uint8 RGB, (B, 3, S, S), for
+`views.normalise` on the device.
 
 Step t of a run is batch t % steps_per_epoch of epoch t // steps_per_epoch. What it holds is a function of (data, seed,
 t) alone: workers only decide who computes it, ranks split the same global batch among them, and resuming is starting
@@ -62,24 +62,22 @@ class TwoViewDataset(Dataset):
 
     def __getitem__(self, request: tuple[int, Sequence[int]]) -> tuple[TwoViews, list[tuple[int, str]]] | UserError:
         epoch, indices = request
-        views = torch.empty(2, len(indices), self.config.size, self.config.size, 3, dtype=torch.uint8)
+        size, seed = self.config.size, self.seed
+        views = torch.empty(2, len(indices), 3, size, size, dtype=torch.uint8)
         used, bad = torch.empty(len(indices), dtype=torch.int64), []
         for row, index in enumerate(indices):
             for substitute in range(_SUBSTITUTES):
                 used[row] = image = (int(index) + substitute) % len(self.source)
                 try:
+                    data, name = self.source.read(image), self.source.name(image)
                     # Drawn as the image that was wanted, else a neighbour would come twice with the same views.
-                    pair = two_views(
-                        self.source.read(image), self.source.name(image), self.config, self.seed, epoch, int(index)
-                    )
+                    two_views(data, name, self.config, seed, epoch, int(index), views.numpy()[:, row])
+                    break
                 except UserError as error:
                     bad.append((image, str(error)))
-                    continue
-                views.numpy()[:, row] = pair
-                break
             else:
                 return UserError(f"{bad[-1][1]} (as were the {_SUBSTITUTES - 1} images before it)")
-        first, second = views.permute(0, 1, 4, 2, 3)
+        first, second = views
         return TwoViews(first, second, used), bad
 
 
@@ -104,7 +102,7 @@ class _Steps:
 
 def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
     """The (images,) int64 permutation of one epoch."""
-    return stream(seed, epoch, _ORDER_STREAM, 0).permutation(images)
+    return stream(seed, epoch, _ORDER_STREAM).permutation(images)
 
 
 class TwoViewLoader:
@@ -201,15 +199,15 @@ class PlainDataset(Dataset):
         self.source, self.size, self.short_side = source, size, short_side
 
     def __getitem__(self, indices: Sequence[int]) -> PlainBatch | UserError:
-        images = torch.empty(len(indices), self.size, self.size, 3, dtype=torch.uint8)
+        images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8)
         labels = torch.tensor([-1 if (label := self.source.label(i)) is None else label for i in indices])
         for row, index in enumerate(indices):
             try:
                 pixels = decode_image(self.source.read(index), self.source.name(index))
             except UserError as error:
                 return error
-            images.numpy()[row] = centre(pixels, self.size, self.short_side)
-        return PlainBatch(images.permute(0, 3, 1, 2), labels, torch.tensor(indices))
+            cv2.split(centre(pixels, self.size, self.short_side), list(images[row].numpy()))
+        return PlainBatch(images, labels, torch.tensor(indices))
 
 
 def centre(image: np.ndarray, size: int, short_side: int) -> np.ndarray:

@@ -131,16 +131,17 @@ def _jitter(value: Any) -> tuple[float, float, float, float]:
     return brightness, contrast, saturation, hue
 
 
-def view_draws(seed: int, epoch: int, index: int, view: int) -> Iterator[float]:
-    """The uniform numbers in [0, 1) that belong to one view; no two of (seed, epoch, index, view) share any."""
-    return iter(stream(seed, epoch, index, view).random(_MOST_DRAWS).tolist())
+def view_draws(seed: int, epoch: int, index: int) -> tuple[Iterator[float], Iterator[float]]:
+    """Either view's own uniform numbers in [0, 1); no two of (seed, epoch, index, view) share any."""
+    numbers = stream(seed, epoch, index).random(2 * _MOST_DRAWS).tolist()
+    return iter(numbers[:_MOST_DRAWS]), iter(numbers[_MOST_DRAWS:])
 
 
-def stream(seed: int, epoch: int, first: int, second: int) -> np.random.Generator:
-    """The random numbers of one use, told apart by `first` and `second`, unsigned 64-bit integers."""
+def stream(seed: int, epoch: int, use: int) -> np.random.Generator:
+    """The random numbers of one use, any unsigned 64-bit integer: an image's index, say."""
     # As uint64 arrays, since numpy takes lists of large integers through float64. The counter's lowest word counts the
     # draws; a key taken as given skips SeedSequence's hashing.
-    key, counter = np.array([seed % 2**64, epoch], np.uint64), np.array([0, first, second, 0], np.uint64)
+    key, counter = np.array([seed % 2**64, epoch], np.uint64), np.array([0, use, 0, 0], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
@@ -186,33 +187,32 @@ def _draw_jitter(strengths: Sequence[float], draws: Iterator[float]) -> tuple[tu
     return tuple((named[i][0], named[i][1]) for i in order if named[i][2] > 0)
 
 
-def two_views(
-    data: bytes, name: str, config: ViewConfig, seed: int, epoch: int, index: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Both (S, S, 3) uint8 views of an encoded image, which is decoded once, and coarsely where both crops allow it.
+def two_views(data: bytes, name: str, config: ViewConfig, seed: int, epoch: int, index: int, out: np.ndarray) -> None:
+    """Write both views of an encoded image into `out`, (2, 3, S, S) uint8.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 if each crop still has S pixels on either side; its borders then lie on the
-    nearest coarse pixel.
+    The image is decoded once, and a JPEG at 1/2, 1/4 or 1/8 if each crop still has S pixels on either side; the crops'
+    borders then lie on the nearest coarse pixel.
 
     Raises:
         UserError: the image cannot be decoded; names it.
     """
-
-    def draw(size: tuple[int, int]) -> tuple[ViewParams, ViewParams]:
-        first, second = (draw_view(config, *size, view_draws(seed, epoch, index, view)) for view in (0, 1))
-        return first, second
-
     size = jpeg_size(data)
-    reduce = reduction(draw(size), config.size) if size is not None else 1
+    pair = None if size is None else _draw_pair(config, size, seed, epoch, index)
+    reduce = 1 if pair is None else reduction(pair, config.size)
     image = decode_image(data, name, reduce=reduce)
-    if size is not None and reduce > 1 and image.shape[:2] != _coarse(size, reduce):
-        # EXIF turned it, and the crops that suit it upright may need finer pixels.
-        size = size[::-1]
-        if image.shape[:2] != _coarse(size, reduce) or reduction(draw(size), config.size) < reduce:
+    if size is None or image.shape[:2] != _coarse(size, reduce):
+        # EXIF turned it, and the crops that suit it upright may need finer pixels; or it was no JPEG.
+        size = image.shape[:2] if reduce == 1 else size[::-1]
+        pair = _draw_pair(config, size, seed, epoch, index)
+        if reduce > 1 and (image.shape[:2] != _coarse(size, reduce) or reduction(pair, config.size) < reduce):
             reduce, image = 1, decode_image(data, name)
-    pair = draw(size if size is not None and reduce > 1 else image.shape[:2])
-    first, second = (apply_view(image, params, config.size, reduce) for params in pair)
-    return first, second
+            pair = _draw_pair(config, image.shape[:2], seed, epoch, index)
+    for params, planes in zip(pair, out):
+        apply_view(image, params, planes, reduce)
+
+
+def _draw_pair(config: ViewConfig, size: tuple[int, int], seed: int, epoch: int, index: int) -> list[ViewParams]:
+    return [draw_view(config, *size, draws) for draws in view_draws(seed, epoch, index)]
 
 
 def _coarse(size: tuple[int, int], factor: int) -> tuple[int, int]:
@@ -225,11 +225,13 @@ def reduction(pair: Sequence[ViewParams], size: int) -> int:
     return next((factor for factor in REDUCTIONS if least >= factor * size), 1)
 
 
-def apply_view(image: np.ndarray, params: ViewParams, size: int, reduce: int = 1) -> np.ndarray:
-    """The (S, S, 3) view that `params`, drawn for the whole image, make of (H, W, 3) `image` at 1/reduce of it."""
-    view = crop_resize(image, _reduced(params.crop, reduce, image.shape), size)
-    if params.flip:
-        view = cv2.flip(view, 1)
+def apply_view(image: np.ndarray, params: ViewParams, out: np.ndarray, reduce: int = 1) -> None:
+    """Write the view that `params`, drawn for the whole image, make of (H, W, 3) `image` at 1/reduce of it.
+
+    Args:
+        out: (3, S, S) uint8, contiguous.
+    """
+    view = crop_resize(image, _reduced(params.crop, reduce, image.shape), out.shape[-1])
     for operation, factor in params.jitter:
         view = _JITTER[operation](view, factor)
     if params.gray:  # one channel suffices until the end
@@ -238,7 +240,13 @@ def apply_view(image: np.ndarray, params: ViewParams, size: int, reduce: int = 1
         view = blur(view, params.blur_sigma)
     if params.solarize:
         view = solarize(view)
-    return cv2.cvtColor(view, cv2.COLOR_GRAY2RGB) if params.gray else view
+    # Flipping changes places with all the rest; as single planes it is nearly free.
+    planes = [view] * 3 if params.gray else cv2.split(view)
+    for plane, place in zip(planes, out):
+        if params.flip:
+            cv2.flip(plane, 1, dst=place)
+        else:
+            np.copyto(place, plane)
 
 
 def _reduced(crop: tuple[int, int, int, int], factor: int, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
