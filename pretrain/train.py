@@ -122,6 +122,10 @@ def pretrain(cfg: CfgNode, resume: bool = False) -> Path:
         raise UserError(f"SOLVER.BATCH_SIZE is {cfg.SOLVER.BATCH_SIZE}; use a multiple of {world_size()} processes")
     source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT)
     loader = build_two_view_loader(cfg, source)
+    if cfg.LOSS.TEMPERATURE <= 0:
+        raise UserError(f"LOSS.TEMPERATURE is {cfg.LOSS.TEMPERATURE}; use a number above 0, such as 0.1")
+    if cfg.SOLVER.EPOCHS < 1 and cfg.SOLVER.MAX_STEPS < 1:
+        raise UserError("SOLVER.EPOCHS and SOLVER.MAX_STEPS are both below 1; set one of them")
     if is_main():
         with atomic_write(output / "config.yaml", "w") as file:
             file.write(cfg.dump())
