@@ -1,0 +1,282 @@
+"""The command line: one frame round every job, in this process and as a user starts it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from loco_det import __version__, cli
+from loco_det.cli import JOBS, Job, main, run_job
+from loco_det.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = {"pretrain": "pretrain_net.py", "convert": "convert_to_d2.py", "train": "train_net.py"}
+
+
+def shell(*command: object, **kwargs: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **kwargs.pop("env", {})}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **kwargs)
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch):
+    """Installs `run` as the only job, called "work"; returns a function that starts it."""
+
+    def install(run, add_arguments=lambda parser: None, logs: bool = False):
+        monkeypatch.setattr(cli, "JOBS", {"work": ("do something", lambda: Job(add_arguments, run, logs))})
+        return lambda *argv: run_job("work", list(argv), prog="loco-det work")
+
+    return install
+
+
+# --- the frame --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("value", "status"), [(None, 0), (0, 0), (1, 1)])
+def test_the_status_is_the_jobs(value: int | None, status: int, job) -> None:
+    assert job(lambda args: value)() == status
+
+
+def bad_input(args: argparse.Namespace) -> None:
+    raise UserError("images/7.jpg is damaged; remove it")
+
+
+def test_bad_input_is_one_sentence_and_status_2(job, capsys: pytest.CaptureFixture) -> None:
+    assert job(bad_input)() == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "error: images/7.jpg is damaged; remove it\n"
+
+
+def test_debug_adds_the_traceback(job, capsys: pytest.CaptureFixture) -> None:
+    assert job(bad_input)("--debug") == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert "in bad_input" in err
+    assert err.endswith("error: images/7.jpg is damaged; remove it\n")
+
+
+def test_an_interrupt_is_status_130(job, capsys: pytest.CaptureFixture) -> None:
+    def interrupted(args: argparse.Namespace) -> None:
+        raise KeyboardInterrupt
+
+    assert job(interrupted)() == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_bug_is_not_dressed_up_as_bad_input(job) -> None:
+    with pytest.raises(ZeroDivisionError):
+        job(lambda args: 1 / 0)()
+
+
+def test_quiet_reaches_the_log_and_the_job(job, capsys: pytest.CaptureFixture) -> None:
+    from loco_det.runtime import log
+
+    def talk(args: argparse.Namespace) -> None:
+        log.info("detail")
+        log.warning("trouble")
+        seen.append(args.quiet)
+
+    seen: list[bool] = []
+    start = job(talk, logs=True)
+    start("--quiet")
+    assert "trouble" in (err := capsys.readouterr().err)
+    assert "detail" not in err
+    start()
+    assert "detail" in capsys.readouterr().err
+    assert seen == [True, False]
+
+
+def test_options_may_stand_between_the_overrides(job) -> None:
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--resume", action="store_true")
+        parser.add_argument("opts", nargs="*")
+
+    seen: list[argparse.Namespace] = []
+    job(seen.append, add_arguments)("A.B", "1", "--resume", "SEED", "-1", "--quiet", "X", "")
+    assert seen[0].opts == ["A.B", "1", "SEED", "-1", "X", ""]
+    assert seen[0].resume
+    assert seen[0].quiet
+
+
+@pytest.mark.parametrize("argv", [["--nonsense"], ["surplus"]])
+def test_unknown_arguments_are_status_2(argv: list[str], job, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as info:
+        job(lambda args: None)(*argv)
+    assert info.value.code == 2
+    assert argv[0] in capsys.readouterr().err
+
+
+# --- loco-det ---------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom loco_det.cli import main\ntry:\n    main(['--help'])\n"
+        "finally:\n    heavy = {'torch', 'cv2', 'rich', 'numpy', 'yaml', 'pretrain'} & set(sys.modules)\n"
+        "    print('HEAVY', sorted(heavy))"
+    )
+    done = shell("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "HEAVY []" in done.stdout
+    for name, (text, _) in JOBS.items():
+        assert f"  {name} " in done.stdout
+        assert text in done.stdout
+
+
+def test_version(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as info:
+        main(["--version"])
+    assert info.value.code == 0
+    assert capsys.readouterr().out == f"loco-det {__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["prtrain"], ["--quiet"]])
+def test_no_or_an_unknown_command_is_status_2(argv: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as info:
+        main(argv)
+    assert info.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as info:
+        main([name, "--help"])
+    assert info.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: loco-det {name} ")
+    assert "--debug" in out
+    assert "--quiet" in out
+
+
+def test_the_modules_behind_the_commands_are_the_jobs() -> None:
+    modules = {
+        "pretrain": "pretrain.command",
+        "convert": "loco_det.convert.command",
+        "train": "loco_det.detection.command",
+        "doctor": "loco_det.doctor",
+    }
+    for name, module in modules.items():
+        job = JOBS[name][1]()
+        assert job[:2] == (importlib.import_module(module).add_arguments, importlib.import_module(module).run)
+
+
+def test_quickstart_gets_the_pretraining_handed_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from loco_det import quickstart
+    from pretrain.command import pretrain_file
+
+    calls = []
+    monkeypatch.setattr(quickstart, "quickstart", lambda out, **kwargs: calls.append((out, kwargs)))
+    assert main(["quickstart", "--out", str(tmp_path), "--seed", "3"]) == 0
+    assert calls == [(tmp_path, {"pretrain": pretrain_file, "seed": 3})]
+
+
+# --- bad input to the real commands -----------------------------------------------------------------------------
+
+BAD = {
+    "pretrain without its file": (["pretrain", "--config-file", "absent.yaml"], "absent.yaml"),
+    "pretrain with a misspelt key": (
+        ["pretrain", "--config-file", "configs/pretrain/loco_r50.yaml", "SOLVER.EPOCH", "1"],
+        "SOLVER.EPOCH",
+    ),
+    "pretrain with half an override": (
+        ["pretrain", "--config-file", "configs/pretrain/loco_r50.yaml", "SEED"],
+        "SEED",
+    ),
+    "pretrain on a folder that is not there": (
+        ["pretrain", "--config-file", "pretrain/loco_r18_cifar.yaml", "DATA.PATH", "absent/images"],
+        "absent/images",
+    ),
+    "pretrain by no process": (
+        ["pretrain", "--config-file", "configs/pretrain/loco_r50.yaml", "--num-gpus", "0"],
+        "--num-gpus is 0",
+    ),
+    "convert without its file": (["convert", "absent.pth", "out.pkl"], "absent.pth"),
+    "train without its file": (["train", "--config-file", "coco_loco_r5.yaml"], "coco_loco_r50.yaml"),
+    "train by no process": (["train", "--config-file", "coco_loco_r50.yaml", "--num-gpus", "0"], "--num-gpus is 0"),
+    "train with a wrong type": (
+        ["train", "--config-file", "coco_loco_r50.yaml", "SOLVER.MAX_ITER", "many"],
+        "SOLVER.MAX_ITER",
+    ),
+    "train without data": (["train", "--config-file", "coco_loco_r50.yaml"], "coco_2017_train"),
+    "doctor without its file": (["doctor", "--config-file", "absent.yaml"], "absent.yaml"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_to_a_command(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    argv, named = BAD[name]
+    monkeypatch.chdir(tmp_path)  # configs are found with the package
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    assert main([*argv, "--quiet"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert named in err
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_tool_runs_from_anywhere_without_an_installation(name: str, tmp_path: Path) -> None:
+    arguments = {"convert": ["absent.pth", "out.pkl"]}.get(name, ["--config-file", "absent.yaml"])
+    done = shell(ROOT / "tools" / TOOLS[name], *arguments, cwd=tmp_path, env={"PYTHONPATH": ""})
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert "absent" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- a run that is stopped --------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_pretraining_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    random = np.random.default_rng(0)
+    for i in range(16):
+        cv2.imwrite(str(tmp_path / "images" / f"{i}.jpg"), random.integers(0, 255, (40, 40, 3), dtype=np.uint8))
+    settings = {
+        "DATA.PATH": tmp_path / "images",
+        "DATA.IMAGE_SIZE": 32,
+        "DATA.NUM_WORKERS": 0,
+        "SOLVER.BATCH_SIZE": 4,
+        "SOLVER.MAX_STEPS": 100_000,
+        "DEVICE": "cpu",
+        "LOG_PERIOD": 1,
+        "OUTPUT_DIR": tmp_path / "run",
+    }
+    config = ["--config-file", ROOT / "configs" / "pretrain" / "loco_r18_cifar.yaml"]
+    command = [sys.executable, str(ROOT / "tools" / "pretrain_net.py"), *map(str, config)]
+    command += [str(part) for pair in settings.items() for part in pair]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    metrics = tmp_path / "run" / "metrics.json"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "no step was made"
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    last = err.splitlines()[-1]
+    assert last.startswith("error: stopped by SIGINT after step ")
+    assert "Traceback" not in err
+    assert "--resume" in last
+    assert not (tmp_path / "run" / "backbone.safetensors").exists()
+    assert not list((tmp_path / "run").rglob("*.tmp"))
