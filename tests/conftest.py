@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Before torch is imported, and inherited by the processes that tests start: several tests at once, each with a
+# thread for every core, wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 
