@@ -1,0 +1,282 @@
+"""The house rules: who may import whom, what an import may do, and the contracts that users build on."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+NO_MODELS = {"loco_det", "loco_det.errors", "loco_det.structures", "loco_det.runtime", "loco_det.config"}
+BASE = NO_MODELS | {"loco_det.backbone", "loco_det.names", "loco_det.artifact"}
+# What the modules of each room may import of this project besides their own room; docs/architecture.md says why.
+MAY_IMPORT = {
+    "loco_det": BASE,
+    "loco_det.data": NO_MODELS,
+    "loco_det.evaluation": NO_MODELS,
+    "loco_det.convert": BASE | {"loco_det.data.images"},
+    "loco_det.report": BASE | {"loco_det.data", "loco_det.evaluation"},
+    "loco_det.detection": BASE | {"loco_det.data", "loco_det.evaluation", "loco_det.convert"},
+    "pretrain": BASE | {"loco_det.data"},
+    "loco_det.doctor": BASE | {"loco_det.data", "loco_det.evaluation", "loco_det.convert", "loco_det.detection"},
+    "loco_det.quickstart": BASE
+    | {f"loco_det.{room}" for room in ("data", "evaluation", "convert", "detection", "report")},
+    "loco_det.cli": BASE
+    | {f"loco_det.{room}" for room in ("convert", "detection", "doctor", "quickstart")}
+    | {"pretrain"},
+}
+# The import name of a distribution, where the two differ.
+IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL", "opencv-python-headless": "cv2"}
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {module_name(f): f for folder in ("loco_det", "pretrain") for f in sorted((ROOT / folder).rglob("*.py"))}
+
+
+def imports(module: str, *, at_import: bool = False) -> Iterator[str]:
+    """Every module that `module` imports, wherever in the file; with `at_import` only those outside functions."""
+    todo: list[ast.AST] = [ast.parse(FILES[module].read_text())]
+    while todo:
+        node = todo.pop()
+        if at_import and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        todo += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively; write the whole name"
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in FILES else node.module for name in inside)
+
+
+def room(module: str) -> str:
+    """The row of MAY_IMPORT that a module falls under: the longest that fits."""
+    if module in BASE:
+        return "loco_det"
+    found = [name for name in MAY_IMPORT if name != "loco_det" and f"{module}.".startswith(f"{name}.")]
+    assert found, f"{module} is in no room; add a row to MAY_IMPORT and to docs/architecture.md"
+    return max(found, key=len)
+
+
+def is_ours(module: str) -> bool:
+    return module.partition(".")[0] in ("loco_det", "pretrain")
+
+
+# --- imports ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_point_down(module: str) -> None:
+    here = room(module)
+    for target in filter(is_ours, imports(module)):
+        parts = target.split(".")
+        rooms = {".".join(parts[:i]) for i in range(1, len(parts))} - {"loco_det"} | {target}
+        allowed = MAY_IMPORT[here] | ({here} if here != "loco_det" else set())
+        assert rooms & allowed, f"{module} must not import {target}"
+
+
+def test_the_walk_sees_what_it_should() -> None:
+    """Guards the test above against finding nothing."""
+    assert "loco_det.detection.train" in set(imports("loco_det.detection.command"))
+    assert "pretrain.command" in set(imports("loco_det.cli"))
+    assert "pretrain.command" not in set(imports("loco_det.cli", at_import=True))
+    assert len(FILES) > 40
+
+
+def test_nobody_but_the_command_line_knows_pretrain() -> None:
+    knows = {m for m in FILES if m.startswith("loco_det") and any(i.startswith("pretrain") for i in imports(m))}
+    assert knows == {"loco_det.cli"}
+
+
+def test_one_file_imports_detectron2_and_only_when_called() -> None:
+    knows = {m for m in FILES if any(i.partition(".")[0] == "detectron2" for i in imports(m))}
+    assert knows == {"loco_det.detection.engine_d2"}
+    assert not any(i.startswith("detectron2") for i in imports("loco_det.detection.engine_d2", at_import=True))
+
+
+def test_there_is_no_circle() -> None:
+    TopologicalSorter({m: {i for i in imports(m, at_import=True) if i in FILES and i != m} for m in FILES}).prepare()
+
+
+def test_dependencies_are_those_that_are_imported() -> None:
+    declared = {re.match(r"[\w-]+", line).group() for line in PROJECT["project"]["dependencies"]}
+    roots = {i.partition(".")[0] for m in FILES for i in imports(m) if not is_ours(i)}
+    used = roots - set(sys.stdlib_module_names) - {"detectron2"}
+    assert used == {IMPORTED_AS.get(name, name) for name in declared}
+    page = (ROOT / "docs" / "dependencies.md").read_text()
+    extras = {
+        re.match(r"[\w-]+", line).group()
+        for lines in PROJECT["project"]["optional-dependencies"].values()
+        for line in lines
+    }
+    for name in declared | extras - {"loco_det"}:
+        assert f"`{name}`" in page, f"docs/dependencies.md gives no reason for {name}"
+
+
+PROBE = """
+import logging, os, random, signal, sys, warnings
+import numpy, torch, cv2, timm, fvcore.common.registry, matplotlib, rich.progress  # it draws a random number
+from timm.models import _registry
+
+def state():
+    return {
+        "environment": dict(os.environ),
+        "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
+        "filters": list(warnings.filters),
+        "root log": list(logging.getLogger().handlers),
+        "our log": list(logging.getLogger("loco_det").handlers),
+        "random": random.getstate(),
+        "numpy": repr(numpy.random.get_state()),
+        "torch": torch.random.get_rng_state().tolist(),
+        "threads": (torch.get_num_threads(), cv2.getNumThreads()),
+        "dtype": torch.get_default_dtype(),
+        "timm": len(_registry._model_entrypoints),
+        "backend": matplotlib.rcParams._get_backend_or_none(),
+        "path": list(sys.path),
+        "stdout": sys.stdout,
+    }
+
+before = state()
+registered = []
+fvcore.common.registry.Registry._do_register = lambda self, name, thing: registered.append(name)
+for module in sys.argv[1:]:
+    __import__(module)
+after = state()
+assert before == after, [k for k in before if before[k] != after[k]]
+assert not registered, registered
+assert not torch.cuda.is_initialized()
+assert not torch.distributed.is_initialized()
+assert "detectron2" not in sys.modules
+"""
+
+
+def test_importing_everything_does_nothing() -> None:
+    command = [sys.executable, "-W", "error", "-c", PROBE, *FILES]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr == ""
+
+
+# --- contracts --------------------------------------------------------------------------------------------------
+
+CONTRACT = [
+    *("setup.py", "pyproject.toml", ".pre-commit-config.yaml", ".ci/run"),
+    *("README.md", "LICENSE", "CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md"),
+    *("tools/pretrain_net.py", "tools/convert_to_d2.py", "tools/train_net.py"),
+    *("configs/coco_loco_r50.yaml", "configs/pretrain/loco_r50.yaml"),
+    *(f"docs/{page}.md" for page in ("architecture", "dependencies", "datasets", "engines", "pretraining")),
+    *(f"docs/{page}.md" for page in ("conversion", "evaluation")),
+]
+
+
+@pytest.mark.parametrize("path", CONTRACT)
+def test_a_file_that_is_promised_is_there(path: str) -> None:
+    assert (ROOT / path).is_file()
+
+
+@pytest.mark.parametrize("tool", sorted(f.name for f in (ROOT / "tools").glob("*.py")))
+def test_tools_parse_call_and_exit(tool: str) -> None:
+    text = (ROOT / "tools" / tool).read_text()
+    assert len(text.splitlines()) <= 25
+    tree = ast.parse(text)
+    assert not [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.For))]
+    assert "run_job(" in text
+
+
+def test_pretraining_keys_are_those_promised() -> None:
+    from pretrain.defaults import get_cfg
+
+    promised = {
+        "": "METHOD UNITS SEED DEVICE OUTPUT_DIR",
+        "BACKBONE": "NAME STEM",
+        "DECODER": "CONV_BLOCKS MLP_LAYERS HIDDEN_DIM OUT_DIM",
+        "LOSS": "TEMPERATURE",
+        "DATA": "PATH FORMAT IMAGE_SIZE NUM_WORKERS",
+        "AUGMENT": "",
+        "SOLVER": "OPTIMIZER BASE_LR WEIGHT_DECAY BATCH_SIZE EPOCHS MAX_STEPS WARMUP_EPOCHS AMP",
+    }
+    cfg = get_cfg()
+    for section, keys in promised.items():
+        assert set(keys.split()) <= set((cfg[section] if section else cfg).keys())
+
+
+CONFIGS = sorted(f.relative_to(ROOT).as_posix() for f in (ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_a_config_opens_with_what_it_is_and_how_it_is_run(path: str) -> None:
+    lines = (ROOT / path).read_text().splitlines()
+    header = []
+    for line in lines:
+        if not line.startswith("#"):
+            break
+        header.append(line)
+    text = "\n".join(header)
+    assert header, "no header"
+    if Path(path).name.startswith("base_") and "A base" in text:
+        return
+    for word in ("Command:", "Hardware:", "Result:"):
+        assert re.search(rf"^# *{word} +\S", text, re.MULTILINE), f"{path}: no {word}"
+    named = re.findall(r"--config-file (\S+)", text)
+    if not Path(path).name.startswith("base_"):
+        assert path in named or "quickstart" in path, f"{path}: its command runs another file"
+    for other in named:
+        assert (ROOT / other).is_file(), f"{path} names {other}, which is not there"
+
+
+def test_the_wheel_gets_every_package_and_config() -> None:
+    setuptools = PROJECT["tool"]["setuptools"]
+    folders = {p: Path(setuptools["package-dir"].get(p, p.replace(".", "/"))) for p in setuptools["packages"]}
+    on_disk = {f.parent.relative_to(ROOT) for f in FILES.values()}
+    on_disk |= {Path(path).parent for path in CONFIGS}
+    assert set(folders.values()) == on_disk
+    with_data = {folders[p] for p, patterns in setuptools["package-data"].items() if "*.yaml" in patterns}
+    yamls = {f.parent.relative_to(ROOT) for top in ("loco_det", "configs") for f in (ROOT / top).rglob("*.yaml")}
+    assert with_data == yamls
+    assert PROJECT["project"]["scripts"] == {"loco-det": "loco_det.cli:main"}
+
+
+def test_the_readmes_commands_are_single_lines_that_ci_finds() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for mark, end in (("quickstart command", "quickstart --out "), ("test command", "pytest")):
+        (line,) = re.findall(rf"<!-- {mark} -->\n+```\w*\n(.*)\n```", readme)
+        assert line.startswith("python3 -m venv ")
+        assert end in line
+    assert "<!-- test command -->" in (ROOT / ".ci" / "run").read_text()
+
+
+def tracked() -> list[str]:
+    try:
+        done = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    except OSError:
+        return []
+    return [path for path in done.stdout.split("\0") if path and (ROOT / path).is_file()]
+
+
+def test_no_file_speaks_of_one_machine() -> None:
+    if not tracked():
+        pytest.skip("not a git checkout")
+    machine = re.compile(r"(?<![\w.<])/(?:work|root|home|Users|mnt|scratch)/\w|\.\./shared")
+    for path in tracked():
+        text = (ROOT / path).read_bytes().decode(errors="ignore")
+        if path == ".ci/run":
+            text = text.replace("../shared/data", "")
+        found = machine.search(text)
+        assert not found, f"{path}: {found.group()}"
