@@ -4,8 +4,9 @@
 
 Every side starts from the file's bytes in memory and ends with two normalised float32 views, SimCLR's augmentation at
 224 pixels; `decode` is OpenCV's full-size decoding alone, the least that a pipeline which looks at every image can do.
-Images: COCO's under DETECTRON2_DATASETS, else made-up ones of the same size. The sides take turns on the same few
-images, and the medians over all turns are compared, so that a busy machine slows them all alike.
+Images: COCO's under DETECTRON2_DATASETS, else made-up ones of the same size. Each side runs in a process of its own, set
+up as its data workers are, and they take turns on the same few images. Counted is CPU time, of one thread, and a ratio
+is the median over all turns of the ratio within a turn, so that a busy machine disturbs little.
 
 JSON: {"ratio": {"over_pil", "over_v2", "of_decode", "over_lightly"}, "images_per_second": {side: images},
 "images": {...}}. over_x: this package's images per second over x's; of_decode: over those of decoding alone; null
@@ -14,26 +15,27 @@ where lightly is not installed.
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from _common import parser, report
 from PIL import Image
 from torchvision import io as tv_io
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD
-from loco_det.data.twoview import TwoViewDataset, keep_freed_memory
+from loco_det.data.twoview import TwoViewDataset, prepare_worker
 from loco_det.data.views import normalise, view_config
-from loco_det.runtime import write_json
 
 SIZE = 224
 MEAN, STD = [m / 255 for m in IMAGENET_MEAN], [s / 255 for s in IMAGENET_STD]
@@ -152,49 +154,71 @@ def load(count: int) -> tuple[list[bytes], str]:
         image = cv2.resize(coarse, (640, 480), interpolation=cv2.INTER_CUBIC).astype(float)
         image += rng.normal(0, 8, image.shape)  # about as many bytes as a photograph
         files.append(
-            cv2.imencode(".jpg", image.clip(0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+            cv2.imencode(".jpg", image.clip(0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
         )
     return files, "made up"
 
 
-def measure(sides: dict[str, Side], files: list[bytes], turn: int, rounds: int) -> dict[str, float]:
-    """Side -> images per second, the median over rounds x turns of `turn` images."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+def serve(name: str, files: list[bytes], orders: Connection) -> None:
+    """One side in a process of its own: times the files[first:last] that it is asked for."""
+    if name in ("loco_det", "decode"):  # decoding gains from our workers' memory settings too; take it at its best
+        prepare_worker()
+    else:  # what a DataLoader does to its workers
+        torch.set_num_threads(1)
+        cv2.setNumThreads(0)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    side = SIDES[name]()
+    orders.send(side is not None)
+    while (turn := orders.recv()) is not None:
+        begun = time.process_time()
+        side(files[turn[0] : turn[1]])
+        orders.send(time.process_time() - begun)
+
+
+def measure(files: list[bytes], turn: int, rounds: int) -> dict[str, list[float]]:
+    """Side -> CPU seconds per image, one figure for every turn of `turn` images; turns stand in the same order."""
+    context = get_context("spawn")
+    pipes = {}
+    for name in SIDES:
+        pipes[name], end = context.Pipe()
+        context.Process(target=serve, args=(name, files, end), daemon=True).start()
+    pipes = {name: pipe for name, pipe in pipes.items() if pipe.recv()}
+    seconds: dict[str, list[float]] = {name: [] for name in pipes}
     for round_ in range(rounds + 1):
         for at in range(0, len(files) - turn + 1, turn):
-            for name, side in sides.items():
-                begun = time.perf_counter()
-                side(files[at : at + turn])
+            for name, pipe in pipes.items():
+                pipe.send((at, at + turn))
+                taken = pipe.recv()
                 if round_:  # the first round warms up
-                    seconds[name].append((time.perf_counter() - begun) / turn)
-    return {name: 1 / statistics.median(times) for name, times in seconds.items()}
+                    seconds[name].append(taken / turn)
+    for pipe in pipes.values():
+        pipe.send(None)
+    return seconds
+
+
+SIDES = {
+    "loco_det": loco_det,
+    "torchvision_pil": torchvision_pil,
+    "torchvision_v2": torchvision_v2,
+    "lightly": lightly,
+    "decode": decode,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--images", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
-    keep_freed_memory()  # as in a worker of ours; the other sides gain from it too
+    options = parser(__doc__)
+    options.add_argument("--images", type=int, default=96)
+    options.add_argument("--rounds", type=int, default=3)
+    args = options.parse_args()
 
     files, kind = load(args.images)
-    made = {
-        "loco_det": loco_det(),
-        "torchvision_pil": torchvision_pil(),
-        "torchvision_v2": torchvision_v2(),
-        "lightly": lightly(),
-        "decode": decode(),
-    }
-    speed = measure({name: side for name, side in made.items() if side}, files, 8, args.rounds)
+    seconds = measure(files, 8, args.rounds)
 
     def over(name: str) -> float | None:
-        return round(speed["loco_det"] / speed[name], 3) if name in speed else None
+        if name not in seconds:
+            return None
+        return round(statistics.median(x / ours for x, ours in zip(seconds[name], seconds["loco_det"])), 3)
 
     result = {
         "ratio": {
@@ -203,15 +227,11 @@ def main() -> None:
             "of_decode": over("decode"),
             "over_lightly": over("lightly"),
         },
-        "images_per_second": {name: round(value, 1) for name, value in speed.items()},
+        "images_per_second": {name: round(1 / statistics.median(times), 1) for name, times in seconds.items()},
         "images": {"kind": kind, "count": len(files), "mean_bytes": round(statistics.mean(map(len, files)))},
     }
-    for name, value in result["images_per_second"].items():
-        print(f"{name:16} {value:8.1f} images/s")
-    for name, value in result["ratio"].items():
-        print(f"{name:16} {'-' if value is None else f'{value:8.2f}'}")
-    if args.json:
-        write_json(args.json, result)
+    rows = [[name, value, over(name) or ""] for name, value in result["images_per_second"].items()]
+    report(["side", "images/s", "loco_det over it"], rows, result, args.json)
 
 
 if __name__ == "__main__":

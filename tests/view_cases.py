@@ -38,9 +38,9 @@ def encode(image: np.ndarray | Image.Image, file_format: str = "JPEG", **options
 
 
 def view(image: np.ndarray, params: views.ViewParams, size: int, reduce: int = 1) -> np.ndarray:
-    """The (size, size, 3) view that `apply_view` writes."""
+    """The (size, size, 3) view that `params`, drawn for the whole image, make of `image` at 1/reduce of it."""
     out = np.zeros((3, size, size), np.uint8)
-    views.apply_view(image, params, out, reduce)
+    views.finish_view(views.crop_resize(image, views._reduced(params.crop, reduce, image.shape), size), params, out)
     return out.transpose(1, 2, 0)
 
 

@@ -50,6 +50,11 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 # torchvision, as PIL, cuts blended values off where OpenCV rounds them: less half a level they agree. A little less
 # than half, so that whole numbers stay what they are.
 _CUT = -0.499
+# Affine maps (3, 4) of a pixel: itself, its luma cut off as torchvision cuts it, one, and nothing but the cut.
+_COLOUR = np.eye(3, 4, dtype=np.float32)
+_GREY = np.tile(np.float32([*_LUMA, _CUT]), (3, 1))
+_ONE = np.float32([[0, 0, 0, 1]])
+_OFFSET = _CUT * _ONE
 _MOST_DRAWS = 2 * _CROP_ATTEMPTS + 2 + 15
 
 
@@ -207,8 +212,10 @@ def two_views(data: bytes, name: str, config: ViewConfig, seed: int, epoch: int,
         if reduce > 1 and (image.shape[:2] != _coarse(size, reduce) or reduction(pair, config.size) < reduce):
             reduce, image = 1, decode_image(data, name)
             pair = _draw_pair(config, image.shape[:2], seed, epoch, index)
-    for params, planes in zip(pair, out):
-        apply_view(image, params, planes, reduce)
+    # Both crops first, while the image is still in the processor's cache.
+    crops = [crop_resize(image, _reduced(params.crop, reduce, image.shape), config.size) for params in pair]
+    for crop, params, planes in zip(crops, pair, out):
+        finish_view(crop, params, planes)
 
 
 def _draw_pair(config: ViewConfig, size: tuple[int, int], seed: int, epoch: int, index: int) -> list[ViewParams]:
@@ -225,13 +232,8 @@ def reduction(pair: Sequence[ViewParams], size: int) -> int:
     return next((factor for factor in REDUCTIONS if least >= factor * size), 1)
 
 
-def apply_view(image: np.ndarray, params: ViewParams, out: np.ndarray, reduce: int = 1) -> None:
-    """Write the view that `params`, drawn for the whole image, make of (H, W, 3) `image` at 1/reduce of it.
-
-    Args:
-        out: (3, S, S) uint8, contiguous.
-    """
-    view = crop_resize(image, _reduced(params.crop, reduce, image.shape), out.shape[-1])
+def finish_view(view: np.ndarray, params: ViewParams, out: np.ndarray) -> None:
+    """Do to a (S, S, 3) resized crop the rest of what `params` say, and write it to `out`, (3, S, S), contiguous."""
     for operation, factor in params.jitter:
         view = _JITTER[operation](view, factor)
     if params.gray:  # one channel suffices until the end
@@ -277,14 +279,12 @@ def brightness(view: np.ndarray, factor: float) -> np.ndarray:
 def contrast(view: np.ndarray, factor: float) -> np.ndarray:
     """Away from (factor > 1) or towards the view's mean luma."""
     mean = sum(weight * value for weight, value in zip(_LUMA, cv2.mean(view)))
-    return cv2.addWeighted(view, factor, view, 0.0, (1 - factor) * (mean + _CUT) + _CUT)
+    return cv2.transform(view, factor * _COLOUR + ((1 - factor) * (mean + _CUT)) * _ONE + _OFFSET)
 
 
 def saturation(view: np.ndarray, factor: float) -> np.ndarray:
     """Away from (factor > 1) or towards each pixel's luma."""
-    matrix = np.full((3, 4), (1 - factor) * _CUT + _CUT, np.float32)
-    matrix[:, :3] = factor * np.eye(3) + (1 - factor) * np.array(_LUMA)
-    return cv2.transform(view, matrix)
+    return cv2.transform(view, factor * _COLOUR + (1 - factor) * _GREY + _OFFSET)
 
 
 def hue(view: np.ndarray, shift: float) -> np.ndarray:
