@@ -1,9 +1,11 @@
 """A made-up detection set: textured shapes over clutter, in COCO format, from a seed.
 
 A class is a shape with a texture: a striped disc and a dotted disc are two classes, and so are a striped disc and a
-striped star. Colours, orientation, size and the fineness of the texture say nothing of the class, and plain shapes
-and textured blobs that belong to no class lie between the objects. Colour and brightness, which make up most of what
-an untrained network passes on, are therefore noise here; what two views of an image share is not.
+striped star. Colours say nothing of the class, and plain shapes and textured blobs that belong to no class lie between
+the objects. Each image is a scene: its objects share the class and the grain of their textures, while every object
+has colours of its own and all images the same grey clouds behind them. So colour and brightness, which make up most
+of what an untrained network passes on, are noise here, and what two crops of an image share, which is what
+contrastive learning finds, is what tells the classes apart.
 
 Objects hide parts of each other; masks are the visible parts, exact to the pixel (RLE, so train on them with
 INPUT.MASK_FORMAT bitmask).
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import msgspec
@@ -32,8 +34,16 @@ CLASS_NAMES = tuple(f"{texture} {shape}" for shape, texture in CLASSES)
 # What belongs to no class: class shapes without texture, and class textures on a shapeless blob.
 DISTRACTORS = (*((shape, "plain") for shape in SHAPES), *(("blob", texture) for texture in TEXTURES))
 
+GREYS = (90.0, 165.0)  # the darkest and lightest cloud
 LEAST_VISIBLE = 0.4  # share of an object that later ones must leave
 VERSION = 1  # of the drawing; raise it when the images change
+
+
+class Grain(NamedTuple):
+    """How a scene's textures run."""
+
+    period: float  # pixels
+    turn: float  # radians
 
 
 def make_shapes_dataset(
@@ -93,21 +103,19 @@ def draw_image(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list[tu
         (S, S, 3) uint8 pixels, and for each object its class and its (S, S) bool visible part.
     """
     image = _background(size, rng)
-    # One or two classes an image: what is in it is then what tells it from other images.
-    theme = rng.integers(0, len(CLASSES), 2)
-    wanted: list[tuple[int, tuple[str, str]]] = [
-        (k, CLASSES[k]) for k in theme[(rng.random(int(rng.integers(3, 6))) < 0.3).astype(int)]
-    ]
-    wanted += [(-1, DISTRACTORS[k]) for k in rng.integers(0, len(DISTRACTORS), int(rng.integers(1, 4)))]
+    theme = int(rng.integers(len(CLASSES)))
+    grain = Grain(rng.uniform(0.06, 0.14) * size, rng.uniform(0, 2 * np.pi))
+    wanted = [(theme, *CLASSES[theme])] * int(rng.integers(5, 9))
+    wanted += [(-1, *DISTRACTORS[k]) for k in rng.integers(0, len(DISTRACTORS), int(rng.integers(0, 2)))]
     placed: list[tuple[int, np.ndarray, int]] = []  # class, visible part, pixels of the whole
-    for kind, (shape, texture) in (wanted[k] for k in rng.permutation(len(wanted))):
+    for kind, shape, texture in (wanted[k] for k in rng.permutation(len(wanted))):
         for _ in range(8):
-            centre, radius = rng.uniform(0.1, 0.9, 2) * size, rng.uniform(0.12, 0.24) * size
+            centre, radius = rng.uniform(0.1, 0.9, 2) * size, rng.uniform(0.12, 0.2) * size
             alpha = _shape(shape, centre, radius, size, rng)
             covered = alpha > 0.5
             rest = [visible & ~covered for _, visible, _ in placed]
             if all(r.sum() >= LEAST_VISIBLE * whole for r, (_, _, whole) in zip(rest, placed)):
-                image += alpha[..., None] * (_texture(texture, size, rng) - image)
+                image += alpha[..., None] * (_texture(texture, grain, size, rng) - image)
                 placed = [(k, r, whole) for r, (k, _, whole) in zip(rest, placed)]
                 placed.append((kind, covered, int(covered.sum())))
                 break
@@ -142,7 +150,7 @@ def _annotation(number: int, image: int, kind: int, visible: np.ndarray) -> dict
     return {
         "id": number,
         "image_id": image,
-        "category_id": int(kind) + 1,
+        "category_id": kind + 1,
         "iscrowd": 0,
         "area": float(visible.sum()),
         "bbox": [float(v) for v in coco_mask.toBbox(rle)],
@@ -171,10 +179,9 @@ def _noise(size: int, cells: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _background(size: int, rng: np.random.Generator) -> np.ndarray:
-    """(S, S, 3) float64: a cloudy field with strokes and spots of random colours, alike in all images."""
-    one, other = _colours(rng, 20)
+    """(S, S, 3) float64: grey clouds with strokes and spots of random colours, alike in all images."""
     cloud = 0.7 * _noise(size, 4, rng) + 0.3 * _noise(size, max(size // 6, 4), rng)
-    image = one + (other - one) * cloud[..., None]
+    image = np.repeat((GREYS[0] + (GREYS[1] - GREYS[0]) * cloud)[..., None], 3, axis=2)
     for _ in range(12):
         colour = tuple(rng.uniform(0, 255, 3))
         start, end = rng.uniform(0, size, (2, 2))
@@ -209,13 +216,12 @@ def _shape(kind: str, centre: np.ndarray, radius: float, size: int, rng: np.rand
     return cv2.resize(fine, (size, size), interpolation=cv2.INTER_AREA) / 255.0
 
 
-def _texture(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
+def _texture(kind: str, grain: Grain, size: int, rng: np.random.Generator) -> np.ndarray:
     """(S, S, 3) float64 colours of a texture all over the image."""
     one, other = _colours(rng, 60)
-    turn, period = rng.uniform(0, 2 * np.pi), rng.uniform(0.045, 0.075) * size
-    y, x = np.mgrid[:size, :size] * (2 * np.pi / period)
-    u = x * np.cos(turn) + y * np.sin(turn) + rng.uniform(0, 2 * np.pi)
-    v = y * np.cos(turn) - x * np.sin(turn) + rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[:size, :size] * (2 * np.pi / grain.period)
+    u = x * np.cos(grain.turn) + y * np.sin(grain.turn) + rng.uniform(0, 2 * np.pi)
+    v = y * np.cos(grain.turn) - x * np.sin(grain.turn) + rng.uniform(0, 2 * np.pi)
     if kind == "striped":
         wave = np.sin(u)
     elif kind == "dotted":
