@@ -51,6 +51,7 @@ def get_cfg() -> CfgNode:
                 "MAX_STEPS": 0,  # stop here instead of after EPOCHS, if above 0
                 "WARMUP_EPOCHS": 10.0,
                 "AMP": "none",  # none | bf16 | fp16
+                "RECOMPUTE": None,  # none | first | all | list of stages whose activations are computed twice, not kept
             },
             "LOG_PERIOD": 20,  # steps between two lines of metrics.json
             "CHECKPOINT_PERIOD": 500,  # steps between two checkpoints; the last two are kept

@@ -23,12 +23,17 @@ are nested; the largest, all units that cover k, is what k's weights learn from:
 
 A pass runs as soon as the last unit in its set has its loss. After the parameter pass the stage's activations are
 dropped and its gradients are final, while the stages above have yet to run.
+
+A stage that is *recomputed* keeps its input only, and each of its passes runs its forward once more; such stages are
+cut into single blocks, so that one block's activations are alive at a time. Values and gradients stay the same to the
+last bit, and BatchNorm's running statistics see the first forward alone.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -60,20 +65,25 @@ class Unit:
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of the backbone's blocks that no unit border divides."""
+    """A run of the backbone's blocks that no unit border divides; a single block where it is recomputed."""
 
     name: str
     module: nn.Sequential
     channels: int
+    recompute: bool
 
 
-def split_backbone(backbone: ResNet, units: list[list[str]]) -> tuple[list[Stage], list[Unit]]:
-    """Cut the backbone into stages at the borders of `units`.
+def split_backbone(
+    backbone: ResNet, units: list[list[str]], recompute: str | list[str] | None = None
+) -> tuple[list[Stage], list[Unit]]:
+    """Cut the backbone into stages at the borders of `units` and at every block that is recomputed.
 
     Args:
         backbone: its modules are shared with the stages, not copied.
         units: [first, last] pairs of stage names: "res3", or some of its blocks, "res3.1" or "res3.0-1". "stem"
             may be named; where it is not, it belongs to res2's first block.
+        recompute: the stages (names as above) whose activations are not kept; "first" means stem and res2, "all"
+            every stage, "none" or None no stage. A string may list names too, "res2, res3".
 
     Returns:
         The stages in order and, for each pair, the unit over them.
@@ -85,27 +95,45 @@ def split_backbone(backbone: ResNet, units: list[list[str]]) -> tuple[list[Stage
         (f"{name}.{i}", block) for name in backbone.stage_names[1:] for i, block in enumerate(getattr(backbone, name))
     ]
     blocks.insert(0, ("stem", backbone.stem))
+    names = [name for name, _ in blocks]
+    again = _recomputed(recompute, names)
     spans = []
     for pair in units:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise UserError(f"UNITS: {pair!r} is not a [first, last] pair of stage names such as [res2, res3]")
-        (first, _), (_, last) = (_block_range(str(name), [b for b, _ in blocks]) for name in pair)
+        (first, _), (_, last) = (_block_range(str(name), names, "UNITS") for name in pair)
         spans.append((first, last))
     if not any("stem" in map(str, pair) for pair in units):
         spans = [(0 if first == 1 else first, last) for first, last in spans]
     for (first, last), pair in zip(spans, units):
         if last < first:
             raise UserError(f"UNITS: {list(pair)} ends before it starts; give the lower stage first")
-    for position, (name, _) in enumerate(blocks):
+    for position, name in enumerate(names):
         if not any(first <= position <= last for first, last in spans):
             raise UserError(f"UNITS: no unit trains {name}; add one that covers it")
-    starts = sorted({0} | {first for first, _ in spans} | {last + 1 for _, last in spans} - {len(blocks)})
-    stages = [_stage(blocks[a:b], backbone) for a, b in zip(starts, [*starts[1:], len(blocks)])]
+    starts = {0} | {first for first, _ in spans} | {last + 1 for _, last in spans}
+    starts = sorted((starts | again | {block + 1 for block in again}) - {len(blocks)})
+    stages = [_stage(blocks[a:b], backbone, a in again) for a, b in zip(starts, [*starts[1:], len(blocks)])]
     return stages, [Unit(starts.index(first), _stage_of(last, starts)) for first, last in spans]
 
 
-def _block_range(name: str, blocks: list[str]) -> tuple[int, int]:
-    """Positions of the first and last block that `name` means."""
+def _recomputed(recompute: str | list[str] | None, blocks: list[str]) -> set[int]:
+    """Positions of the blocks whose activations are not kept."""
+    if recompute in (None, "none"):
+        return set()
+    if recompute == "all":
+        return set(range(len(blocks)))
+    names = ["stem", "res2"] if recompute == "first" else recompute
+    if isinstance(names, str):  # as the command line gives a list of words
+        names = re.findall(r"[^\s,\[\]]+", names)
+    if not isinstance(names, (list, tuple)):
+        raise UserError(f"SOLVER.RECOMPUTE is {recompute!r}; use none, first, all or a list such as [res2, res3]")
+    ranges = [_block_range(str(name), blocks, "SOLVER.RECOMPUTE") for name in names]
+    return {block for first, last in ranges for block in range(first, last + 1)}
+
+
+def _block_range(name: str, blocks: list[str], key: str) -> tuple[int, int]:
+    """Positions of the first and last block that `name` in the configuration's `key` means."""
     match = re.fullmatch(r"(stem|res\d)(?:\.(\d+)(?:-(\d+))?)?", name)
     if match:
         stage, low, high = match.groups()
@@ -114,18 +142,18 @@ def _block_range(name: str, blocks: list[str]) -> tuple[int, int]:
         last = int(high) if high else first if low else len(own) - 1
         if own and first <= last < len(own):
             return own[first], own[last]
-    raise UserError(f"UNITS: {name!r} is not in this backbone; its blocks are {blocks[0]}, {blocks[1]} .. {blocks[-1]}")
+    raise UserError(f"{key}: {name!r} is not in this backbone; its blocks are {blocks[0]}, {blocks[1]} .. {blocks[-1]}")
 
 
 def _stage_of(block: int, starts: list[int]) -> int:
     return max(i for i, start in enumerate(starts) if start <= block)
 
 
-def _stage(blocks: list[tuple[str, nn.Module]], backbone: ResNet) -> Stage:
+def _stage(blocks: list[tuple[str, nn.Module]], backbone: ResNet, recompute: bool) -> Stage:
     names = [name for name, _ in blocks]
     channels = backbone.channels[names[-1].split(".")[0]]
     name = names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
-    return Stage(name, nn.Sequential(*(block for _, block in blocks)), channels)
+    return Stage(name, nn.Sequential(*(block for _, block in blocks)), channels, recompute)
 
 
 # --- one step ---------------------------------------------------------------------------------------------------
@@ -161,7 +189,10 @@ def plan_passes(units: list[Unit], stages: int) -> list[list[Pass]]:
 
 @dataclass
 class _Forward:
-    """A stage's forward, kept until its parameter pass, and the gradients that have reached its output."""
+    """A stage's forward, kept until its parameter pass, and the gradients that have reached its output.
+
+    Where the stage is recomputed, `output` has no graph.
+    """
 
     input: Tensor
     output: Tensor
@@ -178,6 +209,7 @@ class LocalTrainer:
         losses: for each unit, from its last stage's output (2B, C, H, W) to a scalar (a decoder and NT-Xent).
         on_final: called with a stage's position once its weight gradients are final, in the middle of the step;
             the place for an all-reduce.
+        recompute: positions of the stages that keep no activations.
     """
 
     def __init__(
@@ -186,8 +218,9 @@ class LocalTrainer:
         units: list[Unit],
         losses: list[Callable[[Tensor], Tensor]],
         on_final: Callable[[int], None] | None = None,
+        recompute: Collection[int] = (),
     ) -> None:
-        self.stages, self.units, self.losses = stages, units, losses
+        self.stages, self.units, self.losses, self.recompute = stages, units, losses, frozenset(recompute)
         self.plan = plan_passes(units, len(stages))
         self.parameters = [[p for p in stage.parameters() if p.requires_grad] for stage in stages]
         self.on_final = on_final
@@ -209,18 +242,18 @@ class LocalTrainer:
         Returns:
             Each unit's loss, detached scalars.
         """
-        context = autocast or torch.enable_grad
+        context = autocast or nullcontext
         alive: dict[int, _Forward] = {}
         losses: dict[int, Tensor] = {}
         for k, stage in enumerate(self.stages):
             x = x.detach()  # the stop-gradient: from here on autograd cannot see the stage below
             x.requires_grad_(any(p.input for p in self.plan[k]))
-            with context():
+            with context(), torch.set_grad_enabled(k not in self.recompute):
                 alive[k] = _Forward(x, stage(x))
             x = alive[k].output
             for i in self._ending(k):
                 losses[i] = self._loss(i, alive[k], context, scale)
-            self._walk_down(k, alive)
+            self._walk_down(k, alive, context)
         return [losses[i] for i in range(len(self.units))]
 
     def _ending(self, k: int) -> list[int]:
@@ -235,12 +268,12 @@ class LocalTrainer:
         top.from_losses[i] = output.grad
         return loss.detach()
 
-    def _walk_down(self, when: int, alive: dict[int, _Forward]) -> None:
+    def _walk_down(self, when: int, alive: dict[int, _Forward], context: Callable[[], object]) -> None:
         """Every pass that the losses known after stage `when` complete, from the top down."""
         for k in range(when, -1, -1):
             for p in self.plan[k]:
                 if p.when == when:
-                    gradient = self._pass(k, alive[k], p)
+                    gradient = self._pass(k, alive[k], p, context)
                     if p.input:
                         alive[k - 1].from_above[p.units] = gradient
                     if p.weights:
@@ -248,14 +281,32 @@ class LocalTrainer:
                         if self.on_final is not None:
                             self.on_final(k)
 
-    def _pass(self, k: int, at: _Forward, p: Pass) -> Tensor | None:
+    def _pass(self, k: int, at: _Forward, p: Pass, context: Callable[[], object]) -> Tensor | None:
         parts = [gradient for i, gradient in at.from_losses.items() if i in p.units]
         through = frozenset(i for i in p.units if self.units[i].covers(k + 1))
         if through:
             parts.append(at.from_above[through])
         gradient = sum(parts[1:], start=parts[0])
+        input, output = at.input, at.output
+        if k in self.recompute:
+            input = at.input.detach().requires_grad_(p.input)
+            with context(), running_statistics_kept(self.stages[k]):
+                output = self.stages[k](input)
         if not p.weights:
-            return torch.autograd.grad(at.output, at.input, gradient, retain_graph=True)[0]
-        wanted = [*self.parameters[k], at.input] if p.input else self.parameters[k]
-        torch.autograd.backward(at.output, gradient, inputs=wanted)
-        return at.input.grad
+            return torch.autograd.grad(output, input, gradient, retain_graph=k not in self.recompute)[0]
+        wanted = [*self.parameters[k], input] if p.input else self.parameters[k]
+        torch.autograd.backward(output, gradient, inputs=wanted)
+        return input.grad
+
+
+@contextmanager
+def running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """A forward inside computes what it would outside, but BatchNorm's running statistics stay as they are."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False  # in training mode: batch statistics, and none are written
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -47,7 +47,15 @@ MIN_STD = 0.05  # of the embeddings, where 1 is spread over the sphere; below it
 HEALTH_IMAGES = 128  # pairs that alignment and uniformity are computed from; their cost grows with the square
 RANDOM_BATCHES = 50  # batches that METHOD random measures BatchNorm's statistics on
 # Keys that change where and how fast a run goes but not what it computes; --resume lets them differ.
-FREE_KEYS = ("OUTPUT_DIR", "DEVICE", "LOG_PERIOD", "CHECKPOINT_PERIOD", "DATA.NUM_WORKERS", "DATA.PATH")
+FREE_KEYS = (
+    "OUTPUT_DIR",
+    "DEVICE",
+    "LOG_PERIOD",
+    "CHECKPOINT_PERIOD",
+    "DATA.NUM_WORKERS",
+    "DATA.PATH",
+    "SOLVER.RECOMPUTE",
+)
 
 
 class Learner(nn.Module):
@@ -56,7 +64,7 @@ class Learner(nn.Module):
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
         self.backbone = build_backbone(cfg)
-        self.stages, self.units = split_backbone(self.backbone, unit_names(cfg))
+        self.stages, self.units = split_backbone(self.backbone, unit_names(cfg), cfg.SOLVER.RECOMPUTE)
         self.unit_labels = [f"{first}-{last}" for first, last in unit_names(cfg)]
         self.decoders = nn.ModuleList(
             Decoder(
@@ -161,6 +169,7 @@ def _train(
         learner.units,
         [partial(learner.loss, i) for i in range(len(learner.units))],
         on_final=lambda k: average.start(trainer.parameters[k]),
+        recompute=[k for k, stage in enumerate(learner.stages) if stage.recompute],
     )
     log.info(
         "%s: %d images, %d steps of %d images on %s", cfg.METHOD, len(source), total, cfg.SOLVER.BATCH_SIZE, device

@@ -13,6 +13,7 @@ from loco_det.errors import UserError
 from pretrain.decoders import Decoder
 from pretrain.loco import METHODS, LocalTrainer, Unit, plan_passes, split_backbone
 from pretrain.loss import nt_xent
+from pretrain.memory import SavedBytes
 
 UNIT_LISTS = {
     **METHODS,
@@ -25,10 +26,10 @@ UNIT_LISTS = {
 }
 
 
-def build(units: list[list[str]], depth: int = 18):
+def build(units: list[list[str]], depth: int = 18, recompute: str | list[str] | None = None):
     torch.manual_seed(0)
     backbone = ResNet(depth, stem="cifar").double()
-    stages, spans = split_backbone(backbone, units)
+    stages, spans = split_backbone(backbone, units, recompute)
     decoders = nn.ModuleList(
         Decoder(stages[u.last].channels, conv_blocks=1, mlp_layers=2, hidden_dim=16, out_dim=8) for u in spans
     ).double()
@@ -68,6 +69,51 @@ def test_every_gradient_equals_that_of_the_units_run_alone(name: str) -> None:
     for want, got in zip(expected, gradients(backbone, decoders)):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
     assert any(g.abs().max() > 1e-6 for g in expected)
+
+
+@pytest.mark.parametrize("recompute", ["first", "all", ["res3", "res4.1"], "res5"])
+@pytest.mark.parametrize("name", UNIT_LISTS)
+def test_recomputing_changes_no_bit_of_losses_gradients_and_statistics(name: str, recompute: str | list[str]) -> None:
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    results = []
+    for again in ("none", recompute):
+        backbone, stages, units, decoders, losses = build(UNIT_LISTS[name], recompute=again)
+        kept = [k for k, stage in enumerate(stages) if stage.recompute]
+        assert bool(kept) == (again != "none")
+        values = LocalTrainer([s.module for s in stages], units, losses, recompute=kept).step(x)
+        results.append([*values, *gradients(backbone, decoders), *backbone.state_dict().values()])
+    for once, twice in zip(*results):
+        assert torch.equal(once, twice)
+
+
+def bytes_kept(method: str, recompute: str | None) -> int:
+    """The most that is saved for backward at any time of a step, each storage once."""
+    _, stages, units, _, losses = build(METHODS[method], recompute=recompute)
+    kept = [k for k, stage in enumerate(stages) if stage.recompute]
+    trainer = LocalTrainer([s.module for s in stages], units, losses, recompute=kept)
+    saved = SavedBytes(ignore=[p for stage in stages for p in stage.module.parameters()])
+    with saved:
+        trainer.step(torch.randn(4, 3, 16, 16, dtype=torch.float64))
+    assert saved.now == 0
+    return saved.peak
+
+
+def test_saved_bytes_counts_a_storage_once_and_lets_go() -> None:
+    x = torch.ones(10, dtype=torch.float64, requires_grad=True)
+    saved = SavedBytes(ignore=[x])
+    with saved:
+        y = x.exp()  # keeps y
+        z = (y * y + y[:4].sum() * x).sum()  # keeps y twice more, its sum and x
+        assert saved.now == 80 + 8
+        z.backward()
+    assert (saved.now, saved.peak) == (0, 88)
+
+
+def test_local_learning_and_recomputing_keep_less() -> None:
+    simclr, loco, gim = (bytes_kept(method, None) for method in ("simclr", "loco", "gim"))
+    assert gim < loco < simclr
+    assert bytes_kept("loco", "first") < 0.8 * loco
+    assert bytes_kept("simclr", "all") < 0.5 * simclr
 
 
 def test_one_unit_over_everything_is_end_to_end_simclr() -> None:
@@ -161,3 +207,8 @@ def test_stages_partition_the_backbone() -> None:
 def test_units_that_cannot_be(units: list, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(units)
+
+
+def test_stages_to_recompute_that_are_not_there() -> None:
+    with pytest.raises(UserError, match=r"SOLVER.RECOMPUTE: 'second' is not in this backbone"):
+        build(METHODS["loco"], recompute="second")

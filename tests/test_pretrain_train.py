@@ -121,6 +121,15 @@ def test_random_measures_batch_statistics_and_trains_nothing(images: Path, tmp_p
     assert (manifest.method, manifest.step, manifest.units) == ("random", 0, [])
 
 
+def test_recompute_trains_the_same_and_a_run_may_change_it(images: Path, tmp_path: Path) -> None:
+    kept = pretrain(config(images, tmp_path / "a"))
+    pretrain(config(images, tmp_path / "b", SOLVER__RECOMPUTE="all", CHECKPOINT_PERIOD=2))
+    (tmp_path / "b" / "checkpoint_00000003.pth").unlink()
+    again = pretrain(config(images, tmp_path / "b", SOLVER__RECOMPUTE="[res2, res5]"), resume=True)
+    assert trace(tmp_path / "a") == trace(tmp_path / "b")
+    assert load_backbone(kept)[1].tensors_sha256 == load_backbone(again)[1].tensors_sha256
+
+
 def test_killed_and_resumed_equals_uninterrupted(images: Path, tmp_path: Path) -> None:
     whole = pretrain(config(images, tmp_path / "whole", SOLVER__MAX_STEPS=8))
     options = overrides(images, tmp_path / "cut", SOLVER__MAX_STEPS=8, CHECKPOINT_PERIOD=2)
@@ -205,6 +214,8 @@ def test_unreadable_images_are_skipped_up_to_the_share(images: Path, tmp_path: P
         ("SOLVER__AMP", "fp8", "SOLVER.AMP is 'fp8'"),
         ("SOLVER__BATCH_SIZE", 13, "SOLVER.BATCH_SIZE is 13"),
         ("SOLVER__BATCH_SIZE", 0, "SOLVER.BATCH_SIZE is 0"),
+        ("SOLVER__RECOMPUTE", "some", "SOLVER.RECOMPUTE: 'some'"),
+        ("SOLVER__RECOMPUTE", 3, "SOLVER.RECOMPUTE is 3"),
         ("DATA__PATH", "/no/such/folder", "/no/such/folder"),
         ("DEVICE", "cuda:99", "cuda:99"),
         ("LOSS__TEMPERATURE", 0.0, "LOSS.TEMPERATURE is 0"),

@@ -1,0 +1,49 @@
+"""How many bytes autograd keeps for the backward."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+
+class SavedBytes(saved_tensors_hooks):
+    """While active, follows the bytes saved for backward on any device; each storage counts once.
+
+    Args:
+        ignore: tensors that live on anyway, such as parameters.
+
+    Attributes:
+        now: bytes alive.
+        peak: their maximum so far.
+    """
+
+    def __init__(self, ignore: Iterable[Tensor] = ()) -> None:
+        super().__init__(self._pack, lambda saved: saved.tensor)
+        self.ignored = {t.untyped_storage().data_ptr() for t in ignore}
+        self.uses: Counter[int] = Counter()
+        self.now = self.peak = 0
+
+    def _pack(self, tensor: Tensor) -> _Saved:
+        return _Saved(tensor, self)
+
+
+class _Saved:
+    """One saved tensor; it is dropped when autograd drops it."""
+
+    def __init__(self, tensor: Tensor, account: SavedBytes) -> None:
+        storage = tensor.untyped_storage()
+        self.tensor, self.account, self.place, self.bytes = tensor, account, storage.data_ptr(), storage.nbytes()
+        if self.place in account.ignored:
+            self.bytes = 0
+        account.uses[self.place] += 1
+        if account.uses[self.place] == 1:
+            account.now += self.bytes
+            account.peak = max(account.peak, account.now)
+
+    def __del__(self) -> None:
+        self.account.uses[self.place] -= 1
+        if not self.account.uses[self.place]:
+            self.account.now -= self.bytes
