@@ -4,9 +4,9 @@
 
 Every side starts from the file's bytes in memory and ends with two normalised float32 views, SimCLR's augmentation at
 224 pixels; `decode` is OpenCV's full-size decoding alone, the least that a pipeline which looks at every image can do.
-Images: COCO's under DETECTRON2_DATASETS, else made-up ones of the same size. Each side runs in a process of its own, set
-up as its data workers are, and they take turns on the same few images. Counted is CPU time, of one thread, and a ratio
-is the median over all turns of the ratio within a turn, so that a busy machine disturbs little.
+Images: COCO's under DETECTRON2_DATASETS, else made-up ones of the same size. Each side runs in a process of its own,
+set up as its data workers are, and they take turns on the same few images. Counted is CPU time, of one thread, and a
+ratio is the median over all turns of the ratio within a turn, so that a busy machine disturbs little.
 
 JSON: {"ratio": {"over_pil", "over_v2", "of_decode", "over_lightly"}, "images_per_second": {side: images},
 "images": {...}}. over_x: this package's images per second over x's; of_decode: over those of decoding alone; null

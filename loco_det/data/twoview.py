@@ -64,7 +64,7 @@ class TwoViewDataset(Dataset):
         epoch, indices = request
         size, seed = self.config.size, self.seed
         views = torch.empty(2, len(indices), 3, size, size, dtype=torch.uint8)
-        used, bad = torch.empty(len(indices), dtype=torch.int64), []
+        used, bad = np.empty(len(indices), np.int64), []
         for row, index in enumerate(indices):
             for substitute in range(_SUBSTITUTES):
                 used[row] = image = (int(index) + substitute) % len(self.source)
@@ -78,7 +78,7 @@ class TwoViewDataset(Dataset):
             else:
                 return UserError(f"{bad[-1][1]} (as were the {_SUBSTITUTES - 1} images before it)")
         first, second = views
-        return TwoViews(first, second, used), bad
+        return TwoViews(first, second, torch.from_numpy(used)), bad
 
 
 class _Steps:

@@ -310,12 +310,7 @@ def solarize(view: np.ndarray) -> np.ndarray:
     return np.minimum(view, ~view)
 
 
-def normalise(
-    images: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    memory_format: torch.memory_format = torch.contiguous_format,
-) -> Tensor:
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(B, 3, S, S) uint8 -> float32 on the same device, (x - mean) / std with both in 0-255 units."""
     shift, scale = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
-    return images.to(torch.float32, memory_format=memory_format).sub_(shift).div_(scale)
+    return images.to(torch.float32).sub_(shift).div_(scale)
