@@ -36,7 +36,7 @@ DISTRACTORS = (*((shape, "plain") for shape in SHAPES), *(("blob", texture) for 
 
 GREYS = (90.0, 165.0)  # the darkest and lightest cloud
 LEAST_VISIBLE = 0.4  # share of an object that later ones must leave
-VERSION = 1  # of the drawing; raise it when the images change
+VERSION = 2  # of the drawing; raise it when the images change
 
 
 class Grain(NamedTuple):
