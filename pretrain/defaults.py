@@ -22,7 +22,10 @@ def get_cfg() -> CfgNode:
                 "HIDDEN_DIM": 2048,  # 0: as many as the unit's last stage has channels
                 "OUT_DIM": 128,
             },
-            "LOSS": {"TEMPERATURE": 0.1},
+            "LOSS": {
+                "TEMPERATURE": 0.1,
+                "CHUNK": 0,  # rows of the similarities at a time: memory linear in the batch; 0: all at once
+            },
             "DATA": {
                 "PATH": "",  # class folders, a flat folder, a text list or a zip
                 "FORMAT": "auto",  # auto | folder | flat | list | zip

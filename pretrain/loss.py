@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from loco_det.runtime import rank, world_size
 
 
-def nt_xent(z: Tensor, temperature: float) -> Tensor:
+def nt_xent(z: Tensor, temperature: float, chunk: int = 0) -> Tensor:
     """The mean over this process's 2b embeddings of the cross-entropy of finding the other view of the image.
 
     Candidates are the 2B - 1 other embeddings of all processes; similarities are cosines over `temperature`. The
@@ -24,17 +25,36 @@ def nt_xent(z: Tensor, temperature: float) -> Tensor:
     Args:
         z: (2b, D), any float type, not normalised; every process must bring the same b.
         temperature: above 0.
+        chunk: rows of the (2b, 2B) similarities that exist at a time, so that memory is linear in the batch; they
+            are computed again in the backward. 0: all at once.
 
     Returns:
         A scalar. With a single image in all there is no negative and the loss is exactly 0.
     """
-    z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+    with torch.autocast(z.device.type, enabled=False):
+        return _nt_xent(F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1), temperature, chunk)
+
+
+def _nt_xent(z: Tensor, temperature: float, chunk: int) -> Tensor:
     candidates = gather_with_gradient(z)
-    logits = z @ candidates.T / temperature
-    rows = torch.arange(len(z), device=z.device)
     offset = rank() * len(z)
-    logits[rows, rows + offset] = float("-inf")  # an embedding is no candidate for itself
-    return F.cross_entropy(logits, rows.roll(len(z) // 2) + offset)
+    own = torch.arange(len(z), device=z.device) + offset
+    other = own.roll(len(z) // 2)
+    if not 0 < chunk < len(z):
+        return _row_losses(z, candidates, own, other, temperature) / len(z)
+    total = z.new_zeros(())
+    for rows, me, partner in zip(z.split(chunk), own.split(chunk), other.split(chunk)):
+        total = total + checkpoint(
+            _row_losses, rows, candidates, me, partner, temperature, use_reentrant=False, preserve_rng_state=False
+        )
+    return total / len(z)
+
+
+def _row_losses(rows: Tensor, candidates: Tensor, own: Tensor, other: Tensor, temperature: float) -> Tensor:
+    """Sum of the rows' cross-entropies; own and other are the positions of each row's two views in candidates."""
+    logits = rows @ candidates.T / temperature
+    logits = logits.scatter(1, own[:, None], float("-inf"))  # an embedding is no candidate for itself
+    return F.cross_entropy(logits, other, reduction="sum")
 
 
 class _Gather(torch.autograd.Function):

@@ -26,6 +26,10 @@ class SavedBytes(saved_tensors_hooks):
         self.uses: Counter[int] = Counter()
         self.now = self.peak = 0
 
+    def __enter__(self) -> SavedBytes:
+        super().__enter__()
+        return self
+
     def _pack(self, tensor: Tensor) -> _Saved:
         return _Saved(tensor, self)
 

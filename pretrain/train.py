@@ -74,14 +74,14 @@ class Learner(nn.Module):
             )
             for unit in self.units
         )
-        self.temperature = cfg.LOSS.TEMPERATURE
+        self.temperature, self.chunk = cfg.LOSS.TEMPERATURE, cfg.LOSS.CHUNK
         self.embeddings: dict[int, Tensor] = {}  # of the last step, for the monitoring
 
     def loss(self, i: int, features: Tensor) -> Tensor:
         """Unit i's NT-Xent from its last stage's output (2b, C, H, W)."""
         z = self.decoders[i](features)
         self.embeddings[i] = z.detach()
-        return nt_xent(z, self.temperature)
+        return nt_xent(z, self.temperature, self.chunk)
 
 
 def build_backbone(cfg: CfgNode) -> ResNet:
@@ -132,6 +132,8 @@ def pretrain(cfg: CfgNode, resume: bool = False) -> Path:
     loader = build_two_view_loader(cfg, source)
     if cfg.LOSS.TEMPERATURE <= 0:
         raise UserError(f"LOSS.TEMPERATURE is {cfg.LOSS.TEMPERATURE}; use a number above 0, such as 0.1")
+    if cfg.LOSS.CHUNK < 0:
+        raise UserError(f"LOSS.CHUNK is {cfg.LOSS.CHUNK}; use a number of rows, such as 1024, or 0 for all at once")
     if cfg.SOLVER.EPOCHS < 1 and cfg.SOLVER.MAX_STEPS < 1:
         raise UserError("SOLVER.EPOCHS and SOLVER.MAX_STEPS are both below 1; set one of them")
     if is_main():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pretrain.loss import embedding_health, nt_xent
+from pretrain.memory import SavedBytes
 
 
 def loop_nt_xent(z: torch.Tensor, temperature: float) -> float:
@@ -32,6 +33,24 @@ def test_gradient() -> None:
     assert torch.autograd.gradcheck(lambda t: nt_xent(t, 0.3), z)
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 4, 9, 10, 11])
+def test_row_chunks_equal_the_dense_loss_in_value_and_gradient(chunk: int) -> None:
+    z = torch.randn(10, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert nt_xent(z, 0.1, chunk).item() == pytest.approx(loop_nt_xent(z.detach(), 0.1), abs=1e-12)
+    (want,), (got,) = (torch.autograd.grad(nt_xent(z, 0.1, rows), z) for rows in (0, chunk))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+
+
+def test_memory_of_row_chunks_is_linear_in_the_batch() -> None:
+    def kept(images: int, chunk: int) -> int:
+        with SavedBytes() as saved:
+            nt_xent(torch.randn(2 * images, 8, requires_grad=True), 0.1, chunk).backward()
+        return saved.peak
+
+    assert kept(512, 16) < 2.1 * kept(256, 16)
+    assert kept(512, 0) > 3.5 * kept(256, 0)
+
+
 def test_symmetries() -> None:
     z = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     loss = nt_xent(z, 0.1)
@@ -54,6 +73,8 @@ def test_half_precision_input_is_computed_in_float32() -> None:
     z = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert nt_xent(z, 0.1).dtype == torch.float32
     assert nt_xent(z, 0.1).item() == pytest.approx(loop_nt_xent(z, 0.1), abs=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nt_xent(z, 0.1).item() == pytest.approx(loop_nt_xent(z, 0.1), abs=1e-5)
 
 
 def test_health_tells_collapse_from_spread() -> None:

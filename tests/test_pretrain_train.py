@@ -215,6 +215,7 @@ def test_unreadable_images_are_skipped_up_to_the_share(images: Path, tmp_path: P
         ("SOLVER__BATCH_SIZE", 13, "SOLVER.BATCH_SIZE is 13"),
         ("SOLVER__BATCH_SIZE", 0, "SOLVER.BATCH_SIZE is 0"),
         ("SOLVER__RECOMPUTE", "some", "SOLVER.RECOMPUTE: 'some'"),
+        ("LOSS__CHUNK", -1, "LOSS.CHUNK is -1"),
         ("SOLVER__RECOMPUTE", 3, "SOLVER.RECOMPUTE is 3"),
         ("DATA__PATH", "/no/such/folder", "/no/such/folder"),
         ("DEVICE", "cuda:99", "cuda:99"),
