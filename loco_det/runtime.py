@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +30,7 @@ from loco_det.errors import UserError
 
 log = logging.getLogger("loco_det")
 _LINE_SECONDS = 10.0  # between two progress lines where there is no terminal
+_TRACEBACK = 4000  # characters of a child's; those of all children must fit into a pipe that is read at the end
 _quiet = False
 
 
@@ -58,7 +60,7 @@ def setup_logging(output_dir: str | Path | None = None, quiet: bool | None = Non
     if output_dir is not None and is_main():
         with _os_errors(output_dir):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            file = logging.FileHandler(Path(output_dir) / "log.txt")
+            file = logging.FileHandler(Path(output_dir) / "log.txt", encoding="utf-8")
         file.setFormatter(stamp)
         log.addHandler(file)
 
@@ -301,6 +303,7 @@ def launch(worker: Callable[..., Any], processes: int, *args: Any) -> Any:
 
     Raises:
         UserError: as the worker raised it, whichever process it was in.
+        RuntimeError: with the traceback of any other exception in a process that was started here.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _joined(worker, args)
@@ -314,9 +317,10 @@ def launch(worker: Callable[..., Any], processes: int, *args: Any) -> Any:
     try:
         torch.multiprocessing.spawn(_spawned, (worker, args, processes, port, errors, _quiet), nprocs=processes)
     except ProcessException as failure:
-        if not errors.empty():  # also where a peer's broken connection was noticed first
-            raise UserError(errors.get()) from failure
-        raise
+        if errors.empty():  # killed
+            raise
+        is_bad_input, text = errors.get()  # the first is the cause; peers fail after it, by a broken connection
+        raise (UserError(text) if is_bad_input else RuntimeError(text)) from failure
     return None
 
 
@@ -333,11 +337,19 @@ def _spawned(
     place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     place["MASTER_PORT"] = port
     os.environ.update({k: str(v) for k, v in place.items()}, MASTER_ADDR="127.0.0.1")
+
+    def reporting(*args: Any) -> None:
+        try:
+            worker(*args)
+        except Exception as error:  # told before the process group goes down, so that no peer's comes first
+            is_bad_input = isinstance(error, UserError)
+            errors.put((is_bad_input, str(error) if is_bad_input else traceback.format_exc()[-_TRACEBACK:]))
+            raise
+
     try:
-        _joined(worker, args)
-    except UserError as error:
-        errors.put(str(error))
-        os._exit(2)  # a traceback would hide the sentence, and peers may be waiting in a collective
+        _joined(reporting, args)
+    except UserError:
+        os._exit(2)  # torch would print a traceback under the sentence
 
 
 def _joined(worker: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported, and inherited by the processes that tests start: several tests at once, each with a
@@ -10,6 +13,21 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """A test that runs a command sets up logging; the next one must not find that, nor write into a closed stream."""
+    log = logging.getLogger("loco_det")
+    handlers = list(log.handlers)
+    yield
+    for handler in [h for h in log.handlers if h not in handlers]:
+        log.removeHandler(handler)
+        handler.close()
+    log.setLevel(logging.NOTSET)
+    log.propagate, log.disabled = True, False
+    if runtime := sys.modules.get("loco_det.runtime"):
+        runtime._quiet = False
 
 
 @pytest.fixture(scope="session")
