@@ -271,3 +271,11 @@ def test_an_error_in_two_processes_is_one_sentence(tmp_path):
     cfg = tiny_cfg(tmp_path, SOLVER__IMS_PER_BATCH=3)
     with pytest.raises(UserError, match=r"SOLVER.IMS_PER_BATCH is 3, which 2 processes"):
         launch(command._worker, 2, cfg, "torchvision", False, False, "hotcoco")
+
+
+def test_metrics_of_an_earlier_run_are_dropped(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(data))
+    stale = [json.dumps({"iteration": i, "total_loss": -1.0}) for i in (0, 1, 500)]
+    (tmp_path / "metrics.json").write_text("\n".join([*stale, '{"iteration": 7, "tot']) + "\n")
+    train_net(tiny_cfg(tmp_path, SOLVER__MAX_ITER=1), engine="torchvision")
+    assert all(line.get("total_loss", 0) >= 0 for line in metrics(tmp_path))

@@ -27,7 +27,7 @@ from loco_det.detection import solver
 from loco_det.detection.checkpoint import Checkpointer
 from loco_det.detection.inference import evaluate, flatten
 from loco_det.errors import UserError
-from loco_det.runtime import StopSignal, append_metrics, barrier, log, rank, reduce_mean
+from loco_det.runtime import StopSignal, append_metrics, barrier, log, rank, reduce_mean, trim_metrics
 
 LOG_PERIOD = 20  # iterations between two lines of metrics.json, and the window of their medians
 LOG_SECONDS = 15.0  # a slow machine is heard of sooner
@@ -59,6 +59,7 @@ def train(run: Run, evaluator: str) -> None:
     cfg, last = run.cfg, run.cfg.SOLVER.MAX_ITER - 1
     periodic = run.checkpointer.periodic()
     run.wrapped.train()
+    trim_metrics(cfg.OUTPUT_DIR, run.start)
     log.info(
         "training: iterations %d to %d, %d frozen tensors", run.start, last + 1, len(run.checkpointer.note["frozen"])
     )
