@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from loco_det.data import images
 from loco_det.data.images import decode_image, jpeg_size, read_image
 from loco_det.errors import UserError
 
@@ -192,6 +193,14 @@ def test_broken_files_are_refused_by_name_and_quietly(kind, write, capfd):
     with pytest.raises(UserError, match=r"image\.bin"):
         read_image(path, "RGB")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BROKEN if "jpeg" in kind])
+def test_opencv_is_not_asked_about_a_jpeg_that_breaks_off(kind, monkeypatch):
+    """Releases before 5 would fill what is missing with grey and say nothing."""
+    monkeypatch.setattr(images, "_cv2_pixels", lambda *_: pytest.fail("OpenCV was asked"))
+    with pytest.raises(UserError):
+        decode_image(BROKEN[kind](), "cat.jpg")
 
 
 def test_trailing_bytes_after_a_whole_jpeg_are_harmless():

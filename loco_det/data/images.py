@@ -173,7 +173,4 @@ def _to_rgb(image: Image.Image, name: str, exact: bool) -> np.ndarray:
     if not exact and image.mode.startswith("I"):
         grey = np.clip(np.asarray(image).astype(np.int64) // 256, 0, 255).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.mode == "P":
-        # Straight to RGB gives the same colours with a warning where the transparency is a table.
-        image = image.convert("RGBA")
     return np.array(image.convert("RGB"))
