@@ -15,18 +15,28 @@ from convert_cases import prefixed, randomised
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from loco_det.artifact import describe, save_backbone
+from loco_det.artifact import IMAGENET_MEAN, describe, save_backbone
 from loco_det.backbone import ResNet
 from loco_det.convert import load_backbone_weights, load_checkpoint
 from loco_det.convert.account import Account, take_account
 from loco_det.convert.load import load_tensors
-from loco_det.convert.sources import SOURCES
+from loco_det.convert.namings import NAMINGS
+from loco_det.convert.prove import source_model
+from loco_det.convert.sources import SOURCES, Pixels, Source
 from loco_det.errors import UserError
 from loco_det.names import to_torchvision
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def resnet(seed: int = 0, **kwargs: object) -> nn.Module:
-    return randomised(torchvision.models.resnet18(**kwargs), seed)
+    with torch.device("meta"):  # nothing is initialised only to be overwritten
+        model = torchvision.models.resnet18(**kwargs)
+    model.to_empty(device="cpu")
+    for name, tensor in model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            tensor.zero_()
+    return randomised(model, seed)
 
 
 def backbone_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -124,10 +134,17 @@ def lightly_moco() -> tuple[dict, dict]:
     plain = resnet()
     model.backbone = nn.Sequential(*list(plain.children())[:-1])
     model.projection_head = heads.MoCoProjectionHead(512, 512, 128)
-    model.backbone_momentum = copy.deepcopy(model.backbone)
+    model.backbone_momentum = randomised(copy.deepcopy(model.backbone), 1)
     model.projection_head_momentum = copy.deepcopy(model.projection_head)
     file = {"epoch": 1, "pytorch-lightning_version": "2.0.0", "state_dict": model.state_dict(), "callbacks": {}}
-    return file, {"online": plain.state_dict(), "momentum": plain.state_dict()}
+    return file, {"online": plain.state_dict(), "momentum": children_named(model.backbone_momentum)}
+
+
+def children_named(backbone: nn.Sequential) -> dict[str, Tensor]:
+    """The state of `nn.Sequential(*resnet.children())` under torchvision's names."""
+    plain = headless()
+    nn.Sequential(*list(plain.children())[:-1]).load_state_dict(backbone.state_dict())
+    return plain.state_dict()
 
 
 def lightly_simclr() -> tuple[dict, dict]:
@@ -178,9 +195,250 @@ def timm_plain() -> tuple[dict, dict]:
     return state, {"model": state}
 
 
+def moco_v3() -> tuple[dict, dict]:
+    """facebookresearch/moco-v3: the projector is each encoder's fc, its last norm without scale and shift."""
+    model = nn.Module()
+    for seed, name in enumerate(("base_encoder", "momentum_encoder")):
+        setattr(model, name, resnet(seed))
+        getattr(model, name).fc = nn.Sequential(*mlp(512, 64, 32), nn.BatchNorm1d(32, affine=False))
+    model.predictor = mlp(32, 64, 32)
+    file = {"epoch": 1, "arch": "resnet18", "state_dict": prefixed("module.", model.state_dict())}
+    return file, {"base": model.base_encoder.state_dict(), "momentum": model.momentum_encoder.state_dict()}
+
+
+def densecl() -> tuple[dict, dict]:
+    """WXinlong/DenseCL, OpenSelfSup's MoCo: encoder and neck in a Sequential, the query's encoder under two names."""
+    model = nn.Module()
+    for seed, name in enumerate(("encoder_q", "encoder_k")):
+        neck = nn.Module()
+        neck.mlp, neck.mlp2 = mlp(512, 64, 32), nn.Sequential(nn.Conv2d(512, 32, 1))
+        setattr(model, name, nn.Sequential(headless(seed), neck))
+    model.backbone = model.encoder_q[0]
+    for name in ("queue", "queue2"):
+        model.register_buffer(name, torch.randn(32, 8))
+        model.register_buffer(f"{name}_ptr", torch.zeros(1, dtype=torch.long))
+    file = {"meta": {"epoch": 1}, "state_dict": model.state_dict(), "optimizer": optimizer_of(model.encoder_q)}
+    return file, {"query": model.encoder_q[0].state_dict(), "momentum": model.encoder_k[0].state_dict()}
+
+
+def openselfsup_byol() -> tuple[dict, dict]:
+    """OpenSelfSup's BYOL."""
+    model = nn.Module()
+    model.online_net = nn.Sequential(headless(0), mlp(512, 64, 32))
+    model.target_net = nn.Sequential(headless(1), mlp(512, 64, 32))
+    model.backbone = model.online_net[0]
+    model.head = nn.Module()
+    model.head.predictor = mlp(32, 64, 32)
+    branches = {"online": model.online_net[0].state_dict(), "target": model.target_net[0].state_dict()}
+    return {"meta": {}, "state_dict": model.state_dict()}, branches
+
+
+def mmpretrain(momentum: str = "encoder_k") -> tuple[dict, dict]:
+    """MMPretrain's MoCo, and its BYOL with "target_net": a running average of backbone and neck together."""
+    model = nn.Module()
+    model.backbone, model.neck = headless(0), mlp(512, 64, 32)
+    average = nn.Module()
+    average.module = nn.Sequential(headless(1), mlp(512, 64, 32))
+    average.register_buffer("steps", torch.tensor(7))
+    setattr(model, momentum, average)
+    model.register_buffer("queue", torch.randn(32, 8))
+    model.head = nn.Module()
+    model.head.predictor = mlp(32, 64, 32)
+    file = {"meta": {}, "message_hub": {}, "state_dict": model.state_dict()}
+    return file, {"backbone": model.backbone.state_dict(), "momentum": average.module[0].state_dict()}
+
+
+def mmpretrain_supervised() -> tuple[dict, dict]:
+    """MMPretrain's ImageClassifier."""
+    model = nn.Module()
+    model.backbone = headless()
+    model.head = nn.Module()
+    model.head.fc = nn.Linear(512, 10)
+    return {"meta": {}, "state_dict": model.state_dict()}, {"backbone": model.backbone.state_dict()}
+
+
+def solo_learn(backbone: str = "backbone") -> tuple[dict, dict]:
+    """solo-learn's BYOL, a Lightning module; before version 1.0.4 the backbone was called encoder."""
+    model = nn.Module()
+    for seed, prefix in enumerate(("", "momentum_")):
+        setattr(model, prefix + backbone, headless(seed))
+        setattr(model, f"{prefix}projector", mlp(512, 64, 32))
+        setattr(model, f"{prefix}classifier", nn.Linear(512, 10))
+    model.predictor = mlp(32, 64, 32)
+    file = {"epoch": 1, "pytorch-lightning_version": "1.6.4", "state_dict": model.state_dict(), "callbacks": {}}
+    online, momentum = getattr(model, backbone), getattr(model, f"momentum_{backbone}")
+    return file, {"online": online.state_dict(), "momentum": momentum.state_dict()}
+
+
+def vissl() -> tuple[dict, dict]:
+    """VISSL: a ClassyVision task, trunk and heads in dictionaries of their own."""
+    plain = headless().state_dict()
+    trunk = prefixed("_feature_blocks.", plain)
+    heads = prefixed("0.clf.", nn.Linear(512, 10).state_dict())
+    base = {"model": {"trunk": trunk, "heads": heads}, "meters": {}}
+    return {"classy_state_dict": {"base_model": base, "optimizer": {}}, "phase_idx": 3}, {"trunk": plain}
+
+
+def pixpro() -> tuple[dict, dict]:
+    """zdaxie/PixPro."""
+    model = nn.Module()
+    for seed, suffix in enumerate(("", "_k")):
+        setattr(model, f"encoder{suffix}", headless(seed))
+        for name in ("projector", "projector_instance"):
+            setattr(model, name + suffix, nn.Sequential(nn.Conv2d(512, 64, 1), nn.BatchNorm2d(64)))
+    model.value_transform = nn.Conv2d(64, 64, 1)
+    model.predictor = nn.Conv2d(64, 64, 1)
+    file = {"opt": argparse.Namespace(lr=1.0), "model": prefixed("module.", model.state_dict()), "epoch": 1}
+    return file, {"encoder": model.encoder.state_dict(), "momentum": model.encoder_k.state_dict()}
+
+
+def pytorch_byol() -> tuple[dict, dict]:
+    """sthalles/PyTorch-BYOL: children in a Sequential, the online encoder saved a second time by itself."""
+    states, plain = {}, {}
+    for seed, name in enumerate(("online", "target")):
+        net, model = headless(seed), nn.Module()
+        model.encoder = nn.Sequential(*list(net.children())[:-1])
+        model.projetion = nn.Module()
+        model.projetion.net = mlp(512, 64, 32)
+        states[f"{name}_network_state_dict"], plain[name] = model.state_dict(), net.state_dict()
+        if name == "online":
+            states["encoder_state_dict"] = model.encoder.state_dict()
+    return states, plain
+
+
+def lucidrains_byol() -> tuple[dict, dict]:
+    """lucidrains/byol-pytorch, whose learner a Lightning module holds in its example."""
+    model = nn.Module()
+    model.learner = nn.Module()
+    for seed, name in enumerate(("online", "target")):
+        encoder = nn.Module()
+        encoder.net, encoder.projector = resnet(seed), mlp(512, 64, 32)
+        setattr(model.learner, f"{name}_encoder", encoder)
+    model.learner.online_predictor = mlp(32, 64, 32)
+    branches = {n: getattr(model.learner, f"{n}_encoder").net.state_dict() for n in ("online", "target")}
+    return {"state_dict": model.state_dict()}, branches
+
+
+def yaox12_byol() -> tuple[dict, dict]:
+    """yaox12/BYOL-PyTorch, in a DistributedDataParallel module."""
+    model, plain = nn.Module(), {}
+    for seed, name in enumerate(("online", "target")):
+        net, network = headless(seed), nn.Module()
+        network.encoder = nn.Sequential(*list(net.children())[:-1])
+        network.projetion = mlp(512, 64, 32)
+        setattr(model, f"{name}_network", network)
+        plain[name] = net.state_dict()
+    model.predictor = mlp(32, 64, 32)
+    return {"config": {}, "steps": 1, "model": prefixed("module.", model.state_dict())}, plain
+
+
+def sthalles_simclr() -> tuple[dict, dict]:
+    """sthalles/SimCLR: the projection head is the backbone's fc."""
+    model = nn.Module()
+    model.backbone = resnet(num_classes=128)
+    model.backbone.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), model.backbone.fc)
+    file = {"epoch": 1, "arch": "resnet18", "state_dict": model.state_dict(), "optimizer": optimizer_of(model)}
+    return file, {"encoder": model.backbone.state_dict()}
+
+
+def spijkervet_simclr() -> tuple[dict, dict]:
+    """Spijkervet/SimCLR: the bare state dict."""
+    model = nn.Module()
+    model.encoder = headless()
+    model.projector = nn.Sequential(nn.Linear(512, 512, bias=False), nn.ReLU(), nn.Linear(512, 64, bias=False))
+    return model.state_dict(), {"encoder": model.encoder.state_dict()}
+
+
+def transformers_name(name: str) -> str:
+    """transformers' name of a tensor of torchvision's ResNet-18."""
+    kinds = {"conv": "convolution", "bn": "normalization"}
+    if match := re.fullmatch(r"(conv|bn)1\.(.+)", name):
+        return f"embedder.embedder.{kinds[match[1]]}.{match[2]}"
+    stage, block, part, rest = re.fullmatch(r"layer(\d)\.(\d)\.(.+?)\.(.+)", name).groups()
+    start = f"encoder.stages.{int(stage) - 1}.layers.{block}."
+    if part == "downsample":
+        return start + "shortcut." + rest.replace("0.", "convolution.").replace("1.", "normalization.")
+    return f"{start}layer.{int(part[-1]) - 1}.{kinds[part[:-1]]}.{rest}"
+
+
+def transformers_resnet() -> tuple[dict, dict]:
+    """transformers' ResNetForImageClassification, by its names; the library itself has a test below."""
+    plain = headless().state_dict()
+    state = {f"resnet.{transformers_name(name)}": tensor for name, tensor in plain.items()}
+    return state | prefixed("classifier.1.", nn.Linear(512, 10).state_dict()), {"model": plain}
+
+
+def caffe2_blobs(statistics: bool) -> tuple[dict, dict]:
+    """Detectron's R-50.pkl in small: what is in its file before pickling, and torchvision's names."""
+    plain = {k: v for k, v in headless().state_dict().items() if "num_batches" not in k}
+    blobs = {"conv1_b": torch.zeros(64), "fc1000_w": torch.ones(10, 512), "fc1000_b": torch.ones(10)}
+    for name, tensor in plain.items():
+        if not statistics and name.endswith(("mean", "var")):
+            plain[name] = torch.full_like(tensor, float(name.endswith("var")))
+        else:
+            blobs[caffe2_name(name)] = tensor
+    blobs["res2_0_branch2a_w_momentum"] = torch.ones(1)
+    return blobs, plain
+
+
+def caffe2_name(name: str) -> str:
+    leaf = {"weight": "s", "bias": "b", "running_mean": "rm", "running_var": "riv"}
+    if name.startswith(("conv1.", "bn1.")):
+        return "conv1_w" if name == "conv1.weight" else f"res_conv1_bn_{leaf[name.split('.')[-1]]}"
+    stage, block, part, *rest = name.split(".")
+    branch = "1" if part == "downsample" else "2" + "abc"[int(part[-1]) - 1]
+    norm = part.startswith("bn") or rest[0] == "1"
+    return f"res{int(stage[-1]) + 1}_{block}_branch{branch}_" + (f"bn_{leaf[rest[-1]]}" if norm else "w")
+
+
+def test_caffe2_names_of_bottlenecks() -> None:
+    with torch.device("meta"):
+        names = [name for name in torchvision.models.resnet50().state_dict() if "num_batches" not in name]
+    for name in names[:-2]:  # the classifier is last
+        assert NAMINGS["caffe2"][2](caffe2_name(name)) == name
+
+
+def msra() -> tuple[dict, dict]:
+    blobs, plain = caffe2_blobs(statistics=False)
+    return blobs, {"model": plain}
+
+
+def caffe2() -> tuple[dict, dict]:
+    blobs, plain = caffe2_blobs(statistics=True)
+    return {"blobs": blobs, "cfg": "MODEL: {}"}, {"model": plain}
+
+
+def lightning() -> tuple[dict, dict]:
+    """Somebody's LightningModule with the network as one attribute."""
+    model = nn.Module()
+    model.net = headless()
+    model.head = nn.Linear(512, 10)
+    file = {"epoch": 1, "pytorch-lightning_version": "2.2.0", "state_dict": model.state_dict(), "loops": {}}
+    return file, {"": model.net.state_dict()}
+
+
 CASES: list[tuple[str, Callable[[], tuple[dict, dict]]]] = [
     ("MoCo v1/v2", moco),
     ("MoCo v1/v2", lambda: moco(v2=False)),
+    ("MoCo v3", moco_v3),
+    ("DenseCL or OpenSelfSup", densecl),
+    ("DenseCL or OpenSelfSup", openselfsup_byol),
+    ("MMPretrain or MMSelfSup", mmpretrain),
+    ("MMPretrain or MMSelfSup", lambda: mmpretrain("target_net")),
+    ("MMPretrain or MMSelfSup", mmpretrain_supervised),
+    ("solo-learn", solo_learn),
+    ("solo-learn", lambda: solo_learn("encoder")),
+    ("VISSL", vissl),
+    ("PixPro", pixpro),
+    ("BYOL (PyTorch-BYOL)", pytorch_byol),
+    ("BYOL (byol-pytorch, BYOL-PyTorch)", lucidrains_byol),
+    ("BYOL (byol-pytorch, BYOL-PyTorch)", yaox12_byol),
+    ("SimCLR (PyTorch ports)", sthalles_simclr),
+    ("SimCLR (PyTorch ports)", spijkervet_simclr),
+    ("Hugging Face transformers", transformers_resnet),
+    ("MSRA (Caffe2)", msra),
+    ("Caffe2 with BatchNorm statistics", caffe2),
+    ("Lightning module", lightning),
     ("SimSiam", simsiam),
     ("SwAV", swav),
     ("Barlow Twins or VICReg", barlow_twins),
@@ -201,7 +459,33 @@ def assert_converted(account: Account, state: dict[str, Tensor]) -> None:
     assert account.converted.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(account.converted[name], tensor), name
-    assert account.read == len(expected) + sum(map(len, account.dropped.values()))
+    assert account.read == len(expected) - len(account.made) + sum(map(len, account.dropped.values()))
+
+
+def documented() -> dict[str, list[str]]:
+    """docs/conversion.md's table of sources: name -> cells (prefixes, branches, pixels, what is dropped)."""
+    lines = (ROOT / "docs" / "conversion.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return {row[0]: row[1:] for row in rows if len(row) == 5}
+
+
+def pixels_text(pixels: Pixels | None) -> str:
+    if pixels is None:
+        return "must be stated"
+    if pixels.mean == IMAGENET_MEAN:
+        return f"{pixels.order}, ImageNet's mean and std"
+    numbers = (
+        f"{pixels.order}, mean {' '.join(f'{v:g}' for v in pixels.mean)}, std {' '.join(f'{v:g}' for v in pixels.std)}"
+    )
+    return numbers + (", stride in the 1x1" if pixels.stride_in_1x1 else "")
+
+
+@pytest.mark.parametrize("row", SOURCES, ids=lambda row: row.name)
+def test_the_documented_table_is_that_of_the_code(row: Source) -> None:
+    _, branches, pixels, dropped = documented()[row.name]
+    assert branches == (", ".join(f"`{b}`" for b in row.branches) if len(row.branches) > 1 else "")
+    assert pixels == pixels_text(row.pixels)
+    assert dropped == ", ".join(dict.fromkeys(reason for _, reason in (*row.inside, *row.outside)))
 
 
 @pytest.mark.parametrize(("source", "make"), CASES)
@@ -214,9 +498,68 @@ def test_every_source_is_recognised_and_brought_out_whole(source: str, make: Cal
         with pytest.raises(UserError, match=f"--branch {' or --branch '.join(branches)}"):
             take_account(path, loaded)
     for branch, state in branches.items():
-        account, _ = take_account(path, loaded, branch if len(branches) > 1 else None)
+        account, chosen = take_account(path, loaded, branch if len(branches) > 1 else None)
+        assert f"`{chosen.prefix or 'none'}`" in documented()[source][0]
         assert (account.source, account.branch, account.architecture.name) == (source, branch, "resnet18")
         assert_converted(account, state)
+
+
+def test_branches_without_a_case_are_not_in_the_table() -> None:
+    seen = {(source, branch) for source, make in CASES for branch in make()[1]}
+    promised = {(row.name, branch) for row in SOURCES for branch in row.branches}
+    # "backbone" is a second name of the query; lightly's pair and timm's have tests of their own.
+    exempt = {("DenseCL or OpenSelfSup", "backbone"), ("lightly", "student"), ("lightly", "teacher")}
+    assert promised - seen == exempt | {("timm training run", "model"), ("timm training run", "ema")}
+
+
+def test_lightly_student_and_teacher() -> None:
+    state = {
+        f"{n}_backbone.{k}": v
+        for s, n in enumerate(("student", "teacher"))
+        for k, v in headless(s).state_dict().items()
+    }
+    state |= prefixed("student_head.", mlp(512, 64, 32).state_dict())
+    for seed, name in enumerate(("student", "teacher")):
+        account, _ = take_account("x", {"state_dict": state}, name)
+        assert account.source == "lightly"
+        assert_converted(account, headless(seed).state_dict())
+
+
+def test_one_backbone_under_two_names_is_no_choice_but_two_backbones_are() -> None:
+    file, branches = densecl()
+    state = {k: v for k, v in file["state_dict"].items() if not k.startswith("encoder_k")}
+    account, _ = take_account("x", {"state_dict": state})
+    assert account.branch == "query"
+    assert_converted(account, branches["query"])
+    state["backbone.layer4.1.bn2.bias"] = state["backbone.layer4.1.bn2.bias"] + 1e-6
+    with pytest.raises(UserError, match=r"holds 2 backbones; choose one with --branch query or --branch backbone$"):
+        take_account("x", {"state_dict": state})
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_transformers_itself(tmp_path: Path, depth: int) -> None:
+    """Names and features of the library's own ResNet, from the folder that it saves."""
+    transformers = pytest.importorskip("transformers")
+    kind, depths = ("basic", [2, 2, 2, 2]) if depth == 18 else ("bottleneck", [3, 4, 6, 3])
+    sizes = [64, 128, 256, 512] if depth == 18 else [256, 512, 1024, 2048]
+    config = transformers.ResNetConfig(layer_type=kind, depths=depths, hidden_sizes=sizes, num_labels=10)
+    model = randomised(transformers.ResNetForImageClassification(config)).eval()
+    model.save_pretrained(tmp_path)
+    account, chosen = take_account("x", load_tensors(tmp_path / "model.safetensors"))
+    assert (account.source, account.architecture.name) == ("Hugging Face transformers", f"resnet{depth}")
+    source = source_model(account.converted, account.architecture, chosen.source.pixels.stride_in_1x1)
+    x = torch.randn(1, 3, 65, 90, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = model.resnet(x).pooler_output.flatten(1), source(x)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_msra_weights_get_statistics_pixels_and_stride() -> None:
+    account, chosen = take_account("x", msra()[0])
+    assert len(account.made) == 40
+    assert "added        40 statistics" in "\n".join(account.lines())
+    assert chosen.source.pixels == Pixels("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), stride_in_1x1=True)
+    assert take_account("x", caffe2()[0])[1].source.pixels is None
 
 
 def test_every_row_has_a_case() -> None:
@@ -407,11 +750,15 @@ def test_an_unknown_prefix_is_never_guessed_but_can_be_named() -> None:
 
 
 def test_two_prefixes_are_never_chosen_between() -> None:
-    state = resnet().state_dict()
-    with pytest.raises(UserError, match="holds 2 backbones"):
-        take_account("x", {"state_dict": prefixed("a.", state) | prefixed("b.", state)})
+    states = [resnet(seed).state_dict() for seed in (0, 1)]
+    file = {"state_dict": prefixed("a.", states[0]) | prefixed("b.", states[1])}
+    with pytest.raises(UserError, match=r"holds 2 backbones; choose one with --branch state_dict:a\. or --branch"):
+        take_account("x", file)
     with pytest.raises(UserError, match=r"has no branch 'c'; choose --branch"):
-        take_account("x", {"state_dict": prefixed("a.", state) | prefixed("b.", state)}, "c")
+        take_account("x", file, "c")
+    account, _ = take_account("x", file, "state_dict:b.")
+    assert_converted(account, states[1])
+    assert "other branch (state_dict:a.)" in account.dropped
 
 
 def test_load_checkpoint_keeps_names_and_everything_else(tmp_path: Path) -> None:

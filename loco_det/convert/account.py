@@ -6,13 +6,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from loco_det.convert.architecture import Architecture, check_tensors, recognise
+from loco_det.convert.namings import NAMINGS
 from loco_det.convert.sources import (
     COUNTERS,
     HEAD,
-    NAMINGS,
     SOURCES,
     Candidate,
     Pixels,
@@ -44,6 +45,7 @@ class Account:
         converted: torchvision's name -> tensor.
         keys: torchvision's name -> where the tensor stood in the file.
         dropped: reason -> keys.
+        made: torchvision's names of the statistics that were added where norms only scale and shift.
         pixels: what the backbone expects to see, and where its strides stand.
         proof: what `prove.prove` measured.
     """
@@ -55,6 +57,7 @@ class Account:
     converted: dict[str, Tensor]
     keys: dict[str, str]
     dropped: dict[str, list[str]]
+    made: list[str] = field(default_factory=list)
     pixels: Pixels = field(default_factory=Pixels)
     proof: dict[str, Any] = field(default_factory=dict)
 
@@ -67,7 +70,12 @@ class Account:
             ("", "BatchNorm eps 1e-05 (frozen in the detector, so its momentum does not matter)"),
             ("pixels", f"{p.order}, mean {_numbers(p.mean)}, std {_numbers(p.std)} (0-255)"),
             ("read", f"{self.read:4d} tensors"),
-            ("converted", f"{len(self.converted):4d}"),
+            ("converted", f"{len(self.converted) - len(self.made):4d}"),
+            *(
+                [("added", f"{len(self.made):4d} statistics, mean 0 and variance 1: the norms only scale and shift")]
+                if self.made
+                else []
+            ),
             ("dropped", f"{dropped:4d}"),
             *((f"  {len(keys):4d}", f"{why} ({_shown(keys)})") for why, keys in self.dropped.items()),
             *(("new" if i == 0 else "", f"{what}: {names}") for i, (what, names) in enumerate(NEW_IN_DETECTOR)),
@@ -100,7 +108,7 @@ def take_account(path: object, loaded: dict[str, Any], branch: str | None = None
     original = _moved(path, dict(flatten(path, loaded)))
     tensors = {key: tensor for key, (_, tensor) in original.items()}
     chosen = choose(path, tensors, branch)
-    others = {c.prefix: c.branch for c in candidates(tensors) if c != chosen}
+    others = {c.prefix: c.branch or c.prefix for c in candidates(tensors) if c != chosen}
     converted: dict[str, Tensor] = {}
     keys: dict[str, str] = {}
     dropped: dict[str, list[str]] = {}
@@ -115,10 +123,21 @@ def take_account(path: object, loaded: dict[str, Any], branch: str | None = None
         else:
             where = chosen.source.name if chosen.source else "this"
             raise UserError(f"{path}: tensor {file_key!r} is unknown in a {where} checkpoint; remove it")
+    made = _statistics(converted) if chosen.source and chosen.source.scale_only else {}
+    converted |= made
     architecture = recognise(path, converted)
     check_tensors(path, converted, architecture, lambda name: keys.get(name, f"{chosen.prefix}{name}"))
     source = chosen.source.name if chosen.source else "unknown code base"
-    return Account(source, chosen.branch, architecture, len(tensors), converted, keys, dropped), chosen
+    return Account(source, chosen.branch, architecture, len(tensors), converted, keys, dropped, list(made)), chosen
+
+
+def _statistics(converted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Mean 0 and variance 1, as Detectron2 has them, for norms that only scale and shift."""
+    norms = {
+        name[: -len("weight")]: t for name, t in converted.items() if re.search(r"(bn\d|downsample\.1)\.weight$", name)
+    }
+    means = {f"{norm}running_mean": torch.zeros_like(scale) for norm, scale in norms.items()}
+    return means | {f"{norm}running_var": torch.ones_like(scale) for norm, scale in norms.items()}
 
 
 def _moved(path: object, tensors: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD
 from loco_det.convert.architecture import refuse_small_stem
+from loco_det.convert.namings import NAMINGS
 from loco_det.errors import UserError
-from loco_det.names import to_torchvision
 
 MAX_ITEMS = 1_000_000
 
@@ -52,6 +53,7 @@ class Source:
         marker: a pattern some key must match, for rows that would otherwise fit where a plainer one does.
         pixels: what its published recipes feed it; None where the file alone cannot say.
         moves: (pattern, replacement) applied to every key first.
+        scale_only: its norms hold scale and shift alone, the statistics being folded into them.
     """
 
     name: str
@@ -62,10 +64,22 @@ class Source:
     marker: str = ""
     pixels: Pixels | None = field(default_factory=Pixels)
     moves: Rules = ()
+    scale_only: bool = False
 
 
 CLASSIFIER = (r"fc\.(weight|bias)", "classifier")
 HEAD = (r"fc\..+", "projection head")
+QUEUE = (r"(module\.)?queue\w*", "queue of negatives")
+UNSCALED = Pixels("RGB", (0.0, 0.0, 0.0), (255.0, 255.0, 255.0))  # torchvision's ToTensor, and no Normalize after it
+MSRA = Pixels("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), stride_in_1x1=True)
+DETECTOR_BLOBS = (
+    (r"(fc1000|pred)_[wb]", "classifier"),
+    (r"conv1_b", "bias of the stem, which no Detectron uses"),
+    (r".+_momentum|lr", "optimizer state"),
+    (r"fpn_.+", "feature pyramid"),
+    (r"(conv_rpn|rpn_|retnet_).+", "region proposals"),
+    (r"(fc[67]|cls_score|bbox_pred|_\[mask\]|mask_|conv5_mask|head_conv|conv_fcn|kps_).*", "box and mask heads"),
+)
 
 SOURCES = (
     Source(
@@ -75,7 +89,97 @@ SOURCES = (
             "momentum": r"(state_dict:)?(module\.)?encoder_k\.",
         },
         inside=(HEAD,),
-        outside=((r"(module\.)?queue(_ptr)?", "queue of negatives"),),
+        outside=(QUEUE,),
+    ),
+    Source(
+        "solo-learn",
+        {"online": r"state_dict:(backbone|encoder)\.", "momentum": r"state_dict:momentum_(backbone|encoder)\."},
+        outside=(
+            (r"(momentum_)?(projector|head)\..+", "projection head"),
+            (r"(momentum_)?predictor\..+", "prediction head"),
+            (r"(momentum_)?classifier\..+", "classifier"),
+            (r"prototypes\..+", "prototypes"),
+            (r"dino_loss_func\..+", "loss"),
+            QUEUE,
+        ),
+        marker=r"state_dict:((momentum_)?projector|momentum_head)\..+",
+    ),
+    Source(
+        "MoCo v3",
+        {
+            "base": r"(state_dict:)?(module\.)?base_encoder\.",
+            "momentum": r"(state_dict:)?(module\.)?momentum_encoder\.",
+        },
+        inside=(HEAD,),
+        outside=((r"(module\.)?predictor\..+", "prediction head"),),
+    ),
+    Source(
+        "DenseCL or OpenSelfSup",
+        {
+            "query": r"state_dict:(module\.)?encoder_q\.0\.",
+            "momentum": r"state_dict:(module\.)?encoder_k\.0\.",
+            "online": r"state_dict:(module\.)?online_net\.0\.",
+            "target": r"state_dict:(module\.)?target_net\.0\.",
+            "backbone": r"state_dict:(module\.)?backbone\.",
+        },
+        outside=(
+            (r"(module\.)?(neck|(encoder_[qk]|online_net|target_net)\.1)\..+", "projection head"),
+            (r"(module\.)?head\..+", "prediction head"),
+            QUEUE,
+        ),
+        marker=r"state_dict:(module\.)?(encoder_q|online_net)\.0\..+",
+    ),
+    Source(
+        "MMPretrain or MMSelfSup",
+        {
+            "backbone": r"state_dict:(module\.)?backbone\.",
+            "momentum": r"state_dict:(module\.)?(encoder_k|target_net)\.module\.0\.",
+        },
+        outside=(
+            (r"(module\.)?(neck|(encoder_k|target_net)\.module\.1)\..+", "projection head"),
+            (r"(module\.)?(encoder_k|target_net)\.steps", "step counters"),
+            (r"(module\.)?head\..+", "prediction head"),
+            (r"data_preprocessor\.(mean|std)", "pixel statistics"),
+            QUEUE,
+        ),
+        marker=r"state_dict:(module\.)?(neck\.|head\.fc\.|(encoder_k|target_net)\.module\.).+",
+    ),
+    Source(
+        "VISSL",
+        {"trunk": r"((classy_state_dict/base_model/model/trunk|model_state_dict):)?(base_model\.)?_feature_blocks\."},
+        inside=(CLASSIFIER,),
+    ),
+    Source(
+        "PixPro",
+        {"encoder": r"model:(module\.)?encoder\.", "momentum": r"model:(module\.)?encoder_k\."},
+        inside=(HEAD,),
+        outside=(
+            (r"(module\.)?projector\w*\..+", "projection head"),
+            (r"(module\.)?(value_transform|predictor)\..+", "prediction head"),
+        ),
+    ),
+    Source(
+        "BYOL (PyTorch-BYOL)",
+        {
+            "online": r"(online_network_state_dict:encoder\.|encoder_state_dict:)",
+            "target": r"target_network_state_dict:encoder\.",
+        },
+        namings=("children",),
+        outside=((r"projetion\..+", "projection head"),),  # spelt so there
+        pixels=UNSCALED,
+    ),
+    Source(
+        "BYOL (byol-pytorch, BYOL-PyTorch)",
+        {
+            "online": r"(.+:)?(module\.|learner\.)?(online_encoder\.net|online_network\.encoder)\.",
+            "target": r"(.+:)?(module\.|learner\.)?(target_encoder\.net|target_network\.encoder)\.",
+        },
+        namings=("children", "torchvision"),
+        inside=(CLASSIFIER,),
+        outside=(
+            (r"(.+\.)?(online|target)_(encoder|network)\.(projector|projection|projetion)\..+", "projection head"),
+            (r"(.+\.)?(online_)?predictor\..+", "prediction head"),
+        ),
     ),
     Source(
         "SimSiam",
@@ -83,6 +187,14 @@ SOURCES = (
         inside=(HEAD,),
         outside=((r"(module\.)?predictor\..+", "prediction head"),),
         marker=r"(.+:)?(module\.)?predictor\..+",
+    ),
+    Source(
+        "SimCLR (PyTorch ports)",
+        {"encoder": r"(state_dict:)?(module\.)?(backbone|encoder)\."},
+        inside=(HEAD,),
+        outside=((r"(module\.)?projector\..+", "projection head"),),
+        marker=r"(state_dict:)?(module\.)?backbone\.fc\.[02]\.weight|(module\.)?projector\.[02]\.weight",
+        pixels=UNSCALED,
     ),
     Source(
         "SwAV",
@@ -120,6 +232,12 @@ SOURCES = (
         marker=r"(state_dict:)?(.+\.)?(projection_head|prediction_head|student_head)\..+",
     ),
     Source(
+        "Hugging Face transformers",
+        {"model": r"(resnet\.)?"},
+        namings=("transformers",),
+        outside=((r"classifier\.1\.(weight|bias)", "classifier"),),
+    ),
+    Source(
         "Detectron2",
         {"backbone": r"(model:)?(backbone\.(bottom_up\.)?)?"},
         namings=("detectron2",),
@@ -134,6 +252,22 @@ SOURCES = (
         moves=((r"^(model:)?roi_heads\.res5\.", r"\1backbone.res5."),),
     ),
     Source(
+        "Caffe2 with BatchNorm statistics",
+        {"model": r"(blobs:)?"},
+        namings=("caffe2",),
+        inside=DETECTOR_BLOBS,
+        marker=r"(blobs:)?res_conv1_bn_riv",
+        pixels=None,
+    ),
+    Source(
+        "MSRA (Caffe2)",
+        {"model": r"(blobs:)?"},
+        namings=("caffe2",),
+        inside=DETECTOR_BLOBS,
+        pixels=MSRA,
+        scale_only=True,
+    ),
+    Source(
         "timm training run",
         {"model": r"state_dict:", "ema": r"state_dict_ema:"},
         inside=(CLASSIFIER,),
@@ -144,34 +278,26 @@ SOURCES = (
         {"model": r"((state_dict|model):)?(module\.)?"},
         inside=(CLASSIFIER,),
     ),
+    Source(
+        "Lightning module",
+        {"": r"state_dict:(\w+\.)+"},
+        namings=("torchvision", "children"),
+        inside=(HEAD,),
+        outside=(
+            (r"(.+\.)?(fc|classifier|linear|head)\..+", "classifier"),
+            (r"(.+\.)?(projector|projection|projection_head)\..+", "projection head"),
+            (r"(.+\.)?(criterion|loss\w*)\..+", "loss"),
+        ),
+        pixels=None,
+    ),
 )
-
-_CHILDREN = {"0.": "conv1.", "1.": "bn1.", "4.": "layer1.", "5.": "layer2.", "6.": "layer3.", "7.": "layer4."}
-
-
-def _children(name: str) -> str:
-    """torchvision's name of a tensor in `nn.Sequential(*resnet.children())`."""
-    start, dot, rest = name.partition(".")
-    return _CHILDREN.get(start + dot, start + dot) + rest
-
-
-def _detectron2(name: str) -> str:
-    try:
-        return to_torchvision(name)
-    except UserError:
-        return name
-
-
-NAMINGS = {
-    # naming: (its name of the stem's convolution, of the first block's, function to torchvision's names)
-    "torchvision": ("conv1.weight", "layer1.0.conv1.weight", lambda name: name),
-    "children": ("0.weight", "4.0.conv1.weight", _children),
-    "detectron2": ("stem.conv1.weight", "res2.0.conv1.weight", _detectron2),
-}
 
 COUNTERS = (r"(.+\.)?num_batches_tracked", "batch counters")
 REFUSED = (
-    (r"(.+[.:])?conv1\.[03]\.weight", "has a stem of three convolutions (resnet*d, *c, *s), which Detectron2 lacks"),
+    (
+        r"(.+[.:])?(conv1|backbone\.stem)\.[03]\.weight",
+        "has a stem of three convolutions (resnet*d, *c, *s), which Detectron2 lacks",
+    ),
     (r"(.+\.)?layer1\.0\.(se|conv2_se|attn)\..+", "has attention in its blocks (SE, ECA), which Detectron2 lacks"),
     (r"(.+\.)?layer1\.0\.conv2\.(conv|fc1)\.weight", "has split-attention blocks (ResNeSt), which Detectron2 lacks"),
     (r"(.+[.:])?(cls_token|patch_embed\..+)", "is a vision transformer, not a ResNet"),
@@ -213,7 +339,7 @@ def flatten(path: object, loaded: dict[str, Any]) -> Iterator[tuple[str, Tensor]
 
 def candidates(tensors: dict[str, Tensor]) -> list[Candidate]:
     """Every backbone among `tensors`, in the order of their keys, each with the first row that fits it."""
-    found = []
+    found: list[Candidate] = []
     for naming, (stem, block, _) in NAMINGS.items():
         for key, tensor in tensors.items():
             prefix = key.removesuffix(stem)
@@ -235,6 +361,23 @@ def _identify(prefix: str, naming: str, tensors: dict[str, Tensor]) -> Candidate
     return Candidate(None, prefix, prefix, naming)
 
 
+def _distinct(tensors: dict[str, Tensor], found: list[Candidate]) -> list[Candidate]:
+    """`found` less those whose every tensor is that of an earlier one: one backbone saved under two names."""
+    kept: list[tuple[Candidate, dict[str, Tensor]]] = []
+    for candidate in found:
+        rename = NAMINGS[candidate.naming][2]
+        rest = ((k[len(candidate.prefix) :], t) for k, t in tensors.items() if k.startswith(candidate.prefix))
+        own = {rename(name): tensor for name, tensor in rest}
+        own = {name: tensor for name, tensor in own.items() if re.match(r"(conv1|bn1|layer[1-4])\.", name)}
+        if len(found) == 1 or not any(_same(own, other) for _, other in kept):
+            kept.append((candidate, own))
+    return [candidate for candidate, _ in kept]
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def choose(path: object, tensors: dict[str, Tensor], branch: str | None) -> Candidate:
     """The backbone to convert; `branch` is a branch's name or the literal prefix of its keys.
 
@@ -249,12 +392,14 @@ def choose(path: object, tensors: dict[str, Tensor], branch: str | None) -> Cand
     if not found:
         shown = ", ".join(repr(key) for key in list(tensors)[:3]) or "none"
         raise UserError(f"{path}: holds no ResNet backbone (first tensors: {shown}); give a ResNet's weights")
-    chosen = [c for c in found if branch in (None, c.branch, c.prefix)]
-    choices = " or ".join(f"--branch {c.branch or repr(c.prefix)}" for c in found)
+    distinct = _distinct(tensors, found)
+    chosen = distinct if branch is None else [c for c in found if branch == c.prefix]
+    chosen = chosen or [c for c in distinct if branch == c.branch] or [c for c in found if branch == c.branch]
+    choices = " or ".join(f"--branch {c.branch or c.prefix}" for c in distinct)
     if not chosen:
         raise UserError(f"{path}: has no branch {branch!r}; choose {choices}")
     if len(chosen) > 1:
-        raise UserError(f"{path}: holds {len(found)} backbones; choose one with {choices}")
+        raise UserError(f"{path}: holds {len(distinct)} backbones; choose one with {choices}")
     refuse_small_stem(path, tuple(tensors[chosen[0].prefix + NAMINGS[chosen[0].naming][0]].shape))
     if chosen[0].source is None and branch is None:
         raise UserError(
