@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torchvision.datasets import ImageFolder
-from view_cases import encode, photograph
 
 from loco_det.data.sources import Source, ZipSource, open_source
 from loco_det.errors import UserError
@@ -71,6 +69,8 @@ UNLABELLED = {name: (contents(name), None) for name in FILES}
 
 @pytest.mark.parametrize("format", ["auto", "folder"])
 def test_class_folders_come_in_torchvisions_order(folder, format):
+    from torchvision.datasets import ImageFolder  # here, as every spawned process below imports this file
+
     source, reference = open_source(folder, format), ImageFolder(folder)
     samples = [sample for sample in reference.samples if not Path(sample[0]).name.startswith(".")]
     assert source.classes == reference.classes
@@ -282,7 +282,7 @@ def test_class_folders_asked_for_must_be_class_folders(folder):
 def test_zip64_and_comments(tmp_path):
     """Offsets come from the index whatever stands around the members."""
     path = tmp_path / "prefixed.zip"
-    data = encode(photograph(8, 8), "PNG")
+    data = bytes(range(256)) * 3
     with zipfile.ZipFile(path, "w") as archive:
         with archive.open("a/1.png", "w", force_zip64=True) as member:
             member.write(data)
