@@ -16,6 +16,7 @@ import torch
 import torchvision
 import yaml
 from convert_cases import prefixed, randomised
+from safetensors.torch import load_file
 
 from loco_det.artifact import describe, load_backbone, save_backbone
 from loco_det.backbone import ResNet
@@ -176,8 +177,8 @@ def test_options_that_cannot_be_used(r18: Path, tmp_path: Path, options: dict, s
 
 
 def test_outputs_that_cannot_be_used(r18: Path, folder: Path) -> None:
-    with pytest.raises(UserError, match=r"ends in \.pkl"):
-        convert(r18, r18.with_suffix(".pth"))
+    with pytest.raises(UserError, match=r"end it in \.pkl for Detectron2, or in \.pth"):
+        convert(r18, r18.with_suffix(".onnx"))
     with pytest.raises(UserError, match="is the input too"):
         convert(folder / "r50.pkl", folder / "r50.pkl")
     with pytest.raises(UserError, match="cannot be written"):
@@ -283,3 +284,57 @@ def test_the_command_passes_its_options_on(folder: Path, tmp_path: Path, capsys:
     assert run_job("convert", [str(tmp_path / "plain.pth"), str(output), *given, "--stride-in-1x1", "yes"]) == 0
     assert "BGR, mean 1 2 3, std 4 5 6" in capsys.readouterr().out
     assert load_backbone_weights(output)[1].stride_in_1x1 is True
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_backbone_for_torchvision_and_timm(folder: Path, tmp_path: Path, suffix: str) -> None:
+    """From Detectron2's names back to torchvision's: every tensor bit for bit, loaded as their users load it."""
+    path = tmp_path / f"r50{suffix}"
+    account = convert(folder / "r50.pkl", path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert account.proof["float64"]["res5"]["relative"] <= TOLERANCE
+    state = load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)
+    before = torch.load(folder / "r50.pth", weights_only=True)
+    assert state.keys() == {k for k in before if not k.startswith("fc.") and "num_batches" not in k}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+    model = torchvision.models.resnet50().eval()
+    model.fc = torch.nn.Identity()
+    model.load_state_dict(state, strict=True)
+    timm = pytest.importorskip("timm")
+    other = timm.create_model("resnet50", num_classes=0, checkpoint_path=str(path)).eval()  # strict as well
+    x = torch.randn(1, 3, 65, 90, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(x)
+        assert (other(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_there_and_back_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    """.safetensors is our own artifact, so the manifest goes along."""
+    convert(folder / "r50.pkl", tmp_path / "r50.safetensors")
+    _, manifest = load_backbone(tmp_path / "r50.safetensors")
+    assert manifest.proof["tolerance"] == TOLERANCE
+    convert(tmp_path / "r50.safetensors", tmp_path / "r50.pkl")
+    tensors, again = load_backbone_weights(tmp_path / "r50.pkl")
+    before, first = load_backbone_weights(folder / "r50.pkl")
+    assert again == manifest == first
+    assert tensors.keys() == before.keys()
+    assert all(torch.equal(tensors[name], before[name]) for name in before)
+
+
+def test_a_stride_that_torchvision_lacks_is_not_written_for_it(folder: Path, tmp_path: Path) -> None:
+    torch.save(load_backbone_weights(folder / "r50.pkl")[0], tmp_path / "msra.pth")
+    with pytest.raises(UserError, match="torchvision and timm cannot be told"):
+        convert(tmp_path / "msra.pth", tmp_path / "out.pth", **MSRA, stride_in_1x1=True)
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_the_account_as_json(r18: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run_job("convert", [str(r18), str(tmp_path / "out.pkl"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["source"], facts["architecture"]) == ("torchvision or timm ResNet", "resnet18")
+    assert facts["read"] == 122 == len(facts["converted"]) + sum(map(len, facts["dropped"].values()))
+    assert facts["converted"]["layer1.0.bn1.bias"] == "layer1.0.bn1.bias"
+    assert len(facts["dropped"]["batch counters"]) == 20
+    assert facts["pixels"]["order"] == "RGB"
+    assert list(facts["proof"]["float32"]) == ["stem", "res2", "res3", "res4", "res5"]
+    assert facts["written"] == [str(tmp_path / "out.pkl"), str(tmp_path / "out.yaml")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -60,6 +60,21 @@ class Account:
     made: list[str] = field(default_factory=list)
     pixels: Pixels = field(default_factory=Pixels)
     proof: dict[str, Any] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """The account and the proof as plain data, for JSON; `converted` is torchvision's name -> key in the file."""
+        return {
+            "source": self.source,
+            "branch": self.branch,
+            "architecture": self.architecture.name,
+            "pixels": asdict(self.pixels),
+            "read": self.read,
+            "converted": {name: self.keys.get(name, name) for name in self.converted if name not in self.made},
+            "added": self.made,
+            "dropped": self.dropped,
+            "new": dict(NEW_IN_DETECTOR),
+            "proof": self.proof,
+        }
 
     def lines(self) -> list[str]:
         """The account and the proof as aligned plain text."""

@@ -1,4 +1,4 @@
-"""Any known ResNet checkpoint -> Detectron2 weights: load safely, recognise, account, write, prove.
+"""Any known ResNet checkpoint -> Detectron2's or torchvision's weights: load safely, recognise, account, write, prove.
 
 `convert` is the command; `load_backbone_weights` and `load_checkpoint` are how training reads MODEL.WEIGHTS.
 """
@@ -15,7 +15,7 @@ from loco_det.artifact import HEADER_KEY, Manifest, Stage, decode_manifest, load
 from loco_det.backbone import stage_channels, stage_strides, tensors_hash
 from loco_det.convert.account import Account, take_account
 from loco_det.convert.architecture import check_tensors, recognise
-from loco_det.convert.export import write_pickle, yaml_text
+from loco_det.convert.export import WRITERS, yaml_text
 from loco_det.convert.load import load_tensors, safetensors_metadata
 from loco_det.convert.prove import prove
 from loco_det.convert.sources import Pixels, Triple
@@ -35,7 +35,11 @@ def convert(
     pixel_std: Triple | None = None,
     stride_in_1x1: bool | None = None,
 ) -> Account:
-    """Write `output` (.pkl, Detectron2's format) and the YAML fragment beside it; returns the account with proof.
+    """Write `output` and return the account with proof.
+
+    The suffix of `output` says what it is: .pkl is Detectron2's format, with the YAML fragment written beside it; .pth
+    and .safetensors have torchvision's names, which `torchvision.models.resnet*` and timm load, the latter with our
+    manifest in its header.
 
     Args:
         source: our own artifact or any checkpoint that `sources.SOURCES` knows.
@@ -49,29 +53,45 @@ def convert(
         UserError: the file or an option cannot be used, or the proof fails; nothing is left at `output` then.
     """
     source, output = Path(source), Path(output)
-    if output.suffix != ".pkl":
-        raise UserError(f"{output}: Detectron2 tells the format from the name; give an output that ends in .pkl")
+    if output.suffix not in WRITERS:
+        raise UserError(
+            f"{output}: the name must say the format; end it in .pkl for Detectron2, or in .pth or .safetensors for "
+            "torchvision and timm"
+        )
     if output.absolute() == source.absolute():
         raise UserError(f"{output}: is the input too; give the output another name")
     account, manifest, known = _read(source, branch)
     stated = _stated(source, account, manifest, known, channel_order, pixel_mean, pixel_std, stride_in_1x1)
     account.pixels = stated
     manifest = manifest or _describe(account)
-    tensors = {to_detectron2(name): tensor for name, tensor in account.converted.items()}
+    for_detectron2, write = output.suffix == ".pkl", WRITERS[output.suffix]
+    if stated.stride_in_1x1 and not for_detectron2:
+        raise UserError(
+            f"{output}: these weights have their stride in the 1x1 convolution, which torchvision and timm cannot be "
+            "told; write a .pkl for Detectron2"
+        )
+    tensors = {to_detectron2(n): t for n, t in account.converted.items()} if for_detectron2 else account.converted
     with atomic_write(output) as file:
-        write_pickle(file, tensors, manifest)
-        written = load_tensors(file.name)["model"]
+        write(file, tensors, manifest)
+        written = _backbone_in(file.name, for_detectron2)
         try:
             account.proof = prove(account.converted, written, account.architecture, stated, image)
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
         manifest = msgspec.structs.replace(manifest, proof=account.proof)
-        write_pickle(file, tensors, manifest)
-        if tensors_hash(load_tensors(file.name)["model"].items()) != tensors_hash(written.items()):
+        write(file, tensors, manifest)
+        if tensors_hash(_backbone_in(file.name, for_detectron2).items()) != tensors_hash(written.items()):
             raise UserError(f"{output}: the disk gave back other bytes than were written; choose another disk")
-    with atomic_write(output.with_suffix(".yaml"), "w") as file:
-        file.write(yaml_text(output, manifest, account.architecture))
+    if for_detectron2:
+        with atomic_write(output.with_suffix(".yaml"), "w") as file:
+            file.write(yaml_text(output, manifest, account.architecture))
     return account
+
+
+def _backbone_in(path: str, for_detectron2: bool) -> dict[str, Tensor]:
+    """Detectron2's names -> tensors of a file that `convert` wrote."""
+    loaded = load_tensors(path)
+    return loaded["model"] if for_detectron2 else {to_detectron2(name): tensor for name, tensor in loaded.items()}
 
 
 def load_backbone_weights(path: str | Path, branch: str | None = None) -> tuple[dict[str, Tensor], Manifest | None]:

@@ -1,4 +1,6 @@
-"""Detectron2's file for a backbone: OUTPUT.pkl, and OUTPUT.yaml with the keys that must agree with it."""
+"""The files a conversion can write: Detectron2's OUTPUT.pkl with the OUTPUT.yaml of the keys that must agree with it,
+and torchvision's names as OUTPUT.pth or, with the manifest, as OUTPUT.safetensors.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,11 @@ from typing import IO, Any
 
 import msgspec
 import numpy as np
+import torch
+from safetensors.torch import save
 from torch import Tensor
 
-from loco_det.artifact import Manifest
+from loco_det.artifact import HEADER_KEY, Manifest
 from loco_det.convert.architecture import Architecture
 
 
@@ -47,6 +51,26 @@ def write_pickle(file: IO[bytes], tensors: dict[str, Tensor], manifest: Manifest
     pickler.fast = True  # keeps no list of what was written, so one array at a time is in memory twice
     pickler.dump(content)
     file.flush()
+
+
+def write_torch(file: IO[bytes], tensors: dict[str, Tensor], manifest: Manifest) -> None:
+    """The .pth: what `resnet50().state_dict()` saves, less classifier and counters; it has no room for a manifest."""
+    file.seek(0)
+    file.truncate()
+    torch.save({name: tensor.clone() for name, tensor in tensors.items()}, file)  # a view would take its file along
+    file.flush()
+
+
+def write_safetensors(file: IO[bytes], tensors: dict[str, Tensor], manifest: Manifest) -> None:
+    """The .safetensors: torchvision's names, and the manifest in the header, as `artifact.save_backbone` has them."""
+    file.seek(0)
+    file.truncate()
+    file.write(save(tensors, metadata={HEADER_KEY: msgspec.json.encode(manifest).decode()}))
+    file.flush()
+
+
+WRITERS = {".pkl": write_pickle, ".pth": write_torch, ".safetensors": write_safetensors}
+"""Suffix of the output -> (file, tensors, manifest) -> None; only the .pkl has Detectron2's names."""
 
 
 def yaml_text(weights: Path, manifest: Manifest, architecture: Architecture) -> str:
