@@ -42,6 +42,7 @@ from pretrain.decoders import Decoder
 from pretrain.loco import METHODS, LocalTrainer, split_backbone
 from pretrain.loss import embedding_health, nt_xent
 from pretrain.optim import build_optimizer, learning_rate
+from pretrain.sync_batchnorm import sync_anywhere
 
 MIN_STD = 0.05  # of the embeddings, where 1 is spread over the sphere; below it the training has collapsed
 HEALTH_IMAGES = 128  # pairs that alignment and uniformity are computed from; their cost grows with the square
@@ -74,6 +75,7 @@ class Learner(nn.Module):
             )
             for unit in self.units
         )
+        sync_anywhere(self.decoders)
         self.temperature, self.chunk = cfg.LOSS.TEMPERATURE, cfg.LOSS.CHUNK
         self.embeddings: dict[int, Tensor] = {}  # of the last step, for the monitoring
 
@@ -97,7 +99,7 @@ def build_backbone(cfg: CfgNode) -> ResNet:
         raise UserError(f"BACKBONE.STEM is {cfg.BACKBONE.STEM!r}; use imagenet or cifar")
     if cfg.BACKBONE.NORM not in ("BN", "SyncBN"):
         raise UserError(f"BACKBONE.NORM is {cfg.BACKBONE.NORM!r}; use BN or SyncBN")
-    return ResNet(names[cfg.BACKBONE.NAME], stem=cfg.BACKBONE.STEM, norm=cfg.BACKBONE.NORM)
+    return sync_anywhere(ResNet(names[cfg.BACKBONE.NAME], stem=cfg.BACKBONE.STEM, norm=cfg.BACKBONE.NORM))
 
 
 def unit_names(cfg: CfgNode) -> list[list[str]]:

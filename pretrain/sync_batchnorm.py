@@ -1,0 +1,78 @@
+"""BatchNorm over the batch of all processes that also runs on a CPU, where torch's own refuses to.
+
+Shape legend: b images on this process, C channels, N numbers of one channel on all processes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loco_det.runtime import world_size
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """As `torch.nn.SyncBatchNorm`, which it still is on a GPU; on a CPU the sums travel over gloo."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.device.type != "cpu" or not self.training or world_size() == 1:
+            return super().forward(input)
+        output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps)
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.to(self.running_mean), share)
+                self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), share)
+        return output
+
+
+class _Normalise(torch.autograd.Function):
+    """(b, C, ...) by the mean and biased variance over all processes, which are returned in float64 beside it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        around = [d for d in range(x.ndim) if d != 1]
+        here = x.numel() / x.shape[1]
+        variance, mean = (t.double() for t in torch.var_mean(x.float() if x.itemsize < 4 else x, around, correction=0))
+        sums = torch.cat([mean * here, (variance + mean**2) * here, mean.new_tensor([here])])
+        dist.all_reduce(sums)
+        count = sums[-1]
+        mean, square = (sums[:-1] / count).chunk(2)
+        variance = (square - mean**2).clamp(min=0)
+        ctx.save_for_backward(x, weight, mean, variance, count)
+        ctx.eps, ctx.around = eps, around
+        ctx.mark_non_differentiable(mean, variance, count)
+        shifted = F.batch_norm(x, mean.to(weight), variance.to(weight), weight, bias, eps=eps)
+        return shifted, mean, variance, count
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, variance, count = ctx.saved_tensors
+        shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
+        inverse = (variance + ctx.eps).rsqrt()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x, gradient = x.to(wide) - mean.to(wide).view(shape), gradient.to(wide)
+        own = torch.cat([gradient.sum(ctx.around), (gradient * x).sum(ctx.around)]).double()
+        sums = own.clone()
+        dist.all_reduce(sums)
+        total, along = (sums / count).chunk(2)
+        slope = (along * inverse**2).to(wide).view(shape)
+        scale = (inverse * weight.double()).to(wide).view(shape)
+        to_input = ((gradient - total.to(wide).view(shape) - x * slope) * scale).to(ctx.saved_tensors[0].dtype)
+        to_bias, to_weight = own.chunk(2)
+        return to_input, (to_weight * inverse).to(weight), to_bias.to(weight), None
+
+
+def sync_anywhere(module: nn.Module) -> nn.Module:
+    """`module` with every torch SyncBatchNorm inside replaced by the one above; tensors and names stay."""
+    for name, child in module.named_children():
+        if type(child) is nn.SyncBatchNorm:
+            new = SyncBatchNorm(child.num_features, child.eps, child.momentum)
+            new.load_state_dict(child.state_dict())
+            setattr(module, name, new)
+        else:
+            sync_anywhere(child)
+    return module
