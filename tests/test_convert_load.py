@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import io
+import json
 import os
 import pickle
 import re
@@ -123,6 +124,54 @@ def test_safetensors_read(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(2, 3), "b": torch.arange(4)}
     safetensors.torch.save_file(tensors, tmp_path / "w.safetensors")
     assert_same(load_tensors(tmp_path / "w.safetensors"), tensors)
+
+
+def sharded(folder: Path, suffix: str = "safetensors") -> tuple[Path, dict[str, torch.Tensor]]:
+    """Two shards and their index, as huggingface_hub lays them out."""
+    tensors = {"a": torch.randn(2, 3), "b": torch.arange(4), "c": torch.ones(1)}
+    files = {f"model-0000{n}-of-00002.{suffix}": names for n, names in ((1, ["a", "b"]), (2, ["c"]))}
+    for file, names in files.items():
+        save = safetensors.torch.save_file if suffix == "safetensors" else torch.save
+        save({name: tensors[name] for name in names}, folder / file)
+    places = {name: file for file, names in files.items() for name in names}
+    path = folder / f"model.{suffix}.index.json"
+    path.write_text(json.dumps({"metadata": {"total_size": 60}, "weight_map": places}))
+    return path, tensors
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_an_index_reads_as_its_files_together(tmp_path: Path, suffix: str) -> None:
+    path, tensors = sharded(tmp_path, suffix)
+    assert_same(load_tensors(path), tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"d": "model-00002-of-00002.safetensors"}, "tensor 'd' is in only one of model-00002"),
+        ({"c": "model-00001-of-00002.safetensors"}, "tensor 'c' is in only one of model-00001"),
+        ({"c": "model-00003-of-00002.safetensors"}, "model-00003-of-00002.safetensors: cannot be read"),
+        ({"c": "../x.safetensors"}, "is no weights file beside it"),
+        ({"c": "/etc/passwd"}, "is no weights file beside it"),
+        ({"c": "model.safetensors.index.json"}, "is no weights file beside it"),
+        ({"c": 3}, "no weight_map of tensor and file names"),
+        (None, "no weight_map of tensor and file names"),
+    ],
+)
+def test_an_index_that_lies_is_refused(tmp_path: Path, change: dict | None, said: str) -> None:
+    path, _ = sharded(tmp_path)
+    index = json.loads(path.read_text())
+    index["weight_map"] = None if change is None else index["weight_map"] | change
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_tensors(path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}", b'{"weight_map": {"a": 1, "a": 2}}', b"{\xff}", b'{"a":' * 100_000])
+def test_a_damaged_index_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.index.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"m\.index\.json"):
+        load_tensors(tmp_path / "m.index.json")
 
 
 def test_loading_a_large_file_reads_only_what_is_used(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import mmap
+import re
 import struct
 import warnings
 import zipfile
@@ -45,7 +46,8 @@ def load_tensors(path: str | Path) -> dict[str, Any]:
     """The whole content of a weights file: nested dicts, lists and tuples of tensors, numbers and strings.
 
     Tensors are CPU tensors of the stored dtype that share the file's pages; treat them as read-only. Settings
-    objects of known libraries are left out (None in their place). A safetensors file is one flat dict.
+    objects of known libraries are left out (None in their place). A safetensors file is one flat dict, and so are
+    the files together that a `*.index.json` names.
 
     Raises:
         UserError: missing, damaged, of no known kind, or asking for anything but plain data.
@@ -83,6 +85,8 @@ def _reader(path: Path, start: bytes) -> Callable[[Path, mmap.mmap], Any]:
         return _read_legacy
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER:
         return _read_safetensors
+    if start.lstrip().startswith(b"{") and path.name.endswith(".index.json"):
+        return _read_index
     if start[0] == 0x80 or path.suffix in (".pkl", ".pickle"):
         return lambda _, data: _plain(read_pickle(data), _no_storage)
     for magic, what in _OTHER_KINDS.items():
@@ -202,6 +206,28 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         raise Refused(f"names {max(names, key=names.count)!r:.100} twice in its header")
+    return found
+
+
+# An index of several files -----------------------------------------------------------------------------------------
+
+
+def _read_index(path: Path, data: mmap.mmap) -> dict[str, Tensor]:
+    """All tensors of the files beside `path` that a model.safetensors.index.json names, as one flat dict."""
+    index = json.loads(bytes(data[: MAX_HEADER + 1]), object_pairs_hook=_unique)
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{path}: has no weight_map of tensor and file names; take an intact copy")
+    found: dict[str, Tensor] = {}
+    for shard in dict.fromkeys(places.values()):
+        if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", shard):
+            raise UserError(f"{path}: names {shard!r:.100}, which is no weights file beside it; take an intact copy")
+        tensors = load_tensors(path.with_name(shard))
+        named = {name for name, file in places.items() if file == shard}
+        if tensors.keys() != named:
+            odd = min(map(str, tensors.keys() ^ named))
+            raise UserError(f"{path}: tensor {odd!r:.100} is in only one of {shard} and its index; take both anew")
+        found.update(tensors)
     return found
 
 
