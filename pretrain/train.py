@@ -195,9 +195,11 @@ def _train(
             average.start(list(learner.decoders.parameters()))
             average.finish()
             _check_finite(losses, learner, step, batch.index, source)
+            scaler.unscale_(optimizer)
+            norms = gradient_norms(learner.backbone) if monitor.due(step) else {}  # optimizers may change .grad
             scaler.step(optimizer)
             scaler.update()
-            progress.advance(**monitor(step, losses, lr))
+            progress.advance(**monitor(step, losses, lr, norms))
             done = step + 1
             if done % cfg.CHECKPOINT_PERIOD == 0 or done == total or stop.received:
                 _save(cfg, state, done)
@@ -264,16 +266,20 @@ class Monitor:
         self.steps = 0
         self.warned = False
 
-    def __call__(self, step: int, losses: list[Tensor], lr: float) -> dict[str, float]:
+    def due(self, step: int) -> bool:
+        """Whether this step gets a line."""
+        return step == 0 or (step + 1) % self.cfg.LOG_PERIOD == 0
+
+    def __call__(self, step: int, losses: list[Tensor], lr: float, norms: dict[str, Tensor]) -> dict[str, float]:
         self.steps += 1
         values = {f"loss/{label}": loss for label, loss in zip(self.learner.unit_labels, losses)}
-        if (step + 1) % self.cfg.LOG_PERIOD and step:
+        if not self.due(step):
             return {label: loss.item() for label, loss in values.items()}
         for i, label in enumerate(self.learner.unit_labels):
             first, second = self.learner.embeddings[i].chunk(2)
             few = torch.cat([first[:HEALTH_IMAGES], second[:HEALTH_IMAGES]])
             values.update({f"{name}/{label}": value for name, value in embedding_health(few).items()})
-        means = reduce_mean(values)
+        means = reduce_mean({**values, **norms})
         seconds, waiting = self.stopwatch.lap()
         rate = self.steps * self.cfg.SOLVER.BATCH_SIZE / seconds
         self.steps = 0
@@ -293,6 +299,16 @@ class Monitor:
                     label,
                     means[f"std/{label}"],
                 )
+
+
+@torch.no_grad()
+def gradient_norms(backbone: ResNet) -> dict[str, Tensor]:
+    """Euclidean norm of each stage's gradient, {"grad_norm/stem": scalar, ..., "grad_norm/res5": scalar}."""
+    norms = {}
+    for name in backbone.stage_names:
+        each = [p.grad.norm() for p in getattr(backbone, name).parameters() if p.grad is not None]
+        norms[f"grad_norm/{name}"] = torch.stack(each).norm()
+    return norms
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from loco_det.errors import UserError
 from loco_det.names import to_detectron2
 from pretrain.checkpoint import latest_checkpoint
 from pretrain.defaults import get_cfg
-from pretrain.train import pretrain
+from pretrain.train import gradient_norms, pretrain
 
 SMALL = {
     "BACKBONE.NAME": "resnet18",
@@ -80,7 +80,18 @@ def test_every_method_writes_a_backbone_that_says_what_it_is(
     lines = trace(tmp_path)
     assert [line["iteration"] for line in lines] == [0, 1, 2]
     assert sum(key.startswith("loss/") for key in lines[0]) == units
+    assert all(lines[0][f"grad_norm/{stage}"] > 0 for stage in ("stem", "res2", "res3", "res4", "res5"))
     assert all(np.isfinite(value) for line in lines for value in line.values())
+
+
+def test_gradient_norms_are_those_of_all_gradients_of_a_stage() -> None:
+    torch.manual_seed(0)
+    backbone = ResNet(18)
+    backbone(torch.randn(2, 3, 32, 32))["res5"].sum().backward()
+    norms = gradient_norms(backbone)
+    assert list(norms) == [f"grad_norm/{name}" for name in ("stem", "res2", "res3", "res4", "res5")]
+    flat = torch.cat([p.grad.flatten() for p in backbone.res3.parameters()])
+    torch.testing.assert_close(norms["grad_norm/res3"], flat.norm(), rtol=1e-5, atol=0)
 
 
 def test_every_stage_learns(images: Path, tmp_path: Path) -> None:
@@ -174,10 +185,10 @@ def test_a_signal_saves_and_says_how_to_go_on(images: Path, tmp_path: Path, monk
 
     original = train.Monitor.__call__
 
-    def interrupted(self, step, losses, lr):
+    def interrupted(self, step, *values):
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, step, losses, lr)
+        return original(self, step, *values)
 
     monkeypatch.setattr(train.Monitor, "__call__", interrupted)
     with pytest.raises(UserError, match="stopped by SIGTERM after step 2; --resume"):
