@@ -34,6 +34,17 @@ def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
+def caffe2_name(name: str) -> str:
+    """Caffe2 Detectron's name of a torchvision ResNet tensor."""
+    leaf = {"weight": "s", "bias": "b", "running_mean": "rm", "running_var": "riv"}
+    if name.startswith(("conv1.", "bn1.")):
+        return "conv1_w" if name == "conv1.weight" else f"res_conv1_bn_{leaf[name.split('.')[-1]]}"
+    stage, block, part, *rest = name.split(".")
+    branch = "1" if part == "downsample" else "2" + "abc"[int(part[-1]) - 1]
+    norm = part.startswith("bn") or rest[0] == "1"
+    return f"res{int(stage[-1]) + 1}_{block}_branch{branch}_" + (f"bn_{leaf[rest[-1]]}" if norm else "w")
+
+
 class Reduce:
     """Pickles as a call of `function` with `arguments`."""
 

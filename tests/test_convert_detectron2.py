@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from convert_cases import randomised
+from convert_cases import caffe2_name, randomised
 
 from loco_det.backbone import ResNet
 from loco_det.convert import convert, load_backbone_weights, load_checkpoint
+from loco_det.convert.namings import NAMINGS
+from loco_det.names import to_torchvision
 
 pytest.importorskip("detectron2")
+ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.detectron2
 
 
@@ -109,3 +112,42 @@ def test_msra_stride(folder: Path, tmp_path: Path) -> None:
     x = torch.randn(1, 3, 97, 130, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert_same_features(model.backbone.bottom_up(x), mine(x))
+
+
+@pytest.mark.parametrize("name", ["coco_loco_r50", "coco_loco_r50_c4", "coco_loco_r50_faster"])
+def test_a_detector_goes_to_the_other_engine_and_back_bit_for_bit(tmp_path: Path, name: str) -> None:
+    """Detectron2's checkpoint -> our detector -> a checkpoint -> a fresh detector of Detectron2's."""
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import get_cfg as stock_cfg
+    from detectron2.modeling import build_model as stock_model
+
+    from loco_det.config import load_config
+    from loco_det.detection.rcnn import build_model
+    from loco_det.detection.schema import get_cfg
+    from loco_det.detection.weights import load_weights
+
+    cfg = stock_cfg()
+    cfg.merge_from_file(str(ROOT / "configs" / f"{name}.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    theirs = randomised(stock_model(cfg))
+    DetectionCheckpointer(theirs, str(tmp_path)).save("theirs")
+    given = ["MODEL.WEIGHTS", str(tmp_path / "theirs.pth"), "MODEL.DEVICE", "cpu"]
+    settings = load_config(get_cfg(), f"configs/{name}.yaml", given)
+    ours = randomised(build_model(settings), seed=1)
+    load_weights(ours, settings)
+    torch.save({"model": ours.state_dict()}, tmp_path / "ours.pth")
+    back = randomised(stock_model(cfg), seed=2)
+    DetectionCheckpointer(back).load(str(tmp_path / "ours.pth"))
+    before, after = theirs.state_dict(), back.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_caffe2_names_are_those_that_detectron2_reads() -> None:
+    from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
+
+    with torch.device("meta"):
+        names = [to_torchvision(name) for name in ResNet(50, norm="FrozenBN").state_dict()]
+    blobs = [caffe2_name(name) for name in names]
+    assert [to_torchvision(name) for name in convert_basic_c2_names(blobs)] == names
+    assert [NAMINGS["caffe2"][2](blob) for blob in blobs] == names

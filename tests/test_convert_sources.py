@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from convert_cases import prefixed, randomised
+from convert_cases import caffe2_name, prefixed, randomised
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -379,16 +379,6 @@ def caffe2_blobs(statistics: bool) -> tuple[dict, dict]:
             blobs[caffe2_name(name)] = tensor
     blobs["res2_0_branch2a_w_momentum"] = torch.ones(1)
     return blobs, plain
-
-
-def caffe2_name(name: str) -> str:
-    leaf = {"weight": "s", "bias": "b", "running_mean": "rm", "running_var": "riv"}
-    if name.startswith(("conv1.", "bn1.")):
-        return "conv1_w" if name == "conv1.weight" else f"res_conv1_bn_{leaf[name.split('.')[-1]]}"
-    stage, block, part, *rest = name.split(".")
-    branch = "1" if part == "downsample" else "2" + "abc"[int(part[-1]) - 1]
-    norm = part.startswith("bn") or rest[0] == "1"
-    return f"res{int(stage[-1]) + 1}_{block}_branch{branch}_" + (f"bn_{leaf[rest[-1]]}" if norm else "w")
 
 
 def test_caffe2_names_of_bottlenecks() -> None:
