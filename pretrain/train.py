@@ -264,6 +264,7 @@ class Monitor:
     def __init__(self, cfg: CfgNode, learner: Learner, stopwatch: Stopwatch) -> None:
         self.cfg, self.learner, self.stopwatch = cfg, learner, stopwatch
         self.steps = 0
+        self.rate = 0.0  # images a second, between the last two lines
         self.warned = False
 
     def due(self, step: int) -> bool:
@@ -274,19 +275,19 @@ class Monitor:
         self.steps += 1
         values = {f"loss/{label}": loss for label, loss in zip(self.learner.unit_labels, losses)}
         if not self.due(step):
-            return {label: loss.item() for label, loss in values.items()}
+            return {**{label: loss.item() for label, loss in values.items()}, "img/s": self.rate}
         for i, label in enumerate(self.learner.unit_labels):
             first, second = self.learner.embeddings[i].chunk(2)
             few = torch.cat([first[:HEALTH_IMAGES], second[:HEALTH_IMAGES]])
             values.update({f"{name}/{label}": value for name, value in embedding_health(few).items()})
         means = reduce_mean({**values, **norms})
         seconds, waiting = self.stopwatch.lap()
-        rate = self.steps * self.cfg.SOLVER.BATCH_SIZE / seconds
+        self.rate = self.steps * self.cfg.SOLVER.BATCH_SIZE / seconds
         self.steps = 0
-        extra = {"lr": lr, "images_per_second": rate, "data_wait_share": waiting / seconds}
+        extra = {"lr": lr, "images_per_second": self.rate, "data_wait_share": waiting / seconds}
         append_metrics(self.cfg.OUTPUT_DIR, {"iteration": step, **means, **extra})
         self._warn_of_collapse(means, step)
-        return {**{k: v for k, v in means.items() if k.startswith("loss/")}, "img/s": rate}
+        return {**{k: v for k, v in means.items() if k.startswith("loss/")}, "img/s": self.rate}
 
     def _warn_of_collapse(self, means: dict[str, float], step: int) -> None:
         for label in self.learner.unit_labels:
