@@ -25,8 +25,8 @@ from loco_det.runtime import log, setup_logging, write_json
 
 METHODS = ("random", "gim", "simclr", "loco")
 TRAIN_IMAGES, VAL_IMAGES = 400, 100
-SHOWN_IMAGES = (0, 1, 2, 3)
-SHOWN_SCORE = 0.5
+SHOWN_IMAGES = (2, 3, 4, 5)
+SHOWN_SCORE = 0.3
 
 
 def quickstart(out: Path, *, pretrain: Callable[[str, list[str]], Path], seed: int = 0) -> dict[str, Any]:
