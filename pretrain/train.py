@@ -124,8 +124,7 @@ def pretrain(cfg: CfgNode, resume: bool = False) -> Path:
     Raises:
         UserError: unusable configuration or data, a loss that is not finite, a stop by signal (after saving).
     """
-    output = Path(cfg.OUTPUT_DIR)
-    setup_logging(output)
+    setup_logging(cfg.OUTPUT_DIR)
     device = resolve_device(cfg.DEVICE)
     torch.manual_seed(cfg.SEED)  # the same weights on every process
     if cfg.SOLVER.BATCH_SIZE < 1 or cfg.SOLVER.BATCH_SIZE % world_size():
@@ -138,10 +137,8 @@ def pretrain(cfg: CfgNode, resume: bool = False) -> Path:
         raise UserError(f"LOSS.CHUNK is {cfg.LOSS.CHUNK}; use a number of rows, such as 1024, or 0 for all at once")
     if cfg.SOLVER.EPOCHS < 1 and cfg.SOLVER.MAX_STEPS < 1:
         raise UserError("SOLVER.EPOCHS and SOLVER.MAX_STEPS are both below 1; set one of them")
-    if is_main():
-        with atomic_write(output / "config.yaml", "w") as file:
-            file.write(cfg.dump())
     if cfg.METHOD == "random" and not cfg.UNITS:
+        _write_config(cfg)
         backbone = build_backbone(cfg).to(device)
         seed_everything(cfg.SEED)
         step = measure_batchnorm(backbone, loader, device)
@@ -166,6 +163,7 @@ def _train(
     schedule = learning_rate(cfg, total, loader.steps_per_epoch)
     state = {"learner": learner, "optimizer": optimizer, "scaler": scaler}
     start = _restore(cfg, state) if resume else 0
+    _write_config(cfg)  # only now, for a run that may not be resumed keeps the configuration that it was made with
     trim_metrics(cfg.OUTPUT_DIR, start)
     average = GradientAverage()
     trainer = LocalTrainer(
@@ -201,11 +199,19 @@ def _train(
             scaler.update()
             progress.advance(**monitor(step, losses, lr, norms))
             done = step + 1
-            if done % cfg.CHECKPOINT_PERIOD == 0 or done == total or stop.received:
+            stopped = _stopped(stop, device)
+            if done % cfg.CHECKPOINT_PERIOD == 0 or done == total or stopped:
                 _save(cfg, state, done)
-            if stop.received and done < total:
-                raise UserError(f"stopped by {stop.received} after step {done}; --resume continues from there")
+            if stopped and done < total:
+                by = stop.received or "a signal"
+                raise UserError(f"stopped by {by} after step {done}; --resume continues from there")
     return total
+
+
+def _stopped(stop: StopSignal, device: torch.device) -> bool:
+    """Whether any process was told to stop; all must leave after the same step or the others wait for ever."""
+    flag = torch.tensor(float(stop.received is not None), device=device)
+    return reduce_mean({"stop": flag})["stop"] > 0
 
 
 def _input(batch: TwoViews, device: torch.device) -> Tensor:
@@ -348,6 +354,12 @@ def config_hash(cfg: CfgNode) -> str:
             node = node[parent]
         del node[leaf]
     return hashlib.sha256(cfg.dump().encode()).hexdigest()
+
+
+def _write_config(cfg: CfgNode) -> None:
+    if is_main():
+        with atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", "w") as file:
+            file.write(cfg.dump())
 
 
 def _save(cfg: CfgNode, state: dict[str, object], step: int) -> None:

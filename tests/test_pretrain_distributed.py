@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det.artifact import load_backbone
 from loco_det.config import load_config
+from loco_det.errors import UserError
 from loco_det.runtime import launch, rank, world_size
+from pretrain import train
 from pretrain.average import GradientAverage
 from pretrain.defaults import get_cfg
 from pretrain.loco import LocalTrainer, Unit, running_statistics_kept
@@ -48,6 +53,23 @@ def worker(settings: list[str], folder: str) -> None:
     torch.save([step(*case) for case in CASES], Path(folder) / f"{rank()}.pt")
     for method in UNITS:
         pretrain(configuration(settings, f"{folder}/{method}", method))
+    (Path(folder) / f"stopped{rank()}").write_text(stopped_run(configuration(settings, f"{folder}/stopped", "loco")))
+
+
+def stopped_run(cfg: CfgNode) -> str:
+    """What a run says in this process when only process 1 gets a signal."""
+    original = train.Monitor.__call__
+
+    def interrupted(self, *args):
+        if rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Monitor, "__call__", interrupted)
+        with pytest.raises(UserError) as error:
+            pretrain(cfg)
+    return str(error.value)
 
 
 def configuration(settings: list[str], output: str, method: str):
@@ -101,6 +123,12 @@ def test_a_run_of_two_processes_equals_one(method: str, two: Path, settings: lis
     together, _ = load_backbone(two / method / "backbone.safetensors")
     for name, tensor in load_backbone(path)[0].items():
         torch.testing.assert_close(together[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(two: Path) -> None:
+    assert (two / "stopped0").read_text().startswith("stopped by a signal after step 1;")
+    assert (two / "stopped1").read_text().startswith("stopped by SIGTERM after step 1;")
+    assert len(list((two / "stopped").glob("checkpoint_00000001.pth"))) == 1
 
 
 def test_alone_it_is_torch_batchnorm_and_statistics_can_be_kept() -> None:

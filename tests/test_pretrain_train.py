@@ -166,6 +166,7 @@ def test_resume_needs_the_same_configuration(images: Path, tmp_path: Path) -> No
     pretrain(config(images, tmp_path))
     with pytest.raises(UserError, match="made with another configuration"):
         pretrain(config(images, tmp_path, LOSS__TEMPERATURE=0.5), resume=True)
+    assert load_config(get_cfg(), tmp_path / "config.yaml").LOSS.TEMPERATURE == 0.1  # still the run's own
     assert pretrain(config(images, tmp_path, LOG_PERIOD=7), resume=True).is_file()
 
 
