@@ -75,6 +75,7 @@ def test_torch_files_read_as_torch_reads_them(tmp_path: Path, name: str, modern:
     assert_same(load_tensors(path), torch.load(path, weights_only=False))
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.4."), reason="torch 2.4 cannot save uint16")
 def test_newer_dtypes_read_as_torch_reads_them(tmp_path: Path) -> None:
     path = tmp_path / "c.pth"
     torch.save({"a": torch.arange(5).to(torch.uint16)}, path)

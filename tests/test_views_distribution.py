@@ -25,6 +25,11 @@ from loco_det.errors import UserError
 SIMCLR = view_config(224, {"PRESET": "simclr"})
 
 
+def make_params(transform: v2.Transform, image: torch.Tensor) -> dict:
+    """What `transform` draws for the image; torchvision before 0.21 keeps the method private."""
+    return (getattr(transform, "make_params", None) or transform._get_params)([image])
+
+
 def params_of(config: ViewConfig, height: int, width: int, count: int, seed: int = 0) -> list[ViewParams]:
     return [draw_view(config, height, width, view_draws(seed, 0, index)[0]) for index in range(count)]
 
@@ -63,12 +68,12 @@ def test_same_numbers_give_the_same_crop_and_colours(preset, height, width, feed
         ours = views._draw_crop(config.crop_scale, height, width, used)
         count = len(draws) - len(list(used))
         feed[:] = draws
-        theirs = crop.make_params([image])
+        theirs = make_params(crop, image)
         assert ours == (theirs["top"], theirs["left"], theirs["height"], theirs["width"])
         assert len(feed) == len(draws) - count  # and after as many draws
 
         feed[:] = draws
-        theirs = jitter.make_params([image])
+        theirs = make_params(jitter, image)
         ours = views._draw_jitter(config.jitter, iter(draws))
         assert [name for name, _ in ours] == [
             ("brightness", "contrast", "saturation", "hue")[i] for i in theirs["fn_idx"].tolist()
@@ -105,7 +110,7 @@ def torchvision_params(config: ViewConfig, height: int, width: int, count: int) 
     blur, image = v2.GaussianBlur(23, config.blur_sigma), torch.zeros(3, height, width)
     drawn = []
     for _ in range(count):
-        box, colour = crop.make_params([image]), jitter.make_params([image])
+        box, colour = make_params(crop, image), make_params(jitter, image)
         names = [("brightness", "contrast", "saturation", "hue")[i] for i in colour["fn_idx"].tolist()]
         drawn.append(
             ViewParams(
@@ -113,7 +118,7 @@ def torchvision_params(config: ViewConfig, height: int, width: int, count: int) 
                 bool(torch.rand(1) < config.flip_prob),
                 tuple((n, colour[f"{n}_factor"]) for n in names) if torch.rand(1) < config.jitter_prob else (),
                 bool(torch.rand(1) < config.gray_prob),
-                blur.make_params([image])["sigma"][0] if torch.rand(1) < config.blur_prob else 0.0,
+                make_params(blur, image)["sigma"][0] if torch.rand(1) < config.blur_prob else 0.0,
                 False,
             )
         )
