@@ -343,7 +343,7 @@ def test_it_learns_one_image() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     batch = cases.our_batch(train=True)[:1]
     history = []
-    for _ in range(40):
+    for _ in range(60):
         losses = model(batch)
         history.append({name: loss.item() for name, loss in losses.items()})
         optimizer.zero_grad()
