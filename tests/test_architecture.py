@@ -196,7 +196,7 @@ def test_the_architecture_page_has_a_sentence_on_every_file() -> None:
     files = {f.relative_to(ROOT).as_posix() for f in FILES.values()} | {
         f"tools/{f.name}" for f in (ROOT / "tools").glob("*.py")
     }
-    entries = "\n".join(re.findall(r"^\d+\. .*?\n(?=\d+\.|\n)", page, re.MULTILINE | re.DOTALL))
+    entries = "\n".join(re.findall(r"^- .*?\n(?=- |\n)", page, re.MULTILINE | re.DOTALL))
     named = set(re.findall(r"`((?:loco_det|pretrain|tools)/[\w/]+\.py)`", entries))
     assert named - files == set(), "files that are not there"
     assert {f for f in files if not f.endswith("__init__.py")} - named == set(), "files without a sentence"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -68,9 +70,15 @@ def test_from_images_and_backbone_to_ap(arguments, tmp_path):
     command = subprocess.run([*TRAIN_NET, *arguments()], capture_output=True, text=True, cwd=tmp_path)
     assert command.returncode == 0, command.stderr
     out = tmp_path / "out"
-    assert {"config.yaml", "log.txt", "metrics.json", "model_final.pth", "last_checkpoint"} <= {
+    assert {"config.yaml", "log.txt", "metrics.json", "run.json", "model_final.pth", "last_checkpoint"} <= {
         p.name for p in out.iterdir()
     }
+    record = json.loads((out / "run.json").read_text())
+    weights = (Path(os.environ["DETECTRON2_DATASETS"]) / "backbone.pkl").read_bytes()
+    assert record["weights"]["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert record["weights"]["method"] == "loco"
+    assert set(record["datasets"]) == {"shapes_train", "shapes_val"}
+    assert record["environment"]["packages"]["torch"] == importlib.metadata.version("torch")
     first, last = lines(out)
     assert first["iteration"] == 3
     assert {"total_loss", "loss_mask", "lr", "time", "data_time"} <= set(first)

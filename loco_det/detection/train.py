@@ -1,7 +1,7 @@
 """Training a detector: one loop for both engines, from a configuration to a checkpoint and its AP.
 
 What it leaves in OUTPUT_DIR is what Detectron2 leaves: config.yaml, metrics.json, model_*.pth, last_checkpoint,
-inference/coco_instances_results.json.
+inference/coco_instances_results.json; and run.json, which says what went in.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from loco_det.detection import engine_d2, solver
 from loco_det.detection.checkpoint import Checkpointer, read_last
 from loco_det.detection.inference import evaluate, flatten, read_categories
 from loco_det.detection.loop import Run, check_frozen, frozen_hashes, train
+from loco_det.detection.record import write_record
 from loco_det.detection.weights import apply_weights, load_weights
 from loco_det.errors import UserError
 from loco_det.runtime import (
@@ -63,7 +64,7 @@ def train_net(
     cfg = _prepare(cfg, eval_only)
     model = module.build_model(cfg)
     if eval_only:
-        _load_for_evaluation(model, cfg, resume)
+        _load_for_evaluation(model, cfg, module, resume)
         results = evaluate(cfg, model, module, evaluator)
         append_metrics(cfg.OUTPUT_DIR, flatten(results))
         return results
@@ -164,14 +165,14 @@ def _common_seed(seed: int) -> int:
     return int(drawn)
 
 
-def _load_for_evaluation(model: nn.Module, cfg: CfgNode, resume: bool) -> None:
+def _load_for_evaluation(model: nn.Module, cfg: CfgNode, engine: ModuleType, resume: bool) -> None:
     last = read_last(cfg.OUTPUT_DIR) if resume else None
     if last is not None:
         apply_weights(model, last, cfg)
         return
     if not cfg.MODEL.WEIGHTS:
         raise UserError("MODEL.WEIGHTS is empty, so there is nothing to evaluate; give a detector's checkpoint.")
-    load_weights(model, cfg)
+    write_record(cfg, engine.NAME, load_weights(model, cfg))
 
 
 def start_run(cfg: CfgNode, engine: ModuleType, model: nn.Module, resume: bool, drawn: bool) -> Run:
@@ -183,7 +184,7 @@ def start_run(cfg: CfgNode, engine: ModuleType, model: nn.Module, resume: bool, 
     if resume and last is None:
         log.info("nothing to resume in %s: starting from MODEL.WEIGHTS", cfg.OUTPUT_DIR)
     if last is None:
-        load_weights(model, cfg)
+        write_record(cfg, engine.NAME, load_weights(model, cfg))
     device = torch.device(cfg.MODEL.DEVICE)
     optimizer = solver.build_optimizer(cfg, model)
     schedule = solver.build_schedule(cfg, optimizer)

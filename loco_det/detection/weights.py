@@ -56,8 +56,11 @@ class Weights:
         return any(STAGE.match(name) for name in self.tensors)
 
 
-def load_weights(model: nn.Module, cfg: CfgNode) -> None:
+def load_weights(model: nn.Module, cfg: CfgNode) -> Weights | None:
     """Fill `model` from MODEL.WEIGHTS; with "" it keeps its random initialisation, and the log says so.
+
+    Returns:
+        What was loaded; None with "".
 
     Raises:
         UserError: the file is missing, damaged, of unknown names, contradicts the configuration, or does not fit.
@@ -65,8 +68,10 @@ def load_weights(model: nn.Module, cfg: CfgNode) -> None:
     path = cfg.MODEL.WEIGHTS
     if not path:
         log.info("MODEL.WEIGHTS is empty: every layer starts from random values")
-        return
-    apply_weights(model, read_weights(path), cfg)
+        return None
+    weights = read_weights(path)
+    apply_weights(model, weights, cfg)
+    return weights
 
 
 def read_weights(path: str | Path) -> Weights:

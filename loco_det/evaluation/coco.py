@@ -70,17 +70,21 @@ def evaluate_coco(
     return {iou_type: _summarise(values, truth.categories) for iou_type, values in precision.items()}
 
 
-def _hotcoco(
-    truth: GroundTruth, detections: Detections, iou_types: Sequence[str], max_dets: int
-) -> dict[str, np.ndarray]:
-    """{iou type: precision (T, R, K, A) float64, -1 where undefined}."""
+def hotcoco_evaluations(
+    truth: GroundTruth, detections: Detections, iou_types: Sequence[str], max_dets: int = 100
+) -> dict[str, hotcoco.COCOeval]:
+    """{iou type: hotcoco's evaluation, evaluated and accumulated}, for whoever wants more than AP.
+
+    Raises:
+        UserError: hotcoco cannot read the ground truth.
+    """
     try:
         gt = hotcoco.COCO(str(truth.path))
     except ValueError as error:
         raise UserError(f"hotcoco cannot read {truth.path} ({error}); try --evaluator pycocotools.") from error
     d = detections
     columns = np.column_stack([d.image_ids, d.boxes, d.scores, d.category_ids]).astype(np.float64)
-    precision = {}
+    evaluations = {}
     for iou_type in iou_types:
         if iou_type == "bbox" or not len(columns):
             dt = gt.load_res(columns)
@@ -92,8 +96,16 @@ def _hotcoco(
         evaluation.params.max_dets = [max_dets]  # AP needs no other
         evaluation.evaluate()
         evaluation.accumulate()
-        precision[iou_type] = np.asarray(evaluation.eval["precision"])[..., -1]
-    return precision
+        evaluations[iou_type] = evaluation
+    return evaluations
+
+
+def _hotcoco(
+    truth: GroundTruth, detections: Detections, iou_types: Sequence[str], max_dets: int
+) -> dict[str, np.ndarray]:
+    """{iou type: precision (T, R, K, A) float64, -1 where undefined}."""
+    evaluations = hotcoco_evaluations(truth, detections, iou_types, max_dets)
+    return {iou_type: np.asarray(e.eval["precision"])[..., -1] for iou_type, e in evaluations.items()}
 
 
 def _pycocotools(
