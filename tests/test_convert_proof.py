@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from loco_det.artifact import describe, load_backbone, save_backbone
 from loco_det.backbone import ResNet
 from loco_det.cli import run_job
-from loco_det.convert import conversion, convert, load_backbone_weights
+from loco_det.convert import conversion, convert, load_any_backbone, load_backbone_weights
 from loco_det.convert.architecture import Architecture
 from loco_det.convert.prove import TOLERANCE, made_image, prove
 from loco_det.convert.sources import Pixels
@@ -110,6 +110,28 @@ def test_features_equal_those_of_timm(folder: Path) -> None:
         found, expected = backbone_of(folder / "r50.pkl")(x), other(x)
     for name, tensor in zip(("res2", "res3", "res4", "res5"), expected[1:]):
         assert (found[name] - tensor).abs().max() <= 1e-5 * tensor.abs().max()
+
+
+def test_any_backbone_as_a_network(folder: Path, tmp_path: Path) -> None:
+    """From a foreign checkpoint and from our own .pkl: the same features as torchvision's, and what they need."""
+    other = torchvision.models.resnet50().eval()
+    other.load_state_dict(torch.load(folder / "r50.pth", weights_only=True))
+    layers = torch.nn.Sequential(*list(other.children())[:-2])
+    x = torch.randn(1, 3, 65, 90, generator=torch.Generator().manual_seed(0))
+    for path in (folder / "r50.pth", folder / "r50.pkl"):
+        network, manifest = load_any_backbone(path)
+        assert not network.training
+        assert (manifest.architecture, manifest.channel_order) == ("resnet50", "RGB")
+        with torch.no_grad():
+            found, expected = network(x)["res5"], layers(x)
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    tensors, _ = load_backbone_weights(folder / "r50.pkl")
+    torch.save(tensors, tmp_path / "d2.pth")
+    with pytest.raises(UserError, match="does not say what pixels"):
+        load_any_backbone(tmp_path / "d2.pth")
+    network, manifest = load_any_backbone(tmp_path / "d2.pth", norm="FrozenBN", **MSRA, stride_in_1x1=True)
+    assert (manifest.stride_in_1x1, network.res3[0].conv1.stride) == (True, (2, 2))
+    assert network.state_dict().keys() == tensors.keys()
 
 
 def test_converting_what_was_converted_changes_nothing(folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Any known ResNet checkpoint -> Detectron2's or torchvision's weights: load safely, recognise, account, write, prove.
 
-`convert` is the command; `load_backbone_weights` and `load_checkpoint` are how training reads MODEL.WEIGHTS.
+`convert` is the command; `load_any_backbone` gives the network itself for whoever wants its features;
+`load_backbone_weights` and `load_checkpoint` are how training reads MODEL.WEIGHTS.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import msgspec
 from torch import Tensor
 
 from loco_det.artifact import HEADER_KEY, Manifest, Stage, decode_manifest, load_backbone
-from loco_det.backbone import stage_channels, stage_strides, tensors_hash
+from loco_det.backbone import ResNet, stage_channels, stage_strides, tensors_hash
 from loco_det.convert.account import Account, take_account
 from loco_det.convert.architecture import check_tensors, recognise
 from loco_det.convert.export import WRITERS, yaml_text
@@ -92,6 +93,39 @@ def _backbone_in(path: str, for_detectron2: bool) -> dict[str, Tensor]:
     """Detectron2's names -> tensors of a file that `convert` wrote."""
     loaded = load_tensors(path)
     return loaded["model"] if for_detectron2 else {to_detectron2(name): tensor for name, tensor in loaded.items()}
+
+
+def load_any_backbone(
+    path: str | Path,
+    branch: str | None = None,
+    *,
+    norm: str = "BN",
+    channel_order: str | None = None,
+    pixel_mean: Triple | None = None,
+    pixel_std: Triple | None = None,
+    stride_in_1x1: bool | None = None,
+) -> tuple[ResNet, Manifest]:
+    """The backbone of any checkpoint that `convert` reads, as a network in evaluation mode, and what it expects.
+
+    Args:
+        path, branch, channel_order, pixel_mean, pixel_std, stride_in_1x1: as `convert`'s.
+        norm: the network's BatchNorm, a name that `backbone.make_norm` takes: "BN", "SyncBN" or "FrozenBN".
+
+    Returns:
+        The network (float32, CPU): (B, 3, H, W), normalised by the manifest's `pixel_mean` and `pixel_std` (0-255
+        units) in its `channel_order`, -> every stage's output by name. And the manifest, made from what is known of
+        the source where the file is not loco_det's own.
+
+    Raises:
+        UserError: as `convert`.
+    """
+    path = Path(path)
+    account, manifest, known = _read(path, branch)
+    account.pixels = _stated(path, account, manifest, known, channel_order, pixel_mean, pixel_std, stride_in_1x1)
+    model = account.architecture.build(stride_in_1x1=account.pixels.stride_in_1x1, norm=norm)
+    counters = {name: t for name, t in model.state_dict().items() if name.endswith("num_batches_tracked")}
+    model.load_state_dict({**{to_detectron2(n): t for n, t in account.converted.items()}, **counters}, strict=True)
+    return model.eval(), manifest or _describe(account)
 
 
 def load_backbone_weights(path: str | Path, branch: str | None = None) -> tuple[dict[str, Tensor], Manifest | None]:
