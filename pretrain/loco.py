@@ -209,6 +209,8 @@ class LocalTrainer:
         losses: for each unit, from its last stage's output (2B, C, H, W) to a scalar (a decoder and NT-Xent).
         on_final: called with a stage's position once its weight gradients are final, in the middle of the step;
             the place for an all-reduce.
+        on_start: called with a stage's position just before its forward; the last moment to bring its weights up to
+            date with the step before.
         recompute: positions of the stages that keep no activations.
     """
 
@@ -219,11 +221,12 @@ class LocalTrainer:
         losses: list[Callable[[Tensor], Tensor]],
         on_final: Callable[[int], None] | None = None,
         recompute: Collection[int] = (),
+        on_start: Callable[[int], None] | None = None,
     ) -> None:
         self.stages, self.units, self.losses, self.recompute = stages, units, losses, frozenset(recompute)
         self.plan = plan_passes(units, len(stages))
         self.parameters = [[p for p in stage.parameters() if p.requires_grad] for stage in stages]
-        self.on_final = on_final
+        self.on_final, self.on_start = on_final, on_start
 
     def step(
         self,
@@ -246,6 +249,8 @@ class LocalTrainer:
         alive: dict[int, _Forward] = {}
         losses: dict[int, Tensor] = {}
         for k, stage in enumerate(self.stages):
+            if self.on_start is not None:
+                self.on_start(k)
             x = x.detach()  # the stop-gradient: from here on autograd cannot see the stage below
             x.requires_grad_(any(p.input for p in self.plan[k]))
             with context(), torch.set_grad_enabled(k not in self.recompute):

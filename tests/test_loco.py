@@ -173,6 +173,24 @@ def test_gradients_are_final_when_on_final_says_so() -> None:
             assert torch.equal(a, b)
 
 
+def test_on_start_comes_before_the_forward_that_needs_the_weights() -> None:
+    _, stages, units, _, losses = build(METHODS["loco"])
+    calls: list[tuple[str, int]] = []
+    for k, stage in enumerate(stages):
+        stage.module.register_forward_pre_hook(lambda *_, k=k: calls.append(("forward", k)))
+    trainer = LocalTrainer(
+        [s.module for s in stages],
+        units,
+        losses,
+        on_final=lambda k: calls.append(("final", k)),
+        on_start=lambda k: calls.append(("start", k)),
+    )
+    trainer.step(torch.randn(4, 3, 16, 16, dtype=torch.float64))
+    starts = [call for call in calls if call[0] != "final"]
+    assert starts == [(name, k) for k in range(4) for name in ("start", "forward")]
+    assert calls.index(("final", 0)) < calls.index(("start", 2))
+
+
 def test_scale_multiplies_every_gradient() -> None:
     x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
     results = []
