@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "loco_det.quickstart": BASE
     | {f"loco_det.{room}" for room in ("data", "evaluation", "convert", "detection", "report")},
     "loco_det.cli": BASE
-    | {f"loco_det.{room}" for room in ("convert", "detection", "doctor", "quickstart")}
+    | {f"loco_det.{room}" for room in ("convert", "detection", "doctor", "quickstart", "report")}
     | {"pretrain"},
 }
 # The import name of a distribution, where the two differ.

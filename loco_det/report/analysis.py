@@ -1,0 +1,224 @@
+"""Every number on the page, as plain data: means over seeds, paired differences, errors by kind, curves.
+
+AP is what each run recorded. Where its detections and the ground truth are at hand they are evaluated once more,
+which must give that AP again, and are then taken apart: hotcoco has the paired bootstrap over images, the errors by
+kind (TIDE, Bolya et al. 2020) and the precision at every recall.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hotcoco
+import msgspec
+import numpy as np
+
+from loco_det.errors import UserError
+from loco_det.evaluation.coco import hotcoco_evaluations
+from loco_det.evaluation.coco_checks import check_results, read_ground_truth
+from loco_det.report.runs import DetectorRun, Runs
+from loco_det.report.statistics import summarise
+from loco_det.runtime import Progress, log
+
+SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+CURVES = {"0.50": 0, "0.75": 5}  # IoU threshold -> its place among .50:.05:.95
+AGREES = 1e-6  # percent; the recorded AP went through JSON, nothing else
+
+
+@dataclass
+class Taken:
+    """A run's detections, evaluated: one hotcoco evaluation for each IoU type."""
+
+    run: DetectorRun
+    evaluations: dict[str, Any]
+
+
+def experiments(runs: Runs, baseline: str | None, resamples: int, missing: list[str]) -> list[dict[str, Any]]:
+    """One entry for each experiment, in the order of its first run; what there is not is added to `missing`.
+
+    Args:
+        baseline: the backbone that others are compared with; None for the first of each experiment.
+        resamples: of the paired bootstrap over images; 0 for none.
+
+    Raises:
+        UserError: no run has `baseline`'s name.
+    """
+    if baseline is not None and baseline not in {run.backbone for run in runs.detectors}:
+        names = ", ".join(dict.fromkeys(run.backbone for run in runs.detectors))
+        raise UserError(f"--baseline {baseline}: no run has this backbone; there are {names}")
+    groups: dict[str, list[DetectorRun]] = {}
+    for run in runs.detectors:
+        if not run.recorded:
+            missing.append(f"{run.path}: not evaluated yet, so it is in no table")
+            continue
+        groups.setdefault(json.dumps(run.experiment, sort_keys=True, default=str), []).append(run)
+    titles = [group[0].title for group in groups.values()]
+    found = []
+    with Progress(sum(map(len, groups.values())), "report", unit="runs") as progress:
+        for group, title in zip(groups.values(), titles):
+            shown = title if titles.count(title) == 1 else f"{title} ({_differences(group[0], groups, title)})"
+            found.append({"title": shown, **_experiment(group, baseline, resamples, missing, progress)})
+    return found
+
+
+def _differences(run: DetectorRun, groups: dict[str, list[DetectorRun]], title: str) -> str:
+    """The keys that tell experiments of one title apart, with this run's values."""
+    others = [group[0].experiment for group in groups.values() if group[0].title == title]
+    own = run.experiment
+    keys = [key for key in own if any(other.get(key) != own[key] for other in others)]
+    return ", ".join(f"{key} {own[key]}" for key in keys[:4]) + (", ..." if len(keys) > 4 else "")
+
+
+def _experiment(
+    group: list[DetectorRun], baseline: str | None, resamples: int, missing: list[str], progress: Progress
+) -> dict[str, Any]:
+    names = list(dict.fromkeys(run.backbone for run in group))
+    first = baseline if baseline in names else names[0]
+    taken: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    paired = []
+    for seed in dict.fromkeys(run.seed for run in group):
+        for one, reference in _of_one_seed(group, seed, first, missing, progress):
+            taken[one.run.backbone].append({kind: _apart(e) for kind, e in one.evaluations.items()})
+            if reference is not None and resamples:
+                paired.append(_compare(reference, one, resamples))
+    rows = []
+    for name in names:
+        own = [run for run in group if run.backbone == name]
+        keys = dict.fromkeys(key for run in own for key in run.recorded)
+        rows.append(
+            {
+                "backbone": name,
+                "seeds": [run.seed for run in own],
+                "runs": [str(run.path) for run in own],
+                "numbers": {key: summarise([run.recorded.get(key) for run in own]) for key in keys},
+                "apart": _mean_apart(taken[name]),
+            }
+        )
+    return {"baseline": first, "backbones": rows, "paired": paired, "resamples": resamples}
+
+
+def _of_one_seed(
+    group: list[DetectorRun], seed: int, first: str, missing: list[str], progress: Progress
+) -> Iterator[tuple[Taken, Taken | None]]:
+    """Each run of a seed with that of the baseline, None for the baseline itself; two evaluations alive at a time."""
+    runs = sorted((run for run in group if run.seed == seed), key=lambda run: run.backbone != first)
+    reference = None
+    for run in runs:
+        one = take_apart(run)
+        progress.advance()
+        if isinstance(one, str):
+            missing.append(f"{run.path}: {one}")
+            continue
+        same = reference is not None and reference.run.annotations == run.annotations
+        yield one, reference if same and run.backbone != first else None
+        if run.backbone == first and reference is None:
+            reference = one
+
+
+def take_apart(run: DetectorRun) -> Taken | str:
+    """The run's detections evaluated, or why they cannot be."""
+    if not run.results.is_file():
+        return "its detections (inference/coco_instances_results.json) are not there, so no errors, curves, intervals"
+    annotations = run.annotations
+    if annotations is None or annotations.suffix != ".json":
+        return "its COCO ground truth is not there (set DETECTRON2_DATASETS), so no errors, curves, intervals"
+    kinds = ("bbox", "segm") if run.config["MODEL.MASK_ON"] else ("bbox",)
+    try:
+        truth = read_ground_truth(annotations, kinds)
+        results = msgspec.json.decode(run.results.read_bytes())
+        evaluations = hotcoco_evaluations(truth, check_results(results, truth, kinds), kinds)
+    except (UserError, msgspec.DecodeError) as error:
+        return f"its detections cannot be evaluated again: {error}"
+    for kind, evaluation in evaluations.items():
+        precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
+        again, recorded = 100 * precision[precision > -1].mean(), run.recorded.get(f"{kind}/AP")
+        if recorded is not None and not math.isclose(again, recorded, abs_tol=AGREES):
+            return (
+                f"its detections give {kind} AP {again:.3f} and metrics.json says {recorded:.3f}; evaluate it again "
+                "with --eval-only. No errors, curves, intervals"
+            )
+    return Taken(run, evaluations)
+
+
+def _apart(evaluation: Any) -> dict[str, Any]:
+    """Errors and curves of one evaluation."""
+    precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]  # thresholds, recalls, categories
+    curves = {}
+    for name, place in CURVES.items():
+        defined = np.ma.masked_less(precision[place], 0)
+        curves[name] = defined.mean(1).filled(0).tolist()
+    errors = evaluation.tide_errors()
+    return {
+        "curves": curves,
+        "errors": {name: 100 * float(value) for name, value in errors["delta_ap"].items()},
+        "counts": {name: int(value) for name, value in errors["counts"].items()},
+    }
+
+
+def _mean_apart(taken: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The mean over runs of what `_apart` found, for each IoU type."""
+    if not taken:
+        return None
+    mean = {}
+    for kind in taken[0]:
+        parts = [one[kind] for one in taken]
+        mean[kind] = {
+            "curves": {k: np.mean([p["curves"][k] for p in parts], axis=0).tolist() for k in parts[0]["curves"]},
+            "errors": {k: float(np.mean([p["errors"][k] for p in parts])) for k in parts[0]["errors"]},
+            "counts": {k: float(np.mean([p["counts"][k] for p in parts])) for k in parts[0]["counts"]},
+        }
+    return mean
+
+
+def _compare(reference: Taken, one: Taken, resamples: int) -> dict[str, Any]:
+    """The paired bootstrap over images: both runs are judged on the same resampled images each time."""
+    log.info("bootstrap: %s against %s, seed %d", one.run.backbone, reference.run.backbone, one.run.seed)
+    found: dict[str, Any] = {"backbone": one.run.backbone, "seed": one.run.seed}
+    for kind, evaluation in one.evaluations.items():
+        compared = hotcoco.compare(reference.evaluations[kind], evaluation, n_bootstrap=resamples, seed=0)
+        found[kind] = {
+            name: {
+                "difference": 100 * compared["deltas"][name],
+                "ci95": [100 * compared["ci"][name]["lower"], 100 * compared["ci"][name]["upper"]],
+            }
+            for name in SUMMARY
+            if compared["metrics_a"][name] >= 0  # -1 where there is no object of that size
+        }
+        found["images"] = compared["num_images"]
+    return found
+
+
+def probe_curves(runs: Runs) -> list[dict[str, Any]]:
+    """One entry for each protocol and data set: {"protocol", "data", "backbones": {name: {stage: {...}}}}."""
+    groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for probe in runs.probes:
+        data = probe.content.get("data")
+        path = data.get("path") if isinstance(data, dict) else None
+        key = (str(probe.content.get("protocol", "")), Path(str(path or "")).name)
+        groups.setdefault(key, {}).setdefault(probe.backbone, {}).update(probe.content["stages"])
+    return [{"protocol": p, "data": d, "backbones": backbones} for (p, d), backbones in groups.items()]
+
+
+def inputs(runs: Runs) -> list[dict[str, Any]]:
+    """What went into each detector run, as its run.json says."""
+    found = []
+    for run in runs.detectors:
+        record = run.record or {}
+        found.append(
+            {
+                "run": str(run.path),
+                "backbone": run.backbone,
+                "engine": record.get("engine"),
+                "seed": run.seed,
+                "started": record.get("started"),
+                "weights": record.get("weights") or {"path": run.config["MODEL.WEIGHTS"]},
+                "datasets": record.get("datasets"),
+                "environment": record.get("environment"),
+            }
+        )
+    return found

@@ -1,0 +1,166 @@
+"""The page's charts as inline SVG, by matplotlib. Text and axes take the page's colour, so they suit light and dark."""
+
+from __future__ import annotations
+
+import io
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+# Readable on white and on black alike: Okabe and Ito's without the yellow.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8c8c8c")
+ERRORS = {
+    "Cls": "wrong class",
+    "Loc": "poor box",
+    "Both": "both",
+    "Dupe": "duplicate",
+    "Bkg": "background",
+    "Miss": "missed",
+}
+_INK = "#010203"  # stands for the page's text colour until the SVG is written
+_LINES = 400  # points of a training curve that are drawn
+_RC = {
+    "svg.fonttype": "none",  # text stays text: it takes the page's font and can be searched
+    "svg.hashsalt": "loco_det",
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "font.size": 10,
+}
+
+Series = dict[str, list[tuple[list[float], list[float]]]]  # name -> runs, each (xs, ys)
+
+
+def colour_of(names: Sequence[str]) -> dict[str, str]:
+    """The same colour for a backbone in every chart."""
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+
+
+def _svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str) -> str:
+    """One pair of axes as an SVG element that fills the width it is given; `label` is read out to the blind."""
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        axes.spines[["top", "right"]].set_visible(False)
+        draw(axes)
+        figure.patch.set_alpha(0)
+        axes.patch.set_alpha(0)
+        out = io.BytesIO()
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
+    text = out.getvalue().decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2).replace(_INK, "currentColor")
+    text = _own_ids(text)
+    label = label.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def _own_ids(text: str) -> str:
+    """Ids that no other SVG of the page has: matplotlib counts figure_1, axes_1 anew in each."""
+    prefix = f"c{zlib.crc32(text.encode()):08x}-"
+    text = re.sub(r'\bid="', f'id="{prefix}', text)
+    text = re.sub(r'xlink:href="#', f'xlink:href="#{prefix}', text)
+    return re.sub(r"url\(#", f"url(#{prefix}", text)
+
+
+def seeds(rows: Sequence[dict[str, Any]], key: str, label: str, colours: dict[str, str]) -> str:
+    """Every run a dot, the mean a bar's end, the 95 % interval of the mean a line."""
+
+    def draw(axes: Axes) -> None:
+        for place, row in enumerate(reversed(rows)):
+            numbers = row["numbers"].get(key)
+            if not numbers or not numbers["n"]:
+                continue
+            colour = colours[row["backbone"]]
+            axes.barh(place, numbers["mean"], color=colour, height=0.55, alpha=0.45)
+            axes.plot(numbers["values"], [place] * numbers["n"], "o", color=colour, markersize=4.5)
+            if numbers["ci95"]:
+                axes.plot(numbers["ci95"], [place, place], color=_INK, linewidth=1.2)
+            where = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(f"{numbers['mean']:.1f}", (0, place), fontsize=9, **where)
+        axes.set_yticks(range(len(rows)), [row["backbone"] for row in reversed(rows)])
+        axes.set_xlim(left=0)
+        axes.set_xlabel(label)
+
+    return _svg(draw, (4.6, 0.9 + 0.42 * len(rows)), label)
+
+
+def curves(named: dict[str, list[float]], label: str, colours: dict[str, str]) -> str:
+    """Precision over recall."""
+
+    def draw(axes: Axes) -> None:
+        for name, precision in named.items():
+            recall = [i / (len(precision) - 1) for i in range(len(precision))]
+            axes.plot(recall, precision, color=colours[name], label=name, linewidth=1.6)
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision", title=label)
+        axes.legend(frameon=False, fontsize=8)
+
+    return _svg(draw, (4.2, 3.2), label)
+
+
+def errors(named: dict[str, dict[str, float]], label: str, colours: dict[str, str]) -> str:
+    """AP50 that each kind of error costs."""
+
+    def draw(axes: Axes) -> None:
+        height = 0.8 / len(named)
+        for i, (name, found) in enumerate(named.items()):
+            places = [-k - i * height for k in range(len(ERRORS))]
+            axes.barh(places, [found[kind] for kind in ERRORS], height=0.92 * height, color=colours[name], label=name)
+        middle = (len(named) - 1) * height / 2
+        axes.set_yticks([-k - middle for k in range(len(ERRORS))], ERRORS.values())
+        axes.set(xlabel="AP50 points lost", title=label)
+        axes.legend(frameon=False, fontsize=8)
+
+    return _svg(draw, (4.6, 3.4), label)
+
+
+def lines(series: Series, x: str, y: str, label: str, colours: dict[str, str]) -> str:
+    """Curves over steps, the runs of a backbone in its colour."""
+
+    def draw(axes: Axes) -> None:
+        for name, runs in series.items():
+            for i, (xs, ys) in enumerate(runs):
+                every = max(1, len(xs) // _LINES)
+                axes.plot(
+                    xs[::every],
+                    ys[::every],
+                    color=colours[name],
+                    linewidth=1.2,
+                    alpha=0.8,
+                    marker="o" if len(xs) < 12 else "",
+                    markersize=3,
+                    label=name if i == 0 else None,
+                )
+        axes.set(xlabel=x, ylabel=y, title=label)
+        axes.legend(frameon=False, fontsize=8)
+
+    return _svg(draw, (4.2, 3.0), label)
+
+
+def stages(backbones: dict[str, dict[str, Any]], label: str, colours: dict[str, str]) -> str:
+    """Top-1 accuracy after each stage, with its interval where there is one."""
+
+    def draw(axes: Axes) -> None:
+        names = [s for s in ("stem", "res2", "res3", "res4", "res5") if any(s in found for found in backbones.values())]
+        for name, found in backbones.items():
+            present = [s for s in names if s in found]
+            places, values = [names.index(s) for s in present], [found[s]["top1"] for s in present]
+            axes.plot(places, values, "o-", color=colours[name], label=name, markersize=4)
+            for place, stage in zip(places, present):
+                interval = found[stage].get("top1_interval")
+                if interval:
+                    axes.plot([place, place], interval, color=colours[name], linewidth=1.2)
+        axes.set_xticks(range(len(names)), names)
+        axes.set(ylabel="top-1, percent", title=label)
+        axes.legend(frameon=False, fontsize=8)
+
+    return _svg(draw, (4.2, 3.0), label)

@@ -1,0 +1,266 @@
+"""What a report is made of: the folders of runs, found and read as they are on disk. Nothing here is computed anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loco_det.config import read_yaml
+from loco_det.data.catalog import find_dataset
+from loco_det.errors import UserError
+
+# Keys in which two runs of one experiment may differ: where it ran, its seed, and what belongs to the backbone.
+_FREE = (
+    "OUTPUT_DIR",
+    "SEED",
+    "VIS_PERIOD",
+    "CUDNN_BENCHMARK",
+    "DATALOADER.NUM_WORKERS",
+    "INPUT.FORMAT",
+    "MODEL.DEVICE",
+    "MODEL.PIXEL_MEAN",
+    "MODEL.PIXEL_STD",
+    "MODEL.WEIGHTS",
+    "MODEL.RESNETS.DEPTH",
+    "MODEL.RESNETS.NUM_GROUPS",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS",
+    "MODEL.RESNETS.STRIDE_IN_1X1",
+    "MODEL.RESNETS.WIDTH_PER_GROUP",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.EVAL_PERIOD",
+)
+_PLAIN_NAMES = ("backbone", "backbone_d2", "model_final", "model")  # of weights files; the folder's name says more
+_PROBE_BYTES = 4 << 20  # a larger JSON is no probe's
+
+
+@dataclass
+class DetectorRun:
+    """One run of `loco-det train`.
+
+    Attributes:
+        backbone: the name under which its numbers stand.
+        path: its folder.
+        config: every key of config.yaml, "MODEL.MASK_ON" -> True.
+        metrics: the lines of metrics.json.
+        record: run.json, or None.
+    """
+
+    backbone: str
+    path: Path
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]] = field(repr=False)
+    record: dict[str, Any] | None = field(repr=False)
+
+    @property
+    def seed(self) -> int:
+        return self.record["seed"] if self.record else self.config["SEED"]
+
+    @property
+    def experiment(self) -> dict[str, Any]:
+        """The keys that must agree for two numbers to be comparable."""
+        return {key: value for key, value in self.config.items() if key not in _FREE}
+
+    @property
+    def title(self) -> str:
+        """The experiment in words."""
+        c = self.config
+        kind = "Mask R-CNN" if c["MODEL.MASK_ON"] else "Faster R-CNN"
+        if c["MODEL.META_ARCHITECTURE"] == "ProposalNetwork":
+            kind = "RPN"
+        elif c["MODEL.ROI_HEADS.NAME"] == "CascadeROIHeads":
+            kind = f"Cascade {kind}"
+        form = "FPN" if "fpn" in c["MODEL.BACKBONE.NAME"] else "DC5" if c["MODEL.RESNETS.RES5_DILATION"] > 1 else "C4"
+        frozen = c["MODEL.BACKBONE.FREEZE_AT"]
+        state = "frozen" if frozen >= 5 else f"fine-tuned above res{frozen}" if frozen >= 2 else "fine-tuned"
+        data = ", ".join(c["DATASETS.TRAIN"])
+        return f"{kind} {form}, {state}, {data}, {c['SOLVER.MAX_ITER']} iterations of {c['SOLVER.IMS_PER_BATCH']}"
+
+    @property
+    def recorded(self) -> dict[str, float | None]:
+        """The numbers of the last evaluation, "bbox/AP" -> percent; empty where there was none."""
+        for line in reversed(self.metrics):
+            found = {key: value for key, value in line.items() if "/AP" in key or "/AR" in key}
+            if found:
+                return found
+        return {}
+
+    @property
+    def results(self) -> Path:
+        return self.path / "inference" / "coco_instances_results.json"
+
+    @property
+    def annotations(self) -> Path | None:
+        """The COCO ground truth, if this run is judged by one data set that is still where it was."""
+        names = self.config["DATASETS.TEST"]
+        if len(names) != 1:
+            return None
+        told = ((self.record or {}).get("datasets") or {}).get(names[0])
+        if told and Path(told["path"]).is_file():
+            return Path(told["path"])
+        try:
+            return find_dataset(names[0]).annotations
+        except UserError:
+            return None
+
+
+@dataclass
+class PretrainRun:
+    """One run of `loco-det pretrain`."""
+
+    backbone: str
+    path: Path
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]] = field(repr=False)
+
+
+@dataclass
+class Probe:
+    """One file that `loco-det probe --json` wrote; `content` has "stages" and "protocol"."""
+
+    backbone: str
+    path: Path
+    content: dict[str, Any]
+
+
+@dataclass
+class Runs:
+    """All that was found, in the order in which it was named."""
+
+    detectors: list[DetectorRun] = field(default_factory=list)
+    pretrainings: list[PretrainRun] = field(default_factory=list)
+    probes: list[Probe] = field(default_factory=list)
+
+    def backbones(self) -> list[str]:
+        return list(dict.fromkeys(run.backbone for run in [*self.detectors, *self.pretrainings, *self.probes]))
+
+
+def find_runs(arguments: Sequence[str]) -> Runs:
+    """Every run in the named places.
+
+    Args:
+        arguments: PATH or NAME=PATH; a run's folder, a folder with runs below it at any depth, or a probe's JSON.
+            NAME is the backbone's name for all that is found there.
+
+    Raises:
+        UserError: a path that does not exist or holds no run, a file of a run that cannot be read, or two runs of
+            one name and seed whose backbones are not the same.
+    """
+    runs = Runs()
+    seen: set[Path] = set()
+    for argument in arguments:
+        name, path = _split(argument)
+        if not path.exists():
+            raise UserError(f"{path}: there is no such run; give folders of loco-det train, pretrain or probe results")
+        before = len(seen)
+        for place in _places(path):
+            if place.resolve() not in seen:
+                seen.add(place.resolve())
+                _read(place, name, runs)
+        if len(seen) == before:
+            raise UserError(
+                f"{path}: holds no run: neither a config.yaml with its metrics.json nor a probe's JSON, at any depth"
+            )
+    _check_names(runs)
+    return runs
+
+
+def _split(argument: str) -> tuple[str | None, Path]:
+    name, equals, path = argument.partition("=")
+    if equals and name and not Path(argument).exists():
+        return name, Path(path)
+    return None, Path(argument)
+
+
+def _places(path: Path) -> Iterator[Path]:
+    """config.yaml files and probes' JSON files at or below `path`."""
+    if path.is_file():
+        yield path
+        return
+    for file in sorted(path.rglob("*")):
+        if (file.name == "config.yaml" and (file.parent / "metrics.json").is_file()) or _is_probe(file):
+            yield file
+
+
+def _is_probe(file: Path) -> bool:
+    if file.suffix != ".json" or file.name == "metrics.json" or not file.is_file():
+        return False
+    return file.stat().st_size < _PROBE_BYTES and "stages" in (_json(file) or {})
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _read(place: Path, name: str | None, runs: Runs) -> None:
+    if place.suffix == ".json":
+        content = _json(place)
+        if content is None or "stages" not in content:
+            raise UserError(f"{place}: is no result of loco-det probe; write one with loco-det probe ... --json PATH")
+        backbone = content.get("backbone")
+        told = backbone.get("name") if isinstance(backbone, dict) else None
+        runs.probes.append(Probe(name or _name_of(str(told or place.stem), None), place, content))
+        return
+    folder = place.parent
+    config = dict(_flatten(read_yaml(place)))
+    metrics = _lines(folder / "metrics.json")
+    if "MODEL.META_ARCHITECTURE" in config:
+        record = _json(folder / "run.json")
+        label = name or _name_of(config["MODEL.WEIGHTS"], (record or {}).get("weights"))
+        runs.detectors.append(DetectorRun(label, folder, config, metrics, record))
+    elif "METHOD" in config:
+        runs.pretrainings.append(PretrainRun(name or config["METHOD"], folder, config, metrics))
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.json; a last line that a kill cut off is left out."""
+    found = []
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{file}: line {number} is no JSON ({error}); take an intact copy") from error
+    return found
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _name_of(weights: str, record: dict[str, Any] | None) -> str:
+    """A backbone's name where the user gave none: its method, else its file's name."""
+    if record and record.get("method"):
+        return record["method"]
+    if not weights:
+        return "from scratch"
+    path = Path(weights)
+    return path.parent.name if path.stem in _PLAIN_NAMES and path.parent.name else path.stem
+
+
+def _check_names(runs: Runs) -> None:
+    """Two different backbones must not end up in one row."""
+    known: dict[tuple, DetectorRun] = {}
+    for run in runs.detectors:
+        key = (run.backbone, run.seed, json.dumps(run.experiment, sort_keys=True, default=str))
+        other = known.setdefault(key, run)
+        if other is not run and _weights(other) != _weights(run):
+            raise UserError(
+                f"{other.path} and {run.path} are both called {run.backbone!r}, with the same seed and different "
+                f"weights; name them apart, for instance A={other.path} B={run.path}"
+            )
+
+
+def _weights(run: DetectorRun) -> str:
+    return ((run.record or {}).get("weights") or {}).get("sha256") or run.config["MODEL.WEIGHTS"]

@@ -1,0 +1,360 @@
+"""loco-det report: what is found, what is computed from it, and the page as a browser sees it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tiny_detection import tiny_cfg, write_tiny
+
+from loco_det.cli import main
+from loco_det.errors import UserError
+from loco_det.evaluation.coco import evaluate_coco
+from loco_det.report.analysis import experiments
+from loco_det.report.runs import find_runs
+from loco_det.report.statistics import summarise, t95
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("data"), images=12)
+
+
+@pytest.fixture(autouse=True)
+def _found_there(data, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(data))
+
+
+def detections(data: Path, shift: float, seed: int = 0, keep: float = 1.0) -> list[dict]:
+    """The ground truth's boxes and masks, moved by up to `shift` pixels, each found with probability `keep`."""
+    rng = np.random.default_rng(seed)
+    truth = json.loads((data / "tiny/annotations/instances_val.json").read_text())
+    coco = COCO.__new__(COCO)
+    coco.imgs = {image["id"]: image for image in truth["images"]}
+    found = []
+    for a in truth["annotations"]:
+        score, (dx, dy) = float(rng.random()), rng.uniform(-shift, shift, 2).tolist()
+        if rng.random() < keep:
+            x, y, w, h = a["bbox"]
+            rle = coco.annToRLE(a)
+            mask = {"size": rle["size"], "counts": rle["counts"].decode()}
+            found.append(
+                {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": [x + dx, y + dy, w, h],
+                 "score": score, "segmentation": mask}
+            )  # fmt: skip
+    return found
+
+
+def make_run(folder: Path, data: Path, found: list[dict], method: str | None = None, **changes: object) -> Path:
+    """A folder as `loco-det train` leaves it, with these detections and their AP."""
+    cfg = tiny_cfg(folder, **changes)
+    (folder / "inference").mkdir(parents=True)
+    (folder / "config.yaml").write_text(cfg.dump())
+    (folder / "inference/coco_instances_results.json").write_text(json.dumps(found))
+    results = evaluate_coco(data / "tiny/annotations/instances_val.json", found)
+    flat = {f"{k}/{n}": None if math.isnan(v) else v for k, numbers in results.items() for n, v in numbers.items()}
+    lines = [{"iteration": i, "total_loss": 3.0 - i / 10} for i in range(5)] + [{"iteration": 6, **flat}]
+    (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if method:
+        weights = {"path": f"{method}.pkl", "sha256": method.encode().hex() * 4, "method": method}
+        record = {"seed": cfg.SEED, "engine": "torchvision", "started": "2030-01-01", "weights": weights}
+        record |= {"datasets": {}, "environment": None}
+        (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture
+def runs(data, tmp_path) -> Path:
+    """random and loco, two seeds each: loco's boxes are nearer to the truth."""
+    for seed in (0, 1):
+        make_run(tmp_path / f"runs/random{seed}", data, detections(data, 9, seed, 0.8), "random", SEED=seed)
+        make_run(tmp_path / f"runs/loco{seed}", data, detections(data, 2, seed), "loco", SEED=seed)
+    return tmp_path / "runs"
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 7, 30, 31, 60, 500])
+def test_students_quantile_is_where_its_density_leaves_one_fortieth(degrees):
+    def density(x):
+        norm = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - math.log(degrees * math.pi) / 2
+        return np.exp(norm - (degrees + 1) / 2 * np.log1p(x * x / degrees))
+
+    x = np.linspace(0, t95(degrees), 200_001)
+    assert np.trapezoid(density(x), x) == pytest.approx(0.475, abs=2e-5)
+
+
+def test_mean_and_interval_by_hand():
+    found = summarise([1.0, 3.0, None, float("nan")])
+    assert found["n"] == 2
+    assert found["mean"] == 2.0
+    assert found["std"] == pytest.approx(math.sqrt(2))
+    assert found["ci95"] == pytest.approx([2 - 12.7062, 2 + 12.7062], abs=1e-3)  # std / sqrt(2) is 1
+    assert summarise([4.0]) == {"n": 1, "mean": 4.0, "std": None, "ci95": None, "values": [4.0]}
+    assert summarise([None])["mean"] is None
+
+
+def test_rows_hold_the_mean_of_what_the_runs_recorded(runs):
+    missing: list[str] = []
+    (found,) = experiments(find_runs([str(runs)]), None, 0, missing)
+    assert missing == []
+    assert [row["backbone"] for row in found["backbones"]] == ["loco", "random"]
+    for row in found["backbones"]:
+        recorded = [json.loads((Path(p) / "metrics.json").read_text().splitlines()[-1]) for p in row["runs"]]
+        for key in ("bbox/AP", "segm/AP50", "bbox/AP-red"):
+            assert row["numbers"][key]["mean"] == pytest.approx(np.mean([r[key] for r in recorded]))
+    assert found["title"] == "Mask R-CNN FPN, frozen, tiny_train, 6 iterations of 2"
+
+
+def test_paired_bootstrap_against_a_loop_over_pycocotools(data, runs, capsys):
+    (found,) = experiments(find_runs([str(runs)]), "random", 400, [])
+    pair = next(p for p in found["paired"] if p["seed"] == 0)
+    assert pair["backbone"] == "loco"
+    assert pair["images"] == 12
+    first, second = (detections(data, 9, 0, 0.8), detections(data, 2, 0))
+    truth = json.loads((data / "tiny/annotations/instances_val.json").read_text())
+    rng = np.random.default_rng(5)
+    drawn = []
+    for _ in range(60):
+        chosen = rng.integers(1, 13, 12)
+        drawn.append(_resampled_ap(truth, second, chosen) - _resampled_ap(truth, first, chosen))
+    whole = _resampled_ap(truth, second, np.arange(1, 13)) - _resampled_ap(truth, first, np.arange(1, 13))
+    assert pair["bbox"]["AP"]["difference"] == pytest.approx(whole, abs=1e-6)
+    low, high = pair["bbox"]["AP"]["ci95"]
+    assert low < whole < high
+    assert high - low == pytest.approx(2 * 1.96 * np.std(drawn), rel=0.4)  # 60 draws are few
+
+
+def _resampled_ap(truth: dict, results: list[dict], images: np.ndarray) -> float:
+    """Box AP in percent where each drawn image is an image of its own."""
+    gt, found = {**truth, "images": [], "annotations": []}, []
+    for new, old in enumerate(images.tolist(), 1):
+        gt["images"].append({**truth["images"][old - 1], "id": new})
+        own = [a for a in truth["annotations"] if a["image_id"] == old]
+        gt["annotations"] += [{**a, "image_id": new, "id": len(gt["annotations"]) + i + 1} for i, a in enumerate(own)]
+        found += [{k: v for k, v in r.items() if k != "segmentation"} | {"image_id": new} for r in results
+                  if r["image_id"] == old]  # fmt: skip
+    coco = COCO()
+    coco.dataset = gt
+    coco.createIndex()
+    evaluation = COCOeval(coco, coco.loadRes(found), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    return 100 * precision[precision > -1].mean()
+
+
+def test_a_run_compared_with_itself_differs_by_nothing(data, tmp_path):
+    same = detections(data, 4)
+    for name in ("a", "b"):
+        make_run(tmp_path / name, data, same, name)
+    (found,) = experiments(find_runs([str(tmp_path / "a"), str(tmp_path / "b")]), None, 50, [])
+    assert found["paired"][0]["bbox"]["AP"] == {"difference": 0.0, "ci95": [0.0, 0.0]}
+
+
+def test_each_kind_of_error_is_found_where_it_was_made(data, tmp_path):
+    perfect = detections(data, 0)
+    ghosts = [*perfect, *({**d, "bbox": [60.0, 60.0, 4.0, 4.0], "score": 0.0} for d in perfect)]  # objects end at 59
+    twice = [*perfect, *({**d, "score": 0.0} for d in perfect)]
+    half = [d for d in perfect if d["image_id"] % 2]
+    for name, found in (("perfect", perfect), ("ghosts", ghosts), ("twice", twice), ("half", half)):
+        make_run(tmp_path / name, data, found, name)
+    (found,) = experiments(find_runs([str(tmp_path)]), None, 0, [])
+    errors = {row["backbone"]: row["apart"]["bbox"]["counts"] for row in found["backbones"]}
+    objects = len(perfect)
+    assert not any(errors["perfect"].values())
+    assert {kind: n for kind, n in errors["ghosts"].items() if n} == {"Bkg": objects}
+    assert {kind: n for kind, n in errors["twice"].items() if n} == {"Dupe": objects}
+    assert errors["half"]["Miss"] == objects - len(half)
+    curves = {row["backbone"]: row["apart"]["bbox"]["curves"]["0.50"] for row in found["backbones"]}
+    assert curves["perfect"] == [1.0] * 101
+    assert curves["half"][:40] == [1.0] * 40
+    assert curves["half"][-1] == 0.0
+
+
+# --- what is found ----------------------------------------------------------------------------------------------
+
+
+def test_other_settings_are_other_tables(data, tmp_path):
+    make_run(tmp_path / "a", data, detections(data, 3), "loco")
+    make_run(tmp_path / "b", data, detections(data, 3), "loco", SOLVER__BASE_LR=0.02)
+    make_run(tmp_path / "c", data, detections(data, 3), "loco", MODEL__BACKBONE__FREEZE_AT=0)
+    titles = [e["title"] for e in experiments(find_runs([str(tmp_path)]), None, 0, [])]
+    assert len(titles) == 3
+    assert "SOLVER.BASE_LR 0.01" in titles[0]
+    assert "SOLVER.BASE_LR 0.02" in titles[1]
+    assert ", fine-tuned," in titles[2]
+
+
+def test_names_come_from_the_user_the_record_or_the_file(data, tmp_path):
+    make_run(tmp_path / "a", data, [], "loco")
+    make_run(tmp_path / "b", data, [], MODEL__WEIGHTS="weights/swav_800.pkl")
+    make_run(tmp_path / "c", data, [], MODEL__WEIGHTS="runs/byol/backbone.pkl")
+    found = find_runs([f"mine={tmp_path / 'a'}", str(tmp_path)])
+    assert [run.backbone for run in found.detectors] == ["mine", "swav_800", "byol"]  # a folder counts once
+
+
+def test_different_backbones_of_one_name_are_refused(data, tmp_path):
+    for name in ("a", "b"):
+        make_run(tmp_path / name, data, [], "loco")
+    record = json.loads((tmp_path / "b/run.json").read_text())
+    record["weights"]["sha256"] = "0" * 64
+    (tmp_path / "b/run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="both called 'loco'"):
+        find_runs([str(tmp_path)])
+    find_runs([f"long={tmp_path / 'a'}", f"short={tmp_path / 'b'}"])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: None, "there is no such run"),
+        (lambda p: p.mkdir(), "holds no run"),
+        (lambda p: p.write_text("{"), "no result of loco-det probe"),
+    ],
+)
+def test_bad_places_are_one_sentence(tmp_path, capsys, make, words):
+    make(tmp_path / "x.json")
+    assert main(["report", str(tmp_path / "x.json"), "--out", str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_damaged_line_of_metrics_is_named_and_a_cut_last_one_is_not(data, runs):
+    metrics = runs / "loco0" / "metrics.json"
+    whole = metrics.read_text()
+    metrics.write_text(whole + '{"iteration": 7, "bbo')
+    find_runs([str(runs)])
+    metrics.write_text(whole.replace('"iteration": 2', '"iteration" 2'))
+    with pytest.raises(UserError, match=r"metrics\.json: line 3"):
+        find_runs([str(runs)])
+
+
+def test_detections_of_another_run_are_not_taken_apart(data, runs):
+    (runs / "loco0/inference/coco_instances_results.json").write_text(json.dumps(detections(data, 8, 3)))
+    missing: list[str] = []
+    (found,) = experiments(find_runs([str(runs)]), "random", 10, missing)
+    assert len(missing) == 1
+    assert "evaluate it again" in missing[0]
+    assert [(p["backbone"], p["seed"]) for p in found["paired"]] == [("loco", 1)]
+
+
+# --- the page ---------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Collects text, attributes and whether every element is closed."""
+
+    VOID = ("meta", "img", "br", "path", "use", "rect")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.text, self.ids, self.links = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.links += [v for k, v in attrs.items() if k in ("src", "href", "xlink:href") and v]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def page(runs, tmp_path, data) -> Path:
+    probe = {"protocol": "knn", "data": {"path": "cifar.zip"}, "backbone": {"name": "loco"}}
+    probe["stages"] = {
+        s: {"top1": 20.0 + i, "top1_interval": [19.0 + i, 21.0 + i]} for i, s in enumerate(("stem", "res5"))
+    }
+    (runs / "probe.json").write_text(json.dumps(probe))
+    out = tmp_path / "out"
+    command = ["report", str(runs), f"<b>odd&name</b>={make_run(tmp_path / 'odd', data, detections(data, 5), SEED=0)}"]
+    assert main([*command, "--out", str(out), "--bootstrap", "20", "--images", "2", "--quiet"]) == 0
+    return out / "index.html"
+
+
+def test_the_page_stands_alone_and_says_everything(page):
+    text = page.read_text()
+    found = Page(text)
+    assert found.open == []
+    assert len(found.ids) == len(set(found.ids))
+    assert all(link.startswith(("#", "data:image/")) for link in found.links), "something would be fetched"
+    assert set(re.findall(r"https?://[^\s\"'<]+", text)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    shown = " ".join(found.text)
+    assert "<b>odd&name</b>" in shown  # as text, not as markup
+    report = json.loads((page.parent / "report.json").read_text())
+    number = report["experiments"][0]["backbones"][0]["numbers"]["bbox/AP"]
+    assert f"{number['mean']:.1f} ± {number['std']:.1f}" in shown
+    assert f"{number['mean']:.1f} ± {number['std']:.1f}" in (page.parent / "report.md").read_text()
+    for words in ("Paired differences", "AP50 lost by kind of error", "knn probe, cifar.zip", "hash not recorded"):
+        assert words in shown
+    assert sum(link.startswith("data:image/jpeg") for link in found.links) == 2 * (1 + 3)
+
+
+def test_missing_parts_are_shown_as_missing(data, tmp_path):
+    run = make_run(tmp_path / "a", data, detections(data, 3), "loco")
+    (run / "inference/coco_instances_results.json").unlink()
+    lines = (run / "metrics.json").read_text().splitlines(keepends=True)
+    (run / "metrics.json").write_text(lines[-1])
+    assert main(["report", str(run), "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    shown = " ".join(Page((tmp_path / "out/index.html").read_text()).text)
+    assert "coco_instances_results.json) are not there" in shown
+    for part in ("Paired differences", "Errors and curves", "Probes", "Pictures", "Training"):
+        assert f"{part}: nothing was given for this part" in shown
+
+
+def test_an_unknown_baseline_is_refused(runs, tmp_path, capsys):
+    assert main(["report", str(runs), "--out", str(tmp_path / "o"), "--baseline", "dino"]) == 2
+    assert "there are loco, random" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to look at the page with")
+def test_a_browser_shows_it_on_a_phone_in_light_and_dark_without_errors(page, tmp_path):
+    source = json.dumps(page.read_text()).replace("</", "<\\/")
+    for dark, paper in ((False, "rgb(255, 255, 255)"), (True, "rgb(13, 17, 23)")):
+        probe = tmp_path / f"probe{dark}.html"
+        probe.write_text(
+            "<!doctype html><meta charset=utf-8><pre id=out></pre><script>const f=document.createElement('iframe');"
+            f"f.style.width='390px';f.style.height='844px';f.srcdoc={source};"
+            "f.onload=()=>{const d=f.contentDocument,w=f.contentWindow,s=d.querySelector('svg text');"
+            "document.getElementById('out').textContent=JSON.stringify({width:d.documentElement.scrollWidth,"
+            "paper:w.getComputedStyle(d.body).backgroundColor,ink:w.getComputedStyle(d.body).color,"
+            "svg:w.getComputedStyle(s).fill,text:w.getComputedStyle(s).fontFamily,"
+            "charts:[...d.querySelectorAll('svg')].filter(e=>e.getBoundingClientRect().height>40).length,"
+            "all:d.querySelectorAll('svg').length})};document.body.append(f)</script>"
+        )
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync", "--disable-quic",
+                 "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=5000",
+                 f"--user-data-dir={tmp_path / f'profile{dark}'}"]  # fmt: skip
+        flags += ["--blink-settings=preferredColorScheme=0"] if dark else ["--blink-settings=preferredColorScheme=1"]
+        done = subprocess.run(
+            [CHROMIUM, *flags, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120,
+            env={**os.environ, "HOME": str(tmp_path)},
+        )  # fmt: skip
+        seen = json.loads(re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)[1].replace("&quot;", '"'))
+        assert seen["width"] <= 390, "it would have to be scrolled sideways"
+        assert seen["paper"] == paper
+        assert seen["svg"] == seen["ink"], "charts must be readable in both schemes"
+        assert seen["charts"] == seen["all"] >= 8
