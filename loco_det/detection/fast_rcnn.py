@@ -60,9 +60,14 @@ class BoxHead(nn.Module):
 
 
 class BoxPredictor(nn.Module):
-    """Linear class scores (R, K+1) and box deltas (R, K*4), or (R, 4) if class-agnostic."""
+    """Linear class scores (R, K+1) and box deltas (R, K*4), or (R, 4) if class-agnostic.
 
-    def __init__(self, cfg: CfgNode, channels: int) -> None:
+    Args:
+        channels: length of a region's features.
+        box_weights: of the box code, MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS if not given.
+    """
+
+    def __init__(self, cfg: CfgNode, channels: int, box_weights: Sequence[float] | None = None) -> None:
         super().__init__()
         head = cfg.MODEL.ROI_BOX_HEAD
         self.num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
@@ -72,7 +77,7 @@ class BoxPredictor(nn.Module):
         nn.init.normal_(self.bbox_pred.weight, std=0.001)
         nn.init.zeros_(self.cls_score.bias)
         nn.init.zeros_(self.bbox_pred.bias)
-        self.coder = BoxCoder(head.BBOX_REG_WEIGHTS)
+        self.coder = BoxCoder(head.BBOX_REG_WEIGHTS if box_weights is None else box_weights)
         self.settings = head
         self.score_threshold = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST
         self.nms_threshold = cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST
@@ -129,31 +134,57 @@ class BoxPredictor(nn.Module):
         chosen = classes.clamp(0, decoded.shape[1] - 1)
         return decoded[torch.arange(len(boxes), device=boxes.device), chosen]
 
+    def probabilities(self, scores: torch.Tensor) -> torch.Tensor:
+        """(R, K+1) in [0, 1] from class scores."""
+        return scores.sigmoid() if self.settings.USE_SIGMOID_CE else F.softmax(scores, dim=-1)
+
     def detect(self, scores: torch.Tensor, deltas: torch.Tensor, proposals: Sequence[Instances]) -> list[Instances]:
-        """Detections of every image: `boxes`, `scores`, `classes`, by descending score.
+        """Detections of every image, as `select_detections` makes them.
 
         Args:
             scores, deltas: predictions for the regions of all `proposals`, in their order.
         """
-        counts = [len(p) for p in proposals]
         boxes = self.coder.decode(deltas, torch.cat([p.boxes for p in proposals]))
-        scores = scores.sigmoid() if self.settings.USE_SIGMOID_CE else F.softmax(scores, dim=-1)
+        return self.select(boxes, self.probabilities(scores), proposals)
+
+    def select(self, boxes: torch.Tensor, scores: torch.Tensor, proposals: Sequence[Instances]) -> list[Instances]:
+        """Detections of every image out of the boxes (R, K*4 or 4) and probabilities (R, K+1) of all regions."""
+        counts = [len(p) for p in proposals]
+        limits = self.score_threshold, self.nms_threshold, self.max_detections
         return [
-            self._detect_in_image(b, s, p.image_size)
+            select_detections(b, s, p.image_size, *limits)
             for b, s, p in zip(boxes.split(counts), scores.split(counts), proposals)
         ]
 
-    def _detect_in_image(self, boxes: torch.Tensor, scores: torch.Tensor, image_size: tuple[int, int]) -> Instances:
-        finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
-        if not finite.all():
-            boxes, scores = boxes[finite], scores[finite]
-        scores = scores[:, :-1]
-        region, classes = (scores > self.score_threshold).nonzero(as_tuple=True)
-        scores = scores[region, classes]
-        boxes = boxes.view(len(boxes), boxes.shape[1] // 4, 4)
-        boxes = boxes[region, classes if boxes.shape[1] > 1 else torch.zeros_like(classes)]
-        boxes = clip(boxes, image_size)
-        keep = nms_per_class(boxes, scores, classes, self.nms_threshold)
-        if self.max_detections >= 0:
-            keep = keep[: self.max_detections]
-        return Instances(image_size, boxes=boxes[keep], classes=classes[keep], scores=scores[keep])
+
+def select_detections(
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    image_size: tuple[int, int],
+    score_threshold: float,
+    nms_threshold: float,
+    max_detections: int,
+) -> Instances:
+    """The detections of one image: `boxes`, `scores`, `classes`, by descending score.
+
+    Args:
+        boxes: (R, K*4), or (R, 4) for all classes.
+        scores: (R, K+1), the last column is background.
+        image_size: (H, W), to which the boxes are limited.
+        score_threshold: a detection's score is above it.
+        nms_threshold: IoU above which a better detection of the same class suppresses another.
+        max_detections: negative for all of them.
+    """
+    finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
+    if not finite.all():
+        boxes, scores = boxes[finite], scores[finite]
+    scores = scores[:, :-1]
+    region, classes = (scores > score_threshold).nonzero(as_tuple=True)
+    scores = scores[region, classes]
+    boxes = boxes.view(len(boxes), boxes.shape[1] // 4, 4)
+    boxes = boxes[region, classes if boxes.shape[1] > 1 else torch.zeros_like(classes)]
+    boxes = clip(boxes, image_size)
+    keep = nms_per_class(boxes, scores, classes, nms_threshold)
+    if max_detections >= 0:
+        keep = keep[:max_detections]
+    return Instances(image_size, boxes=boxes[keep], classes=classes[keep], scores=scores[keep])

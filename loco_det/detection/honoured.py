@@ -62,7 +62,7 @@ MODEL_KEYS: dict[str, tuple[Any, ...] | None] = {
     "MODEL.RPN.POST_NMS_TOPK_TEST": None,
     "MODEL.RPN.NMS_THRESH": None,
     "MODEL.RPN.CONV_DIMS": None,
-    "MODEL.ROI_HEADS.NAME": ("StandardROIHeads", "Res5ROIHeads"),
+    "MODEL.ROI_HEADS.NAME": ("StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads"),
     "MODEL.ROI_HEADS.NUM_CLASSES": None,
     "MODEL.ROI_HEADS.IN_FEATURES": None,
     "MODEL.ROI_HEADS.IOU_THRESHOLDS": None,
@@ -89,6 +89,8 @@ MODEL_KEYS: dict[str, tuple[Any, ...] | None] = {
     "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": None,
     "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": (False,),
     "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": None,
+    "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": None,
+    "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": None,
     "MODEL.ROI_MASK_HEAD.NAME": ("MaskRCNNConvUpsampleHead",),
     "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": None,
     "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": None,
@@ -122,8 +124,9 @@ def check_model_keys(cfg: CfgNode) -> None:
         for name, value in needed.items():
             if resnets[name] != value:
                 raise UserError(f"MODEL.RESNETS.{name} is {resnets[name]}, but depth {resnets.DEPTH} needs {value}")
-    if cfg.MODEL.ROI_HEADS.NAME == "StandardROIHeads" and not cfg.MODEL.ROI_BOX_HEAD.NAME:
-        raise UserError("MODEL.ROI_BOX_HEAD.NAME is empty; StandardROIHeads needs 'FastRCNNConvFCHead'")
+    heads = cfg.MODEL.ROI_HEADS.NAME
+    if heads != "Res5ROIHeads" and not cfg.MODEL.ROI_BOX_HEAD.NAME:
+        raise UserError(f"MODEL.ROI_BOX_HEAD.NAME is empty; {heads} needs 'FastRCNNConvFCHead'")
 
 
 def lookup(cfg: CfgNode, key: str) -> Any:

@@ -17,7 +17,7 @@ from loco_det.detection.boxes import clip, nonempty
 from loco_det.detection.fpn import build_backbone
 from loco_det.detection.honoured import check_model_keys
 from loco_det.detection.masks import paste_masks
-from loco_det.detection.roi_heads import build_roi_heads
+from loco_det.detection.cascade import build_roi_heads
 from loco_det.detection.rpn import RPN
 from loco_det.errors import UserError
 from loco_det.structures import Instances

@@ -23,6 +23,7 @@ from loco_det.errors import UserError
 from loco_det.structures import Instances
 
 Features = dict[str, torch.Tensor]
+Maps = Sequence[torch.Tensor]
 Losses = dict[str, torch.Tensor]
 
 
@@ -45,6 +46,25 @@ class Sample:
     masks: Any
 
 
+def make_sample(boxes: torch.Tensor, classes: torch.Tensor, index: torch.Tensor, target: Instances) -> Sample:
+    """The `Sample` of regions with known classes and matches."""
+    truth = target.boxes[index] if len(target) else boxes
+    return Sample(boxes, classes, truth, index, target.masks)
+
+
+def box_losses(
+    predictor: BoxPredictor, scores: torch.Tensor, deltas: torch.Tensor, samples: Sequence[Sample]
+) -> Losses:
+    """`loss_cls` and `loss_box_reg` of the regions of all images."""
+    return predictor.losses(
+        scores,
+        deltas,
+        torch.cat([s.boxes for s in samples]),
+        torch.cat([s.classes for s in samples]),
+        torch.cat([s.truth for s in samples]),
+    )
+
+
 class RoiHeads(nn.Module):
     """Sampling of regions and the mask branch's bookkeeping; the two subclasses differ in how they see a region."""
 
@@ -62,27 +82,22 @@ class RoiHeads(nn.Module):
         samples = []
         for proposal, target in zip(proposals, targets):
             boxes = torch.cat([proposal.boxes, target.boxes]) if s.PROPOSAL_APPEND_GT else proposal.boxes
-            index, label = match(pairwise_iou(target.boxes, boxes), s.IOU_THRESHOLDS, s.IOU_LABELS, False)
-            if len(target):
-                classes = target.classes[index]
-                classes[label == 0] = self.num_classes
-                classes[label == -1] = -1
-            else:
-                classes = torch.full_like(index, self.num_classes)
+            index, classes = self.label(boxes, target, s.IOU_THRESHOLDS, s.IOU_LABELS)
             chosen = torch.cat(sample_labels(classes, s.BATCH_SIZE_PER_IMAGE, s.POSITIVE_FRACTION, self.num_classes))
-            boxes, index = boxes[chosen], index[chosen]
-            truth = target.boxes[index] if len(target) else boxes
-            samples.append(Sample(boxes, classes[chosen], truth, index, target.masks))
+            samples.append(make_sample(boxes[chosen], classes[chosen], index[chosen], target))
         return samples
 
-    def box_losses(self, scores: torch.Tensor, deltas: torch.Tensor, samples: Sequence[Sample]) -> Losses:
-        return self.box_predictor.losses(
-            scores,
-            deltas,
-            torch.cat([s.boxes for s in samples]),
-            torch.cat([s.classes for s in samples]),
-            torch.cat([s.truth for s in samples]),
-        )
+    def label(
+        self, boxes: torch.Tensor, target: Instances, thresholds: Sequence[float], labels: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Matched ground truth (Ri,) int64 of every box, and its class (Ri,) int64 in [0, K], -1 to ignore it."""
+        index, label = match(pairwise_iou(target.boxes, boxes), thresholds, labels, False)
+        if not len(target):
+            return index, torch.full_like(index, self.num_classes)
+        classes = target.classes[index]
+        classes[label == 0] = self.num_classes
+        classes[label == -1] = -1
+        return index, classes
 
     def mask_losses(self, pooled: torch.Tensor, samples: Sequence[Sample]) -> Losses:
         """`loss_mask` of the foreground regions, whose pooled features are (R, C, S, S)."""
@@ -110,47 +125,51 @@ class StandardROIHeads(RoiHeads):
             raise UserError(f"MODEL.ROI_HEADS.IN_FEATURES {self.in_features} differ in channels: {sorted(widths)}")
         width = widths.pop()
         self.train_on_predictions = cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES
-        self.box_head = BoxHead(cfg, width)
-        self.box_predictor = BoxPredictor(cfg, self.box_head.out_channels)
+        self.make_box_branch(cfg, width)
         self.mask_on = cfg.MODEL.MASK_ON
         if self.mask_on:
             self.mask_pooler = make_pooler(cfg.MODEL.ROI_MASK_HEAD, [strides[name] for name in self.in_features])
             self.mask_head = MaskHead(cfg, width)
+
+    def make_box_branch(self, cfg: CfgNode, width: int) -> None:
+        self.box_head = BoxHead(cfg, width)
+        self.box_predictor = BoxPredictor(cfg, self.box_head.out_channels)
 
     def forward(
         self, features: Features, proposals: Sequence[Instances], targets: Sequence[Instances] | None = None
     ) -> tuple[list[Instances], Losses]:
         """Detections (none in training) and losses (none in inference); detections carry soft masks (Ri, M, M)."""
         maps = [features[name] for name in self.in_features]
-        regions = self.sample(proposals, targets) if self.training else proposals
-        scores, deltas = self.box_predictor(self.box_head(self.box_pooler(maps, [region.boxes for region in regions])))
         if self.training:
-            return [], self._train(maps, regions, scores, deltas)
-        detections = self.box_predictor.detect(scores, deltas, proposals)
+            samples = self.sample(proposals, targets)
+            losses = self.train_boxes(maps, samples, targets)
+            if self.mask_on:
+                foreground = [s.boxes[s.classes < self.num_classes] for s in samples]
+                losses.update(self.mask_losses(self.mask_pooler(maps, foreground), samples))
+            return [], losses
+        detections = self.predict_boxes(maps, proposals)
         self.predict_masks(features, detections)
         return detections, {}
+
+    def train_boxes(self, maps: Maps, samples: list[Sample], targets: Sequence[Instances]) -> Losses:
+        """Losses of the box branch; where the mask branch is to see other regions, `samples` have them afterwards."""
+        scores, deltas = self.box_predictor(self.box_head(self.box_pooler(maps, [s.boxes for s in samples])))
+        losses = box_losses(self.box_predictor, scores, deltas, samples)
+        if self.train_on_predictions:
+            for sample, delta in zip(samples, deltas.detach().split([len(s.boxes) for s in samples])):
+                sample.boxes = self.box_predictor.boxes_of_classes(delta, sample.boxes, sample.classes)
+        return losses
+
+    def predict_boxes(self, maps: Maps, proposals: Sequence[Instances]) -> list[Instances]:
+        """Detections of every image, without masks."""
+        scores, deltas = self.box_predictor(self.box_head(self.box_pooler(maps, [p.boxes for p in proposals])))
+        return self.box_predictor.detect(scores, deltas, proposals)
 
     def predict_masks(self, features: Features, detections: Sequence[Instances]) -> None:
         """Adds soft masks to given boxes and classes; nothing where the model has no mask branch."""
         if self.mask_on:
             maps = [features[name] for name in self.in_features]
             self.add_masks(self.mask_pooler(maps, [d.boxes for d in detections]), detections)
-
-    def _train(
-        self,
-        maps: Sequence[torch.Tensor],
-        samples: list[Sample],
-        scores: torch.Tensor,
-        deltas: torch.Tensor,
-    ) -> Losses:
-        losses = self.box_losses(scores, deltas, samples)
-        if not self.mask_on:
-            return losses
-        if self.train_on_predictions:
-            for sample, delta in zip(samples, deltas.detach().split([len(s.boxes) for s in samples])):
-                sample.boxes = self.box_predictor.boxes_of_classes(delta, sample.boxes, sample.classes)
-        foreground = [s.boxes[s.classes < self.num_classes] for s in samples]
-        return {**losses, **self.mask_losses(self.mask_pooler(maps, foreground), samples)}
 
 
 class Res5ROIHeads(RoiHeads):
@@ -188,7 +207,7 @@ class Res5ROIHeads(RoiHeads):
         pooled = self._pool(features, regions)
         scores, deltas = self.box_predictor(pooled.mean(dim=[2, 3]))
         if self.training:
-            losses = self.box_losses(scores, deltas, regions)
+            losses = box_losses(self.box_predictor, scores, deltas, regions)
             if self.mask_on:
                 foreground = torch.cat([s.classes < self.num_classes for s in regions])
                 losses.update(self.mask_losses(pooled[foreground], regions))
@@ -209,9 +228,3 @@ class Res5ROIHeads(RoiHeads):
 def make_pooler(head: CfgNode, strides: Sequence[int]) -> RoiPooler:
     """The pooler that a MODEL.ROI_BOX_HEAD or MODEL.ROI_MASK_HEAD node describes."""
     return RoiPooler(head.POOLER_RESOLUTION, strides, head.POOLER_SAMPLING_RATIO, head.POOLER_TYPE)
-
-
-def build_roi_heads(cfg: CfgNode, channels: dict[str, int], strides: dict[str, int]) -> RoiHeads:
-    """The heads that MODEL.ROI_HEADS.NAME asks for."""
-    kinds = {"StandardROIHeads": StandardROIHeads, "Res5ROIHeads": Res5ROIHeads}
-    return kinds[cfg.MODEL.ROI_HEADS.NAME](cfg, channels, strides)
