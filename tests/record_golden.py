@@ -48,6 +48,11 @@ CASES: dict[str, tuple[dict[str, Any], ...]] = {
             "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": "giou",
         },
     ),
+    "cascade_mask_rcnn_R_50_FPN": (cases.FPN, cases.CASCADE),
+    "rpn_R_50_FPN": (cases.FPN, cases.RPN_ONLY),
+    "scratch_mask_rcnn_R_50_FPN_gn": (cases.FPN, cases.GN, cases.GN_TRUNK),
+    "mask_rcnn_X_50_FPN_syncbn": (cases.FPN, cases.X, cases.ALL_SYNCBN),
+    "mask_rcnn_R_50_DC5_augmented": (cases.DC5, cases.AUGMENTED),
 }
 
 
@@ -65,35 +70,40 @@ def plain(tensor: torch.Tensor) -> list:
 
 def record(settings: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     from detectron2.config import get_cfg
-    from detectron2.modeling import build_model
+    from detectron2.modeling import GeneralizedRCNN, GeneralizedRCNNWithTTA, build_model
     from detectron2.utils.events import EventStorage
 
-    model = cases.formula_weights(build_model(cases.configure(get_cfg(), *settings)))
+    cfg = cases.configure(get_cfg(), *settings)
+    model = cases.formula_weights(build_model(cfg))
     with mock.patch("torch.randperm", first_ones), EventStorage(0):
         losses = model(cases.detectron2_batch(train=True))
     sum(losses.values()).backward()
     gradients = {n: plain(p.grad.norm()) for n, p in model.named_parameters() if p.grad is not None}
-    model.eval()
+    cases.formula_weights(model).eval()  # a trained BatchNorm has moved
     batch = cases.detectron2_batch(train=False)
     with torch.no_grad():
-        images = model.preprocess_image(batch)
+        images = GeneralizedRCNN.preprocess_image(model, batch)
         proposals, _ = model.proposal_generator(images, model.backbone(images.tensor))
-        found = [item["instances"] for item in model(batch)]
+        found = model(batch)
+        augmented = GeneralizedRCNNWithTTA(cfg, model)(batch) if cfg.TEST.AUG.ENABLED else []
     return {
         "losses": {name: plain(loss) for name, loss in losses.items()},
         "gradient_norms": gradients,
         "proposals": [
             {"boxes": plain(p.proposal_boxes.tensor[:8]), "logits": plain(p.objectness_logits[:8])} for p in proposals
         ],
-        "detections": [
-            {
-                "boxes": plain(f.pred_boxes.tensor[:8]),
-                "scores": plain(f.scores[:8]),
-                "classes": f.pred_classes[:8].tolist(),
-                "mask_pixels": f.pred_masks[:8].sum(dim=(1, 2)).tolist() if f.has("pred_masks") else None,
-            }
-            for f in found
-        ],
+        "detections": [detections(item["instances"]) for item in found if "instances" in item],
+        "augmented": [detections(item["instances"]) for item in augmented],
+    }
+
+
+def detections(found: Any) -> dict[str, Any]:
+    """The first eight of an image."""
+    return {
+        "boxes": plain(found.pred_boxes.tensor[:8]),
+        "scores": plain(found.scores[:8]),
+        "classes": found.pred_classes[:8].tolist(),
+        "mask_pixels": found.pred_masks[:8].sum(dim=(1, 2)).tolist() if found.has("pred_masks") else None,
     }
 
 

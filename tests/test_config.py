@@ -253,8 +253,8 @@ def test_a_key_that_is_not_honoured_is_refused_by_name(tmp_path):
         check_honoured(load_config(get_cfg(), path), collect_settings(path))
     for word in ("a.yaml, line 2", "MODEL.KEYPOINT_ON is True", "--engine detectron2"):
         assert word in str(refused.value)
-    with pytest.raises(UserError, match=r"TEST.PRECISE_BN.ENABLED is True; Detectron2 knows this key"):
-        check_honoured(load_config(get_cfg(), "", ["TEST.PRECISE_BN.ENABLED", "True"]))
+    with pytest.raises(UserError, match=r"GLOBAL.HACK is 2.0; Detectron2 knows this key"):
+        check_honoured(load_config(get_cfg(), "", ["GLOBAL.HACK", "2.0"]))
     with pytest.raises(UserError, match=r"did you mean MODEL.ROI_HEADS.NUM_CLASSES"):
         load_config(get_cfg(), "", ["MODEL.ROI_HEAD.NUM_CLASSES", "3"])
 

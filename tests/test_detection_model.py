@@ -248,7 +248,12 @@ def test_ground_truth_is_among_the_sampled_regions() -> None:
         ({"MODEL.FPN.FUSE_TYPE": "max"}, r"MODEL\.FPN\.FUSE_TYPE is 'max'"),
         ({"MODEL.RPN.IN_FEATURES": ["p2", "p9"]}, r"MODEL\.RPN\.IN_FEATURES"),
         ({"MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16]]}, r"MODEL\.ANCHOR_GENERATOR\.SIZES has 2 lists"),
-        ({"MODEL.ROI_HEADS.NAME": "CascadeROIHeads"}, r"MODEL\.ROI_HEADS\.NAME is 'CascadeROIHeads'"),
+        ({"MODEL.ROI_HEADS.NAME": "KRCNNConvDeconvUpsampleHead"}, r"MODEL\.ROI_HEADS\.NAME is 'KRCNNConv"),
+        ({**cases.CASCADE, "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": False}, "CLS_AGNOSTIC_BBOX_REG is False"),
+        ({**cases.CASCADE, "MODEL.ROI_HEADS.IOU_THRESHOLDS": [0.5]}, r"MODEL\.ROI_HEADS\.IOU_THRESHOLDS"),
+        ({**cases.CASCADE, "MODEL.ROI_HEADS.IOU_LABELS": [-1, 1]}, r"MODEL\.ROI_HEADS\.IOU_THRESHOLDS and IOU_LABELS"),
+        ({**cases.CASCADE, "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": (0.2, 0.3)}, "2 IOUS and 3 BBOX_REG_WEIGHTS"),
+        ({**cases.CASCADE, "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": True}, "TRAIN_ON_PRED_BOXES is True"),
         ({"MODEL.ROI_HEADS.NAME": "Res5ROIHeads"}, r"MODEL\.ROI_HEADS\.IN_FEATURES"),
         ({"MODEL.ROI_BOX_HEAD.NAME": ""}, r"MODEL\.ROI_BOX_HEAD\.NAME is empty"),
         ({"MODEL.ROI_BOX_HEAD.NUM_FC": 0}, r"MODEL\.ROI_BOX_HEAD\.NUM_CONV and NUM_FC"),
@@ -282,7 +287,7 @@ class Recorder:
 def test_the_table_of_keys_is_what_the_model_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loco_det.detection.rcnn.check_model_keys", lambda cfg: None)
     read: set[str] = set()
-    for design in ({**cases.FPN, "MODEL.ROI_BOX_HEAD.NUM_CONV": 1}, cases.C4):
+    for design in ({**cases.FPN, "MODEL.ROI_BOX_HEAD.NUM_CONV": 1}, cases.C4, {**cases.FPN, **cases.CASCADE}):
         model = cases.formula_weights(build_model(Recorder(cases.configure(get_cfg(), design), read)))
         model(cases.our_batch(train=True))
         with torch.no_grad():

@@ -12,6 +12,7 @@ import detection_cases as cases
 import pytest
 import torch
 
+from loco_det.detection.augmented import AugmentedRCNN
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.schema import get_cfg
 
@@ -28,6 +29,11 @@ MAIN = {
     "mask_rcnn_R_101_FPN": (cases.FPN, {"MODEL.RESNETS.DEPTH": 101}),
     "mask_rcnn_R_152_FPN": (cases.FPN, {"MODEL.RESNETS.DEPTH": 152}),
     "mask_rcnn_R_50_DC5": (cases.DC5,),
+    "rpn_R_50_FPN": (cases.FPN, cases.RPN_ONLY),
+    "rpn_R_50_C4": (cases.C4, cases.RPN_ONLY),
+    "scratch_mask_rcnn_R_50_FPN_gn": (cases.FPN, cases.GN, cases.GN_TRUNK),
+    "scratch_mask_rcnn_R_50_FPN_syncbn": (cases.FPN, cases.ALL_SYNCBN, {"MODEL.BACKBONE.FREEZE_AT": 0}),
+    "mask_rcnn_X_101_FPN": (cases.FPN, cases.X, {"MODEL.RESNETS.DEPTH": 101}),
     "cascade_mask_rcnn_R_50_FPN": (cases.FPN, cases.CASCADE),
     "cascade_rcnn_R_50_FPN": (cases.FPN, cases.CASCADE, BOX_ONLY),
     "cascade_mask_rcnn_R_50_DC5_frozen": (cases.DC5, cases.CASCADE, {"MODEL.BACKBONE.FREEZE_AT": 5}),
@@ -154,10 +160,12 @@ def check_training(theirs: Any, ours: Any, tolerance: float) -> None:
 
 @torch.no_grad()
 def check_inference(theirs: Any, ours: Any) -> None:
+    from detectron2.modeling import GeneralizedRCNN
+
     theirs.eval()
     ours.eval()
     batch = cases.our_batch(train=False)
-    padded = theirs.preprocess_image(batch)
+    padded = GeneralizedRCNN.preprocess_image(theirs, batch)  # which ProposalNetwork has inside its forward
     tensor, sizes = ours.preprocess(batch)
     assert torch.equal(padded.tensor, tensor)
     assert padded.image_sizes == sizes
@@ -176,9 +184,20 @@ def check_inference(theirs: Any, ours: Any) -> None:
     for a, b in zip(their_proposals, our_proposals):
         assert torch.equal(a.proposal_boxes.tensor, b.boxes)
         assert torch.equal(a.objectness_logits, b.scores)
-    for a, b in zip(theirs(cases.detectron2_batch(train=False)), ours(batch)):
-        a = a["instances"]
+    check_detections(theirs(cases.detectron2_batch(train=False)), ours(batch))
+
+
+def check_detections(theirs: Any, ours: Any) -> None:
+    for a, b in zip(theirs, ours, strict=True):
         assert len(b) > 0
+        if "proposals" in a:
+            a = a["proposals"]
+            assert torch.equal(a.proposal_boxes.tensor, b.boxes)
+            assert torch.equal(a.objectness_logits, b.scores)
+            assert b.classes is None
+            assert b.masks is None
+            continue
+        a = a["instances"]
         assert a.image_size == b.image_size
         assert torch.equal(a.pred_boxes.tensor, b.boxes)
         assert torch.equal(a.scores, b.scores)
@@ -187,6 +206,27 @@ def check_inference(theirs: Any, ours: Any) -> None:
         if b.masks is not None:
             assert b.masks.any()
             assert torch.equal(a.pred_masks, b.masks)
+
+
+AUGMENTABLE = ("mask_rcnn_R_18_FPN", "faster_rcnn_R_50_C4", "mask_rcnn_R_50_DC5", "cascade_mask_rcnn_R_50_FPN")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("pair", AUGMENTABLE, indirect=True)
+def test_test_time_augmentation_is_identical(pair: tuple[Any, Any, float], flip: bool) -> None:
+    from detectron2.config import get_cfg as detectron2_cfg
+    from detectron2.modeling import GeneralizedRCNNWithTTA
+
+    theirs, ours, _ = pair
+    settings = ({"MODEL.MASK_ON": ours.roi_heads.mask_on}, cases.AUGMENTED, {"TEST.AUG.FLIP": flip})
+    theirs, ours = (
+        GeneralizedRCNNWithTTA(cases.configure(detectron2_cfg(), *settings), theirs).eval(),
+        AugmentedRCNN(cases.configure(get_cfg(), *settings), ours).eval(),
+    )
+    batch = cases.our_batch(train=False)
+    batch[1]["height"], batch[1]["width"] = batch[1]["image"].shape[1:]  # the input is the original
+    check_detections(theirs(batch), ours(batch))
 
 
 @pytest.mark.parametrize("pair", ["mask_rcnn_R_50_DC5"], indirect=True)

@@ -64,13 +64,13 @@ class CascadeROIHeads(StandardROIHeads):
         losses: Losses = {}
         sizes = [target.image_size for target in targets]
         for stage, predictor in enumerate(self.box_predictor):
-            if stage > 0:
-                samples = self._relabel(stage, boxes, targets)
             regions = [s.boxes for s in samples]
             scores, deltas = self._predict(stage, maps, regions)
-            boxes = self._refine(stage, deltas, regions, sizes)
             found = box_losses(predictor, scores, deltas, samples)
             losses.update({f"{name}_stage{stage}": loss for name, loss in found.items()})
+            if stage + 1 < len(self.overlaps):
+                refined = self._refine(stage, deltas, regions, sizes)
+                samples = self._relabel(self.overlaps[stage + 1], refined, targets)
         return losses
 
     def predict_boxes(self, maps: Maps, proposals: Sequence[Instances]) -> list[Instances]:
@@ -79,10 +79,10 @@ class CascadeROIHeads(StandardROIHeads):
         regions = [proposal.boxes for proposal in proposals]
         probabilities = []
         for stage, predictor in enumerate(self.box_predictor):
-            if stage > 0:
-                regions = self._refine(stage - 1, deltas, regions, sizes)
             scores, deltas = self._predict(stage, maps, regions)
             probabilities.append(predictor.probabilities(scores))
+            if stage + 1 < len(self.overlaps):
+                regions = self._refine(stage, deltas, regions, sizes)
         boxes = predictor.coder.decode(deltas, torch.cat(regions))
         return predictor.select(boxes, sum(probabilities) * (1.0 / len(probabilities)), proposals)
 
@@ -103,11 +103,11 @@ class CascadeROIHeads(StandardROIHeads):
         return [clip(b, size) for b, size in zip(boxes.split([len(r) for r in regions]), sizes)]
 
     @torch.no_grad()
-    def _relabel(self, stage: int, boxes: list[torch.Tensor], targets: Sequence[Instances]) -> list[Sample]:
+    def _relabel(self, overlap: float, boxes: list[torch.Tensor], targets: Sequence[Instances]) -> list[Sample]:
         samples = []
         for box, target in zip(boxes, targets):
             box = box[nonempty(box)]
-            index, classes = self.label(box, target, [self.overlaps[stage]], [0, 1])
+            index, classes = self.label(box, target, [overlap], [0, 1])
             samples.append(make_sample(box, classes, index, target))
         return samples
 

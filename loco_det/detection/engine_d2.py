@@ -14,6 +14,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det.data.catalog import find_dataset
+from loco_det.detection.honoured import check_test_keys
 from loco_det.structures import Instances
 
 NAME = "detectron2"
@@ -38,7 +39,8 @@ def version() -> str:
 
 
 def check(cfg: CfgNode) -> None:
-    """Every key of the tree is Detectron2's; it judges the values itself."""
+    """Every key of the tree is Detectron2's, and it judges most values itself."""
+    check_test_keys(cfg)
 
 
 def build_model(cfg: CfgNode) -> nn.Module:
@@ -71,10 +73,20 @@ def losses(model: nn.Module, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def predict(model: nn.Module, batch: list[dict[str, Any]]) -> list[Instances]:
-    return [_instances(output["instances"]) for output in model(batch)]
+    return [_instances(output) for output in model(batch)]
 
 
-def _instances(found: Any) -> Instances:
+def augment(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    from detectron2.modeling import GeneralizedRCNNWithTTA
+
+    return GeneralizedRCNNWithTTA(_native(cfg), model)
+
+
+def _instances(output: dict[str, Any]) -> Instances:
+    if "proposals" in output:
+        found = output["proposals"]
+        return Instances(tuple(found.image_size), found.proposal_boxes.tensor, scores=found.objectness_logits)
+    found = output["instances"]
     return Instances(
         image_size=tuple(found.image_size),
         boxes=found.pred_boxes.tensor,

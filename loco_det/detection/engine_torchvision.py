@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from loco_det.data.loader import build_test_loader, build_train_loader
 from loco_det.detection import rcnn
+from loco_det.detection.augmented import AugmentedRCNN
 from loco_det.detection.schema import check_honoured
 from loco_det.structures import Instances
 
@@ -46,5 +47,10 @@ def losses(model: nn.Module, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def predict(model: nn.Module, batch: list[dict[str, Any]]) -> list[Instances]:
-    """Detections of a model in evaluation mode, in the original image's pixels."""
+    """Detections, or a proposal network's proposals, of a model in evaluation mode, in the original image's pixels."""
     return model(batch)
+
+
+def augment(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """`model` with test-time augmentation (TEST.AUG); `predict` takes it as it takes the model."""
+    return AugmentedRCNN(cfg, model)

@@ -1,4 +1,4 @@
-"""What the detector takes from fvcore.nn: initialisers and losses that Detectron2 uses.
+"""What the detector takes from fvcore.nn: initialisers, losses and precise BatchNorm, which Detectron2 uses too.
 
 Newer torch warns while fvcore compiles a loss that nothing here uses; importing this package must warn of nothing.
 """
@@ -9,7 +9,8 @@ import warnings
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
-    from fvcore.nn import giou_loss, smooth_l1_loss
+    from fvcore.nn import giou_loss, smooth_l1_loss, update_bn_stats
+    from fvcore.nn.precise_bn import get_bn_modules
     from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 
-__all__ = ["c2_msra_fill", "c2_xavier_fill", "giou_loss", "smooth_l1_loss"]
+__all__ = ["c2_msra_fill", "c2_xavier_fill", "get_bn_modules", "giou_loss", "smooth_l1_loss", "update_bn_stats"]

@@ -13,10 +13,11 @@ from loco_det.detection.boxes import BOX_LOSSES
 from loco_det.detection.poolers import POOLER_TYPES
 from loco_det.errors import UserError
 
+_EXPECTED_TYPES = [[str, str, value, tolerance] for value in (int, float) for tolerance in (int, float)]
 _NORMS = ("BN", "SyncBN", "FrozenBN", "GN")
 
 MODEL_KEYS: dict[str, tuple[Any, ...] | None] = {
-    "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
+    "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN", "ProposalNetwork"),
     "MODEL.MASK_ON": None,
     "MODEL.KEYPOINT_ON": (False,),
     "MODEL.LOAD_PROPOSALS": (False,),
@@ -127,6 +128,27 @@ def check_model_keys(cfg: CfgNode) -> None:
     heads = cfg.MODEL.ROI_HEADS.NAME
     if heads != "Res5ROIHeads" and not cfg.MODEL.ROI_BOX_HEAD.NAME:
         raise UserError(f"MODEL.ROI_BOX_HEAD.NAME is empty; {heads} needs 'FastRCNNConvFCHead'")
+
+
+def check_test_keys(cfg: CfgNode) -> None:
+    """Refuses what would fail in either engine only after the training, at the last evaluation.
+
+    Raises:
+        UserError: names the key.
+    """
+    if cfg.TEST.AUG.ENABLED and (cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN" or cfg.MODEL.LOAD_PROPOSALS):
+        raise UserError(
+            "TEST.AUG.ENABLED is True, which needs MODEL.META_ARCHITECTURE 'GeneralizedRCNN' and MODEL.LOAD_PROPOSALS "
+            "False; set it to False"
+        )
+    if cfg.TEST.PRECISE_BN.ENABLED and cfg.TEST.PRECISE_BN.NUM_ITER < 1:
+        raise UserError(f"TEST.PRECISE_BN.NUM_ITER is {cfg.TEST.PRECISE_BN.NUM_ITER}; give at least 1.")
+    for expected in cfg.TEST.EXPECTED_RESULTS:
+        if [type(value) for value in expected] not in _EXPECTED_TYPES:
+            raise UserError(
+                f"TEST.EXPECTED_RESULTS has {expected!r}; write each as ['bbox', 'AP', 38.5, 0.2]: task, metric, value "
+                "and tolerance"
+            )
 
 
 def lookup(cfg: CfgNode, key: str) -> Any:

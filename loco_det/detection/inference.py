@@ -17,32 +17,76 @@ from torch import nn
 from loco_det.data.catalog import find_dataset
 from loco_det.errors import UserError
 from loco_det.evaluation.coco import evaluate_coco, format_results, instances_to_coco, write_results
+from loco_det.evaluation.proposals import Proposals, evaluate_proposals, write_proposals
 from loco_det.runtime import barrier, is_main, log, world_size
 
 Results = dict[str, dict[str, float]]
 
 
 def evaluate(cfg: CfgNode, model: nn.Module, engine: ModuleType, evaluator: str = "hotcoco") -> dict[str, Any]:
-    """Run `model` on every data set of DATASETS.TEST and measure AP.
+    """Run `model` on every data set of DATASETS.TEST and measure AP, or the recall of its proposals.
 
-    Predictions go to OUTPUT_DIR/inference/coco_instances_results.json, or where there are several data sets to
-    OUTPUT_DIR/NAME/inference/....
+    Predictions go to OUTPUT_DIR/inference/coco_instances_results.json (a proposal network's to box_proposals.pkl),
+    or where there are several data sets to OUTPUT_DIR/NAME/inference/....
 
     Returns:
-        On the main process {"bbox": {"AP": percent, ...}, "segm": ...}, for several data sets {name: {...}};
-        {} on other processes and where there is nothing to test on.
+        On the main process {"bbox": {"AP": percent, ...}, "segm": ...} or {"box_proposals": {"AR@100": ...}}, for
+        several data sets {name: {...}}; {} on other processes and where there is nothing to test on.
     """
+    return _evaluate_all(cfg, model, engine, evaluator, "inference")
+
+
+def evaluate_finally(cfg: CfgNode, model: nn.Module, engine: ModuleType, evaluator: str = "hotcoco") -> dict[str, Any]:
+    """`evaluate`, and once more with test-time augmentation if TEST.AUG.ENABLED.
+
+    The latter's predictions go to the folder inference_TTA and its results are named "bbox_TTA", "segm_TTA", for
+    several data sets NAME_TTA.
+
+    Raises:
+        UserError: a result is not what TEST.EXPECTED_RESULTS says.
+    """
+    results = evaluate(cfg, model, engine, evaluator)
+    if cfg.TEST.AUG.ENABLED:
+        log.info("once more, with test-time augmentation")
+        augmented = engine.augment(cfg, model)
+        more = _evaluate_all(cfg, augmented, engine, evaluator, "inference_TTA")
+        results.update({f"{name}_TTA": values for name, values in more.items()})
+    if is_main():
+        check_expected(cfg, results)
+    return results
+
+
+def check_expected(cfg: CfgNode, results: dict[str, Any]) -> None:
+    """Hold results to TEST.EXPECTED_RESULTS, a list of [task, metric, value, tolerance].
+
+    Raises:
+        UserError: naming the first that is missing, not finite or further off than its tolerance.
+    """
+    for task, metric, expected, tolerance in cfg.TEST.EXPECTED_RESULTS:
+        actual = results.get(task, {}).get(metric)
+        if actual is None or not abs(actual - expected) <= tolerance:
+            raise UserError(
+                f"{task} {metric} is {'not measured' if actual is None else f'{actual:.4f}'}; TEST.EXPECTED_RESULTS "
+                f"says {expected} within {tolerance}."
+            )
+
+
+def _evaluate_all(cfg: CfgNode, model: nn.Module, engine: ModuleType, evaluator: str, folder: str) -> dict[str, Any]:
     results: dict[str, Any] = {}
     names = list(cfg.DATASETS.TEST)
+    proposals = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
     for name in names:
         output_dir = Path(cfg.OUTPUT_DIR) if len(names) == 1 else Path(cfg.OUTPUT_DIR) / name
-        found = _evaluate_one(cfg, model, engine, name, output_dir, evaluator)
+        if proposals:
+            found = _evaluate_proposals(cfg, model, engine, name, output_dir)
+        else:
+            found = _evaluate_one(cfg, model, engine, name, output_dir, evaluator, folder)
         results.update(found if len(names) == 1 else {name: found})
     return results if is_main() else {}
 
 
 def _evaluate_one(
-    cfg: CfgNode, model: nn.Module, engine: ModuleType, name: str, output_dir: Path, evaluator: str
+    cfg: CfgNode, model: nn.Module, engine: ModuleType, name: str, output_dir: Path, evaluator: str, folder: str
 ) -> Results:
     paths = find_dataset(name)
     category_ids = tuple(read_categories(paths.annotations))
@@ -51,11 +95,27 @@ def _evaluate_one(
     results: Results = {}
     if is_main():
         seconds = time.perf_counter() - began
-        file = write_results(output_dir, predictions)
+        file = write_results(output_dir, predictions, folder)
         log.info("%s: %d detections in %.1f s, written to %s", name, len(predictions), seconds, file)
         iou_types = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
         results = evaluate_coco(paths.annotations, predictions, iou_types, evaluator=evaluator)
         log.info("%s, by %s:\n%s", name, evaluator, format_results(results))
+    barrier()
+    return results
+
+
+def _evaluate_proposals(cfg: CfgNode, model: nn.Module, engine: ModuleType, name: str, output_dir: Path) -> Results:
+    paths = find_dataset(name)
+    began = time.perf_counter()
+    found = _run_everywhere(model, _proposals(model, engine, engine.test_batches(cfg, name)))
+    results: Results = {}
+    if is_main():
+        seconds = time.perf_counter() - began
+        found.sort(key=lambda proposals: proposals.image_id)
+        file = write_proposals(output_dir, found)
+        log.info("%s: proposals of %d images in %.1f s, written to %s", name, len(found), seconds, file)
+        results = evaluate_proposals(paths.annotations, found)
+        log.info("%s: %s", name, ", ".join(f"{k} {v:.3f}" for k, v in results["box_proposals"].items()))
     barrier()
     return results
 
@@ -67,18 +127,24 @@ def predict_dataset(
 
     The model's training mode is put back as it was.
     """
+    found = _run_everywhere(model, _predictions(model, engine, batches, category_ids))
+    # By image, so that the file does not depend on the number of processes.
+    return found if world_size() == 1 else sorted(found, key=lambda r: r["image_id"])
+
+
+def _run_everywhere(model: nn.Module, predictions: Iterator[Any]) -> list[Any]:
+    """What every process predicts, on the main process; the model is in evaluation mode meanwhile."""
     training = model.training
     model.eval()
     try:
-        own = list(_predictions(model, engine, batches, category_ids))
+        own = list(predictions)
     finally:
         model.train(training)
     if world_size() == 1:
         return own
     gathered: list[Any] = [None] * world_size()
     dist.gather_object(own, gathered if is_main() else None)
-    # By image, so that the file does not depend on the number of processes.
-    return sorted((r for part in gathered for r in part), key=lambda r: r["image_id"]) if is_main() else []
+    return [result for part in gathered for result in part] if is_main() else []
 
 
 @torch.inference_mode()
@@ -88,6 +154,13 @@ def _predictions(
     for batch in batches:
         for item, instances in zip(batch, engine.predict(model, batch)):
             yield from instances_to_coco(instances, item["image_id"], category_ids)
+
+
+@torch.inference_mode()
+def _proposals(model: nn.Module, engine: ModuleType, batches: Any) -> Iterator[Proposals]:
+    for batch in batches:
+        for item, found in zip(batch, engine.predict(model, batch)):
+            yield Proposals(item["image_id"], found.boxes.float().cpu(), found.scores.float().cpu())
 
 
 class _Category(msgspec.Struct):

@@ -23,7 +23,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det.backbone import tensors_hash
-from loco_det.detection import solver
+from loco_det.detection import precise_bn, solver
 from loco_det.detection.checkpoint import Checkpointer
 from loco_det.detection.inference import evaluate, flatten
 from loco_det.errors import UserError
@@ -66,6 +66,8 @@ def train(run: Run, evaluator: str) -> None:
     said = time.monotonic()
     with StopSignal() as stop:
         for iteration, stopped in _steps(run, stop):
+            if precise_bn.is_due(cfg, iteration):
+                precise_bn.recompute(cfg, run.engine, run.model, iteration)
             periodic.step(iteration)
             line: dict[str, Any] = {}
             if (iteration + 1) % LOG_PERIOD == 0 or iteration == last:

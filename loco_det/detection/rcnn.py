@@ -1,4 +1,4 @@
-"""Faster and Mask R-CNN: normalise and pad images, backbone, proposals, heads, detections in the original image.
+"""Faster and Mask R-CNN, and the RPN alone: from images through backbone, proposals and heads to the original image.
 
 Shape legend: B images; image i is (3, Hi, Wi), the padded batch (B, 3, H, W).
 Source: detectron2/modeling/meta_arch/rcnn.py and postprocessing.py.
@@ -14,36 +14,39 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det.detection.boxes import clip, nonempty
+from loco_det.detection.cascade import build_roi_heads
 from loco_det.detection.fpn import build_backbone
 from loco_det.detection.honoured import check_model_keys
 from loco_det.detection.masks import paste_masks
-from loco_det.detection.cascade import build_roi_heads
 from loco_det.detection.rpn import RPN
 from loco_det.errors import UserError
 from loco_det.structures import Instances
 
+Batch = Sequence[dict[str, Any]]
 
-class GeneralizedRCNN(nn.Module):
-    """A two-stage detector with Detectron2's parameter names, arithmetic and losses."""
+
+class ProposalNetwork(nn.Module):
+    """Backbone and RPN with Detectron2's parameter names, arithmetic and losses."""
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
         self.backbone = build_backbone(cfg)
-        shapes = self.backbone.channels, self.backbone.strides
-        known = list(self.backbone.channels)
-        for key in ("RPN", "ROI_HEADS"):
-            names = list(cfg.MODEL[key].IN_FEATURES)
-            if not names or any(name not in known for name in names):
-                raise UserError(f"MODEL.{key}.IN_FEATURES {names} must be features of the backbone: {', '.join(known)}")
-        self.proposal_generator = RPN(cfg, *shapes)
-        self.roi_heads = build_roi_heads(cfg, *shapes)
+        self._check_features("RPN", cfg.MODEL.RPN.IN_FEATURES)
+        self.proposal_generator = RPN(cfg, self.backbone.channels, self.backbone.strides)
         # Not persistent: Detectron2's checkpoints do not hold them.
         for name in ("pixel_mean", "pixel_std"):
             value = torch.tensor(cfg.MODEL[name.upper()], dtype=torch.float32).view(-1, 1, 1)
             self.register_buffer(name, value, persistent=False)
 
-    def forward(self, batch: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor] | list[Instances]:
-        """Losses in training, detections otherwise.
+    def _check_features(self, section: str, names: Sequence[str]) -> None:
+        known = list(self.backbone.channels)
+        if not names or any(name not in known for name in names):
+            raise UserError(
+                f"MODEL.{section}.IN_FEATURES {list(names)} must be features of the backbone: {', '.join(known)}"
+            )
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor] | list[Instances]:
+        """Losses in training, proposals otherwise.
 
         Args:
             batch: one dict an image as the mapper makes them: `image` uint8 (3, Hi, Wi) in INPUT.FORMAT order,
@@ -51,21 +54,17 @@ class GeneralizedRCNN(nn.Module):
                 for Mask R-CNN, masks, in the coordinates of `image`.
 
         Returns:
-            In training {loss_rpn_cls, loss_rpn_loc, loss_cls, loss_box_reg[, loss_mask]}, 0-dim tensors.
-            Otherwise one Instances an image, in the original image's pixels: boxes, scores (descending), classes
-            and, for Mask R-CNN, masks (N, height, width) bool.
+            In training {loss_rpn_cls, loss_rpn_loc}, 0-dim tensors. Otherwise one Instances an image, in the
+            original image's pixels: boxes and scores, which are logits, descending.
         """
         images, sizes = self.preprocess(batch)
         features = self.backbone(images)
-        targets = [item["instances"].to(images.device) for item in batch] if self.training else None
-        proposals, losses = self.proposal_generator(features, sizes, targets)
-        detections, head_losses = self.roi_heads(features, proposals, targets)
-        if self.training:
-            return {**head_losses, **losses}
-        return [
-            postprocess(detection, item.get("height", size[0]), item.get("width", size[1]))
-            for detection, item, size in zip(detections, batch, sizes)
-        ]
+        proposals, losses = self.proposal_generator(features, sizes, self.targets(batch))
+        return losses if self.training else to_original(proposals, batch)
+
+    def targets(self, batch: Batch) -> list[Instances] | None:
+        """Ground truth on the model's device, in training."""
+        return [item["instances"].to(self.pixel_mean.device) for item in batch] if self.training else None
 
     def preprocess(self, batch: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """Normalised float32 images padded at the right and below with zeros to one size, and their own (Hi, Wi)."""
@@ -80,8 +79,58 @@ class GeneralizedRCNN(nn.Module):
         return padded, sizes
 
 
+class GeneralizedRCNN(ProposalNetwork):
+    """A two-stage detector with Detectron2's parameter names, arithmetic and losses."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__(cfg)
+        self._check_features("ROI_HEADS", cfg.MODEL.ROI_HEADS.IN_FEATURES)
+        self.roi_heads = build_roi_heads(cfg, self.backbone.channels, self.backbone.strides)
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor] | list[Instances]:
+        """Losses in training, detections otherwise; `batch` as for `ProposalNetwork`.
+
+        Returns:
+            In training {loss_rpn_cls, loss_rpn_loc, loss_cls, loss_box_reg[, loss_mask]}, 0-dim tensors; a cascade
+            has loss_cls_stage0, loss_box_reg_stage0 and so on.
+            Otherwise one Instances an image, in the original image's pixels: boxes, scores (descending), classes
+            and, for Mask R-CNN, masks (N, height, width) bool.
+        """
+        if not self.training:
+            return to_original(self.detect(batch), batch)
+        images, sizes = self.preprocess(batch)
+        features, targets = self.backbone(images), self.targets(batch)
+        proposals, losses = self.proposal_generator(features, sizes, targets)
+        return {**self.roi_heads(features, proposals, targets), **losses}
+
+    def detect(
+        self, batch: Batch, given: Sequence[Instances] | None = None, with_masks: bool = True
+    ) -> list[Instances]:
+        """Detections in pixels of each `image` of the batch.
+
+        Args:
+            given: detections whose masks are asked for; found by the model if not given.
+            with_masks: add masks (Ri, M, M) of float probabilities, where the model has a mask branch.
+        """
+        images, sizes = self.preprocess(batch)
+        features = self.backbone(images)
+        if given is None:
+            given = self.roi_heads(features, self.proposal_generator(features, sizes)[0])
+        if with_masks:
+            self.roi_heads.predict_masks(features, given)
+        return list(given)
+
+
+def to_original(found: Sequence[Instances], batch: Batch) -> list[Instances]:
+    """`postprocess` of each image to the `height` and `width` that the batch states; by default it keeps its size."""
+    return [
+        postprocess(one, item.get("height", one.image_size[0]), item.get("width", one.image_size[1]))
+        for one, item in zip(found, batch)
+    ]
+
+
 def postprocess(detections: Instances, height: int, width: int) -> Instances:
-    """Carries detections from the network's input to an image of `height` x `width` and pastes their masks.
+    """Carries detections or proposals from the network's input to `height` x `width` pixels and pastes their masks.
 
     Args:
         detections: of one image; `masks`, if any, (N, M, M) float probabilities.
@@ -99,13 +148,13 @@ def postprocess(detections: Instances, height: int, width: int) -> Instances:
     return Instances(
         (height, width),
         boxes=boxes[keep],
-        classes=detections.classes[keep],
+        classes=None if detections.classes is None else detections.classes[keep],
         scores=detections.scores[keep],
         masks=None if masks is None else paste_masks(masks[keep], boxes[keep], (height, width)),
     )
 
 
-def build_model(cfg: CfgNode) -> GeneralizedRCNN:
+def build_model(cfg: CfgNode) -> ProposalNetwork:
     """The detector that a config with Detectron2's keys describes, freshly initialised, on the CPU, in training mode.
 
     Raises:
@@ -114,4 +163,5 @@ def build_model(cfg: CfgNode) -> GeneralizedRCNN:
     check_model_keys(cfg)
     if len(cfg.MODEL.PIXEL_MEAN) != 3 or len(cfg.MODEL.PIXEL_STD) != 3 or 0 in list(cfg.MODEL.PIXEL_STD):
         raise UserError("MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be three numbers, PIXEL_STD without zeros")
-    return GeneralizedRCNN(cfg)
+    kinds = {"GeneralizedRCNN": GeneralizedRCNN, "ProposalNetwork": ProposalNetwork}
+    return kinds[cfg.MODEL.META_ARCHITECTURE](cfg)

@@ -137,19 +137,17 @@ class StandardROIHeads(RoiHeads):
 
     def forward(
         self, features: Features, proposals: Sequence[Instances], targets: Sequence[Instances] | None = None
-    ) -> tuple[list[Instances], Losses]:
-        """Detections (none in training) and losses (none in inference); detections carry soft masks (Ri, M, M)."""
+    ) -> Losses | list[Instances]:
+        """Losses in training, detections otherwise; `predict_masks` adds their masks."""
         maps = [features[name] for name in self.in_features]
-        if self.training:
-            samples = self.sample(proposals, targets)
-            losses = self.train_boxes(maps, samples, targets)
-            if self.mask_on:
-                foreground = [s.boxes[s.classes < self.num_classes] for s in samples]
-                losses.update(self.mask_losses(self.mask_pooler(maps, foreground), samples))
-            return [], losses
-        detections = self.predict_boxes(maps, proposals)
-        self.predict_masks(features, detections)
-        return detections, {}
+        if not self.training:
+            return self.predict_boxes(maps, proposals)
+        samples = self.sample(proposals, targets)
+        losses = self.train_boxes(maps, samples, targets)
+        if self.mask_on:
+            foreground = [s.boxes[s.classes < self.num_classes] for s in samples]
+            losses.update(self.mask_losses(self.mask_pooler(maps, foreground), samples))
+        return losses
 
     def train_boxes(self, maps: Maps, samples: list[Sample], targets: Sequence[Instances]) -> Losses:
         """Losses of the box branch; where the mask branch is to see other regions, `samples` have them afterwards."""
@@ -166,7 +164,7 @@ class StandardROIHeads(RoiHeads):
         return self.box_predictor.detect(scores, deltas, proposals)
 
     def predict_masks(self, features: Features, detections: Sequence[Instances]) -> None:
-        """Adds soft masks to given boxes and classes; nothing where the model has no mask branch."""
+        """Adds soft masks (Ri, M, M) to given boxes and classes; nothing where the model has no mask branch."""
         if self.mask_on:
             maps = [features[name] for name in self.in_features]
             self.add_masks(self.mask_pooler(maps, [d.boxes for d in detections]), detections)
@@ -201,23 +199,21 @@ class Res5ROIHeads(RoiHeads):
 
     def forward(
         self, features: Features, proposals: Sequence[Instances], targets: Sequence[Instances] | None = None
-    ) -> tuple[list[Instances], Losses]:
-        """Detections (none in training) and losses (none in inference); detections carry soft masks (Ri, M, M)."""
+    ) -> Losses | list[Instances]:
+        """Losses in training, detections otherwise; `predict_masks` adds their masks."""
         regions = self.sample(proposals, targets) if self.training else proposals
         pooled = self._pool(features, regions)
         scores, deltas = self.box_predictor(pooled.mean(dim=[2, 3]))
-        if self.training:
-            losses = box_losses(self.box_predictor, scores, deltas, regions)
-            if self.mask_on:
-                foreground = torch.cat([s.classes < self.num_classes for s in regions])
-                losses.update(self.mask_losses(pooled[foreground], regions))
-            return [], losses
-        detections = self.box_predictor.detect(scores, deltas, proposals)
-        self.predict_masks(features, detections)
-        return detections, {}
+        if not self.training:
+            return self.box_predictor.detect(scores, deltas, proposals)
+        losses = box_losses(self.box_predictor, scores, deltas, regions)
+        if self.mask_on:
+            foreground = torch.cat([s.classes < self.num_classes for s in regions])
+            losses.update(self.mask_losses(pooled[foreground], regions))
+        return losses
 
     def predict_masks(self, features: Features, detections: Sequence[Instances]) -> None:
-        """Adds soft masks to given boxes and classes; nothing where the model has no mask branch."""
+        """Adds soft masks (Ri, M, M) to given boxes and classes; nothing where the model has no mask branch."""
         if self.mask_on:
             self.add_masks(self._pool(features, detections), detections)
 

@@ -14,7 +14,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from loco_det.config import Setting, collect_settings
-from loco_det.detection.honoured import MODEL_KEYS, lookup
+from loco_det.detection.honoured import MODEL_KEYS, check_test_keys, lookup
 from loco_det.errors import UserError
 
 DEFAULTS = Path(__file__).with_name("d2_defaults.yaml")
@@ -74,6 +74,13 @@ HONOURED: dict[str, tuple[Any, ...] | None] = {
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": None,
     "SOLVER.AMP.ENABLED": None,
     "TEST.EVAL_PERIOD": None,
+    "TEST.EXPECTED_RESULTS": None,
+    "TEST.AUG.ENABLED": None,
+    "TEST.AUG.MIN_SIZES": None,
+    "TEST.AUG.MAX_SIZE": None,
+    "TEST.AUG.FLIP": None,
+    "TEST.PRECISE_BN.ENABLED": None,
+    "TEST.PRECISE_BN.NUM_ITER": None,
 }
 
 
@@ -112,6 +119,7 @@ def check_honoured(cfg: CfgNode, settings: Mapping[str, Setting] | None = None) 
     Raises:
         UserError: naming the place, the key, its value and the values that can stand there.
     """
+    check_test_keys(cfg)
     for key, default in values(_defaults()).items():
         value = lookup(cfg, key)
         allowed = HONOURED.get(key, ())

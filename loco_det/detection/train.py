@@ -21,7 +21,7 @@ from loco_det import __version__
 from loco_det.data.catalog import find_dataset
 from loco_det.detection import engine_d2, solver
 from loco_det.detection.checkpoint import Checkpointer, read_last
-from loco_det.detection.inference import evaluate, flatten, read_categories
+from loco_det.detection.inference import evaluate_finally, flatten, read_categories
 from loco_det.detection.loop import Run, check_frozen, frozen_hashes, train
 from loco_det.detection.record import write_record
 from loco_det.detection.weights import apply_weights, load_weights
@@ -65,12 +65,12 @@ def train_net(
     model = module.build_model(cfg)
     if eval_only:
         _load_for_evaluation(model, cfg, module, resume)
-        results = evaluate(cfg, model, module, evaluator)
+        results = evaluate_finally(cfg, model, module, evaluator)
         append_metrics(cfg.OUTPUT_DIR, flatten(results))
         return results
     run = start_run(cfg, module, model, resume, drawn)
     train(run, evaluator)
-    results = evaluate(cfg, model, module, evaluator)
+    results = evaluate_finally(cfg, model, module, evaluator)
     if results:
         append_metrics(cfg.OUTPUT_DIR, {"iteration": cfg.SOLVER.MAX_ITER, **flatten(results)})
     return results

@@ -174,12 +174,12 @@ def _match_detector(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -
 
 
 def _check_classes(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -> None:
-    name = "roi_heads.box_predictor.cls_score.weight"
-    if name in weights.tensors and name in target and weights.tensors[name].shape[0] != target[name].shape[0]:
-        raise UserError(
-            f"{weights.path} was trained for {weights.tensors[name].shape[0] - 1} classes and "
-            f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}; set it, or take other weights."
-        )
+    for name in ("roi_heads.box_predictor.cls_score.weight", "roi_heads.box_predictor.0.cls_score.weight"):
+        if name in weights.tensors and name in target and weights.tensors[name].shape[0] != target[name].shape[0]:
+            raise UserError(
+                f"{weights.path} was trained for {weights.tensors[name].shape[0] - 1} classes and "
+                f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}; set it, or take other weights."
+            )
 
 
 def _check_shape(path: Path, name: str, tensor: Tensor, wanted: Tensor) -> None:

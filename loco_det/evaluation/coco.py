@@ -185,13 +185,13 @@ def instances_to_coco(instances: Instances, image_id: int, category_ids: Sequenc
     return results
 
 
-def write_results(output_dir: str | Path, results: list[dict[str, Any]]) -> Path:
-    """Write OUTPUT_DIR/inference/coco_instances_results.json whole or not at all; returns its path.
+def write_results(output_dir: str | Path, results: list[dict[str, Any]], folder: str = "inference") -> Path:
+    """Write OUTPUT_DIR/`folder`/coco_instances_results.json whole or not at all; returns its path.
 
     Raises:
         UserError: it cannot be written.
     """
-    path = Path(output_dir) / "inference" / "coco_instances_results.json"
+    path = Path(output_dir) / folder / "coco_instances_results.json"
     with atomic_write(path) as file:
         file.write(b"[")
         for start in range(0, len(results), _RESULT_BATCH):
