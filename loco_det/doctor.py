@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -27,6 +28,9 @@ TORCH = (2, 4)
 REINSTALL = "reinstall it: pip install --upgrade --force-reinstall "
 GIB = 2**30
 LINE_WIDTH = 200  # where the answer goes to a file or a pipe
+BASELINE_RATE, BASELINE_IMAGES = 0.02, 16  # of Detectron2's COCO configurations
+RATE_SPAN = 2.5  # times more or less than the rule is worth a word
+NORM_KEYS = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM")
 SMALL_DISK, SMALL_SHARED_MEMORY = 5 * GIB, 1 * GIB
 
 
@@ -117,6 +121,8 @@ def examine_config(config: str, overrides: list[str], weights: str | None = None
     checks = [_guarded("config", engine)]
     checks += [_guarded(f"data set {name}", lambda name=name: data_set(name)) for name in names]
     checks.append(_guarded("weights", lambda: _weights(cfg, weights or cfg.MODEL.WEIGHTS)))
+    checks.append(_guarded("schedule", lambda: _schedule(cfg)))
+    checks.append(_guarded("norm", lambda: _norm(cfg)))
     checks.append(_guarded("output", lambda: _disk(Path(cfg.OUTPUT_DIR), "output")))
     return checks
 
@@ -309,6 +315,36 @@ def _weights(cfg: Any, path: str) -> Check:
         advice = "check INPUT.FORMAT and PIXEL_MEAN/STD by hand, or convert it with tools/convert_to_d2.py"
         return Check("weights", "note", f"{kind} {path} fits, but does not say what pixels it expects", advice)
     return Check("weights", "ok", f"{kind} {path} fits the config")
+
+
+def _schedule(cfg: Any) -> Check:
+    """The learning rate against the rule of Detectron2's baselines, 0.02 for 16 images, linear in the batch."""
+    images, rate = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR
+    rule = BASELINE_RATE * images / BASELINE_IMAGES
+    found = f"SOLVER.BASE_LR {rate:g} for {images} images a step"
+    if not rule / RATE_SPAN <= rate <= rule * RATE_SPAN:
+        advice = f"{BASELINE_RATE:g} for {BASELINE_IMAGES} images, scaled with the batch, would be {rule:.3g}"
+        return Check("schedule", "note", found, advice)
+    late = [step for step in cfg.SOLVER.STEPS if step >= cfg.SOLVER.MAX_ITER]
+    if late and cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        advice = f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}: the rate never falls there; shorten SOLVER.STEPS too"
+        return Check("schedule", "note", f"SOLVER.STEPS {tuple(late)} are never reached", advice)
+    return Check("schedule", "ok", found)
+
+
+def _norm(cfg: Any) -> Check:
+    """Normalisation whose statistics depend on how many processes there are."""
+    import torch
+
+    used = {key: functools.reduce(getattr, key.split("."), cfg) for key in NORM_KEYS}
+    synced = [key for key, norm in used.items() if norm == "SyncBN"]
+    shown = ", ".join(f"{key} {norm or 'none'}" for key, norm in used.items())
+    if synced and torch.cuda.device_count() < 2:
+        advice = (
+            f"SyncBN of one process is BN over its {cfg.SOLVER.IMS_PER_BATCH} images; published runs have 16 over 8"
+        )
+        return Check("norm", "note", f"{', '.join(synced)} is SyncBN, and there is no second GPU here", advice)
+    return Check("norm", "ok", shown)
 
 
 # --- the answer -------------------------------------------------------------------------------------------------

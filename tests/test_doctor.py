@@ -245,6 +245,8 @@ def test_a_config_that_is_ready(without_detectron2: None, datasets: Path, backbo
         "data set coco_2017_train": "ok",
         "data set coco_2017_val": "ok",
         "weights": "ok",
+        "schedule": "ok",
+        "norm": "ok",
         "output": "ok",
     }
     assert not (tmp_path / "run").exists()
@@ -300,6 +302,31 @@ def test_a_key_that_the_engine_cannot_honour(without_detectron2: None) -> None:
     check = config_check("config", ["MODEL.META_ARCHITECTURE", "RetinaNet"])
     assert check.status == "fail"
     assert "MODEL.META_ARCHITECTURE" in check.found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["SOLVER.IMS_PER_BATCH", "2"], "would be 0.0025"),  # 0.02 * 2 / 16
+        (["SOLVER.BASE_LR", "0.2"], "would be 0.02"),
+        (["SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.0025"], None),
+        (["SOLVER.MAX_ITER", "60000"], "shorten SOLVER.STEPS"),
+        (["SOLVER.MAX_ITER", "60000", "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"], None),
+    ],
+)
+def test_learning_rate_against_the_batch_and_steps_against_the_end(without_detectron2: None, overrides, words) -> None:
+    check = config_check("schedule", overrides)
+    assert check.status == ("ok" if words is None else "note")
+    assert words is None or words in check.advice
+
+
+@pytest.mark.parametrize(("gpus", "status"), [(0, "note"), (1, "note"), (2, "ok")])
+def test_syncbn_without_a_second_gpu(without_detectron2: None, gpus, status, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    check = config_check("norm", ["MODEL.FPN.NORM", "SyncBN"])
+    assert check.status == status
+    assert "MODEL.FPN.NORM" in check.found
+    assert config_check("norm", ["MODEL.FPN.NORM", "", "MODEL.RESNETS.NORM", "FrozenBN"]).status == "ok"
 
 
 # --- the answer -------------------------------------------------------------------------------------------------
