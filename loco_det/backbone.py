@@ -271,6 +271,24 @@ def freeze(module: nn.Module) -> nn.Module:
     return module
 
 
+@torch.no_grad()
+def measure_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Give a random model the BatchNorm statistics of the images: plain means over `batches` of (B, 3, H, W).
+
+    Without them activations grow or vanish with depth and "random" would be a degenerate baseline. The model is left
+    in training mode.
+    """
+    norms = [m for m in model.train().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative mean
+    for batch in batches:
+        model(batch)
+    for norm, momentum in zip(norms, before):
+        norm.momentum = momentum
+
+
 def tensors_hash(named: Iterable[tuple[str, Tensor]]) -> str:
     """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()

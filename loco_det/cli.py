@@ -67,6 +67,12 @@ def _train() -> Job:
     return Job(command.add_arguments, command.run)
 
 
+def _probe() -> Job:
+    from loco_det.evaluation.probes import command
+
+    return Job(command.add_arguments, command.run)
+
+
 def _report() -> Job:
     from loco_det.report import command
 
@@ -80,6 +86,7 @@ JOBS: dict[str, tuple[str, Callable[[], Job]]] = {
     "pretrain": ("pretrain a backbone on unlabelled images with LoCo, GIM or SimCLR", _pretrain),
     "convert": ("turn a backbone into weights that Detectron2 and `train` read, with proof", _convert),
     "train": ("train and evaluate Faster or Mask R-CNN on a frozen or fine-tuned backbone", _train),
+    "probe": ("classify images by a backbone's frozen features, stage by stage", _probe),
     "report": ("put runs and probes side by side: one page with intervals, errors, curves and pictures", _report),
 }
 

@@ -16,7 +16,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD, backbone_tensors, describe, save_backbone
-from loco_det.backbone import BLOCKS, ResNet
+from loco_det.backbone import BLOCKS, ResNet, measure_batchnorm
 from loco_det.data.sources import Source, open_source
 from loco_det.data.twoview import TwoViewLoader, TwoViews, build_two_view_loader
 from loco_det.data.views import normalise
@@ -141,8 +141,8 @@ def pretrain(cfg: CfgNode, resume: bool = False) -> Path:
         _write_config(cfg)
         backbone = build_backbone(cfg).to(device)
         seed_everything(cfg.SEED)
-        step = measure_batchnorm(backbone, loader, device)
-        return write_backbone(cfg, backbone, [], source, step)
+        measure_statistics(backbone, loader, device)
+        return write_backbone(cfg, backbone, [], source, step=0)
     learner = Learner(cfg).to(device, memory_format=_memory_format(device))
     seed_everything(cfg.SEED)
     step = _train(cfg, learner, loader, source, device, resume)
@@ -318,26 +318,18 @@ def gradient_norms(backbone: ResNet) -> dict[str, Tensor]:
     return norms
 
 
-@torch.no_grad()
-def measure_batchnorm(backbone: ResNet, loader: TwoViewLoader, device: torch.device) -> int:
-    """Give a random backbone the BatchNorm statistics of the images: plain means over up to 50 batches.
-
-    Without them activations grow or vanish with depth and "random" would be a degenerate baseline.
-    """
-    norms = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [m.momentum for m in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative mean
+def measure_statistics(backbone: ResNet, loader: TwoViewLoader, device: torch.device) -> None:
+    """METHOD random: BatchNorm's statistics over up to 50 batches."""
     batches = loader.batches(0)
     count = min(RANDOM_BATCHES, loader.steps_per_epoch)
     with Progress(count, "batch statistics") as progress:
-        for _ in range(count):
-            backbone(_input(next(batches), device))
-            progress.advance()
-    for norm, momentum in zip(norms, before):
-        norm.momentum = momentum
-    return 0
+
+        def inputs() -> Iterator[Tensor]:
+            for _ in range(count):
+                yield _input(next(batches), device)
+                progress.advance()
+
+        measure_batchnorm(backbone, inputs())
 
 
 # --- files ------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "loco_det": BASE,
     "loco_det.data": NO_MODELS,
     "loco_det.evaluation": NO_MODELS,
+    "loco_det.evaluation.probes": BASE | {"loco_det.data", "loco_det.evaluation", "loco_det.convert"},
     "loco_det.convert": BASE | {"loco_det.data.images"},
     "loco_det.report": BASE | {"loco_det.data", "loco_det.evaluation"},
     "loco_det.detection": BASE | {"loco_det.data", "loco_det.evaluation", "loco_det.convert"},
@@ -35,7 +36,7 @@ MAY_IMPORT = {
     "loco_det.quickstart": BASE
     | {f"loco_det.{room}" for room in ("data", "evaluation", "convert", "detection", "report")},
     "loco_det.cli": BASE
-    | {f"loco_det.{room}" for room in ("convert", "detection", "doctor", "quickstart", "report")}
+    | {f"loco_det.{room}" for room in ("convert", "detection", "doctor", "evaluation.probes", "quickstart", "report")}
     | {"pretrain"},
 }
 # The import name of a distribution, where the two differ.

@@ -15,7 +15,7 @@ from torch import Tensor
 from loco_det.artifact import HEADER_KEY, Manifest, Stage, decode_manifest, load_backbone
 from loco_det.backbone import ResNet, stage_channels, stage_strides, tensors_hash
 from loco_det.convert.account import Account, take_account
-from loco_det.convert.architecture import check_tensors, recognise
+from loco_det.convert.architecture import Architecture, check_tensors, recognise
 from loco_det.convert.export import WRITERS, yaml_text
 from loco_det.convert.load import load_tensors, safetensors_metadata
 from loco_det.convert.prove import prove
@@ -107,6 +107,8 @@ def load_any_backbone(
 ) -> tuple[ResNet, Manifest]:
     """The backbone of any checkpoint that `convert` reads, as a network in evaluation mode, and what it expects.
 
+    Our own backbones with the CIFAR stem, which have no place in a detector, are read too.
+
     Args:
         path, branch, channel_order, pixel_mean, pixel_std, stride_in_1x1: as `convert`'s.
         norm: the network's BatchNorm, a name that `backbone.make_norm` takes: "BN", "SyncBN" or "FrozenBN".
@@ -120,12 +122,29 @@ def load_any_backbone(
         UserError: as `convert`.
     """
     path = Path(path)
+    stated = (channel_order, pixel_mean, pixel_std, stride_in_1x1)
+    if path.is_file() and HEADER_KEY in safetensors_metadata(path):
+        tensors, manifest = load_backbone(path)
+        if manifest.stem == "cifar":
+            account = Account("", "", Architecture(manifest.depth), len(tensors), tensors, {}, {})
+            _stated(path, account, manifest, None, *stated)
+            model = ResNet(manifest.depth, stem="cifar", norm=norm, stride_in_1x1=manifest.stride_in_1x1)
+            return _filled(path, model, tensors), manifest
     account, manifest, known = _read(path, branch)
-    account.pixels = _stated(path, account, manifest, known, channel_order, pixel_mean, pixel_std, stride_in_1x1)
+    account.pixels = _stated(path, account, manifest, known, *stated)
     model = account.architecture.build(stride_in_1x1=account.pixels.stride_in_1x1, norm=norm)
+    return _filled(path, model, account.converted), manifest or _describe(account)
+
+
+def _filled(path: Path, model: ResNet, tensors: dict[str, Tensor]) -> ResNet:
+    """`model` in evaluation mode with all of `tensors` (torchvision's names) and no others."""
     counters = {name: t for name, t in model.state_dict().items() if name.endswith("num_batches_tracked")}
-    model.load_state_dict({**{to_detectron2(n): t for n, t in account.converted.items()}, **counters}, strict=True)
-    return model.eval(), manifest or _describe(account)
+    try:
+        model.load_state_dict({**{to_detectron2(n): t for n, t in tensors.items()}, **counters}, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its tensors are not what its manifest says ({reason}); write it again") from error
+    return model.eval()
 
 
 def load_backbone_weights(path: str | Path, branch: str | None = None) -> tuple[dict[str, Tensor], Manifest | None]:

@@ -1,0 +1,186 @@
+"""What `BACKBONE` on the command line may be, made into one thing: a module that gives every stage's output.
+
+| BACKBONE | |
+|---|---|
+| a file | anything that `loco-det convert` reads, and our own backbones with the CIFAR stem |
+| `timm:NAME` | timm's model with its pretrained weights, from the local cache or the hub |
+| `random:resnet50`, `random:resnet18-cifar` | our ResNet untrained, BatchNorm measured on training images |
+| `random:timm:NAME` | timm's model untrained; BatchNorm likewise |
+
+Shape legend: B images of S x S pixels; a stage's output is (B, C, H, W).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD
+from loco_det.backbone import BLOCKS, STAGES, ResNet, measure_batchnorm, tensors_hash
+from loco_det.convert import load_any_backbone
+from loco_det.data.views import normalise
+from loco_det.errors import UserError
+
+_BY_STRIDE = {2: "stem", 4: "res2", 8: "res3", 16: "res4", 32: "res5"}
+
+
+@dataclass
+class Backbone:
+    """A backbone and the pixels that it expects.
+
+    Attributes:
+        name: as the user gave it.
+        model: (B, 3, S, S) float32 -> {stage: (B, C, H, W)}, in the order of the stages.
+        channels: C of every stage.
+        order, mean, std: RGB or BGR; 0-255 units in that order.
+        image_size: the S to use where the user gives none.
+        untrained: its BatchNorm statistics are to be measured.
+        facts: what is known of it, for the record.
+    """
+
+    name: str
+    model: nn.Module
+    channels: dict[str, int]
+    order: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+    untrained: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def input(self, images: Tensor, device: torch.device) -> Tensor:
+        """(B, 3, S, S) uint8 RGB -> what the model sees, on the device."""
+        images = images.to(device, non_blocking=True)
+        return normalise(images.flip(1) if self.order == "BGR" else images, self.mean, self.std)
+
+    def measure(self, batches: Iterable[Tensor]) -> None:
+        """BatchNorm statistics of an untrained model from `batches` of `input`."""
+        measure_batchnorm(self.model, batches)
+        self.model.eval()
+
+    def weights_hash(self) -> str:
+        """sha256 over all tensors."""
+        return tensors_hash(self.model.state_dict().items())
+
+
+class _TimmStages(nn.Module):
+    """timm's features_only model, its maps by the names of the stages and channels first."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        info = model.feature_info
+        strides, names = info.reduction(), info.module_name()
+        by_stride = len(set(strides)) == len(strides) and set(strides) <= set(_BY_STRIDE)
+        # Plain transformers have one stride throughout: theirs go by timm's names.
+        self.stage_names = [_BY_STRIDE[s] for s in strides] if by_stride else list(names)
+        self.channels = dict(zip(self.stage_names, info.channels()))
+        self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps = self.model(x)
+        if self.channels_last:
+            maps = [m.permute(0, 3, 1, 2) for m in maps]
+        return dict(zip(self.stage_names, maps))
+
+
+def load_backbone_for_probe(
+    name: str, *, branch: str | None = None, seed: int = 0, image_size: int | None = None, **stated: Any
+) -> Backbone:
+    """The backbone that the user names, in eval mode on the CPU; see the module's table.
+
+    Args:
+        branch: which, where a file holds several.
+        seed: of the weights of an untrained one.
+        image_size: the side that the images will have, which some of timm's models must be built for.
+        stated: channel_order, pixel_mean, pixel_std, stride_in_1x1, as `loco_det.convert.convert` takes them.
+
+    Raises:
+        UserError: no such file or model, or its weights cannot be had.
+    """
+    kind, _, rest = name.partition(":")
+    if kind not in ("random", "timm") and kind != name and not re.search(r"[\\/.]", kind):
+        raise UserError(f"backbone {name!r}: the kind {kind!r} is unknown; give a file, timm:NAME or random:resnet50")
+    if kind not in ("random", "timm"):
+        model, manifest = load_any_backbone(name, branch, **stated)
+        default = 32 if manifest.stem == "cifar" else 224
+        size = manifest.config.get("DATA", {}).get("IMAGE_SIZE", default)
+        facts = {"architecture": manifest.architecture, "stem": manifest.stem, "source": manifest.method}
+        pixels = (manifest.channel_order, manifest.pixel_mean, manifest.pixel_std)
+        return Backbone(name, model, model.channels, *pixels, size, facts=facts)
+    if branch is not None or any(value is not None for value in stated.values()):
+        raise UserError(f"backbone {name!r}: --branch and the pixel options are for files; leave them out")
+    torch.manual_seed(seed)
+    if kind == "timm":
+        return _timm(name, rest, pretrained=True, image_size=image_size)
+    if rest.startswith("timm:"):
+        return _timm(name, rest.removeprefix("timm:"), pretrained=False, image_size=image_size)
+    return _random(name, rest)
+
+
+def _random(name: str, rest: str) -> Backbone:
+    models = {f"resnet{depth}{suffix}": (depth, stem) for depth in BLOCKS for suffix, stem in _STEMS.items()}
+    if rest not in models:
+        raise UserError(f"backbone {name!r}: {rest!r} is unknown; use random: with one of {', '.join(models)}")
+    depth, stem = models[rest]
+    model = ResNet(depth, stem=stem).eval()
+    facts = {"architecture": f"resnet{depth}", "stem": stem, "source": "random"}
+    size = 32 if stem == "cifar" else 224
+    return Backbone(name, model, model.channels, "RGB", IMAGENET_MEAN, IMAGENET_STD, size, untrained=True, facts=facts)
+
+
+_STEMS = {"": "imagenet", "-cifar": "cifar"}
+
+
+def _timm(name: str, rest: str, *, pretrained: bool, image_size: int | None) -> Backbone:
+    import timm  # seconds, and only where it is asked for
+    from timm.data import resolve_model_data_config
+
+    if not timm.is_model(rest):
+        close = ", ".join(timm.list_models(f"*{rest.split('.')[0]}*")[:5]) or "timm.list_models() shows all"
+        raise UserError(f"backbone {name!r}: timm {timm.__version__} has no model {rest!r} ({close})")
+    sized = {"img_size": image_size} if image_size and _takes_size(rest) else {}
+    try:
+        model = timm.create_model(rest, pretrained=pretrained, features_only=True, **sized)
+    except Exception as error:  # hub libraries raise nearly anything when offline
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        remedy = (
+            f"connect to the hub once (weights are then in its cache), or give the weights as a file, or use "
+            f"random:timm:{rest} for an untrained one"
+            if pretrained
+            else "choose a model that gives feature maps (features_only)"
+        )
+        raise UserError(f"backbone {name!r}: timm could not build it ({reason}); {remedy}") from error
+    stages = _TimmStages(model).eval()
+    config = resolve_model_data_config(model)
+    mean, std = (tuple(255 * value for value in config[key]) for key in ("mean", "std"))
+    facts = {"architecture": rest, "source": f"timm {timm.__version__}" + ("" if pretrained else ", random")}
+    size = config["input_size"][-1]
+    return Backbone(name, stages, stages.channels, "RGB", mean, std, size, untrained=not pretrained, facts=facts)
+
+
+def _takes_size(model: str) -> bool:
+    """Whether timm's model has a fixed grid of patches, which must fit the images."""
+    import timm
+
+    fixed = timm.get_pretrained_cfg(model, allow_unregistered=True)
+    return bool(fixed and fixed.fixed_input_size)
+
+
+def choose_stages(backbone: Backbone, wanted: list[str] | None) -> list[str]:
+    """The stages to probe, in the backbone's order; by default all.
+
+    Raises:
+        UserError: one that this backbone does not have.
+    """
+    there = list(backbone.channels)
+    unknown = [stage for stage in wanted or [] if stage not in there]
+    if unknown:
+        known = STAGES if set(there) <= set(STAGES) else there
+        raise UserError(f"--stages {unknown[0]!r} is no stage of {backbone.name}; use {', '.join(known)}")
+    return [stage for stage in there if not wanted or stage in wanted]

@@ -1,0 +1,175 @@
+"""Frozen features of images: every stage's output, averaged over the image, computed once and kept on disk.
+
+Shape legend: N images, C the stage's channels; features are (N, C) float32.
+
+A cache entry is one folder whose name is the sha256 of all that features depend on: the backbone's tensors and what it
+is, the pixels, size and resampling, the images (names, sizes, times of change) and the device's type. It holds one .npy
+a stage and its checksum; a file that does not match is computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loco_det.data.twoview import build_plain_loader
+from loco_det.errors import UserError
+from loco_det.evaluation.probes.backbones import Backbone
+from loco_det.evaluation.probes.cifar import CifarSource
+from loco_det.evaluation.probes.images import LabelledImages
+from loco_det.runtime import Progress, atomic_write, log, write_json
+
+FORMAT = 1
+POOLING = "global average"
+STATISTICS_IMAGES = 3200  # of the training images, for the BatchNorm statistics of an untrained backbone
+STATISTICS_BATCH = 64
+
+
+class Extractor:
+    """Gives features of images by a backbone, from the cache where it has them.
+
+    Args:
+        size: the side that images are scaled and cropped to, as `build_plain_loader` does.
+        cache: a folder, or None to keep nothing.
+    """
+
+    def __init__(
+        self, backbone: Backbone, size: int, device: torch.device, *, batch: int, workers: int, cache: Path | None
+    ) -> None:
+        self.backbone, self.size, self.device = backbone, size, device
+        self.batch, self.workers, self.cache = batch, workers, cache
+        backbone.model.to(device)
+
+    def measure(self, images: LabelledImages, seed: int) -> None:
+        """BatchNorm statistics of an untrained backbone from a part of the training images."""
+        few = images.part(min(1.0, STATISTICS_IMAGES / len(images)), seed)
+        order = np.random.default_rng(seed).permutation(len(few))  # batches of all classes
+        index = order[: max(1, len(order) // STATISTICS_BATCH) * STATISTICS_BATCH]
+        self.backbone.measure(x for x, _ in self.batches(few.take(index), "batch statistics", batch=STATISTICS_BATCH))
+
+    def __call__(self, images: LabelledImages, stages: list[str], what: str) -> dict[str, Tensor]:
+        """{stage: (N, C) float32 on the CPU}, in the order of `images`; `what` names them on the progress bar."""
+        if self.cache is None:
+            return self._extract(images, stages, what)
+        facts = self._facts(images)
+        folder = self.cache / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        shapes = {stage: (len(images), self.backbone.channels[stage]) for stage in stages}
+        found = {stage: _read(folder / f"{stage}.npy", shapes[stage]) for stage in stages}
+        absent = [stage for stage, features in found.items() if features is None]
+        if absent:
+            new = self._extract(images, absent, what)
+            write_json(folder / "facts.json", facts)
+            for stage, features in new.items():
+                _write(folder / f"{stage}.npy", features)
+            found.update(new)
+        else:
+            log.info("%s: features of %d images from the cache", what, len(images))
+        return {stage: found[stage] for stage in stages}
+
+    @torch.no_grad()
+    def _extract(self, images: LabelledImages, stages: list[str], what: str) -> dict[str, Tensor]:
+        features = {stage: torch.empty(len(images), self.backbone.channels[stage]) for stage in stages}
+        self.backbone.model.eval()
+        row = 0
+        for x, _ in self.batches(images, f"{what} features"):
+            outputs = self.backbone.model(x)
+            for stage, part in features.items():
+                part[row : row + len(x)] = outputs[stage].float().mean((2, 3))
+            row += len(x)
+        for stage, part in features.items():
+            if not part.isfinite().all():
+                raise UserError(f"{self.backbone.name}: features of {stage} are not finite; take sound weights")
+        return features
+
+    def batches(self, images: LabelledImages, what: str, batch: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = build_plain_loader(
+            images.source,
+            self.size,
+            batch_size=batch or self.batch,
+            num_workers=self.workers,
+            indices=images.index,
+            pin_memory=self.device.type == "cuda",
+        )
+        with Progress(len(images), what, unit="images") as progress:
+            for part in loader:
+                yield self.backbone.input(part.images, self.device), part.labels
+                progress.advance(len(part.images))
+
+    def _facts(self, images: LabelledImages) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "weights": self.backbone.weights_hash(),
+            "backbone": self.backbone.facts,
+            "strides": _strides(self.backbone.model),
+            "pixels": [self.backbone.order, list(self.backbone.mean), list(self.backbone.std)],
+            "size": self.size,
+            "pooling": POOLING,
+            "device": self.device.type,
+            "images": images_digest(images),
+        }
+
+
+def _strides(model: torch.nn.Module) -> str:
+    """Strides are no tensors, and MSRA's weights differ from the others in them."""
+    return hashlib.sha256(str(model).encode()).hexdigest()
+
+
+def images_digest(images: LabelledImages) -> str:
+    """sha256 over the images' names, order, sizes in bytes and times of change; of a zip, over those of the zip.
+
+    Contents are not read: a file that is replaced by one of the same size with its time set back is not noticed.
+    """
+    digest = hashlib.sha256()
+    root = Path(images.source.root)
+    if root.is_file() or isinstance(images.source, CifarSource):
+        files = [root] if root.is_file() else sorted(root.iterdir())
+        digest.update("".join(_stat(file) for file in files).encode())
+        stat = lambda _: ""  # noqa: E731
+    else:
+        stat = _stat
+    for index in images.index.tolist():
+        name = images.source.name(index)
+        digest.update(f"{os.path.relpath(name, root)}\0{stat(name)}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _stat(path: str | Path) -> str:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); restore the file") from error
+    return f"{found.st_size} {found.st_mtime_ns}\n"
+
+
+def _write(path: Path, features: Tensor) -> None:
+    array = features.numpy()
+    with atomic_write(path) as file:
+        np.save(file, array)
+    write_json(path.with_suffix(".json"), {"sha256": hashlib.sha256(array.data).hexdigest(), "shape": array.shape})
+
+
+def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
+    """The features, or None where there are none, or not the ones that were written."""
+    if not path.exists():
+        return None
+    try:
+        array = np.load(path, allow_pickle=False)
+        checksum = json.loads(path.with_suffix(".json").read_text())["sha256"]
+        if array.shape == shape and array.dtype == np.float32 and _sha256(array) == checksum:
+            return torch.from_numpy(array)
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        pass
+    log.warning("%s: damaged or not whole, so its features are computed again", path)
+    return None
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

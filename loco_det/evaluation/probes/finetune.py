@@ -1,0 +1,164 @@
+"""The semi-supervised probe: the whole backbone and a linear classifier, fine-tuned on 1 % or 10 % of the labels.
+
+Which images keep their label is the rule of `loco_det.data.subsets`: the lists are fixed by the seed, hold the same
+share of every class, and the smaller lies within the larger. Training sees a random crop (8 to 100 % of the area) and
+a flip, as in SimCLR (arXiv 2002.05709, section 4.3 and appendix B.5); testing the plain view.
+
+Shape legend: B images in a batch, S their side, C classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from loco_det.data.images import decode_image
+from loco_det.data.twoview import prepare_worker
+from loco_det.data.views import crop_resize, draw_view, finish_view, view_config, view_draws
+from loco_det.errors import UserError
+from loco_det.evaluation.probes.backbones import Backbone
+from loco_det.evaluation.probes.features import Extractor
+from loco_det.evaluation.probes.images import LabelledImages
+from loco_det.runtime import Progress
+
+CROP_AND_FLIP = {"JITTER_PROB": 0.0, "GRAY_PROB": 0.0, "BLUR_PROB": 0.0}
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """SGD and a half cosine; `rate` is the backbone's for batches of 256, times `head_factor` the classifier's."""
+
+    rate: float = 0.02
+    head_factor: float = 10.0
+    epochs: int = 60
+    batch: int = 256
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    seed: int = 0
+
+
+class _Augmented(Dataset):
+    """(epoch, row of `images`) -> ((3, S, S) uint8, label), or the UserError that ends the run."""
+
+    def __init__(self, images: LabelledImages, size: int, seed: int) -> None:
+        self.images, self.seed = images, seed
+        self.config = view_config(size, CROP_AND_FLIP)
+
+    def __getitem__(self, request: tuple[int, int]) -> tuple[Tensor, int] | UserError:
+        epoch, row = request
+        index = int(self.images.index[row])
+        try:
+            pixels = decode_image(self.images.source.read(index), self.images.source.name(index))
+        except UserError as error:
+            return error
+        draws, _ = view_draws(self.seed, epoch, index)
+        params = draw_view(self.config, *pixels.shape[:2], draws)
+        out = np.empty((3, self.config.size, self.config.size), np.uint8)
+        finish_view(crop_resize(pixels, params.crop, self.config.size), params, out)
+        return torch.from_numpy(out), int(self.images.labels[row])
+
+
+def finetune(
+    backbone: Backbone,
+    stage: str,
+    train: LabelledImages,
+    classes: int,
+    size: int,
+    recipe: FineTuning,
+    device: torch.device,
+    *,
+    workers: int = 0,
+) -> nn.Module:
+    """A copy of the backbone and a classifier on `stage`, trained; `backbone` stays as it is.
+
+    Returns:
+        (B, 3, S, S) float32 as `Backbone.input` gives it -> (B, C) scores, in eval mode.
+
+    Raises:
+        UserError: an image cannot be read, or the loss is not finite.
+    """
+    torch.manual_seed(recipe.seed)
+    model = _Classifier(copy.deepcopy(backbone.model), stage, backbone.channels[stage], classes).to(device).train()
+    scale = recipe.rate * recipe.batch / 256
+    groups = [
+        {"params": list(model.backbone.parameters()), "peak": scale},
+        {"params": list(model.head.parameters()), "peak": scale * recipe.head_factor},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    total = recipe.epochs * _steps(len(train), recipe.batch)
+    with Progress(total, f"fine-tuning on {len(train)} labels") as progress:
+        for step, (images, labels) in enumerate(_batches(train, size, recipe, workers)):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * step / total))
+            scores = model(backbone.input(images, device))
+            loss = nn.functional.cross_entropy(scores, labels.to(device))
+            if not loss.isfinite():
+                raise UserError(f"the loss of fine-tuning is {loss.item()} at step {step}; lower --rates")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            progress.advance(loss=loss.item())
+    return model.eval()
+
+
+class _Classifier(nn.Module):
+    def __init__(self, backbone: nn.Module, stage: str, channels: int, classes: int) -> None:
+        super().__init__()
+        self.backbone, self.stage = backbone, stage
+        self.head = nn.Linear(channels, classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x)[self.stage].float().mean((2, 3)))
+
+
+def _steps(count: int, batch: int) -> int:
+    return max(1, count // batch)
+
+
+class _Requests:
+    """(epoch, row) of every batch; each epoch in a new order, without the rows that would fill no batch."""
+
+    def __init__(self, count: int, recipe: FineTuning) -> None:
+        self.count, self.recipe = count, recipe
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        rng, batch = np.random.default_rng(self.recipe.seed), self.recipe.batch
+        for epoch in range(self.recipe.epochs):
+            order = rng.permutation(self.count)
+            for step in range(_steps(self.count, batch)):
+                yield [(epoch, int(row)) for row in order[step * batch : (step + 1) * batch]]
+
+
+def _batches(train: LabelledImages, size: int, recipe: FineTuning, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    loader = DataLoader(
+        _Augmented(train, size, recipe.seed),
+        batch_sampler=_Requests(len(train), recipe),
+        collate_fn=_collate,
+        num_workers=workers,
+        worker_init_fn=prepare_worker,
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def _collate(rows: list[tuple[Tensor, int] | UserError]) -> tuple[Tensor, Tensor] | UserError:
+    bad = next((row for row in rows if isinstance(row, UserError)), None)
+    return bad or (torch.stack([image for image, _ in rows]), torch.tensor([label for _, label in rows]))
+
+
+@torch.no_grad()
+def predict(model: nn.Module, extractor: Extractor, images: LabelledImages) -> Tensor:
+    """(N, C) scores of `images` on the CPU."""
+    return torch.cat([model(x).cpu() for x, _ in extractor.batches(images, "test")])

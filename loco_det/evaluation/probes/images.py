@@ -1,0 +1,153 @@
+"""The labelled images of a probe: which to learn from, which to test on.
+
+| `--data` | learnt from | tested on |
+|---|---|---|
+| anything with `--val` | all of `--data` | all of `--val` |
+| a folder or zip holding `train` and `val`, `valid`, `validation` or `test` | `train` | the first of those |
+| class folders, a zip of class folders, a list with classes | four fifths | a fifth of each class, by a seeded rule |
+| CIFAR as downloaded: `cifar-10-batches-py`, `cifar-100-binary`, ... | the training files | the test file |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from loco_det.data.sources import Source, open_source
+from loco_det.data.subsets import share_of_each_class
+from loco_det.errors import UserError
+from loco_det.evaluation.probes.cifar import is_cifar, open_cifar
+
+TEST_FOLDERS = ("val", "valid", "validation", "test")
+TEST_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Some images of a source.
+
+    Attributes:
+        index: (n,) int64, which of the source's.
+        labels: (n,) int64, positions in the probe's classes.
+    """
+
+    source: Source
+    index: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def names(self) -> list[str]:
+        """CLASS/FILE of every image: what decides which part of a set it falls into, wherever the set lies."""
+        return [f"{self.source.classes[self.source.label(i)]}/{_last(self.source.name(i))}" for i in self.index]
+
+    def part(self, share: float, seed: int) -> LabelledImages:
+        """A share of each class, see `loco_det.data.subsets`; smaller shares lie within larger ones."""
+        return self.take(share_of_each_class(self.labels, self.names(), share, seed))
+
+    def take(self, rows: np.ndarray) -> LabelledImages:
+        """The images at `rows` of these."""
+        return replace(self, index=self.index[rows], labels=self.labels[rows])
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """Attributes: `split` says in words where the test images come from."""
+
+    classes: list[str]
+    train: LabelledImages
+    test: LabelledImages
+    split: str
+
+
+def open_probe_data(path: str, val: str | None = None, *, limit: int = 0, seed: int = 0) -> ProbeData:
+    """The images at `path`, see the module's table.
+
+    Args:
+        val: where the test images are, if not found beside the others.
+        limit: at most about this many of each split, the same share of every class; 0 for all.
+        seed: of the split and of `limit`.
+
+    Raises:
+        UserError: nothing there, no labels, one class only, or test images of a class that is not learnt.
+    """
+    train, test, split = _open_both(path, val)
+    if not train.classes:
+        raise UserError(f"--data {path}: its images have no classes; give class folders, or a list with classes")
+    if len(train.classes) < 2:
+        raise UserError(f"--data {path}: has only the class {train.classes[0]!r}, so there is nothing to tell apart")
+    if test is None:
+        everything = _labelled(train, train.classes)
+        rows = share_of_each_class(everything.labels, everything.names(), TEST_SHARE, seed)
+        data = ProbeData(
+            train.classes,
+            everything.take(np.setdiff1d(np.arange(len(everything)), rows)),
+            everything.take(rows),
+            f"{TEST_SHARE:.0%} of each class held out by seed {seed}, for there is no test set",
+        )
+        if len(np.unique(data.train.labels)) < len(train.classes):
+            raise UserError(f"--data {path}: a class has a single image; give at least two of each, or --val")
+    else:
+        data = ProbeData(train.classes, _labelled(train, train.classes), _labelled(test, train.classes), split)
+    if limit < 0:
+        raise UserError(f"--limit is {limit}; give a number of images, or 0 for all")
+    if limit:
+        parts = [half.part(min(1.0, limit / len(half)), seed) for half in (data.train, data.test)]
+        data = replace(data, train=parts[0], test=parts[1])
+    return data
+
+
+def _open_both(path: str, val: str | None) -> tuple[Source, Source | None, str]:
+    if is_cifar(path) and val is None:
+        return open_cifar(path, "train"), open_cifar(path, "test"), "the data set's own test images"
+    if val is not None:
+        return _open(path), _open(val), f"--val {val}"
+    root = Path(path)
+    if root.is_dir():
+        other = next((name for name in TEST_FOLDERS if (root / name).is_dir()), None)
+        if other and (root / "train").is_dir():
+            return _open(root / "train"), _open(root / other), f"the folder {other}"
+        return _open(path), None, ""
+    whole = _open(path)
+    other = next((name for name in TEST_FOLDERS if name in whole.classes), None)
+    if other and "train" in whole.classes:
+        file = path.partition("!")[0]
+        return (
+            _open(f"{file}!{_inside(whole, 'train')}"),
+            _open(f"{file}!{_inside(whole, other)}"),
+            f"the folder {_inside(whole, other)} in the zip",
+        )
+    return whole, None, ""
+
+
+def _open(path: str | Path) -> Source:
+    try:
+        return open_source(path)
+    except UserError as error:  # it speaks of pretraining's keys
+        raise UserError(str(error).replace("DATA.PATH", "--data")) from error
+
+
+def _inside(source: Source, name: str) -> str:
+    """The path in the zip of the folder that became the class `name`: everything above it is shared by all."""
+    number = source.classes.index(name)
+    member = next(source.name(i) for i in range(len(source)) if source.label(i) == number)
+    parts = PurePosixPath(member.partition("!")[2]).parts
+    return "/".join(parts[: parts.index(name) + 1])
+
+
+def _labelled(source: Source, classes: list[str]) -> LabelledImages:
+    if not source.classes:
+        raise UserError(f"{source.root}: its images have no classes; give class folders, or a list with classes")
+    unknown = sorted(set(source.classes) - set(classes))
+    if unknown:
+        raise UserError(f"{source.root}: class {unknown[0]!r} is not among the training classes; correct the folders")
+    number = np.array([classes.index(name) for name in source.classes], np.int64)
+    labels = number[[source.label(i) for i in range(len(source))]]
+    return LabelledImages(source, np.arange(len(source), dtype=np.int64), labels)
+
+
+def _last(name: str) -> str:
+    return PurePosixPath(name.replace("\\", "/")).name

@@ -1,0 +1,169 @@
+"""The linear probe: softmax regression on frozen features, for every learning rate of a sweep at once.
+
+Shape legend: N training features, B in a batch, D dimensions, C classes, R learning rates.
+
+All R classifiers see the same batches in the same order, so their products are one (B, D) x (D, R * C) matrix
+product, and the result is that of R runs of their own. The rate is chosen on a tenth of the training images that the
+sweep does not see; then that rate alone is trained again on all of them. Test images are never looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from timm.optim import Lars
+from torch import Tensor, nn
+
+from loco_det.data.subsets import share_of_each_class
+from loco_det.errors import UserError
+
+# For batches of 256; features are standardised, so one range fits every stage.
+RATES = {
+    "sgd": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+    "lars": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+}
+HELD_OUT = 0.1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the classifiers are trained; `rates` count for batches of 256 and grow with the batch."""
+
+    optimizer: str = "sgd"
+    rates: Sequence[float] = RATES["sgd"]
+    epochs: int = 100
+    batch: int = 256
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Standard:
+    """Features to mean 0 and deviation 1 by the training features' own; a constant one becomes 0."""
+
+    mean: Tensor  # (D,)
+    scale: Tensor  # (D,)
+
+    @staticmethod
+    def of(features: Tensor) -> Standard:
+        count = len(features)
+        mean = sum(part.double().sum(0) for part in features.split(8192)) / count
+        variance = sum((part.double() - mean).square().sum(0) for part in features.split(8192)) / count
+        scale = torch.where(variance > 0, variance.rsqrt(), torch.zeros_like(variance))
+        return Standard(mean.to(features.dtype), scale.to(features.dtype))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return (features - self.mean) * self.scale
+
+
+def train_classifiers(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    recipe: Recipe,
+    advance: Callable[[int], None] = lambda _: None,
+) -> tuple[Tensor, Tensor]:
+    """Train R classifiers together.
+
+    Args:
+        features: (N, D), standardised, on the device to work on.
+        labels: (N,) int64.
+        advance: told how many steps are done.
+
+    Returns:
+        weight (R, C, D) and bias (R, C); those of a rate that diverged are not finite.
+    """
+    generator = torch.Generator().manual_seed(recipe.seed)
+    start = torch.randn(classes, features.shape[1], generator=generator).to(features) * 0.01
+    weights = [nn.Parameter(start.clone()) for _ in recipe.rates]
+    biases = [nn.Parameter(torch.zeros(classes).to(features)) for _ in recipe.rates]
+    optimizer = _optimizer(recipe, weights, biases)
+    per_epoch = math.ceil(len(features) / recipe.batch)
+    total = recipe.epochs * per_epoch
+    for epoch in range(recipe.epochs):
+        order = torch.randperm(len(features), generator=generator).to(features.device)
+        for number, rows in enumerate(order.split(recipe.batch)):
+            factor = 0.5 * (1 + math.cos(math.pi * (epoch * per_epoch + number) / total))
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            logits = torch.addmm(torch.cat(biases), features[rows], torch.cat(weights).T)
+            logits = logits.view(len(rows), len(weights), classes).transpose(1, 2)  # (B, C, R)
+            target = labels[rows, None].expand(-1, len(weights))
+            loss = nn.functional.cross_entropy(logits, target, reduction="none").mean(0).sum()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # a sum: no rate's gradient has a part of another's
+            optimizer.step()
+            advance(1)
+    return torch.stack(weights).detach(), torch.stack(biases).detach()
+
+
+def _optimizer(recipe: Recipe, weights: list[nn.Parameter], biases: list[nn.Parameter]) -> torch.optim.Optimizer:
+    groups = []
+    for rate, weight, bias in zip(recipe.rates, weights, biases):
+        peak = rate * recipe.batch / 256
+        groups += [
+            {"params": [weight], "peak": peak, "weight_decay": recipe.weight_decay},
+            {"params": [bias], "peak": peak, "weight_decay": 0.0},
+        ]
+    if recipe.optimizer == "lars":
+        return Lars(groups, lr=0.0, momentum=recipe.momentum)
+    return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum)
+
+
+def sweep_steps(count: int, recipe: Recipe) -> int:
+    """How often `linear_probe` on `count` features calls `advance(1)`, near enough for a progress bar."""
+    return recipe.epochs * (math.ceil(count * (1 - HELD_OUT) / recipe.batch) + math.ceil(count / recipe.batch))
+
+
+def linear_probe(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    recipe: Recipe,
+    advance: Callable[[int], None] = lambda _: None,
+) -> tuple[Callable[[Tensor], Tensor], dict[str, object]]:
+    """Choose the rate, train with it on everything.
+
+    Args:
+        features: (N, D) as extracted. labels: (N,) int64, on the same device.
+
+    Returns:
+        A function from features (M, D) to scores (M, C), and facts: the rate, whether it is the first or last of the
+        sweep, and the held-out accuracy in percent of every rate (None where it diverged).
+
+    Raises:
+        UserError: every rate diverged.
+    """
+    held = torch.from_numpy(
+        share_of_each_class(labels.cpu().numpy(), [str(i) for i in range(len(labels))], HELD_OUT, recipe.seed)
+    ).to(features.device)
+    kept = torch.ones(len(labels), dtype=torch.bool, device=features.device)
+    kept[held] = False
+    if not kept.any():
+        raise UserError(f"{len(labels)} training images are too few to hold any out; give more")
+    standard = Standard.of(features[kept])
+    weight, bias = train_classifiers(standard(features[kept]), labels[kept], classes, recipe, advance)
+    accuracy = [_accuracy(standard(features[held]), labels[held], w, b) for w, b in zip(weight, bias)]
+    if all(a is None for a in accuracy):
+        raise UserError(f"the linear probe diverged at every learning rate of {list(recipe.rates)}; lower --rates")
+    best = max(range(len(accuracy)), key=lambda r: -1.0 if accuracy[r] is None else accuracy[r])
+    final = Recipe(**{**vars(recipe), "rates": (recipe.rates[best],)})
+    standard = Standard.of(features)
+    weight, bias = train_classifiers(standard(features), labels, classes, final, advance)
+    facts = {
+        "rate": recipe.rates[best],
+        "rate_at_edge": len(recipe.rates) > 1 and best in (0, len(recipe.rates) - 1),
+        "held_out_top1": dict(zip(map(str, recipe.rates), accuracy)),
+    }
+    return lambda x: standard(x) @ weight[0].T + bias[0], facts
+
+
+def _accuracy(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> float | None:
+    scores = features @ weight.T + bias
+    if not scores.isfinite().all():
+        return None
+    return 100 * (scores.argmax(1) == labels).double().mean().item()
