@@ -6,55 +6,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loco_cases import UNIT_LISTS, build, gradients, obvious_step
 from torch import nn
 
-from loco_det.backbone import ResNet
 from loco_det.errors import UserError
-from pretrain.decoders import Decoder
-from pretrain.loco import METHODS, LocalTrainer, Unit, plan_passes, split_backbone
-from pretrain.loss import nt_xent
+from pretrain.loco import METHODS, LocalTrainer, Unit, plan_passes
 from pretrain.memory import SavedBytes
-
-UNIT_LISTS = {
-    **METHODS,
-    "nested": [["res2", "res5"], ["res3", "res4"]],
-    "wide overlaps": [["res2", "res4"], ["res3", "res5"]],
-    "same start": [["res2", "res3"], ["res2", "res5"], ["res3", "res5"]],
-    "twice the same unit": [["res2", "res5"], ["res2", "res5"]],
-    "inside a stage": [["stem", "res2.0"], ["res2.1", "res3.0"], ["res3.0-1", "res4.0"], ["res3.1", "res5.1"]],
-    "one block each": [["stem", "stem"]] + [[f"res{s}.{b}"] * 2 for s in (2, 3, 4, 5) for b in (0, 1)],
-}
-
-
-def build(units: list[list[str]], depth: int = 18, recompute: str | list[str] | None = None):
-    torch.manual_seed(0)
-    backbone = ResNet(depth, stem="cifar").double()
-    stages, spans = split_backbone(backbone, units, recompute)
-    decoders = nn.ModuleList(
-        Decoder(stages[u.last].channels, conv_blocks=1, mlp_layers=2, hidden_dim=16, out_dim=8) for u in spans
-    ).double()
-    losses = [lambda h, d=d: nt_xent(d(h), 0.2) for d in decoders]
-    return backbone, stages, spans, decoders, losses
-
-
-def gradients(*modules: nn.Module) -> list[torch.Tensor]:
-    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for m in modules for p in m.parameters()]
-
-
-def obvious_step(stages, units, losses, x) -> list[float]:
-    """Every unit by itself: forward from the stop-gradient, one backward through the whole unit."""
-    values = []
-    for unit, loss in zip(units, losses):
-        h = x
-        with torch.no_grad():
-            for stage in stages[: unit.first]:
-                h = stage.module(h)
-        for stage in stages[unit.first : unit.last + 1]:
-            h = stage.module(h)
-        value = loss(h)
-        value.backward()
-        values.append(value.item())
-    return values
 
 
 @pytest.mark.parametrize("name", UNIT_LISTS)
@@ -69,6 +28,61 @@ def test_every_gradient_equals_that_of_the_units_run_alone(name: str) -> None:
     for want, got in zip(expected, gradients(backbone, decoders)):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
     assert any(g.abs().max() > 1e-6 for g in expected)
+
+
+BLOCKS = ["stem", *(f"res{s}.{b}" for s in (2, 3, 4, 5) for b in (0, 1))]  # of ResNet-18
+
+
+def first_names(block: int) -> list[str]:
+    """Every way to say that a unit starts at this block."""
+    name = BLOCKS[block]
+    return [name, f"{name}-1", name[:-2]] if name.endswith(".0") else [name]
+
+
+def last_names(block: int) -> list[str]:
+    """Every way to say that a unit ends with this block."""
+    name = BLOCKS[block]
+    return [name, f"{name[:-2]}.0-1", name[:-2]] if name.endswith(".1") else [name]
+
+
+@st.composite
+def unit_lists(draw: st.DrawFn) -> tuple[list[tuple[int, int]], list[list[str]]]:
+    """Units that together cover every block, as positions and as names; many are of one block."""
+    block = st.integers(0, len(BLOCKS) - 1)
+    spans = draw(st.lists(st.tuples(block, block).map(lambda pair: (min(pair), max(pair))), max_size=5))
+    spans += [(b, b) for b in range(len(BLOCKS)) if not any(first <= b <= last for first, last in spans)]
+    spans = draw(st.permutations(spans))
+    names = [
+        [draw(st.sampled_from(first_names(first))), draw(st.sampled_from(last_names(last)))] for first, last in spans
+    ]
+    return spans, names
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(unit_lists(), st.sets(st.sampled_from(BLOCKS), max_size=3))
+def test_any_units_at_all_equal_blocks_run_one_by_one(lists: tuple, recompute: set[str]) -> None:
+    """The oracle knows blocks only: no stages, no plan; it runs each unit from the image up."""
+    spans, names = lists
+    backbone, stages, units, decoders, losses = build(names, recompute=sorted(recompute), res2_out_channels=16)
+    kept = [k for k, stage in enumerate(stages) if stage.recompute]
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    LocalTrainer([s.module for s in stages], units, losses, recompute=kept).step(x)
+    got = gradients(backbone, decoders)
+    counted = [m.num_batches_tracked.item() for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert set(counted) == {1}
+
+    backbone, _, _, decoders, losses = build(names, res2_out_channels=16)
+    blocks = [backbone.stem, *(block for s in (2, 3, 4, 5) for block in getattr(backbone, f"res{s}"))]
+    for (first, last), loss in zip(spans, losses):
+        h = x
+        for block in blocks[:first]:
+            h = block(h)
+        h = h.detach()
+        for block in blocks[first : last + 1]:
+            h = block(h)
+        loss(h).backward()
+    for want, have in zip(gradients(backbone, decoders), got):
+        torch.testing.assert_close(have, want, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("recompute", ["first", "all", ["res3", "res4.1"], "res5"])

@@ -1,0 +1,56 @@
+"""Small nets under lists of units, and the slow step that every other one must equal."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from loco_det.backbone import ResNet
+from pretrain.decoders import Decoder
+from pretrain.loco import METHODS, split_backbone
+from pretrain.loss import nt_xent
+
+UNIT_LISTS = {
+    **METHODS,
+    "nested": [["res2", "res5"], ["res3", "res4"]],
+    "wide overlaps": [["res2", "res4"], ["res3", "res5"]],
+    "same start": [["res2", "res3"], ["res2", "res5"], ["res3", "res5"]],
+    "twice the same unit": [["res2", "res5"], ["res2", "res5"]],
+    "inside a stage": [["stem", "res2.0"], ["res2.1", "res3.0"], ["res3.0-1", "res4.0"], ["res3.1", "res5.1"]],
+    "one block each": [["stem", "stem"]] + [[f"res{s}.{b}"] * 2 for s in (2, 3, 4, 5) for b in (0, 1)],
+}
+
+
+def build(units: list[list[str]], recompute: str | list[str] | None = None, **backbone_options: int):
+    """ResNet-18 in float64, its stages and units, and a decoder and loss for each unit; always the same weights."""
+    torch.manual_seed(0)
+    backbone = ResNet(18, stem="cifar", **backbone_options).double()
+    stages, spans = split_backbone(backbone, units, recompute)
+    decoders = nn.ModuleList(
+        Decoder(stages[u.last].channels, conv_blocks=1, mlp_layers=2, hidden_dim=16, out_dim=8) for u in spans
+    ).double()
+    losses = [lambda h, d=d: nt_xent(d(h), 0.2) for d in decoders]
+    return backbone, stages, spans, decoders, losses
+
+
+def gradients(*modules: nn.Module) -> list[torch.Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for m in modules for p in m.parameters()]
+
+
+def obvious_step(stages, units, losses, x, autocast=nullcontext, scale=lambda loss: loss) -> list[float]:
+    """Every unit by itself: forward from the stop-gradient, one backward through the whole unit."""
+    values = []
+    for unit, loss in zip(units, losses):
+        with autocast():
+            h = x
+            with torch.no_grad():
+                for stage in stages[: unit.first]:
+                    h = stage.module(h)
+            for stage in stages[unit.first : unit.last + 1]:
+                h = stage.module(h)
+            value = loss(h)
+        scale(value).backward()
+        values.append(value.item())
+    return values

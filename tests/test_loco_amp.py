@@ -1,0 +1,103 @@
+"""The local step in half precision, and one loss scale for several units."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from loco_cases import UNIT_LISTS, build, gradients, obvious_step
+from torch import nn
+
+from pretrain.loco import METHODS, LocalTrainer
+
+
+def half_works(dtype: torch.dtype) -> bool:
+    """Whether this CPU and torch can differentiate a convolution in `dtype`."""
+    layer = nn.Conv2d(1, 1, 1)
+    try:
+        with torch.autocast("cpu", dtype):
+            layer(torch.ones(1, 1, 2, 2)).sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
+def small(units: list[list[str]]):
+    """Stages, units, losses and all modules, in float32."""
+    backbone, stages, spans, decoders, losses = build(units, res2_out_channels=16)
+    return stages, spans, losses, nn.ModuleList([backbone.float(), decoders.float()])
+
+
+def images(seed: int = 0) -> torch.Tensor:
+    return torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 1024.0)], ids=["bf16", "scaled fp16"]
+)
+@pytest.mark.parametrize("name", ["gim", "loco", "inside a stage"])
+def test_every_gradient_equals_that_of_the_units_run_alone(name: str, dtype: torch.dtype, scale: float) -> None:
+    """Both round what the other rounds, except that this step adds units' gradients before a stage, not after."""
+    if not half_works(dtype):
+        pytest.skip(f"no {dtype} convolutions on this CPU")
+    options = {"autocast": partial(torch.autocast, "cpu", dtype), "scale": lambda loss: loss * scale}
+    stages, units, losses, everything = small(UNIT_LISTS[name])
+    expected_losses = obvious_step(stages, units, losses, images(), **options)
+    expected = gradients(everything)
+    stages, units, losses, everything = small(UNIT_LISTS[name])
+    got_losses = LocalTrainer([s.module for s in stages], units, losses).step(images(), **options)
+    assert [loss.item() for loss in got_losses] == expected_losses  # the forwards are the same to the last bit
+    for want, got in zip(expected, gradients(everything)):
+        assert (got - want).norm() <= 2 * torch.finfo(dtype).eps * want.norm()
+    if name == "gim":  # no sums
+        assert all(torch.equal(got, want) for want, got in zip(expected, gradients(everything)))
+
+
+def test_half_precision_is_used() -> None:
+    dtypes = set()
+    stages, units, losses, _ = small(METHODS["loco"])
+    watched = [lambda h, loss=loss: dtypes.add(h.dtype) or loss(h) for loss in losses]
+    trainer = LocalTrainer([s.module for s in stages], units, watched)
+    trainer.step(images(), autocast=partial(torch.autocast, "cpu", torch.bfloat16))
+    assert dtypes == {torch.bfloat16}
+
+
+def test_an_overflow_in_one_unit_skips_the_step_for_all_and_halves_the_scale() -> None:
+    stages, units, losses, everything = small(METHODS["loco"])
+    overflowing = [losses[0], lambda h: losses[1](h) * 1e37, losses[2]]  # finite, but not when scaled
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)
+    optimizer = torch.optim.SGD(everything.parameters(), lr=0.1)
+    modules = [s.module for s in stages]
+
+    def step(losses: list) -> list[torch.Tensor]:
+        before = [p.detach().clone() for p in everything.parameters()]
+        optimizer.zero_grad()
+        values = LocalTrainer(modules, units, losses).step(images(), scale=scaler.scale)
+        assert all(torch.isfinite(value) for value in values)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        return [p.detach() - old for p, old in zip(everything.parameters(), before)]
+
+    assert not any(change.any() for change in step(overflowing))
+    assert scaler.get_scale() == 2.0**11
+    assert all(change.isfinite().all() for change in step(losses))
+    assert scaler.state_dict()["_growth_tracker"] == 1
+    assert any(change.any() for change in step(losses))
+    assert scaler.get_scale() == 2.0**12
+
+
+def test_scaling_leaves_the_step_that_is_taken_unchanged() -> None:
+    """A scale that is a power of two is exact, so training with it is training without it."""
+    results = []
+    for enabled in (False, True):
+        stages, units, losses, everything = small(METHODS["loco"])
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=enabled)
+        optimizer = torch.optim.SGD(everything.parameters(), lr=0.1)
+        LocalTrainer([s.module for s in stages], units, losses).step(images(), scale=scaler.scale)
+        scaler.step(optimizer)
+        scaler.update()
+        results.append([p.detach().clone() for p in everything.parameters()])
+    for plain, scaled in zip(*results):
+        assert torch.equal(plain, scaled)
