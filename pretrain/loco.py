@@ -27,6 +27,8 @@ dropped and its gradients are final, while the stages above have yet to run.
 A stage that is *recomputed* keeps its input only, and each of its passes runs its forward once more; such stages are
 cut into single blocks, so that one block's activations are alive at a time. Values and gradients stay the same to the
 last bit, and BatchNorm's running statistics see the first forward alone.
+
+Every forward, loss and pass carries its name into a profiler's trace; benchmarks/step_timeline.py draws them.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from loco_det.backbone import ResNet
 from loco_det.errors import UserError
@@ -253,7 +256,7 @@ class LocalTrainer:
                 self.on_start(k)
             x = x.detach()  # the stop-gradient: from here on autograd cannot see the stage below
             x.requires_grad_(any(p.input for p in self.plan[k]))
-            with context(), torch.set_grad_enabled(k not in self.recompute):
+            with record_function(f"stage {k} forward"), context(), torch.set_grad_enabled(k not in self.recompute):
                 alive[k] = _Forward(x, stage(x))
             x = alive[k].output
             for i in self._ending(k):
@@ -267,9 +270,10 @@ class LocalTrainer:
     def _loss(self, i: int, top: _Forward, context: Callable[[], object], scale: Callable | None) -> Tensor:
         """Unit i's loss; its decoder learns at once and its gradient waits at the top of its last stage."""
         output = top.output.detach().requires_grad_()
-        with context():
-            loss = self.losses[i](output)
-        (scale(loss) if scale else loss).backward()
+        with record_function(f"unit {i} loss"):
+            with context():
+                loss = self.losses[i](output)
+            (scale(loss) if scale else loss).backward()
         top.from_losses[i] = output.grad
         return loss.detach()
 
@@ -278,7 +282,8 @@ class LocalTrainer:
         for k in range(when, -1, -1):
             for p in self.plan[k]:
                 if p.when == when:
-                    gradient = self._pass(k, alive[k], p, context)
+                    with record_function(f"stage {k} {'parameter' if p.weights else 'input-only'} pass"):
+                        gradient = self._pass(k, alive[k], p, context)
                     if p.input:
                         alive[k - 1].from_above[p.units] = gradient
                     if p.weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable
 
@@ -18,6 +19,7 @@ class SavedBytes(saved_tensors_hooks):
     Attributes:
         now: bytes alive.
         peak: their maximum so far.
+        history: (seconds on time.perf_counter, bytes alive) after every change.
     """
 
     def __init__(self, ignore: Iterable[Tensor] = ()) -> None:
@@ -25,6 +27,7 @@ class SavedBytes(saved_tensors_hooks):
         self.ignored = {t.untyped_storage().data_ptr() for t in ignore}
         self.uses: Counter[int] = Counter()
         self.now = self.peak = 0
+        self.history: list[tuple[float, int]] = []
 
     def __enter__(self) -> SavedBytes:
         super().__enter__()
@@ -32,6 +35,12 @@ class SavedBytes(saved_tensors_hooks):
 
     def _pack(self, tensor: Tensor) -> _Saved:
         return _Saved(tensor, self)
+
+    def change(self, nbytes: int) -> None:
+        """That many more bytes are alive."""
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+        self.history.append((time.perf_counter(), self.now))
 
 
 class _Saved:
@@ -44,10 +53,9 @@ class _Saved:
             self.bytes = 0
         account.uses[self.place] += 1
         if account.uses[self.place] == 1:
-            account.now += self.bytes
-            account.peak = max(account.peak, account.now)
+            account.change(self.bytes)
 
     def __del__(self) -> None:
         self.account.uses[self.place] -= 1
         if not self.account.uses[self.place]:
-            self.account.now -= self.bytes
+            self.account.change(-self.bytes)
