@@ -81,6 +81,7 @@ GN = {
 }
 X = {"MODEL.RESNETS.NUM_GROUPS": 4, "MODEL.RESNETS.STRIDE_IN_1X1": False}
 RPN_ONLY = {"MODEL.META_ARCHITECTURE": "ProposalNetwork", "MODEL.MASK_ON": False}
+FAST = {"MODEL.LOAD_PROPOSALS": True, "MODEL.PROPOSAL_GENERATOR.NAME": "PrecomputedProposals"}
 AUGMENTED = {"TEST.AUG.ENABLED": True, "TEST.AUG.MIN_SIZES": (60, 88), "TEST.AUG.MAX_SIZE": 130}
 GN_TRUNK = {
     "MODEL.RESNETS.NORM": "GN",
@@ -171,6 +172,14 @@ def objects(index: int) -> tuple[torch.Tensor, torch.Tensor, list[list[np.ndarra
     return boxes, classes, triangles
 
 
+def proposals(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Boxes (30, 4) and descending logits (30,) of the index-th image, for a detector without an RPN."""
+    corners = torch.from_numpy(hashed(f"proposals{index}", 120).reshape(30, 4)).float()
+    x0, y0 = 30 * (1 + corners[:, 0]), 25 * (1 + corners[:, 1])
+    boxes = torch.stack([x0, y0, x0 + 20 + 15 * (1 + corners[:, 2]), y0 + 15 + 10 * (1 + corners[:, 3])], dim=1)
+    return boxes, torch.linspace(3, -2, 30)
+
+
 def our_batch(train: bool) -> list[dict[str, Any]]:
     """The two images as this project's mapper hands them over, originals of twice their size."""
     from loco_det.data.masks import PolygonMasks
@@ -182,6 +191,8 @@ def our_batch(train: bool) -> list[dict[str, Any]]:
         if train:
             boxes, classes, polygons = objects(index)
             item["instances"] = Instances(tuple(image.shape[1:]), boxes, classes, masks=PolygonMasks(polygons))
+        boxes, logits = proposals(index)
+        item["proposals"] = Instances(tuple(image.shape[1:]), boxes, scores=logits)
         batch.append(item)
     return batch
 
@@ -201,5 +212,7 @@ def detectron2_batch(train: bool) -> list[dict[str, Any]]:
                 gt_classes=classes,
                 gt_masks=PolygonMasks(polygons),
             )
+        boxes, logits = proposals(index)
+        item["proposals"] = Instances(tuple(image.shape[1:]), proposal_boxes=Boxes(boxes), objectness_logits=logits)
         batch.append(item)
     return batch

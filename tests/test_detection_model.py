@@ -237,6 +237,8 @@ def test_ground_truth_is_among_the_sampled_regions() -> None:
     ("settings", "named"),
     [
         ({"MODEL.META_ARCHITECTURE": "RetinaNet"}, r"MODEL\.META_ARCHITECTURE is 'RetinaNet'"),
+        ({"MODEL.PROPOSAL_GENERATOR.NAME": "PrecomputedProposals"}, r"needs MODEL\.LOAD_PROPOSALS True"),
+        ({**cases.FAST, **cases.RPN_ONLY}, r"MODEL\.META_ARCHITECTURE 'GeneralizedRCNN'"),
         ({"MODEL.KEYPOINT_ON": True}, r"MODEL\.KEYPOINT_ON is True"),
         ({"MODEL.RESNETS.DEPTH": 26}, r"MODEL\.RESNETS\.DEPTH is 26"),
         ({"MODEL.RESNETS.DEPTH": 18}, r"MODEL\.RESNETS\.RES2_OUT_CHANNELS is 16, .*needs 64"),

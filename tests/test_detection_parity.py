@@ -29,6 +29,8 @@ MAIN = {
     "mask_rcnn_R_101_FPN": (cases.FPN, {"MODEL.RESNETS.DEPTH": 101}),
     "mask_rcnn_R_152_FPN": (cases.FPN, {"MODEL.RESNETS.DEPTH": 152}),
     "mask_rcnn_R_50_DC5": (cases.DC5,),
+    "fast_rcnn_R_50_FPN": (cases.FPN, cases.FAST, BOX_ONLY),
+    "fast_mask_rcnn_R_50_C4": (cases.C4, cases.FAST),
     "rpn_R_50_FPN": (cases.FPN, cases.RPN_ONLY),
     "rpn_R_50_C4": (cases.C4, cases.RPN_ONLY),
     "scratch_mask_rcnn_R_50_FPN_gn": (cases.FPN, cases.GN, cases.GN_TRUNK),
@@ -172,6 +174,12 @@ def check_inference(theirs: Any, ours: Any) -> None:
     their_features, our_features = theirs.backbone(padded.tensor), ours.backbone(tensor)
     assert list(their_features) == list(our_features)
     assert all(torch.equal(their_features[name], our_features[name]) for name in our_features)
+    if theirs.proposal_generator is not None:
+        check_proposals(theirs, ours, padded, their_features, our_features)
+    check_detections(theirs(cases.detectron2_batch(train=False)), ours(batch))
+
+
+def check_proposals(theirs: Any, ours: Any, padded: Any, their_features: Any, our_features: Any) -> None:
     their_anchors = theirs.proposal_generator.anchor_generator(
         [their_features[f] for f in theirs.proposal_generator.in_features]
     )
@@ -180,11 +188,10 @@ def check_inference(theirs: Any, ours: Any) -> None:
     )
     assert all(torch.equal(a.tensor, b) for a, b in zip(their_anchors, our_anchors))
     their_proposals, _ = theirs.proposal_generator(padded, their_features)
-    our_proposals, _ = ours.proposal_generator(our_features, sizes)
+    our_proposals, _ = ours.proposal_generator(our_features, padded.image_sizes)
     for a, b in zip(their_proposals, our_proposals):
         assert torch.equal(a.proposal_boxes.tensor, b.boxes)
         assert torch.equal(a.objectness_logits, b.scores)
-    check_detections(theirs(cases.detectron2_batch(train=False)), ours(batch))
 
 
 def check_detections(theirs: Any, ours: Any) -> None:

@@ -18,6 +18,7 @@ from loco_det.detection import engine_torchvision, precise_bn
 from loco_det.detection.augmented import AugmentedRCNN, back, forth
 from loco_det.detection.fast_rcnn import select_detections
 from loco_det.detection.inference import check_expected
+from loco_det.detection.precomputed import read_proposals
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.schema import check_honoured, get_cfg
 from loco_det.detection.train import train_net
@@ -130,6 +131,103 @@ def test_no_objects_have_no_recall(tmp_path: Path, data: Path) -> None:
     assert np.isnan(found["box_proposals"]["AR@100"])
 
 
+# --- proposals from a file ---------------------------------------------------------------------------------------
+
+FAST = {
+    "MODEL__MASK_ON": False,
+    "MODEL__LOAD_PROPOSALS": True,
+    "MODEL__PROPOSAL_GENERATOR__NAME": "PrecomputedProposals",
+}
+
+
+def write_proposals_of(path: Path, changes: dict[str, Any] | None = None) -> Path:
+    """Five proposals for each of the six images, in Detectron2's form."""
+    rng = np.random.default_rng(1)
+    corner = rng.uniform(0, 40, (6, 5, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(5, 40, (6, 5, 2))], 2).astype(np.float32)
+    logits = rng.normal(size=(6, 5)).astype(np.float32)
+    content = {"ids": [1, 2, 3, 4, 5, 6], "boxes": list(boxes), "objectness_logits": list(logits), "bbox_mode": 0}
+    path.write_bytes(pickle.dumps({**content, **(changes or {})}))
+    return path
+
+
+def test_fast_rcnn_trains_on_the_proposals_of_an_rpn(tmp_path: Path) -> None:
+    train_net(tiny_cfg(tmp_path / "rpn", **RPN_ONLY, **SHORT), engine="torchvision")
+    file = str(tmp_path / "rpn" / "inference" / "box_proposals.pkl")
+    files = {"DATASETS__PROPOSAL_FILES_TRAIN": (file,), "DATASETS__PROPOSAL_FILES_TEST": (file,)}
+    results = train_net(tiny_cfg(tmp_path / "fast", **FAST, **files, **SHORT), engine="torchvision")
+    assert set(results) == {"bbox"}
+    losses = {name for name in metrics(tmp_path / "fast")[0] if name.startswith("loss")}
+    assert losses == {"loss_cls", "loss_box_reg"}
+    assert not any("proposal_generator" in k for k in torch.load(tmp_path / "fast" / "model_final.pth")["model"])
+
+
+def test_proposals_move_with_their_image(tmp_path: Path) -> None:
+    file = write_proposals_of(tmp_path / "p.pkl")
+    files = {"DATASETS__PROPOSAL_FILES_TEST": (str(file),), "DATASETS__PRECOMPUTED_PROPOSAL_TOPK_TEST": 3}
+    cfg = tiny_cfg(tmp_path, **FAST, **files, INPUT__MIN_SIZE_TEST=128)
+    content = pickle.loads(file.read_bytes())
+    for batch in engine_torchvision.test_batches(cfg, "tiny_val"):
+        found, image_id = batch[0]["proposals"], batch[0]["image_id"]
+        best = np.argsort(-content["objectness_logits"][image_id - 1])[:3]
+        expected = 2 * content["boxes"][image_id - 1][best]
+        width, height = (160, 128) if image_id % 3 else (128, 160)
+        expected = np.minimum(expected, [width, height, width, height])
+        assert found.image_size == (height, width)
+        assert torch.equal(found.boxes, torch.tensor(expected, dtype=torch.float32))
+        assert found.scores.tolist() == content["objectness_logits"][image_id - 1][best].tolist()
+
+
+def test_old_and_relative_forms_of_the_file_are_read(tmp_path: Path) -> None:
+    new = read_proposals(write_proposals_of(tmp_path / "new.pkl"))
+    content = pickle.loads((tmp_path / "new.pkl").read_bytes())
+    old = {"indexes": content["ids"], "scores": content["objectness_logits"], "bbox_mode": 1}
+    old["boxes"] = [np.concatenate([b[:, :2], b[:, 2:] - b[:, :2]], 1) for b in content["boxes"]]
+    (tmp_path / "old.pkl").write_bytes(pickle.dumps(old, protocol=2))
+    read = read_proposals(tmp_path / "old.pkl")
+    assert list(read) == list(new) == ["1", "2", "3", "4", "5", "6"]
+    for name in new:
+        np.testing.assert_allclose(read[name][0], new[name][0], rtol=1e-6)
+        assert (read[name][1] == new[name][1]).all()
+        assert (np.diff(new[name][1]) <= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ids": [1]}, "equal length"),
+        ({"boxes": None}, "equal length"),
+        ({"bbox_mode": 4}, "bbox_mode 0 or 1"),
+        ({"boxes": [np.zeros((5, 3))] * 6}, r"image 1 has boxes \(5, 3\) and logits \(5,\)"),
+        ({"boxes": [np.zeros((4, 4))] * 6}, r"image 1 has boxes \(4, 4\) and logits \(5,\)"),
+        ({"boxes": [np.full((5, 4), np.nan)] * 6}, "image 1 has boxes or logits that are not finite"),
+        ({"boxes": [[["a"] * 4] * 5] * 6}, "image 1 has boxes or logits that are not finite"),
+        ({"boxes": [print] * 6}, "nothing of it was run"),
+    ],
+)
+def test_a_bad_file_of_proposals_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_proposals(write_proposals_of(tmp_path / "p.pkl", changes))
+
+
+def test_proposals_must_fit_the_data_sets(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="PROPOSAL_FILES_TEST has 0 files for the 1 data sets"):
+        engine_torchvision.test_batches(tiny_cfg(tmp_path, **FAST), "tiny_val")
+    for file, message in (("https://a/b.pkl", "not a file"), (str(tmp_path / "absent.pkl"), "cannot be read")):
+        with pytest.raises(UserError, match=message):
+            read_proposals(file)
+    (tmp_path / "p.pkl").write_bytes(b"\x80\x04garbage")
+    with pytest.raises(UserError, match="damaged or no pickle"):
+        read_proposals(tmp_path / "p.pkl")
+    content = pickle.loads(write_proposals_of(tmp_path / "p.pkl").read_bytes())
+    for key in ("ids", "boxes", "objectness_logits"):
+        content[key] = content[key][:5]
+    (tmp_path / "p.pkl").write_bytes(pickle.dumps(content))
+    cfg = tiny_cfg(tmp_path, DATASETS__PROPOSAL_FILES_TEST=(str(tmp_path / "p.pkl"),), **FAST)
+    with pytest.raises(UserError, match="has none for image 6"):
+        list(engine_torchvision.test_batches(cfg, "tiny_val"))
+
+
 # --- several views of an image -----------------------------------------------------------------------------------
 
 
@@ -234,6 +332,7 @@ def test_a_run_that_misses_its_expectation_fails(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"TEST.AUG.ENABLED": True, "MODEL.META_ARCHITECTURE": "ProposalNetwork"}, r"TEST\.AUG\.ENABLED is True"),
+        (cases.FAST | {"TEST.AUG.ENABLED": True}, r"TEST\.AUG\.ENABLED is True"),
         ({"TEST.PRECISE_BN.ENABLED": True, "TEST.PRECISE_BN.NUM_ITER": 0}, r"TEST\.PRECISE_BN\.NUM_ITER is 0"),
         ({"TEST.EXPECTED_RESULTS": [["bbox", 40.0]]}, r"TEST\.EXPECTED_RESULTS has \['bbox', 40\.0\]"),
     ],

@@ -1,4 +1,4 @@
-"""Every YAML file that comes with Detectron2: the torchvision engine builds the same model of it, or refuses it by name.
+"""Every YAML file that comes with Detectron2: the torchvision engine builds the same model or refuses it by name.
 
 What the files set is recorded (tests/record_stock_configs.py), so this runs where Detectron2 is absent.
 """
@@ -28,7 +28,6 @@ REFUSED = {
     "MODEL.META_ARCHITECTURE": ("RetinaNet", "PanopticFPN", "SemanticSegmentor"),
     "MODEL.KEYPOINT_ON": (True,),
     "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ([False, True, True, True],),
-    "MODEL.LOAD_PROPOSALS": (True,),
 }
 
 
@@ -64,8 +63,8 @@ def test_a_stock_config_is_honoured_or_refused_by_name(name: str) -> None:
 
 
 def test_the_purpose_of_the_engine_is_honoured_whole() -> None:
-    """No Faster or Mask R-CNN of the four groups is refused, but for the one on precomputed proposals."""
-    ours = ("COCO-Detection/faster", "COCO-Detection/rpn", "COCO-Inst", "PascalVOC", "Cityscapes", "LVIS", "Base-RCNN")
+    """No Fast, Faster or Mask R-CNN of the four groups is refused."""
+    ours = ("COCO-Detection/fast", "COCO-Detection/rpn", "COCO-Inst", "PascalVOC", "Cityscapes", "LVIS", "Base-RCNN")
     names = [name for name in CONFIGS if name.startswith(ours)]
     assert len(names) > 30
     assert not any(reasons(name) for name in names)

@@ -68,8 +68,11 @@ class _Machine:
             raise Refused("copies the same data many times over")
 
 
-def read_pickle(stream: Any, persistent: Callable[[Any], Any] | None = None) -> Any:
-    """One pickle from `stream`, a file with read, readline and tell, which is left just behind it.
+def read_pickle(
+    stream: Any, persistent: Callable[[Any], Any] | None = None, instructions: int = MAX_INSTRUCTIONS
+) -> Any:
+    """One pickle of at most so many `instructions` from `stream`, a file with read, readline and tell, which is left
+    just behind it.
 
     `persistent` answers persistent ids, which torch uses for storages. Containers come back as dict, list, tuple
     and set; numbers in numpy's arrays as `Array`; `TensorView` stands for torch's tensors.
@@ -80,8 +83,8 @@ def read_pickle(stream: Any, persistent: Callable[[Any], Any] | None = None) -> 
     """
     machine = _Machine(persistent or _no_persistent)
     for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
-        if count > MAX_INSTRUCTIONS:
-            raise Refused(f"has more than {MAX_INSTRUCTIONS:,} pickle instructions")
+        if count > instructions:
+            raise Refused(f"has more than {instructions:,} pickle instructions")
         machine.position = position
         if opcode.name == "STOP":
             return machine.stack.pop()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from loco_det.data.catalog import find_dataset
 from loco_det.data.coco import CocoDataset, load_coco
-from loco_det.data.mapper import DetectionMapper, sample_rng
+from loco_det.data.mapper import DetectionMapper, ProposalsOfImage, sample_rng
 from loco_det.errors import UserError
 from loco_det.runtime import log, rank, world_size
+
+Precomputed = Sequence[Mapping[str, ProposalsOfImage]]
 
 
 class Loader:
@@ -53,7 +55,7 @@ class Loader:
             yield batch
 
 
-def build_train_loader(cfg: CfgNode, start_iter: int = 0) -> Loader:
+def build_train_loader(cfg: CfgNode, start_iter: int = 0, proposals: Precomputed | None = None) -> Loader:
     """Endless batches of this process: SOLVER.IMS_PER_BATCH images over all processes.
 
     Args:
@@ -61,6 +63,7 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0) -> Loader:
             MODEL.DEVICE and MODEL.ROI_HEADS.NUM_CLASSES are read.
         start_iter: how many batches to skip, for resuming. A negative SEED is drawn anew and cannot be resumed
             exactly.
+        proposals: for each of DATASETS.TRAIN, those of each image by its id.
 
     Raises:
         UserError: a data set cannot be used or does not fit the configuration.
@@ -83,18 +86,25 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0) -> Loader:
         grouped=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         start=start_iter,
     )
-    return _loader(cfg, datasets, _Samples(datasets, chosen, DetectionMapper(cfg, train=True), seed), batches)
+    samples = _Samples(datasets, chosen, DetectionMapper(cfg, train=True), seed, proposals)
+    return _loader(cfg, datasets, samples, batches)
 
 
-def build_test_loader(cfg: CfgNode, dataset_name: str) -> Loader:
+def build_test_loader(
+    cfg: CfgNode, dataset_name: str, proposals: Mapping[str, ProposalsOfImage] | None = None
+) -> Loader:
     """Each image of a data set once, one a batch, divided over the processes in runs of neighbours.
+
+    `proposals` are those of each image by its id.
 
     Raises:
         UserError: the data set cannot be used or does not fit the configuration.
     """
     dataset = _load(cfg, dataset_name, train=False)
     share = np.array_split(np.arange(len(dataset)), world_size())[rank()]
-    samples = _Samples([dataset], [np.arange(len(dataset))], DetectionMapper(cfg, train=False), None)
+    mapper = DetectionMapper(cfg, train=False)
+    known = None if proposals is None else [proposals]
+    samples = _Samples([dataset], [np.arange(len(dataset))], mapper, None, known)
     return _loader(cfg, [dataset], samples, [[(i, i)] for i in share.tolist()])
 
 
@@ -103,19 +113,36 @@ class _Samples(Dataset):
     an exception that leaves a worker process reaches the user as a traceback."""
 
     def __init__(
-        self, datasets: list[CocoDataset], chosen: list[np.ndarray], mapper: DetectionMapper, seed: int | None
+        self,
+        datasets: list[CocoDataset],
+        chosen: list[np.ndarray],
+        mapper: DetectionMapper,
+        seed: int | None,
+        proposals: Precomputed | None,
     ):
-        self.datasets, self.mapper, self.seed = datasets, mapper, seed
+        self.datasets, self.mapper, self.seed, self.proposals = datasets, mapper, seed, proposals
         self.dataset = np.repeat(np.arange(len(chosen)), [len(rows) for rows in chosen])
         self.row = np.concatenate(chosen)
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any] | UserError:
         position, image = place
         record = self.datasets[self.dataset[image]][self.row[image]]
+        rng = None if self.seed is None else sample_rng(self.seed, position)
         try:
-            return self.mapper(record, None if self.seed is None else sample_rng(self.seed, position))
+            return self.mapper(record, rng, self._proposals(self.dataset[image], record.image_id))
         except UserError as error:
             return UserError(str(error))  # without its cause, which need not survive the way between processes
+
+    def _proposals(self, dataset: int, image_id: int) -> ProposalsOfImage | None:
+        if self.proposals is None:
+            return None
+        found = self.proposals[dataset].get(str(image_id))
+        if found is None:
+            raise UserError(
+                f"DATASETS: the file of proposals for {self.datasets[dataset].paths.name} has none for image "
+                f"{image_id}; it is of another data set."
+            )
+        return found
 
 
 class _TrainBatches:

@@ -26,6 +26,9 @@ from loco_det.structures import Instances
 # Pixels; an object whose box is no wider or higher after the transforms is left out.
 SMALLEST_SIDE = 1e-5
 
+# Boxes (P, 4) float32 XYXY in pixels of the original image and logits (P,) float32, the best first.
+ProposalsOfImage = tuple[np.ndarray, np.ndarray]
+
 
 def sample_rng(seed: int, position: int) -> np.random.RandomState:
     """The random numbers of one sample, a function of the run's seed and the sample's place in the stream alone.
@@ -40,7 +43,7 @@ class DetectionMapper:
     """Turns a `Record` into the dict that the model takes.
 
     Args:
-        cfg: Detectron2's keys; INPUT and MODEL.MASK_ON are read.
+        cfg: Detectron2's keys; INPUT, MODEL.MASK_ON and DATASETS.PRECOMPUTED_PROPOSAL_TOPK_* are read.
         train: with random transforms and "instances", or resized for testing and without.
 
     Raises:
@@ -52,17 +55,27 @@ class DetectionMapper:
         self.input = cfg.INPUT
         self.with_masks = bool(cfg.MODEL.MASK_ON)
         self.train = train
+        limits = cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN, cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST
+        self.most_proposals = limits[0 if train else 1]
 
-    def __call__(self, record: Record, rng: np.random.RandomState | None = None) -> dict[str, Any]:
+    def __call__(
+        self,
+        record: Record,
+        rng: np.random.RandomState | None = None,
+        proposals: ProposalsOfImage | None = None,
+    ) -> dict[str, Any]:
         """One sample.
 
         Args:
             rng: where the random transforms are drawn from; needed for training only.
+            proposals: computed before, in the original image.
 
         Returns:
             file_name, image_id, height, width: as in the record, i.e. of the original image.
             image: (3, H, W) uint8 in INPUT.FORMAT order.
             instances: training only, `Instances` in pixels of `image` without crowds and empty objects.
+            proposals: if given, the best DATASETS.PRECOMPUTED_PROPOSAL_TOPK_{TRAIN,TEST} that are not empty, as
+                `Instances` in pixels of `image` with boxes and scores.
 
         Raises:
             UserError: the image is unreadable or of another size, or a segmentation missing or malformed.
@@ -76,7 +89,7 @@ class DetectionMapper:
         transforms = self._transforms(record, rng)
         for transform in transforms:
             image = transform.image(image)
-        sample = {
+        sample: dict[str, Any] = {
             "file_name": record.file_name,
             "image_id": record.image_id,
             "height": record.height,
@@ -85,6 +98,8 @@ class DetectionMapper:
         }
         if self.train:
             sample["instances"] = self._instances(record, transforms, image.shape[:2])
+        if proposals is not None:
+            sample["proposals"] = self._proposals(proposals, transforms, image.shape[:2])
         return sample
 
     def _transforms(self, record: Record, rng: np.random.RandomState | None) -> list[Transform]:
@@ -97,11 +112,7 @@ class DetectionMapper:
 
     def _instances(self, record: Record, transforms: list[Transform], size: tuple[int, int]) -> Instances:
         rows = np.flatnonzero(~record.crowd)
-        corners = record.boxes[rows].astype(np.float64).reshape(-1, 2)
-        for transform in transforms:
-            corners = transform.points(corners)
-        corners = np.clip(corners, 0, size[::-1]).reshape(-1, 2, 2)
-        boxes = np.concatenate([corners.min(1), corners.max(1)], 1)
+        boxes = move_boxes(record.boxes[rows].astype(np.float64), transforms, size)
         instances = Instances(
             size,
             boxes=torch.from_numpy(boxes).float(),
@@ -116,6 +127,12 @@ class DetectionMapper:
                 instances.boxes = instances.masks.bounding_boxes()
         sides = instances.boxes[:, 2:] - instances.boxes[:, :2]
         return instances[keep & (sides > SMALLEST_SIDE).all(1)]
+
+    def _proposals(self, proposals: ProposalsOfImage, transforms: list[Transform], size: tuple[int, int]) -> Instances:
+        boxes = torch.from_numpy(move_boxes(proposals[0], transforms, size))
+        moved = Instances(size, boxes=boxes, scores=torch.from_numpy(proposals[1]))
+        keep = (boxes[:, 2:] - boxes[:, :2] > 0).all(1).nonzero().squeeze(1)
+        return moved[keep[: self.most_proposals]]
 
     def _masks(
         self, record: Record, rows: np.ndarray, transforms: list[Transform], size: tuple[int, int]
@@ -141,3 +158,12 @@ class DetectionMapper:
         if as_polygons:
             return PolygonMasks(masks)
         return BitMasks(torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *size, dtype=torch.bool))
+
+
+def move_boxes(boxes: np.ndarray, transforms: list[Transform], size: tuple[int, int]) -> np.ndarray:
+    """(N, 4) XYXY boxes after the transforms, limited to an image of `size` (H, W); of the dtype they had."""
+    corners = boxes.reshape(-1, 2)
+    for transform in transforms:
+        corners = transform.points(corners)
+    corners = np.clip(corners, 0, np.array(size[::-1], corners.dtype)).reshape(-1, 2, 2)
+    return np.concatenate([corners.min(1), corners.max(1)], 1)

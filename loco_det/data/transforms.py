@@ -3,8 +3,8 @@
 Each is a small tuple that moves an image, a bitmap mask, points and polygons in the same way; what to do is drawn by
 `draw_transforms`. Arithmetic, random draws and their order are those of Detectron2 (data/transforms/).
 
-Shape legend: image (H, W, 3) uint8, mask (H, W) uint8, points (P, 2) float64 x, y in pixels, polygon a flat float64
-array x0, y0, x1, y1, ...
+Shape legend: image (H, W, 3) uint8, mask (H, W) uint8, points (P, 2) float64 or float32 x, y in pixels, polygon a flat
+float64 array x0, y0, x1, y1, ...
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Crop(NamedTuple):
     mask = image
 
     def points(self, points: np.ndarray) -> np.ndarray:
-        return points - (self.x, self.y)
+        return points - np.array((self.x, self.y), points.dtype)
 
     def polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
         """The parts inside the window; one polygon may become several or none."""
@@ -59,7 +59,8 @@ class Resize(NamedTuple):
         return np.asarray(Image.fromarray(image).resize((self.new_width, self.new_height), filter))
 
     def points(self, points: np.ndarray) -> np.ndarray:
-        return points * (self.new_width * 1.0 / self.width, self.new_height * 1.0 / self.height)
+        scale = self.new_width * 1.0 / self.width, self.new_height * 1.0 / self.height
+        return points * np.array(scale, points.dtype)
 
     def polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
         return _move(self, polygons)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from loco_det.data.loader import build_test_loader, build_train_loader
 from loco_det.detection import rcnn
 from loco_det.detection.augmented import AugmentedRCNN
+from loco_det.detection.precomputed import load_proposals
 from loco_det.detection.schema import check_honoured
 from loco_det.structures import Instances
 
@@ -33,12 +34,13 @@ def build_model(cfg: CfgNode) -> nn.Module:
 
 def train_batches(cfg: CfgNode, start: int) -> Iterable[list[dict[str, Any]]]:
     """Endless batches of this process's share of SOLVER.IMS_PER_BATCH, from iteration `start` on."""
-    return build_train_loader(cfg, start_iter=start)
+    return build_train_loader(cfg, start_iter=start, proposals=load_proposals(cfg, "TRAIN"))
 
 
 def test_batches(cfg: CfgNode, dataset: str) -> Iterable[list[dict[str, Any]]]:
     """This process's share of a data set's images, each once."""
-    return build_test_loader(cfg, dataset)
+    proposals = load_proposals(cfg, "TEST")
+    return build_test_loader(cfg, dataset, proposals and proposals[list(cfg.DATASETS.TEST).index(dataset)])
 
 
 def losses(model: nn.Module, batch: list[dict[str, Any]]) -> dict[str, Tensor]:

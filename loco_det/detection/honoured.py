@@ -20,7 +20,6 @@ MODEL_KEYS: dict[str, tuple[Any, ...] | None] = {
     "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN", "ProposalNetwork"),
     "MODEL.MASK_ON": None,
     "MODEL.KEYPOINT_ON": (False,),
-    "MODEL.LOAD_PROPOSALS": (False,),
     "MODEL.PIXEL_MEAN": None,
     "MODEL.PIXEL_STD": None,
     "MODEL.BACKBONE.NAME": ("build_resnet_backbone", "build_resnet_fpn_backbone"),
@@ -39,7 +38,7 @@ MODEL_KEYS: dict[str, tuple[Any, ...] | None] = {
     "MODEL.FPN.OUT_CHANNELS": None,
     "MODEL.FPN.NORM": ("", *_NORMS),
     "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
-    "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN",),
+    "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN", "PrecomputedProposals"),
     "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": None,
     "MODEL.ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
     "MODEL.ANCHOR_GENERATOR.SIZES": None,
@@ -110,6 +109,12 @@ def check_model_keys(cfg: CfgNode) -> None:
     Raises:
         UserError: names the key, its value and what can stand there.
     """
+    precomputed = cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals"
+    if precomputed and (not cfg.MODEL.LOAD_PROPOSALS or cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"):
+        raise UserError(
+            "MODEL.PROPOSAL_GENERATOR.NAME is 'PrecomputedProposals'; that needs MODEL.LOAD_PROPOSALS True and "
+            "MODEL.META_ARCHITECTURE 'GeneralizedRCNN'"
+        )
     for key, allowed in MODEL_KEYS.items():
         value = lookup(cfg, key)
         value = list(value) if isinstance(value, tuple) else value

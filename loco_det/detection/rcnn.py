@@ -31,8 +31,10 @@ class ProposalNetwork(nn.Module):
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
         self.backbone = build_backbone(cfg)
-        self._check_features("RPN", cfg.MODEL.RPN.IN_FEATURES)
-        self.proposal_generator = RPN(cfg, self.backbone.channels, self.backbone.strides)
+        self.proposal_generator: RPN | None = None
+        if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "RPN":
+            self._check_features("RPN", cfg.MODEL.RPN.IN_FEATURES)
+            self.proposal_generator = RPN(cfg, self.backbone.channels, self.backbone.strides)
         # Not persistent: Detectron2's checkpoints do not hold them.
         for name in ("pixel_mean", "pixel_std"):
             value = torch.tensor(cfg.MODEL[name.upper()], dtype=torch.float32).view(-1, 1, 1)
@@ -51,7 +53,7 @@ class ProposalNetwork(nn.Module):
         Args:
             batch: one dict an image as the mapper makes them: `image` uint8 (3, Hi, Wi) in INPUT.FORMAT order,
                 `height` and `width` of the original image, and in training `instances` with boxes, classes and,
-                for Mask R-CNN, masks, in the coordinates of `image`.
+                for Mask R-CNN, masks, in the coordinates of `image`; a Fast R-CNN finds `proposals` there too.
 
         Returns:
             In training {loss_rpn_cls, loss_rpn_loc}, 0-dim tensors. Otherwise one Instances an image, in the
@@ -100,8 +102,20 @@ class GeneralizedRCNN(ProposalNetwork):
             return to_original(self.detect(batch), batch)
         images, sizes = self.preprocess(batch)
         features, targets = self.backbone(images), self.targets(batch)
-        proposals, losses = self.proposal_generator(features, sizes, targets)
+        proposals, losses = self.propose(batch, features, sizes, targets)
         return {**self.roi_heads(features, proposals, targets), **losses}
+
+    def propose(
+        self,
+        batch: Batch,
+        features: dict[str, torch.Tensor],
+        sizes: list[tuple[int, int]],
+        targets: list[Instances] | None,
+    ) -> tuple[list[Instances], dict[str, torch.Tensor]]:
+        """Proposals and losses of the RPN, or the `proposals` that each dict of the batch holds, and no losses."""
+        if self.proposal_generator is None:
+            return [item["proposals"].to(self.pixel_mean.device) for item in batch], {}
+        return self.proposal_generator(features, sizes, targets)
 
     def detect(
         self, batch: Batch, given: Sequence[Instances] | None = None, with_masks: bool = True
@@ -115,7 +129,7 @@ class GeneralizedRCNN(ProposalNetwork):
         images, sizes = self.preprocess(batch)
         features = self.backbone(images)
         if given is None:
-            given = self.roi_heads(features, self.proposal_generator(features, sizes)[0])
+            given = self.roi_heads(features, self.propose(batch, features, sizes, None)[0])
         if with_masks:
             self.roi_heads.predict_masks(features, given)
         return list(given)

@@ -28,9 +28,14 @@ HONOURED: dict[str, tuple[Any, ...] | None] = {
     "CUDNN_BENCHMARK": None,
     "FLOAT32_PRECISION": ("", "highest", "high", "medium"),
     "MODEL.DEVICE": None,
+    "MODEL.LOAD_PROPOSALS": None,
     "MODEL.WEIGHTS": None,
     "DATASETS.TRAIN": None,
     "DATASETS.TEST": None,
+    "DATASETS.PROPOSAL_FILES_TRAIN": None,
+    "DATASETS.PROPOSAL_FILES_TEST": None,
+    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN": None,
+    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST": None,
     "DATALOADER.NUM_WORKERS": None,
     "DATALOADER.ASPECT_RATIO_GROUPING": None,
     "DATALOADER.FILTER_EMPTY_ANNOTATIONS": None,
@@ -84,6 +89,10 @@ HONOURED: dict[str, tuple[Any, ...] | None] = {
 }
 
 
+# Judged first, since they say more clearly than any key that follows from them what is asked for.
+_DECIDING = ("MODEL.META_ARCHITECTURE", "MODEL.KEYPOINT_ON")
+
+
 @functools.cache
 def _defaults() -> CfgNode:
     tree: dict[str, Any] = {}
@@ -120,8 +129,9 @@ def check_honoured(cfg: CfgNode, settings: Mapping[str, Setting] | None = None) 
         UserError: naming the place, the key, its value and the values that can stand there.
     """
     check_test_keys(cfg)
-    for key, default in values(_defaults()).items():
-        value = lookup(cfg, key)
+    defaults = values(_defaults())
+    for key in sorted(defaults, key=_DECIDING.__contains__, reverse=True):
+        value, default = lookup(cfg, key), defaults[key]
         allowed = HONOURED.get(key, ())
         if allowed is None or _plain(value) == _plain(default) or _plain(value) in allowed:
             continue

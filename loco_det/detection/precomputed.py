@@ -1,0 +1,92 @@
+"""Proposals from a file instead of an RPN (MODEL.LOAD_PROPOSALS, DATASETS.PROPOSAL_FILES_*): Fast R-CNN.
+
+The files are Detectron2's box_proposals.pkl, or Detectron's; a run of META_ARCHITECTURE ProposalNetwork writes one.
+Nothing in them is executed. Source: detectron2/data/build.py `load_proposals_into_dataset`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fvcore.common.config import CfgNode
+
+from loco_det.convert.builders import Refused, finished
+from loco_det.convert.unpickle import MALFORMED, read_pickle
+from loco_det.data.mapper import ProposalsOfImage
+from loco_det.errors import UserError
+from loco_det.runtime import log
+
+OLD_NAMES = {"indexes": "ids", "scores": "objectness_logits"}
+XYXY, XYWH = 0, 1  # of Detectron2's BoxMode, in pixels
+MAX_INSTRUCTIONS = 20_000_000  # COCO's 118,287 training images take about 6 million
+
+
+def load_proposals(cfg: CfgNode, split: str) -> list[dict[str, ProposalsOfImage]] | None:
+    """Proposals for every data set of DATASETS.TRAIN or TEST (`split`), by image id; None without LOAD_PROPOSALS.
+
+    Raises:
+        UserError: there is not one file for each data set, or `read_proposals` refuses one.
+    """
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        return None
+    names, files = cfg.DATASETS[split], cfg.DATASETS[f"PROPOSAL_FILES_{split}"]
+    if len(names) != len(files):
+        raise UserError(
+            f"DATASETS.PROPOSAL_FILES_{split} has {len(files)} files for the {len(names)} data sets of "
+            f"DATASETS.{split}; MODEL.LOAD_PROPOSALS needs one for each."
+        )
+    return [read_proposals(file) for file in files]
+
+
+def read_proposals(path: str | Path) -> dict[str, ProposalsOfImage]:
+    """{image id: (boxes (P, 4) float32 XYXY in pixels, logits (P,) float32)}, the best first.
+
+    Raises:
+        UserError: no such file, damaged, not plain data, or not a file of proposals.
+    """
+    if "://" in str(path):
+        raise UserError(f"DATASETS: the proposals {path} are not a file; download them and give the path.")
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            content = read_pickle(file, instructions=MAX_INSTRUCTIONS)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); write proposals with an RPN alone.") from error
+    except Refused as error:
+        raise UserError(f"{path}: {error}; nothing of it was run, give a box_proposals.pkl.") from error
+    except MALFORMED as error:
+        raise UserError(f"{path}: is damaged or no pickle ({error}); give a box_proposals.pkl.") from error
+    proposals = _by_image(path, content)
+    log.info("proposals of %d images from %s", len(proposals), path)
+    return proposals
+
+
+def _by_image(path: str | Path, content: Any) -> dict[str, ProposalsOfImage]:
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no dictionary of proposals; give a box_proposals.pkl.")
+    content = {OLD_NAMES.get(name, name): value for name, value in content.items()}
+    columns = [content.get(name) for name in ("ids", "boxes", "objectness_logits")]
+    mode = content.get("bbox_mode", XYXY)
+    lengths = {len(column) for column in columns if isinstance(column, (list, tuple, np.ndarray))}
+    if len(lengths) != 1 or not all(hasattr(column, "__len__") for column in columns) or mode not in (XYXY, XYWH):
+        raise UserError(
+            f"{path}: must hold lists 'ids', 'boxes' and 'objectness_logits' of equal length and bbox_mode 0 or 1; "
+            "give a box_proposals.pkl."
+        )
+    found = {}
+    for image_id, boxes, logits in zip(*columns):
+        boxes, logits = np.asarray(finished(boxes)), np.asarray(finished(logits))
+        if boxes.ndim != 2 or boxes.shape[1:] != (4,) or logits.shape != boxes.shape[:1]:
+            raise UserError(
+                f"{path}: image {image_id} has boxes {boxes.shape} and logits {logits.shape}; they must be (P, 4) and "
+                "(P,)."
+            )
+        if not all(a.dtype.kind in "fiu" and np.isfinite(a).all() for a in (boxes, logits)):
+            raise UserError(f"{path}: image {image_id} has boxes or logits that are not finite numbers.")
+        order = logits.argsort()[::-1]  # Detectron2's, for the order among equals
+        boxes = boxes[order].astype(np.float32)
+        if mode == XYWH:
+            boxes[:, 2:] += boxes[:, :2]
+        found[str(image_id)] = boxes, logits[order].astype(np.float32)
+    return found
