@@ -216,3 +216,57 @@ def detectron2_batch(train: bool) -> list[dict[str, Any]]:
         item["proposals"] = Instances(tuple(image.shape[1:]), proposal_boxes=Boxes(boxes), objectness_logits=logits)
         batch.append(item)
     return batch
+
+
+def _solver(steps: int) -> dict[str, Any]:
+    return {
+        "SOLVER.BASE_LR": 0.01,
+        "SOLVER.MAX_ITER": steps,
+        "SOLVER.STEPS": (int(0.6 * steps), int(0.8 * steps)),
+        "SOLVER.WARMUP_ITERS": steps // 4,
+    }
+
+
+def detectron2_trace(steps: int, *settings: dict[str, Any]) -> tuple[list[dict[str, float]], torch.nn.Module]:
+    """Learning rate and losses of `steps` optimiser steps by Detectron2, and the model after them."""
+    from detectron2.config import get_cfg as detectron2_cfg
+    from detectron2.modeling import build_model as detectron2_model
+    from detectron2.solver import build_lr_scheduler, build_optimizer
+    from detectron2.utils.events import EventStorage
+
+    cfg = configure(detectron2_cfg(), _solver(steps), *settings)
+    model = formula_weights(detectron2_model(cfg)).train()
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    trace = []
+    for iteration in range(steps):
+        torch.manual_seed(iteration)
+        with EventStorage(iteration):
+            losses = model(detectron2_batch(train=True))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        trace.append({"lr": optimizer.param_groups[0]["lr"], **{k: v.item() for k, v in losses.items()}})
+        optimizer.step()
+        scheduler.step()
+    return trace, model
+
+
+def our_trace(steps: int, *settings: dict[str, Any]) -> tuple[list[dict[str, float]], torch.nn.Module]:
+    """The same by this project."""
+    from loco_det.detection import solver
+    from loco_det.detection.rcnn import build_model
+    from loco_det.detection.schema import get_cfg
+
+    cfg = configure(get_cfg(), _solver(steps), *settings)
+    model = formula_weights(build_model(cfg)).train()
+    optimizer = solver.build_optimizer(cfg, model)
+    schedule = solver.build_schedule(cfg, optimizer)
+    scaler = solver.grad_scaler(cfg, torch.device("cpu"))
+    trace = []
+    for iteration in range(steps):
+        torch.manual_seed(iteration)
+        losses = model(our_batch(train=True))
+        trace.append({"lr": optimizer.param_groups[0]["lr"], **{k: v.item() for k, v in losses.items()}})
+        solver.optimizer_step(cfg, sum(losses.values()), optimizer, scaler)
+        schedule.step()
+    return trace, model

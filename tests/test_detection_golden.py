@@ -12,7 +12,7 @@ from typing import Any
 import detection_cases as cases
 import pytest
 import torch
-from record_golden import CASES, first_ones
+from record_golden import CASES, TRACE, TRACED, first_ones
 
 from loco_det.detection.augmented import AugmentedRCNN
 from loco_det.detection.rcnn import build_model
@@ -45,6 +45,14 @@ def test_training_gives_the_recorded_losses_and_gradients(name: str, monkeypatch
     assert list(norms) == list(golden["gradient_norms"])
     for key, value in golden["gradient_norms"].items():
         close(norms[key], value, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_ten_steps_give_the_recorded_losses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "randperm", first_ones)
+    trace, _ = cases.our_trace(TRACE[0], *CASES[name], TRACE[1])
+    for losses, expected in zip(trace, GOLDEN["traces"][name], strict=True):
+        assert losses == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 @torch.no_grad()

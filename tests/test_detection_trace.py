@@ -13,19 +13,9 @@ import detection_cases as cases
 import pytest
 import torch
 
-from loco_det.detection import solver
-from loco_det.detection.rcnn import build_model
-from loco_det.detection.schema import get_cfg
-
 pytestmark = [pytest.mark.detectron2, pytest.mark.filterwarnings("ignore")]
 
 STEPS = 20
-SOLVER = {
-    "SOLVER.BASE_LR": 0.01,
-    "SOLVER.MAX_ITER": STEPS,
-    "SOLVER.STEPS": (12, 16),
-    "SOLVER.WARMUP_ITERS": 5,
-}
 TRAINED_BN = {"MODEL.RESNETS.NORM": "BN", "MODEL.BACKBONE.FREEZE_AT": 0}
 CASES: dict[str, tuple[dict[str, Any], ...]] = {
     "mask_rcnn_R_50_FPN": (cases.FPN,),
@@ -70,48 +60,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def their_trace(settings: tuple[dict[str, Any], ...]) -> tuple[list[dict[str, float]], torch.nn.Module]:
-    from detectron2.config import get_cfg as detectron2_cfg
-    from detectron2.modeling import build_model as detectron2_model
-    from detectron2.solver import build_lr_scheduler, build_optimizer
-    from detectron2.utils.events import EventStorage
-
-    cfg = cases.configure(detectron2_cfg(), SOLVER, *settings)
-    model = cases.formula_weights(detectron2_model(cfg)).train()
-    optimizer = build_optimizer(cfg, model)
-    scheduler = build_lr_scheduler(cfg, optimizer)
-    trace = []
-    for iteration in range(STEPS):
-        torch.manual_seed(iteration)
-        with EventStorage(iteration):
-            losses = model(cases.detectron2_batch(train=True))
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        trace.append({"lr": optimizer.param_groups[0]["lr"], **{k: v.item() for k, v in losses.items()}})
-        optimizer.step()
-        scheduler.step()
-    return trace, model
-
-
-def our_trace(settings: tuple[dict[str, Any], ...]) -> tuple[list[dict[str, float]], torch.nn.Module]:
-    cfg = cases.configure(get_cfg(), SOLVER, *settings)
-    model = cases.formula_weights(build_model(cfg)).train()
-    optimizer = solver.build_optimizer(cfg, model)
-    schedule = solver.build_schedule(cfg, optimizer)
-    scaler = solver.grad_scaler(cfg, torch.device("cpu"))
-    trace = []
-    for iteration in range(STEPS):
-        torch.manual_seed(iteration)
-        losses = model(cases.our_batch(train=True))
-        trace.append({"lr": optimizer.param_groups[0]["lr"], **{k: v.item() for k, v in losses.items()}})
-        solver.optimizer_step(cfg, sum(losses.values()), optimizer, scaler)
-        schedule.step()
-    return trace, model
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_twenty_steps_have_the_same_losses(name: str) -> None:
-    (theirs, their_model), (ours, our_model) = their_trace(CASES[name]), our_trace(CASES[name])
+    theirs, their_model = cases.detectron2_trace(STEPS, *CASES[name])
+    ours, our_model = cases.our_trace(STEPS, *CASES[name])
     assert len(ours) == STEPS
     assert len({losses["lr"] for losses in ours}) > 3
     assert sum(ours[-1].values()) != sum(ours[0].values())
