@@ -87,18 +87,6 @@ def test_pooling_from_a_pyramid_equals_pooling_each_box_alone() -> None:
             assert torch.equal(pooled[image * 12 + number], alone[0])
 
 
-@pytest.mark.parametrize(
-    ("kind", "first"),
-    [("ROIAlign", 7.5), ("ROIAlignV2", 4.5)],
-)
-def test_pooling_has_the_numbers_of_detectron2s_test(kind: str, first: float) -> None:
-    """On the ramp 0..24 over 5 x 5 pixels, the box 1 1 3 3 in 4 x 4 bins; without the half pixel it is shifted."""
-    ramp = torch.arange(25, dtype=torch.float32).view(1, 1, 5, 5)
-    pooled = RoiPooler(4, [1], 0, kind)([ramp], [torch.tensor([[1.0, 1, 3, 3]])])
-    expected = first + torch.arange(4)[:, None] * 2.5 + torch.arange(4) * 0.5
-    torch.testing.assert_close(pooled[0, 0], expected)
-
-
 def test_pooling_no_regions_gives_none_and_keeps_the_gradient() -> None:
     features = [torch.ones(1, 3, 16, 16, requires_grad=True), torch.ones(1, 3, 8, 8, requires_grad=True)]
     pooled = RoiPooler(7, [4, 8], 0, "ROIAlignV2")(features, [torch.zeros(0, 4)])

@@ -35,19 +35,20 @@ class BoxHead(nn.Module):
             )
         self.convs, self.fcs = [], []
         for index in range(head.NUM_CONV):
-            conv = Conv(channels, head.CONV_DIM, 3, head.NORM, relu=True)
-            c2_msra_fill(conv)
-            self.add_module(f"conv{index + 1}", conv)
+            self.add_module(f"conv{index + 1}", Conv(channels, head.CONV_DIM, 3, head.NORM, relu=True))
             self.convs.append(f"conv{index + 1}")
             channels = head.CONV_DIM
         size = channels * head.POOLER_RESOLUTION**2
         for index in range(head.NUM_FC):
-            fc = nn.Linear(size, head.FC_DIM)
-            c2_xavier_fill(fc)
-            self.add_module(f"fc{index + 1}", fc)
+            self.add_module(f"fc{index + 1}", nn.Linear(size, head.FC_DIM))
             self.fcs.append(f"fc{index + 1}")
             size = head.FC_DIM
         self.out_channels = size
+        # Once all layers are there, as Detectron2 does it: the same seed then gives the same weights.
+        for name in self.convs:
+            c2_msra_fill(getattr(self, name))
+        for name in self.fcs:
+            c2_xavier_fill(getattr(self, name))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for name in self.convs:

@@ -29,15 +29,14 @@ class MaskHead(nn.Module):
         head = cfg.MODEL.ROI_MASK_HEAD
         self.convs = []
         for index in range(head.NUM_CONV):
-            conv = Conv(channels, head.CONV_DIM, 3, head.NORM, relu=True)
-            c2_msra_fill(conv)
-            self.add_module(f"mask_fcn{index + 1}", conv)
+            self.add_module(f"mask_fcn{index + 1}", Conv(channels, head.CONV_DIM, 3, head.NORM, relu=True))
             self.convs.append(f"mask_fcn{index + 1}")
             channels = head.CONV_DIM
         self.deconv = nn.ConvTranspose2d(channels, head.CONV_DIM, 2, stride=2)
         classes = 1 if head.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES
         self.predictor = nn.Conv2d(head.CONV_DIM, classes, 1)
-        c2_msra_fill(self.deconv)
+        for name in [*self.convs, "deconv"]:  # once all layers are there: the same seed, Detectron2's weights
+            c2_msra_fill(getattr(self, name))
         nn.init.normal_(self.predictor.weight, std=0.001)
         nn.init.zeros_(self.predictor.bias)
 
