@@ -1,34 +1,111 @@
-"""Averaging gradients over processes while later stages still run."""
+"""Averaging gradients over processes while later stages still run.
+
+A gradient joins a message the moment autograd has written it. A message leaves when it is large, or, with what has
+gathered, when a stage is done; the receiver is asked for it only when the weights are about to be stepped.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch import Tensor, nn
 
 from loco_det.runtime import world_size
 
+FULL = 25 * 2**20  # bytes after which a message leaves, as in torch's DistributedDataParallel
+WORTHWHILE = 2**20  # bytes that are sent at the end of a stage; less waits for the next, to save on latencies
+
+
+class Work(Protocol):
+    """An all-reduce under way, as `torch.distributed.Work` is."""
+
+    def wait(self) -> object: ...
+
+    def is_completed(self) -> bool: ...
+
+
+class _Message:
+    """Gradients that travel as one flat tensor, of which each `.grad` is from now on a view."""
+
+    def __init__(self, parameters: list[nn.Parameter], send: Callable[[Tensor], Work]) -> None:
+        self.flat = torch.empty(
+            sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device
+        )
+        start = 0
+        for p in parameters:
+            view = self.flat.as_strided(p.shape, p.stride(), start)  # channels_last stays channels_last
+            p.grad = view.copy_(p.grad)
+            start += p.numel()
+        self.work: Work | None = send(self.flat)
+
+    def is_completed(self) -> bool:
+        return self.work is None or self.work.is_completed()
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+            self.flat /= world_size()
+            self.work = None
+
 
 class GradientAverage:
-    """`start` sends gradients that are final on their way, one message for a stage; `finish` waits for all."""
+    """Turns each `.grad` into its mean over processes; on a single process there is nothing to do.
 
-    def __init__(self) -> None:
-        self.under_way: list[tuple[dist.Work, torch.Tensor, list[torch.Tensor]]] = []
+    Every process must add the same gradients in the same order, as processes that run the same steps do.
 
-    def start(self, parameters: list[nn.Parameter]) -> None:
-        """Begin to average the `.grad` of these parameters; on a single process there is nothing to do."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if world_size() == 1 or not gradients:
+    Args:
+        parameters: their gradients are added as autograd writes them, so each may be written once a step.
+        send: starts to sum a flat tensor over processes in place; by default an all-reduce in a process group of its
+            own, so that BatchNorm's and the loss's small messages need not queue behind the large ones.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter] = (), send: Callable[[Tensor], Work] | None = None) -> None:
+        self.alone = world_size() == 1
+        self.gathered: list[nn.Parameter] = []
+        self.sent: dict[nn.Parameter, _Message] = {}
+        self.send = send
+        if self.alone:
             return
-        flat = _flatten_dense_tensors(gradients)
-        self.under_way.append((dist.all_reduce(flat, async_op=True), flat, gradients))
+        if send is None:
+            group = dist.new_group()
+            self.send = lambda flat: dist.all_reduce(flat, group=group, async_op=True)
+        for p in parameters:
+            p.register_post_accumulate_grad_hook(self.add)
 
-    def finish(self) -> None:
-        """Every started gradient now holds the mean over processes."""
-        for work, flat, gradients in self.under_way:
-            work.wait()
-            flat /= world_size()
-            for gradient, mean in zip(gradients, _unflatten_dense_tensors(flat, gradients)):
-                gradient.copy_(mean)
-        self.under_way.clear()
+    def add(self, parameter: nn.Parameter) -> None:
+        """This parameter's gradient is final."""
+        if self.alone or parameter.grad is None:
+            return
+        if self.gathered and self.gathered[0].dtype != parameter.dtype:
+            self.flush()
+        self.gathered.append(parameter)
+        if self._bytes() >= FULL:
+            self.flush()
+
+    def flush(self, least: int = 0) -> None:
+        """Send what has gathered, if it is at least so many bytes."""
+        if self.gathered and self._bytes() >= least:
+            message = _Message(self.gathered, self.send)
+            self.sent.update(dict.fromkeys(self.gathered, message))
+            self.gathered = []
+
+    def is_completed(self, parameters: list[nn.Parameter]) -> bool:
+        """Whether `wait` would return at once, as far as this process knows."""
+        if any(p in self.sent and not self.sent[p].is_completed() for p in parameters):
+            return False
+        waiting = set(self.gathered)
+        return waiting.isdisjoint(parameters)
+
+    def wait(self, parameters: list[nn.Parameter]) -> None:
+        """These gradients now hold the mean over processes, if they were added."""
+        if not set(self.gathered).isdisjoint(parameters):
+            self.flush()
+        for p in parameters:
+            if p in self.sent:
+                self.sent.pop(p).wait()
+
+    def _bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.gathered)

@@ -15,7 +15,7 @@ KEPT = 2  # the newest, and the one before in case the newest is lost
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
-    """Write folder/checkpoint_STEP.pth atomically and drop all but the newest two.
+    """Write folder/checkpoint_STEP.pth atomically; drop all but the newest two, and what a kill left half-written.
 
     Args:
         state: tensors, numbers, strings and containers of them, among them "step".
@@ -23,7 +23,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
     path = folder / f"checkpoint_{state['step']:08d}.pth"
     with atomic_write(path) as file:
         torch.save(state, file)
-    for old in sorted(folder.glob("checkpoint_*.pth"))[:-KEPT]:
+    for old in [*sorted(folder.glob("checkpoint_*.pth"))[:-KEPT], *folder.glob(".checkpoint_*.tmp")]:
         old.unlink()
     return path
 

@@ -55,6 +55,14 @@ def get_cfg() -> CfgNode:
                 "WARMUP_EPOCHS": 10.0,
                 "AMP": "none",  # none | bf16 | fp16
                 "RECOMPUTE": None,  # none | first | all | list of stages whose activations are computed twice, not kept
+                "STEP_EARLY": True,  # step a stage once its gradient is final and averaged; the result is the same
+            },
+            "KNN": {  # a probe of every stage where images have classes; labels never reach the training
+                "PERIOD": 10,  # epochs between two, and one at the end; 0: none
+                "VAL_PATH": "",  # images to ask about; empty: a fifth of each class of DATA.PATH
+                "IMAGES": 10000,  # at most so many that answer and so many that are asked about
+                "K": 20,
+                "TEMPERATURE": 0.07,
             },
             "LOG_PERIOD": 20,  # steps between two lines of metrics.json
             "CHECKPOINT_PERIOD": 500,  # steps between two checkpoints; the last two are kept

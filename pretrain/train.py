@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -24,7 +23,6 @@ from loco_det.errors import UserError
 from loco_det.runtime import (
     Progress,
     StopSignal,
-    append_metrics,
     atomic_write,
     barrier,
     is_main,
@@ -40,12 +38,13 @@ from pretrain.average import GradientAverage
 from pretrain.checkpoint import latest_checkpoint, save_checkpoint
 from pretrain.decoders import Decoder
 from pretrain.loco import METHODS, LocalTrainer, split_backbone
-from pretrain.loss import embedding_health, nt_xent
+from pretrain.loss import nt_xent
+from pretrain.monitor import Monitor, Stopwatch
 from pretrain.optim import build_optimizer, learning_rate
+from pretrain.probe import KnnProbe
+from pretrain.stepping import Stepping
 from pretrain.sync_batchnorm import sync_anywhere
 
-MIN_STD = 0.05  # of the embeddings, where 1 is spread over the sphere; below it the training has collapsed
-HEALTH_IMAGES = 128  # pairs that alignment and uniformity are computed from; their cost grows with the square
 RANDOM_BATCHES = 50  # batches that METHOD random measures BatchNorm's statistics on
 # Keys that change where and how fast a run goes but not what it computes; --resume lets them differ.
 FREE_KEYS = (
@@ -56,6 +55,8 @@ FREE_KEYS = (
     "DATA.NUM_WORKERS",
     "DATA.PATH",
     "SOLVER.RECOMPUTE",
+    "SOLVER.STEP_EARLY",
+    "KNN",
 )
 
 
@@ -78,6 +79,12 @@ class Learner(nn.Module):
         sync_anywhere(self.decoders)
         self.temperature, self.chunk = cfg.LOSS.TEMPERATURE, cfg.LOSS.CHUNK
         self.embeddings: dict[int, Tensor] = {}  # of the last step, for the monitoring
+
+    def parts(self) -> list[list[nn.Parameter]]:
+        """What is stepped at a time: each stage's parameters, then each decoder's."""
+        return [list(stage.module.parameters()) for stage in self.stages] + [
+            list(decoder.parameters()) for decoder in self.decoders
+        ]
 
     def loss(self, i: int, features: Tensor) -> Tensor:
         """Unit i's NT-Xent from its last stage's output (2b, C, H, W)."""
@@ -165,47 +172,67 @@ def _train(
     start = _restore(cfg, state) if resume else 0
     _write_config(cfg)  # only now, for a run that may not be resumed keeps the configuration that it was made with
     trim_metrics(cfg.OUTPUT_DIR, start)
-    average = GradientAverage()
-    trainer = LocalTrainer(
-        [stage.module for stage in learner.stages],
-        learner.units,
-        [partial(learner.loss, i) for i in range(len(learner.units))],
-        on_final=lambda k: average.start(trainer.parameters[k]),
-        recompute=[k for k, stage in enumerate(learner.stages) if stage.recompute],
-    )
+    average = GradientAverage(learner.parameters())
+    stepping = Stepping(optimizer, learner.parts(), average, scaler, cfg.SOLVER.STEP_EARLY)
+    if cfg.SOLVER.STEP_EARLY and not stepping.early:
+        log.info("SOLVER.AMP fp16: the optimizer steps at the end, since one infinite gradient must hold back all")
+    trainer = local_trainer(learner, stepping)
     log.info(
         "%s: %d images, %d steps of %d images on %s", cfg.METHOD, len(source), total, cfg.SOLVER.BATCH_SIZE, device
     )
+    probe = KnnProbe(cfg, source, device, _memory_format(device), _autocast(cfg, device))
     waited = Stopwatch()
-    monitor = Monitor(cfg, learner, waited)
+    monitor = Monitor(cfg, learner.backbone, learner.unit_labels, learner.embeddings, waited)
     batches = waited.through(loader.batches(start))
     with StopSignal() as stop, Progress(total, "pretrain", start, unit="it") as progress:
         for step in range(start, total):
             batch = next(batches)
             x = _input(batch, device)
-            lr = schedule(step / total)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.zero_grad(set_to_none=True)
+            stepping.lr = schedule(step / total)
+            done = step + 1
+            probing = probe.due(done, loader.steps_per_epoch, total)
+            stepping.observe = monitor.see_gradients if monitor.due(step) or probing else None
             losses = trainer.step(
                 x, autocast=_autocast(cfg, device), scale=scaler.scale if scaler.is_enabled() else None
             )
-            average.start(list(learner.decoders.parameters()))
-            average.finish()
             _check_finite(losses, learner, step, batch.index, source)
-            scaler.unscale_(optimizer)
-            norms = gradient_norms(learner.backbone) if monitor.due(step) else {}  # optimizers may change .grad
-            scaler.step(optimizer)
-            scaler.update()
-            progress.advance(**monitor(step, losses, lr, norms))
-            done = step + 1
+            if monitor.due(step) or probing or not stepping.early:
+                stepping.finish()
+            with waited.paused():
+                found = probe(learner.backbone) if probing else {}
+            progress.advance(**monitor(step, losses, stepping.lr, found))
             stopped = _stopped(stop, device)
             if done % cfg.CHECKPOINT_PERIOD == 0 or done == total or stopped:
+                stepping.finish()
                 _save(cfg, state, done)
             if stopped and done < total:
                 by = stop.received or "a signal"
                 raise UserError(f"stopped by {by} after step {done}; --resume continues from there")
     return total
+
+
+def local_trainer(learner: Learner, stepping: Stepping) -> LocalTrainer:
+    """The learner's local step, in which `stepping` learns which of `learner.parts()` are needed and final."""
+    decoders = len(learner.stages)
+    taken: list[int] = []  # decoders whose loss is known, so that their gradients are final when next a stage's are
+
+    def loss(i: int, features: Tensor) -> Tensor:
+        stepping.ready(decoders + i)
+        taken.append(decoders + i)
+        return learner.loss(i, features)
+
+    def final(k: int) -> None:
+        stepping.final(k, *taken)
+        taken.clear()
+
+    return LocalTrainer(
+        [stage.module for stage in learner.stages],
+        learner.units,
+        [partial(loss, i) for i in range(len(learner.units))],
+        on_final=final,
+        recompute=[k for k, stage in enumerate(learner.stages) if stage.recompute],
+        on_start=stepping.ready,
+    )
 
 
 def _stopped(stop: StopSignal, device: torch.device) -> bool:
@@ -235,87 +262,9 @@ def _check_finite(losses: list[Tensor], learner: Learner, step: int, indices: Te
         if not math.isfinite(loss):
             names = ", ".join(source.name(i) for i in indices[:4].tolist())
             raise UserError(
-                f"the loss of unit {label} is {loss} at step {step} (images {names}, ...); lower SOLVER.BASE_LR, raise "
-                "LOSS.TEMPERATURE or set SOLVER.AMP none, and --resume from the last checkpoint"
+                f"the loss of unit {label} is {loss} at step {step} (images {names}, ...); start again with a lower "
+                "SOLVER.BASE_LR, a higher LOSS.TEMPERATURE or SOLVER.AMP none; nothing of this step was saved"
             )
-
-
-class Stopwatch:
-    """The share of the time that is spent waiting for batches."""
-
-    def __init__(self) -> None:
-        self.waited = 0.0
-        self.since = time.perf_counter()
-
-    def through(self, batches: Iterator) -> Iterator:
-        while True:
-            begun = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - begun
-            if batch is None:
-                return
-            yield batch
-
-    def lap(self) -> tuple[float, float]:
-        """(seconds since the last lap, seconds of them spent waiting)."""
-        now = time.perf_counter()
-        result = now - self.since, self.waited
-        self.since, self.waited = now, 0.0
-        return result
-
-
-class Monitor:
-    """Turns a step into the numbers on the progress bar and, every LOG_PERIOD steps, a line of metrics.json."""
-
-    def __init__(self, cfg: CfgNode, learner: Learner, stopwatch: Stopwatch) -> None:
-        self.cfg, self.learner, self.stopwatch = cfg, learner, stopwatch
-        self.steps = 0
-        self.rate = 0.0  # images a second, between the last two lines
-        self.warned = False
-
-    def due(self, step: int) -> bool:
-        """Whether this step gets a line."""
-        return step == 0 or (step + 1) % self.cfg.LOG_PERIOD == 0
-
-    def __call__(self, step: int, losses: list[Tensor], lr: float, norms: dict[str, Tensor]) -> dict[str, float]:
-        self.steps += 1
-        values = {f"loss/{label}": loss for label, loss in zip(self.learner.unit_labels, losses)}
-        if not self.due(step):
-            return {**{label: loss.item() for label, loss in values.items()}, "img/s": self.rate}
-        for i, label in enumerate(self.learner.unit_labels):
-            first, second = self.learner.embeddings[i].chunk(2)
-            few = torch.cat([first[:HEALTH_IMAGES], second[:HEALTH_IMAGES]])
-            values.update({f"{name}/{label}": value for name, value in embedding_health(few).items()})
-        means = reduce_mean({**values, **norms})
-        seconds, waiting = self.stopwatch.lap()
-        self.rate = self.steps * self.cfg.SOLVER.BATCH_SIZE / seconds
-        self.steps = 0
-        extra = {"lr": lr, "images_per_second": self.rate, "data_wait_share": waiting / seconds}
-        append_metrics(self.cfg.OUTPUT_DIR, {"iteration": step, **means, **extra})
-        self._warn_of_collapse(means, step)
-        return {**{k: v for k, v in means.items() if k.startswith("loss/")}, "img/s": self.rate}
-
-    def _warn_of_collapse(self, means: dict[str, float], step: int) -> None:
-        for label in self.learner.unit_labels:
-            if means[f"std/{label}"] < MIN_STD and not self.warned:
-                self.warned = True
-                log.warning(
-                    "step %d: the embeddings of unit %s have collapsed (std %.3f of 1); lower SOLVER.BASE_LR or "
-                    "raise the batch size",
-                    step,
-                    label,
-                    means[f"std/{label}"],
-                )
-
-
-@torch.no_grad()
-def gradient_norms(backbone: ResNet) -> dict[str, Tensor]:
-    """Euclidean norm of each stage's gradient, {"grad_norm/stem": scalar, ..., "grad_norm/res5": scalar}."""
-    norms = {}
-    for name in backbone.stage_names:
-        each = [p.grad.norm() for p in getattr(backbone, name).parameters() if p.grad is not None]
-        norms[f"grad_norm/{name}"] = torch.stack(each).norm()
-    return norms
 
 
 def measure_statistics(backbone: ResNet, loader: TwoViewLoader, device: torch.device) -> None:

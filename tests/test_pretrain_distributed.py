@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -23,10 +24,14 @@ from pretrain.average import GradientAverage
 from pretrain.defaults import get_cfg
 from pretrain.loco import LocalTrainer, Unit, running_statistics_kept
 from pretrain.loss import nt_xent
+from pretrain.optim import build_optimizer
+from pretrain.probe import gather
+from pretrain.stepping import Stepping
 from pretrain.sync_batchnorm import SyncBatchNorm
 from pretrain.train import pretrain
 
 UNITS = {"simclr": [Unit(0, 2)], "gim": [Unit(k, k) for k in range(3)], "loco": [Unit(0, 1), Unit(1, 2)]}
+REAL = ["SOLVER.OPTIMIZER", "lars", "SOLVER.BASE_LR", "0.3", "SOLVER.MAX_STEPS", "1"]
 CASES = [(method, chunk, recompute) for method in UNITS for chunk, recompute in ((0, ()), (3, (0, 2)))]
 
 
@@ -38,21 +43,52 @@ def step(method: str, chunk: int, recompute: tuple[int, ...]) -> dict[str, torch
     views = torch.randn(2, 4, 3, 6, 6, dtype=torch.float64) * 3 + 5
     x = views.chunk(world_size(), dim=1)[rank()].flatten(0, 1)
     losses = [lambda h, head=head: nt_xent(head(h.mean((2, 3))), 0.2, chunk) for head in heads]
-    average = GradientAverage()
-    trainer = LocalTrainer(stages, UNITS[method], losses, lambda k: average.start(trainer.parameters[k]), recompute)
-    values = trainer.step(x)
-    average.start([p for head in heads for p in head.parameters()])
-    average.finish()
     modules = nn.ModuleList([*stages, *heads])
+    average = GradientAverage(modules.parameters())
+    values = LocalTrainer(stages, UNITS[method], losses, lambda _: average.flush(), recompute).step(x)
+    average.wait(list(modules.parameters()))
     gradients = {name: p.grad for name, p in modules.named_parameters()}
     return {"losses": torch.stack(values), **gradients, **dict(modules.named_buffers())}
+
+
+def steps(method: str) -> list[torch.Tensor]:
+    """Losses of five steps in float64 at LARS's full learning rate, and all tensors after them."""
+    torch.manual_seed(0)
+    stages = [
+        nn.Sequential(nn.Conv2d(c, 6, 3, padding=1, bias=False), SyncBatchNorm(6), nn.GELU()).double()
+        for c in (3, 6, 6)
+    ]
+    heads = [nn.Linear(6, 5).double() for _ in UNITS[method]]
+    modules = nn.ModuleList([*stages, *heads])
+    optimizer = build_optimizer(get_cfg(), modules)
+    average = GradientAverage(modules.parameters())
+    parts = [list(module.parameters()) for module in modules]
+    stepping = Stepping(optimizer, parts, average, torch.amp.GradScaler("cpu", enabled=False), early=True)
+    stepping.lr = 0.3
+
+    def loss(i: int, features: torch.Tensor) -> torch.Tensor:
+        stepping.ready(len(stages) + i)
+        return nt_xent(heads[i](features.mean((2, 3))), 0.1)
+
+    losses = [partial(loss, i) for i in range(len(heads))]
+    trainer = LocalTrainer(stages, UNITS[method], losses, stepping.final, on_start=stepping.ready)
+    values = []
+    for _ in range(5):
+        views = torch.randn(2, 8, 3, 6, 6, dtype=torch.float64)
+        values += trainer.step(views.chunk(world_size(), dim=1)[rank()].flatten(0, 1))
+        stepping.final(*range(len(stages), len(parts)))
+    stepping.finish()
+    return [torch.stack(values), *modules.state_dict().values()]
 
 
 def worker(settings: list[str], folder: str) -> None:
     """Everything that needs two processes, in one start of them."""
     torch.save([step(*case) for case in CASES], Path(folder) / f"{rank()}.pt")
+    torch.save(gather(torch.arange(3 * rank() * 2).view(-1, 2) + 10), Path(folder) / f"gathered{rank()}.pt")
+    torch.save([steps(method) for method in UNITS], Path(folder) / f"steps{rank()}.pt")
     for method in UNITS:
         pretrain(configuration(settings, f"{folder}/{method}", method))
+        pretrain(configuration([*settings, *REAL], f"{folder}/real_{method}", method))
     (Path(folder) / f"stopped{rank()}").write_text(stopped_run(configuration(settings, f"{folder}/stopped", "loco")))
 
 
@@ -105,7 +141,7 @@ def test_a_step_of_two_processes_equals_one(case: int, two: Path) -> None:
     torch.testing.assert_close(mean, whole.pop("losses"), rtol=1e-12, atol=0)
     for name, want in whole.items():
         assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], want, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(first[name], want, rtol=1e-10, atol=1e-12)
         assert want.abs().max() > 0
 
 
@@ -123,6 +159,38 @@ def test_a_run_of_two_processes_equals_one(method: str, two: Path, settings: lis
     together, _ = load_backbone(two / method / "backbone.safetensors")
     for name, tensor in load_backbone(path)[0].items():
         torch.testing.assert_close(together[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", UNITS)
+def test_a_step_at_the_recipes_rate_equals_one(method: str, two: Path, settings: list[str], tmp_path: Path) -> None:
+    path = pretrain(configuration([*settings, *REAL], str(tmp_path), method))
+    other = two / f"real_{method}"
+    one, both = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, other))
+    for key in (k for k in one if k.startswith("loss/")):
+        assert both[key] == pytest.approx(one[key], rel=1e-6)
+    start = pretrain(configuration([*settings, *REAL, "SOLVER.BASE_LR", "0"], str(tmp_path / "start"), method))
+    before, alone, together = (load_backbone(p)[0] for p in (start, path, other / "backbone.safetensors"))
+    weights = [name for name in alone if not name.endswith("num_batches_tracked")]
+    before, alone, together = (torch.cat([t[name].flatten() for name in weights]) for t in (before, alone, together))
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
+    assert (together - alone).norm() <= 1e-6 * alone.norm()
+    assert (together - alone).norm() <= 1e-3 * (alone - before).norm()  # a step so small that all are alike would pass
+
+
+@pytest.mark.parametrize("number", range(3), ids=list(UNITS))
+def test_many_steps_at_a_high_rate_equal_one_in_double_precision(number: int, two: Path) -> None:
+    first, second = (torch.load(two / f"steps{r}.pt", weights_only=True)[number] for r in (0, 1))
+    alone = steps(list(UNITS)[number])
+    first[0] = second[0] = (first[0] + second[0]) / 2
+    for one, other, want in zip(first, second, alone):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, want, rtol=1e-9, atol=1e-12)
+    assert (alone[0][:1] - alone[0][-1:]).abs() > 1e-3
+
+
+def test_rows_are_gathered_though_one_process_has_none(two: Path) -> None:
+    for number in (0, 1):
+        assert torch.load(two / f"gathered{number}.pt").tolist() == [[10, 11], [12, 13], [14, 15]]
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(two: Path) -> None:

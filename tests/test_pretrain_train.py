@@ -21,8 +21,10 @@ from loco_det.config import load_config
 from loco_det.errors import UserError
 from loco_det.names import to_detectron2
 from pretrain.checkpoint import latest_checkpoint
+from pretrain.decoders import Decoder
 from pretrain.defaults import get_cfg
-from pretrain.train import gradient_norms, pretrain
+from pretrain.monitor import stage_norms
+from pretrain.train import pretrain
 
 SMALL = {
     "BACKBONE.NAME": "resnet18",
@@ -88,7 +90,7 @@ def test_gradient_norms_are_those_of_all_gradients_of_a_stage() -> None:
     torch.manual_seed(0)
     backbone = ResNet(18)
     backbone(torch.randn(2, 3, 32, 32))["res5"].sum().backward()
-    norms = gradient_norms(backbone)
+    norms = stage_norms(backbone, {p: p.grad.norm() for p in backbone.parameters()})
     assert list(norms) == [f"grad_norm/{name}" for name in ("stem", "res2", "res3", "res4", "res5")]
     flat = torch.cat([p.grad.flatten() for p in backbone.res3.parameters()])
     torch.testing.assert_close(norms["grad_norm/res3"], flat.norm(), rtol=1e-5, atol=0)
@@ -181,18 +183,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_works(images: Path, tm
     assert [line["iteration"] for line in trace(tmp_path)] == [0, 1, 2]
 
 
-def test_a_signal_saves_and_says_how_to_go_on(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_says_how_to_go_on(
+    name: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pretrain import train
 
     original = train.Monitor.__call__
 
     def interrupted(self, step, *values):
         if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.Signals[name])
         return original(self, step, *values)
 
     monkeypatch.setattr(train.Monitor, "__call__", interrupted)
-    with pytest.raises(UserError, match="stopped by SIGTERM after step 2; --resume"):
+    with pytest.raises(UserError, match=f"stopped by {name} after step 2; --resume"):
         pretrain(config(images, tmp_path))
     assert latest_checkpoint(tmp_path)[1]["step"] == 2
 
@@ -200,6 +205,27 @@ def test_a_signal_saves_and_says_how_to_go_on(images: Path, tmp_path: Path, monk
 def test_a_loss_that_is_not_finite_stops_with_unit_step_and_files(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"loss of unit res\d-res\d is nan at step \d \(images .*png"):
         pretrain(config(images, tmp_path, SOLVER__BASE_LR=1e30))
+
+
+def test_a_collapse_is_warned_of_once(images: Path, tmp_path: Path) -> None:
+    """At a rate of 0 nothing collapses; embeddings that are all alike do."""
+    pretrain(config(images, tmp_path / "a", SOLVER__BASE_LR=0.0))
+    assert "collapsed" not in (tmp_path / "a" / "log.txt").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "forward", lambda self, x: self.mlp(x.mean((2, 3))) * 1e-4 + 1)
+        pretrain(config(images, tmp_path / "b"))
+    text = (tmp_path / "b" / "log.txt").read_text()
+    assert text.count("the embeddings of unit res2-res3 have collapsed (std 0.0") == 1
+    assert text.count("collapsed") == 1
+
+
+def test_stepping_late_is_the_same_and_a_run_may_change_it(images: Path, tmp_path: Path) -> None:
+    early = pretrain(config(images, tmp_path / "a"))
+    pretrain(config(images, tmp_path / "b", SOLVER__STEP_EARLY=False, CHECKPOINT_PERIOD=2))
+    (tmp_path / "b" / "checkpoint_00000003.pth").unlink()
+    late = pretrain(config(images, tmp_path / "b"), resume=True)
+    assert trace(tmp_path / "a") == trace(tmp_path / "b")
+    assert load_backbone(early)[1].tensors_sha256 == load_backbone(late)[1].tensors_sha256
 
 
 def test_unreadable_images_are_skipped_up_to_the_share(images: Path, tmp_path: Path) -> None:
@@ -243,7 +269,7 @@ def test_bad_values_are_named(key: str, value: object, message: str, images: Pat
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("amp", ["bf16"])
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_trains(amp: str, images: Path, tmp_path: Path) -> None:
     pretrain(config(images, tmp_path / "a", SOLVER__AMP=amp))
     pretrain(config(images, tmp_path / "b"))

@@ -188,6 +188,31 @@ def test_trimming_drops_what_will_come_again_and_a_cut_off_line(tmp_path: Path) 
     trim_metrics(tmp_path / "absent", 3)
 
 
+def test_tensorboard_gets_the_same_numbers_and_loses_what_is_trimmed(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def read() -> dict[str, list[tuple[int, float]]]:
+        events = EventAccumulator(str(tmp_path))
+        events.Reload()
+        return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+    for iteration in range(5):
+        append_metrics(tmp_path, {"iteration": iteration, "loss/a": iteration / 2, "note": "x", "none": None})
+    append_metrics(tmp_path, {"AP": 1.0})  # says not when
+    assert read() == {"loss/a": [(i, i / 2) for i in range(5)]}
+    trim_metrics(tmp_path, 3)
+    append_metrics(tmp_path, {"iteration": 3, "loss/a": 7.0, "knn": 50})
+    assert read() == {"loss/a": [(0, 0.0), (1, 0.5), (2, 1.0), (3, 7.0)], "knn": [(3, 50.0)]}
+
+
+def test_without_tensorboard_there_is_no_event_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    append_metrics(tmp_path, {"iteration": 0, "loss": 1.0})
+    trim_metrics(tmp_path, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+
+
 def test_metrics_into_a_missing_folder_are_bad_input(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
         append_metrics(tmp_path / "absent", {"iteration": 0})

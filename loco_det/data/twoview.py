@@ -195,19 +195,23 @@ def build_two_view_loader(
 class PlainDataset(Dataset):
     """Image indices -> PlainBatch, or the UserError that ends the run."""
 
-    def __init__(self, source: Source, size: int, short_side: int) -> None:
-        self.source, self.size, self.short_side = source, size, short_side
+    def __init__(self, source: Source, size: int, short_side: int, skip_unreadable: bool = False) -> None:
+        self.source, self.size, self.short_side, self.skip_unreadable = source, size, short_side, skip_unreadable
 
     def __getitem__(self, indices: Sequence[int]) -> PlainBatch | UserError:
         images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8)
-        labels = torch.tensor([-1 if (label := self.source.label(i)) is None else label for i in indices])
-        for row, index in enumerate(indices):
+        read = []
+        for index in indices:
             try:
                 pixels = decode_image(self.source.read(index), self.source.name(index))
             except UserError as error:
+                if self.skip_unreadable:
+                    continue
                 return error
-            cv2.split(centre(pixels, self.size, self.short_side), list(images[row].numpy()))
-        return PlainBatch(images, labels, torch.tensor(indices))
+            cv2.split(centre(pixels, self.size, self.short_side), list(images[len(read)].numpy()))
+            read.append(index)
+        labels = [-1 if (label := self.source.label(i)) is None else label for i in read]
+        return PlainBatch(images[: len(read)], *(torch.tensor(v, dtype=torch.int64) for v in (labels, read)))
 
 
 def centre(image: np.ndarray, size: int, short_side: int) -> np.ndarray:
@@ -242,21 +246,23 @@ def build_plain_loader(
     short_side: int | None = None,
     indices: Sequence[int] | None = None,
     pin_memory: bool = False,
+    skip_unreadable: bool = False,
 ) -> PlainLoader:
     """Images scaled so that the short side has `short_side` pixels, of which the middle `size` are kept.
 
     Args:
         short_side: by default size x 8 / 7 (256 for 224), and `size` itself below 96, where no pixel is to spare.
         indices: the images wanted, in this order; by default all.
+        skip_unreadable: leave such images out, so that batches may be smaller and even empty.
 
     Raises:
-        UserError: while iterating, an image cannot be read; names it.
+        UserError: while iterating, an image cannot be read and is not skipped; names it.
     """
     if short_side is None:
         short_side = size if size < 96 else round(size * 8 / 7)
     wanted = [int(i) for i in (range(len(source)) if indices is None else indices)]
     batches = [wanted[at : at + batch_size] for at in range(0, len(wanted), batch_size)]
-    return PlainLoader(PlainDataset(source, size, short_side), batches, num_workers, pin_memory)
+    return PlainLoader(PlainDataset(source, size, short_side, skip_unreadable), batches, num_workers, pin_memory)
 
 
 def _loader(dataset: Dataset, requests: Any, num_workers: int, pin_memory: bool) -> DataLoader:

@@ -1,0 +1,113 @@
+"""What a run tells while it trains: a line of metrics.json, numbers on the progress bar, a warning of collapse."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+
+from loco_det.backbone import ResNet
+from loco_det.runtime import append_metrics, log, reduce_mean
+from pretrain.loss import embedding_health
+
+MIN_STD = 0.05  # of the embeddings, where 1 is spread over the sphere; below it the training has collapsed
+HEALTH_IMAGES = 128  # pairs that alignment and uniformity are computed from; their cost grows with the square
+
+
+class Stopwatch:
+    """The share of the time that is spent waiting for batches."""
+
+    def __init__(self) -> None:
+        self.waited = 0.0
+        self.since = time.perf_counter()
+
+    def through(self, batches: Iterator) -> Iterator:
+        while True:
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - begun
+            if batch is None:
+                return
+            yield batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside counts neither as training nor as waiting."""
+        begun = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - begun
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds since the last lap, seconds of them spent waiting)."""
+        now = time.perf_counter()
+        result = now - self.since, self.waited
+        self.since, self.waited = now, 0.0
+        return result
+
+
+class Monitor:
+    """Turns a step into the numbers on the progress bar and, every LOG_PERIOD steps, a line of metrics.json."""
+
+    def __init__(
+        self, cfg: CfgNode, backbone: ResNet, labels: list[str], embeddings: dict[int, Tensor], stopwatch: Stopwatch
+    ) -> None:
+        self.cfg, self.backbone, self.labels, self.embeddings = cfg, backbone, labels, embeddings
+        self.stopwatch = stopwatch
+        self.norms: dict[nn.Parameter, Tensor] = {}
+        self.steps = 0
+        self.rate = 0.0  # images a second, between the last two lines
+        self.warned = False
+
+    def due(self, step: int) -> bool:
+        """Whether this step gets a line."""
+        return step == 0 or (step + 1) % self.cfg.LOG_PERIOD == 0
+
+    @torch.no_grad()
+    def see_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Remember the norms of these gradients, whose memory will be used for others by the end of the step."""
+        self.norms.update({p: p.grad.norm() for p in parameters if p.grad is not None})
+
+    def __call__(self, step: int, losses: list[Tensor], lr: float, found: dict[str, float]) -> dict[str, float]:
+        """Count the step, and write a line if it is due or if there is something else that was `found`."""
+        self.steps += 1
+        values = {f"loss/{label}": loss for label, loss in zip(self.labels, losses)}
+        if not self.due(step) and not found:
+            return {**{label: loss.item() for label, loss in values.items()}, "img/s": self.rate}
+        for i, label in enumerate(self.labels):
+            first, second = self.embeddings[i].chunk(2)
+            few = torch.cat([first[:HEALTH_IMAGES], second[:HEALTH_IMAGES]])
+            values.update({f"{name}/{label}": value for name, value in embedding_health(few).items()})
+        means = reduce_mean({**values, **stage_norms(self.backbone, self.norms)})
+        seconds, waiting = self.stopwatch.lap()
+        self.rate = self.steps * self.cfg.SOLVER.BATCH_SIZE / seconds
+        self.steps = 0
+        extra = {"lr": lr, "images_per_second": self.rate, "data_wait_share": waiting / seconds}
+        append_metrics(self.cfg.OUTPUT_DIR, {"iteration": step, **means, **extra, **found})
+        self._warn_of_collapse(means, step)
+        return {**{k: v for k, v in means.items() if k.startswith("loss/")}, "img/s": self.rate}
+
+    def _warn_of_collapse(self, means: dict[str, float], step: int) -> None:
+        for label in self.labels:
+            if means[f"std/{label}"] < MIN_STD and not self.warned:
+                self.warned = True
+                log.warning(
+                    "step %d: the embeddings of unit %s have collapsed (std %.3f of 1); lower SOLVER.BASE_LR or "
+                    "raise the batch size",
+                    step,
+                    label,
+                    means[f"std/{label}"],
+                )
+
+
+def stage_norms(backbone: ResNet, norms: dict[nn.Parameter, Tensor]) -> dict[str, Tensor]:
+    """Euclidean norm of each stage's gradient from its tensors' norms: {"grad_norm/stem": scalar, ...}."""
+    found = {}
+    for name in backbone.stage_names:
+        each = [norms[p] for p in getattr(backbone, name).parameters() if p in norms]
+        if each:
+            found[f"grad_norm/{name}"] = torch.stack(each).norm()
+    return found

@@ -1,0 +1,165 @@
+"""The nearest-neighbour probe that watches a run: how well each stage's features tell the labels of images apart.
+
+Labels never reach the training: the probe runs between two steps, in evaluation mode, draws no global random number,
+and leaves the network as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import PurePosixPath
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from fvcore.common.config import CfgNode
+from torch import Tensor
+
+from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD
+from loco_det.backbone import ResNet
+from loco_det.data.sources import Source, open_source
+from loco_det.data.subsets import share_of_each_class
+from loco_det.data.twoview import build_plain_loader
+from loco_det.data.views import normalise
+from loco_det.errors import UserError
+from loco_det.evaluation.knn import knn_predict
+from loco_det.runtime import log, rank, world_size
+
+TEST_SHARE = 0.2  # of each class, where KNN.VAL_PATH is empty
+BATCH = 64
+
+
+class KnnProbe:
+    """Top-1 of every stage's globally averaged features, by the K nearest of labelled images.
+
+    Args:
+        source: the images of the training; a fifth of each class is asked about, the rest answers, unless
+            KNN.VAL_PATH names other images to ask about. At most KNN.IMAGES of either are used.
+        memory_format: of the network.
+
+    Raises:
+        UserError: a KNN.* value that cannot be, or KNN.VAL_PATH has classes that the training images lack.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        source: Source,
+        device: torch.device,
+        memory_format: torch.memory_format,
+        autocast: Callable[[], object],
+    ) -> None:
+        for key, least in (("PERIOD", 0), ("K", 1), ("IMAGES", 1), ("TEMPERATURE", 1e-6)):
+            if cfg.KNN[key] < least:
+                raise UserError(f"KNN.{key} is {cfg.KNN[key]}; use at least {least:g}")
+        self.cfg, self.device, self.memory_format, self.autocast = cfg, device, memory_format, autocast
+        self.classes = source.classes
+        self.active = cfg.KNN.PERIOD > 0 and len(self.classes) > 1
+        if not self.active:
+            if cfg.KNN.VAL_PATH and cfg.KNN.PERIOD > 0:
+                raise UserError(f"KNN.VAL_PATH is set but the images of DATA.PATH {source.root} have no classes")
+            return
+        every = np.arange(len(source))
+        self.train = self.test = source
+        if cfg.KNN.VAL_PATH:
+            self.test = _open(cfg.KNN.VAL_PATH)
+            unknown = sorted(set(self.test.classes) - set(self.classes))
+            if unknown or not self.test.classes:
+                what = f"class {unknown[0]!r}, which DATA.PATH lacks" if unknown else "no classes"
+                raise UserError(f"KNN.VAL_PATH {cfg.KNN.VAL_PATH} has {what}; take images of the same classes")
+            asked, answering = np.arange(len(self.test)), every
+        else:
+            asked = self._share(source, every, TEST_SHARE)
+            answering = np.setdiff1d(every, asked)
+        self.asked, self.answering = self._few(self.test, asked), self._few(source, answering)
+        self.active = len(self.answering) > 0  # none where every class has a single image
+
+    def due(self, done: int, steps_per_epoch: int, total: int) -> bool:
+        """Whether to probe after so many steps: every KNN.PERIOD epochs and at the end."""
+        return self.active and (done % (self.cfg.KNN.PERIOD * steps_per_epoch) == 0 or done == total)
+
+    @torch.no_grad()
+    def __call__(self, backbone: ResNet) -> dict[str, float]:
+        """{"knn/res2": percent right, ...}; unreadable images are left out."""
+        training = backbone.training
+        backbone.eval()
+        bank, labels = self._features(backbone, self.train, self.answering)
+        asked, truth = self._features(backbone, self.test, self.asked)
+        backbone.train(training)
+        if not len(labels) or not len(truth):
+            log.warning(
+                "the nearest-neighbour probe could read no image of %s",
+                self.train.root if not len(labels) else self.test.root,
+            )
+            return {}
+        found = {}
+        for stage in backbone.stage_names[1:]:
+            scores = knn_predict(
+                bank[stage],
+                labels,
+                asked[stage],
+                k=self.cfg.KNN.K,
+                temperature=self.cfg.KNN.TEMPERATURE,
+                classes=len(self.classes),
+            )
+            found[f"knn/{stage}"] = 100 * (scores.argmax(1) == truth).float().mean().item()
+        shown = ", ".join(f"{name[4:]} {value:.1f}%" for name, value in found.items())
+        log.info("%d nearest neighbours, %d images by %d: %s", self.cfg.KNN.K, len(truth), len(labels), shown)
+        return found
+
+    def _share(self, source: Source, index: np.ndarray, share: float) -> np.ndarray:
+        labels = np.array([source.label(i) for i in index], np.int64)
+        names = [f"{source.classes[label]}/{PurePosixPath(source.name(i)).name}" for i, label in zip(index, labels)]
+        return index[share_of_each_class(labels, names, share, self.cfg.SEED)]
+
+    def _few(self, source: Source, index: np.ndarray) -> np.ndarray:
+        most = self.cfg.KNN.IMAGES
+        return index if len(index) <= most else self._share(source, index, most / len(index))
+
+    def _features(self, backbone: ResNet, source: Source, index: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
+        """Every stage's (N, C) float32 features and (N,) labels; processes share the work and all get the result."""
+        loader = build_plain_loader(
+            source,
+            self.cfg.DATA.IMAGE_SIZE,
+            batch_size=BATCH,
+            num_workers=self.cfg.DATA.NUM_WORKERS,
+            indices=index[rank() :: world_size()],
+            skip_unreadable=True,
+        )
+        numbers = torch.tensor([self.classes.index(name) for name in source.classes])
+        parts: dict[str, list[Tensor]] = {name: [] for name in backbone.stage_names[1:]}
+        labels = []
+        for batch in loader:
+            if not len(batch.labels):
+                continue
+            x = normalise(batch.images.to(self.device), IMAGENET_MEAN, IMAGENET_STD)
+            with self.autocast():
+                outputs = backbone(x.contiguous(memory_format=self.memory_format))
+            for name, found in parts.items():
+                found.append(outputs[name].float().mean((2, 3)))
+            labels.append(numbers[batch.labels].to(self.device))
+        features = {
+            name: gather(torch.cat(found) if found else torch.empty(0, backbone.channels[name], device=self.device))
+            for name, found in parts.items()
+        }
+        return features, gather(torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64, device=self.device))
+
+
+def _open(path: str) -> Source:
+    try:
+        return open_source(path)
+    except UserError as error:  # it speaks of the training images
+        raise UserError(str(error).replace("DATA.PATH", "KNN.VAL_PATH")) from error
+
+
+def gather(x: Tensor) -> Tensor:
+    """The rows (n, ...) of all processes, n differing between them, in the order of their ranks."""
+    if world_size() == 1:
+        return x
+    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    most = int(torch.stack(counts).max())
+    padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])

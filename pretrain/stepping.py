@@ -1,0 +1,105 @@
+"""When the optimizer steps: each part of the network, a stage or a decoder, as early as its gradient allows.
+
+The gradient of a part is final in the middle of a local step. On one process the part is stepped there and then and
+its gradient freed, while the stages above have yet to run. On several, the gradient is on its way meanwhile, and the
+part is stepped when it has arrived: at the end of some later stage, or at the latest before the part runs again, which
+is in the next step. So the large messages of the top stages, which are final last, travel while the next step's lower
+stages run. Every optimizer of this package treats a parameter by itself, so all this changes no bit of the result.
+
+With fp16's loss scaling, one gradient that is not finite must hold back all, so everything is stepped at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from pretrain.average import WORTHWHILE, GradientAverage
+
+
+class Stepping:
+    """Averages and steps the parts of a network.
+
+    Args:
+        optimizer: over all parameters of all parts; no other than LARS, SGD or AdamW without clipping.
+        parts: the parameters of each part.
+        average: takes their gradients to the other processes.
+        scaler: of fp16; disabled otherwise.
+        early: step each part as early as can be. False, or a scaler that is enabled: everything in `finish`.
+
+    Attributes:
+        lr: learning rate of the gradients that become final from now on.
+        observe: if set, called with each part's parameters before they are stepped, their `.grad` averaged and
+            unscaled.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parts: list[list[nn.Parameter]],
+        average: GradientAverage,
+        scaler: torch.amp.GradScaler,
+        early: bool,
+    ) -> None:
+        self.optimizer, self.parts, self.average, self.scaler = optimizer, parts, average, scaler
+        self.early = early and not scaler.is_enabled()
+        self.lr = 0.0
+        self.observe: Callable[[list[nn.Parameter]], None] | None = None
+        self.waiting: dict[int, float] = {}  # part -> the learning rate of its step
+        owned = [set(part) for part in parts]
+        self.split = [[[p for p in group["params"] if p in own] for group in optimizer.param_groups] for own in owned]
+
+    def final(self, *parts: int) -> None:
+        """This process's gradients of these parts are final; step whatever can be."""
+        self.waiting.update(dict.fromkeys(parts, self.lr))
+        self.average.flush(WORTHWHILE)
+        if self.early:
+            for part in [part for part in self.waiting if self.average.is_completed(self.parts[part])]:
+                self.ready(part)
+
+    def ready(self, part: int) -> None:
+        """The part's weights are needed: they are now up to date."""
+        if self.early and part in self.waiting:
+            self.average.wait(self.parts[part])
+            self._step(part, self.waiting.pop(part))
+
+    def finish(self) -> None:
+        """All weights are now up to date and all gradients freed."""
+        if self.early:
+            for part in list(self.waiting):
+                self.ready(part)
+            return
+        for parameters in self.parts:
+            self.average.wait(parameters)
+        self.scaler.unscale_(self.optimizer)
+        for parameters in self.parts:
+            self._see(parameters)
+        self._set_rate(self.lr)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.waiting.clear()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _step(self, part: int, lr: float) -> None:
+        self._see(self.parts[part])
+        self._set_rate(lr)
+        groups = self.optimizer.param_groups
+        self.optimizer.param_groups = [
+            {**group, "params": some} for group, some in zip(groups, self.split[part]) if some
+        ]
+        try:
+            self.optimizer.step()
+        finally:
+            self.optimizer.param_groups = groups
+        for p in self.parts[part]:
+            p.grad = None
+
+    def _see(self, parameters: list[nn.Parameter]) -> None:
+        if self.observe is not None:
+            self.observe(parameters)
+
+    def _set_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr

@@ -1,0 +1,165 @@
+"""The nearest-neighbour probe during pretraining: right, and without any effect on the training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD, load_backbone
+from loco_det.backbone import ResNet
+from loco_det.config import load_config
+from loco_det.data.sources import open_source
+from loco_det.data.twoview import build_plain_loader
+from loco_det.errors import UserError
+from loco_det.names import to_detectron2
+from pretrain.defaults import get_cfg
+from pretrain.probe import KnnProbe
+from pretrain.train import pretrain
+
+SETTINGS = """BACKBONE.NAME resnet18 BACKBONE.STEM cifar DECODER.HIDDEN_DIM 16 DECODER.OUT_DIM 8 DATA.IMAGE_SIZE 16
+    DATA.NUM_WORKERS 0 SOLVER.BATCH_SIZE 4 SOLVER.MAX_STEPS 7 SOLVER.OPTIMIZER adamw SOLVER.BASE_LR 0.001
+    SOLVER.WARMUP_EPOCHS 0 LOG_PERIOD 4 DEVICE cpu KNN.K 3"""
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of six and seven images that differ in colour, but not wholly."""
+    folder = tmp_path_factory.mktemp("classes")
+    rng = np.random.default_rng(0)
+    for name, count, tint in (("cat", 6, (60, 0, 0)), ("dog", 7, (0, 0, 60))):
+        (folder / name).mkdir()
+        for i in range(count):
+            coarse = rng.integers(0, 190, (5, 6, 3)) + tint
+            cv2.imwrite(str(folder / name / f"{i}.png"), cv2.resize(coarse.astype(np.uint8), (24, 20)))
+    return folder
+
+
+def config(data: Path, output: Path, **extra: object):
+    options = [*SETTINGS.split(), "DATA.PATH", str(data), "OUTPUT_DIR", str(output)]
+    for key, value in extra.items():
+        options += [key.replace("__", "."), str(value)]
+    return load_config(get_cfg(), "", options)
+
+
+def lines(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+def oracle(backbone: Path, train: list[tuple[Path, int]], test: list[tuple[Path, int]], k: int) -> dict[str, float]:
+    """Percent right by loops in float64, one image at a time."""
+    network = ResNet(18, stem="cifar").double().eval()
+    tensors = {to_detectron2(name): t for name, t in load_backbone(backbone)[0].items()}
+    assert not network.load_state_dict(tensors, strict=False).unexpected_keys
+
+    def features(path: Path) -> dict[str, np.ndarray]:
+        image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+        source = open_source(path.parent.parent)
+        index = next(i for i in range(len(source)) if source.name(i) == str(path))
+        pixels = next(iter(build_plain_loader(source, 16, batch_size=1, indices=[index]))).images[0].double()
+        assert image.shape == (20, 24, 3)
+        x = (pixels - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
+        with torch.no_grad():
+            return {name: h.mean((2, 3))[0].numpy() for name, h in network(x[None]).items()}
+
+    bank = [(features(path), label) for path, label in train]
+    right = dict.fromkeys(("res2", "res3", "res4", "res5"), 0)
+    for path, truth in test:
+        asked = features(path)
+        for stage in right:
+            cosines = []
+            for other, label in bank:
+                a, b = asked[stage], other[stage]
+                cosines.append((float(a @ b / np.sqrt((a @ a) * (b @ b))), label))
+            votes = {0: 0.0, 1: 0.0}
+            for cosine, label in sorted(cosines, reverse=True)[:k]:
+                votes[label] += np.exp(cosine / 0.07)
+            right[stage] += max(votes, key=votes.get) == truth
+    return {f"knn/{stage}": 100 * count / len(test) for stage, count in right.items()}
+
+
+def test_it_counts_right_and_training_is_the_same_without_it(classes: Path, tmp_path: Path) -> None:
+    with_it = pretrain(config(classes, tmp_path / "a", KNN__PERIOD=1, KNN__VAL_PATH=classes))
+    without = pretrain(config(classes, tmp_path / "b", KNN__PERIOD=0))
+    assert load_backbone(with_it)[1].tensors_sha256 == load_backbone(without)[1].tensors_sha256
+    found = lines(tmp_path / "a")
+    assert [line["iteration"] for line in found] == [0, 2, 3, 5, 6]  # LOG_PERIOD 4, three steps an epoch, the end
+    assert [line["iteration"] for line in found if "knn/res5" in line] == [2, 5, 6]
+    assert all(line["grad_norm/res5"] > 0 for line in found)
+    same = [{k: line[k] for k in line if k.startswith(("loss", "grad", "std"))} for line in found]
+    for line in lines(tmp_path / "b"):
+        assert {k: line[k] for k in line if k.startswith(("loss", "grad", "std"))} in same
+    every = [(path, int(path.parent.name == "dog")) for path in sorted(classes.glob("*/*.png"))]
+    want = oracle(with_it, every, every, 3)
+    assert {key: value for key, value in found[-1].items() if key.startswith("knn")} == pytest.approx(want)
+
+
+def test_a_fifth_of_each_class_is_asked_about_and_the_rest_answers(classes: Path, tmp_path: Path) -> None:
+    source = open_source(classes)
+
+    def probe(**extra: object) -> KnnProbe:
+        cfg = config(classes, tmp_path, **extra)
+        return KnnProbe(cfg, source, torch.device("cpu"), torch.contiguous_format, torch.no_grad)
+
+    half = probe()
+    assert sorted([*half.asked, *half.answering]) == list(range(13))
+    assert [source.label(i) for i in half.asked] == [0, 0, 1, 1]
+    assert list(probe().asked) == list(half.asked)
+    few = probe(KNN__IMAGES=5)
+    assert set(few.answering) < set(half.answering)
+    assert 5 <= len(few.answering) <= 6
+    assert [probe().due(done, 3, 40) for done in (29, 30, 31, 40)] == [False, True, False, True]
+    assert not probe(KNN__PERIOD=0).due(40, 3, 40)
+    torch.manual_seed(0)
+    backbone = ResNet(18, stem="cifar").train()
+    before = {name: t.clone() for name, t in backbone.state_dict().items()}
+    random = torch.random.get_rng_state()
+    first = half(backbone)
+    assert first == half(backbone)
+    assert backbone.training
+    assert all(torch.equal(t, before[name]) for name, t in backbone.state_dict().items())
+    assert torch.equal(random, torch.random.get_rng_state())
+
+
+def test_unreadable_images_are_left_out(classes: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(classes, data)
+    source = open_source(data)
+    cfg = config(data, tmp_path, KNN__VAL_PATH=data)
+    probe = KnnProbe(cfg, source, torch.device("cpu"), torch.contiguous_format, torch.no_grad)
+    (data / "cat" / "0.png").write_bytes(b"no image")
+    _, labels = probe._features(ResNet(18, stem="cifar").eval(), source, probe.answering)
+    assert labels.tolist() == [0] * 5 + [1] * 7
+    for path in data.glob("*/*.png"):
+        path.write_bytes(b"")
+    assert probe(ResNet(18, stem="cifar")) == {}
+
+
+def test_without_classes_there_is_no_probe(classes: Path, tmp_path: Path) -> None:
+    pretrain(config(classes / "cat", tmp_path, KNN__PERIOD=1, SOLVER__MAX_STEPS=1))
+    assert not any(key.startswith("knn") for line in lines(tmp_path) for key in line)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("PERIOD", -1, "KNN.PERIOD is -1"),
+        ("K", 0, "KNN.K is 0"),
+        ("IMAGES", 0, "KNN.IMAGES is 0"),
+        ("TEMPERATURE", 0.0, "KNN.TEMPERATURE is 0"),
+        ("VAL_PATH", "/no/such", "KNN.VAL_PATH /no/such"),
+        ("VAL_PATH", "FLAT", "has no classes"),
+        ("VAL_PATH", "OTHER", "class 'owl', which DATA.PATH lacks"),
+    ],
+)
+def test_bad_values_are_named(key: str, value: object, message: str, classes: Path, tmp_path: Path) -> None:
+    if value == "OTHER":
+        shutil.copytree(classes / "cat", tmp_path / "other" / "owl")
+    value = {"FLAT": classes / "dog", "OTHER": tmp_path / "other"}.get(value, value)
+    with pytest.raises(UserError, match=message):
+        pretrain(config(classes, tmp_path / "out", **{f"KNN__{key}": value}))
