@@ -30,6 +30,12 @@ def _logging_as_before() -> Iterator[None]:
         runtime._quiet = False
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests neither use nor fill the user's cache of annotation indexes, nor do processes that they start."""
+    os.environ["LOCO_DET_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def real_coco() -> Path:
     """The dataset root that holds `coco/`, or a skip where no real images are."""

@@ -91,7 +91,7 @@ def test_boxes_without_area_are_counted_in_one_line(tmp_path, caplog, monkeypatc
     content["annotations"][2]["image_id"] = 12345
     monkeypatch.setattr(logging.getLogger("loco_det"), "propagate", True)
     dataset = load_coco(write(tmp_path, content))
-    assert dataset.annotation_id.tolist() == [5, 7, 8]
+    assert [k for record in dataset for k in record.annotation_ids.tolist()] == [5, 7, 8]
     (line,) = [r.getMessage() for r in caplog.records]
     assert "left out 6 of 9" in line
     assert "1 of images not listed, 2 with a box without area, 3 with polygons" in line

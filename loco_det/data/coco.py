@@ -1,18 +1,16 @@
-"""COCO instance annotations as compact tables.
+"""COCO instance annotations as a detector sees them: a view of the index of their file (index.py).
 
-The JSON is parsed once into flat arrays, which worker processes share and which can be memory-mapped; segmentations,
-nine tenths of a file, stay the bytes they were in it until an image is used. What is kept, and in which order, is
-what Detectron2 keeps (data/datasets/coco.py), except that boxes without area go at once.
+What is kept, and in which order, is what Detectron2 keeps (data/datasets/coco.py), except that boxes without area go
+at once.
 
-Shape legend: I images sorted by id, A annotations grouped by image and in file order within one.
+Shape legend: I images sorted by id, A annotations that are kept, grouped by image and in file order within one.
 """
 
 from __future__ import annotations
 
 import os
-import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -20,65 +18,32 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from loco_det.data.catalog import DatasetPaths
+from loco_det.data.index import CocoIndex, doubled_ids, load_index
 from loco_det.errors import UserError
 from loco_det.runtime import log
 
 
-class _Category(msgspec.Struct):
-    id: int
-    name: str
+class Rle(msgspec.Struct, gc=False):
+    """A run-length encoded mask, compressed (str) or not (run lengths down the columns)."""
 
-
-class _Image(msgspec.Struct):
-    id: int
-    file_name: str
-    height: int
-    width: int
-
-
-class _Annotation(msgspec.Struct, gc=False):
-    id: int
-    image_id: int
-    category_id: int
-    bbox: tuple[float, float, float, float]
-    iscrowd: int | bool = 0
-    ignore: int | bool = 0
-    segmentation: msgspec.Raw = msgspec.Raw()
-
-
-class _File(msgspec.Struct):
-    images: list[_Image]
-    categories: list[_Category]
-    annotations: list[_Annotation] = []
-
-
-class _Rle(msgspec.Struct):
-    size: tuple[int, int]
+    size: tuple[int, int]  # height, width
     counts: str | list[int]
 
 
-_polygons_or_rle = msgspec.json.Decoder(list[list[float]] | _Rle | None)
+_polygons_or_rle = msgspec.json.Decoder(list[list[float]] | Rle | None)
 
 
-class PackedBytes:
-    """Many byte strings in one array.
+class Segmentations(Sequence[bytes]):
+    """Some annotations' segmentations as they stand in the JSON, each read when it is asked for."""
 
-    Attributes:
-        data: (total,) uint8.
-        offsets: (count + 1,) int64, where each string starts.
-    """
-
-    def __init__(self, strings: list[Any]):
-        # A str is packed as UTF-8, anything else must be a buffer of bytes.
-        strings = [s.encode() if isinstance(s, str) else memoryview(s) for s in strings]
-        self.data = np.frombuffer(b"".join(strings), dtype=np.uint8)
-        self.offsets = np.cumsum([0, *(len(s) for s in strings)], dtype=np.int64)
+    def __init__(self, index: CocoIndex, rows: np.ndarray):
+        self.index, self.rows = index, rows
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.rows)
 
-    def __getitem__(self, i: int) -> bytes:
-        return self.data[self.offsets[i] : self.offsets[i + 1]].tobytes()
+    def __getitem__(self, k: int) -> bytes:
+        return self.index.segmentations(self.rows[k : k + 1])[0]
 
 
 class Record(NamedTuple):
@@ -92,43 +57,70 @@ class Record(NamedTuple):
     classes: np.ndarray  # (n,) int64, contiguous
     crowd: np.ndarray  # (n,) bool
     annotation_ids: np.ndarray  # (n,) int64
-    segmentations: list[bytes]  # n, as in the JSON; see `decode_segmentation`
+    segmentations: Sequence[bytes]  # n, as in the JSON; see `decode_segmentation`
 
 
-@dataclass
+@dataclass(frozen=True)
 class CocoDataset:
-    """The tables; `dataset[i]` is the `Record` of image i."""
+    """`dataset[i]` is the `Record` of image i."""
 
     paths: DatasetPaths
-    class_names: tuple[str, ...]  # by contiguous class, i.e. by ascending category id
-    category_ids: tuple[int, ...]  # contiguous class -> category id in the file
-    image_id: np.ndarray  # (I,) int64
-    height: np.ndarray  # (I,) int64
-    width: np.ndarray  # (I,) int64
-    file_name: PackedBytes  # I, relative to paths.images
-    first: np.ndarray  # (I + 1,) int64: annotations first[i] to first[i + 1] belong to image i
-    annotation_id: np.ndarray  # (A,) int64
-    box: np.ndarray  # (A, 4) float32 XYXY
-    label: np.ndarray  # (A,) int64 contiguous class
-    crowd: np.ndarray  # (A,) bool
-    segmentation: PackedBytes  # A
+    index: CocoIndex
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By contiguous class, i.e. by ascending category id."""
+        return self.index.category_names
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """The category id in the file of every class."""
+        return tuple(self.index.category_id.tolist())
 
     def __len__(self) -> int:
-        return len(self.image_id)
+        return len(self.index.image_id)
 
     def __getitem__(self, i: int) -> Record:
-        rows = slice(int(self.first[i]), int(self.first[i + 1]))
+        index = self.index
+        rows = np.arange(index.first[i], index.first[i + 1])
+        rows = rows[_is_kept(index, rows)]
         return Record(
-            os.path.join(self.paths.images, self.file_name[i].decode()),
-            int(self.image_id[i]),
-            int(self.height[i]),
-            int(self.width[i]),
-            self.box[rows],
-            self.label[rows],
-            self.crowd[rows],
-            self.annotation_id[rows],
-            [self.segmentation[k] for k in range(rows.start, rows.stop)],
+            os.path.join(self.paths.images, index.file_name[i]),
+            int(index.image_id[i]),
+            int(index.height[i]),
+            int(index.width[i]),
+            _corners(index.bbox[rows]),
+            _classes(index, rows),
+            index.crowd[rows],
+            index.annotation_id[rows],
+            Segmentations(index, rows),
         )
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[i] for i in range(len(self)))
+
+    def objects(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of every annotation the image number, the class and whether it is a crowd: (A,) int64, int64, bool."""
+        index = self.index
+        rows = np.flatnonzero(_is_kept(index, slice(0, int(index.first[-1]))))
+        image = np.repeat(np.arange(len(self)), np.diff(index.first))
+        return image[rows], _classes(index, rows), index.crowd[rows]
+
+
+def _is_kept(index: CocoIndex, rows: np.ndarray | slice) -> np.ndarray:
+    return (index.bbox[rows, 2:] > 0).all(1) & index.has_shape[rows]
+
+
+def _classes(index: CocoIndex, rows: np.ndarray) -> np.ndarray:
+    return np.searchsorted(index.category_id, index.annotation_category[rows])
+
+
+def _corners(bbox: np.ndarray) -> np.ndarray:
+    # float32 before x + w: Detectron2 adds in float32, and a box is equal only if the rounding is.
+    with np.errstate(over="ignore"):
+        box = bbox.astype(np.float32)
+        box[:, 2:] += box[:, :2]
+    return box
 
 
 def load_coco(paths: DatasetPaths, *, need_annotations: bool = True) -> CocoDataset:
@@ -141,33 +133,32 @@ def load_coco(paths: DatasetPaths, *, need_annotations: bool = True) -> CocoData
         UserError: the file is unreadable or malformed, an id is doubled, a category unknown, a size or a box not
             usable, or an image listed but absent.
     """
+    index = load_index(paths.annotations)
     path = paths.annotations
-    content = _parse(path)
-    images = sorted(content.images, key=lambda image: image.id)
-    categories = sorted(content.categories, key=lambda category: category.id)
-    if not images or not categories:
-        raise UserError(f"{path} lists no {'images' if not images else 'categories'}; is it the right file?")
-    # The public minival files of COCO 2014 double a few annotation ids; Detectron2 lets them pass too.
-    annotations = [] if "minival" in path.name else content.annotations
-    for what, items in (("image", images), ("category", categories), ("annotation", annotations)):
-        _refuse_doubles(path, what, np.array([item.id for item in items], dtype=np.int64))
-    for image in images:
-        if image.height <= 0 or image.width <= 0:
-            raise UserError(f"{path}: image id {image.id} is {image.width} x {image.height}; correct its size.")
-    _refuse_absent(paths, images)
-    table = _annotation_table(path, content.annotations, images, categories)
-    if need_annotations and not len(table["label"]):
+    if not len(index.image_id) or not len(index.category_id):
+        raise UserError(f"{path} lists no {'categories' if len(index.image_id) else 'images'}; is it the right file?")
+    _refuse_defects(paths, index)
+    _refuse_absent(paths, index)
+    dataset = CocoDataset(paths, index)
+    kept = _count_kept(dataset)
+    if need_annotations and not kept:
         raise UserError(f"{path} has no usable annotation for its images, so there is nothing to learn from it.")
-    return CocoDataset(
-        paths,
-        class_names=tuple(category.name for category in categories),
-        category_ids=tuple(category.id for category in categories),
-        image_id=np.array([image.id for image in images], dtype=np.int64),
-        height=np.array([image.height for image in images], dtype=np.int64),
-        width=np.array([image.width for image in images], dtype=np.int64),
-        file_name=PackedBytes([image.file_name for image in images]),
-        **table,
-    )
+    return dataset
+
+
+def _count_kept(dataset: CocoDataset) -> int:
+    """How many annotations are kept; says so if some are not."""
+    index = dataset.index
+    total, listed = len(index.annotation_id), int(index.first[-1])
+    kept = int(_is_kept(index, slice(0, listed)).sum())
+    if kept < total:
+        flat = total - int((index.bbox[:, 2:] > 0).all(1).sum())
+        log.warning(
+            "%s: left out %d of %d annotations (%d of images not listed, %d with a box without area, "
+            "%d with polygons of fewer than three points).",
+            *(dataset.paths.annotations, total - kept, total, total - listed, flat, (~index.has_shape).sum()),
+        )
+    return kept
 
 
 def decode_segmentation(record: Record, k: int) -> list[np.ndarray] | dict[str, Any] | None:
@@ -200,107 +191,43 @@ def decode_segmentation(record: Record, k: int) -> list[np.ndarray] | dict[str, 
     return rle
 
 
-def _parse(path: Path) -> _File:
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    try:
-        return msgspec.json.decode(text, type=_File)
-    except msgspec.ValidationError as error:
-        raise UserError(f"{path} is not a COCO instances file: {error}{_id_at(text, str(error))}.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a whole JSON file in UTF-8: {error}; copy or write it again.") from None
-
-
-def _id_at(text: bytes, message: str) -> str:
-    """The id of the entry that a validation message points at by its number, for people who grep for it."""
-    place = re.search(r"\$\.(\w+)\[(\d+)\]", message)
-    if not place:
-        return ""
-    try:
-        entry = msgspec.json.decode(text, type=dict[str, msgspec.Raw])[place[1]]
-        found = msgspec.json.decode(entry, type=list[msgspec.Raw])[int(place[2])]
-        return f" (id {msgspec.json.decode(found)['id']})"
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return ""
-
-
-def _refuse_doubles(path: Path, what: str, ids: np.ndarray) -> None:
-    distinct, counts = np.unique(ids, return_counts=True)
-    if len(distinct) != len(ids):
-        doubled = distinct[counts > 1]
+def _refuse_defects(paths: DatasetPaths, index: CocoIndex) -> None:
+    path = paths.annotations
+    # The public minival files of COCO 2014 double a few annotation ids; Detectron2 lets them pass too.
+    annotation_id = index.annotation_id[:0] if "minival" in path.name else index.annotation_id
+    for what, ids in (("image", index.image_id), ("category", index.category_id), ("annotation", annotation_id)):
+        if len(doubled := doubled_ids(ids)):
+            times = (ids == doubled[0]).sum()
+            raise UserError(
+                f"{path}: {what} id {doubled[0]} occurs {times} times ({len(doubled)} such ids); ids must be unique."
+            )
+    for i in np.flatnonzero((index.height <= 0) | (index.width <= 0))[:1]:
+        size = f"{index.width[i]} x {index.height[i]}"
+        raise UserError(f"{path}: image id {index.image_id[i]} is {size}; correct its size.")
+    category = index.annotation_category
+    for k in np.flatnonzero(~np.isin(category, index.category_id))[:1]:
         raise UserError(
-            f"{path}: {what} id {doubled[0]} occurs {counts.max()} times ({len(doubled)} such ids); ids must be unique."
+            f"{path}: annotation id {index.annotation_id[k]} has category_id {category[k]}, not in 'categories'."
         )
+    for k in np.flatnonzero(index.ignore)[:1]:
+        raise UserError(
+            f"{path}: annotation id {index.annotation_id[k]} has 'ignore'; use 'iscrowd' for regions to leave out."
+        )
+    for k in np.flatnonzero(~np.isfinite(_corners(index.bbox)).all(1))[:1]:
+        raise UserError(f"{path}: annotation id {index.annotation_id[k]} has a box that is not finite.")
 
 
-def _refuse_absent(paths: DatasetPaths, images: list[_Image]) -> None:
+def _refuse_absent(paths: DatasetPaths, index: CocoIndex) -> None:
     try:
         # One listing instead of one stat an image: a second instead of minutes on a network disk.
         present = set(os.listdir(paths.images))
     except OSError as error:
         raise UserError(f"{paths.images} cannot be listed: {error.strerror}.") from None
-    absent = [i for i in images if i.file_name not in present and not (paths.images / i.file_name).is_file()]
+    names = index.file_name.tolist()
+    absent = [i for i, name in enumerate(names) if name not in present and not (paths.images / name).is_file()]
     if absent:
         raise UserError(
-            f"{paths.annotations} lists '{absent[0].file_name}' (image id {absent[0].id}) and {len(absent) - 1} other "
-            f"images that are not in {paths.images}; complete the folder or remove them from the file."
+            f"{paths.annotations} lists '{names[absent[0]]}' (image id {index.image_id[absent[0]]}) and "
+            f"{len(absent) - 1} other images that are not in {paths.images}; complete the folder or remove them from "
+            "the file."
         )
-
-
-def _annotation_table(
-    path: Path, annotations: list[_Annotation], images: list[_Image], categories: list[_Category]
-) -> dict[str, Any]:
-    """The columns of `CocoDataset` that describe annotations, checked, filtered and grouped by image."""
-    box = np.array([a.bbox for a in annotations], dtype=np.float64).reshape(-1, 4)
-    label_of = {category.id: k for k, category in enumerate(categories)}
-    row_of = {image.id: k for k, image in enumerate(images)}
-    for a in annotations:
-        if a.category_id not in label_of:
-            raise UserError(f"{path}: annotation id {a.id} has category_id {a.category_id}, not in 'categories'.")
-        if a.ignore:
-            raise UserError(f"{path}: annotation id {a.id} has 'ignore'; use 'iscrowd' for regions to leave out.")
-    with np.errstate(over="ignore"):
-        # float32 before x + w: Detectron2 adds in float32, and a box is equal only if the rounding is.
-        box = box.astype(np.float32)
-        box[:, 2:] += box[:, :2]
-    if len(wrong := np.flatnonzero(~np.isfinite(box).all(1))):
-        raise UserError(f"{path}: annotation id {annotations[wrong[0]].id} has a box that is not finite.")
-
-    row = np.array([row_of.get(a.image_id, -1) for a in annotations], dtype=np.int64)
-    has_area = np.array([a.bbox[2] > 0 and a.bbox[3] > 0 for a in annotations], dtype=bool)
-    has_shape = np.array([_usable(a.segmentation) for a in annotations], dtype=bool)
-    keep = np.flatnonzero((row >= 0) & has_area & has_shape)
-    if len(keep) < len(annotations):
-        log.warning(
-            "%s: left out %d of %d annotations (%d of images not listed, %d with a box without area, "
-            "%d with polygons of fewer than three points).",
-            *(path, len(annotations) - len(keep), len(annotations)),
-            *((row < 0).sum(), (~has_area).sum(), (~has_shape).sum()),
-        )
-    keep = keep[np.argsort(row[keep], kind="stable")]
-    kept = [annotations[k] for k in keep]
-    return {
-        "first": np.searchsorted(row[keep], np.arange(len(images) + 1)),
-        "annotation_id": np.array([a.id for a in kept], dtype=np.int64),
-        "box": box[keep],
-        "label": np.array([label_of[a.category_id] for a in kept], dtype=np.int64),
-        "crowd": np.array([bool(a.iscrowd) for a in kept], dtype=bool),
-        "segmentation": PackedBytes([a.segmentation for a in kept]),
-    }
-
-
-def _usable(segmentation: msgspec.Raw) -> bool:
-    """False for polygons of which none has three points. Counts brackets and commas: a full parse costs as much as
-    the rest of the file."""
-    text = bytes(segmentation)
-    if not text.startswith(b"[") or (text.strip(b"[] \t\r\n") == b"" and text.count(b"[") == 1):
-        return True
-    if text.count(b"[") == 2:
-        numbers = text.count(b",") + 1
-        return numbers >= 6 and numbers % 2 == 0
-    try:
-        return any(len(p) >= 6 and len(p) % 2 == 0 for p in msgspec.json.decode(text, type=list[list[msgspec.Raw]]))
-    except msgspec.DecodeError:
-        return True  # malformed: told with its annotation id once it is used

@@ -81,7 +81,7 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0, proposals: Precomputed
     seed = _shared_seed(cfg.SEED)
     batches = _TrainBatches(
         stream=_sampler(cfg, datasets, chosen, seed),
-        wide=np.concatenate([(d.width > d.height)[rows] for d, rows in zip(datasets, chosen)]),
+        wide=np.concatenate([(d.index.width > d.index.height)[rows] for d, rows in zip(datasets, chosen)]),
         size=total // processes,
         grouped=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         start=start_iter,
@@ -232,14 +232,14 @@ def _load(cfg: CfgNode, name: str, train: bool) -> CocoDataset:
 def _trainable(cfg: CfgNode, dataset: CocoDataset) -> np.ndarray:
     """The images to train on: with DATALOADER.FILTER_EMPTY_ANNOTATIONS those with an object that is no crowd."""
     rows = np.arange(len(dataset))
+    image, _, crowd = dataset.objects()
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        objects = np.concatenate([[0], np.cumsum(~dataset.crowd)])
-        rows = np.flatnonzero(np.diff(objects[dataset.first]) > 0)
+        rows = np.unique(image[~crowd])
     if not len(rows):
         raise UserError(f"{dataset.paths.annotations} has no image with an object that is not a crowd.")
     log.info(
         "%s: %d of %d images, %d objects of %d classes",
-        *(dataset.paths.name, len(rows), len(dataset), (~dataset.crowd).sum(), len(dataset.class_names)),
+        *(dataset.paths.name, len(rows), len(dataset), (~crowd).sum(), len(dataset.class_names)),
     )
     return rows
 
@@ -257,9 +257,9 @@ def _sampler(cfg: CfgNode, datasets: list[CocoDataset], chosen: list[np.ndarray]
     for dataset, rows in zip(datasets, chosen):
         number = np.full(len(dataset), -1)
         number[rows] = np.arange(before, before + len(rows))
-        owner = number[np.repeat(np.arange(len(dataset)), np.diff(dataset.first))]
-        images.append(owner[owner >= 0])
-        labels.append(dataset.label[owner >= 0])
+        image, label, _ = dataset.objects()
+        images.append(number[image][number[image] >= 0])
+        labels.append(label[number[image] >= 0])
         before += len(rows)
     settings = cfg.DATALOADER.REPEAT_THRESHOLD, cfg.DATALOADER.REPEAT_SQRT
     return TrainingStream(count, seed, repeat_factors(np.concatenate(images), np.concatenate(labels), count, *settings))

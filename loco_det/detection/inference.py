@@ -8,14 +8,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import msgspec
 import torch
 import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det.data.catalog import find_dataset
-from loco_det.errors import UserError
+from loco_det.data.index import load_index
 from loco_det.evaluation.coco import evaluate_coco, format_results, instances_to_coco, write_results
 from loco_det.evaluation.proposals import Proposals, evaluate_proposals, write_proposals
 from loco_det.runtime import barrier, is_main, log, world_size
@@ -89,7 +88,7 @@ def _evaluate_one(
     cfg: CfgNode, model: nn.Module, engine: ModuleType, name: str, output_dir: Path, evaluator: str, folder: str
 ) -> Results:
     paths = find_dataset(name)
-    category_ids = tuple(read_categories(paths.annotations))
+    category_ids = tuple(load_index(paths.annotations).categories)
     began = time.perf_counter()
     predictions = predict_dataset(model, engine, engine.test_batches(cfg, name), category_ids)
     results: Results = {}
@@ -161,28 +160,6 @@ def _proposals(model: nn.Module, engine: ModuleType, batches: Any) -> Iterator[P
     for batch in batches:
         for item, found in zip(batch, engine.predict(model, batch)):
             yield Proposals(item["image_id"], found.boxes.float().cpu(), found.scores.float().cpu())
-
-
-class _Category(msgspec.Struct):
-    id: int
-    name: str
-
-
-class _Categories(msgspec.Struct):
-    categories: list[_Category]
-
-
-def read_categories(annotations: Path) -> dict[int, str]:
-    """{category id: name} of a COCO file in ascending order of ids, that is in the order of the model's classes.
-
-    Raises:
-        UserError: the file cannot be read or has no categories.
-    """
-    try:
-        found = msgspec.json.decode(annotations.read_bytes(), type=_Categories).categories
-    except (OSError, msgspec.MsgspecError) as error:
-        raise UserError(f"{annotations} is not a COCO annotation file ({error}); check the data set.") from error
-    return {category.id: category.name for category in sorted(found, key=lambda category: category.id)}
 
 
 def flatten(results: dict[str, Any]) -> dict[str, float]:

@@ -19,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from loco_det import __version__
 from loco_det.data.catalog import find_dataset
+from loco_det.data.index import load_index
 from loco_det.detection import engine_d2, solver
 from loco_det.detection.checkpoint import Checkpointer, read_last
-from loco_det.detection.inference import evaluate_finally, flatten, read_categories
+from loco_det.detection.inference import evaluate_finally, flatten
 from loco_det.detection.loop import Run, check_frozen, frozen_hashes, train
 from loco_det.detection.record import write_record
 from loco_det.detection.weights import apply_weights, load_weights
@@ -138,7 +139,7 @@ def _with(cfg: CfgNode, **values: Any) -> CfgNode:
 def check_classes(cfg: CfgNode, names: list[str]) -> None:
     """Every data set exists and has the classes that the model is built for, before hours are spent."""
     for name in names:
-        categories = read_categories(find_dataset(name).annotations)
+        categories = load_index(find_dataset(name).annotations).categories
         if len(categories) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
             raise UserError(
                 f"data set {name} has {len(categories)} classes and MODEL.ROI_HEADS.NUM_CLASSES is "

@@ -22,6 +22,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from loco_det.data.index import CocoIndex
 from loco_det.errors import UserError
 from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
 from loco_det.runtime import atomic_write
@@ -78,10 +79,21 @@ def hotcoco_evaluations(
     Raises:
         UserError: hotcoco cannot read the ground truth.
     """
+    index, rows = truth.index, truth.rows
     try:
-        gt = hotcoco.COCO(str(truth.path))
+        gt = hotcoco.COCO.from_arrays(
+            _images(index),
+            _categories(truth),
+            index.annotation_image[rows],
+            index.annotation_category[rows],
+            index.bbox[rows],
+            ids=index.annotation_id[rows],
+            area=index.area[rows],
+            iscrowd=index.crowd[rows],
+            segmentation=truth.masks,
+        )
     except ValueError as error:
-        raise UserError(f"hotcoco cannot read {truth.path} ({error}); try --evaluator pycocotools.") from error
+        raise UserError(f"hotcoco cannot take {truth.path} ({error}); try --evaluator pycocotools.") from error
     d = detections
     columns = np.column_stack([d.image_ids, d.boxes, d.scores, d.category_ids]).astype(np.float64)
     evaluations = {}
@@ -114,10 +126,12 @@ def _pycocotools(
     """As `_hotcoco`, in pycocotools' standard protocol."""
     precision = {}
     with contextlib.redirect_stdout(io.StringIO()):  # it reports every step
-        gt = COCO(str(truth.path))
-        for number, annotation in enumerate(gt.dataset["annotations"], 1):
-            annotation["id"] = number  # a match with id 0 would read as no match
-            annotation.setdefault("iscrowd", 0)
+        gt = COCO()
+        gt.dataset = {
+            "images": _images(truth.index),
+            "categories": _categories(truth),
+            "annotations": _annotations(truth),
+        }
         gt.createIndex()
         for iou_type in iou_types:
             evaluation = COCOeval(gt, _load_res(gt, detections, iou_type), iou_type)
@@ -126,6 +140,25 @@ def _pycocotools(
             evaluation.accumulate()
             precision[iou_type] = evaluation.eval["precision"][..., -1]
     return precision
+
+
+def _images(index: CocoIndex) -> list[dict[str, Any]]:
+    columns = zip(index.image_id.tolist(), index.height.tolist(), index.width.tolist())
+    return [{"id": i, "height": h, "width": w} for i, h, w in columns]
+
+
+def _categories(truth: GroundTruth) -> list[dict[str, Any]]:
+    return [{"id": i, "name": name} for i, name in truth.categories]
+
+
+def _annotations(truth: GroundTruth) -> list[dict[str, Any]]:
+    """Numbered from 1: to pycocotools a match with id 0 is no match."""
+    keys = ("image_id", "category_id", "bbox", "area", "iscrowd", "segmentation")
+    index, rows = truth.index, truth.rows
+    columns = (index.annotation_image, index.annotation_category, index.bbox, index.area, index.crowd.astype(int))
+    masks = [None] * len(rows) if truth.masks is None else truth.masks
+    values = zip(*(column[rows].tolist() for column in columns), masks)
+    return [{"id": number, **dict(zip(keys, each))} for number, each in enumerate(values, 1)]
 
 
 def _load_res(gt: COCO, d: Detections, iou_type: str) -> COCO:

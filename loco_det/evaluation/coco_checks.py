@@ -8,33 +8,23 @@ Shape legend: N results, H x W an image's size in pixels.
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 
+from loco_det.data.index import CocoIndex, doubled_ids, load_index, no_garbage_collection
 from loco_det.errors import UserError
 from loco_det.runtime import log
 
-_Id = Annotated[int, msgspec.Meta(ge=0, le=2**53)]  # hotcoco's ids are unsigned and travel in float64 columns
+_LARGEST_ID = 2**53  # hotcoco's ids are unsigned and travel in float64 columns
 _Box = tuple[float, float, float, float]  # x, y, width, height in pixels
 _Polygon = Annotated[list[float], msgspec.Meta(min_length=6)]  # four numbers would be a box to pycocotools
-
-
-class _Image(msgspec.Struct, gc=False):
-    id: _Id
-    height: int
-    width: int
-
-
-class _Category(msgspec.Struct, gc=False):
-    id: _Id
-    name: str
 
 
 class _Rle(msgspec.Struct, gc=False):
@@ -47,47 +37,37 @@ class _AnyRle(msgspec.Struct, gc=False):
     counts: str | list[int]
 
 
-class _Annotation(msgspec.Struct, gc=False):
-    id: _Id
-    image_id: int
-    category_id: int
-    bbox: _Box
-    area: float
-    iscrowd: int | bool = 0
-
-
-class _MaskAnnotation(_Annotation, gc=False, kw_only=True):
-    segmentation: Annotated[list[_Polygon], msgspec.Meta(min_length=1)] | _AnyRle
-
-
-class _File(msgspec.Struct):
-    images: list[_Image]
-    categories: list[_Category]
-    annotations: list[_Annotation]
-
-
-class _MaskFile(msgspec.Struct):
-    images: list[_Image]
-    categories: list[_Category]
-    annotations: list[_MaskAnnotation]
-
-
+_decode_masks = msgspec.json.Decoder(list[Annotated[list[_Polygon], msgspec.Meta(min_length=1)] | _AnyRle]).decode
 _RESULT_FIELDS = {"bbox": ("bbox", _Box), "segm": ("segmentation", _Rle)}
 
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """A COCO annotation file that both evaluators read alike.
+    """Checked ground truth, the same for both evaluators: the index of a file, without what does not count.
 
     Attributes:
-        path: the file.
-        sizes: image id -> (H, W).
-        categories: (id, name), ascending by id.
+        rows: (N,) int64, the annotations in the index that count.
+        masks: their N segmentations, polygons or RLE dicts; None where only boxes were asked for.
     """
 
-    path: Path
-    sizes: dict[int, tuple[int, int]]
-    categories: list[tuple[int, str]]
+    index: CocoIndex
+    rows: np.ndarray
+    masks: list[Any] | None
+
+    @property
+    def path(self) -> Path:
+        return self.index.path
+
+    @property
+    def categories(self) -> list[tuple[int, str]]:
+        """(id, name), ascending by id."""
+        return list(self.index.categories.items())
+
+    @cached_property
+    def sizes(self) -> dict[int, tuple[int, int]]:
+        """Image id -> (H, W)."""
+        index = self.index
+        return dict(zip(index.image_id.tolist(), zip(index.height.tolist(), index.width.tolist())))
 
 
 def read_ground_truth(annotations: str | Path, iou_types: Sequence[str]) -> GroundTruth:
@@ -96,40 +76,52 @@ def read_ground_truth(annotations: str | Path, iou_types: Sequence[str]) -> Grou
     A missing `iscrowd` means 0. Annotations of unlisted images or categories do not count, as in pycocotools.
 
     Raises:
-        UserError: the file is missing, is no COCO annotation file, has nothing to measure against, has an id
-            twice, or (for "segm") an object without a usable mask.
+        UserError: the file is missing, is no COCO annotation file, has nothing to measure against, has an id twice,
+            or an object without an area or (for "segm") a usable mask.
     """
-    path = Path(annotations)
-    remedy = "; give each object a mask or evaluate boxes only" if "segm" in iou_types else ""
-    try:
-        with no_garbage_collection():
-            file = msgspec.json.decode(path.read_bytes(), type=_MaskFile if "segm" in iou_types else _File)
-    except OSError as error:
-        raise UserError(f"The annotation file {path} cannot be read ({error.strerror}); check the path.") from error
-    except msgspec.MsgspecError as error:
-        raise UserError(f"{path} is not a COCO annotation file that can be evaluated: {error}{remedy}.") from error
-    for key in ("images", "categories", "annotations"):
-        entries = getattr(file, key)
-        if not entries:
+    index = load_index(annotations)
+    path = index.path
+    ids = {"images": index.image_id, "categories": index.category_id, "annotations": index.annotation_id}
+    for key, column in ids.items():
+        if not len(column):
             raise UserError(f"{path} lists no {key}, so there is nothing to measure against; use an annotated set.")
-        if len({entry.id for entry in entries}) < len(entries):
-            raise UserError(f"{path} has the same id twice under '{key}'; number them uniquely.")
-    sizes = {image.id: (image.height, image.width) for image in file.images}
-    if "segm" in iou_types:
-        _check_rle_sizes(path, file.annotations, sizes)
-    if any(a.id == 0 for a in file.annotations):
+        if len(doubled := doubled_ids(column)):
+            raise UserError(f"{path} has id {doubled[0]} twice under '{key}'; number them uniquely.")
+        if column.min() < 0 or column.max() > _LARGEST_ID:
+            wrong = column.min() if column.min() < 0 else column.max()
+            raise UserError(f"{path} has id {wrong} under '{key}'; ids must be from 0 to 2^53.")
+    for k in np.flatnonzero(np.isnan(index.area))[:1]:
+        raise UserError(f"{path}: annotation {index.annotation_id[k]} has no area; AP by size needs it.")
+    rows = np.flatnonzero(np.isin(index.annotation_category[: index.first[-1]], index.category_id))
+    masks = _read_masks(index, rows) if "segm" in iou_types else None
+    if (index.annotation_id == 0).any():
         log.warning("%s has annotation id 0, whose matches pycocotools (and Detectron2) count as misses;"
                     " here they count as matches.", path)  # fmt: skip
-    return GroundTruth(path, sizes, sorted((c.id, c.name) for c in file.categories))
+    return GroundTruth(index, rows, masks)
 
 
-def _check_rle_sizes(path: Path, annotations: list[_MaskAnnotation], sizes: dict[int, tuple[int, int]]) -> None:
-    for a in annotations:
-        if isinstance(a.segmentation, _AnyRle) and a.segmentation.size != sizes.get(a.image_id, a.segmentation.size):
-            raise UserError(
-                f"{path}: the mask of annotation {a.id} is {list(a.segmentation.size)} but image {a.image_id} is "
-                f"{list(sizes[a.image_id])}; write both as [height, width] of the same image."
-            )
+def _read_masks(index: CocoIndex, rows: np.ndarray) -> list[Any]:
+    path, remedy = index.path, "give each object a mask or evaluate boxes only"
+    texts = [text or b"null" for text in index.segmentations(rows)]
+    try:
+        with no_garbage_collection():
+            masks = _decode_masks(b"[" + b",".join(texts) + b"]")
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        place = re.match(r".*`\$\[(\d+)\]", str(error))
+        which = f"annotation {index.annotation_id[rows[int(place[1])]]}" if place else "an annotation"
+        raise UserError(f"{path}: {which} has no segmentation that can be evaluated: {error}; {remedy}.") from error
+    owner = np.repeat(np.arange(len(index.image_id)), np.diff(index.first))
+    for k, mask in enumerate(masks):
+        if isinstance(mask, _AnyRle):
+            i = owner[rows[k]]
+            size = (index.height[i], index.width[i])
+            if mask.size != size:
+                raise UserError(
+                    f"{path}: the mask of annotation {index.annotation_id[rows[k]]} is {list(mask.size)} but image "
+                    f"{index.image_id[i]} is {[int(n) for n in size]}; write both as [height, width] of the same image."
+                )
+            masks[k] = {"size": list(mask.size), "counts": mask.counts}
+    return masks
 
 
 @dataclass(frozen=True)
@@ -192,15 +184,3 @@ def _refuse(what: str, wrong: np.ndarray | list[bool]) -> None:
     where = np.flatnonzero(wrong)
     if len(where):
         raise UserError(f"Detection result number {where[0]} has {what}; mend or leave out such results.")
-
-
-@contextlib.contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Building a million small objects makes the collector walk them over and over: most of the loading time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import torch
 from torchvision.ops import box_iou
@@ -31,17 +30,6 @@ class Proposals(NamedTuple):
     logits: torch.Tensor
 
 
-class _Annotation(msgspec.Struct, gc=False):
-    image_id: int
-    bbox: tuple[float, float, float, float]
-    area: float
-    iscrowd: int | bool = 0
-
-
-class _File(msgspec.Struct):
-    annotations: list[_Annotation]
-
-
 def evaluate_proposals(annotations: str | Path, proposals: Sequence[Proposals]) -> dict[str, dict[str, float]]:
     """Average recall in percent over IoU .50:.05:.95, under Detectron2's names.
 
@@ -59,12 +47,13 @@ def evaluate_proposals(annotations: str | Path, proposals: Sequence[Proposals]) 
     Raises:
         UserError: as `read_ground_truth`.
     """
-    read_ground_truth(annotations, ("bbox",))
-    objects: dict[int, list[_Annotation]] = {}
-    for annotation in msgspec.json.decode(Path(annotations).read_bytes(), type=_File).annotations:
-        if not annotation.iscrowd:
-            objects.setdefault(annotation.image_id, []).append(annotation)
-    cases = [_case(p, objects[p.image_id]) for p in proposals if p.image_id in objects and len(p.boxes)]
+    index = read_ground_truth(annotations, ("bbox",)).index
+    objects = {}
+    for k, image_id in enumerate(index.image_id.tolist()):
+        rows = np.arange(index.first[k], index.first[k + 1])
+        if len(rows := rows[~index.crowd[rows]]):
+            objects[image_id] = (index.bbox[rows], index.area[rows])
+    cases = [_case(p, *objects[p.image_id]) for p in proposals if p.image_id in objects and len(p.boxes)]
     recalls = {}
     for limit in LIMITS:
         for letter, (least, most) in AREAS.items():
@@ -73,12 +62,12 @@ def evaluate_proposals(annotations: str | Path, proposals: Sequence[Proposals]) 
     return {"box_proposals": recalls}
 
 
-def _case(proposals: Proposals, objects: list[_Annotation]) -> tuple[np.ndarray, np.ndarray]:
-    """IoU (P, G) float32, best proposals first, and area (G,) of one image's objects."""
+def _case(proposals: Proposals, bbox: np.ndarray, area: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """IoU (P, G) float32, best proposals first, and area (G,) of one image's objects, whose boxes are XYWH."""
     order = proposals.logits.sort(descending=True)[1]
-    truth = torch.tensor([(x, y, x + w, y + h) for x, y, w, h in (o.bbox for o in objects)])
+    truth = torch.from_numpy(np.concatenate([bbox[:, :2], bbox[:, :2] + bbox[:, 2:]], 1)).float()
     iou = box_iou(proposals.boxes[order], truth).numpy()
-    return iou, np.array([o.area for o in objects], dtype=np.float32)
+    return iou, area.astype(np.float32)
 
 
 def _average_recall(cases: list[np.ndarray]) -> float:
