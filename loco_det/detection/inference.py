@@ -15,6 +15,7 @@ from torch import nn
 
 from loco_det.data.catalog import find_dataset
 from loco_det.data.index import load_index
+from loco_det.errors import UserError
 from loco_det.evaluation.coco import evaluate_coco, format_results, instances_to_coco, write_results
 from loco_det.evaluation.proposals import Proposals, evaluate_proposals, write_proposals
 from loco_det.runtime import barrier, is_main, log, world_size

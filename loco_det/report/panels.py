@@ -76,7 +76,7 @@ def _dataset(run: DetectorRun, missing: list[str]) -> CocoDataset | None:
 
 def _spread(dataset: CocoDataset, count: int) -> list[int]:
     """Positions of images with objects, evenly spread, so that the choice depends on nothing but the data set."""
-    filled = [i for i in range(len(dataset)) if dataset.first[i + 1] > dataset.first[i]]
+    filled = sorted(set(dataset.objects()[0].tolist()))
     count = min(count, len(filled))
     return [filled[(2 * k + 1) * len(filled) // (2 * count)] for k in range(count)]
 
