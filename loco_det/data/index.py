@@ -359,9 +359,9 @@ class _Category(msgspec.Struct, gc=False):
 
 class _Image(msgspec.Struct, gc=False):
     id: _Int64
-    file_name: str
     height: _Int64
     width: _Int64
+    file_name: str = ""  # evaluation needs none
 
 
 class _Annotation(msgspec.Struct, gc=False):
