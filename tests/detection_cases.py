@@ -91,6 +91,7 @@ GN_TRUNK = {
     "MODEL.RESNETS.WIDTH_PER_GROUP": 32,
     "MODEL.BACKBONE.FREEZE_AT": 0,
 }
+DEFORM = {"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, True, True, True]}
 R18 = {
     "MODEL.RESNETS.DEPTH": 18,
     "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
@@ -112,7 +113,7 @@ FULL_WIDTH = {
 
 
 # Last layers whose output must stay small enough to leave something to decide.
-GAINS = {"objectness": 0.3, "anchor_deltas": 0.1, "cls_score": 0.2, "bbox_pred": 0.3}
+GAINS = {"conv2_offset": 0.5, "objectness": 0.3, "anchor_deltas": 0.1, "cls_score": 0.2, "bbox_pred": 0.3}
 
 
 def configure(cfg: Any, *settings: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import detection_cases as cases
@@ -17,6 +18,7 @@ from loco_det.detection.honoured import MODEL_KEYS, lookup
 from loco_det.detection.rcnn import build_model, postprocess
 from loco_det.detection.rpn import RPN
 from loco_det.detection.schema import get_cfg
+from loco_det.detection.weights import load_weights
 from loco_det.errors import UserError
 from loco_det.structures import Instances
 
@@ -127,6 +129,46 @@ def test_c4_freezes_the_trunk_and_trains_its_last_stage() -> None:
     assert not any(saved_by(model, "backbone").values())
     assert not any(p.requires_grad for p in model.backbone.parameters())
     assert all(p.grad is not None for p in model.roi_heads.res5.parameters())
+
+
+def test_deformable_stages_without_offsets_are_plain_ones() -> None:
+    plain, deformed = small(cases.FPN), small(cases.FPN, cases.DEFORM)
+    new = set(deformed.state_dict()) - set(plain.state_dict())
+    assert new
+    assert all(".conv2_offset." in name for name in new)
+    for name, tensor in deformed.state_dict().items():
+        if name in new:
+            tensor.zero_()
+    images, _ = plain.preprocess(cases.our_batch(train=False))
+    outputs = [model.backbone(images) for model in (plain, deformed)]
+    for name in outputs[0]:
+        torch.testing.assert_close(outputs[1][name], outputs[0][name], rtol=1e-4, atol=1e-4)
+    for found in outputs:
+        sum(feature.square().mean() for feature in found.values()).backward()
+    gradients = dict(plain.named_parameters())
+    for name, parameter in deformed.backbone.named_parameters(prefix="backbone"):
+        if name in new:
+            stage = name.split(".")[2]
+            assert (parameter.grad is not None) == (stage in ("res3", "res4", "res5"))
+        elif parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        deformed.backbone.bottom_up.res4[0].conv2_offset.bias.fill_(1.0)
+        assert not torch.allclose(deformed.backbone(images)["p4"], outputs[0]["p4"], atol=1e-2)
+
+
+def test_a_plain_backbone_fills_deformable_stages(tmp_path: Path) -> None:
+    tensors = small(cases.FPN).backbone.bottom_up.state_dict()
+    torch.save({"model": tensors}, tmp_path / "backbone.pth")
+    cfg = cases.configure(get_cfg(), cases.FPN, cases.DEFORM, {"MODEL.WEIGHTS": str(tmp_path / "backbone.pth")})
+    model = build_model(cfg)
+    load_weights(model, cfg)
+    for name, tensor in model.backbone.bottom_up.state_dict().items():
+        assert not tensor.any() if ".conv2_offset." in name else torch.equal(tensor, tensors[name]), name
+    del tensors["res4.1.conv2.weight"]
+    torch.save({"model": tensors}, tmp_path / "backbone.pth")
+    with pytest.raises(UserError, match=r"res4\.1\.conv2\.weight"):
+        load_weights(model, cfg)
 
 
 def test_images_are_normalised_and_padded_with_zeros() -> None:
@@ -243,7 +285,9 @@ def test_ground_truth_is_among_the_sampled_regions() -> None:
         ({"MODEL.RESNETS.DEPTH": 26}, r"MODEL\.RESNETS\.DEPTH is 26"),
         ({"MODEL.RESNETS.DEPTH": 18}, r"MODEL\.RESNETS\.RES2_OUT_CHANNELS is 16, .*needs 64"),
         ({"MODEL.RESNETS.NORM": "LN"}, r"MODEL\.RESNETS\.NORM is 'LN'"),
-        ({"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, True, True, True]}, "DEFORM_ON_PER_STAGE"),
+        ({**cases.DEFORM, **cases.R18}, r"MODEL\.RESNETS\.DEFORM_ON_PER_STAGE .*needs depth 50"),
+        ({"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [True]}, r"MODEL\.RESNETS\.DEFORM_ON_PER_STAGE .*four values"),
+        ({**cases.DEFORM, "MODEL.RESNETS.DEFORM_MODULATED": True}, r"MODEL\.RESNETS\.DEFORM_MODULATED is True"),
         ({"MODEL.RESNETS.OUT_FEATURES": ["res6"]}, r"MODEL\.RESNETS\.OUT_FEATURES"),
         ({"MODEL.RESNETS.RES5_DILATION": 2}, r"MODEL\.FPN\.IN_FEATURES"),
         ({"MODEL.FPN.IN_FEATURES": ["res2", "res4"]}, r"MODEL\.FPN\.IN_FEATURES"),

@@ -236,6 +236,23 @@ def test_test_time_augmentation_is_identical(pair: tuple[Any, Any, float], flip:
     check_detections(theirs(batch), ours(batch))
 
 
+@pytest.mark.parametrize("settings", [(cases.FPN,), (cases.FPN, cases.CASCADE, cases.X), (cases.DC5,)])
+def test_deformable_stages_infer_alike(settings: tuple[dict[str, Any], ...]) -> None:
+    """Inference alone: on a CPU Detectron2 cannot train them."""
+    from detectron2.config import get_cfg as detectron2_cfg
+    from detectron2.modeling import build_model as detectron2_model
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    settings = (*settings, cases.DEFORM)
+    theirs = cases.formula_weights(detectron2_model(cases.configure(detectron2_cfg(), *settings)))
+    ours = build_model(cases.configure(get_cfg(), *settings))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    check_names(theirs, ours)
+    check_inference(theirs, ours)
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("pair", ["mask_rcnn_R_50_DC5"], indirect=True)
 def test_mixed_precision_trains_alike(pair: tuple[Any, Any, float]) -> None:
     theirs, ours, tolerance = pair

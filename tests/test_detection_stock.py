@@ -27,7 +27,6 @@ CONFIGS: dict[str, dict[str, Any]] = STOCK["configs"]
 REFUSED = {
     "MODEL.META_ARCHITECTURE": ("RetinaNet", "PanopticFPN", "SemanticSegmentor"),
     "MODEL.KEYPOINT_ON": (True,),
-    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ([False, True, True, True],),
 }
 
 

@@ -15,6 +15,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det.backbone import ResNet, freeze
+from loco_det.detection.deformable import deformable
 from loco_det.detection.fvcore_nn import c2_xavier_fill
 from loco_det.detection.layers import Conv
 from loco_det.errors import UserError
@@ -45,6 +46,9 @@ class Trunk(ResNet):
             last_stage=max(resnets.OUT_FEATURES, key=("stem", "res2", "res3", "res4", "res5").index),
         )
         self.out_features = tuple(resnets.OUT_FEATURES)
+        for name, deform in zip(self.stage_names[1:], resnets.DEFORM_ON_PER_STAGE):
+            if deform:
+                setattr(self, name, deformable(getattr(self, name)))
         for name in self.stage_names[: max(0, cfg.MODEL.BACKBONE.FREEZE_AT)]:
             freeze(getattr(self, name))
 

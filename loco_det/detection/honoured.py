@@ -33,7 +33,9 @@ MODEL_KEYS: dict[str, tuple[Any, ...] | None] = {
     "MODEL.RESNETS.RES5_DILATION": (1, 2),
     "MODEL.RESNETS.RES2_OUT_CHANNELS": None,
     "MODEL.RESNETS.STEM_OUT_CHANNELS": None,
-    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ([False, False, False, False],),
+    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": None,
+    "MODEL.RESNETS.DEFORM_MODULATED": (False,),
+    "MODEL.RESNETS.DEFORM_NUM_GROUPS": (1,),
     "MODEL.FPN.IN_FEATURES": None,
     "MODEL.FPN.OUT_CHANNELS": None,
     "MODEL.FPN.NORM": ("", *_NORMS),
@@ -130,7 +132,12 @@ def check_model_keys(cfg: CfgNode) -> None:
         for name, value in needed.items():
             if resnets[name] != value:
                 raise UserError(f"MODEL.RESNETS.{name} is {resnets[name]}, but depth {resnets.DEPTH} needs {value}")
-    heads = cfg.MODEL.ROI_HEADS.NAME
+    heads, deform = cfg.MODEL.ROI_HEADS.NAME, list(resnets.DEFORM_ON_PER_STAGE)
+    if any(deform) and (resnets.DEPTH < 50 or len(deform) != 4 or (deform[3] and heads == "Res5ROIHeads")):
+        raise UserError(
+            f"MODEL.RESNETS.DEFORM_ON_PER_STAGE is {deform}; it takes four values, for res2 to res5, needs depth 50 or "
+            "more, and Res5ROIHeads has no deformable res5"
+        )
     if heads != "Res5ROIHeads" and not cfg.MODEL.ROI_BOX_HEAD.NAME:
         raise UserError(f"MODEL.ROI_BOX_HEAD.NAME is empty; {heads} needs 'FastRCNNConvFCHead'")
 

@@ -148,7 +148,8 @@ def _match_backbone(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -
         else:
             _check_shape(weights.path, name, tensor, target[places[name]])
             matched[places[name]] = tensor
-    _check_complete(weights.path, matched, places.values())
+    # No backbone is pretrained with deformable convolutions: their offsets start at zero, as in Detectron2.
+    _check_complete(weights.path, matched, (place for place in places.values() if ".conv2_offset." not in place))
     if dropped:
         log.info("not used from %s: %d tensors, e.g. %s", weights.path, len(dropped), dropped[0])
     return matched

@@ -1,0 +1,68 @@
+"""Deformable convolutions in chosen ResNet stages (MODEL.RESNETS.DEFORM_ON_PER_STAGE).
+
+Shape legend: B images, C channels, H x W pixels of a feature.
+Source: Deformable Convolutional Networks (arXiv 1703.06211); Detectron2's modeling/backbone/resnet.py
+`DeformBottleneckBlock`. The arithmetic is torchvision's `deform_conv2d`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import deform_conv2d
+
+from loco_det.backbone import Bottleneck, Conv2d
+
+OFFSETS = 2 * 3 * 3  # y and x of each of the kernel's nine points
+
+
+class DeformConv2d(nn.Module):
+    """A 3x3 convolution whose nine points move by given offsets, with its normalisation as `.norm`.
+
+    Args:
+        conv: the plain convolution it stands for; weight and normalisation are taken over.
+    """
+
+    def __init__(self, conv: Conv2d) -> None:
+        super().__init__()
+        self.weight = conv.weight
+        self.norm = conv.norm
+        self.geometry = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+
+    def forward(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) and offsets (B, 18, H', W') in input pixels, y before x -> (B, out, H', W')."""
+        return self.norm(deform_conv2d(x, offsets.to(x.dtype), self.weight.to(x.dtype), **self.geometry))
+
+
+class DeformBottleneck(nn.Module):
+    """A bottleneck whose 3x3 convolution is deformable; at first all offsets are zero and nothing is deformed.
+
+    Args:
+        block: the plain bottleneck, whose layers it takes over.
+    """
+
+    def __init__(self, block: Bottleneck) -> None:
+        super().__init__()
+        plain = block.conv2
+        self.shortcut = block.shortcut
+        self.conv1 = block.conv1
+        geometry = {"stride": plain.stride, "padding": plain.padding, "dilation": plain.dilation}
+        self.conv2_offset = nn.Conv2d(plain.in_channels, OFFSETS, 3, **geometry)
+        nn.init.zeros_(self.conv2_offset.weight)
+        nn.init.zeros_(self.conv2_offset.bias)
+        self.conv2 = DeformConv2d(plain)
+        self.conv3 = block.conv3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, out, H / stride, W / stride)."""
+        out = F.relu_(self.conv1(x))
+        out = F.relu_(self.conv2(out, self.conv2_offset(out)))
+        out = self.conv3(out)
+        out += x if self.shortcut is None else self.shortcut(x)
+        return F.relu_(out)
+
+
+def deformable(stage: nn.Sequential) -> nn.Sequential:
+    """A stage of bottlenecks with every 3x3 convolution deformable."""
+    return nn.Sequential(*(DeformBottleneck(block) for block in stage))
