@@ -1,11 +1,21 @@
-"""Write the table of honoured keys into docs/engines.md: python tests/record_key_table.py"""
+"""Write the tables of honoured keys and of Detectron2's own files into docs/engines.md.
+
+After a change of either: python tests/record_key_table.py
+"""
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
 from pathlib import Path
 
-from loco_det.detection.schema import HONOURED, get_cfg, values
+from fvcore.common.config import CfgNode
 
+from loco_det.detection.schema import HONOURED, check_honoured, get_cfg, values
+from loco_det.errors import UserError
+
+STOCK = Path(__file__).parent / "golden" / "stock_configs.json"
 PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
 BEGIN, END = "<!-- keys: tests/record_key_table.py -->", "<!-- /keys -->"
 
@@ -18,13 +28,33 @@ def table() -> str:
         taken = "any" if allowed is None else ", ".join(f"`{value!r}`" for value in allowed) or "only the default"
         if key in HONOURED:
             rows.append(f"| `{key}` | `{default!r}` | {taken} |")
-    rest = sorted(key for key in values(get_cfg()) if key not in HONOURED)
-    sections = sorted({key.rpartition(".")[0] or key for key in rest})
-    rows += [
-        "",
-        f"The other {len(rest)} keys must keep their defaults: those left in {', '.join(f'`{s}`' for s in sections)}.",
-    ]
-    return "\n".join(rows)
+    rest = ", ".join(f"`{key}`" for key in sorted(values(get_cfg())) if key not in HONOURED)
+    return "\n".join([*rows, "", f"Every other key must keep its default: {rest}.", "", *stock_rows()])
+
+
+def stock_rows() -> list[str]:
+    """One row a folder of Detectron2's own YAML files: how many are honoured whole, and what the others want."""
+    found: dict[str, Counter[str | None]] = {}
+    for name, recorded in json.loads(STOCK.read_text())["configs"].items():
+        cfg = get_cfg()
+        cfg.merge_from_list([item for pair in recorded["sets"].items() for item in pair])
+        folder = name.rpartition("/")[0] or "*.yaml"
+        found.setdefault(f"configs/{folder}", Counter())[refusal(cfg)] += 1
+    rows = ["| Detectron2's files | honoured | refused, for |", "|---|---|---|"]
+    for folder, counts in found.items():
+        refused = "; ".join(f"{count} for {reason}" for reason, count in counts.items() if reason)
+        rows.append(f"| `{folder}` | {counts[None]} | {refused or '0'} |")
+    return rows
+
+
+def refusal(cfg: CfgNode) -> str | None:
+    """Key and value that the torchvision engine refuses a configuration for; None if it honours all."""
+    try:
+        check_honoured(cfg)
+    except UserError as error:
+        key, _, rest = str(error).partition(" is ")
+        return f"`{key} {re.split('[,;]', rest)[0]}`"
+    return None
 
 
 def with_table(page: str) -> str:
