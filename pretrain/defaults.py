@@ -27,10 +27,11 @@ def get_cfg() -> CfgNode:
                 "CHUNK": 0,  # rows of the similarities at a time: memory linear in the batch; 0: all at once
             },
             "DATA": {
-                "PATH": "",  # class folders, a flat folder, a text list or a zip
-                "FORMAT": "auto",  # auto | folder | flat | list | zip
+                "PATH": "",  # class folders, a flat folder, a text list, a zip, tar shards, ...: docs/datasets.md
+                "FORMAT": "auto",  # auto | folder | flat | list | zip | tar | huggingface | torchvision:NAME
                 "IMAGE_SIZE": 224,
                 "NUM_WORKERS": 4,
+                "SHUFFLE_BUFFER": 4096,  # images held back to be shuffled while tar shards are read
                 "MAX_BAD_SHARE": 0.01,  # unreadable images are skipped and reported up to this share
             },
             "AUGMENT": {

@@ -118,12 +118,13 @@ def unit_names(cfg: CfgNode) -> list[list[str]]:
     return METHODS[cfg.METHOD]
 
 
-def pretrain(cfg: CfgNode, resume: bool = False) -> Path:
+def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None) -> Path:
     """Train a backbone as `cfg` says (keys: pretrain/defaults.py) and write it.
 
     Args:
         cfg: the frozen configuration.
         resume: continue from the newest checkpoint in OUTPUT_DIR, if there is one.
+        source: the images, where they are not those of DATA.PATH: data/indexed.py makes one of any data set.
 
     Returns:
         OUTPUT_DIR/backbone.safetensors.
@@ -136,7 +137,7 @@ def pretrain(cfg: CfgNode, resume: bool = False) -> Path:
     torch.manual_seed(cfg.SEED)  # the same weights on every process
     if cfg.SOLVER.BATCH_SIZE < 1 or cfg.SOLVER.BATCH_SIZE % world_size():
         raise UserError(f"SOLVER.BATCH_SIZE is {cfg.SOLVER.BATCH_SIZE}; use a multiple of {world_size()} processes")
-    source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT)
+    source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT) if source is None else source
     loader = build_two_view_loader(cfg, source)
     if cfg.LOSS.TEMPERATURE <= 0:
         raise UserError(f"LOSS.TEMPERATURE is {cfg.LOSS.TEMPERATURE}; use a number above 0, such as 0.1")

@@ -40,6 +40,7 @@ MAY_IMPORT = {
     | {"pretrain"},
 }
 # The import name of a distribution, where the two differ.
+OPTIONAL = {"webdataset", "datasets"}  # extras, imported when they are called for
 IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL", "opencv-python-headless": "cv2"}
 
 
@@ -118,7 +119,7 @@ def test_there_is_no_circle() -> None:
 def test_dependencies_are_those_that_are_imported() -> None:
     declared = {re.match(r"[\w-]+", line).group() for line in PROJECT["project"]["dependencies"]}
     roots = {i.partition(".")[0] for m in FILES for i in imports(m) if not is_ours(i)}
-    used = roots - set(sys.stdlib_module_names) - {"detectron2"}
+    used = roots - set(sys.stdlib_module_names) - {"detectron2"} - OPTIONAL
     assert used == {IMPORTED_AS.get(name, name) for name in declared}
     page = (ROOT / "docs" / "dependencies.md").read_text()
     extras = {

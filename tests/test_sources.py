@@ -267,7 +267,8 @@ def test_what_cannot_be_a_source(folder, tmp_path):
     assert "lists no images" in refused(tmp_path / "none.txt")
     assert "UTF-8" in refused(tmp_path / "latin.txt")
     assert "b.jpg has no class" in refused(tmp_path / "mixed.txt")
-    assert "DATA.FORMAT 'tar' is unknown" in refused(folder, "tar")
+    assert "DATA.FORMAT 'lmdb' is unknown" in refused(folder, "lmdb")
+    assert "no .tar in this folder" in refused(folder, "tar")
 
 
 def test_class_folders_asked_for_must_be_class_folders(folder):

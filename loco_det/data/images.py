@@ -149,14 +149,22 @@ def _pil_pixels(data: bytes, name: str, order: Order, *, exact: bool) -> np.ndar
         # PIL warns of odd metadata on standard error; the pixels are what matters here.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = _upright(Image.open(io.BytesIO(data)))
-            pixels = _to_rgb(image, name, exact)
+            pixels = _to_rgb(_upright(Image.open(io.BytesIO(data))), name, exact)
     except UserError:
         raise
     except Exception as error:  # hostile bytes make PIL's parsers raise nearly anything
         reason = str(error).replace("<_io.BytesIO object at ", "<").split("<")[0].strip()
         raise UserError(f"{name}: not a readable image ({reason}); restore or remove it") from error
     return np.ascontiguousarray(pixels[:, :, ::-1]) if order == "BGR" else pixels
+
+
+def pil_rgb(image: Image.Image, name: str) -> np.ndarray:
+    """(H, W, 3) uint8 pixels of an opened image, treated as `decode_image` treats its file.
+
+    Raises:
+        UserError: pixels of unknown range.
+    """
+    return _to_rgb(_upright(image), name, exact=False)
 
 
 def _upright(image: Image.Image) -> Image.Image:

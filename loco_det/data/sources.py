@@ -7,8 +7,11 @@
 | folder | a folder of class folders, in torchvision's ImageFolder order | the class folder |
 | flat | a folder, searched with all below it | none |
 | list | a text file: one path a line, relative to the list, and after a tab a class name if there are any | that name |
+| tar | a `.tar`, a folder of them, or `shards-{0000..0146}.tar`: webdataset's shards, see data/tar.py | `.cls` |
 | zip | `images.zip`, or `images.zip!inner/folder` for a part of it; read in place, never unpacked | as auto |
-| auto | zip and text files by their suffix; a folder is `flat` if images lie at its top, else `folder` | as above |
+| huggingface | a folder that `datasets` saved, see data/indexed.py | its first column of classes |
+| torchvision:NAME | the folder that torchvision's class NAME reads, see data/indexed.py | the data set's |
+| auto | by suffix and by what lies in a folder; one with images at its top is `flat`, else `folder` | as above |
 
 Folders around everything in a zip are stepped into first: `x.zip` holding only `x/cat/1.jpg` and `x/dog/2.jpg` has the
 classes cat and dog.
@@ -30,7 +33,7 @@ from loco_det.data.images import read_file
 from loco_det.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-FORMATS = ("auto", "folder", "flat", "list", "zip")
+FORMATS = ("auto", "folder", "flat", "list", "zip", "tar", "huggingface")
 _LOCAL_HEADER = 30  # bytes before the name; PKWARE APPNOTE 4.3.7
 
 
@@ -135,12 +138,21 @@ def open_source(path: str | Path, format: str = "auto") -> Source:
     Raises:
         UserError: nothing there, no images in it, not what `format` says, or a damaged zip; names path and key.
     """
-    if format not in FORMATS:
-        raise UserError(f"DATA.FORMAT {format!r} is unknown; use one of {', '.join(FORMATS)}")
+    if format not in FORMATS and not format.startswith("torchvision:"):
+        raise UserError(f"DATA.FORMAT {format!r} is unknown; use one of {', '.join(FORMATS)} or torchvision:NAME")
     if not str(path):
         raise UserError("DATA.PATH is empty; set it to a folder, a list or a zip of images")
     file, _, inner = str(path).partition("!")
     root = Path(file if file.lower().endswith(".zip") else path)
+    if format == "tar" or (format == "auto" and _holds_shards(root)):
+        from loco_det.data.tar import open_tar  # it builds on this module
+
+        return open_tar(str(path), root)
+    if format.startswith("torchvision:") or format == "huggingface" or (format == "auto" and is_huggingface(root)):
+        from loco_det.data.indexed import open_huggingface, open_torchvision
+
+        named = format.removeprefix("torchvision:")
+        return open_torchvision(named, root) if named != format else open_huggingface(root)
     if not root.exists():
         raise UserError(f"DATA.PATH {root}: no such file or folder; correct the path")
     wanted = format
@@ -153,6 +165,15 @@ def open_source(path: str | Path, format: str = "auto") -> Source:
     if format == "zip":
         return _open_zip(root, inner)
     return _open_list(root) if format == "list" else _open_folder(root, format)
+
+
+def is_huggingface(root: Path) -> bool:
+    """Whether `datasets.save_to_disk` wrote this folder."""
+    return any((root / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _holds_shards(root: Path) -> bool:
+    return root.suffix == ".tar" or (root.is_dir() and any(entry.suffix == ".tar" for entry in root.iterdir()))
 
 
 def _is_image(name: str) -> bool:

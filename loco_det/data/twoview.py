@@ -14,7 +14,7 @@ import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from loco_det import runtime
 from loco_det.data.images import decode_image
 from loco_det.data.sources import Source
+from loco_det.data.tar import TarSource
 from loco_det.data.views import ViewConfig, crop_resize, stream, two_views, view_config
 from loco_det.errors import UserError
 
@@ -43,6 +44,11 @@ class TwoViews(NamedTuple):
     index: Tensor  # (B,) int64, the image in the source that was really used
 
 
+# What a worker gives for a step: the views and the unreadable images met, or the error that ends the run. Errors are
+# returned because a DataLoader would wrap one that is raised in a worker in its traceback.
+Answer = tuple[TwoViews, list[tuple[int, str]]] | UserError
+
+
 class PlainBatch(NamedTuple):
     """Images as a probe sees them."""
 
@@ -52,26 +58,29 @@ class PlainBatch(NamedTuple):
 
 
 class TwoViewDataset(Dataset):
-    """(epoch, image indices) -> (TwoViews, unreadable images met), or the UserError that ends the run.
-
-    Errors are returned because a DataLoader would wrap one that is raised in a worker in its traceback.
-    """
+    """(epoch, image indices) -> Answer."""
 
     def __init__(self, source: Source, config: ViewConfig, seed: int) -> None:
         self.source, self.config, self.seed = source, config, seed
 
-    def __getitem__(self, request: tuple[int, Sequence[int]]) -> tuple[TwoViews, list[tuple[int, str]]] | UserError:
+    def __getitem__(self, request: tuple[int, Sequence[int]]) -> Answer:
         epoch, indices = request
+        return self.views(epoch, ((int(index), None) for index in indices), len(indices))
+
+    def views(self, epoch: int, images: Iterable[tuple[int, bytes | None]], count: int) -> Answer:
+        """The views of `count` images, each given by its index and, if they have been read already, its bytes."""
         size, seed = self.config.size, self.seed
-        views = torch.empty(2, len(indices), 3, size, size, dtype=torch.uint8)
-        used, bad = np.empty(len(indices), np.int64), []
-        for row, index in enumerate(indices):
+        views = torch.empty(2, count, 3, size, size, dtype=torch.uint8)
+        used, bad = np.empty(count, np.int64), []
+        for row, (index, data) in enumerate(images):
             for substitute in range(_SUBSTITUTES):
-                used[row] = image = (int(index) + substitute) % len(self.source)
+                used[row] = image = (index + substitute) % len(self.source)
                 try:
-                    data, name = self.source.read(image), self.source.name(image)
+                    if substitute or data is None:
+                        data = self.source.read(image)
                     # Drawn as the image that was wanted, else a neighbour would come twice with the same views.
-                    two_views(data, name, self.config, seed, epoch, int(index), views.numpy()[:, row])
+                    out = views.numpy()[:, row]
+                    two_views(data, self.source.name(image), self.config, seed, epoch, index, out)
                     break
                 except UserError as error:
                     bad.append((image, str(error)))
@@ -105,6 +114,61 @@ def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
     return stream(seed, epoch, _ORDER_STREAM).permutation(images)
 
 
+class TarViews(IterableDataset):
+    """Endless Answers, of the runs of tar shards that fall to this worker of this rank; see data/tar.py.
+
+    Args:
+        batch: this rank's images a step.
+        start: the step to begin with.
+    """
+
+    def __init__(
+        self, dataset: TwoViewDataset, batch: int, buffer: int, rank: int, world_size: int, start: int = 0
+    ) -> None:
+        self.dataset, self.start = dataset, start
+        self.source: TarSource = dataset.source
+        self.runs = self.source.runs(batch * world_size, world_size)
+        self.own = np.arange(self.runs).reshape(world_size, -1)[rank]
+        self.share = batch // len(self.own)  # images that a run gives to a step
+        self.steps = len(self.source) // (batch * world_size)
+        self.buffer = max(1, buffer // self.runs)
+
+    def __iter__(self) -> Iterator[Answer]:
+        worker = get_worker_info()
+        own = self.own if worker is None else np.array_split(self.own, worker.num_workers)[worker.id]
+        step, runs = self.start, None
+        while True:
+            epoch, position = divmod(step, self.steps)
+            if runs is None or position == 0:
+                runs = [self._run(int(number), epoch, position) for number in own]
+            images = (next(run) for run in runs for _ in range(self.share))
+            try:
+                yield self.dataset.views(epoch, images, self.share * len(own))
+            except UserError as error:  # from the shards
+                yield error
+            step += 1
+
+    def _run(self, number: int, epoch: int, position: int) -> Iterator[tuple[int, bytes]]:
+        return self.source.run(
+            number,
+            self.runs,
+            self.steps * self.share,
+            buffer=self.buffer,
+            seed=self.dataset.seed,
+            epoch=epoch,
+            first=position * self.share,
+        )
+
+
+def _joined(parts: Sequence[Answer]) -> Answer:
+    """One step out of what several workers made of it."""
+    errors = [part for part in parts if isinstance(part, UserError)]
+    if errors or len(parts) == 1:
+        return errors[0] if errors else parts[0]
+    views = TwoViews(*(torch.cat(columns) for columns in zip(*(views for views, _ in parts))))
+    return views, [image for _, bad in parts for image in bad]
+
+
 class TwoViewLoader:
     """Iterates over a run's steps; see `build_two_view_loader`.
 
@@ -114,22 +178,11 @@ class TwoViewLoader:
     """
 
     def __init__(
-        self,
-        dataset: TwoViewDataset,
-        batch: int,
-        *,
-        num_workers: int,
-        pin_memory: bool,
-        max_bad_share: float,
-        rank: int = 0,
-        world_size: int = 1,
+        self, source: Source, steps_per_epoch: int, max_bad_share: float, answers: Callable[[int], Iterator[Answer]]
     ) -> None:
-        self.source = dataset.source
-        self.max_bad_share = max_bad_share
-        self.steps_per_epoch = len(self.source) // (batch * world_size)
+        self.source, self.steps_per_epoch, self.max_bad_share = source, steps_per_epoch, max_bad_share
         self.bad: dict[int, str] = {}
-        self._steps = _Steps(len(self.source), batch, dataset.seed, rank, world_size)
-        self._loader = _loader(dataset, self._steps, num_workers, pin_memory)
+        self._answers = answers
 
     def batches(self, start: int = 0) -> Iterator[TwoViews]:
         """The batches of steps start, start + 1, ... without end.
@@ -137,11 +190,10 @@ class TwoViewLoader:
         Raises:
             UserError: more than DATA.MAX_BAD_SHARE of the images cannot be read.
         """
-        self._steps.start = start
-        for batch in self._loader:
-            if isinstance(batch, UserError):
-                raise batch
-            views, bad = batch
+        for answer in self._answers(start):
+            if isinstance(answer, UserError):
+                raise answer
+            views, bad = answer
             self._count(bad)
             yield views
 
@@ -181,15 +233,43 @@ def build_two_view_loader(
         raise UserError(f"SOLVER.BATCH_SIZE is {batch} but DATA.PATH {source.root} has {len(source)} images; lower it")
     if not 0 <= cfg.DATA.MAX_BAD_SHARE <= 1:
         raise UserError(f"DATA.MAX_BAD_SHARE is {cfg.DATA.MAX_BAD_SHARE}; use a share from 0 to 1")
-    return TwoViewLoader(
-        TwoViewDataset(source, view_config(cfg.DATA.IMAGE_SIZE, cfg.AUGMENT), cfg.SEED),
-        batch // world_size,
-        num_workers=cfg.DATA.NUM_WORKERS,
-        pin_memory=runtime.resolve_device(cfg.DEVICE).type == "cuda",
-        max_bad_share=cfg.DATA.MAX_BAD_SHARE,
-        rank=rank,
-        world_size=world_size,
-    )
+    dataset = TwoViewDataset(source, view_config(cfg.DATA.IMAGE_SIZE, cfg.AUGMENT), cfg.SEED)
+    pin_memory = runtime.resolve_device(cfg.DEVICE).type == "cuda"
+    place = (rank, world_size)
+    if isinstance(source, TarSource):
+        answers = _tar_answers(dataset, batch // world_size, cfg.DATA.SHUFFLE_BUFFER, place, cfg.DATA.NUM_WORKERS)
+    else:
+        answers = _answers(dataset, batch // world_size, place, cfg.DATA.NUM_WORKERS, pin_memory)
+    return TwoViewLoader(source, len(source) // batch, cfg.DATA.MAX_BAD_SHARE, answers)
+
+
+def _answers(
+    dataset: TwoViewDataset, batch: int, place: tuple[int, int], num_workers: int, pin_memory: bool
+) -> Callable[[int], Iterator[Answer]]:
+    steps = _Steps(len(dataset.source), batch, dataset.seed, *place)
+    loader = _loader(dataset, steps, num_workers, pin_memory)
+
+    def answers(start: int) -> Iterator[Answer]:
+        steps.start = start
+        return iter(loader)
+
+    return answers
+
+
+def _tar_answers(
+    dataset: TwoViewDataset, batch: int, buffer: int, place: tuple[int, int], num_workers: int
+) -> Callable[[int], Iterator[Answer]]:
+    if buffer < 1:
+        raise UserError(f"DATA.SHUFFLE_BUFFER is {buffer}; use a number of images, such as 4096, or 1 for none")
+
+    def answers(start: int) -> Iterator[Answer]:
+        views = TarViews(dataset, batch, buffer, *place, start)
+        loader = _loader(views, None, min(num_workers, len(views.own)), False)
+        parts = iter(loader)
+        while True:  # the workers take turns, each with its runs' part of the same step
+            yield _joined([next(parts) for _ in range(max(1, loader.num_workers))])
+
+    return answers
 
 
 class PlainDataset(Dataset):
@@ -278,7 +358,7 @@ def _loader(dataset: Dataset, requests: Any, num_workers: int, pin_memory: bool)
         collate_fn=_as_is,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
+        persistent_workers=num_workers > 0 and requests is not None,
         worker_init_fn=prepare_worker,
         generator=torch.Generator(),  # leaves the global generator to the training
     )

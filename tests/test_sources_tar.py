@@ -1,0 +1,275 @@
+"""Tar shards: every image once an epoch, the same order for any workers and ranks, resuming at the exact sample."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fvcore.common.config import CfgNode
+from view_cases import encode, photograph, two_views
+
+from loco_det.data import tar
+from loco_det.data.sources import open_source
+from loco_det.data.tar import buffered_order
+from loco_det.data.twoview import TwoViews, build_plain_loader, build_two_view_loader
+from loco_det.data.views import view_config
+from loco_det.errors import UserError
+
+wds = pytest.importorskip("webdataset", reason="the extra `webdataset` is not installed")
+
+COUNTS = (9, 2, 14, 7, 5)  # images in each shard: no number of workers or ranks divides them
+IMAGES, SIZE, BATCH = sum(COUNTS), 16, 8
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "loco_det" / "shards"
+
+
+def write_shards(folder: Path, labels: bool = True) -> Path:
+    """As webdataset's own writer packs them; the picture's number stands in its brightness and its class."""
+    folder.mkdir(parents=True)
+    number = 0
+    for shard, count in enumerate(COUNTS):
+        with wds.TarWriter(str(folder / f"train-{shard:04d}.tar")) as writer:
+            for _ in range(count):
+                sample = {"__key__": f"a/{number:06d}", "jpg": encode(photograph(20 + number, 30, seed=number))}
+                sample |= {"cls": number % 12} if labels else {}
+                writer.write({**sample, "json": {"more": "x" * number * 100}})
+                number += 1
+    return folder
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    return write_shards(tmp_path / "shards")
+
+
+def config(path: object, **changes) -> CfgNode:
+    cfg = CfgNode(
+        {
+            "DATA": {"PATH": str(path), "IMAGE_SIZE": SIZE, "NUM_WORKERS": 0, "MAX_BAD_SHARE": 0.0},
+            "AUGMENT": {"PRESET": "simclr"},
+            "SOLVER": {"BATCH_SIZE": BATCH},
+            "SEED": 5,
+            "DEVICE": "cpu",
+        }
+    )
+    cfg.DATA.SHUFFLE_BUFFER = 12
+    cfg.merge_from_list([value for pair in changes.items() for value in (pair[0].replace("__", "."), pair[1])])
+    return cfg
+
+
+def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
+
+
+def steps(path: object, count: int, start: int = 0, *, rank: int = 0, world_size: int = 1, **changes) -> list[TwoViews]:
+    cfg = config(path, **changes)
+    loader = build_two_view_loader(cfg, open_source(cfg.DATA.PATH), rank=rank, world_size=world_size)
+    return list(itertools.islice(loader.batches(start), count))
+
+
+def assert_same(a: list[TwoViews], b: list[TwoViews]) -> None:
+    assert len(a) == len(b)
+    for left, right in zip(a, b):
+        for x, y in zip(left, right):
+            assert torch.equal(x, y)
+
+
+def test_a_source_like_any_other(shards):
+    source = open_source(shards)
+    assert len(source) == IMAGES
+    assert source.classes == [str(k) for k in range(12)]  # by number: 2 before 10
+    for number in range(IMAGES):
+        assert source.read(number) == encode(photograph(20 + number, 30, seed=number))
+        assert source.label(number) == number % 12
+        assert source.name(number).endswith(f".tar!a/{number:06d}.jpg")
+    assert source.name(9).startswith(str(shards / "train-0001.tar!"))
+    (batch,) = build_plain_loader(source, SIZE, batch_size=99)
+    assert batch.labels.tolist() == [number % 12 for number in range(IMAGES)]
+
+
+def test_paths_that_mean_shards(shards, tmp_path):
+    everything = [open_source(shards).read(i) for i in range(IMAGES)]
+    for path in (f"{shards}/train-{{0000..0004}}.tar", shards):
+        for format in ("auto", "tar"):
+            source = open_source(path, format)
+            assert [source.read(i) for i in range(len(source))] == everything
+    assert len(open_source(shards / "train-0002.tar")) == COUNTS[2]
+    assert len(open_source(f"{shards}/train-000{{0,3}}.tar")) == COUNTS[0] + COUNTS[3]
+    unlabelled = open_source(write_shards(tmp_path / "unlabelled", labels=False))
+    assert (unlabelled.classes, unlabelled.label(3)) == ([], None)
+
+
+def test_the_index_is_what_webdataset_reads(shards):
+    urls = [str(path) for path in sorted(shards.glob("*.tar"))]
+    theirs = list(wds.DataPipeline(wds.SimpleShardList(urls), wds.tarfile_to_samples()))
+    source = open_source(shards)
+    assert [source.read(i) for i in range(len(source))] == [sample["jpg"] for sample in theirs]
+    assert [str(source.label(i)) for i in range(len(source))] == [sample["cls"].decode() for sample in theirs]
+
+
+def test_a_batch_is_the_two_views_of_its_images(shards):
+    source = open_source(shards)
+    for step, batch in enumerate(steps(shards, 6)):
+        for row, index in enumerate(batch.index.tolist()):
+            first, second = two_views(source.read(index), "x", view_config(SIZE, {}), 5, step // 4, index)
+            np.testing.assert_array_equal(batch.first[row].permute(1, 2, 0), first)
+            np.testing.assert_array_equal(batch.second[row].permute(1, 2, 0), second)
+
+
+def test_an_epoch_shows_every_image_at_most_once_and_drops_the_rest(shards):
+    assert build_two_view_loader(config(shards), open_source(shards)).steps_per_epoch == IMAGES // BATCH == 4
+    epochs = [torch.cat([b.index for b in steps(shards, 4, 4 * epoch)]).tolist() for epoch in range(12)]
+    for indices in epochs:
+        assert len(set(indices)) == 4 * BATCH
+    assert len({tuple(indices) for indices in epochs}) == len(epochs)
+    assert set().union(*epochs) == set(range(IMAGES))  # nobody is left out for ever
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_change_nothing(shards, workers, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    assert_same(steps(shards, 6, DATA__NUM_WORKERS=workers), steps(shards, 6))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_split_the_same_batch(shards, world_size):
+    whole = steps(shards, 6)
+    parts = [steps(shards, 6, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for all_images, *shares in zip(whole, *parts):
+        for name in TwoViews._fields:
+            assert torch.equal(getattr(all_images, name), torch.cat([getattr(share, name) for share in shares]))
+
+
+def test_more_ranks_than_shards_still_show_every_image_at_most_once(shards):
+    """Eight runs out of five shards: most shards lie on a cut."""
+    ranks = [steps(shards, 4, rank=rank, world_size=8) for rank in range(8)]
+    indices = [index for batches in ranks for batch in batches for index in batch.index.tolist()]
+    assert len(set(indices)) == len(indices) == 4 * BATCH
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_is_starting_there(shards, start, workers):
+    assert_same(steps(shards, 9 - start, start, DATA__NUM_WORKERS=workers), steps(shards, 9)[start:])
+
+
+def test_resuming_neither_decodes_nor_opens_what_is_over(shards, monkeypatch):
+    source = open_source(shards)
+    opened = []
+    real = open
+    monkeypatch.setattr(tar, "open", lambda path, mode: opened.append(path) or real(path, mode), raising=False)
+    rest = list(source.run(0, 1, IMAGES, buffer=2, seed=0, epoch=0, first=IMAGES - 3))
+    assert len(rest) == 3
+    assert len(opened) <= 2
+    opened.clear()
+    assert list(source.run(0, 1, IMAGES, buffer=2, seed=0, epoch=0))[-3:] == rest
+    assert len(opened) == len(COUNTS)  # each shard once, front to back
+
+
+@pytest.mark.parametrize(("count", "buffer"), [(1, 1), (10, 1), (50, 7), (50, 50), (20, 1000)])
+def test_shuffle_buffer(count, buffer):
+    """Against a list that images really pass through; an image never leaves before it could have come in."""
+    order = buffered_order(count, buffer, np.random.default_rng(0))
+    assert sorted(order.tolist()) == list(range(count))
+    assert all(image < place + buffer for place, image in enumerate(order.tolist()))
+    if buffer == 1:
+        assert order.tolist() == list(range(count))
+    else:
+        assert order.tolist() != list(range(count)) or count < 3
+
+
+def test_a_full_shuffle_buffer_is_uniform():
+    firsts = [buffered_order(6, 6, np.random.default_rng(seed))[2] for seed in range(3000)]
+    assert np.abs(np.bincount(firsts, minlength=6) - 500).max() < 5 * np.sqrt(500)
+
+
+def test_unreadable_images_are_replaced_by_a_neighbour_and_counted(shards):
+    path = shards / "train-0002.tar"
+    bad = 13
+    source = open_source(shards)
+    with open(path, "r+b") as file:
+        file.seek(int(source._place[bad, 1]))
+        file.write(b"\0" * 50)
+    cfg = config(shards, DATA__MAX_BAD_SHARE=0.5)
+    loader = build_two_view_loader(cfg, open_source(shards))
+    batches = list(itertools.islice(loader.batches(), 12))
+    assert list(loader.bad) == [bad]
+    assert "train-0002.tar!a/000013.jpg: not a readable image" in loader.bad[bad]
+    assert bad not in torch.cat([batch.index for batch in batches])
+    assert_same(batches[5:], steps(shards, 7, 5, DATA__MAX_BAD_SHARE=0.5))
+    with pytest.raises(UserError, match="1 of 37 images cannot be read"):
+        steps(shards, 12, DATA__MAX_BAD_SHARE=0.0, DATA__NUM_WORKERS=1)
+
+
+# --- the index's cache ------------------------------------------------------------------------------------------
+
+
+def test_the_index_is_made_once_and_again_when_a_shard_changes(shards, cache, monkeypatch):
+    open_source(shards)
+    (file,) = cache.glob("*.npz")
+    made = []
+    build = tar._index
+    monkeypatch.setattr(tar, "_index", lambda *args: made.append(1) or build(*args))
+    assert len(open_source(shards)) == IMAGES
+    assert not made
+    for damage in (b"", b"PK nonsense", file.read_bytes()[:300]):
+        file.write_bytes(damage)
+        assert len(open_source(shards)) == IMAGES
+    assert len(made) == 3
+    with tarfile.open(shards / "train-0001.tar", "a") as archive:
+        add(archive, "new.jpg", encode(photograph(9, 9)))
+        add(archive, "new.cls", b"3")
+    assert len(open_source(shards)) == IMAGES + 1
+    assert len(made) == 4
+
+
+def test_a_shard_that_changes_under_a_run_is_noticed(shards):
+    source = open_source(shards)
+    with tarfile.open(shards / "train-0002.tar", "w") as archive:
+        add(archive, "x.jpg", b"x" * 700)
+        add(archive, "y.jpg", b"x" * 700)
+    with pytest.raises(UserError, match=r"train-0002\.tar: (has changed|not readable)"):
+        list(source.run(0, 1, IMAGES, buffer=2, seed=0, epoch=0))
+
+
+def test_what_cannot_be_shards(shards, tmp_path):
+    def refused(path: object, format: str = "tar") -> str:
+        with pytest.raises(UserError) as error:
+            open_source(path, format)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    half = tmp_path / "half.tar"
+    half.write_bytes((shards / "train-0002.tar").read_bytes()[:5000])
+    (tmp_path / "text.tar").write_text("no tar at all" * 100)
+    with tarfile.open(tmp_path / "none.tar", "w") as archive:
+        archive.add(half, "readme.txt")
+    with tarfile.open(tmp_path / "packed.tar", "w:gz") as archive:
+        archive.add(half, "a.jpg")
+    with tarfile.open(tmp_path / "mixed.tar", "w") as archive:
+        for name in ("a.jpg", "a.cls", "b.jpg"):
+            add(archive, name, b"7")
+    assert "half.tar: not readable as a plain tar" in refused(half)
+    assert "text.tar: not readable as a plain tar" in refused(tmp_path / "text.tar")
+    assert "packed.tar: not readable as a plain tar" in refused(tmp_path / "packed.tar")
+    assert "no images in these shards" in refused(tmp_path / "none.tar")
+    assert "b.jpg has no .cls while others have one" in refused(tmp_path / "mixed.tar")
+    assert "train-0005.tar is not there" in refused(f"{shards}/train-{{0003..0005}}.tar")
+    assert "absent.tar is not there" in refused(tmp_path / "absent.tar")
+
+
+def test_the_missing_extra_is_named(shards, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "webdataset", None)
+    with pytest.raises(UserError, match=r"pip install 'loco_det\[webdataset\]'"):
+        open_source(shards)
