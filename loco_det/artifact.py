@@ -6,13 +6,14 @@ are and what pixels they expect. Reading one executes nothing.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from loco_det import __version__
@@ -88,10 +89,16 @@ def save_backbone(path: str | Path, tensors: dict[str, Tensor], manifest: Manife
         UserError: the file cannot be written.
     """
     manifest = msgspec.structs.replace(manifest, tensors_sha256=tensors_hash(tensors.items()))
-    header = {HEADER_KEY: msgspec.json.encode(manifest).decode()}  # one key: safetensors writes several in any order
     with atomic_write(path) as file:
-        file.write(save(tensors, metadata=header))
+        write_backbone(file, tensors, manifest)
     return manifest
+
+
+def write_backbone(file: IO[bytes], tensors: dict[str, Tensor], manifest: Manifest) -> None:
+    """The artifact's bytes into `file`, an open file that has a name, from its beginning."""
+    header = {HEADER_KEY: msgspec.json.encode(manifest).decode()}  # one key: safetensors writes several in any order
+    save_file(tensors, file.name, metadata=header)  # by name, because it then holds no second copy
+    file.seek(0, os.SEEK_END)
 
 
 def load_backbone(path: str | Path) -> tuple[dict[str, Tensor], Manifest]:
@@ -111,9 +118,14 @@ def load_backbone(path: str | Path) -> tuple[dict[str, Tensor], Manifest]:
     if header is None:
         raise UserError(f"{path}: has no loco_det manifest; it is not a backbone that loco-det wrote")
     manifest = decode_manifest(header, path)
+    check_hash(path, tensors, manifest)
+    return tensors, manifest
+
+
+def check_hash(path: str | Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
+    """Raise UserError unless `tensors` (torchvision's names) are those that the manifest was written for."""
     if tensors_hash(tensors.items()) != manifest.tensors_sha256:
         raise UserError(f"{path}: its tensors do not match the sha256 in its manifest; take an intact copy")
-    return tensors, manifest
 
 
 def decode_manifest(text: str | bytes, path: str | Path) -> Manifest:

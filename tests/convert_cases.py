@@ -188,6 +188,17 @@ def torch_legacy(content: bytes) -> bytes:
     return b"".join(pickle.dumps(part, protocol=2) for part in parts) + content + pickle.dumps([], protocol=2)
 
 
+def torch_legacy_of(tensor: Tensor, views: int) -> bytes:
+    """A file as torch before 1.6 wrote it, with `tensor` in it as `views` tensors over one unaligned storage."""
+    for padding in range(4):  # until the storage starts at an odd place
+        buffer = io.BytesIO()
+        content = {"pad": "x" * padding, "views": [tensor.view(tensor.shape) for _ in range(views)]}
+        torch.save(content, buffer, _use_new_zipfile_serialization=False)
+        if (len(buffer.getvalue()) - tensor.nbytes) % 4:
+            return buffer.getvalue()
+    raise AssertionError("every padding aligns")
+
+
 def _tensor(
     numel: int, offset: int, size: tuple, stride: tuple, storage: str = "FloatStorage", key: str = "0"
 ) -> bytes:
@@ -314,3 +325,25 @@ def hostile_files(folder: Path, canary: Path) -> list[Path]:
         paths.append(folder / name)
         paths[-1].write_bytes(content)
     return paths
+
+
+def python2_pickle(value: object) -> bytes:
+    """What Python 2's cPickle with protocol 2 writes for dicts, text, numbers and numpy arrays, as Detectron saved."""
+    if isinstance(value, dict):
+        return b"}(" + b"".join(python2_pickle(key) + python2_pickle(item) for key, item in value.items()) + b"u"
+    if isinstance(value, str | bytes):
+        data = value.encode() if isinstance(value, str) else value
+        return b"U" + bytes([len(data)]) + data if len(data) < 256 else b"T" + struct.pack("<i", len(data)) + data
+    if isinstance(value, int):
+        return b"J" + struct.pack("<i", value)
+    shape = b"(" + b"".join(map(python2_pickle, value.shape)) + b"t"
+    empty = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+    dtype = b"cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    return empty + b"(K\x01" + shape + dtype + b"\x89" + python2_pickle(value.astype("<f4").tobytes()) + b"tb"
+
+
+def detectron_pkl(blobs: dict[str, Tensor], cfg: str | None = None) -> bytes:
+    """A .pkl of Detectron: the blobs by themselves (R-50.pkl), or beside the text of the configuration (a model)."""
+    arrays = {name: tensor.numpy() for name, tensor in blobs.items()}
+    content = python2_pickle(arrays if cfg is None else {"blobs": arrays, "cfg": cfg})
+    return b"\x80\x02" + content + b"."

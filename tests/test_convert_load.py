@@ -175,21 +175,6 @@ def test_a_damaged_index_is_refused(tmp_path: Path, content: bytes) -> None:
         load_tensors(tmp_path / "m.index.json")
 
 
-def test_loading_a_large_file_reads_only_what_is_used(tmp_path: Path) -> None:
-    path = tmp_path / "large.pth"
-    torch.save({"a": torch.zeros(64 * 2**20 // 4), "b": torch.ones(3)}, path)
-    script = (
-        "import resource, sys; from loco_det.convert.load import load_tensors; load_tensors(sys.argv[2])\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "assert load_tensors(sys.argv[1])['b'].sum() == 3\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
-    )
-    torch.save({"b": torch.ones(3)}, tmp_path / "small.pth")
-    command = [sys.executable, "-c", script, str(path), str(tmp_path / "small.pth")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout) * 1024 < 1.3 * path.stat().st_size  # mapped once, copied never
-
-
 def test_the_corpus_would_harm_a_plain_reader(tmp_path: Path) -> None:
     """Without this the next test could pass on files that do nothing."""
     canary = tmp_path / "canary"
@@ -216,11 +201,13 @@ def test_hostile_files_do_nothing(corpus: Path) -> None:
     paths = list(corpus.iterdir())
     assert len(paths) >= 60
     script = (
-        "import resource, sys, time\n"
+        "import sys, time\n"
         "from pathlib import Path\n"
         "from loco_det.convert import load_backbone_weights\n"
         "from loco_det.errors import UserError\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "def kibibytes(field):\n"  # not ru_maxrss, which remembers the process that this one was forked from
+        "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(field))\n"
+        "before = kibibytes('VmRSS')\n"
         "for path in sorted(Path(sys.argv[1]).iterdir()):\n"
         "    started = time.monotonic()\n"
         "    try:\n"
@@ -228,7 +215,7 @@ def test_hostile_files_do_nothing(corpus: Path) -> None:
         "        print('LOADED', path.name)\n"
         "    except UserError as error:\n"
         "        print('refused', path.name, repr(str(error)), time.monotonic() - started, sep='\\t')\n"
-        "print('memory', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, sep='\\t')"
+        "print('memory', kibibytes('VmHWM') - before, sep='\\t')"
     )
     done = subprocess.run([sys.executable, "-c", script, str(corpus)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

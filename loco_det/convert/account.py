@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loco_det.convert.architecture import Architecture, check_tensors, recognise
+from loco_det.convert.architecture import Architecture, check_shapes, checked_tensors, recognise
 from loco_det.convert.namings import NAMINGS
 from loco_det.convert.sources import (
     COUNTERS,
@@ -22,9 +22,11 @@ from loco_det.convert.sources import (
     choose,
     flatten,
 )
+from loco_det.convert.stored import AnyTensor
 from loco_det.errors import UserError
 from loco_det.names import to_detectron2
 
+BN_EPS, BN_MOMENTUM = 1e-5, 0.1  # of every source here, and Detectron2's; no file says them
 NEW_IN_DETECTOR = (
     ("feature pyramid (FPN models)", "backbone.fpn_lateral2-5, backbone.fpn_output2-5"),
     ("region proposals", "proposal_generator.rpn_head.*"),
@@ -46,6 +48,8 @@ class Account:
         keys: torchvision's name -> where the tensor stood in the file.
         dropped: reason -> keys.
         made: torchvision's names of the statistics that were added where norms only scale and shift.
+        prefix, naming: where the backbone stood in the file, and which of `NAMINGS` its names are.
+        timm: whether its network may be timm's.
         pixels: what the backbone expects to see, and where its strides stand.
         proof: what `prove.prove` measured.
     """
@@ -58,6 +62,9 @@ class Account:
     keys: dict[str, str]
     dropped: dict[str, list[str]]
     made: list[str] = field(default_factory=list)
+    prefix: str = ""
+    naming: str = "torchvision"
+    timm: bool = False
     pixels: Pixels = field(default_factory=Pixels)
     proof: dict[str, Any] = field(default_factory=dict)
 
@@ -68,6 +75,7 @@ class Account:
             "branch": self.branch,
             "architecture": self.architecture.name,
             "pixels": asdict(self.pixels),
+            "batch_norm": {"eps": BN_EPS, "momentum": BN_MOMENTUM},
             "read": self.read,
             "converted": {name: self.keys.get(name, name) for name in self.converted if name not in self.made},
             "added": self.made,
@@ -78,12 +86,15 @@ class Account:
 
     def lines(self) -> list[str]:
         """The account and the proof as aligned plain text."""
-        p, dropped = self.pixels, sum(map(len, self.dropped.values()))
+        dropped = sum(map(len, self.dropped.values()))
         rows = [
             ("source", f"{self.source}, branch {self.branch}" if self.branch else self.source),
-            ("backbone", f"{self.architecture.name}, stride in the {'1x1' if p.stride_in_1x1 else '3x3'} convolution"),
-            ("", "BatchNorm eps 1e-05 (frozen in the detector, so its momentum does not matter)"),
-            ("pixels", f"{p.order}, mean {_numbers(p.mean)}, std {_numbers(p.std)} (0-255)"),
+            ("backbone", self.architecture.name),
+            (
+                "",
+                f"BatchNorm eps {BN_EPS:g}; momentum {BN_MOMENTUM:g} counts only where the detector does not freeze it",
+            ),
+            ("pixels", self.pixels.text()),
             ("read", f"{self.read:4d} tensors"),
             ("converted", f"{len(self.converted) - len(self.made):4d}"),
             *(
@@ -98,6 +109,7 @@ class Account:
         lines = [f"{label:<10} {text}" for label, text in rows]
         if self.proof:
             lines += ["", f"proof: {self.proof['image']} through source and converted backbone"]
+            lines += [f"source model: {name}" for name in self.proof["models"]]
             lines += [f"{'':10} {'float64 max|d|':>15} {'relative':>9} {'float32 max|d|':>15} {'relative':>9}"]
             for stage in self.proof["float64"]:
                 cells = [self.proof[kind][stage] for kind in ("float64", "float32")]
@@ -106,16 +118,16 @@ class Account:
         return lines
 
 
-def _numbers(values: tuple[float, ...]) -> str:
-    return " ".join(f"{value:g}" for value in values)
-
-
 def _shown(keys: list[str]) -> str:
     return keys[0] if len(keys) == 1 else f"{keys[0]} ..."
 
 
-def take_account(path: object, loaded: dict[str, Any], branch: str | None = None) -> tuple[Account, Candidate]:
-    """Sort every tensor of a loaded file into converted and dropped, and check what is converted.
+def take_account(
+    path: object, loaded: dict[str, Any], branch: str | None = None, *, read: bool = True
+) -> tuple[Account, Candidate]:
+    """Sort every tensor of a loaded or opened file into converted and dropped, and check what is converted.
+
+    With `read` false nothing but names, shapes and dtypes is looked at, and `converted` stays in the file.
 
     Raises:
         UserError: no or several backbones, or a tensor is unknown, missing, there twice or not as it must be.
@@ -124,41 +136,44 @@ def take_account(path: object, loaded: dict[str, Any], branch: str | None = None
     tensors = {key: tensor for key, (_, tensor) in original.items()}
     chosen = choose(path, tensors, branch)
     others = {c.prefix: c.branch or c.prefix for c in candidates(tensors) if c != chosen}
-    converted: dict[str, Tensor] = {}
+    found: dict[str, AnyTensor] = {}
     keys: dict[str, str] = {}
     dropped: dict[str, list[str]] = {}
     for key, (file_key, tensor) in original.items():
         name, reason = _place(key, chosen, others)
         if name is not None:
-            if name in converted:
+            if name in found:
                 raise UserError(f"{path}: {keys[name]!r} and {file_key!r} are the same tensor; remove one of them")
-            converted[name], keys[name] = tensor.contiguous(), file_key
+            found[name], keys[name] = tensor, file_key
         elif reason is not None:
             dropped.setdefault(reason, []).append(file_key)
         else:
             where = chosen.source.name if chosen.source else "this"
             raise UserError(f"{path}: tensor {file_key!r} is unknown in a {where} checkpoint; remove it")
-    made = _statistics(converted) if chosen.source and chosen.source.scale_only else {}
-    converted |= made
-    architecture = recognise(path, converted)
-    check_tensors(path, converted, architecture, lambda name: keys.get(name, f"{chosen.prefix}{name}"))
+    made = _statistics(found) if chosen.source and chosen.source.scale_only else {}
+    found |= made
+    architecture = recognise(path, found)
+    check = checked_tensors if read else check_shapes
+    converted = check(path, found, architecture, lambda name: keys.get(name, f"{chosen.prefix}{name}"))
     source = chosen.source.name if chosen.source else "unknown code base"
-    return Account(source, chosen.branch, architecture, len(tensors), converted, keys, dropped, list(made)), chosen
+    account = Account(source, chosen.branch, architecture, len(tensors), converted, keys, dropped, list(made))
+    account.prefix, account.naming = chosen.prefix, chosen.naming
+    account.timm = chosen.source is not None and chosen.source.timm
+    return account, chosen
 
 
-def _statistics(converted: dict[str, Tensor]) -> dict[str, Tensor]:
+def _statistics(found: dict[str, AnyTensor]) -> dict[str, Tensor]:
     """Mean 0 and variance 1, as Detectron2 has them, for norms that only scale and shift."""
-    norms = {
-        name[: -len("weight")]: t for name, t in converted.items() if re.search(r"(bn\d|downsample\.1)\.weight$", name)
-    }
-    means = {f"{norm}running_mean": torch.zeros_like(scale) for norm, scale in norms.items()}
-    return means | {f"{norm}running_var": torch.ones_like(scale) for norm, scale in norms.items()}
+    scales = [name for name in found if re.search(r"(bn\d|downsample\.1)\.weight$", name)]
+    norms = {name.removesuffix("weight"): found[name].shape for name in scales}
+    means = {f"{norm}running_mean": torch.zeros(shape) for norm, shape in norms.items()}
+    return means | {f"{norm}running_var": torch.ones(shape) for norm, shape in norms.items()}
 
 
-def _moved(path: object, tensors: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+def _moved(path: object, tensors: dict[str, AnyTensor]) -> dict[str, tuple[str, AnyTensor]]:
     """Key after the rows' moves -> (key in the file, tensor)."""
     moves = [move for source in SOURCES for move in source.moves]
-    found: dict[str, tuple[str, Tensor]] = {}
+    found: dict[str, tuple[str, AnyTensor]] = {}
     for key, tensor in tensors.items():
         new = key
         for pattern, replacement in moves:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loco_det.backbone import BLOCKS, STEM_CHANNELS, ResNet, stage_channels
+from loco_det.convert.stored import AnyTensor, in_memory
 from loco_det.errors import UserError
 from loco_det.names import to_torchvision
 
@@ -52,7 +52,7 @@ class Architecture:
         )
 
 
-def recognise(path: object, tensors: dict[str, Tensor]) -> Architecture:
+def recognise(path: object, tensors: dict[str, AnyTensor]) -> Architecture:
     """The ResNet that `tensors` (torchvision's names) make up, from block counts and the shapes of stem and block.
 
     Raises:
@@ -75,7 +75,7 @@ def recognise(path: object, tensors: dict[str, Tensor]) -> Architecture:
             f"{path}: 'bn1' has no running statistics, so it is GroupNorm or another norm; give a BatchNorm ResNet"
         )
     second = tensors.get("layer1.0.conv2.weight")
-    if not bottleneck or second is None or second.ndim != 4 or not second.numel():
+    if not bottleneck or second is None or second.ndim != 4 or 0 in second.shape:
         return Architecture(depths[0])
     groups = second.shape[0] // second.shape[1]
     return Architecture(depths[0], groups, second.shape[0] // max(groups, 1))
@@ -90,10 +90,10 @@ def refuse_small_stem(path: object, stem: tuple[int, ...]) -> None:
         )
 
 
-def check_tensors(
-    path: object, tensors: dict[str, Tensor], architecture: Architecture, key: Callable[[str], str] = str
-) -> None:
-    """Every tensor of the ResNet is there, nothing else is, and each has the right shape and dtype and is finite.
+def check_shapes(
+    path: object, tensors: dict[str, AnyTensor], architecture: Architecture, key: Callable[[str], str] = str
+) -> dict[str, AnyTensor]:
+    """`tensors`, once it is certain that they are the ResNet's, complete, of the right shape and dtype.
 
     `key` gives the name under which the file holds a tensor (torchvision's name).
 
@@ -119,7 +119,23 @@ def check_tensors(
         if tensor.dtype != torch.float32:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"{path}: tensor {key(name)!r} is {dtype}, not float32; save the weights in float32")
-        if not torch.isfinite(tensor).all():
+    return tensors
+
+
+def checked_tensors(
+    path: object, tensors: dict[str, AnyTensor], architecture: Architecture, key: Callable[[str], str] = str
+) -> dict[str, Tensor]:
+    """`tensors` read into memory after `check_shapes`, every value of them finite.
+
+    Raises:
+        UserError: as `check_shapes`, or naming the first tensor with a value that cannot be.
+    """
+    read: dict[str, Tensor] = {}
+    for name, tensor in check_shapes(path, tensors, architecture, key).items():
+        values = read[name] = in_memory(tensor).contiguous()
+        lowest, highest = torch.aminmax(values)  # NaN if any value is; makes no second tensor, as isfinite would
+        if not torch.isfinite(lowest + highest):
             raise UserError(f"{path}: tensor {key(name)!r} has NaN or infinite values; take a sound checkpoint")
-        if re.search(r"running_var$", name) and (tensor < 0).any():
+        if name.endswith("running_var") and lowest < 0:
             raise UserError(f"{path}: tensor {key(name)!r} has negative variances; take a sound checkpoint")
+    return read

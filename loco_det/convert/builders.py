@@ -1,5 +1,7 @@
 """What a pickle may name, and what each name makes: plain containers, numpy arrays, views of torch storages.
 
+Arrays and tensors are never made here, only described (`Stored`, `TensorView`).
+
 `BUILDERS` holds every name that is answered, by a function of this module that trusts none of its arguments.
 `INERT` are settings objects that training scripts save beside the weights; they become an inert `Record`.
 """
@@ -12,8 +14,9 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
+
+from loco_det.convert.stored import Span, Stored, contiguous_stride
 
 MAX_DIMENSIONS = 16
 MAX_LENGTH = 2**40  # of one dimension: products of such numbers still fit where torch multiplies them
@@ -49,7 +52,7 @@ class DType:
 class Array:
     """A numpy array while it is built; pickle makes it empty and gives it its data later."""
 
-    value: np.ndarray | None = None
+    value: Stored | None = None
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,28 @@ _STORAGES = {
     "Char": torch.int8,
     "Byte": torch.uint8,
     "Bool": torch.bool,
+    "ComplexFloat": torch.complex64,
+    "ComplexDouble": torch.complex128,
 }
-_DTYPES = {str(dtype): dtype for dtype in (*_STORAGES.values(), torch.uint16, torch.uint32, torch.uint64)}
+_NEWER = (torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2)
+_DTYPES = {str(dtype): dtype for dtype in (*_STORAGES.values(), *_NEWER)}
+_NUMPY = {
+    "b1": torch.bool,
+    "i1": torch.int8,
+    "i2": torch.int16,
+    "i4": torch.int32,
+    "i8": torch.int64,
+    "u1": torch.uint8,
+    "u2": torch.uint16,
+    "u4": torch.uint32,
+    "u8": torch.uint64,
+    "f2": torch.float16,
+    "f4": torch.float32,
+    "f8": torch.float64,
+    "c8": torch.complex64,
+    "c16": torch.complex128,
+}
+"""numpy's code of a dtype, less its byte order."""
 
 
 def finished(value: Any) -> Any:
@@ -161,8 +184,8 @@ def check_view(storage: StorageRef, dtype: torch.dtype, offset: Any, size: Any, 
     return TensorView(storage, dtype, offset, size, stride)
 
 
-def array(data: Any, dtype: Any, shape: Any, order: str = "C") -> np.ndarray:
-    """A numpy array over `data` (bytes, or text where Python 2 wrote it).
+def array(data: Any, dtype: Any, shape: Any, order: str = "C") -> Stored:
+    """A numpy array over `data` (a span of the file, bytes, or text where Python 2 wrote them).
 
     Raises:
         Refused: its elements are not numbers.
@@ -170,16 +193,19 @@ def array(data: Any, dtype: Any, shape: Any, order: str = "C") -> np.ndarray:
     """
     if isinstance(data, str):
         data = data.encode("latin1")
-    code = dtype if isinstance(dtype, str) else dtype.order.replace("|", "") + dtype.code
-    if not re.fullmatch(r"[<>=|]?(b1|[iuf][1248])", code):
+    code = dtype if isinstance(dtype, str) else dtype.order + dtype.code
+    kind = _NUMPY.get(code.lstrip("<>=|"))
+    if kind is None:
         raise Refused(f"has an array whose elements are {code[:20]!r}, not numbers")
-    if not isinstance(data, bytes):
+    if isinstance(data, bytes):
+        data = Span(data, 0, len(data))
+    if not isinstance(data, Span):
         raise Refused("has an array whose data are not bytes")
-    flat = np.frombuffer(data, np.dtype(code))
     shape = integers([shape] if type(shape) is int else shape)
-    if math.prod(shape) != flat.size:
-        raise ValueError(f"an array of shape {list(shape)} with {flat.size} stored elements")
-    return flat.reshape(shape, order="F" if order == "F" else "C")
+    if math.prod(shape) * kind.itemsize != data.size:
+        raise ValueError(f"an array of shape {list(shape)} with {data.size} stored bytes")
+    stride = contiguous_stride(shape, fortran=order == "F")
+    return Stored(data, kind, 0, shape, stride, swapped=code.startswith(">"))
 
 
 def _storage(name: str) -> torch.dtype | None:
@@ -206,8 +232,8 @@ def _encode(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
-def _bytes(data: Any = b"") -> bytes:
-    if not isinstance(data, bytes):  # bytes(n) would allocate whatever the file asks for
+def _bytes(data: Any = b"") -> bytes | Span:
+    if not isinstance(data, bytes | Span):  # bytes(n) would allocate whatever the file asks for
         raise Refused("makes bytes of something that is not bytes")
     return data
 
@@ -241,7 +267,7 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "numpy.dtype": lambda code, *_: DType(code),
     "numpy.ndarray": lambda shape, dtype, data: Array(array(data, dtype, shape)),
     "numpy.core.multiarray._reconstruct": lambda *_: Array(),
-    "numpy.core.multiarray.scalar": lambda dtype, data: array(data, dtype, ()).item(),
+    "numpy.core.multiarray.scalar": lambda dtype, data: array(data, dtype, ()).read().item(),
     "numpy.core.numeric._frombuffer": lambda data, dtype, shape, order: Array(array(data, dtype, shape, order)),
 }
 INERT = re.compile(

@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from torch import Tensor
 
-from loco_det.artifact import HEADER_KEY, Manifest, Stage, decode_manifest, load_backbone
+from loco_det.artifact import HEADER_KEY, Manifest, Stage, check_hash, decode_manifest, load_backbone
 from loco_det.backbone import ResNet, stage_channels, stage_strides, tensors_hash
+from loco_det.config import collect_settings
 from loco_det.convert.account import Account, take_account
-from loco_det.convert.architecture import Architecture, check_tensors, recognise
+from loco_det.convert.architecture import Architecture, checked_tensors, recognise
 from loco_det.convert.export import WRITERS, yaml_text
-from loco_det.convert.load import load_tensors, safetensors_metadata
+from loco_det.convert.load import load_tensors, open_tensors, safetensors_metadata
 from loco_det.convert.prove import prove
 from loco_det.convert.sources import Pixels, Triple
+from loco_det.convert.stored import Stored
 from loco_det.errors import UserError
 from loco_det.names import to_detectron2
 from loco_det.runtime import atomic_write
@@ -35,6 +38,7 @@ def convert(
     pixel_mean: Triple | None = None,
     pixel_std: Triple | None = None,
     stride_in_1x1: bool | None = None,
+    d2_config: str | Path | None = None,
 ) -> Account:
     """Write `output` and return the account with proof.
 
@@ -49,6 +53,7 @@ def convert(
         channel_order, pixel_mean, pixel_std: what the backbone was trained to see, "RGB" or "BGR" and 0-255 units
             in that order, where it is not the source's own; all three or none.
         stride_in_1x1: whether bottleneck blocks have their stride in the first convolution (MSRA's weights).
+        d2_config: Detectron2's YAML file of the run that made the weights, to take all four from.
 
     Raises:
         UserError: the file or an option cannot be used, or the proof fails; nothing is left at `output` then.
@@ -61,9 +66,9 @@ def convert(
         )
     if output.absolute() == source.absolute():
         raise UserError(f"{output}: is the input too; give the output another name")
+    given = _given(channel_order, pixel_mean, pixel_std, stride_in_1x1, d2_config)
     account, manifest, known = _read(source, branch)
-    stated = _stated(source, account, manifest, known, channel_order, pixel_mean, pixel_std, stride_in_1x1)
-    account.pixels = stated
+    stated = account.pixels = _stated(source, account, manifest, known, *given)
     manifest = manifest or _describe(account)
     for_detectron2, write = output.suffix == ".pkl", WRITERS[output.suffix]
     if stated.stride_in_1x1 and not for_detectron2:
@@ -74,14 +79,16 @@ def convert(
     tensors = {to_detectron2(n): t for n, t in account.converted.items()} if for_detectron2 else account.converted
     with atomic_write(output) as file:
         write(file, tensors, manifest)
-        written = _backbone_in(file.name, for_detectron2)
+        written = _tensors_in(file.name)
+        exported = written if for_detectron2 else {to_detectron2(name): t for name, t in written.items()}
         try:
-            account.proof = prove(account.converted, written, account.architecture, stated, image)
+            account.proof = prove(account, exported, image)
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
         manifest = msgspec.structs.replace(manifest, proof=account.proof)
         write(file, tensors, manifest)
-        if tensors_hash(_backbone_in(file.name, for_detectron2).items()) != tensors_hash(written.items()):
+        written = _tensors_in(file.name)
+        if written.keys() != tensors.keys() or any(not torch.equal(written[n].read(), t) for n, t in tensors.items()):
             raise UserError(f"{output}: the disk gave back other bytes than were written; choose another disk")
     if for_detectron2:
         with atomic_write(output.with_suffix(".yaml"), "w") as file:
@@ -89,10 +96,10 @@ def convert(
     return account
 
 
-def _backbone_in(path: str, for_detectron2: bool) -> dict[str, Tensor]:
-    """Detectron2's names -> tensors of a file that `convert` wrote."""
-    loaded = load_tensors(path)
-    return loaded["model"] if for_detectron2 else {to_detectron2(name): tensor for name, tensor in loaded.items()}
+def _tensors_in(path: str) -> dict[str, Stored]:
+    """The tensors of a file that `convert` wrote, still in it."""
+    opened = open_tensors(path)
+    return opened["model"] if isinstance(opened.get("model"), dict) else opened
 
 
 def load_any_backbone(
@@ -104,13 +111,14 @@ def load_any_backbone(
     pixel_mean: Triple | None = None,
     pixel_std: Triple | None = None,
     stride_in_1x1: bool | None = None,
+    d2_config: str | Path | None = None,
 ) -> tuple[ResNet, Manifest]:
     """The backbone of any checkpoint that `convert` reads, as a network in evaluation mode, and what it expects.
 
     Our own backbones with the CIFAR stem, which have no place in a detector, are read too.
 
     Args:
-        path, branch, channel_order, pixel_mean, pixel_std, stride_in_1x1: as `convert`'s.
+        path, branch, channel_order, pixel_mean, pixel_std, stride_in_1x1, d2_config: as `convert`'s.
         norm: the network's BatchNorm, a name that `backbone.make_norm` takes: "BN", "SyncBN" or "FrozenBN".
 
     Returns:
@@ -122,16 +130,16 @@ def load_any_backbone(
         UserError: as `convert`.
     """
     path = Path(path)
-    stated = (channel_order, pixel_mean, pixel_std, stride_in_1x1)
+    given = _given(channel_order, pixel_mean, pixel_std, stride_in_1x1, d2_config)
     if path.is_file() and HEADER_KEY in safetensors_metadata(path):
         tensors, manifest = load_backbone(path)
         if manifest.stem == "cifar":
             account = Account("", "", Architecture(manifest.depth), len(tensors), tensors, {}, {})
-            _stated(path, account, manifest, None, *stated)
+            _stated(path, account, manifest, None, *given)
             model = ResNet(manifest.depth, stem="cifar", norm=norm, stride_in_1x1=manifest.stride_in_1x1)
             return _filled(path, model, tensors), manifest
     account, manifest, known = _read(path, branch)
-    account.pixels = _stated(path, account, manifest, known, *stated)
+    account.pixels = _stated(path, account, manifest, known, *given)
     model = account.architecture.build(stride_in_1x1=account.pixels.stride_in_1x1, norm=norm)
     return _filled(path, model, account.converted), manifest or _describe(account)
 
@@ -180,11 +188,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _read(path: Path, branch: str | None) -> tuple[Account, Manifest | None, Pixels | None]:
     """The account of a file, its manifest if it is ours, and the pixels that its source is known to expect."""
-    loaded = load_tensors(path)
-    if HEADER_KEY in safetensors_metadata(path):
-        tensors, manifest = load_backbone(path)
-        architecture = recognise(path, tensors)
-        check_tensors(path, tensors, architecture)
+    loaded = open_tensors(path)
+    header = safetensors_metadata(path).get(HEADER_KEY)
+    if header is not None:
+        manifest = decode_manifest(header, path)
+        architecture = recognise(path, loaded)
+        tensors = checked_tensors(path, loaded, architecture)
+        check_hash(path, tensors, manifest)
         account = Account(f"loco_det ({manifest.method})", "", architecture, len(tensors), tensors, {}, {})
     else:
         account, chosen = take_account(path, loaded, branch)
@@ -227,12 +237,43 @@ def _stated(
     if known is None and (order is None or needs_stride):
         raise UserError(
             f"{path}: does not say what pixels and stride it was trained with; state --channel-order, --pixel-mean, "
-            "--pixel-std and --stride-in-1x1 (Detectron2's own defaults: BGR, 103.53 116.28 123.675, 1 1 1, yes)"
+            "--pixel-std and --stride-in-1x1, or give Detectron2's config.yaml of the run as --d2-config"
         )
     pixels = Pixels(order, mean, std) if order is not None else known
     if stride is None:
         stride = known.stride_in_1x1 if known else False
     return Pixels(pixels.order, pixels.mean, pixels.std, stride)
+
+
+Given = tuple[str | None, Triple | None, Triple | None, bool | None]
+
+
+def _given(
+    order: str | None, mean: Triple | None, std: Triple | None, stride: bool | None, config: str | Path | None
+) -> Given:
+    """What the caller says, in so many options or by Detectron2's configuration."""
+    if config is None:
+        return order, mean, std, stride
+    if any(value is not None for value in (order, mean, std, stride)):
+        raise UserError(f"{config}: states pixels and stride; leave --d2-config or the other options out")
+    return _from_config(config)
+
+
+def _from_config(path: str | Path) -> tuple[str, Triple, Triple, bool]:
+    """Channel order, mean, std and whether the stride is in the 1x1, as a Detectron2 configuration has them."""
+    settings, found = collect_settings(path), []
+    for key in ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1"):
+        if key not in settings:
+            raise UserError(f"{path}: does not set {key}; give the config.yaml that Detectron2 wrote into OUTPUT_DIR")
+        found.append(settings[key].value)
+    order, mean, std, stride = found
+    for key, values in (("MODEL.PIXEL_MEAN", mean), ("MODEL.PIXEL_STD", std)):
+        numbers = isinstance(values, list | tuple) and [v for v in values if type(v) in (int, float)]
+        if not numbers or len(numbers) != 3 or len(values) != 3:
+            raise UserError(f"{path}: {key} {values!r} is no three numbers; correct it")
+    if not isinstance(stride, bool):
+        raise UserError(f"{path}: MODEL.RESNETS.STRIDE_IN_1X1 {stride!r} is neither true nor false; correct it")
+    return order, tuple(map(float, mean)), tuple(map(float, std)), stride
 
 
 def _describe(account: Account) -> Manifest:

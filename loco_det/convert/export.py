@@ -12,10 +12,9 @@ from typing import IO, Any
 import msgspec
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from loco_det.artifact import HEADER_KEY, Manifest
+from loco_det.artifact import HEADER_KEY, Manifest, write_backbone
 from loco_det.convert.architecture import Architecture
 
 
@@ -27,7 +26,7 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, np.ndarray):
-            return np.ndarray, (value.shape, value.dtype.str, bytearray(value.tobytes()))
+            return np.ndarray, (value.shape, value.dtype.str, bytearray(value.reshape(-1).view(np.uint8)))
         return NotImplemented
 
 
@@ -43,7 +42,7 @@ def write_pickle(file: IO[bytes], tensors: dict[str, Tensor], manifest: Manifest
         "model": {name: tensor.numpy() for name, tensor in tensors.items()},
         "__author__": "loco_det",
         "matching_heuristics": True,
-        "loco_det": msgspec.json.encode(manifest).decode(),
+        HEADER_KEY: msgspec.json.encode(manifest).decode(),
     }
     file.seek(0)
     file.truncate()
@@ -57,19 +56,11 @@ def write_torch(file: IO[bytes], tensors: dict[str, Tensor], manifest: Manifest)
     """The .pth: what `resnet50().state_dict()` saves, less classifier and counters; it has no room for a manifest."""
     file.seek(0)
     file.truncate()
-    torch.save({name: tensor.clone() for name, tensor in tensors.items()}, file)  # a view would take its file along
+    torch.save(tensors, file)
     file.flush()
 
 
-def write_safetensors(file: IO[bytes], tensors: dict[str, Tensor], manifest: Manifest) -> None:
-    """The .safetensors: torchvision's names, and the manifest in the header, as `artifact.save_backbone` has them."""
-    file.seek(0)
-    file.truncate()
-    file.write(save(tensors, metadata={HEADER_KEY: msgspec.json.encode(manifest).decode()}))
-    file.flush()
-
-
-WRITERS = {".pkl": write_pickle, ".pth": write_torch, ".safetensors": write_safetensors}
+WRITERS = {".pkl": write_pickle, ".pth": write_torch, ".safetensors": write_backbone}
 """Suffix of the output -> (file, tensors, manifest) -> None; only the .pkl has Detectron2's names."""
 
 

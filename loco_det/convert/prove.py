@@ -1,29 +1,59 @@
-"""The proof: one image through torchvision's ResNet with the weights as read, and through ours as written.
+"""The proof: one image through the source's model with the weights as read, and through ours as written.
 
 Shape legend: the image is (1, 3, H, W); outputs are compared after the stem's pool and after each of four stages.
-torchvision's ResNet is an implementation of its own, so a wrong name, stride or norm shows as a difference.
+torchvision's and timm's ResNets are implementations of their own, so a wrong name, stride or norm shows as a
+difference. Where a code base keeps torchvision's layers under torchvision's names, or as a Sequential of them, the
+source model takes the tensors under the file's own names, so that no table of ours stands between the two.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from loco_det.backbone import BLOCKS, STAGES
 from loco_det.convert.architecture import Architecture
-from loco_det.convert.sources import Pixels
+from loco_det.convert.stored import AnyTensor, in_memory
 from loco_det.data.images import read_image
 from loco_det.errors import UserError
 
+if TYPE_CHECKING:
+    from loco_det.convert.account import Account
+
 TOLERANCE = 1e-5
-MAX_SIDE = 512
-_MODULES = {"stem": "maxpool", "res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
+MAX_SIDE = 160
+PHOTOGRAPH = "mpl-data/sample_data/grace_hopper.jpg"  # in the wheels of matplotlib, which is a dependency
+_LAYERS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+_CHILDREN = {name: str(i) for i, name in enumerate(_LAYERS)}
+_STAGES = dict(zip(STAGES, ("maxpool", "layer1", "layer2", "layer3", "layer4")))
+
+
+@dataclass
+class Witness:
+    """A network that the conversion is compared with.
+
+    Attributes:
+        name: what the proof calls it.
+        model: the network, without memory for its tensors.
+        stages: our stage -> the model's module whose output is that stage's.
+        tensors: the source's, under the model's names.
+    """
+
+    name: str
+    model: nn.Module
+    stages: dict[str, str]
+    tensors: Mapping[str, AnyTensor]
 
 
 def made_image(height: int = 157, width: int = 221) -> np.ndarray:
@@ -34,10 +64,50 @@ def made_image(height: int = 157, width: int = 221) -> np.ndarray:
     return np.clip(127.5 + 74 * np.stack(mixed, axis=-1), 0, 255).astype(np.uint8)
 
 
-def source_model(tensors: dict[str, Tensor], architecture: Architecture, stride_in_1x1: bool) -> nn.Module:
-    """torchvision's ResNet holding `tensors` (its names), in eval mode, its classifier removed."""
+def proof_image(path: str | Path | None, order: str) -> tuple[str, np.ndarray]:
+    """(its name, uint8 (H, W, 3) in `order`, at most `MAX_SIDE` a side): `path`, or the photograph that matplotlib
+    brings, or where a distribution left that out, an image made by a formula.
+    """
+    photograph = _photograph()
+    if path is not None:
+        name, picture = str(path), read_image(path, order)
+    elif photograph is not None:
+        name, picture = f"matplotlib's {photograph.name}", read_image(photograph, order)
+    else:
+        name, picture = "an image made by a formula", made_image()
+    step = -(-max(picture.shape[:2]) // MAX_SIDE)
+    picture = picture[::step, ::step]
+    return f"{name} ({picture.shape[1]} x {picture.shape[0]})", picture
+
+
+def _photograph() -> Path | None:
+    found = importlib.util.find_spec("matplotlib")
+    path = Path(found.origin).parent / PHOTOGRAPH if found and found.origin else None
+    return path if path and path.is_file() else None
+
+
+def witnesses(account: Account) -> Iterator[Witness]:
+    """The source's own network: torchvision's, and timm's too where the file is timm's or could be."""
+    arch, converted, stride = account.architecture, account.converted, account.pixels.stride_in_1x1
+    model = torchvision_model(arch, stride)
+    if account.naming == "children":
+        chain = nn.Sequential(*(model.get_submodule(name) for name in _LAYERS))
+        stages = {stage: _CHILDREN[name] for stage, name in _STAGES.items()}
+        own = {account.keys[name][len(account.prefix) :]: tensor for name, tensor in converted.items()}
+        yield Witness(f"torchvision {torchvision.__version__} as a Sequential, the file's names", chain, stages, own)
+    else:
+        names = "the file's names" if account.naming == "torchvision" else "names by our table"
+        yield Witness(f"torchvision {torchvision.__version__}, {names}", model, _STAGES, converted)
+    if account.timm:
+        import timm
+
+        yield Witness(f"timm {timm.__version__}, the file's names", timm_model(arch), _STAGES, converted)
+
+
+def torchvision_model(architecture: Architecture, stride_in_1x1: bool = False) -> nn.Module:
+    """torchvision's ResNet without memory for its tensors, in eval mode, its classifier removed."""
     block = Bottleneck if architecture.depth >= 50 else BasicBlock
-    with torch.device("meta"):  # nothing is initialised only to be overwritten
+    with torch.device("meta"):
         model = TorchvisionResNet(
             block,
             list(BLOCKS[architecture.depth]),
@@ -45,9 +115,6 @@ def source_model(tensors: dict[str, Tensor], architecture: Architecture, stride_
             width_per_group=architecture.width_per_group,
         )
     model.fc = nn.Identity()
-    model.to_empty(device="cpu")
-    counters = {name: torch.tensor(0) for name, _ in model.named_buffers() if name.endswith("num_batches_tracked")}
-    model.load_state_dict({**tensors, **counters}, strict=True)
     if stride_in_1x1:
         for module in model.modules():
             if isinstance(module, Bottleneck):
@@ -55,53 +122,102 @@ def source_model(tensors: dict[str, Tensor], architecture: Architecture, stride_
     return model.eval()
 
 
-def prove(
-    tensors: dict[str, Tensor],
-    exported: dict[str, Tensor],
-    architecture: Architecture,
-    pixels: Pixels,
-    image: str | Path | None = None,
-) -> dict[str, Any]:
-    """Compare source (`tensors`, torchvision's names) and result (`exported`, Detectron2's names) stage by stage.
+def timm_model(architecture: Architecture) -> nn.Module:
+    """timm's ResNet, as `torchvision_model`."""
+    from timm.models import resnet as timm_resnet
 
-    Returns {"image", "tolerance", "float64": {stage: {"max_abs", "relative"}}, "float32": ...}, where relative means
-    the largest difference over the largest value of the source's output.
+    with torch.device("meta"):
+        model = timm_resnet.ResNet(
+            timm_resnet.Bottleneck if architecture.depth >= 50 else timm_resnet.BasicBlock,
+            BLOCKS[architecture.depth],
+            num_classes=0,
+            cardinality=architecture.groups,
+            base_width=architecture.width_per_group,
+        )
+    return model.eval()
+
+
+def prove(account: Account, exported: Mapping[str, AnyTensor], image: str | Path | None = None) -> dict[str, Any]:
+    """Compare the source of `account` with the result (`exported`, Detectron2's names) stage by stage.
+
+    One layer at a time is in memory. Returns {"image", "models", "tolerance", "float64": {stage: {"max_abs",
+    "relative"}}, "float32": ...}, where relative means the largest difference over the largest value of the source's
+    output, and of several source models the worst counts.
 
     Raises:
         UserError: a stage differs by more than `TOLERANCE`, or its output is not finite or zero everywhere.
     """
-    picture = made_image() if image is None else read_image(image, pixels.order)
-    step = -(-max(picture.shape[:2]) // MAX_SIDE)
-    picture = picture[::step, ::step]
-    height, width = picture.shape[:2]
+    pixels = account.pixels
+    name, picture = proof_image(image, pixels.order)
     values = (torch.from_numpy(picture.astype(np.float64)) - torch.tensor(pixels.mean)) / torch.tensor(pixels.std)
     x = values.permute(2, 0, 1)[None].contiguous()
-    name = "an image made by a formula" if image is None else str(image)
-    proof: dict[str, Any] = {"image": f"{name} ({width} x {height})", "tolerance": TOLERANCE}
-    source = source_model(tensors, architecture, pixels.stride_in_1x1)
-    result = architecture.build(stride_in_1x1=pixels.stride_in_1x1, norm="FrozenBN").eval()
-    result.load_state_dict(exported, strict=True)
+    with torch.device("meta"):
+        result = account.architecture.build(stride_in_1x1=pixels.stride_in_1x1, norm="FrozenBN").eval()
+    sources = list(witnesses(account))
+    proof: dict[str, Any] = {"image": name, "models": [w.name for w in sources], "tolerance": TOLERANCE}
+    own = {stage: stage for stage in STAGES}
     for kind in ("float64", "float32"):
         dtype = getattr(torch, kind)
-        with torch.no_grad():
-            expected = _stages(source.to(dtype), x.to(dtype))
-            found = result.to(dtype)(x.to(dtype))
-        proof[kind] = {stage: _difference(stage, expected[stage], found[stage]) for stage in STAGES}
+        found = _stages(result, own, exported, x.to(dtype))
+        compared = []
+        for source in sources:
+            expected = _stages(source.model, source.stages, source.tensors, x.to(dtype))
+            compared.append({stage: _difference(stage, expected[stage], found[stage]) for stage in STAGES})
+        proof[kind] = {stage: max((c[stage] for c in compared), key=lambda d: d["relative"]) for stage in STAGES}
     return proof
 
 
-def _stages(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+@torch.no_grad()
+def _stages(model: nn.Module, stages: dict[str, str], tensors: Mapping[str, AnyTensor], x: Tensor) -> dict[str, Tensor]:
+    """Every stage's output for `x`, in its dtype."""
     outputs: dict[str, Tensor] = {}
     hooks = [
         model.get_submodule(module).register_forward_hook(
             lambda _module, _inputs, output, stage=stage: outputs.__setitem__(stage, output)
         )
-        for stage, module in _MODULES.items()
+        for stage, module in stages.items()
     ]
-    model(x)
+    with _lent(model, tensors, x.dtype):
+        model(x)
     for hook in hooks:
         hook.remove()
     return outputs
+
+
+@contextmanager
+def _lent(model: nn.Module, tensors: Mapping[str, AnyTensor], dtype: torch.dtype) -> Iterator[None]:
+    """Give each layer of `model` its tensors for its own forward alone, so that never all are in memory.
+
+    Raises:
+        RuntimeError: the names and shapes of `tensors` are not exactly the model's.
+    """
+    shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.endswith("num_batches_tracked")}
+    if shapes != {n: tuple(t.shape) for n, t in tensors.items()}:
+        odd = sorted(shapes.items() ^ {n: tuple(t.shape) for n, t in tensors.items()}.items())
+        raise RuntimeError(f"the model and its tensors differ in {odd[0]}")
+    hooks = []
+    for prefix, layer in model.named_modules():
+        for slots in (layer._parameters, layer._buffers):
+            for name, empty in list(slots.items()):
+                full = f"{prefix}.{name}" if prefix else name
+                if full in tensors:
+                    hooks.append(layer.register_forward_pre_hook(_lend(slots, name, tensors[full], dtype)))
+                    hooks.append(layer.register_forward_hook(_take_back(slots, name, empty)))
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def _lend(slots: dict, name: str, tensor: AnyTensor, dtype: torch.dtype) -> Any:
+    def lend(*_: Any) -> None:
+        value = in_memory(tensor).to(dtype)
+        slots[name] = nn.Parameter(value, requires_grad=False) if isinstance(slots[name], nn.Parameter) else value
+
+    return lend
+
+
+def _take_back(slots: dict, name: str, empty: Tensor) -> Any:
+    return lambda *_: slots.__setitem__(name, empty)
 
 
 def _difference(stage: str, expected: Tensor, found: Tensor) -> dict[str, float]:

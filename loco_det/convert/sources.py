@@ -20,6 +20,7 @@ from torch import Tensor
 from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD
 from loco_det.convert.architecture import refuse_small_stem
 from loco_det.convert.namings import NAMINGS
+from loco_det.convert.stored import AnyTensor, Stored, in_memory
 from loco_det.errors import UserError
 
 MAX_ITEMS = 1_000_000
@@ -39,6 +40,11 @@ class Pixels:
     std: Triple = IMAGENET_STD
     stride_in_1x1: bool = False
 
+    def text(self) -> str:
+        """For people."""
+        mean, std = (" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return f"{self.order}, mean {mean}, std {std} (0-255), stride in the {'1x1' if self.stride_in_1x1 else '3x3'}"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -54,6 +60,7 @@ class Source:
         pixels: what its published recipes feed it; None where the file alone cannot say.
         moves: (pattern, replacement) applied to every key first.
         scale_only: its norms hold scale and shift alone, the statistics being folded into them.
+        timm: its network is timm's, or may be; the proof then asks timm's as well.
     """
 
     name: str
@@ -65,6 +72,7 @@ class Source:
     pixels: Pixels | None = field(default_factory=Pixels)
     moves: Rules = ()
     scale_only: bool = False
+    timm: bool = False
 
 
 CLASSIFIER = (r"fc\.(weight|bias)", "classifier")
@@ -99,6 +107,8 @@ SOURCES = (
             (r"(momentum_)?predictor\..+", "prediction head"),
             (r"(momentum_)?classifier\..+", "classifier"),
             (r"prototypes\..+", "prototypes"),
+            (r"(transformer_encoder|pos_enc)\..+", "projection head"),
+            (r"local_memory_\w+", "memory bank"),
             (r"dino_loss_func\..+", "loss"),
             QUEUE,
         ),
@@ -133,16 +143,18 @@ SOURCES = (
         "MMPretrain or MMSelfSup",
         {
             "backbone": r"state_dict:(module\.)?backbone\.",
-            "momentum": r"state_dict:(module\.)?(encoder_k|target_net)\.module\.0\.",
+            "momentum": r"state_dict:(module\.)?(encoder_k|target_net|momentum_encoder)\.module\.0\.",
+            "ema": r"ema_state_dict:module\.backbone\.",
         },
         outside=(
-            (r"(module\.)?(neck|(encoder_k|target_net)\.module\.1)\..+", "projection head"),
-            (r"(module\.)?(encoder_k|target_net)\.steps", "step counters"),
+            (r"(module\.)?(neck|(encoder_k|target_net|momentum_encoder)\.module\.1)\..+", "projection head"),
+            (r"((module\.)?(encoder_k|target_net|momentum_encoder)\.)?steps", "step counters"),
             (r"(module\.)?head\..+", "prediction head"),
-            (r"data_preprocessor\.(mean|std)", "pixel statistics"),
+            (r"(module\.)?(data_preprocessor\.(mean|std)|loss_weight)", "pixel statistics and loss weights"),
+            (r"(module\.)?memory_bank\..+", "memory bank"),
             QUEUE,
         ),
-        marker=r"state_dict:(module\.)?(neck\.|head\.fc\.|(encoder_k|target_net)\.module\.).+",
+        marker=r"state_dict:(module\.)?(neck|head\.(fc|fc_cls|clss|fcs)|\w+\.module)\..+",
     ),
     Source(
         "VISSL",
@@ -171,7 +183,7 @@ SOURCES = (
     Source(
         "BYOL (byol-pytorch, BYOL-PyTorch)",
         {
-            "online": r"(.+:)?(module\.|learner\.)?(online_encoder\.net|online_network\.encoder)\.",
+            "online": r"(.+:)?(module\.|learner\.)?(net|online_encoder\.net|online_network\.encoder)\.",
             "target": r"(.+:)?(module\.|learner\.)?(target_encoder\.net|target_network\.encoder)\.",
         },
         namings=("children", "torchvision"),
@@ -180,6 +192,7 @@ SOURCES = (
             (r"(.+\.)?(online|target)_(encoder|network)\.(projector|projection|projetion)\..+", "projection head"),
             (r"(.+\.)?(online_)?predictor\..+", "prediction head"),
         ),
+        marker=r"(.+[.:])?online_(encoder\.net|network\.encoder)\..+",
     ),
     Source(
         "SimSiam",
@@ -218,18 +231,22 @@ SOURCES = (
         "lightly",
         {
             "online": r"(state_dict:)?(model\.)?backbone\.",
-            "momentum": r"(state_dict:)?(model\.)?backbone_momentum\.",
+            "momentum": r"(state_dict:)?(model\.)?(backbone_momentum|key_backbone)\.",
             "student": r"(state_dict:)?(model\.)?student_backbone\.",
             "teacher": r"(state_dict:)?(model\.)?teacher_backbone\.",
         },
         namings=("children", "torchvision"),
         outside=(
-            (r"(.+\.)?(projection_head|prediction_head|student_head|teacher_head)(_momentum)?\..+", "projection head"),
-            (r"(.+\.)?prototypes\..+", "prototypes"),
+            (
+                r"(.+\.)?(\w+_)?(projection_head|prediction_head|student_head|teacher_head)(_\w+)?\..+",
+                "projection head",
+            ),
+            (r"(.+\.)?(prototypes|smog)\..+", "prototypes"),
             (r"(.+\.)?(online_classifier|fc)\..+", "classifier"),
-            (r"(.+\.)?criterion\..+", "loss"),
+            (r"(.+\.)?(memory_bank|queues)\..+", "memory bank"),
+            (r"(.+\.)?(\w+_)?criterion(_\w+)?\..+", "loss"),
         ),
-        marker=r"(state_dict:)?(.+\.)?(projection_head|prediction_head|student_head)\..+",
+        marker=r"(state_dict:)?(.+\.)?(\w+_)?(projection_head|prediction_head|student_head)(_\w+)?\..+",
     ),
     Source(
         "Hugging Face transformers",
@@ -272,11 +289,13 @@ SOURCES = (
         {"model": r"state_dict:", "ema": r"state_dict_ema:"},
         inside=(CLASSIFIER,),
         marker=r"state_dict_ema:.+",
+        timm=True,
     ),
     Source(
         "torchvision or timm ResNet",
         {"model": r"((state_dict|model):)?(module\.)?"},
         inside=(CLASSIFIER,),
+        timm=True,
     ),
     Source(
         "Lightning module",
@@ -316,7 +335,7 @@ class Candidate:
     naming: str
 
 
-def flatten(path: object, loaded: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def flatten(path: object, loaded: dict[str, Any]) -> Iterator[tuple[str, AnyTensor]]:
     """(key, tensor) for every tensor in nested plain data, keys as this module's docstring says.
 
     Raises:
@@ -331,13 +350,13 @@ def flatten(path: object, loaded: dict[str, Any]) -> Iterator[tuple[str, Tensor]
         if seen > MAX_ITEMS:  # shared containers can stand for exponentially many
             raise UserError(f"{path}: nests more than {MAX_ITEMS:,} items; save the model's state_dict() alone")
         for name, value in items.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor | Stored):
                 yield f"{place}:{name}" if place else str(name), value
             elif isinstance(value, dict | list | tuple):
                 waiting.append((f"{place}/{name}" if place else str(name), value))
 
 
-def candidates(tensors: dict[str, Tensor]) -> list[Candidate]:
+def candidates(tensors: dict[str, AnyTensor]) -> list[Candidate]:
     """Every backbone among `tensors`, in the order of their keys, each with the first row that fits it."""
     found: list[Candidate] = []
     for naming, (stem, block, _) in NAMINGS.items():
@@ -349,7 +368,7 @@ def candidates(tensors: dict[str, Tensor]) -> list[Candidate]:
     return found
 
 
-def _identify(prefix: str, naming: str, tensors: dict[str, Tensor]) -> Candidate:
+def _identify(prefix: str, naming: str, tensors: dict[str, AnyTensor]) -> Candidate:
     for source in SOURCES:
         if naming not in source.namings:
             continue
@@ -361,9 +380,9 @@ def _identify(prefix: str, naming: str, tensors: dict[str, Tensor]) -> Candidate
     return Candidate(None, prefix, prefix, naming)
 
 
-def _distinct(tensors: dict[str, Tensor], found: list[Candidate]) -> list[Candidate]:
+def _distinct(tensors: dict[str, AnyTensor], found: list[Candidate]) -> list[Candidate]:
     """`found` less those whose every tensor is that of an earlier one: one backbone saved under two names."""
-    kept: list[tuple[Candidate, dict[str, Tensor]]] = []
+    kept: list[tuple[Candidate, dict[str, AnyTensor]]] = []
     for candidate in found:
         rename = NAMINGS[candidate.naming][2]
         rest = ((k[len(candidate.prefix) :], t) for k, t in tensors.items() if k.startswith(candidate.prefix))
@@ -374,11 +393,11 @@ def _distinct(tensors: dict[str, Tensor], found: list[Candidate]) -> list[Candid
     return [candidate for candidate, _ in kept]
 
 
-def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def _same(one: dict[str, AnyTensor], other: dict[str, AnyTensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(in_memory(t), in_memory(other[n])) for n, t in one.items())
 
 
-def choose(path: object, tensors: dict[str, Tensor], branch: str | None) -> Candidate:
+def choose(path: object, tensors: dict[str, AnyTensor], branch: str | None) -> Candidate:
     """The backbone to convert; `branch` is a branch's name or the literal prefix of its keys.
 
     Raises:

@@ -2,7 +2,8 @@
 
 `pickle.load` calls whatever a file names. Here a name is only ever a word, answered from the table in `builders`
 or refused; nothing is imported. No size in the file is believed before the bytes for it were seen, and what is
-copied is charged against what was read, so memory stays within a small multiple of the file's size.
+copied is charged against what was read, so memory stays within a small multiple of the file's size. Long runs of
+bytes, which are the weights, are passed over and stay in the file.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import pickletools
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +29,10 @@ from loco_det.convert.builders import (
     key,
     set_items,
 )
+from loco_det.convert.stored import Span
 
 MAX_INSTRUCTIONS = 2_000_000  # a ResNet-152 with its optimizer state takes about 30,000
+LONG = 4096  # bytes, from which on data stay in the file
 SLACK = 2**16  # copies allowed beyond what was read
 
 MALFORMED = (
@@ -69,32 +72,63 @@ class _Machine:
 
 
 def read_pickle(
-    stream: Any, persistent: Callable[[Any], Any] | None = None, instructions: int = MAX_INSTRUCTIONS
+    stream: Any,
+    persistent: Callable[[Any], Any] | None = None,
+    span: Callable[[int, int], Span] | None = None,
+    instructions: int = MAX_INSTRUCTIONS,
 ) -> Any:
-    """One pickle of at most so many `instructions` from `stream`, a file with read, readline and tell, which is left
-    just behind it.
+    """One pickle of at most so many `instructions` from `stream`, a file with read, readline, tell and seek, which is
+    left just behind it.
 
-    `persistent` answers persistent ids, which torch uses for storages. Containers come back as dict, list, tuple
-    and set; numbers in numpy's arrays as `Array`; `TensorView` stands for torch's tensors.
+    `persistent` answers persistent ids, which torch uses for storages. `span` gives the bytes at (start, size) of
+    `stream`; without it they are copied. Containers come back as dict, list, tuple and set; numpy's arrays as
+    `Array`; `TensorView` stands for torch's tensors.
 
     Raises:
         Refused: the pickle names anything but plain data and arrays.
         MALFORMED: damaged.
     """
     machine = _Machine(persistent or _no_persistent)
-    for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
+    for count, (name, argument, position) in enumerate(_instructions(stream, span)):
         if count > instructions:
             raise Refused(f"has more than {instructions:,} pickle instructions")
         machine.position = position
-        if opcode.name == "STOP":
-            return machine.stack.pop()
-        if opcode.name in _PUSH_ARGUMENT:
+        if name == "STOP":
+            break
+        if name in _PUSH_ARGUMENT:
             machine.stack.append(bytes(argument) if isinstance(argument, bytearray) else argument)
-        elif opcode.name in _OPERATIONS:
-            _OPERATIONS[opcode.name](machine, argument)
+        elif name in _OPERATIONS:
+            _OPERATIONS[name](machine, argument)
         else:
-            raise Refused(f"uses the pickle instruction {opcode.name}, which plain data never needs")
-    raise ValueError("pickle ends before STOP")
+            raise Refused(f"uses the pickle instruction {name}, which plain data never needs")
+    return machine.stack.pop()
+
+
+def _instructions(stream: Any, span: Callable[[int, int], Span] | None) -> Iterator[tuple[str, Any, int]]:
+    """(name, argument, place) of every instruction, endlessly: the reader stops at STOP."""
+    while True:
+        position = stream.tell()
+        code = stream.read(1).decode("latin1")
+        if code not in pickletools.code2op:
+            raise ValueError(f"no pickle instruction {code!r}" if code else "a pickle without its end")
+        opcode = pickletools.code2op[code]
+        argument = None
+        if opcode.arg is not None:
+            argument = span and opcode.name in _DATA and _in_place(stream, _DATA[opcode.name], span)
+            argument = argument or opcode.arg.reader(stream)
+        yield opcode.name, argument, position
+
+
+def _in_place(stream: Any, length: str, span: Callable[[int, int], Span]) -> Span | None:
+    """The bytes whose length stands next in `stream`, passed over; None, and nothing read, if they are short."""
+    start = stream.tell()
+    head = stream.read(struct.calcsize(length))
+    (size,) = struct.unpack(length, head)
+    if size < LONG:
+        stream.seek(start)
+        return None
+    stream.seek(size, 1)  # a ValueError where the file ends before
+    return span(start + len(head), size)
 
 
 def _no_persistent(_: Any) -> Any:
@@ -215,6 +249,8 @@ def _build(m: _Machine, _: Any) -> None:
         raise Refused(f"sets attributes of a {type(target).__name__}")
 
 
+_DATA = {"BINSTRING": "<i", "BINBYTES": "<I", "BINBYTES8": "<Q", "BYTEARRAY8": "<Q"}
+"""Instructions that carry data -> how the length before them is written."""
 _PUSH = re.compile(
     r"(BIN)?INT[12]?|LONG[14]?|(BIN)?FLOAT|(SHORT_)?(BIN)?STRING|(SHORT_)?(BIN)?UNICODE8?|(SHORT_)?BINBYTES8?|BYTEARRAY8"
 )

@@ -13,6 +13,7 @@ import numpy as np
 from fvcore.common.config import CfgNode
 
 from loco_det.convert.builders import Refused, finished
+from loco_det.convert.stored import in_memory
 from loco_det.convert.unpickle import MALFORMED, read_pickle
 from loco_det.data.mapper import ProposalsOfImage
 from loco_det.errors import UserError
@@ -76,7 +77,7 @@ def _by_image(path: str | Path, content: Any) -> dict[str, ProposalsOfImage]:
         )
     found = {}
     for image_id, boxes, logits in zip(*columns):
-        boxes, logits = np.asarray(finished(boxes)), np.asarray(finished(logits))
+        boxes, logits = (np.asarray(in_memory(finished(values))) for values in (boxes, logits))
         if boxes.ndim != 2 or boxes.shape[1:] != (4,) or logits.shape != boxes.shape[:1]:
             raise UserError(
                 f"{path}: image {image_id} has boxes {boxes.shape} and logits {logits.shape}; they must be (P, 4) and "

@@ -1,0 +1,172 @@
+"""What a checkpoint is, told without converting it: nothing but names, shapes and dtypes is looked at."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from loco_det.artifact import HEADER_KEY, decode_manifest
+from loco_det.convert.account import take_account
+from loco_det.convert.load import file_kind, open_tensors, safetensors_metadata
+from loco_det.convert.sources import Pixels, candidates, flatten
+from loco_det.convert.stored import AnyTensor
+from loco_det.errors import UserError
+
+MAX_ROWS = 60
+MAX_SAYINGS = 24
+
+
+@dataclass
+class Report:
+    """What `inspect` found.
+
+    Attributes:
+        file: its path.
+        kind: of file, as `load.file_kind` names it.
+        size: its bytes.
+        says: plain values that it holds beside tensors, by their place: epoch, arch, learning rate.
+        manifest: what our own file says of itself, as plain data; empty for any other file.
+        backbones: one record for each backbone that could be converted: source, branch, prefix, architecture, pixels,
+            converted, dropped {reason: count}; where it cannot be, "problem" has the sentence that `convert` would say.
+        problem: the sentence that `convert` would say where the file holds no backbone at all, or "".
+        groups: one record for each part of the network: place, tensors, values, dtypes, first (name and shape).
+    """
+
+    file: str
+    kind: str
+    size: int
+    says: dict[str, Any]
+    manifest: dict[str, Any]
+    backbones: list[dict[str, Any]]
+    problem: str
+    groups: list[dict[str, Any]]
+
+    def facts(self) -> dict[str, Any]:
+        """Everything as plain data, for JSON."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """Aligned plain text."""
+        tensors, values = (sum(group[key] for group in self.groups) for key in ("tensors", "values"))
+        rows = [
+            ("file", f"{self.file}: {self.kind}, {self.size:,} bytes, {tensors} tensors, {values:,} values"),
+            *(("says" if i == 0 else "", f"{k} {v!r}") for i, (k, v) in enumerate(self.says.items())),
+            *self._manifest_rows(),
+            *([("backbone", f"none: {self.problem}")] if self.problem else []),
+        ]
+        for found in self.backbones:
+            place = f"--branch {found['branch'] or found['prefix']}: " if len(self.backbones) > 1 else ""
+            if "problem" in found:
+                rows.append(("backbone", f"{place}{found['source']}, cannot be converted: {found['problem']}"))
+                continue
+            where = f"under {found['prefix']!r}" if found["prefix"] else "at the outermost level"
+            rows.append(("backbone", f"{place}{found['source']}, {found['architecture']} {where}"))
+            if not self.manifest:
+                rows.append(("", f"pixels: {found['pixels']}"))
+            dropped = ", ".join(f"{count} {reason}" for reason, count in found["dropped"].items())
+            rows.append(("", f"would convert {found['converted']} tensors and drop {dropped or 'none'}"))
+        lines = [f"{label:<10} {text}" for label, text in rows]
+        shown = self.groups[:MAX_ROWS]
+        width = max((len(group["place"]) for group in shown), default=0)
+        lines += ["", f"{'part':<{width}}  tensors       values  dtypes, first tensor"]
+        for group in shown:
+            dtypes = " ".join(group["dtypes"])
+            lines.append(
+                f"{group['place']:<{width}}  {group['tensors']:7d} {group['values']:12,d}  {dtypes}, {group['first']}"
+            )
+        if len(self.groups) > MAX_ROWS:
+            lines.append(f"... and {len(self.groups) - MAX_ROWS} more parts (--json has all)")
+        return lines
+
+    def _manifest_rows(self) -> list[tuple[str, str]]:
+        if not self.manifest:
+            return []
+        m = self.manifest
+        pixels = Pixels(m["channel_order"], tuple(m["pixel_mean"]), tuple(m["pixel_std"]), m["stride_in_1x1"])
+        trained = f", step {m['step']} on {m['images']:,} images of {m['dataset']}" if m["dataset"] else ""
+        rows = [("manifest", f"loco_det {m['loco_det_version']}: {m['architecture']} by {m['method']}{trained}")]
+        rows.append(("", f"pixels: {pixels.text()}"))
+        if m["proof"]:
+            worst = max(cell["relative"] for cell in m["proof"]["float32"].values())
+            rows.append(("", f"proven with {m['proof']['image']}, float32 within {worst:.1e} relative"))
+        return rows
+
+
+def inspect(path: str | Path) -> Report:
+    """Look at `path` without reading a tensor's values.
+
+    Raises:
+        UserError: it cannot be read as a weights file. One without a usable backbone is no error here.
+    """
+    path = Path(path)
+    opened = open_tensors(path)
+    tensors = dict(flatten(path, opened))
+    header = safetensors_metadata(path).get(HEADER_KEY) or opened.get(HEADER_KEY)
+    manifest = json.loads(msgspec.json.encode(decode_manifest(header, path))) if isinstance(header, str) else {}
+    backbones = [_backbone(path, opened, c.prefix) for c in candidates(tensors)]
+    if manifest and len(backbones) == 1:
+        backbones[0]["source"] = f"loco_det ({manifest['method']})"
+    problem = ""
+    if not backbones:
+        try:
+            take_account(path, opened, read=False)
+        except UserError as error:
+            problem = str(error)
+    says = dict(list(_sayings(opened))[:MAX_SAYINGS])
+    return Report(str(path), file_kind(path), path.stat().st_size, says, manifest, backbones, problem, _groups(tensors))
+
+
+def _backbone(path: Path, opened: dict[str, Any], prefix: str) -> dict[str, Any]:
+    tensors = dict(flatten(path, opened))
+    candidate = next(c for c in candidates(tensors) if c.prefix == prefix)
+    name = candidate.source.name if candidate.source else "unknown code base"
+    found: dict[str, Any] = {"source": name, "branch": candidate.branch, "prefix": prefix}
+    try:
+        account, _ = take_account(path, opened, prefix, read=False)
+    except UserError as error:
+        return {**found, "problem": str(error)}
+    pixels = candidate.source.pixels if candidate.source else None
+    return {
+        **found,
+        "architecture": account.architecture.name,
+        "pixels": pixels.text() if pixels else "must be stated",
+        "converted": len(account.converted) - len(account.made),
+        "dropped": {reason: len(keys) for reason, keys in account.dropped.items()},
+    }
+
+
+def _sayings(opened: dict[str, Any], place: str = "", depth: int = 2) -> Iterator[tuple[str, Any]]:
+    """Plain values of the outer dictionaries, with their places."""
+    for name, value in opened.items():
+        where = f"{place}/{name}" if place else str(name)
+        if isinstance(value, dict) and depth > 1:
+            yield from _sayings(value, where, depth - 1)
+        elif isinstance(value, bool | int | float) or (isinstance(value, str) and where != HEADER_KEY):
+            yield where, value if not isinstance(value, str) or len(value) <= 60 else f"{value[:57]}..."
+
+
+def _groups(tensors: dict[str, AnyTensor]) -> list[dict[str, Any]]:
+    """Tensors by the part of a network, or the dictionary beside it, that they belong to."""
+    groups: dict[str, dict[str, Any]] = {}
+    prefixes = sorted((c.prefix for c in candidates(tensors)), key=len, reverse=True)
+    for key, tensor in tensors.items():
+        prefix = next((p for p in prefixes if key.startswith(p)), None)
+        container, colon, name = key.rpartition(":")
+        if prefix is None:
+            prefix = container + colon + ("module." if name.startswith("module.") else "")
+        rest = key[len(prefix) :]
+        beside = "/" in container and not prefix.endswith(".")  # optimizer/state/7:exp_avg
+        place = container.partition("/")[0] if beside else prefix + rest.partition(".")[0]
+        group = groups.setdefault(place, {"place": place, "tensors": 0, "values": 0, "dtypes": Counter(), "first": ""})
+        group["tensors"] += 1
+        group["values"] += math.prod(tensor.shape)
+        group["dtypes"][str(tensor.dtype).removeprefix("torch.")] += 1
+        group["first"] = group["first"] or f"{rest} {list(tensor.shape)}"
+    return [{**group, "dtypes": dict(group["dtypes"])} for group in groups.values()]

@@ -1,0 +1,157 @@
+"""A conversion costs the backbone, not the checkpoint: memory is measured in a process of its own, format by format."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from convert_cases import detectron_pkl, randomised, torch_legacy_of
+
+from loco_det.convert.load import load_tensors, open_tensors
+from loco_det.convert.sources import flatten
+from loco_det.convert.stored import Stored
+from loco_det.errors import UserError
+from loco_det.names import to_detectron2
+
+MB = 2**20
+HUGE = 64 * MB
+SCRIPT = """
+import sys
+import cv2, safetensors.torch, timm, torch, torchvision
+from loco_det.convert import convert
+for dtype in (torch.float32, torch.float64):  # the kernels' own memory is not the conversion's
+    torch.nn.functional.conv2d(torch.ones(1, 3, 8, 8, dtype=dtype), torch.ones(4, 3, 3, 3, dtype=dtype))
+def kibibytes(field):  # not ru_maxrss, which remembers the process that this one was forked from
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field))
+before = kibibytes("VmRSS")
+source, output, *options = sys.argv[1:]
+pixels = {"channel_order": "RGB", "pixel_mean": (1.0, 1.0, 1.0), "pixel_std": (9.0, 9.0, 9.0)}
+convert(source, output, **({"branch": options[0]} if options else pixels))
+print(kibibytes("VmHWM") - before)
+"""
+
+
+def moco_like() -> tuple[dict, int]:
+    """A MoCo checkpoint whose queue and optimizer state are far larger than its backbone; and the backbone's bytes."""
+    state = randomised(torchvision.models.resnet18()).state_dict()
+    size = sum(t.nbytes for n, t in state.items() if "num_batches" not in n and not n.startswith("fc."))
+    both = {f"module.encoder_{q}.{n}": t + 0 for q in "qk" for n, t in state.items()}
+    huge = [torch.zeros(128, HUGE // 4 // 128) for _ in range(3)]
+    optimizer = {"state": {i: {"exp_avg": tensor} for i, tensor in enumerate(huge[1:])}}
+    return {"state_dict": {**both, "module.queue": huge[0]}, "optimizer": optimizer}, size
+
+
+def peak(*arguments: object) -> int:
+    """By how many bytes a conversion raises the peak of its process's memory."""
+    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(done.stdout) * 1024
+
+
+def shards(folder: Path, content: dict, size: int) -> Path:
+    """The state dict and the rest in two safetensors files, and their index."""
+    flat = dict(content["state_dict"])
+    parts = [flat, {"module.queue2": content["optimizer"]["state"][0]["exp_avg"]}]
+    places = {}
+    for number, part in enumerate(parts):
+        safetensors.torch.save_file(part, folder / f"model-{number}.safetensors")
+        places.update(dict.fromkeys(part, f"model-{number}.safetensors"))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return folder / "model.safetensors.index.json"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors", "index", "pkl"])
+def test_peak_memory(tmp_path: Path, kind: str) -> None:
+    """At most 1.5 times the backbone and the largest tensor of the file, whatever else is in the file."""
+    content, size = moco_like()
+    path, options = tmp_path / "source.pth", ["query"]
+    if kind == "index":
+        path = shards(tmp_path, content, size)
+    elif kind == "safetensors":
+        safetensors.torch.save_file(content["state_dict"], path)
+    elif kind == "pkl":
+        path, options = tmp_path / "source.pkl", []
+        start = "module.encoder_q."
+        own = {k.removeprefix(start): t for k, t in content["state_dict"].items() if k.startswith(start)}
+        arrays = {to_detectron2(k): t.numpy() for k, t in own.items() if not k.startswith("fc.")}
+        arrays |= {f"roi_heads.{i}": np.zeros(HUGE // 4, np.float32) for i in range(3)}
+        path.write_bytes(pickle.dumps({"model": arrays}, protocol=4))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
+    del content
+    assert size < HUGE
+    grown = peak(path, tmp_path / "out.pkl", *options)
+    print(f"{kind}: {path.stat().st_size / MB:.0f} MiB file, {size / MB:.0f} MiB backbone, {grown / MB:.0f} MiB grown")
+    assert grown <= 1.5 * size + HUGE
+
+
+def stored(path: Path) -> Iterator[tuple[str, Stored]]:
+    return ((key, tensor) for key, tensor in flatten(path, open_tensors(path)))
+
+
+def test_what_is_opened_is_not_read(tmp_path: Path) -> None:
+    """Opening gives places in the file; reading gives what torch reads; both agree on dtype and shape."""
+    base = torch.arange(24.0)
+    content = {
+        "a": base.reshape(4, 6).T,
+        "b": base[::5],
+        "c": torch.tensor(3, dtype=torch.int64),
+        "d": torch.ones(0, 2),
+    }
+    content |= {"e": torch.ones(2, dtype=torch.complex64), "f": torch.ones(3).to(torch.float8_e4m3fn)}
+    for modern in (True, False):
+        torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=modern)
+        opened = dict(stored(tmp_path / "c.pth"))
+        assert opened.keys() == content.keys()
+        for key, tensor in content.items():
+            assert (opened[key].dtype, opened[key].shape, opened[key].ndim) == (tensor.dtype, tensor.shape, tensor.ndim)
+            found = opened[key].read()
+            assert found.is_contiguous()
+            wide = torch.complex64 if tensor.is_complex() else torch.float64  # float8 has no equality of its own
+            assert torch.equal(found.to(wide), tensor.to(wide))
+
+
+def test_arrays_of_any_byte_order_and_layout(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).normal(size=(7, 300)).astype(np.float32)
+    for protocol in (2, 4, 5):
+        content = {"<": array, ">": array.astype(">f4"), "F": np.asfortranarray(array), "T": array[:, ::2]}
+        (tmp_path / "w.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+        for key, tensor in stored(tmp_path / "w.pkl"):
+            assert np.array_equal(tensor.read().numpy(), content[key]), (protocol, key)
+    (tmp_path / "w.pkl").write_bytes(detectron_pkl({"conv1_w": torch.from_numpy(array)}))
+    assert np.array_equal(dict(stored(tmp_path / "w.pkl"))["conv1_w"].read().numpy(), array)
+
+
+def test_damage_shows_when_the_tensor_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    torch.save({"a": torch.arange(12.0), "b": torch.ones(5)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.arange(12.0).numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+    opened = dict(stored(path))
+    assert opened["b"].read().sum() == 5
+    with pytest.raises(UserError, match=r"c\.pth: is damaged or incomplete \(a checksum does not match\)"):
+        opened["a"].read()
+
+
+def test_many_views_of_one_storage_are_not_copied_without_end(tmp_path: Path) -> None:
+    """Files of before torch 1.6 align nothing, so their tensors are copied: a megabyte must not become a terabyte."""
+    path = tmp_path / "c.pth"
+    path.write_bytes(torch_legacy_of(torch.zeros(2**18), views=3000))
+    with pytest.raises(UserError, match="its tensors amount to more than the file holds"):
+        load_tensors(path)
+    assert len(open_tensors(path)["views"]) == 3000
+    path.write_bytes(torch_legacy_of(torch.zeros(2**18), views=3))  # tied weights
+    assert len(load_tensors(path)["views"]) == 3
