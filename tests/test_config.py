@@ -248,10 +248,10 @@ def test_every_honoured_key_is_read_somewhere():
 
 def test_a_key_that_is_not_honoured_is_refused_by_name(tmp_path):
     path = tmp_path / "a.yaml"
-    path.write_text("MODEL:\n  KEYPOINT_ON: True\n")
+    path.write_text("MODEL:\n  META_ARCHITECTURE: RetinaNet\n")
     with pytest.raises(UserError) as refused:
         check_honoured(load_config(get_cfg(), path), collect_settings(path))
-    for word in ("a.yaml, line 2", "MODEL.KEYPOINT_ON is True", "--engine detectron2"):
+    for word in ("a.yaml, line 2", "MODEL.META_ARCHITECTURE is 'RetinaNet'", "--engine detectron2"):
         assert word in str(refused.value)
     with pytest.raises(UserError, match=r"GLOBAL.HACK is 2.0; Detectron2 knows this key"):
         check_honoured(load_config(get_cfg(), "", ["GLOBAL.HACK", "2.0"]))

@@ -6,6 +6,7 @@ One thread: Detectron2 with two threads differs from itself with one by up to 7e
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import detection_cases as cases
@@ -277,3 +278,34 @@ def test_an_image_without_objects_trains_alike(pair: tuple[Any, Any, float]) -> 
         torch.manual_seed(1)
         our_losses = ours(our_batch)
         assert {k: v.item() for k, v in our_losses.items()} == {k: v.item() for k, v in their_losses.items()}
+
+
+@pytest.mark.parametrize("name", ["coco_loco_r50.yaml", "coco_loco_r50_c4.yaml"])
+def test_real_images_through_both_pipelines(real_coco: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Full-size networks on the files of two COCO images, each engine with its own reader; random weights."""
+    pytest.importorskip("detectron2")
+    from loco_det.config import load_config
+    from loco_det.detection import engine_d2, engine_torchvision
+
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(real_coco))
+    changes = {"MODEL.DEVICE": "cpu", "INPUT.MIN_SIZE_TEST": 320, "DATALOADER.NUM_WORKERS": 0}
+    changes |= {"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0, "TEST.DETECTIONS_PER_IMAGE": 20}
+    changes |= {"MODEL.RPN.POST_NMS_TOPK_TEST": 50}
+    overrides = [str(part) for pair in changes.items() for part in pair]
+    cfg = load_config(get_cfg(), Path(__file__).parent.parent / "configs" / name, overrides)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = {}
+    for engine in (engine_d2, engine_torchvision):
+        model = cases.formula_weights(engine.build_model(cfg)).eval()
+        batches = iter(engine.test_batches(cfg, "coco_2017_val"))
+        with torch.no_grad():
+            found[engine.NAME] = [engine.predict(model, next(batches))[0] for _ in range(2)]
+        del model
+    torch.set_num_threads(threads)
+    for theirs, ours in zip(found["detectron2"], found["torchvision"], strict=True):
+        assert len(ours) == 20
+        assert theirs.image_size == ours.image_size
+        for field in ("boxes", "scores", "classes", "masks"):
+            assert torch.equal(getattr(theirs, field), getattr(ours, field)), field
+        assert ours.masks.any()

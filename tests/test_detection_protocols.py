@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_detection import tiny_cfg, write_tiny
 
-from loco_det.detection import engine_torchvision, precise_bn
+from loco_det.detection import engine_d2, engine_torchvision, precise_bn
 from loco_det.detection.augmented import AugmentedRCNN, back, forth
 from loco_det.detection.fast_rcnn import select_detections
 from loco_det.detection.inference import check_expected
@@ -334,12 +334,15 @@ def test_a_run_that_misses_its_expectation_fails(tmp_path: Path) -> None:
         ({"TEST.AUG.ENABLED": True, "MODEL.META_ARCHITECTURE": "ProposalNetwork"}, r"TEST\.AUG\.ENABLED is True"),
         (cases.FAST | {"TEST.AUG.ENABLED": True}, r"TEST\.AUG\.ENABLED is True"),
         ({"TEST.PRECISE_BN.ENABLED": True, "TEST.PRECISE_BN.NUM_ITER": 0}, r"TEST\.PRECISE_BN\.NUM_ITER is 0"),
+        ({"VIS_PERIOD": 20}, r"VIS_PERIOD is 20"),
+        ({"MODEL.META_ARCHITECTURE": "PanopticFPN"}, r"MODEL\.META_ARCHITECTURE is 'PanopticFPN'; .*either engine"),
         ({"TEST.EXPECTED_RESULTS": [["bbox", 40.0]]}, r"TEST\.EXPECTED_RESULTS has \['bbox', 40\.0\]"),
     ],
 )
 def test_what_would_fail_after_training_is_refused_before(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        check_honoured(cases.configure(get_cfg(), settings))
+    for check in (check_honoured, engine_d2.check):
+        with pytest.raises(UserError, match=message):
+            check(cases.configure(get_cfg(), settings))
 
 
 # --- precise BatchNorm -------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from fvcore.common.config import CfgNode
 from record_stock_configs import flat, form
 
 from loco_det.config import load_config
+from loco_det.detection import engine_d2
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.schema import HONOURED, check_honoured, get_cfg
 from loco_det.errors import UserError
@@ -58,7 +59,11 @@ def test_a_stock_config_is_honoured_or_refused_by_name(name: str) -> None:
     with pytest.raises(UserError) as refused:
         check_honoured(configured(name))
     assert any(f"{key} is " in str(refused.value) for key in reasons(name))
-    assert "--engine detectron2" in str(refused.value)
+    other_engine = "--engine detectron2" in str(refused.value)
+    assert other_engine == (CONFIGS[name]["sets"].get("MODEL.META_ARCHITECTURE") == "RetinaNet")
+    if not other_engine:
+        with pytest.raises(UserError, match="with either engine; use Detectron2 itself"):
+            engine_d2.check(configured(name))
 
 
 def test_the_purpose_of_the_engine_is_honoured_whole() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_detection import tiny_cfg, write_tiny
 
+from loco_det.detection import engine_d2, engine_torchvision
 from loco_det.detection.checkpoint import last_checkpoint
 from loco_det.detection.train import train_net
 
@@ -71,10 +72,58 @@ def test_a_run_of_one_engine_is_resumed_by_the_other(runs, writer, reader):
     (folder / "last_checkpoint").write_text("model_final.pth")
 
 
+@pytest.fixture
+def same_batches(monkeypatch) -> None:
+    """Both engines train on what this package's loader reads, each in its own form."""
+    from detectron2.structures import Boxes, Instances, PolygonMasks
+
+    def theirs(item: dict) -> dict:
+        truth = item["instances"]
+        masks = PolygonMasks(truth.masks.polygons)
+        instances = Instances(truth.image_size, gt_boxes=Boxes(truth.boxes), gt_classes=truth.classes, gt_masks=masks)
+        return {**item, "instances": instances}
+
+    ours = engine_torchvision.train_batches
+    monkeypatch.setattr(
+        engine_d2, "train_batches", lambda cfg, start: ([*map(theirs, batch)] for batch in ours(cfg, start))
+    )
+
+
+@pytest.mark.parametrize(("first", "second"), [("torchvision", "detectron2"), ("detectron2", "torchvision")])
+def test_a_run_that_changes_engines_is_the_run_that_does_not(same_batches, tmp_path, first, second):
+    """Weights, momentum, schedule and every loss go on in the other engine, bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    changes = {
+        "SOLVER__MAX_ITER": 6,
+        "SOLVER__STEPS": (4,),
+        "SOLVER__CHECKPOINT_PERIOD": 3,
+        "DATASETS__TEST": (),
+        "MODEL__BACKBONE__FREEZE_AT": 2,
+        "MODEL__RESNETS__NORM": "BN",
+    }
+    train_net(tiny_cfg(tmp_path / "whole", **changes), engine=first)
+    train_net(tiny_cfg(tmp_path / "parts", **changes), engine=first)
+    (tmp_path / "parts" / "last_checkpoint").write_text("model_0000002.pth")
+    train_net(tiny_cfg(tmp_path / "parts", **changes), engine=second, resume=True)
+    torch.set_num_threads(threads)
+    whole, parts = (torch.load(tmp_path / name / "model_final.pth", weights_only=True) for name in ("whole", "parts"))
+    for name, tensor in whole["model"].items():
+        # Detectron2 keeps the step counter of a BatchNorm that it froze; neither reads it.
+        assert torch.equal(parts["model"].get(name, tensor), tensor), name
+    for mine, other in zip(whole["optimizer"]["state"].values(), parts["optimizer"]["state"].values(), strict=True):
+        assert torch.equal(mine["momentum_buffer"], other["momentum_buffer"])
+    assert whole["scheduler"] == parts["scheduler"]
+    lines = [json.loads((tmp_path / name / "metrics.json").read_text().splitlines()[-1]) for name in ("whole", "parts")]
+    assert lines[0]["iteration"] == lines[1]["iteration"] == 5
+    # Medians over the run and over its second half; the rate is the last one's.
+    assert lines[0]["lr"] == lines[1]["lr"]
+
+
 def test_auto_takes_detectron2_and_says_so(tmp_path, caplog, monkeypatch):
     import logging
 
-    from loco_det.detection import engine_d2, train
+    from loco_det.detection import train
 
     monkeypatch.setattr(logging.getLogger("loco_det"), "propagate", True)
     with caplog.at_level("INFO", logger="loco_det"):

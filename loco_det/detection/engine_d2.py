@@ -14,7 +14,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det.data.catalog import find_dataset
-from loco_det.detection.honoured import check_test_keys
+from loco_det.detection.schema import check_task
 from loco_det.structures import Instances
 
 NAME = "detectron2"
@@ -39,8 +39,8 @@ def version() -> str:
 
 
 def check(cfg: CfgNode) -> None:
-    """Every key of the tree is Detectron2's, and it judges most values itself."""
-    check_test_keys(cfg)
+    """Every key of the tree is Detectron2's, and it judges most values itself; here only what runs are made for."""
+    check_task(cfg)
 
 
 def build_model(cfg: CfgNode) -> nn.Module:

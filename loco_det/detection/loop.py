@@ -162,7 +162,9 @@ def frozen_hashes(model: nn.Module) -> dict[str, str]:
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     for prefix, module in model.named_modules():
         if type(module).__name__ == "FrozenBatchNorm2d":  # this package's or Detectron2's
-            frozen.update({f"{prefix}.{name}": buffer for name, buffer in module.named_buffers(recurse=False)})
+            buffers = module.named_buffers(recurse=False)
+            # Detectron2's keeps the step counter of the BatchNorm it was, and never reads it.
+            frozen.update({f"{prefix}.{name}": b for name, b in buffers if name != "num_batches_tracked"})
     return {name: tensors_hash([(name, tensor)]) for name, tensor in frozen.items()}
 
 

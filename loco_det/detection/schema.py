@@ -89,8 +89,13 @@ HONOURED: dict[str, tuple[Any, ...] | None] = {
 }
 
 
-# Judged first, since they say more clearly than any key that follows from them what is asked for.
-_DECIDING = ("MODEL.META_ARCHITECTURE", "MODEL.KEYPOINT_ON")
+# Of Detectron2's tasks those that neither engine's training and evaluation here is made for.
+_OTHER_TASKS = {
+    "MODEL.META_ARCHITECTURE": ("PanopticFPN", "SemanticSegmentor"),
+    "MODEL.KEYPOINT_ON": (True,),
+}
+# Judged first, since it says more clearly than any key that follows from it what is asked for.
+_DECIDING = ("MODEL.META_ARCHITECTURE",)
 
 
 @functools.cache
@@ -118,6 +123,30 @@ def values(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def check_task(cfg: CfgNode, settings: Mapping[str, Setting] | None = None) -> None:
+    """Refuse what a run here could not do with either engine, before it costs time.
+
+    Raises:
+        UserError: naming the place, the key and its value.
+    """
+    for key, others in _OTHER_TASKS.items():
+        value = lookup(cfg, key)
+        if value in others:
+            raise UserError(
+                f"{_origin(key, settings)}{key} is {value!r}; runs here train and evaluate boxes and instance masks, "
+                "with either engine; use Detectron2 itself for other tasks."
+            )
+    if cfg.VIS_PERIOD > 0:
+        where = _origin("VIS_PERIOD", settings)
+        raise UserError(f"{where}VIS_PERIOD is {cfg.VIS_PERIOD}, but no run here draws; set it to 0.")
+    check_test_keys(cfg)
+
+
+def _origin(key: str, settings: Mapping[str, Setting] | None) -> str:
+    """The file and line where the user set a key, as the beginning of a sentence."""
+    return f"{settings[key].origin}: " if settings and key in settings else ""
+
+
 def check_honoured(cfg: CfgNode, settings: Mapping[str, Setting] | None = None) -> None:
     """Refuse a configuration that asks for what the torchvision engine does not do.
 
@@ -128,14 +157,14 @@ def check_honoured(cfg: CfgNode, settings: Mapping[str, Setting] | None = None) 
     Raises:
         UserError: naming the place, the key, its value and the values that can stand there.
     """
-    check_test_keys(cfg)
+    check_task(cfg, settings)
     defaults = values(_defaults())
     for key in sorted(defaults, key=_DECIDING.__contains__, reverse=True):
         value, default = lookup(cfg, key), defaults[key]
         allowed = HONOURED.get(key, ())
         if allowed is None or _plain(value) == _plain(default) or _plain(value) in allowed:
             continue
-        where = f"{settings[key].origin}: " if settings and key in settings else ""
+        where = _origin(key, settings)
         if not allowed:
             raise UserError(
                 f"{where}{key} is {value!r}; Detectron2 knows this key but the torchvision engine does not honour it, "

@@ -119,10 +119,9 @@ def _prepare(cfg: CfgNode, eval_only: bool) -> CfgNode:
         if cfg.FLOAT32_PRECISION:
             torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
             torch.backends.cudnn.allow_tf32 = cfg.FLOAT32_PRECISION != "highest"
-    if "SyncBN" in (cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM) and cfg.MODEL.DEVICE == "cpu" and world_size() > 1:
-        raise UserError(
-            "MODEL.RESNETS.NORM or FPN.NORM is SyncBN, which needs GPUs on several processes; set it to BN."
-        )
+    synced = [part for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD") if cfg.MODEL[part].NORM == "SyncBN"]
+    if synced and cfg.MODEL.DEVICE == "cpu" and world_size() > 1:
+        raise UserError(f"MODEL.{synced[0]}.NORM is SyncBN, which needs GPUs on several processes; set it to BN.")
     seed_everything(cfg.SEED)
     return cfg
 
