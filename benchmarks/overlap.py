@@ -2,7 +2,7 @@
 
     python benchmarks/overlap.py --json overlap.json        # about two minutes on 2 cores
 
-Two gloo processes of ResNet-50 (96 px, 2 x 8 views each, float32, LARS) average their gradients over a link that is
+Two gloo processes of ResNet-50 (64 px, 2 x 4 views each, float32, LARS) average their gradients over a link that is
 slowed to `--bandwidth`: a thread does the real all-reduce and holds the message back until
 
     2 (N - 1) latency + 2 (N - 1) / N x bytes / bandwidth           (N = 2; a ring all-reduce)
@@ -30,9 +30,9 @@ processes is compared with what was measured (`relative_error`). For 8, 64 and 5
 No GPU was measured: the predictions are this arithmetic.
 
 JSON: {"sides": {side: {"seconds", "compute_seconds", "communication_seconds", "hidden_share", "predicted_seconds",
-"relative_error", "bytes", "messages"}}, "loco_early_over_simclr_ddp": ratio of the seconds,
-"loco_early_over_loco_end": x, "largest_relative_error": x, "model": {"8" | "64" | "512": {side: {"seconds",
-"hidden_share"}}}, "setting": {...}}.
+"relative_error", "bytes", "messages", "turns": {"seconds": [...], "compute_seconds": [...]}}},
+"loco_early_over_simclr_ddp": ratio of the seconds, "loco_early_over_loco_end": likewise, "largest_relative_error": x,
+"model": {"8" | "64" | "512": {side: {"seconds", "hidden_share"}}}, "setting": {...}}.
 """
 
 from __future__ import annotations
@@ -287,6 +287,7 @@ def figures_of(side: Side, link: Link) -> dict[str, float]:
         "relative_error": predicted / seconds - 1,
         "bytes": sum(messages),
         "messages": len(messages),
+        "turns": {"seconds": side.seconds, "compute_seconds": side.compute},
     }
 
 
@@ -353,8 +354,8 @@ def tell(args: Namespace, sides: dict[str, Side], link: Link) -> None:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--turns", type=int, default=4)
-    options.add_argument("--size", type=int, default=96, help="pixels")
-    options.add_argument("--images", type=int, default=8, help="images of each process, two views each")
+    options.add_argument("--size", type=int, default=64, help="pixels")
+    options.add_argument("--images", type=int, default=4, help="images of each process, two views each")
     options.add_argument("--threads", type=int, default=1, help="of each process")
     options.add_argument("--bandwidth", type=float, default=125.0, help="of the slow link in MB/s")
     options.add_argument("--latency", type=float, default=100.0, help="of the slow link in microseconds")

@@ -71,6 +71,8 @@ class Stepping:
             for part in list(self.waiting):
                 self.ready(part)
             return
+        if not self.waiting:
+            return
         for parameters in self.parts:
             self.average.wait(parameters)
         self.scaler.unscale_(self.optimizer)

@@ -220,6 +220,9 @@ def test_one_gradient_that_overflows_holds_back_every_part() -> None:
     assert run.scaler.get_scale() == 2.0**19
     run.trainer.step(torch.randn(8, 3, 6, 6), scale=run.scaler.scale)
     run.stepping.finish()
+    after = [p.clone() for p in run.network.parameters()]
+    run.stepping.finish()  # nothing is left to do
+    assert all(torch.equal(p, a) for p, a in zip(run.network.parameters(), after))
     assert not any(torch.equal(p, b) for p, b in zip(run.network.parameters(), before))
 
 
