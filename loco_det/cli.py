@@ -79,10 +79,17 @@ def _report() -> Job:
     return Job(command.add_arguments, command.run)
 
 
+def _data() -> Job:
+    from loco_det.report import data_command
+
+    return Job(data_command.add_arguments, data_command.run)
+
+
 # In the order of the help text.
 JOBS: dict[str, tuple[str, Callable[[], Job]]] = {
     "quickstart": ("make a data set, pretrain on it, convert, detect: the whole road in minutes on a CPU", _quickstart),
     "doctor": ("check this machine, its data sets and a config with its weights, and say what to do", _doctor),
+    "data": ("`data check PATH`: read a whole data set, say what is wrong with it and draw samples", _data),
     "pretrain": ("pretrain a backbone on unlabelled images with LoCo, GIM or SimCLR", _pretrain),
     "convert": ("turn a backbone into weights that Detectron2 and `train` read, with proof", _convert),
     "train": ("train and evaluate Faster or Mask R-CNN on a frozen or fine-tuned backbone", _train),
@@ -118,8 +125,8 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
         prog: its name in usage and error texts; None for the script's.
 
     Returns:
-        0; 1 where a check failed (`doctor`); 2 for bad input, with one sentence on standard error and a traceback
-        only under --debug; 130 when interrupted. A bug raises.
+        0; 1 where a check failed (`doctor`, `data check`); 2 for bad input, with one sentence on standard error and a
+        traceback only under --debug; 130 when interrupted. A bug raises.
     """
     text, load = JOBS[name]
     job = load()

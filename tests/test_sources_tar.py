@@ -28,8 +28,8 @@ IMAGES, SIZE, BATCH = sum(COUNTS), 16, 8
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "loco_det" / "shards"
+    monkeypatch.setenv("LOCO_DET_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "shards"
 
 
 def write_shards(folder: Path, labels: bool = True) -> Path:

@@ -2,7 +2,7 @@
 
 A sample is a run of files that share a name up to the first dot: `000017.jpg`, and `000017.cls` with its class as
 text if there are labels. webdataset (extra `webdataset`) finds the shards and reads their streams. What stands where is
-found once, from the headers alone, and cached under ~/.cache/loco_det/shards; it is found again when a shard's size or
+found once, from the headers alone, and cached (`index.cache_folder`); it is found again when a shard's size or
 time has changed. With it the order of an epoch is known before anything is read, so that it depends on neither workers
 nor ranks, and resuming starts reading where the first image still wanted stands.
 
@@ -15,7 +15,6 @@ from every run. Runs, not batches, are dealt to ranks and workers.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import tarfile
 import zipfile
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from loco_det.data.index import cache_folder
 from loco_det.data.sources import SUFFIXES, Source
 from loco_det.data.views import stream
 from loco_det.errors import UserError
@@ -167,8 +167,7 @@ def open_tar(path: str, root: Path) -> TarSource:
         what = f"shard {missing[0]} is not there" if missing else "no .tar in this folder"
         raise UserError(f"DATA.PATH {path}: {what}; correct the path")
     facts = [(str(s.resolve()), s.stat().st_size, s.stat().st_mtime_ns) for s in shards]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loco_det" / "shards"
-    cache = home / f"{hashlib.sha256(repr((_INDEX_VERSION, facts)).encode()).hexdigest()}.npz"
+    cache = cache_folder() / "shards" / f"{hashlib.sha256(repr((_INDEX_VERSION, facts)).encode()).hexdigest()}.npz"
     index = _cached(cache, len(shards))
     if index is None:
         index = _index(path, shards)

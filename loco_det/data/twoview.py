@@ -247,7 +247,7 @@ def _answers(
     dataset: TwoViewDataset, batch: int, place: tuple[int, int], num_workers: int, pin_memory: bool
 ) -> Callable[[int], Iterator[Answer]]:
     steps = _Steps(len(dataset.source), batch, dataset.seed, *place)
-    loader = _loader(dataset, steps, num_workers, pin_memory)
+    loader = loader_of(dataset, steps, num_workers, pin_memory)
 
     def answers(start: int) -> Iterator[Answer]:
         steps.start = start
@@ -264,7 +264,7 @@ def _tar_answers(
 
     def answers(start: int) -> Iterator[Answer]:
         views = TarViews(dataset, batch, buffer, *place, start)
-        loader = _loader(views, None, min(num_workers, len(views.own)), False)
+        loader = loader_of(views, None, min(num_workers, len(views.own)), False)
         parts = iter(loader)
         while True:  # the workers take turns, each with its runs' part of the same step
             yield _joined([next(parts) for _ in range(max(1, loader.num_workers))])
@@ -305,7 +305,7 @@ class PlainLoader:
     """Iterates over PlainBatch once, in the order of `indices`."""
 
     def __init__(self, dataset: PlainDataset, batches: list[list[int]], num_workers: int, pin_memory: bool) -> None:
-        self._loader = _loader(dataset, batches, num_workers, pin_memory)
+        self._loader = loader_of(dataset, batches, num_workers, pin_memory)
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -345,7 +345,8 @@ def build_plain_loader(
     return PlainLoader(PlainDataset(source, size, short_side, skip_unreadable), batches, num_workers, pin_memory)
 
 
-def _loader(dataset: Dataset, requests: Any, num_workers: int, pin_memory: bool) -> DataLoader:
+def loader_of(dataset: Dataset, requests: Any, num_workers: int, pin_memory: bool) -> DataLoader:
+    """A DataLoader that gives dataset[request] for every request, in order, as it is, from prepared workers."""
     if num_workers < 0:
         raise UserError(f"DATA.NUM_WORKERS is {num_workers}; use 0 or more")
     # More workers than cores only cost memory, and change nothing that comes out.

@@ -1,0 +1,195 @@
+"""`loco-det data check PATH`: whether a training on a data set may start, and pictures of what it would see."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from loco_det import __version__
+from loco_det.data.catalog import COCO_NAMES, DatasetPaths, find_dataset
+from loco_det.data.check import Checked, check_coco, check_source, finite_boxes
+from loco_det.data.coco import CocoDataset
+from loco_det.data.index import load_index
+from loco_det.data.sources import Source, open_source
+from loco_det.data.views import PRESETS, view_config
+from loco_det.errors import UserError
+from loco_det.report.contact_sheet import annotated_sheet, two_view_sheet
+from loco_det.report.plots import save_figure
+from loco_det.runtime import write_json
+
+PAIRS, ANNOTATED = 10, 12  # images on the sheets
+BARS, BAR_WIDTH = 20, 30  # classes in the text; characters of the longest bar
+PLOTTED = 100  # classes in histogram.png
+
+
+class Asked(NamedTuple):
+    """What is to be checked: an image set, or images with their COCO annotations."""
+
+    name: str
+    source: Source | None
+    paths: DatasetPaths | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to check and where the pictures go."""
+    parser.add_argument("action", choices=["check"], help="read everything, say what is wrong, draw what is there")
+    parser.add_argument("path", metavar="PATH", help="images as DATA.PATH takes them, or a name such as coco_2017_val")
+    parser.add_argument("--annotations", type=Path, metavar="FILE", help="a COCO file on the images in the folder PATH")
+    parser.add_argument("--format", default="auto", metavar="FORMAT", help="of an image set, as DATA.FORMAT")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for check.json and pictures (output/data_check/NAME)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="reading processes (default: 4)")
+    parser.add_argument("--size", type=int, default=224, metavar="PIXELS", help="of a view on the sheet (default: 224)")
+    parser.add_argument("--preset", choices=PRESETS, default="simclr", help="the views' augmentation")
+    parser.add_argument("--max-bad-share", type=float, default=0.01, metavar="SHARE", help="as DATA.MAX_BAD_SHARE")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of which images are drawn, and their views")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, draw and print; returns 0, or 1 if a training would stop.
+
+    Raises:
+        UserError: nothing to check there, or an annotation file that is none.
+    """
+    asked = _asked(args)
+    out = args.out or Path("output") / "data_check" / asked.name
+    if asked.paths is None:
+        checked = check_source(asked.source, workers=args.workers, max_bad_share=args.max_bad_share)
+    else:
+        index = load_index(asked.paths.annotations)
+        checked = check_coco(asked.paths, index, workers=args.workers)
+    pictures = _pictures(args, asked, checked, out)
+    answer = {
+        "loco_det": __version__,
+        "data": args.path if asked.paths is None else {k: str(v) for k, v in asked.paths._asdict().items()},
+        "ok": not checked.stops,
+        "counts": checked.counts,
+        "defects": [defect._asdict() for defect in checked.defects],
+        "classes": checked.classes,
+        "pictures": [str(path) for path in pictures],
+    }
+    write_json(out / "check.json", answer)
+    if args.json:
+        print(json.dumps(answer, indent=1))
+    else:
+        _print(asked, checked, [out / "check.json", *pictures])
+    return 1 if checked.stops else 0
+
+
+def _asked(args: argparse.Namespace) -> Asked:
+    if args.annotations is not None:
+        folder = Path(args.path)
+        for path, there in ((folder, folder.is_dir()), (args.annotations, args.annotations.is_file())):
+            if not there:
+                raise UserError(f"{path}: not there; --annotations FILE goes with PATH, the folder of its images")
+        name = args.annotations.stem
+        return Asked(name, None, DatasetPaths(name, folder, args.annotations))
+    if args.path in COCO_NAMES or (not Path(args.path.partition("!")[0]).exists() and _is_name(args.path)):
+        return Asked(args.path, None, find_dataset(args.path))
+    return Asked(Path(args.path).stem or "data", open_source(args.path, args.format), None)
+
+
+def _is_name(text: str) -> bool:
+    return "_" in text and not set(text) & set("/\\.{!")
+
+
+def _pictures(args: argparse.Namespace, asked: Asked, checked: Checked, out: Path) -> list[Path]:
+    """Draw what can be drawn; the files written."""
+    written = []
+    if checked.classes:
+        written.append(out / "histogram.png")
+        _histogram(checked.classes, "images" if asked.paths is None else "annotations", written[-1])
+    readable = np.flatnonzero(checked.readable)
+    if not len(readable):
+        return written
+    rng = np.random.default_rng(args.seed)
+    config = view_config(args.size, {"PRESET": args.preset})
+    chosen = np.sort(rng.choice(readable, min(PAIRS, len(readable)), replace=False))
+    if asked.paths is None:
+        images = [(asked.source.read(int(i)), asked.source.name(int(i))) for i in chosen]
+    else:
+        index = load_index(asked.paths.annotations)
+        files = [asked.paths.images / index.file_name[int(i)] for i in chosen]
+        images = [(file.read_bytes(), str(file)) for file in files]
+        written += _annotated(CocoDataset(asked.paths, index), readable, rng, out)
+    written.append(out / "two_views.png")
+    two_view_sheet(images, config, args.seed, written[-1])
+    return written
+
+
+def _annotated(dataset: CocoDataset, readable: np.ndarray, rng: np.random.Generator, out: Path) -> list[Path]:
+    index = dataset.index
+    drawable = finite_boxes(index) & np.isin(index.annotation_category, index.category_id)
+    before = np.concatenate([[0], np.cumsum(drawable)])
+    whole = before[index.first[1:]] - before[index.first[:-1]] == np.diff(index.first)
+    candidates = readable[(whole & (np.diff(index.first) > 0))[readable]]
+    chosen = np.sort(rng.choice(candidates, min(ANNOTATED, len(candidates)), replace=False))
+    if annotated_sheet(dataset, chosen.tolist(), out / "annotated.png"):
+        return [out / "annotated.png"]
+    return []
+
+
+def _histogram(classes: dict[str, int], unit: str, out: Path) -> None:
+    """Horizontal bars, the most frequent on top; on a logarithmic scale where they differ by more than 50 times."""
+    top = sorted(classes.items(), key=lambda item: -item[1])
+    shown = top if len(top) <= PLOTTED else [*top[: PLOTTED // 2], *top[-PLOTTED // 2 :]]
+    names, values = zip(*shown[::-1])
+    figure = Figure(figsize=(7, 1 + 0.17 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(shown)), values, color="#0072B2", height=0.75)
+    axes.set_yticks(range(len(shown)), [name[:40] for name in names], fontsize=7)
+    axes.set_ylim(-0.6, len(shown) - 0.4)
+    positive = [value for value in values if value]
+    if positive and max(positive) > 50 * min(positive):
+        axes.set_xscale("log")
+        axes.set_xlim(left=max(0.5, min(positive) * 0.5))
+    rest = "" if len(shown) == len(top) else f", the {PLOTTED // 2} most and the {PLOTTED // 2} least frequent"
+    axes.set(xlabel=unit, title=f"{sum(classes.values())} {unit} of {len(classes)} classes{rest}")
+    axes.title.set_fontsize(9)
+    axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, out)
+
+
+def _print(asked: Asked, checked: Checked, files: list[Path]) -> None:
+    console = Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in checked.counts.items():
+        table.add_row(name, _worded(value))
+    console.print(table)
+    if checked.classes:
+        console.print()
+        _print_classes(console, checked.classes)
+    console.print()
+    for defect in checked.defects:
+        console.print(f"{defect.effect}: {defect.count} x {defect.kind}")
+        for example in defect.examples:
+            console.print(f"    {example}")
+    for file in files:
+        console.print(f"wrote {file}")
+    kinds = len(checked.stops)
+    verdict = f"{kinds} kind{'s' * (kinds != 1)} of defect would stop it" if kinds else "nothing stands against it"
+    console.print(f"{'NOT ' * bool(kinds)}OK to train on {asked.name}: {verdict}")
+
+
+def _worded(value: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else f"{value:,}"
+
+
+def _print_classes(console: Console, classes: dict[str, int]) -> None:
+    top = sorted(classes.items(), key=lambda item: -item[1])
+    most = max(1, top[0][1])
+    shown = top if len(top) <= BARS else top[:BARS]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, count in shown:
+        table.add_row(name, f"{count:>8,}", "#" * round(BAR_WIDTH * count / most))
+    console.print(table)
+    if len(top) > len(shown):
+        console.print(f"... and {len(top) - len(shown)} more classes, the rarest {top[-1][0]} with {top[-1][1]:,}")
