@@ -43,3 +43,25 @@ def real_coco() -> Path:
     if not (root / "coco" / "annotations" / "instances_val2017.json").is_file():
         pytest.skip(f"no real COCO images under {root} (set DETECTRON2_DATASETS)")
     return root
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums in one order, so that equality to the last bit may be asked for."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The data sets `tiny_train` and `tiny_val`, where every reader finds them; their root."""
+    from tiny_detection import write_tiny
+
+    root = write_tiny(tmp_path_factory.mktemp("data"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(root))
+        yield root

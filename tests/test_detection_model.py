@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,7 @@ from loco_det.detection.weights import load_weights
 from loco_det.errors import UserError
 from loco_det.structures import Instances
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(*settings: dict[str, Any]) -> Any:
@@ -68,7 +61,7 @@ def test_the_seed_alone_decides_the_sample() -> None:
 
     def loss(seed: int) -> list[float]:
         torch.manual_seed(seed)
-        return [float(v) for v in model(cases.our_batch(train=True)).values()]
+        return [v.item() for v in model(cases.our_batch(train=True)).values()]
 
     assert loss(0) == loss(0)
     assert loss(0) != loss(1)

@@ -5,7 +5,6 @@ One thread: Detectron2 with two threads differs from itself with one by up to 7e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,12 @@ from loco_det.detection.augmented import AugmentedRCNN
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.schema import get_cfg
 
-pytestmark = [pytest.mark.detectron2, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.detectron2,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("one_thread"),
+]
+pytest.importorskip("detectron2")
 
 BOX_ONLY = {"MODEL.MASK_ON": False}
 MAIN = {
@@ -93,20 +97,16 @@ ALL = {**MAIN, **{name: (cases.FPN, option) for name, option in OPTIONS.items()}
 
 
 @pytest.fixture(params=ALL)
-def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any, float]]:
+def pair(one_thread: None, request: pytest.FixtureRequest) -> tuple[Any, Any, float]:
     """Detectron2's model and ours with the same weights, and how far a gradient may differ."""
-    pytest.importorskip("detectron2")
     from detectron2.config import get_cfg as detectron2_cfg
     from detectron2.modeling import build_model as detectron2_model
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     settings = ALL[request.param]
     theirs = cases.formula_weights(detectron2_model(cases.configure(detectron2_cfg(), *settings)))
     ours = build_model(cases.configure(get_cfg(), *settings))
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    yield theirs, ours, GRADIENT_TOLERANCE.get(request.param, 0.0)
-    torch.set_num_threads(threads)
+    return theirs, ours, GRADIENT_TOLERANCE.get(request.param, 0.0)
 
 
 def test_training_and_inference_are_identical(pair: tuple[Any, Any, float]) -> None:
@@ -243,15 +243,12 @@ def test_deformable_stages_infer_alike(settings: tuple[dict[str, Any], ...]) -> 
     from detectron2.config import get_cfg as detectron2_cfg
     from detectron2.modeling import build_model as detectron2_model
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     settings = (*settings, cases.DEFORM)
     theirs = cases.formula_weights(detectron2_model(cases.configure(detectron2_cfg(), *settings)))
     ours = build_model(cases.configure(get_cfg(), *settings))
     ours.load_state_dict(theirs.state_dict(), strict=True)
     check_names(theirs, ours)
     check_inference(theirs, ours)
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("pair", ["mask_rcnn_R_50_DC5"], indirect=True)
@@ -283,7 +280,6 @@ def test_an_image_without_objects_trains_alike(pair: tuple[Any, Any, float]) -> 
 @pytest.mark.parametrize("name", ["coco_loco_r50.yaml", "coco_loco_r50_c4.yaml"])
 def test_real_images_through_both_pipelines(real_coco: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Full-size networks on the files of two COCO images, each engine with its own reader; random weights."""
-    pytest.importorskip("detectron2")
     from loco_det.config import load_config
     from loco_det.detection import engine_d2, engine_torchvision
 
@@ -293,8 +289,6 @@ def test_real_images_through_both_pipelines(real_coco: Path, monkeypatch: pytest
     changes |= {"MODEL.RPN.POST_NMS_TOPK_TEST": 50}
     overrides = [str(part) for pair in changes.items() for part in pair]
     cfg = load_config(get_cfg(), Path(__file__).parent.parent / "configs" / name, overrides)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     found = {}
     for engine in (engine_d2, engine_torchvision):
         model = cases.formula_weights(engine.build_model(cfg)).eval()
@@ -302,7 +296,6 @@ def test_real_images_through_both_pipelines(real_coco: Path, monkeypatch: pytest
         with torch.no_grad():
             found[engine.NAME] = [engine.predict(model, next(batches))[0] for _ in range(2)]
         del model
-    torch.set_num_threads(threads)
     for theirs, ours in zip(found["detectron2"], found["torchvision"], strict=True):
         assert len(ours) == 20
         assert theirs.image_size == ours.image_size

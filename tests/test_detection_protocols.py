@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import detection_cases as cases
 import numpy as np
 import pytest
 import torch
-from tiny_detection import tiny_cfg, write_tiny
+from tiny_detection import tiny_cfg
 
 from loco_det.detection import engine_d2, engine_torchvision, precise_bn
 from loco_det.detection.augmented import AugmentedRCNN, back, forth
@@ -25,24 +24,10 @@ from loco_det.detection.train import train_net
 from loco_det.errors import UserError
 from loco_det.evaluation.proposals import Proposals, best_covers, evaluate_proposals
 
+pytestmark = pytest.mark.usefixtures("one_thread", "tiny_data")
+
 SHORT = {"SOLVER__MAX_ITER": 2, "SOLVER__STEPS": (1,)}
 RPN_ONLY = {"MODEL__META_ARCHITECTURE": "ProposalNetwork", "MODEL__MASK_ON": False}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    root = write_tiny(tmp_path_factory.mktemp("data"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DETECTRON2_DATASETS", str(root))
-        yield root
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -125,8 +110,8 @@ def test_each_proposal_serves_one_object() -> None:
     assert best_covers(np.float32([[0.6, 0.8]])).tolist() == pytest.approx([0.8, 0.0])
 
 
-def test_no_objects_have_no_recall(tmp_path: Path, data: Path) -> None:
-    annotations = data / "tiny" / "annotations" / "instances_val.json"
+def test_no_objects_have_no_recall(tiny_data: Path) -> None:
+    annotations = tiny_data / "tiny" / "annotations" / "instances_val.json"
     found = evaluate_proposals(annotations, [Proposals(1, torch.zeros(0, 4), torch.zeros(0))])
     assert np.isnan(found["box_proposals"]["AR@100"])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ import detection_cases as cases
 import numpy as np
 import pytest
 import torch
-from tiny_detection import tiny_cfg, write_tiny
+from tiny_detection import tiny_cfg
 
 from loco_det.data.mapper import DetectionMapper
 from loco_det.data.transforms import Crop, Flip, Resize
@@ -23,7 +22,11 @@ from loco_det.detection.schema import get_cfg
 from loco_det.detection.train import train_net
 from loco_det.evaluation.proposals import Proposals, evaluate_proposals
 
-pytestmark = [pytest.mark.detectron2, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.detectron2,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("one_thread", "tiny_data"),
+]
 pytest.importorskip("detectron2")
 
 SHORT = {"SOLVER__MAX_ITER": 3, "SOLVER__STEPS": (2,)}
@@ -39,22 +42,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "cascade": {"MODEL__ROI_HEADS__NAME": "CascadeROIHeads", "MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": True},
     "precise": {"MODEL__FPN__NORM": "BN", "TEST__PRECISE_BN__ENABLED": True, "TEST__PRECISE_BN__NUM_ITER": 2},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    root = write_tiny(tmp_path_factory.mktemp("data"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DETECTRON2_DATASETS", str(root))
-        yield root
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,18 @@ are shared. One thread, where both round alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import detection_cases as cases
 import pytest
 import torch
 
-pytestmark = [pytest.mark.detectron2, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.detectron2,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("one_thread"),
+]
+pytest.importorskip("detectron2")
 
 STEPS = 20
 TRAINED_BN = {"MODEL.RESNETS.NORM": "BN", "MODEL.BACKBONE.FREEZE_AT": 0}
@@ -49,15 +53,6 @@ CASES: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "giou": (cases.FPN, {"MODEL.RPN.BBOX_REG_LOSS_TYPE": "giou", "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": "giou"}),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    pytest.importorskip("detectron2")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,28 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_detection import tiny_cfg, write_tiny
+from tiny_detection import tiny_cfg
 
 from loco_det.detection import engine_d2, engine_torchvision
 from loco_det.detection.checkpoint import last_checkpoint
 from loco_det.detection.train import train_net
 
-pytestmark = pytest.mark.detectron2
+pytestmark = [pytest.mark.detectron2, pytest.mark.usefixtures("tiny_data")]
 pytest.importorskip("detectron2")
 
 CHANGES = {"SOLVER__MAX_ITER": 3, "SOLVER__STEPS": (2,), "SOLVER__CHECKPOINT_PERIOD": 2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def data(tmp_path_factory):
-    root = write_tiny(tmp_path_factory.mktemp("data"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DETECTRON2_DATASETS", str(root))
-        yield root
-
-
 @pytest.fixture(scope="module")
-def runs(data, tmp_path_factory) -> dict[str, tuple[Path, dict]]:
+def runs(tiny_data, tmp_path_factory) -> dict[str, tuple[Path, dict]]:
     """The same short training by both engines: {engine: (OUTPUT_DIR, results)}."""
     found = {}
     for engine in ("torchvision", "detectron2"):
@@ -90,10 +82,8 @@ def same_batches(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [("torchvision", "detectron2"), ("detectron2", "torchvision")])
-def test_a_run_that_changes_engines_is_the_run_that_does_not(same_batches, tmp_path, first, second):
+def test_a_run_that_changes_engines_is_the_run_that_does_not(one_thread, same_batches, tmp_path, first, second):
     """Weights, momentum, schedule and every loss go on in the other engine, bit for bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     changes = {
         "SOLVER__MAX_ITER": 6,
         "SOLVER__STEPS": (4,),
@@ -106,7 +96,6 @@ def test_a_run_that_changes_engines_is_the_run_that_does_not(same_batches, tmp_p
     train_net(tiny_cfg(tmp_path / "parts", **changes), engine=first)
     (tmp_path / "parts" / "last_checkpoint").write_text("model_0000002.pth")
     train_net(tiny_cfg(tmp_path / "parts", **changes), engine=second, resume=True)
-    torch.set_num_threads(threads)
     whole, parts = (torch.load(tmp_path / name / "model_final.pth", weights_only=True) for name in ("whole", "parts"))
     for name, tensor in whole["model"].items():
         # Detectron2 keeps the step counter of a BatchNorm that it froze; neither reads it.
@@ -131,7 +120,7 @@ def test_auto_takes_detectron2_and_says_so(tmp_path, caplog, monkeypatch):
     assert "detectron2 (it is installed)" in caplog.text
 
 
-def test_stock_detectron2_takes_up_config_and_checkpoint(tmp_path, data):
+def test_stock_detectron2_takes_up_config_and_checkpoint(tmp_path):
     from detectron2.config import get_cfg
     from detectron2.engine import DefaultTrainer
 
@@ -157,7 +146,7 @@ def test_stock_detectron2_takes_up_config_and_checkpoint(tmp_path, data):
         assert torch.equal(ours["momentum_buffer"], momentum)
 
 
-def test_a_detectron2_trainers_checkpoint_is_resumed_here(tmp_path, data):
+def test_a_detectron2_trainers_checkpoint_is_resumed_here(tmp_path):
     from detectron2.config import get_cfg
     from detectron2.engine import DefaultTrainer
 
