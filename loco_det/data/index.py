@@ -40,7 +40,7 @@ from loco_det.runtime import atomic_write, log
 
 _MAGIC = b"LOCOIDX1"  # another number whenever a cache file holds something else
 _ALIGN = 64
-_BLOCK = 1 << 21  # bytes of JSON parsed at a time: they and what comes of them stay in the processor's cache
+_BLOCK = 1 << 20  # bytes of JSON parsed at a time: they and what comes of them stay in the processor's cache
 _TAIL = 1 << 16  # bytes at a block's end that are searched for the border of two annotations
 # A file changed so shortly before it was looked at can change again without another time stamp.
 _SETTLED_NS = 2_000_000_000
@@ -462,14 +462,14 @@ def _parse_in_blocks(file: IO[bytes]) -> tuple[list[_Image], list[_Category], Co
     head = _decode_part(text[: begin.end()] + b"]}")
     start, text, parts = begin.end(), text[begin.end() :], []
     while block := file.read(_BLOCK):
-        text += block
+        text = b"".join([text, block])
         tail = max(0, len(text) - _TAIL)
         borders = [*_BORDER.finditer(text, tail)] or [*_BORDER.finditer(text)]
         if not borders:
             continue
         end, begins = borders[-1].start() + 1, borders[-1].end() - 1
         try:
-            annotations = _decode_annotations(b"[" + text[:end] + b"]")
+            annotations = _decode_annotations(b"".join([b"[", memoryview(text)[:end], b"]"]))
         except msgspec.DecodeError:  # the list ends within, if nothing is wrong
             text += file.read()
             break
