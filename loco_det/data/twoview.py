@@ -15,6 +15,7 @@ import ctypes
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import cv2
@@ -28,9 +29,19 @@ from loco_det import runtime
 from loco_det.data.images import decode_image
 from loco_det.data.sources import Source
 from loco_det.data.tar import TarSource
-from loco_det.data.views import ViewConfig, crop_resize, stream, two_views, view_config
+from loco_det.data.views import (
+    ViewConfig,
+    ViewParams,
+    crop_resize,
+    draw_ahead,
+    finish_view,
+    stream,
+    two_crops,
+    view_config,
+)
 from loco_det.errors import UserError
 
+_TOGETHER = 8  # images whose crops are held before they are augmented
 _SUBSTITUTES = 100  # images tried in place of an unreadable one before giving up
 _BAD_NAMED = 20  # unreadable images named in the log, one line each; later ones at every power of two
 _ORDER_STREAM = 2**63  # a counter that no image index reaches
@@ -69,25 +80,55 @@ class TwoViewDataset(Dataset):
 
     def views(self, epoch: int, images: Iterable[tuple[int, bytes | None]], count: int) -> Answer:
         """The views of `count` images, each given by its index and, if they have been read already, its bytes."""
-        size, seed = self.config.size, self.seed
+        size, images = self.config.size, iter(images)
         views = torch.empty(2, count, 3, size, size, dtype=torch.uint8)
-        used, bad = np.empty(count, np.int64), []
-        for row, (index, data) in enumerate(images):
-            for substitute in range(_SUBSTITUTES):
-                used[row] = image = (index + substitute) % len(self.source)
-                try:
-                    if substitute or data is None:
-                        data = self.source.read(image)
-                    # Drawn as the image that was wanted, else a neighbour would come twice with the same views.
-                    out = views.numpy()[:, row]
-                    two_views(data, self.source.name(image), self.config, seed, epoch, index, out)
-                    break
-                except UserError as error:
-                    bad.append((image, str(error)))
-            else:
-                return UserError(f"{bad[-1][1]} (as were the {_SUBSTITUTES - 1} images before it)")
+        used, bad, row = [], [], 0
+        # The same work on several images before the next kind of work: after each decoding the caches hold neither
+        # the interpreter nor the code of the augmentations, and all that follows takes half as long again.
+        while group := list(islice(images, _TOGETHER)):
+            ahead = [self._drawn(epoch, index, data) for index, data in group]
+            cropped = []
+            for (index, _), (data, pair) in zip(group, ahead):
+                crops = self._crops(epoch, index, data, pair, used, bad)
+                if crops is None:
+                    return UserError(f"{bad[-1][1]} (as were the {_SUBSTITUTES - 1} images before it)")
+                cropped.append(crops)
+            for crops, pair in cropped:
+                for crop, params, planes in zip(crops, pair, views.numpy()[:, row]):
+                    finish_view(crop, params, planes)
+                row += 1
         first, second = views
-        return TwoViews(first, second, torch.from_numpy(used)), bad
+        return TwoViews(first, second, torch.tensor(used)), bad
+
+    def _drawn(self, epoch: int, index: int, data: bytes | None) -> tuple[bytes | None, list[ViewParams] | None]:
+        """The image's bytes and its views' parameters, as far as both are to be had; `_crops` says why they are not."""
+        try:
+            data = self.source.read(index) if data is None else data
+        except UserError:
+            return None, None
+        return data, draw_ahead(data, self.config, self.seed, epoch, index)
+
+    def _crops(
+        self,
+        epoch: int,
+        index: int,
+        data: bytes | None,
+        pair: list[ViewParams] | None,
+        used: list[int],
+        bad: list[tuple[int, str]],
+    ) -> tuple[list[np.ndarray], list[ViewParams]] | None:
+        """The crops of an image or else of the next readable one; `used` gets its index. None if there is none."""
+        for image in ((index + substitute) % len(self.source) for substitute in range(_SUBSTITUTES)):
+            try:
+                data = self.source.read(image) if data is None else data
+                # Drawn as the image that was wanted, else a neighbour would come twice with the same views.
+                crops = two_crops(data, self.source.name(image), self.config, self.seed, epoch, index, pair)
+                used.append(image)
+                return crops
+            except UserError as error:
+                bad.append((image, str(error)))
+                data = pair = None
+        return None
 
 
 class _Steps:

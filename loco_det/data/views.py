@@ -193,16 +193,44 @@ def _draw_jitter(strengths: Sequence[float], draws: Iterator[float]) -> tuple[tu
 
 
 def two_views(data: bytes, name: str, config: ViewConfig, seed: int, epoch: int, index: int, out: np.ndarray) -> None:
-    """Write both views of an encoded image into `out`, (2, 3, S, S) uint8.
+    """Write both views of an encoded image into `out`, (2, 3, S, S) uint8, contiguous.
+
+    Raises:
+        UserError: the image cannot be decoded; names it.
+    """
+    for crop, params, planes in zip(*two_crops(data, name, config, seed, epoch, index), out):
+        finish_view(crop, params, planes)
+
+
+def draw_ahead(data: bytes, config: ViewConfig, seed: int, epoch: int, index: int) -> list[ViewParams] | None:
+    """Both views' parameters, if the size of the image is known without decoding it."""
+    size = jpeg_size(data)
+    return None if size is None else _draw_pair(config, size, seed, epoch, index)
+
+
+def two_crops(
+    data: bytes,
+    name: str,
+    config: ViewConfig,
+    seed: int,
+    epoch: int,
+    index: int,
+    pair: list[ViewParams] | None = None,
+) -> tuple[list[np.ndarray], list[ViewParams]]:
+    """Both views' resized crops, (S, S, 3) uint8, and all their parameters; `finish_view` does the rest of these.
 
     The image is decoded once, and a JPEG at 1/2, 1/4 or 1/8 if each crop still has S pixels on either side; the crops'
     borders then lie on the nearest coarse pixel.
+
+    Args:
+        pair: what `draw_ahead` gave.
 
     Raises:
         UserError: the image cannot be decoded; names it.
     """
     size = jpeg_size(data)
-    pair = None if size is None else _draw_pair(config, size, seed, epoch, index)
+    if pair is None and size is not None:
+        pair = _draw_pair(config, size, seed, epoch, index)
     reduce = 1 if pair is None else reduction(pair, config.size)
     image = decode_image(data, name, reduce=reduce)
     if size is None or image.shape[:2] != _coarse(size, reduce):
@@ -212,10 +240,7 @@ def two_views(data: bytes, name: str, config: ViewConfig, seed: int, epoch: int,
         if reduce > 1 and (image.shape[:2] != _coarse(size, reduce) or reduction(pair, config.size) < reduce):
             reduce, image = 1, decode_image(data, name)
             pair = _draw_pair(config, image.shape[:2], seed, epoch, index)
-    # Both crops first, while the image is still in the processor's cache.
-    crops = [crop_resize(image, _reduced(params.crop, reduce, image.shape), config.size) for params in pair]
-    for crop, params, planes in zip(crops, pair, out):
-        finish_view(crop, params, planes)
+    return [crop_resize(image, _reduced(params.crop, reduce, image.shape), config.size) for params in pair], pair
 
 
 def _draw_pair(config: ViewConfig, size: tuple[int, int], seed: int, epoch: int, index: int) -> list[ViewParams]:
