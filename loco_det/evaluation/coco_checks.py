@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,12 +63,6 @@ class GroundTruth:
     def categories(self) -> list[tuple[int, str]]:
         """(id, name), ascending by id."""
         return list(self.index.categories.items())
-
-    @cached_property
-    def sizes(self) -> dict[int, tuple[int, int]]:
-        """Image id -> (H, W)."""
-        index = self.index
-        return dict(zip(index.image_id.tolist(), zip(index.height.tolist(), index.width.tolist())))
 
 
 def read_ground_truth(annotations: str | Path, iou_types: Sequence[str]) -> GroundTruth:
@@ -158,29 +153,30 @@ def check_results(results: list[dict[str, Any]], truth: GroundTruth, iou_types: 
             f"The detection results are not in COCO's result format: {error}; "
             f"each needs {', '.join(name for name, _ in fields)} as plain numbers, lists and compressed RLE."
         ) from error
-    ids = []
-    for key, known in (("image_id", truth.sizes), ("category_id", dict(truth.categories))):
-        ids.append([getattr(r, key) for r in records])
-        unknown = set(ids[-1]).difference(known)
-        if unknown:
+    count, columns = len(records), {}
+    for key, known in (("image_id", truth.index.image_id), ("category_id", truth.index.category_id)):
+        columns[key] = np.fromiter(map(attrgetter(key), records), np.int64, count)
+        if len(unknown := np.setdiff1d(columns[key], known)):
             raise UserError(
-                f"The detection results have {key} {min(unknown)}, which {truth.path} does not list; "
+                f"The detection results have {key} {unknown[0]}, which {truth.path} does not list; "
                 "evaluate against the annotations of the images that were predicted."
             )
-    scores, boxes, masks = np.array([r.score for r in records]), np.zeros((len(records), 4)), None
+    scores, boxes, masks = np.fromiter(map(attrgetter("score"), records), float, count), np.zeros((count, 4)), None
     _refuse("a score that is not finite", ~np.isfinite(scores))
-    if "bbox" in iou_types and records:
-        boxes = np.array([r.bbox for r in records])
+    if "bbox" in iou_types:
+        boxes = np.fromiter(chain.from_iterable(map(attrgetter("bbox"), records)), float, 4 * count).reshape(-1, 4)
         wrong = ~np.isfinite(boxes).all(1) | (boxes[:, 2:] < 0).any(1)
         _refuse("a box that is not finite or has a negative width or height", wrong)
     if "segm" in iou_types:
         masks = [result["segmentation"] for result in results]
-        wrong = [r.segmentation.size != truth.sizes[r.image_id] for r in records]
-        _refuse("a mask of another [height, width] than its image", wrong)
-    return Detections(*(np.array(column, dtype=np.int64) for column in ids), scores, boxes, masks)
+        found = np.fromiter(chain.from_iterable(map(attrgetter("segmentation.size"), records)), np.int64, 2 * count)
+        image = np.searchsorted(truth.index.image_id, columns["image_id"])
+        size = np.stack([truth.index.height[image], truth.index.width[image]], 1)
+        _refuse("a mask of another [height, width] than its image", (found.reshape(-1, 2) != size).any(1))
+    return Detections(columns["image_id"], columns["category_id"], scores, boxes, masks)
 
 
-def _refuse(what: str, wrong: np.ndarray | list[bool]) -> None:
+def _refuse(what: str, wrong: np.ndarray) -> None:
     where = np.flatnonzero(wrong)
     if len(where):
         raise UserError(f"Detection result number {where[0]} has {what}; mend or leave out such results.")
