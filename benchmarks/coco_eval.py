@@ -2,10 +2,10 @@
 
 A made-up validation set that resembles COCO's: about 7 objects an image, of 3 categories, unevenly frequent; masks of
 about 220 RLE bytes; crowds; about 70 detections an image, as non-maximum suppression leaves them. Results are in
-memory; everything else is timed: for `evaluate_coco` reading the annotation file for the first time (its cache is emptied
-before every run), writing that cache, all checks, evaluation and the numbers; for pycocotools, called by hand as its
-own example does, `COCO`, `loadRes`, `evaluate` and `accumulate`, without `summarize`. The two take turns, and the
-medians are compared.
+memory; everything else is timed: for `evaluate_coco` reading the annotation file for the first time (its cache is
+emptied before every run), writing that cache, all checks, evaluation and the numbers; for pycocotools, called by hand
+as its own example does, `COCO`, `loadRes`, `evaluate` and `accumulate`, without `summarize`. The two take turns, and
+the medians are compared.
 
     python benchmarks/coco_eval.py --json coco_eval.json        # about two minutes on 2 cores
 """

@@ -12,9 +12,11 @@ import pytest
 import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
+from test_data_mapper import assert_instances_equal
 
 from loco_det.data import loader as module
 from loco_det.data.loader import Loader, TrainingStream, build_test_loader, build_train_loader, repeat_factors
+from loco_det.data.mapper import sample_rng
 from loco_det.detection.schema import get_cfg
 from loco_det.errors import UserError
 
@@ -278,3 +280,54 @@ def test_batches_hold_the_images_of_detectron2s_batches(root):
     expected = [[s["image_id"] for s in b] for b in itertools.islice(iter(theirs), 30)]
     found = take(build_train_loader(config("SOLVER.IMS_PER_BATCH", 4)), 30)
     assert [[s["image_id"] for s in b] for b in found] == expected
+
+
+BATCHES = {
+    "stock": [],
+    "several sizes": ["INPUT.MIN_SIZE_TRAIN", (18, 40), "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"],
+    "bitmasks, vertical": ["INPUT.MASK_FORMAT", "bitmask", "INPUT.RANDOM_FLIP", "vertical"],
+    "cut bitmasks": ["INPUT.MASK_FORMAT", "bitmask", "INPUT.CROP.ENABLED", True, "INPUT.CROP.SIZE", [0.6, 0.7]],
+    "boxes": [
+        *("MODEL.MASK_ON", False, "INPUT.CROP.ENABLED", True),
+        *("INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE", [15, 12]),
+    ],
+    "rare classes": ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD", 0.9],
+    "all images, mixed": ["DATALOADER.FILTER_EMPTY_ANNOTATIONS", False, "DATALOADER.ASPECT_RATIO_GROUPING", False],
+}
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("setting", BATCHES)
+def test_batches_equal_detectron2s(root, setting):
+    """From one configuration to the same pixels, boxes, classes and masks in the same batches.
+
+    The global generator that Detectron2's mapper draws from is put where ours stands at the same position of the
+    stream, since a worker's seed is another there.
+    """
+    data = pytest.importorskip("detectron2.data")
+    from detectron2.config import get_cfg as their_get_cfg
+    from detectron2.data.datasets import register_coco_instances
+
+    make(root, "made", count=20, empty=2, crowd=3)
+    file = root / "made" / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"] = [a | {"category_id": 2 if a["id"] % 9 == 4 else 1} for a in content["annotations"]]
+    file.write_text(json.dumps(content))
+    cfg = config("SOLVER.IMS_PER_BATCH", 4, *BATCHES[setting])
+    name = f"made_{setting}_train"
+    register_coco_instances(name, {}, str(file), str(root / "made" / "train"))
+    their_cfg = their_get_cfg()
+    their_cfg.merge_from_other_cfg(cfg)
+    their_cfg.DATASETS.TRAIN = (name,)
+    mapper, positions = data.DatasetMapper(their_cfg, is_train=True), itertools.count()
+
+    def mapped(record: dict) -> dict:
+        np.random.set_state(sample_rng(cfg.SEED, next(positions)).get_state())  # noqa: NPY002 (theirs)
+        return mapper(record)
+
+    theirs = iter(data.build_detection_train_loader(their_cfg, mapper=mapped))
+    for ours in take(build_train_loader(cfg), 12):
+        for found, expected in zip(ours, next(theirs), strict=True):
+            assert (found["image_id"], found["file_name"]) == (expected["image_id"], expected["file_name"])
+            assert torch.equal(found["image"], expected["image"])
+            assert_instances_equal(found["instances"], expected["instances"])
