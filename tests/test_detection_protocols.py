@@ -311,6 +311,7 @@ def test_a_run_that_misses_its_expectation_fails(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"TEST\.EXPECTED_RESULTS says 99\.0"):
         train_net(cfg, engine="torchvision")
     assert (tmp_path / "model_final.pth").exists()
+    assert "bbox/AP" in metrics(tmp_path)[-1]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ when it runs and on which batches is as in detectron2/engine/hooks.py `PreciseBN
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det.detection.fvcore_nn import get_bn_modules, update_bn_stats
-from loco_det.runtime import log
+from loco_det.runtime import Progress, log
 
 
 def is_due(cfg: CfgNode, iteration: int) -> bool:
@@ -39,8 +40,15 @@ def recompute(cfg: CfgNode, engine: ModuleType, model: nn.Module, iteration: int
         log.info("precise BatchNorm: the model has none in training, so nothing is done")
         return
     earlier = iteration // cfg.TEST.EVAL_PERIOD if cfg.TEST.EVAL_PERIOD > 0 else 0
-    log.info("precise BatchNorm over %d batches", count)
-    update_bn_stats(_Losses(engine, model), iter(engine.train_batches(_without_workers(cfg), earlier * count)), count)
+    batches = iter(engine.train_batches(_without_workers(cfg), earlier * count))
+    with Progress(count, "precise BatchNorm", unit="batches") as progress:
+        update_bn_stats(_Losses(engine, model), _watched(batches, progress), count)
+
+
+def _watched(batches: Iterator[Any], progress: Progress) -> Iterator[Any]:
+    for batch in batches:
+        yield batch
+        progress.advance()
 
 
 def _without_workers(cfg: CfgNode) -> CfgNode:

@@ -22,7 +22,7 @@ from loco_det.data.catalog import find_dataset
 from loco_det.data.index import load_index
 from loco_det.detection import engine_d2, solver
 from loco_det.detection.checkpoint import Checkpointer, read_last
-from loco_det.detection.inference import evaluate_finally, flatten
+from loco_det.detection.inference import check_expected, evaluate_finally, flatten
 from loco_det.detection.loop import Run, check_frozen, frozen_hashes, train
 from loco_det.detection.record import write_record
 from loco_det.detection.weights import apply_weights, load_weights
@@ -56,7 +56,8 @@ def train_net(
         by name, without any an empty one.
 
     Raises:
-        UserError: bad configuration, data or weights; a loss that is not finite; a stop by signal.
+        UserError: bad configuration, data or weights; a loss that is not finite; a stop by signal; a result that is
+            not what TEST.EXPECTED_RESULTS says.
         RuntimeError: a frozen tensor changed.
     """
     module = choose_engine(engine)
@@ -68,12 +69,14 @@ def train_net(
         _load_for_evaluation(model, cfg, module, resume)
         results = evaluate_finally(cfg, model, module, evaluator)
         append_metrics(cfg.OUTPUT_DIR, flatten(results))
+        check_expected(cfg, results)
         return results
     run = start_run(cfg, module, model, resume, drawn)
     train(run, evaluator)
     results = evaluate_finally(cfg, model, module, evaluator)
     if results:
         append_metrics(cfg.OUTPUT_DIR, {"iteration": cfg.SOLVER.MAX_ITER, **flatten(results)})
+    check_expected(cfg, results)
     return results
 
 
