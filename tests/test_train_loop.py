@@ -212,7 +212,7 @@ def test_fine_tuning_in_mixed_precision_with_clipping_changes_the_backbone(tmp_p
         ({"MODEL__DEVICE": "gpu"}, {}, ["gpu"]),
         ({"SOLVER__IMS_PER_BATCH": 0}, {}, ["SOLVER.IMS_PER_BATCH is 0"]),
         ({"SOLVER__CHECKPOINT_PERIOD": 0}, {}, ["SOLVER.CHECKPOINT_PERIOD is 0"]),
-        ({"TEST__AUG__ENABLED": True}, {}, ["TEST.AUG.ENABLED is True", "--engine detectron2"]),
+        ({"GLOBAL__HACK": 2.0}, {}, ["GLOBAL.HACK is 2.0", "--engine detectron2"]),
     ],
 )
 def test_bad_input_is_refused_before_training(tmp_path, changes, arguments, words):
