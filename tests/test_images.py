@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -264,3 +265,37 @@ def test_equal_to_detectron2_on_real_photographs(real_coco):
     utils = pytest.importorskip("detectron2.data.detection_utils")
     for path in sorted((real_coco / "coco" / "val2017").glob("*.jpg"))[:12]:
         np.testing.assert_array_equal(read_image(path, "BGR"), utils.read_image(str(path), format="BGR"))
+
+
+INKS = {
+    (0, 0, 0, 0): (255, 255, 255),
+    (0, 0, 0, 255): (0, 0, 0),
+    (255, 0, 0, 0): (0, 255, 255),
+    (0, 255, 255, 0): (255, 0, 0),
+}
+
+
+@pytest.mark.parametrize("ink", INKS)
+@pytest.mark.parametrize("file_format", ["JPEG", "TIFF"])
+def test_inks_of_cmyk_are_their_colours(ink, file_format, write):
+    """An Adobe JPEG stores them inverted; read as they stand, white would be black."""
+    data = encode(Image.new("CMYK", (16, 16), ink), file_format)
+    assert file_format != "JPEG" or b"Adobe" in data
+    for pixels in (read_image(write(data), "RGB"), decode_image(data, "x")):
+        assert np.abs(pixels.astype(int) - INKS[ink]).max() <= 2
+
+
+def test_16_bit_colour_keeps_the_high_byte(write):
+    values = np.random.default_rng(0).integers(0, 65536, (HEIGHT, WIDTH, 3)).astype(np.uint16)
+    data = cv2.imencode(".png", values[:, :, ::-1])[1].tobytes()
+    for pixels in (read_image(write(data), "RGB"), decode_image(data, "x")):
+        np.testing.assert_array_equal(pixels, (values >> 8).astype(np.uint8))
+
+
+def test_a_jpeg_damaged_inside_but_whole_is_read_as_libjpeg_resumes(write, capfd):
+    data = bytearray(KINDS["jpeg"]())
+    at = len(data) // 2
+    data[at : at + 4] = b"\x12\x34\x56\x78"
+    fast, exact = decode_image(bytes(data), "x"), read_image(write(bytes(data)), "RGB")
+    assert fast.shape == exact.shape == (HEIGHT, WIDTH, 3)
+    np.testing.assert_array_equal(fast[:8], decode_image(jpeg(), "x")[:8])

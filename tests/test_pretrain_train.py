@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from loco_det.artifact import load_backbone
 from loco_det.backbone import ResNet
 from loco_det.config import load_config
+from loco_det.data.indexed import DatasetSource
 from loco_det.errors import UserError
 from loco_det.names import to_detectron2
 from pretrain.checkpoint import latest_checkpoint
@@ -162,6 +164,36 @@ def test_killed_and_resumed_equals_uninterrupted(images: Path, tmp_path: Path) -
     assert load_backbone(tmp_path / "cut" / "backbone.safetensors")[1].tensors_sha256 == (
         load_backbone(whole)[1].tensors_sha256
     )
+
+
+def test_tar_shards_resume_to_the_same_bits(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two shards of 7 and 5 images, workers in the second half alone; 3 steps an epoch, resumed inside the second."""
+    pytest.importorskip("webdataset", reason="the extra `webdataset` is not installed")
+    monkeypatch.setenv("LOCO_DET_CACHE", str(tmp_path / "cache"))
+    files = sorted(images.glob("*.png"))
+    for number, part in enumerate((files[:7], files[7:])):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
+            for file in part:
+                archive.add(file, file.name)
+    shards = tmp_path / "{0,1}.tar"
+    settings = {"SOLVER__MAX_STEPS": 6, "CHECKPOINT_PERIOD": 2, "DATA__SHUFFLE_BUFFER": 6}
+    whole = pretrain(config(shards, tmp_path / "cut", **settings))
+    expected, lines = load_backbone(whole)[1].tensors_sha256, trace(tmp_path / "cut")
+    (tmp_path / "cut" / "checkpoint_00000006.pth").unlink()
+    assert latest_checkpoint(tmp_path / "cut")[1]["step"] == 4
+    again = pretrain(config(shards, tmp_path / "cut", **settings, DATA__NUM_WORKERS=2), resume=True)
+    assert load_backbone(again)[1].tensors_sha256 == expected
+    assert trace(tmp_path / "cut") == lines
+    with pytest.raises(UserError, match="made with another configuration"):
+        pretrain(config(shards, tmp_path / "cut", **{**settings, "DATA__SHUFFLE_BUFFER": 7}), resume=True)
+
+
+def test_a_python_data_set_trains(images: Path, tmp_path: Path) -> None:
+    """The same pixels give the same backbone, whatever they came in."""
+    arrays = [cv2.imread(str(file))[:, :, ::-1] for file in sorted(images.glob("*.png"))]
+    own = pretrain(config(Path("unused"), tmp_path / "own"), source=DatasetSource(arrays))
+    files = pretrain(config(images, tmp_path / "files"))
+    assert load_backbone(own)[1].tensors_sha256 == load_backbone(files)[1].tensors_sha256
 
 
 def test_resume_needs_the_same_configuration(images: Path, tmp_path: Path) -> None:

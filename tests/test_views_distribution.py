@@ -82,6 +82,32 @@ def test_same_numbers_give_the_same_crop_and_colours(preset, height, width, feed
             assert factor == pytest.approx(theirs[f"{name}_factor"], abs=1e-12)
 
 
+def test_same_numbers_give_the_same_blur(feed):
+    blur = v2.GaussianBlur(23, SIMCLR.blur_sigma)
+    for index in range(200):
+        number = next(view_draws(1, 2, index)[0])
+        feed[:] = [number]
+        theirs = make_params(blur, torch.zeros(3, 9, 9))["sigma"]
+        assert theirs == pytest.approx([views._between(*SIMCLR.blur_sigma, iter([number]))] * 2, abs=1e-12)
+
+
+@pytest.mark.parametrize("key", ["flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob"])
+def test_an_operation_is_applied_to_its_share_independently_of_the_others(key):
+    """Every one of the five against its probability, and given each of the others."""
+    config = view_config(224, {"SOLARIZE_PROB": 0.3})
+    drawn = params_of(config, 427, 640, 4000)
+    done = {
+        "flip_prob": [p.flip for p in drawn],
+        "jitter_prob": [bool(p.jitter) for p in drawn],
+        "gray_prob": [p.gray for p in drawn],
+        "blur_prob": [p.blur_sigma > 0 for p in drawn],
+        "solarize_prob": [p.solarize for p in drawn],
+    }
+    mine, share = np.array(done.pop(key)), getattr(config, key)
+    for part in [np.ones(4000, bool), *(np.array(other) for other in done.values())]:
+        assert abs(mine[part].mean() - share) < 4.5 * math.sqrt(share * (1 - share) / part.sum())
+
+
 def test_crops_lie_inside_any_image():
     for height, width in [(1, 1), (1, 500), (500, 1), (2, 3), (37, 1000), (3000, 40)]:
         for params in params_of(SIMCLR, height, width, 50):

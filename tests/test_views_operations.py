@@ -174,3 +174,18 @@ def test_normalise_equals_torchvision():
     ours = normalise(images, mean, std)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [-0.5, -0.31, -0.2, -1 / 12, -0.01, 1 / 12, 0.1, 1 / 6, 0.2, 0.25, 0.43])
+def test_hue_of_every_fifth_colour(shift):
+    """Every sextant, its borders and all greys, against torchvision and against colorsys in float64."""
+    import colorsys
+
+    levels = np.arange(0, 256, 5, dtype=np.uint8)
+    image = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 52, 3)
+    ours = views.hue(image, shift)
+    assert differences(ours, F.adjust_hue(planes(image), shift)).max() <= 1
+    for pixel, turned in zip(image.reshape(-1, 3)[::997], ours.reshape(-1, 3)[::997]):
+        h, s, v = colorsys.rgb_to_hsv(*(pixel / 255.0))
+        exact = 255 * np.array(colorsys.hsv_to_rgb((h + shift) % 1.0, s, v))
+        assert np.abs(turned - exact).max() <= 0.5 + 1e-9  # rounded, no more
