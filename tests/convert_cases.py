@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -297,6 +298,38 @@ def safetensors_that_lie() -> dict[str, bytes]:
     }
 
 
+def indexes_that_lie() -> dict[str, bytes]:
+    def index(places: object) -> bytes:
+        return json.dumps({"metadata": {}, "weight_map": places}).encode()
+
+    return {
+        "traversal": index({"a": "../../../../etc/passwd"}),
+        "absolute": index({"a": "/dev/zero"}),
+        "itself": index({"a": "itself.safetensors.index.json"}),
+        "absent": index({"a": "nowhere.safetensors"}),
+        "pickle": index({"a": "pickle-system.pkl"}),
+        "list": index(["a"]),
+        "number": index({"a": 1}),
+        "deep": b'{"weight_map":' * 50_000,
+        "long": index({str(i): f"{i}.safetensors" for i in range(200_000)}),
+        "twice": b'{"weight_map": {"a": "x.bin", "a": "x.bin"}}',
+        "digits": b'{"weight_map": {"a": ' + b"9" * 100_000 + b"}}",
+    }
+
+
+def manifests_that_lie() -> dict[str, bytes]:
+    texts = {
+        "deep": '{"format":1,"config":' + '{"a":' * 100_000,
+        "list": "[" * 100_000,
+        "number": '{"format": 1e999}',
+        "type": '{"format":1,"architecture":7}',
+        "unknown": '{"format":1,"evil":"x"}',
+        "empty": "",
+    }
+    state = {"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}
+    return {name: safetensors.torch.save(state, metadata={"loco_det": text}) for name, text in texts.items()}
+
+
 def hostile_files(folder: Path, canary: Path) -> list[Path]:
     """Write the whole corpus into `folder`; none of it is a usable checkpoint."""
     files: dict[str, bytes] = {}
@@ -308,6 +341,9 @@ def hostile_files(folder: Path, canary: Path) -> list[Path]:
     for group in (tensors_that_lie(), zips_that_lie()):
         files.update({f"torch-{name}.ckpt": content for name, content in group.items()})
     files.update({f"st-{name}.safetensors": content for name, content in safetensors_that_lie().items()})
+    files.update({f"{name}.safetensors.index.json": content for name, content in indexes_that_lie().items()})
+    files.update({f"ours-{name}.safetensors": content for name, content in manifests_that_lie().items()})
+    files["legacy-copies.pt"] = torch_legacy_of(torch.zeros(2**18), views=3000)
     files.update(
         {
             "empty.pth": b"",

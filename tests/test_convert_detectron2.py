@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from convert_cases import caffe2_name, randomised
+from convert_cases import caffe2_name, detectron_pkl, randomised
 
 from loco_det.backbone import ResNet
 from loco_det.convert import convert, load_backbone_weights, load_checkpoint
@@ -112,6 +112,44 @@ def test_msra_stride(folder: Path, tmp_path: Path) -> None:
     x = torch.randn(1, 3, 97, 130, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert_same_features(model.backbone.bottom_up(x), mine(x))
+
+
+def test_an_msra_file_is_read_as_detectron2_reads_it(tmp_path: Path) -> None:
+    """R-50.pkl as Python 2 wrote it: Detectron2's own conversion of Caffe2's names and ours, tensor by tensor."""
+    from detectron2 import model_zoo
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.modeling import build_model
+
+    plain = {n: t for n, t in randomised(torchvision.models.resnet50()).state_dict().items() if "num_batches" not in n}
+    blobs = {caffe2_name(n): t for n, t in plain.items() if not n.startswith("fc.") and "running" not in n}
+    blobs |= {"conv1_b": torch.zeros(64), "fc1000_w": torch.ones(1000, 2048), "fc1000_b": torch.ones(1000)}
+    (tmp_path / "R-50.pkl").write_bytes(detectron_pkl(blobs))
+    cfg = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg).eval()
+    DetectionCheckpointer(model).load(str(tmp_path / "R-50.pkl"))
+    convert(tmp_path / "R-50.pkl", tmp_path / "ours.pkl")
+    tensors, manifest = load_backbone_weights(tmp_path / "ours.pkl")
+    assert_all_loaded(model, tensors, {"": "backbone.bottom_up."})
+    assert (manifest.stride_in_1x1, manifest.channel_order) == (cfg.MODEL.RESNETS.STRIDE_IN_1X1, cfg.INPUT.FORMAT)
+    assert list(manifest.pixel_mean) == pytest.approx(cfg.MODEL.PIXEL_MEAN)
+    assert list(manifest.pixel_std) == cfg.MODEL.PIXEL_STD
+
+
+def test_weights_that_contradict_the_configuration_are_refused_on_this_engine_too(folder: Path) -> None:
+    from loco_det.config import load_config
+    from loco_det.detection import engine_d2
+    from loco_det.detection.schema import get_cfg
+    from loco_det.detection.weights import load_weights
+    from loco_det.errors import UserError
+
+    given = ["MODEL.WEIGHTS", str(folder / "r50.pkl"), "MODEL.DEVICE", "cpu", "INPUT.FORMAT", "BGR"]
+    cfg = load_config(get_cfg(), "configs/coco_loco_r50.yaml", given)
+    model = engine_d2.build_model(cfg)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=r'INPUT\.FORMAT "RGB" and the configuration has "BGR"'):
+        load_weights(model, cfg)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["coco_loco_r50", "coco_loco_r50_c4", "coco_loco_r50_faster"])

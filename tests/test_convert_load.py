@@ -145,7 +145,7 @@ def test_an_index_reads_as_its_files_together(tmp_path: Path, suffix: str) -> No
     [
         ({"d": "model-00002-of-00002.safetensors"}, "tensor 'd' is in only one of model-00002"),
         ({"c": "model-00001-of-00002.safetensors"}, "tensor 'c' is in only one of model-00001"),
-        ({"c": "model-00003-of-00002.safetensors"}, "model-00003-of-00002.safetensors: cannot be read"),
+        ({"c": "model-00003-of-00002.safetensors"}, "names model-00003-of-00002.safetensors, which is not beside it"),
         ({"c": "../x.safetensors"}, "is no weights file beside it"),
         ({"c": "/etc/passwd"}, "is no weights file beside it"),
         ({"c": "model.safetensors.index.json"}, "is no weights file beside it"),

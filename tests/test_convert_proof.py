@@ -19,7 +19,7 @@ import yaml
 from convert_cases import prefixed, randomised
 from safetensors.torch import load_file
 
-from loco_det.artifact import describe, load_backbone, save_backbone
+from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD, describe, load_backbone, save_backbone
 from loco_det.backbone import ResNet
 from loco_det.cli import run_job
 from loco_det.convert import conversion, convert, load_any_backbone, load_backbone_weights
@@ -334,10 +334,29 @@ def test_a_backbone_for_torchvision_and_timm(folder: Path, tmp_path: Path, suffi
     model.load_state_dict(state, strict=True)
     timm = pytest.importorskip("timm")
     other = timm.create_model("resnet50", num_classes=0, checkpoint_path=str(path)).eval()  # strict as well
+    overlay = {"file": str(path), "num_classes": 0}
+    third = timm.create_model("resnet50", pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in third.state_dict().items())
     x = torch.randn(1, 3, 65, 90, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(x)
         assert (other(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_the_backbone_of_torchvisions_detector(tmp_path: Path) -> None:
+    """Its prefix is no code base's own, so it must be said; what stands beside it is dropped by that."""
+    model = randomised(torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None))
+    torch.save(model.state_dict(), tmp_path / "maskrcnn.pth")
+    with pytest.raises(UserError, match=r"say --branch backbone\.body\."):
+        convert(tmp_path / "maskrcnn.pth", tmp_path / "out.pkl")
+    pixels = {"channel_order": "RGB", "pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD, "stride_in_1x1": False}
+    account = convert(tmp_path / "maskrcnn.pth", tmp_path / "out.pkl", branch="backbone.body.", **pixels)
+    body = model.backbone.body.eval()
+    x = torch.randn(1, 3, 65, 90, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = body(x)["3"], backbone_of(tmp_path / "out.pkl")(x)["res5"]
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert account.dropped.keys() == {"batch counters", "outside the branch"}
 
 
 def test_there_and_back_changes_nothing(folder: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from loco_det.artifact import IMAGENET_MEAN, describe, save_backbone
 from loco_det.backbone import ResNet
 from loco_det.convert import load_backbone_weights, load_checkpoint
 from loco_det.convert.account import Account, take_account
-from loco_det.convert.load import load_tensors
+from loco_det.convert.load import load_tensors, open_tensors
 from loco_det.convert.namings import NAMINGS
 from loco_det.convert.sources import SOURCES, Pixels, Source
 from loco_det.errors import UserError
@@ -283,8 +283,11 @@ def break_inf(state: dict) -> None:
     state["layer1.0.bn2.weight"][5] = float("inf")
 
 
-def break_dtype(state: dict) -> None:
-    state["layer1.0.bn2.weight"] = state["layer1.0.bn2.weight"].half()
+def break_dtype(dtype: torch.dtype) -> Callable[[dict], None]:
+    def break_it(state: dict) -> None:
+        state["layer1.0.bn2.weight"] = state["layer1.0.bn2.weight"].to(dtype)
+
+    return break_it
 
 
 def break_variance(state: dict) -> None:
@@ -302,15 +305,22 @@ def break_variance(state: dict) -> None:
         (break_shape, r"'layer2.0.conv1.weight' has shape \[64, 64, 3, 3\], not \[128, 64, 3, 3\]"),
         (break_nan, r"'layer4.1.conv2.weight' has NaN"),
         (break_inf, r"'layer1.0.bn2.weight' has NaN or infinite"),
-        (break_dtype, r"'layer1.0.bn2.weight' is float16, not float32"),
+        *(
+            (break_dtype(getattr(torch, name)), rf"'layer1.0.bn2.weight' is {name}, not float32")
+            for name in ("float16", "bfloat16", "float64", "int64", "uint8", "bool", "complex64", "float8_e4m3fn")
+        ),
         (break_variance, r"'bn1.running_var' has negative"),
     ],
 )
-def test_no_tensor_is_passed_over(break_it: Callable, said: str) -> None:
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_no_tensor_is_passed_over(break_it: Callable, said: str, suffix: str, tmp_path: Path) -> None:
     state = {name: tensor.clone() for name, tensor in resnet().state_dict().items()}
     break_it(state)
-    with pytest.raises(UserError, match=said):
-        take_account("x.pth", state)
+    path = tmp_path / f"x{suffix}"
+    (torch.save if suffix == ".pth" else save_file)(state, path)
+    with pytest.raises(UserError, match=said) as refused:
+        take_account(path, open_tensors(path))
+    assert str(path) in str(refused.value)
 
 
 def test_the_file_s_own_names_are_in_the_errors() -> None:

@@ -292,6 +292,8 @@ def _read_index(path: Path, data: mmap.mmap) -> dict[str, Stored]:
     for shard in dict.fromkeys(places.values()):
         if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", shard):
             raise UserError(f"{path}: names {shard!r:.100}, which is no weights file beside it; take an intact copy")
+        if not path.with_name(shard).is_file():
+            raise UserError(f"{path}: names {shard:.100}, which is not beside it; fetch all of its files")
         tensors = open_tensors(path.with_name(shard))
         named = {name for name, file in places.items() if file == shard}
         if tensors.keys() != named:
