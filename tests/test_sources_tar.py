@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fvcore.common.config import CfgNode
-from view_cases import encode, photograph, two_views
+from view_cases import SIZE, assert_same, config, encode, photograph, steps, two_views
 
 from loco_det.data import tar
 from loco_det.data.sources import open_source
@@ -23,7 +22,7 @@ from loco_det.errors import UserError
 wds = pytest.importorskip("webdataset", reason="the extra `webdataset` is not installed")
 
 COUNTS = (9, 2, 14, 7, 5)  # images in each shard: no number of workers or ranks divides them
-IMAGES, SIZE, BATCH = sum(COUNTS), 16, 8
+IMAGES, BATCH = sum(COUNTS), 8
 
 
 @pytest.fixture(autouse=True)
@@ -51,38 +50,10 @@ def shards(tmp_path: Path) -> Path:
     return write_shards(tmp_path / "shards")
 
 
-def config(path: object, **changes) -> CfgNode:
-    cfg = CfgNode(
-        {
-            "DATA": {"PATH": str(path), "IMAGE_SIZE": SIZE, "NUM_WORKERS": 0, "MAX_BAD_SHARE": 0.0},
-            "AUGMENT": {"PRESET": "simclr"},
-            "SOLVER": {"BATCH_SIZE": BATCH},
-            "SEED": 5,
-            "DEVICE": "cpu",
-        }
-    )
-    cfg.DATA.SHUFFLE_BUFFER = 12
-    cfg.merge_from_list([value for pair in changes.items() for value in (pair[0].replace("__", "."), pair[1])])
-    return cfg
-
-
 def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)
     archive.addfile(info, io.BytesIO(data))
-
-
-def steps(path: object, count: int, start: int = 0, *, rank: int = 0, world_size: int = 1, **changes) -> list[TwoViews]:
-    cfg = config(path, **changes)
-    loader = build_two_view_loader(cfg, open_source(cfg.DATA.PATH), rank=rank, world_size=world_size)
-    return list(itertools.islice(loader.batches(start), count))
-
-
-def assert_same(a: list[TwoViews], b: list[TwoViews]) -> None:
-    assert len(a) == len(b)
-    for left, right in zip(a, b):
-        for x, y in zip(left, right):
-            assert torch.equal(x, y)
 
 
 def test_a_source_like_any_other(shards):

@@ -9,16 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fvcore.common.config import CfgNode
 from torchvision.transforms import v2
-from view_cases import encode, photograph, two_views
+from view_cases import SIZE, assert_same, config, encode, photograph, steps, two_views
 
 from loco_det.data.sources import open_source
 from loco_det.data.twoview import TwoViews, build_plain_loader, build_two_view_loader, epoch_order
 from loco_det.data.views import view_config
 from loco_det.errors import UserError
 
-IMAGES, SIZE = 23, 24
+IMAGES = 23
 
 
 @pytest.fixture
@@ -28,33 +27,6 @@ def folder(tmp_path: Path) -> Path:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(encode(photograph(40 + i, 60, seed=i)))
     return tmp_path
-
-
-def config(folder: Path, **changes) -> CfgNode:
-    cfg = CfgNode(
-        {
-            "DATA": {"PATH": str(folder), "IMAGE_SIZE": SIZE, "NUM_WORKERS": 0, "MAX_BAD_SHARE": 0.01},
-            "AUGMENT": {"PRESET": "simclr"},
-            "SOLVER": {"BATCH_SIZE": 8},
-            "SEED": 5,
-            "DEVICE": "cpu",
-        }
-    )
-    cfg.merge_from_list([value for pair in changes.items() for value in (pair[0].replace("__", "."), pair[1])])
-    return cfg
-
-
-def steps(folder: Path, count: int, start: int = 0, *, rank: int = 0, world_size: int = 1, **changes) -> list[TwoViews]:
-    cfg = config(folder, **changes)
-    loader = build_two_view_loader(cfg, open_source(cfg.DATA.PATH), rank=rank, world_size=world_size)
-    return list(itertools.islice(loader.batches(start), count))
-
-
-def assert_same(a: list[TwoViews], b: list[TwoViews]) -> None:
-    assert len(a) == len(b)
-    for left, right in zip(a, b):
-        for x, y in zip(left, right):
-            assert torch.equal(x, y)
 
 
 def test_a_batch_is_the_two_views_of_its_images(folder):

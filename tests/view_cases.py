@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import numpy as np
+import torch
+from fvcore.common.config import CfgNode
 from PIL import Image
 
 from loco_det.data import views
+from loco_det.data.sources import open_source
+from loco_det.data.twoview import TwoViews, build_two_view_loader
+
+SIZE = 24  # of the loaders' views
 
 
 def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -49,3 +56,37 @@ def two_views(data: bytes, name: str, config: views.ViewConfig, seed: int, epoch
     out = np.zeros((2, 3, config.size, config.size), np.uint8)
     views.two_views(data, name, config, seed, epoch, index, out)
     return out.transpose(0, 2, 3, 1)
+
+
+def config(path: object, **changes) -> CfgNode:
+    """What the two-view loaders read of a configuration; `DATA__IMAGE_SIZE=32` changes a key."""
+    cfg = CfgNode(
+        {
+            "DATA": {
+                "PATH": str(path),
+                "IMAGE_SIZE": SIZE,
+                "NUM_WORKERS": 0,
+                "MAX_BAD_SHARE": 0.01,
+                "SHUFFLE_BUFFER": 12,
+            },
+            "AUGMENT": {"PRESET": "simclr"},
+            "SOLVER": {"BATCH_SIZE": 8},
+            "SEED": 5,
+            "DEVICE": "cpu",
+        }
+    )
+    cfg.merge_from_list([value for pair in changes.items() for value in (pair[0].replace("__", "."), pair[1])])
+    return cfg
+
+
+def steps(path: object, count: int, start: int = 0, *, rank: int = 0, world_size: int = 1, **changes) -> list[TwoViews]:
+    cfg = config(path, **changes)
+    loader = build_two_view_loader(cfg, open_source(cfg.DATA.PATH), rank=rank, world_size=world_size)
+    return list(itertools.islice(loader.batches(start), count))
+
+
+def assert_same(a: list[TwoViews], b: list[TwoViews]) -> None:
+    assert len(a) == len(b)
+    for left, right in zip(a, b):
+        for x, y in zip(left, right):
+            assert torch.equal(x, y)
