@@ -47,6 +47,7 @@ from loco_det.data.mapper import DetectionMapper, sample_rng
 from loco_det.detection import engine_d2, engine_torchvision, solver
 from loco_det.detection.schema import get_cfg
 from loco_det.errors import UserError
+from loco_det.fused import fast_arithmetic
 from loco_det.runtime import resolve_device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -295,6 +296,13 @@ MAKE = {"ours": our_side, "detectron2": detectron2_side, "torchvision": torchvis
 def work(name: str, cfg: CfgNode, weights: Path, samples: list[dict[str, Any]], pipe: Connection) -> None:
     """One side in its own process: a step and its seconds for every message, at the end the peak."""
     library, job = name.split(":")
+    with fast_arithmetic(library == "ours"):
+        work_on(library, job, cfg, weights, samples, pipe)
+
+
+def work_on(
+    library: str, job: str, cfg: CfgNode, weights: Path, samples: list[dict[str, Any]], pipe: Connection
+) -> None:
     device = torch.device(cfg.MODEL.DEVICE)
     start_memory(device)
     step = MAKE[library](job, cfg, torch.load(weights, map_location=device), samples)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loco_det.fused import convolve
+
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 STAGES = ("stem", "res2", "res3", "res4", "res5")
 STEM_CHANNELS = 64
@@ -69,8 +71,9 @@ class Conv2d(nn.Conv2d):
         self.norm = make_norm(norm, outputs)
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(super().forward(x))
+    def forward(self, x: Tensor, relu: bool = False, add: Tensor | None = None) -> Tensor:
+        """Convolution and normalisation; then, if asked for, the sum with `add` and a ReLU."""
+        return convolve(self, x, relu=relu, add=add)
 
 
 class Stem(nn.Module):
@@ -83,7 +86,7 @@ class Stem(nn.Module):
         self.conv1 = Conv2d(3, channels, kernel, norm, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu_(self.conv1(x))
+        x = self.conv1(x, relu=True)
         return F.max_pool2d(x, 3, stride=2, padding=1) if self.pool else x
 
 
@@ -93,11 +96,9 @@ class _Residual(nn.Module):
     shortcut: nn.Module | None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.transform(x)
-        out += x if self.shortcut is None else self.shortcut(x)
-        return F.relu_(out)
+        return self.transform(x, x if self.shortcut is None else self.shortcut(x))
 
-    def transform(self, x: Tensor) -> Tensor:
+    def transform(self, x: Tensor, shortcut: Tensor) -> Tensor:
         raise NotImplementedError
 
 
@@ -111,8 +112,8 @@ class BasicBlock(_Residual):
         self.conv1 = Conv2d(inputs, outputs, 3, norm, stride=stride, dilation=dilation)
         self.conv2 = Conv2d(outputs, outputs, 3, norm, dilation=dilation)
 
-    def transform(self, x: Tensor) -> Tensor:
-        return self.conv2(F.relu_(self.conv1(x)))
+    def transform(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x, relu=True), relu=True, add=shortcut)
 
 
 class Bottleneck(_Residual):
@@ -138,10 +139,9 @@ class Bottleneck(_Residual):
         self.conv2 = Conv2d(middle, middle, 3, norm, stride=second, groups=groups, dilation=dilation)
         self.conv3 = Conv2d(middle, outputs, 1, norm)
 
-    def transform(self, x: Tensor) -> Tensor:
-        x = F.relu_(self.conv1(x))
-        x = F.relu_(self.conv2(x))
-        return self.conv3(x)
+    def transform(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        x = self.conv2(self.conv1(x, relu=True), relu=True)
+        return self.conv3(x, relu=True, add=shortcut)
 
 
 def make_stage(

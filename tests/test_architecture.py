@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 NO_MODELS = {"loco_det", "loco_det.errors", "loco_det.structures", "loco_det.runtime", "loco_det.config"}
-BASE = NO_MODELS | {"loco_det.backbone", "loco_det.names", "loco_det.artifact"}
+BASE = NO_MODELS | {"loco_det.backbone", "loco_det.fused", "loco_det.names", "loco_det.artifact"}
 # What the modules of each room may import of this project besides their own room; docs/architecture.md says why.
 MAY_IMPORT = {
     "loco_det": BASE,

@@ -92,21 +92,21 @@ def test_mask_loss_equals_a_loop() -> None:
                 z = float(logit[label, y, x])
                 total += math.log1p(math.exp(-z)) + (0.0 if target[y][x] else z)
                 count += 1
-    loss = mask_loss(logits, classes, [polygons, bits], boxes)
+    loss = mask_loss(logits_of_classes(logits, classes), [polygons, bits], boxes)
     assert loss.item() == pytest.approx(total / count, rel=1e-5)
 
 
 def test_an_image_without_foreground_takes_no_part() -> None:
     square = np.array([5.0, 5, 25, 5, 25, 25, 5, 25])
-    logits, classes = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(2)), torch.tensor([1])
+    logits = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(2))
     masks, box, none = PolygonMasks([[square]]), torch.tensor([[4.0, 4, 26, 24]]), torch.zeros(0, 4)
-    alone = mask_loss(logits, classes, [masks], [box])
-    assert torch.equal(mask_loss(logits, classes, [None, masks], [none, box]), alone)
+    alone = mask_loss(logits, [masks], [box])
+    assert torch.equal(mask_loss(logits, [None, masks], [none, box]), alone)
 
 
 def test_no_foreground_at_all_gives_zero_with_a_gradient() -> None:
-    logits = torch.zeros(0, 3, 8, 8, requires_grad=True)
-    loss = mask_loss(logits, torch.zeros(0, dtype=torch.int64), [None], [torch.zeros(0, 4)])
+    logits = torch.zeros(0, 8, 8, requires_grad=True)
+    loss = mask_loss(logits, [None], [torch.zeros(0, 4)])
     assert loss.item() == 0
     loss.backward()
     assert logits.grad is not None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from loco_det.backbone import make_norm
+from loco_det.fused import convolve
 
 
 class Conv(nn.Conv2d):
@@ -23,7 +23,4 @@ class Conv(nn.Conv2d):
         self.relu = relu
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = super().forward(x)
-        if self.norm is not None:
-            x = self.norm(x)
-        return F.relu_(x) if self.relu else x
+        return convolve(self, x, relu=self.relu)

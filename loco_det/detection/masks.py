@@ -16,13 +16,14 @@ from torch import nn
 
 from loco_det.detection.fvcore_nn import c2_msra_fill
 from loco_det.detection.layers import Conv
+from loco_det.fused import is_fast
 
 # Sampled pixels held at a time when all masks of an image are pasted together (not on CPU): 1 GiB of float32.
 PASTE_PIXELS = 2**28
 
 
 class MaskHead(nn.Module):
-    """(R, C, S, S) pooled regions -> (R, K, M, M) logits."""
+    """(R, C, S, S) pooled regions and their classes (R,) in [0, K) -> (R, M, M) logits, each of its region's class."""
 
     def __init__(self, cfg: CfgNode, channels: int) -> None:
         super().__init__()
@@ -40,10 +41,16 @@ class MaskHead(nn.Module):
         nn.init.normal_(self.predictor.weight, std=0.001)
         nn.init.zeros_(self.predictor.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         for name in self.convs:
             x = getattr(self, name)(x)
-        return self.predictor(F.relu_(self.deconv(x)))
+        x = F.relu_(self.deconv(x))
+        if not is_fast() or self.predictor.out_channels == 1:
+            return logits_of_classes(self.predictor(x), classes)
+        # Of K masks one is looked at, so only that one is made.
+        weight = self.predictor.weight.flatten(1)[classes]
+        logits = torch.bmm(weight[:, None], x.flatten(2)).view(len(x), *x.shape[2:])
+        return logits + self.predictor.bias[classes][:, None, None]
 
 
 def logits_of_classes(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
@@ -53,14 +60,11 @@ def logits_of_classes(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tens
     return logits[torch.arange(len(logits), device=logits.device), classes]
 
 
-def mask_loss(
-    logits: torch.Tensor, classes: torch.Tensor, masks: Sequence[Any], boxes: Sequence[torch.Tensor]
-) -> torch.Tensor:
+def mask_loss(logits: torch.Tensor, masks: Sequence[Any], boxes: Sequence[torch.Tensor]) -> torch.Tensor:
     """Mean binary cross-entropy over all pixels of all foreground regions; 0 with a gradient where there are none.
 
     Args:
-        logits: (R, K, M, M).
-        classes: (R,) int64 in [0, K).
+        logits: (R, M, M), of each region's class.
         masks: for every image its Ri ground-truth masks, one a region (`PolygonMasks` or `BitMasks`).
         boxes: for every image its regions (Ri, 4); a target is the mask cropped to the region.
     """
@@ -68,7 +72,7 @@ def mask_loss(
         return logits.sum() * 0
     cropped = [m.crop_and_resize(b, logits.shape[-1]) for m, b in zip(masks, boxes) if len(b)]
     targets = torch.cat([c.to(logits.device) for c in cropped]).float()
-    return F.binary_cross_entropy_with_logits(logits_of_classes(logits, classes), targets)
+    return F.binary_cross_entropy_with_logits(logits, targets)
 
 
 def paste_masks(

@@ -12,7 +12,9 @@ import torch
 from torchvision.ops import roi_align, roi_pool
 
 from loco_det.detection.boxes import area
+from loco_det.detection.roi_align import roi_align_pyramid
 from loco_det.errors import UserError
+from loco_det.fused import is_fast
 
 POOLER_TYPES = ("ROIAlignV2", "ROIAlign", "ROIPool")
 
@@ -63,6 +65,8 @@ class RoiPooler:
         """
         image = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
         regions = torch.cat([image, torch.cat(list(boxes))], dim=1)
+        if is_fast() and self.kind != "ROIPool" and regions.device.type == "cpu":
+            return self._align(features, regions)
         if len(features) == 1:
             return self._pool(features[0], regions, self.strides[0])
         level = assign_levels(regions[:, 1:], self.lowest, self.highest) - self.lowest
@@ -72,6 +76,15 @@ class RoiPooler:
         for index, values in zip(chosen, pooled):
             result.index_put_((index,), values)
         return result
+
+    def _align(self, features: Sequence[torch.Tensor], regions: torch.Tensor) -> torch.Tensor:
+        if len(features) == 1:
+            level = torch.zeros(len(regions), dtype=torch.int64)
+        else:
+            level = assign_levels(regions[:, 1:], self.lowest, self.highest) - self.lowest
+        scales = [1.0 / stride for stride in self.strides]
+        aligned = self.kind == "ROIAlignV2"
+        return roi_align_pyramid(features, regions, level, self.side, scales, self.sampling_ratio, aligned)
 
     def _pool(self, feature: torch.Tensor, regions: torch.Tensor, stride: int) -> torch.Tensor:
         size, scale = (self.side, self.side), 1.0 / stride

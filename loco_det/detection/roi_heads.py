@@ -17,7 +17,7 @@ from torch import nn
 from loco_det.backbone import make_stage
 from loco_det.detection.boxes import match, pairwise_iou, sample_labels
 from loco_det.detection.fast_rcnn import BoxHead, BoxPredictor
-from loco_det.detection.masks import MaskHead, logits_of_classes, mask_loss
+from loco_det.detection.masks import MaskHead, mask_loss
 from loco_det.detection.poolers import RoiPooler
 from loco_det.errors import UserError
 from loco_det.structures import Instances
@@ -105,12 +105,12 @@ class RoiHeads(nn.Module):
         classes = torch.cat([s.classes[c] for s, c in zip(samples, chosen)])
         masks = [s.masks[s.index[c]] if c.any() else None for s, c in zip(samples, chosen)]
         boxes = [s.boxes[c] for s, c in zip(samples, chosen)]
-        return {"loss_mask": mask_loss(self.mask_head(pooled), classes, masks, boxes)}
+        return {"loss_mask": mask_loss(self.mask_head(pooled, classes), masks, boxes)}
 
     def add_masks(self, pooled: torch.Tensor, detections: Sequence[Instances]) -> None:
         """Gives each detection its (Ri, M, M) float probabilities, from pooled features (R, C, S, S)."""
         classes = torch.cat([d.classes for d in detections])
-        soft = logits_of_classes(self.mask_head(pooled), classes).sigmoid()
+        soft = self.mask_head(pooled, classes).sigmoid()
         for detection, masks in zip(detections, soft.split([len(d) for d in detections])):
             detection.masks = masks
 
