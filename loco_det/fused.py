@@ -59,12 +59,12 @@ def convolve(conv: nn.Conv2d, x: Tensor, *, relu: bool = False, add: Tensor | No
     if not _fast or not _is_constant(norm):
         out = conv._conv_forward(x, conv.weight, conv.bias)
         return _finish(out if norm is None else norm(out), add, relu)
-    if torch.is_grad_enabled() and _needs_gradient(conv, x, add):
+    if not len(x) or (torch.is_grad_enabled() and _needs_gradient(conv, x, add)):  # oneDNN takes no empty batch
         weight, bias = _folded(conv)
         return _finish(conv._conv_forward(x, weight, bias), add, relu)
     with torch.no_grad():
         packed = _pack(conv, x)
-        if not packed.onednn or not len(x):
+        if not packed.onednn:
             return _finish(conv._conv_forward(x, packed.weight, packed.bias), add, relu)
         x = x.to(packed.weight.dtype)
         where = conv.padding, conv.stride, conv.dilation, conv.groups

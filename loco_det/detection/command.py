@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT_DIR/last_checkpoint if there is one")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes here, a GPU each if there are")
     parser.add_argument("--evaluator", choices=EVALUATORS, default=EVALUATORS[0])
+    parser.add_argument(
+        "--exact", action="store_true", help="torchvision engine: Detectron2's numbers to the last bit, slower"
+    )
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides, e.g. SOLVER.BASE_LR 0.01")
 
 
@@ -38,11 +41,13 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--num-gpus is {args.num_gpus}; give at least 1, which without a GPU means one CPU process.")
     if choose_engine(args.engine).NAME == "torchvision":  # again in every process, but here it is known who set what
         check_honoured(cfg, collect_settings(args.config_file, args.opts))
-    launch(_worker, args.num_gpus, cfg, args.engine, args.eval_only, args.resume, args.evaluator)
+    launch(_worker, args.num_gpus, cfg, args.engine, args.eval_only, args.resume, args.evaluator, not args.exact)
 
 
-def _worker(cfg: CfgNode, engine: str, eval_only: bool, resume: bool, evaluator: str) -> dict[str, Any]:
+def _worker(
+    cfg: CfgNode, engine: str, eval_only: bool, resume: bool, evaluator: str, fast: bool = False
+) -> dict[str, Any]:
     from loco_det.detection.train import train_net
 
     setup_logging(cfg.OUTPUT_DIR or None)
-    return train_net(cfg, engine=engine, eval_only=eval_only, resume=resume, evaluator=evaluator)
+    return train_net(cfg, engine=engine, eval_only=eval_only, resume=resume, evaluator=evaluator, fast=fast)

@@ -27,6 +27,7 @@ from loco_det.detection.loop import Run, check_frozen, frozen_hashes, train
 from loco_det.detection.record import write_record
 from loco_det.detection.weights import apply_weights, load_weights
 from loco_det.errors import UserError
+from loco_det.fused import fast_arithmetic
 from loco_det.runtime import (
     append_metrics,
     atomic_write,
@@ -40,7 +41,13 @@ from loco_det.runtime import (
 
 
 def train_net(
-    cfg: CfgNode, *, engine: str = "auto", eval_only: bool = False, resume: bool = False, evaluator: str = "hotcoco"
+    cfg: CfgNode,
+    *,
+    engine: str = "auto",
+    eval_only: bool = False,
+    resume: bool = False,
+    evaluator: str = "hotcoco",
+    fast: bool = False,
 ) -> dict[str, Any]:
     """Train and evaluate the detector that `cfg` describes, in this process's share of the job.
 
@@ -50,6 +57,7 @@ def train_net(
         eval_only: only evaluate MODEL.WEIGHTS, or with `resume` the last checkpoint.
         resume: go on from OUTPUT_DIR/last_checkpoint if there is one.
         evaluator: "hotcoco" or "pycocotools".
+        fast: let the torchvision engine's numbers differ from Detectron2's by rounding (`loco_det.fused`).
 
     Returns:
         On the main process {"bbox": {"AP": percent, ...}, "segm": {...}}; with several DATASETS.TEST a dict of these
@@ -65,15 +73,16 @@ def train_net(
     drawn = cfg.SEED < 0
     cfg = _prepare(cfg, eval_only)
     model = module.build_model(cfg)
-    if eval_only:
-        _load_for_evaluation(model, cfg, module, resume)
+    with fast_arithmetic(fast):
+        if eval_only:
+            _load_for_evaluation(model, cfg, module, resume)
+            results = evaluate_finally(cfg, model, module, evaluator)
+            append_metrics(cfg.OUTPUT_DIR, flatten(results))
+            check_expected(cfg, results)
+            return results
+        run = start_run(cfg, module, model, resume, drawn)
+        train(run, evaluator)
         results = evaluate_finally(cfg, model, module, evaluator)
-        append_metrics(cfg.OUTPUT_DIR, flatten(results))
-        check_expected(cfg, results)
-        return results
-    run = start_run(cfg, module, model, resume, drawn)
-    train(run, evaluator)
-    results = evaluate_finally(cfg, model, module, evaluator)
     if results:
         append_metrics(cfg.OUTPUT_DIR, {"iteration": cfg.SOLVER.MAX_ITER, **flatten(results)})
     check_expected(cfg, results)
@@ -116,7 +125,7 @@ def _prepare(cfg: CfgNode, eval_only: bool) -> CfgNode:
             file.write(cfg.dump())
     barrier()
     cfg = solver.scale_to_world_size(cfg, world_size())
-    cfg = _with(cfg, **{"MODEL.DEVICE": str(_device(cfg.MODEL.DEVICE)), "SEED": _common_seed(cfg.SEED)})
+    cfg = _with(cfg, **{"MODEL.DEVICE": str(detector_device(cfg.MODEL.DEVICE)), "SEED": _common_seed(cfg.SEED)})
     if cfg.MODEL.DEVICE.startswith("cuda"):
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not eval_only
         if cfg.FLOAT32_PRECISION:
@@ -149,7 +158,8 @@ def check_classes(cfg: CfgNode, names: list[str]) -> None:
             )
 
 
-def _device(name: str) -> torch.device:
+def detector_device(name: str) -> torch.device:
+    """MODEL.DEVICE, or the CPU where that is cuda and there is none."""
     if name == "cuda" and not torch.cuda.is_available():  # Detectron2's default, hardly ever written by hand
         log.warning("MODEL.DEVICE is cuda and this machine has no usable GPU: running on the CPU")
         name = "cpu"
