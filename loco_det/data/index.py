@@ -41,7 +41,8 @@ from loco_det.runtime import atomic_write, log
 _MAGIC = b"LOCOIDX1"  # another number whenever a cache file holds something else
 _ALIGN = 64
 _BLOCK = 1 << 20  # bytes of JSON parsed at a time: they and what comes of them stay in the processor's cache
-_TAIL = 1 << 16  # bytes at a block's end that are searched for the border of two annotations
+_TAIL = 1 << 13  # bytes at a block's end that are searched for the border of two annotations
+_HASHED = 1 << 24  # bytes hashed at a time; with fewer the thread that does it waits for the parser each time
 # A file changed so shortly before it was looked at can change again without another time stamp.
 _SETTLED_NS = 2_000_000_000
 
@@ -237,10 +238,10 @@ def _load_same(path: Path, sha256: str) -> CocoIndex:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_HASHED))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
     return digest.hexdigest()
 
 
