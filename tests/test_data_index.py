@@ -52,6 +52,7 @@ def content(count: int = 60, images: int = 9, seed: int = 0) -> dict[str, Any]:
         if kind == "missing":
             del annotation["segmentation"], annotation["area"], annotation["iscrowd"]
             annotation["ignore"] = k % 2
+            annotation["difficult"] = (k // 2) % 2
         annotations.append(annotation)
     return {
         "info": {"description": "made up"},
@@ -96,6 +97,7 @@ def assert_is(index: CocoIndex, path: Path) -> None:
     np.testing.assert_array_equal(index.area, [a.get("area", np.nan) for a in expected])
     assert index.crowd.tolist() == [bool(a.get("iscrowd", 0)) for a in expected]
     assert index.ignore.tolist() == [bool(a.get("ignore", 0)) for a in expected]
+    assert index.difficult.tolist() == [bool(a.get("difficult", 0)) for a in expected]
     assert index.has_shape.tolist() == [has_shape(a.get("segmentation")) for a in expected]
     texts = index.segmentations(slice(None))
     missing = object()

@@ -1,7 +1,8 @@
 """Where a dataset lies on disk, from its name alone.
 
-The root is the environment variable DETECTRON2_DATASETS, ./datasets if unset; the COCO names are those that
-Detectron2 registers (data/datasets/builtin.py). Any other name FOO_SPLIT is a COCO-format set in the same shape:
+The root is the environment variable DETECTRON2_DATASETS, ./datasets if unset; the names of COCO and Pascal VOC are
+those that Detectron2 registers (data/datasets/builtin.py; voc.py has VOC's). Any other name FOO_SPLIT is a COCO-format
+set in the same shape:
 
     ROOT/FOO/SPLIT/                               images
     ROOT/FOO/annotations/instances_SPLIT.json     annotations
@@ -13,6 +14,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from loco_det.data.voc import VOC_SETS, voc_annotations
 from loco_det.errors import UserError
 
 # name: (image folder, annotation file) below ROOT/coco
@@ -48,12 +50,14 @@ def find_dataset(name: str) -> DatasetPaths:
     """The paths of a dataset, both of them known to exist.
 
     Args:
-        name: `coco_2017_train` and its kin, or FOO_SPLIT.
+        name: `coco_2017_train`, `voc_2007_test` and their kin, or FOO_SPLIT.
 
     Raises:
         UserError: the name has no split, or the folder or the file is not there.
     """
     root = datasets_root()
+    if name in VOC_SETS:
+        return DatasetPaths(name, *voc_annotations(name, root))
     if name in _COCO:
         folder, (images, annotations) = root / "coco", _COCO[name]
     else:

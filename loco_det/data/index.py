@@ -38,7 +38,7 @@ import numpy as np
 from loco_det.errors import UserError
 from loco_det.runtime import atomic_write, log
 
-_MAGIC = b"LOCOIDX1"  # another number whenever a cache file holds something else
+_MAGIC = b"LOCOIDX2"  # another number whenever a cache file holds something else
 _ALIGN = 64
 _BLOCK = 1 << 20  # bytes of JSON parsed at a time: they and what comes of them stay in the processor's cache
 _TAIL = 1 << 13  # bytes at a block's end that are searched for the border of two annotations
@@ -150,6 +150,7 @@ class CocoIndex:
     area: np.ndarray  # (A,) float64, square pixels; NaN where the file says nothing
     crowd: np.ndarray  # (A,) bool
     ignore: np.ndarray  # (A,) bool, the key "ignore"
+    difficult: np.ndarray  # (A,) bool, the key "difficult", of Pascal VOC
     has_shape: np.ndarray  # (A,) bool: False for polygons of which none has three points
     segmentation_start: np.ndarray  # (A,) int64, byte in the JSON
     segmentation_length: np.ndarray  # (A,) int64, bytes; 0 where there is none
@@ -373,6 +374,7 @@ class _Annotation(msgspec.Struct, gc=False):
     area: float = math.nan
     iscrowd: int | bool = 0
     ignore: int | bool = 0
+    difficult: int | bool = 0
     segmentation: msgspec.Raw = msgspec.Raw()
 
 
@@ -517,8 +519,9 @@ def _columns(annotations: list[_Annotation], text: bytes, start: int) -> Columns
             chain.from_iterable(map(attrgetter("bbox"), annotations)), dtype=np.float64, count=4 * count
         ).reshape(count, 4),
         "area": np.fromiter(map(attrgetter("area"), annotations), dtype=np.float64, count=count),
-        "crowd": np.fromiter(map(attrgetter("iscrowd"), annotations), dtype=bool, count=count),
-        "ignore": np.fromiter(map(attrgetter("ignore"), annotations), dtype=bool, count=count),
+        "crowd": _booleans(annotations, "iscrowd"),
+        "ignore": _booleans(annotations, "ignore"),
+        "difficult": _booleans(annotations, "difficult"),
         "has_shape": places[:, 2].astype(bool),
         "segmentation_start": places[:, 0] + start,
         "segmentation_length": places[:, 1].copy(),
@@ -527,6 +530,10 @@ def _columns(annotations: list[_Annotation], text: bytes, start: int) -> Columns
 
 def _integers(items: Sequence[Any], name: str) -> np.ndarray:
     return np.fromiter(map(attrgetter(name), items), dtype=np.int64, count=len(items))
+
+
+def _booleans(items: Sequence[Any], name: str) -> np.ndarray:
+    return np.fromiter(map(attrgetter(name), items), dtype=bool, count=len(items))
 
 
 def _places(annotations: list[_Annotation], text: bytes) -> list[tuple[int, int, bool]]:

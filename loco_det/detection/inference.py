@@ -15,9 +15,11 @@ from torch import nn
 
 from loco_det.data.catalog import find_dataset
 from loco_det.data.index import load_index
+from loco_det.data.voc import VOC_SETS, image_number
 from loco_det.errors import UserError
 from loco_det.evaluation.coco import evaluate_coco, format_results, instances_to_coco, write_results
 from loco_det.evaluation.proposals import Proposals, evaluate_proposals, write_proposals
+from loco_det.evaluation.voc import evaluate_voc
 from loco_det.runtime import Progress, barrier, is_main, log, world_size
 from loco_det.structures import Instances
 
@@ -98,7 +100,11 @@ def _evaluate_one(
         file = write_results(output_dir, predictions, folder)
         log.info("%s: %d detections in %.1f s, written to %s", name, len(predictions), seconds, file)
         iou_types = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-        results = evaluate_coco(paths.annotations, predictions, iou_types, evaluator=evaluator)
+        if name in VOC_SETS:
+            evaluator = "the rules of VOC 2007" if name.startswith("voc_2007") else "the rules of VOC 2012"
+            results = evaluate_voc(paths.annotations, predictions, eleven_points=name.startswith("voc_2007"))
+        else:
+            results = evaluate_coco(paths.annotations, predictions, iou_types, evaluator=evaluator)
         log.info("%s, by %s:\n%s", name, evaluator, format_results(results))
     barrier()
     return results
@@ -151,12 +157,12 @@ def _predictions(
     model: nn.Module, engine: ModuleType, batches: Any, category_ids: tuple[int, ...]
 ) -> Iterator[dict[str, Any]]:
     for item, instances in _found(model, engine, batches):
-        yield from instances_to_coco(instances, item["image_id"], category_ids)
+        yield from instances_to_coco(instances, image_number(item["image_id"]), category_ids)
 
 
 def _proposals(model: nn.Module, engine: ModuleType, batches: Any) -> Iterator[Proposals]:
     for item, found in _found(model, engine, batches):
-        yield Proposals(item["image_id"], found.boxes.float().cpu(), found.scores.float().cpu())
+        yield Proposals(image_number(item["image_id"]), found.boxes.float().cpu(), found.scores.float().cpu())
 
 
 @torch.inference_mode()

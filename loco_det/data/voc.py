@@ -1,0 +1,107 @@
+"""Pascal VOC as COCO-format annotations, made from the XML files of an unpacked VOCdevkit.
+
+    ROOT/VOC2007/{Annotations/*.xml, ImageSets/Main/SPLIT.txt, JPEGImages/*.jpg}
+
+Names, classes, boxes and the training on difficult objects are those of Detectron2 (data/datasets/pascal_voc.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import msgspec
+
+from loco_det.data.index import cache_folder
+from loco_det.errors import UserError
+from loco_det.runtime import atomic_write
+
+CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
+    *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+# name: (folder below the root, split)
+VOC_SETS = {
+    f"voc_{year}_{split}": (f"VOC{year}", split)
+    for year, splits in (("2007", ("trainval", "train", "val", "test")), ("2012", ("trainval", "train", "val")))
+    for split in splits
+}
+
+
+def image_number(file_id: str | int) -> int:
+    """ "000005" -> 5, "2008_000008" -> 2008000008: VOC's names of images as COCO's ids; a number is one already."""
+    return int(str(file_id).replace("_", ""))
+
+
+def voc_annotations(name: str, root: Path) -> tuple[Path, Path]:
+    """The image folder of one of `VOC_SETS` and its annotations as a COCO file, which is written to the cache folder.
+
+    Raises:
+        UserError: the set is not there or not whole, an XML file is malformed, or the cache cannot be written.
+    """
+    folder, split = root / VOC_SETS[name][0], VOC_SETS[name][1]
+    listing = folder / "ImageSets" / "Main" / f"{split}.txt"
+    for path in (listing, folder / "Annotations", folder / "JPEGImages"):
+        if not path.exists():
+            raise UserError(
+                f"Dataset '{name}' needs {path}, which does not exist; put it there or set DETECTRON2_DATASETS to the "
+                f"folder that holds {folder.name} (now '{root}')."
+            )
+    stamps = (listing.stat().st_mtime_ns, (folder / "Annotations").stat().st_mtime_ns)
+    return folder / "JPEGImages", _written(name, folder.absolute(), listing, cache_folder(), stamps)
+
+
+@lru_cache
+def _written(name: str, folder: Path, listing: Path, cache: Path, _: tuple[int, int]) -> Path:
+    """All XML files are read once in a process: they take a second, and are then known not to be stale."""
+    text = msgspec.json.encode(_as_coco(folder, listing.read_text().split()))
+    path = cache / f"{name}-{hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:16]}.json"
+    if not path.is_file() or path.read_bytes() != text:
+        try:
+            with atomic_write(path) as file:
+                file.write(text)
+        except UserError as error:
+            raise UserError(
+                f"{error}; {name} needs a cache: set LOCO_DET_CACHE to a folder that can be written"
+            ) from None
+    return path
+
+
+def _as_coco(folder: Path, file_ids: list[str]) -> dict[str, Any]:
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for file_id in file_ids:
+        path = folder / "Annotations" / f"{file_id}.xml"
+        try:
+            image_id = image_number(file_id)
+            tree = ElementTree.parse(path)
+            size = {side: int(tree.findtext(f"size/{side}", "")) for side in ("height", "width")}
+            objects = [_as_annotation(each) for each in tree.iterfind("object")]
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        except (ElementTree.ParseError, ValueError) as error:
+            raise UserError(f"{path} is not a Pascal VOC annotation: {error}.") from None
+        images.append({"id": image_id, "file_name": f"{file_id}.jpg", **size})
+        annotations += [{"id": len(annotations) + k, "image_id": image_id, **each} for k, each in enumerate(objects, 1)]
+    categories = [{"id": k, "name": name} for k, name in enumerate(CLASSES, 1)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _as_annotation(found: ElementTree.Element) -> dict[str, Any]:
+    name = found.findtext("name", "")
+    if name not in CLASSES:
+        raise ValueError(f"there is no class '{name}'")
+    # Pixels count from 1 and both ends are inside: xmin 1, xmax W is the whole width.
+    x0, y0, x1, y1 = (float(found.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax"))
+    width, height = x1 - (x0 - 1), y1 - (y0 - 1)
+    return {
+        "category_id": CLASSES.index(name) + 1,
+        "bbox": [x0 - 1, y0 - 1, width, height],
+        "area": width * height,
+        "iscrowd": 0,
+        "difficult": int(found.findtext("difficult", "0")),
+    }

@@ -1,0 +1,120 @@
+"""Pascal VOC box AP, with the 11 points of VOC 2007 or the area of the years after.
+
+The numbers of Detectron2's PascalVOCDetectionEvaluator (evaluation/pascal_voc_evaluation.py), which follow the
+official development kit: pixels count from 1 and both ends are inside a box, scores are rounded to three digits and
+coordinates to one, difficult objects neither count nor are missed.
+
+Shape legend: N detections and G objects of one class, T = 10 IoU thresholds .50:.05:.95.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
+
+THRESHOLDS = tuple(percent / 100.0 for percent in range(50, 100, 5))
+
+
+def evaluate_voc(
+    annotations: str | Path, results: list[dict[str, Any]], *, eleven_points: bool
+) -> dict[str, dict[str, float]]:
+    """Average precision in percent.
+
+    Args:
+        annotations: ground truth in COCO format with a key "difficult", as `data.voc` writes it.
+        results: COCO results with "bbox"; left as they are.
+        eleven_points: the mean of the best precision at recalls 0, .1, ..., 1, as in VOC 2007; else the area under
+            the curve.
+
+    Returns:
+        {"bbox": {"AP", "AP50", "AP75", "AP-<class>" ...}}; "AP" and "AP-<class>" are means over the thresholds. A
+        class without an object that counts is NaN and no part of the means.
+
+    Raises:
+        UserError: as `read_ground_truth` and `check_results`.
+    """
+    truth = read_ground_truth(annotations, ("bbox",))
+    detections = check_results(results, truth, ("bbox",))
+    by_class = {
+        name: np.array(_class_ap(truth, detections, category_id, eleven_points)) * 100
+        for category_id, name in truth.categories
+    }
+    known = np.stack([values for values in by_class.values() if not np.isnan(values).any()] or [np.full(10, np.nan)])
+    means = known.mean(0)
+    numbers = {"AP": means.mean(), "AP50": means[0], "AP75": means[5]}
+    numbers |= {f"AP-{name}": values.mean() for name, values in by_class.items()}
+    return {"bbox": {name: float(value) for name, value in numbers.items()}}
+
+
+def _class_ap(truth: GroundTruth, found: Detections, category_id: int, eleven_points: bool) -> list[float]:
+    """The AP of one class at every threshold."""
+    index = truth.index
+    rows = truth.rows[index.annotation_category[truth.rows] == category_id]
+    difficult = index.difficult[rows]
+    count = int((~difficult).sum())
+    if not count:
+        return [math.nan] * len(THRESHOLDS)
+    chosen = np.flatnonzero(found.category_ids == category_id)
+    scores = np.array([float(f"{score:.3f}") for score in found.scores[chosen].tolist()])
+    # Rounded scores tie often, and what comes first of equals is up to NumPy: the same call as Detectron2's.
+    chosen = chosen[np.argsort(-scores)]
+    best, overlap = _best_objects(_inclusive(index.bbox[rows]), index.annotation_image[rows], found, chosen)
+    return [_average_precision(best, overlap > t, difficult, count, eleven_points) for t in THRESHOLDS]
+
+
+def _inclusive(bbox: np.ndarray) -> np.ndarray:
+    """XYWH from 0 to the corner pixels, counted from 1."""
+    return np.concatenate([bbox[:, :2] + 1, bbox[:, :2] + bbox[:, 2:]], 1)
+
+
+def _best_objects(
+    objects: np.ndarray, images: np.ndarray, found: Detections, chosen: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each chosen detection the object (row) that it overlaps most and their IoU: (N,) int64, (N,) float64, 0 and
+    -inf where its image has no object."""
+    best, overlap = np.zeros(len(chosen), dtype=np.int64), np.full(len(chosen), -np.inf)
+    boxes = _inclusive(found.boxes[chosen].astype(np.float32)).astype(np.float64)
+    boxes = np.array([float(f"{v:.1f}") for v in boxes.ravel().tolist()]).reshape(-1, 4)
+    order = np.argsort(found.image_ids[chosen], kind="stable")
+    ids = found.image_ids[chosen][order]
+    for image in np.unique(images):
+        own = order[np.searchsorted(ids, image) : np.searchsorted(ids, image, side="right")]
+        rows = np.flatnonzero(images == image)
+        if len(own):
+            iou = _iou(boxes[own], objects[rows])
+            best[own], overlap[own] = rows[iou.argmax(1)], iou.max(1)
+    return best, overlap
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(N, G) of boxes (N, 4) and (G, 4) whose both ends are inside."""
+    sides = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2]) + 1.0
+    inter = sides.clip(0).prod(2)
+    area_a, area_b = ((c[:, 2:] - c[:, :2] + 1.0).prod(1) for c in (a, b))
+    return inter / (area_a[:, None] + area_b[None] - inter)
+
+
+def _average_precision(
+    best: np.ndarray, hits: np.ndarray, difficult: np.ndarray, count: int, eleven_points: bool
+) -> float:
+    """AP of detections, best score first, of which those with `hits` overlap object `best` enough.
+
+    The first on an object is right, every further one wrong; one on a difficult object is neither.
+    """
+    right = np.zeros(len(best), dtype=bool)
+    counting = np.flatnonzero(hits & ~difficult[best])
+    right[counting[np.unique(best[counting], return_index=True)[1]]] = True
+    wrong = ~right & ~(hits & difficult[best])
+    tp, fp = np.cumsum(right, dtype=float), np.cumsum(wrong, dtype=float)
+    recall, precision = tp / count, tp / np.maximum(tp + fp, np.finfo(np.float64).eps)
+    if eleven_points:
+        return sum(precision[recall >= t].max(initial=0.0) / 11.0 for t in np.arange(0.0, 1.1, 0.1))
+    recall = np.concatenate([[0.0], recall, [1.0]])
+    envelope = np.maximum.accumulate(np.concatenate([[0.0], precision, [0.0]])[::-1])[::-1]
+    steps = np.flatnonzero(np.diff(recall))
+    return float(((recall[steps + 1] - recall[steps]) * envelope[steps + 1]).sum())
