@@ -141,7 +141,11 @@ def test_a_signal_to_the_whole_job_saves_and_says_how_to_go_on(arguments, tmp_pa
         (["SOLVER.BASE_LRR", "1.0"], {}, ["the command line", "SOLVER.BASE_LRR", "did you mean SOLVER.BASE_LR"]),
         (["SOLVER.BASE_LR"], {}, ["SOLVER.BASE_LR", "KEY VALUE"]),
         (["SOLVER.BASE_LR", "high"], {}, ["SOLVER.BASE_LR", "float", "'high'"]),
-        (["MODEL.KEYPOINT_ON", "True"], {}, ["the command line", "MODEL.KEYPOINT_ON", "--engine detectron2"]),
+        (
+            ["MODEL.META_ARCHITECTURE", "RetinaNet"],
+            {},
+            ["the command line", "MODEL.META_ARCHITECTURE", "--engine detectron2"],
+        ),
         (["MODEL.RESNETS.DEPTH", "34"], {}, ["MODEL.RESNETS.DEPTH", "18", "34"]),
         (["INPUT.FORMAT", "BGR"], {}, ["INPUT.FORMAT", "RGB"]),
         (["MODEL.WEIGHTS", "detectron2://x.pkl"], {}, ["detectron2://x.pkl", "download"]),
