@@ -26,7 +26,7 @@ BASE = NO_MODELS | {"loco_det.backbone", "loco_det.fused", "loco_det.names", "lo
 MAY_IMPORT = {
     "loco_det": BASE,
     "loco_det.data": NO_MODELS,
-    "loco_det.evaluation": NO_MODELS | {"loco_det.data.index"},
+    "loco_det.evaluation": NO_MODELS | {"loco_det.data.index", "loco_det.data.cityscapes"},
     "loco_det.evaluation.probes": BASE | {"loco_det.data", "loco_det.evaluation", "loco_det.convert"},
     "loco_det.convert": BASE | {"loco_det.data.images"},
     "loco_det.report": BASE | {"loco_det.data", "loco_det.evaluation"},
@@ -40,7 +40,7 @@ MAY_IMPORT = {
     | {"pretrain"},
 }
 # The import name of a distribution, where the two differ.
-OPTIONAL = {"webdataset", "datasets"}  # extras, imported when they are called for
+OPTIONAL = {"webdataset", "datasets", "shapely"}  # extras, imported when they are called for
 IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL", "opencv-python-headless": "cv2"}
 
 
@@ -121,6 +121,8 @@ def test_dependencies_are_those_that_are_imported() -> None:
     roots = {i.partition(".")[0] for m in FILES for i in imports(m) if not is_ours(i)}
     used = roots - set(sys.stdlib_module_names) - {"detectron2"} - OPTIONAL
     assert used == {IMPORTED_AS.get(name, name) for name in declared}
+    at_import = {i.partition(".")[0] for m in FILES for i in imports(m, at_import=True)}
+    assert not at_import & OPTIONAL, "what an extra brings is imported only when called"
     page = (ROOT / "docs" / "dependencies.md").read_text()
     extras = {
         re.match(r"[\w-]+", line).group()

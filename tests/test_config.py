@@ -270,7 +270,7 @@ def test_the_dumped_tree_passes_and_comes_back(tmp_path):
 def test_every_shipped_config_is_honoured_and_says_how_to_run_it(path):
     check_honoured(load_config(get_cfg(), path))
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    if path.name.startswith(("coco_", "voc_")):
+    if path.name.startswith(("coco_", "voc_", "cityscapes_")):
         assert any(line.startswith("# Command:") and f"configs/{path.name}" in line for line in head)
         assert any(line.startswith("# Hardware:") for line in head)
         assert any(line.startswith("# Result:") for line in head)
@@ -288,6 +288,26 @@ def test_frozen_and_fine_tuned_differ_where_they_should():
         "OUTPUT_DIR",
     }
     assert {key for key in frozen if frozen[key] != other[key]} == {"MODEL.WEIGHTS", "OUTPUT_DIR"}
+
+
+def test_cityscapes_has_detectron2s_settings():
+    """Source: Detectron2 configs/Cityscapes/mask_rcnn_R_50_FPN.yaml; everything else is as for COCO."""
+    coco, found = (values(load_config(get_cfg(), f"configs/{name}_loco_r50.yaml")) for name in ("coco", "cityscapes"))
+    assert {key: found[key] for key in found if found[key] != coco[key]} == {
+        "MODEL.ROI_HEADS.NUM_CLASSES": 8,
+        "DATASETS.TRAIN": ("cityscapes_fine_instance_seg_train",),
+        "DATASETS.TEST": ("cityscapes_fine_instance_seg_val",),
+        "INPUT.MIN_SIZE_TRAIN": (800, 832, 864, 896, 928, 960, 992, 1024),
+        "INPUT.MIN_SIZE_TEST": 1024,
+        "INPUT.MAX_SIZE_TRAIN": 2048,
+        "INPUT.MAX_SIZE_TEST": 2048,
+        "SOLVER.IMS_PER_BATCH": 8,
+        "SOLVER.BASE_LR": 0.01,
+        "SOLVER.STEPS": (18000,),
+        "SOLVER.MAX_ITER": 24000,
+        "TEST.EVAL_PERIOD": 8000,
+        "OUTPUT_DIR": "output/cityscapes_loco_r50",
+    }
 
 
 @pytest.mark.detectron2

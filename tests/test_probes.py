@@ -103,6 +103,13 @@ def test_fine_tuning_on_few_labels(artifact: Path, images: Path, tmp_path: Path)
     assert probe(artifact, images, tmp_path / "q.json", *options)["stages"] == found["stages"]
 
 
+@pytest.mark.parametrize(("labels", "size"), [(12811, 256), (2560, 256), (500, 50), (30, 16)])
+def test_batches_of_fine_tuning(labels: int, size: int) -> None:
+    from loco_det.evaluation.probes.finetune import batch_size
+
+    assert batch_size(labels) == size
+
+
 def test_fine_tuning_learns_and_leaves_the_backbone(artifact: Path, images: Path) -> None:
     from loco_det.evaluation.probes.finetune import FineTuning, finetune, predict
 

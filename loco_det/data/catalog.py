@@ -6,6 +6,8 @@ set in the same shape:
 
     ROOT/FOO/SPLIT/                               images
     ROOT/FOO/annotations/instances_SPLIT.json     annotations
+
+Cityscapes (`data/cityscapes.py`) is read in its original folders; NAME@masks means its bitmaps, not its polygons.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from loco_det.data.cityscapes import PREFIX, cityscapes_annotations, is_cityscapes
 from loco_det.data.voc import VOC_SETS, voc_annotations
 from loco_det.errors import UserError
 
@@ -34,11 +37,15 @@ COCO_NAMES = tuple(_COCO)
 
 
 class DatasetPaths(NamedTuple):
-    """A COCO-format dataset: its name, its folder of images and its JSON file."""
+    """A COCO-format dataset: its name, its folder of images and its JSON file.
+
+    `derived`: the JSON file was made here from another format or file, so Detectron2 must be told of it.
+    """
 
     name: str
     images: Path
     annotations: Path
+    derived: bool = False
 
 
 def datasets_root() -> Path:
@@ -58,6 +65,8 @@ def find_dataset(name: str) -> DatasetPaths:
     root = datasets_root()
     if name in VOC_SETS:
         return DatasetPaths(name, *voc_annotations(name, root))
+    if is_cityscapes(name):
+        return _find_cityscapes(name, root / "cityscapes")
     if name in _COCO:
         folder, (images, annotations) = root / "coco", _COCO[name]
     else:
@@ -76,3 +85,12 @@ def find_dataset(name: str) -> DatasetPaths:
                 f"to the folder that holds the datasets (now '{root}')."
             )
     return paths
+
+
+def _find_cityscapes(name: str, root: Path) -> DatasetPaths:
+    whole, _, part = name.partition("@")
+    if part not in ("", "masks"):
+        raise UserError(f"DATASETS: '{name}' ends in @{part}, which means nothing; use @masks or nothing.")
+    split = whole.removeprefix(PREFIX)
+    annotations = cityscapes_annotations(root, split, from_polygons=not part)
+    return DatasetPaths(name, root / "leftImg8bit" / split, annotations, derived=True)

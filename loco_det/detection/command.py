@@ -10,6 +10,7 @@ from fvcore.common.config import CfgNode
 from loco_det.config import collect_settings, load_config
 from loco_det.detection.schema import check_honoured, get_cfg
 from loco_det.errors import UserError
+from loco_det.evaluation.cityscapes import OFFICIAL
 from loco_det.evaluation.coco import EVALUATORS
 from loco_det.runtime import launch, setup_logging
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and stop")
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT_DIR/last_checkpoint if there is one")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes here, a GPU each if there are")
-    parser.add_argument("--evaluator", choices=EVALUATORS, default=EVALUATORS[0])
+    parser.add_argument("--evaluator", choices=(*EVALUATORS, OFFICIAL), default=EVALUATORS[0])
     parser.add_argument(
         "--exact", action="store_true", help="torchvision engine: Detectron2's numbers to the last bit, slower"
     )

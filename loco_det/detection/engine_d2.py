@@ -113,10 +113,10 @@ def _register(name: str) -> None:
     places = str(paths.annotations), str(paths.images)
     if _registered.get(name) == places:
         return
-    if name in _registered:  # the same name below another DETECTRON2_DATASETS
-        DatasetCatalog.remove(name)
+    if name in DatasetCatalog.list():
+        if name not in _registered and not paths.derived:
+            return  # its own
+        DatasetCatalog.remove(name)  # the same name below another DETECTRON2_DATASETS, or in another format
         MetadataCatalog.remove(name)
-    elif name in DatasetCatalog.list():
-        return
     register_coco_instances(name, {}, *places)
     _registered[name] = places

@@ -13,11 +13,13 @@ import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from loco_det.data.catalog import find_dataset
+from loco_det.data.catalog import DatasetPaths, find_dataset
+from loco_det.data.cityscapes import is_cityscapes
 from loco_det.data.index import load_index
 from loco_det.data.voc import VOC_SETS, image_number
 from loco_det.errors import UserError
-from loco_det.evaluation.coco import evaluate_coco, format_results, instances_to_coco, write_results
+from loco_det.evaluation.cityscapes import OFFICIAL, evaluate_cityscapes, write_submission
+from loco_det.evaluation.coco import EVALUATORS, evaluate_coco, format_results, instances_to_coco, write_results
 from loco_det.evaluation.proposals import Proposals, evaluate_proposals, write_proposals
 from loco_det.evaluation.voc import evaluate_voc
 from loco_det.runtime import Progress, barrier, is_main, log, world_size
@@ -99,15 +101,46 @@ def _evaluate_one(
         seconds = time.perf_counter() - began
         file = write_results(output_dir, predictions, folder)
         log.info("%s: %d detections in %.1f s, written to %s", name, len(predictions), seconds, file)
-        iou_types = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-        if name in VOC_SETS:
-            evaluator = "the rules of VOC 2007" if name.startswith("voc_2007") else "the rules of VOC 2012"
-            results = evaluate_voc(paths.annotations, predictions, eleven_points=name.startswith("voc_2007"))
-        else:
-            results = evaluate_coco(paths.annotations, predictions, iou_types, evaluator=evaluator)
-        log.info("%s, by %s:\n%s", name, evaluator, format_results(results))
+        results = _measure(cfg, paths, predictions, evaluator, file.parent)
     barrier()
     return results
+
+
+def _measure(
+    cfg: CfgNode, paths: DatasetPaths, predictions: list[dict[str, Any]], evaluator: str, folder: Path
+) -> Results:
+    """The numbers of one data set, by the measure that it is known for."""
+    if is_cityscapes(paths.name) and paths.images.name == "test":
+        if cfg.MODEL.MASK_ON:
+            file = folder / "cityscapes_submission.zip"
+            write_submission(paths.annotations, paths.images, predictions, file)
+            log.info("%s: its truth is secret; %s can be submitted to cityscapes-dataset.com", paths.name, file)
+        return {}
+    if is_cityscapes(paths.name) and cfg.MODEL.MASK_ON:
+        official = evaluator == OFFICIAL
+        results = evaluate_cityscapes(paths.annotations, paths.images, predictions, official=official)
+        evaluator = OFFICIAL if official else "loco_det"
+    elif paths.name in VOC_SETS:
+        evaluator = "the rules of VOC 2007" if paths.name.startswith("voc_2007") else "the rules of VOC 2012"
+        results = evaluate_voc(paths.annotations, predictions, eleven_points=paths.name.startswith("voc_2007"))
+    else:
+        iou_types = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
+        results = evaluate_coco(paths.annotations, predictions, iou_types, evaluator=evaluator)
+    log.info("%s, by %s:\n%s", paths.name, evaluator, format_results(results))
+    return results
+
+
+def check_evaluator(cfg: CfgNode, evaluator: str) -> None:
+    """Refuse an evaluator that does not know a data set of DATASETS.TEST, before hours are spent.
+
+    Raises:
+        UserError: naming both.
+    """
+    for name in cfg.DATASETS.TEST:
+        masks_of_cityscapes = is_cityscapes(name) and cfg.MODEL.MASK_ON
+        if (evaluator == OFFICIAL) != masks_of_cityscapes and evaluator != EVALUATORS[0]:
+            remedy = f"{OFFICIAL} or nothing" if masks_of_cityscapes else f"one of {', '.join(EVALUATORS)}"
+            raise UserError(f"--evaluator {evaluator} does not measure {name}; give {remedy}.")
 
 
 def _evaluate_proposals(cfg: CfgNode, model: nn.Module, engine: ModuleType, name: str, output_dir: Path) -> Results:

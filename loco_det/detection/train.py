@@ -22,7 +22,7 @@ from loco_det.data.catalog import find_dataset
 from loco_det.data.index import load_index
 from loco_det.detection import engine_d2, solver
 from loco_det.detection.checkpoint import Checkpointer, read_last
-from loco_det.detection.inference import check_expected, evaluate_finally, flatten
+from loco_det.detection.inference import check_evaluator, check_expected, evaluate_finally, flatten
 from loco_det.detection.loop import Run, check_frozen, frozen_hashes, train
 from loco_det.detection.record import write_record
 from loco_det.detection.weights import apply_weights, load_weights
@@ -70,6 +70,7 @@ def train_net(
     """
     module = choose_engine(engine)
     module.check(cfg)
+    check_evaluator(cfg, evaluator)
     drawn = cfg.SEED < 0
     cfg = _prepare(cfg, eval_only)
     model = module.build_model(cfg)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from loco_det.errors import UserError
 from loco_det.evaluation.knn import knn_predict
 from loco_det.evaluation.probes.backbones import choose_stages, load_backbone_for_probe
 from loco_det.evaluation.probes.features import POOLING, Extractor
-from loco_det.evaluation.probes.finetune import FineTuning, finetune, predict
+from loco_det.evaluation.probes.finetune import FineTuning, batch_size, finetune, predict
 from loco_det.evaluation.probes.images import ProbeData, open_probe_data
 from loco_det.evaluation.probes.linear import RATES, Recipe, Standard, linear_probe, sweep_steps
 from loco_det.evaluation.probes.ridge import fit_ridge
 from loco_det.evaluation.probes.scores import top_scores
-from loco_det.runtime import Progress, log, resolve_device, write_json
+from loco_det.runtime import Progress, cache_folder, log, resolve_device, write_json
 
 PROTOCOLS = ("linear", "knn", "semi", "ridge")
 # Options of single protocols: a value given to another would be read by nobody.
@@ -146,8 +145,7 @@ def _check(args: argparse.Namespace) -> None:
 def _cache(args: argparse.Namespace) -> Path | None:
     if args.no_cache:
         return None
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return args.cache or home / "loco_det" / "features"
+    return args.cache or cache_folder() / "features"
 
 
 # --- protocols --------------------------------------------------------------------------------------------------
@@ -205,6 +203,7 @@ def _semi(args: argparse.Namespace, extractor: Extractor, stage: str, data: Prob
         recipe = FineTuning(
             rate=args.rates[0] if args.rates else FineTuning.rate,
             epochs=args.epochs or (60 if percent <= 1 else 30),
+            batch=batch_size(len(few)),
             seed=args.seed,
         )
         model = finetune(
@@ -212,7 +211,7 @@ def _semi(args: argparse.Namespace, extractor: Extractor, stage: str, data: Prob
             workers=args.workers,
         )  # fmt: skip
         scores = top_scores(predict(model, extractor, data.test), torch.from_numpy(data.test.labels), args.seed)
-        facts = {"labels": len(few), "rate": recipe.rate, "epochs": recipe.epochs}
+        facts = {"labels": len(few), "rate": recipe.rate, "epochs": recipe.epochs, "batch": recipe.batch}
         found[f"{percent:g}"] = {**scores, **facts}
     last = list(found)[-1]
     return {**found[last], "percent": float(last), "by_percent": found}

@@ -28,6 +28,7 @@ from loco_det.evaluation.probes.features import Extractor
 from loco_det.evaluation.probes.images import LabelledImages
 from loco_det.runtime import Progress
 
+LARGEST_BATCH, SMALLEST_BATCH, STEPS_AN_EPOCH = 256, 16, 10
 CROP_AND_FLIP = {"JITTER_PROB": 0.0, "GRAY_PROB": 0.0, "BLUR_PROB": 0.0}
 
 
@@ -35,13 +36,18 @@ CROP_AND_FLIP = {"JITTER_PROB": 0.0, "GRAY_PROB": 0.0, "BLUR_PROB": 0.0}
 class FineTuning:
     """SGD and a half cosine; `rate` is the backbone's for batches of 256, times `head_factor` the classifier's."""
 
-    rate: float = 0.02
+    rate: float = 0.05
     head_factor: float = 10.0
     epochs: int = 60
     batch: int = 256
     momentum: float = 0.9
     weight_decay: float = 0.0
     seed: int = 0
+
+
+def batch_size(labels: int) -> int:
+    """Images in a batch: 256, or fewer where that would leave less than ten steps an epoch, but not below 16."""
+    return min(LARGEST_BATCH, max(SMALLEST_BATCH, labels // STEPS_AN_EPOCH))
 
 
 class _Augmented(Dataset):

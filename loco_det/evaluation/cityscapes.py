@@ -1,0 +1,338 @@
+"""Cityscapes' instance AP: by the benchmark's own code in this process, or the same numbers in a fraction of its time.
+
+Both follow cityscapesscripts/evaluation/evalInstanceLevelSemanticLabeling.py: a detection of a class may match one
+object of more than 100 pixels at IoU above .50, .55, ..., .95; pixels of void labels, groups and smaller objects are
+ignored; AP is the area under the precision-recall curve with steps, averaged over thresholds and the 8 classes.
+
+Shape legend: H x W an image in pixels; per class: P detections, G objects and groups, E pairs of them that overlap.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cv2
+import msgspec
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from loco_det.data.cityscapes import CLASSES, VOID, read_instance_ids
+from loco_det.errors import UserError
+from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
+from loco_det.runtime import Progress, atomic_write
+
+OVERLAPS = np.arange(0.5, 1.0, 0.05)  # the official array, rounding and all
+MIN_PIXELS = 100
+OFFICIAL = "cityscapesscripts"
+
+
+def evaluate_cityscapes(
+    annotations: Path, images: Path, results: list[dict[str, Any]], *, official: bool = False
+) -> dict[str, dict[str, float]]:
+    """AP of instance masks.
+
+    Args:
+        annotations: the COCO file that `data.cityscapes` made; it lists the images that count.
+        images: ROOT/leftImg8bit/SPLIT; the truth is read from ROOT/gtFine/SPLIT.
+        results: masks in COCO's result format.
+        official: by cityscapesscripts.
+
+    Returns:
+        {"segm": {"AP", "AP50", "AP-person", ...}} in percent; NaN for a class without objects.
+
+    Raises:
+        UserError: results or ground truth that cannot be used, or cityscapesscripts is asked for and absent.
+    """
+    truth = read_ground_truth(annotations, ("segm",))
+    detections = check_results(results, truth, ("segm",))
+    frames = _frames(annotations, images)
+    precision = (_by_cityscapesscripts if official else _by_histograms)(frames, detections)
+    numbers = {"AP": np.nanmean(precision), "AP50": np.nanmean(np.ascontiguousarray(precision[:, 0]))}
+    numbers |= {f"AP-{name}": np.average(row) for name, row in zip(CLASSES.values(), precision)}
+    return {"segm": {name: float(value) * 100 for name, value in numbers.items()}}
+
+
+@dataclass(frozen=True)
+class _Frame:
+    image_id: int
+    name: str  # CITY_000000_000000_leftImg8bit
+    size: tuple[int, int]
+    truth: Path
+
+
+def _frames(annotations: Path, images: Path) -> list[_Frame]:
+    listed = _listed_images(annotations)
+    root = images.parent.parent / "gtFine" / images.name
+    suffix = "_leftImg8bit.png"
+    return [
+        _Frame(entry["id"], Path(entry["file_name"]).stem, (entry["height"], entry["width"]),
+               root / (entry["file_name"].removesuffix(suffix) + "_gtFine_instanceIds.png"))
+        for entry in listed
+    ]  # fmt: skip
+
+
+def _listed_images(annotations: Path) -> list[dict[str, Any]]:
+    """The "images" of a COCO file, in its order."""
+    return msgspec.json.decode(annotations.read_bytes(), type=dict[str, Any])["images"]
+
+
+# --- the same numbers, fast -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Class:
+    """What matching needs of one class, over all images.
+
+    Attributes:
+        score, void, pixels: (P,) confidence, pixels that are void in the truth, pixels.
+        object_pixels: (G,). group: (G,) bool.
+        pairs: (E, 3) int64: detection, object, pixels of both.
+    """
+
+    score: np.ndarray
+    void: np.ndarray
+    pixels: np.ndarray
+    object_pixels: np.ndarray
+    group: np.ndarray
+    pairs: np.ndarray
+
+
+def _by_histograms(frames: list[_Frame], detections: Detections) -> np.ndarray:
+    """(8, 10) float64 AP by class and threshold, NaN without objects."""
+    columns: dict[int, list[list[Any]]] = {label: [[], [], [], [], [], []] for label in CLASSES}
+    rows_of = _rows_by_image(detections)
+    with Progress(len(frames), "matching", unit="images") as progress:
+        for frame in frames:
+            _match(frame, detections, rows_of.get(frame.image_id, ()), columns)
+            progress.advance()
+    return np.array([_average_precision(_class(columns[label])) for label in CLASSES])
+
+
+def _rows_by_image(detections: Detections) -> dict[int, list[int]]:
+    rows: dict[int, list[int]] = {}
+    for row, image_id in enumerate(detections.image_ids.tolist()):
+        rows.setdefault(image_id, []).append(row)
+    return rows
+
+
+def _match(frame: _Frame, detections: Detections, rows: Any, columns: dict[int, list[list[Any]]]) -> None:
+    """Add one image to `columns`: by class lists of score, void, pixels, object pixels, group, pairs."""
+    ids = read_instance_ids(frame.truth)
+    if ids.shape != frame.size:
+        raise UserError(
+            f"{frame.truth} is {ids.shape[1]} x {ids.shape[0]}, its image {frame.size[1]} x {frame.size[0]}"
+        )
+    flat = ids.ravel(order="F")  # as run lengths count
+    in_image = np.bincount(flat)
+    present = np.flatnonzero(in_image)
+    labels = np.where(present < 1000, present, present // 1000)
+    objects: dict[int, tuple[np.ndarray, int]] = {}
+    for label, (*_, object_pixels, group, _) in columns.items():
+        instances = present[labels == label]
+        objects[label] = instances, len(object_pixels)
+        object_pixels.extend(in_image[instances].tolist())
+        group.extend((instances < 1000).tolist())
+    void = np.array(VOID)
+    for row in rows:
+        score, in_void, pixels, _, _, pairs = columns[int(detections.category_ids[row])]
+        histogram = np.bincount(flat[_pixels(detections.masks[row])], minlength=max(len(in_image), max(VOID) + 1))
+        total = int(histogram.sum())
+        if not total:
+            continue
+        instances, first = objects[int(detections.category_ids[row])]
+        shared = histogram[instances]
+        pairs.extend((len(score), first + k, int(shared[k])) for k in np.flatnonzero(shared).tolist())
+        score.append(detections.scores[row])
+        in_void.append(int(histogram[void].sum()))
+        pixels.append(total)
+
+
+def _class(columns: list[list[Any]]) -> _Class:
+    score, void, pixels, object_pixels, group, pairs = columns
+    return _Class(
+        np.array(score, np.float64),
+        np.array(void, np.int64),
+        np.array(pixels, np.int64),
+        np.array(object_pixels, np.int64),
+        np.array(group, bool),
+        np.array(pairs, np.int64).reshape(-1, 3),
+    )
+
+
+def _average_precision(found: _Class) -> list[float]:
+    counts = ~found.group & (found.object_pixels >= MIN_PIXELS)
+    if not counts.any():
+        return [math.nan] * len(OVERLAPS)
+    if not len(found.score):
+        return [0.0] * len(OVERLAPS)
+    detection, target, shared = found.pairs.T
+    overlap = shared / (found.object_pixels[target] + found.pixels[detection] - shared)
+    # A small group is counted by both of the official conditions.
+    times = found.group.astype(np.int64) + (found.object_pixels < MIN_PIXELS)
+    ignored = found.void.copy()
+    np.add.at(ignored, detection, shared * times[target])
+    ignored_share = ignored / found.pixels
+    return [_at(t, found, counts, overlap, ignored_share) for t in OVERLAPS]
+
+
+def _at(threshold: float, found: _Class, counts: np.ndarray, overlap: np.ndarray, ignored_share: np.ndarray) -> float:
+    """AP at one threshold: of the detections that overlap an object enough, the surest is right, the rest wrong."""
+    detection, target, _ = found.pairs.T
+    above = overlap > threshold
+    matched = np.flatnonzero(above & counts[target])
+    matched = matched[np.lexsort((found.score[detection[matched]], target[matched]))]
+    right = np.ones(len(matched), bool)
+    right[:-1] = target[matched][1:] != target[matched][:-1]
+    alone = np.ones(len(found.score), bool)
+    alone[detection[above]] = False
+    wrong = alone & (ignored_share <= threshold)
+    scores = np.concatenate([found.score[detection[matched]], found.score[wrong]])
+    truth = np.concatenate([right, np.zeros(wrong.sum(), bool)]).astype(np.float64)
+    missed = int(counts.sum() - right.sum())
+    return _area(scores, truth, missed)
+
+
+def _area(scores: np.ndarray, truth: np.ndarray, missed: int) -> float:
+    """Area under the precision-recall curve, in the official order of arithmetic."""
+    if not len(scores):
+        return 0.0
+    order = np.argsort(scores)
+    cumulative = np.cumsum(truth[order])
+    first = np.unique(scores[order], return_index=True)[1]
+    below = np.append(cumulative, 0)[first - 1]  # right ones that score less; the last 0 stands for none
+    tp = cumulative[-1] - below
+    fp = len(scores) - first - tp
+    precision = np.append(tp / (tp + fp), 1.0)
+    recall = np.append(tp / (tp + (below + missed)), 0.0)
+    widths = np.convolve(np.concatenate([recall[:1], recall, [0.0]]), [-0.5, 0, 0.5], "valid")
+    return float(np.dot(precision, widths))
+
+
+def _pixels(rle: dict[str, Any]) -> np.ndarray:
+    """Positions of a mask's pixels in column order, int64."""
+    height, width = rle["size"]
+    lengths = rle_lengths(rle["counts"].encode("ascii"))
+    if lengths.sum() != height * width or (lengths < 0).any():
+        raise UserError(f"a result's mask has run lengths that do not add up to {height} x {width}; write it again")
+    ends = np.cumsum(lengths)
+    starts, sizes = ends[:-1:2], lengths[1::2]
+    before = np.cumsum(sizes) - sizes
+    return np.repeat(starts - before, sizes) + np.arange(sizes.sum())
+
+
+def rle_lengths(counts: bytes) -> np.ndarray:
+    """Run lengths, int64, of a compressed RLE: zeros first, then ones, in turn.
+
+    Five bits a character from 48 on, lowest first, the sixth says that more follow, the value is signed, and from the
+    fourth on it is the difference to the one before last. Source: pycocotools common/maskApi.c, rleFrString.
+
+    Raises:
+        UserError: the text breaks off.
+    """
+    codes = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero((codes & 32) == 0)
+    if not len(last) or last[-1] != len(codes) - 1:
+        raise UserError("a result's mask breaks off in the middle of a number; write it again")
+    first = np.concatenate([[0], last[:-1] + 1])
+    digits = np.arange(len(codes)) - np.repeat(first, last - first + 1)
+    values = np.add.reduceat((codes & 31) << (5 * digits), first)
+    values -= np.where(codes[last] & 16, 1 << (5 * (last - first + 1)), 0)
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values
+
+
+# --- by the benchmark's own code --------------------------------------------------------------------------------
+
+
+def _by_cityscapesscripts(frames: list[_Frame], detections: Detections) -> np.ndarray:
+    """As `_by_histograms`; results go through files in a temporary folder, which is how that code reads them."""
+    module = _official_module()
+    with tempfile.TemporaryDirectory(prefix="cityscapes_") as folder:
+        for name, content in submission_files(frames, detections):
+            (Path(folder) / name).write_bytes(content)
+        settings = module.CArgs()
+        vars(settings).update(vars(module.args))
+        settings.quiet, settings.predictionPath = True, str(Path(folder).resolve())
+        settings.gtInstancesFile = str(Path(folder) / "gtInstances.json")
+        module.setInstanceLabels(settings)
+        truth = [str(frame.truth) for frame in frames]
+        found = [str(Path(folder).resolve() / f"{frame.name}_pred.txt") for frame in frames]
+        try:
+            instances = module.getGtInstances(truth, settings)
+            matches = module.matchGtWithPreds(found, truth, instances, settings)
+            return _by_class_and_threshold(module, matches, settings)
+        except SystemExit as error:  # that code's way to report an error, after printing it
+            raise UserError("cityscapesscripts refused the results (its reason is printed above)") from error
+
+
+def _by_class_and_threshold(module: ModuleType, matches: dict[str, Any], settings: Any) -> np.ndarray:
+    """(8, 10) AP; one at a time, as that code fails where all of a class are ignored: there AP is 0."""
+    precision = np.zeros((len(CLASSES), len(OVERLAPS)))
+    for row, label in zip(precision, CLASSES.values()):
+        for column, threshold in enumerate(OVERLAPS):
+            settings.instLabels, settings.overlaps = [label], [threshold]
+            try:
+                row[column] = module.evaluateMatches(matches, settings)[0, 0, 0]
+            except IndexError:
+                row[column] = 0.0
+    return precision
+
+
+def _official_module() -> ModuleType:
+    try:
+        module = importlib.import_module("cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling")
+    except ImportError as error:
+        raise UserError(
+            f"--evaluator {OFFICIAL} needs cityscapesscripts; run pip install 'loco_det[cityscapes]', or leave the "
+            "option out, which gives the same numbers"
+        ) from error
+    if not hasattr(np, "in1d"):  # gone from NumPy 2.4, and that code calls it
+        module.np = _NumpyWithIn1d()
+    return module
+
+
+class _NumpyWithIn1d:
+    in1d = staticmethod(np.isin)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+# --- files for the benchmark's server ---------------------------------------------------------------------------
+
+
+def submission_files(frames: list[_Frame], detections: Detections) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of what the benchmark takes: for each image a text file, and a PNG for each detection in it."""
+    rows_of = _rows_by_image(detections)
+    for frame in frames:
+        lines = []
+        for number, row in enumerate(rows_of.get(frame.image_id, ())):
+            label = int(detections.category_ids[row])
+            name = f"{frame.name}_{number}_{CLASSES[label]}.png"
+            yield name, cv2.imencode(".png", coco_mask.decode(detections.masks[row]) * 255)[1].tobytes()
+            lines.append(f"{name} {label} {float(detections.scores[row])!r}\n")
+        yield f"{frame.name}_pred.txt", "".join(lines).encode()
+
+
+def write_submission(annotations: Path, images: Path, results: list[dict[str, Any]], path: Path) -> None:
+    """Write a zip that can be submitted for the images that `annotations` lists.
+
+    Raises:
+        UserError: results that cannot be used, or the file cannot be written.
+    """
+    frames = _frames(annotations, images)
+    sizes = {frame.image_id: frame.size for frame in frames}
+    truth = GroundTruth(annotations, sizes, sorted(CLASSES.items()))
+    detections = check_results(results, truth, ("segm",))
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:  # PNG does not get smaller
+        for name, content in submission_files(frames, detections):
+            archive.writestr(name, content)
