@@ -64,7 +64,9 @@ def make(root: Path, images: int) -> tuple[Path, list[dict]]:
             cv2.imwrite(str(root / kind / "val" / "ulm" / f"{name}_{suffix}.png"), content)
         results += detect(rng, ids, number + 1, 60)
     annotations = root / "annotations.json"
-    write_json(annotations, coco_format(cityscapes_frames(root, "val"), root / "leftImg8bit" / "val", False))
+    write_json(
+        annotations, coco_format(cityscapes_frames(root, "val"), root / "leftImg8bit" / "val", from_polygons=False)
+    )
     return annotations, results
 
 

@@ -221,12 +221,6 @@ def _os_errors(path: str | Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written ({reason}); free space or choose another folder") from error
 
 
-def cache_folder() -> Path:
-    """Where what can be computed again is kept: LOCO_DET_CACHE, or loco_det in XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("LOCO_DET_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loco_det"
-
-
 def write_json(path: str | Path, value: Any) -> None:
     """`value` as indented JSON at `path`, atomically."""
     with atomic_write(path, "w") as file:

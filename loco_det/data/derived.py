@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from loco_det.data.index import cache_folder
 from loco_det.errors import UserError
-from loco_det.runtime import atomic_write, cache_folder
+from loco_det.runtime import atomic_write
 
 try:
     import fcntl

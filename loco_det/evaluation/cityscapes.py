@@ -20,11 +20,11 @@ from types import ModuleType
 from typing import Any
 
 import cv2
-import msgspec
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from loco_det.data.cityscapes import CLASSES, VOID, read_instance_ids
+from loco_det.data.index import CocoIndex, load_index
 from loco_det.errors import UserError
 from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
 from loco_det.runtime import Progress, atomic_write
@@ -53,7 +53,7 @@ def evaluate_cityscapes(
     """
     truth = read_ground_truth(annotations, ("segm",))
     detections = check_results(results, truth, ("segm",))
-    frames = _frames(annotations, images)
+    frames = _frames(truth.index, images)
     precision = (_by_cityscapesscripts if official else _by_histograms)(frames, detections)
     numbers = {"AP": np.nanmean(precision), "AP50": np.nanmean(np.ascontiguousarray(precision[:, 0]))}
     numbers |= {f"AP-{name}": np.average(row) for name, row in zip(CLASSES.values(), precision)}
@@ -68,20 +68,18 @@ class _Frame:
     truth: Path
 
 
-def _frames(annotations: Path, images: Path) -> list[_Frame]:
-    listed = _listed_images(annotations)
-    root = images.parent.parent / "gtFine" / images.name
-    suffix = "_leftImg8bit.png"
+def _frames(index: CocoIndex, images: Path) -> list[_Frame]:
+    root, suffix = images.parent.parent / "gtFine" / images.name, "_leftImg8bit.png"
+    columns = zip(index.image_id.tolist(), index.file_name.tolist(), index.height.tolist(), index.width.tolist())
     return [
-        _Frame(entry["id"], Path(entry["file_name"]).stem, (entry["height"], entry["width"]),
-               root / (entry["file_name"].removesuffix(suffix) + "_gtFine_instanceIds.png"))
-        for entry in listed
-    ]  # fmt: skip
-
-
-def _listed_images(annotations: Path) -> list[dict[str, Any]]:
-    """The "images" of a COCO file, in its order."""
-    return msgspec.json.decode(annotations.read_bytes(), type=dict[str, Any])["images"]
+        _Frame(
+            image_id,
+            Path(name).stem,
+            (height, width),
+            root / f"{name.removesuffix(suffix)}_gtFine_instanceIds.png",
+        )
+        for image_id, name, height, width in columns
+    ]
 
 
 # --- the same numbers, fast -------------------------------------------------------------------------------------
@@ -329,9 +327,9 @@ def write_submission(annotations: Path, images: Path, results: list[dict[str, An
     Raises:
         UserError: results that cannot be used, or the file cannot be written.
     """
-    frames = _frames(annotations, images)
-    sizes = {frame.image_id: frame.size for frame in frames}
-    truth = GroundTruth(annotations, sizes, sorted(CLASSES.items()))
+    index = load_index(annotations)
+    frames = _frames(index, images)
+    truth = GroundTruth(index, np.zeros(0, np.int64), None)  # that of the test split is secret
     detections = check_results(results, truth, ("segm",))
     with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:  # PNG does not get smaller
         for name, content in submission_files(frames, detections):

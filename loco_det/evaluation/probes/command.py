@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from loco_det import __version__
+from loco_det.data.index import cache_folder
 from loco_det.errors import UserError
 from loco_det.evaluation.knn import knn_predict
 from loco_det.evaluation.probes.backbones import choose_stages, load_backbone_for_probe
@@ -22,7 +23,7 @@ from loco_det.evaluation.probes.images import ProbeData, open_probe_data
 from loco_det.evaluation.probes.linear import RATES, Recipe, Standard, linear_probe, sweep_steps
 from loco_det.evaluation.probes.ridge import fit_ridge
 from loco_det.evaluation.probes.scores import top_scores
-from loco_det.runtime import Progress, cache_folder, log, resolve_device, write_json
+from loco_det.runtime import Progress, log, resolve_device, write_json
 
 PROTOCOLS = ("linear", "knn", "semi", "ridge")
 # Options of single protocols: a value given to another would be read by nobody.
