@@ -326,12 +326,13 @@ def hue(view: np.ndarray, shift: float) -> np.ndarray:
     r, g, b = planes if part >= 0 else (planes[0], planes[2], planes[1])
     high, low = cv2.max(cv2.max(r, g), b), cv2.min(cv2.min(r, g), b)
     step = cv2.convertScaleAbs(cv2.subtract(high, low), alpha=abs(part))
-    falling, rising = cv2.subtract(high, step), cv2.add(low, step)
+    falling, rising = cv2.subtract(high, step), cv2.add(low, step, dst=step)
     turned = []
     for own, after, before in ((r, g, b), (g, b, r), (b, r, g)):
         # own + (target - after), between low and high: the differences saturate at 0, and one of them is.
-        target = cv2.copyTo(falling, cv2.compare(after, before, cv2.CMP_GE), rising.copy())
-        up, down = cv2.subtract(target, after), cv2.subtract(after, target)
+        target = cv2.compare(after, before, cv2.CMP_GE)  # 255 or 0, and then `falling` or the smaller `rising`
+        target = cv2.max(cv2.min(target, falling, dst=target), rising, dst=target)
+        up, down = cv2.subtract(target, after), cv2.subtract(after, target, dst=target)
         up = cv2.min(cv2.add(own, up, dst=up), high, dst=up)
         turned.append(cv2.max(cv2.subtract(up, down, dst=up), low, dst=up))
     if part < 0:
