@@ -341,7 +341,7 @@ def write_backbone(cfg: CfgNode, backbone: ResNet, units: list[list[str]], sourc
             config=yaml.safe_load(cfg.dump()),
             config_hash=config_hash(cfg),
             step=step,
-            dataset=Path(cfg.DATA.PATH).name,
+            dataset=Path(cfg.DATA.PATH or source.root).name,
             images=len(source),
         )
         save_backbone(path, backbone_tensors(backbone), manifest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import tarfile
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from loco_det.data.tar import buffered_order
 from loco_det.data.twoview import TwoViews, build_plain_loader, build_two_view_loader
 from loco_det.data.views import view_config
 from loco_det.errors import UserError
+from loco_det.evaluation.probes.features import images_digest
+from loco_det.evaluation.probes.images import LabelledImages
 
 wds = pytest.importorskip("webdataset", reason="the extra `webdataset` is not installed")
 
@@ -244,3 +247,14 @@ def test_the_missing_extra_is_named(shards, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "webdataset", None)
     with pytest.raises(UserError, match=r"pip install 'loco_det\[webdataset\]'"):
         open_source(shards)
+
+
+def test_a_probe_knows_shards_by_their_files(shards):
+    """Cached features belong to these shards: the same digest again, another once a shard was written anew."""
+    labels = np.zeros(IMAGES, np.int64)
+    images = LabelledImages(open_source(shards), np.arange(IMAGES), labels)
+    before = images_digest(images)
+    assert images_digest(LabelledImages(open_source(shards), np.arange(IMAGES), labels)) == before
+    path = shards / "train-0001.tar"
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 5))
+    assert images_digest(images) != before

@@ -223,4 +223,6 @@ def open_huggingface(root: Path) -> DatasetSource:
         raise UserError(f"DATA.PATH {root}: none of its columns ({', '.join(dataset.features)}) is of images")
     label = next((name for name, f in dataset.features.items() if isinstance(f, datasets.ClassLabel)), "")
     dataset = dataset.cast_column(images[0], datasets.Image(decode=False))
-    return DatasetSource(dataset, image=images[0], label=label, root=str(root))
+    source = DatasetSource(dataset, image=images[0], label=label, root=str(root))
+    source.containers = sorted(file["filename"] for file in dataset.cache_files)
+    return source

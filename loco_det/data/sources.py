@@ -59,7 +59,10 @@ class Source:
     Attributes:
         root: what the user named, for messages.
         classes: class names, sorted; empty where images have no labels.
+        containers: the files that hold the images; empty where every image is a file of its own.
     """
+
+    containers: Sequence[str] = ()
 
     def __init__(self, root: str, names: Sequence[str], labels: Sequence[str] | None) -> None:
         self.root = root
@@ -93,6 +96,7 @@ class ZipSource(Source):
 
     def __init__(self, path: Path, members: Sequence[zipfile.ZipInfo], labels: Sequence[str] | None) -> None:
         super().__init__(str(path), [member.filename for member in members], labels)
+        self.containers = (self.root,)
         columns = [(m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type) for m in members]
         self._table = np.array(columns, np.int64)
         self._files: dict[tuple[int, int], BinaryIO] = {}
@@ -173,7 +177,7 @@ def is_huggingface(root: Path) -> bool:
 
 
 def _holds_shards(root: Path) -> bool:
-    return root.suffix == ".tar" or (root.is_dir() and any(entry.suffix == ".tar" for entry in root.iterdir()))
+    return root.suffix == ".tar" or (root.is_dir() and any(root.glob("*.tar")))
 
 
 def _is_image(name: str) -> bool:

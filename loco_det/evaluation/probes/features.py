@@ -123,14 +123,14 @@ def _strides(model: torch.nn.Module) -> str:
 
 
 def images_digest(images: LabelledImages) -> str:
-    """sha256 over the images' names, order, sizes in bytes and times of change; of a zip, over those of the zip.
+    """sha256 over the images' names, order, sizes in bytes and times of change; of a zip or shards, over theirs.
 
     Contents are not read: a file that is replaced by one of the same size with its time set back is not noticed.
     """
     digest = hashlib.sha256()
     root = Path(images.source.root)
-    if root.is_file() or isinstance(images.source, CifarSource):
-        files = [root] if root.is_file() else sorted(root.iterdir())
+    if images.source.containers or isinstance(images.source, CifarSource):
+        files = images.source.containers or sorted(root.iterdir())
         digest.update("".join(_stat(file) for file in files).encode())
         stat = lambda _: ""  # noqa: E731
     else:
