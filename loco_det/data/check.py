@@ -12,7 +12,6 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch.utils.data import Dataset
 
 from loco_det.data.catalog import DatasetPaths
 from loco_det.data.coco import Record, Segmentations, decode_segmentation
-from loco_det.data.images import decode_image, read_image
+from loco_det.data.images import decode_exactly, decode_image, read_file
 from loco_det.data.index import CocoIndex, doubled_ids
 from loco_det.data.sources import Source
 from loco_det.data.twoview import loader_of
@@ -264,38 +263,40 @@ def _found(defects: list[Defect]) -> list[Defect]:
 # --- reading every image ----------------------------------------------------------------------------------------
 
 
-class _SourceImages(Dataset):
-    def __init__(self, source: Source) -> None:
-        self.source = source
+class _Images(Dataset):
+    """Chunks of numbers -> Looks, with one reading of every file."""
 
     def __getitem__(self, images: Sequence[int]) -> list[Look]:
         return [self._look(i) for i in images]
 
     def _look(self, i: int) -> Look:
         try:
-            data = self.source.read(i)
-            size = decode_image(data, self.source.name(i)).shape[:2]
+            data, pixels = self.read(i)
         except UserError as error:
             return Look(None, str(error), b"", 0)
-        return Look(size, "", hashlib.blake2b(data, digest_size=16).digest(), len(data))
+        return Look(pixels.shape[:2], "", hashlib.blake2b(data, digest_size=16).digest(), len(data))
 
 
-class _Files(Dataset):
+class _SourceImages(_Images):
+    """As pretraining reads them."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def read(self, i: int) -> tuple[bytes, np.ndarray]:
+        data = self.source.read(i)
+        return data, decode_image(data, self.source.name(i))
+
+
+class _Files(_Images):
     """As detection reads them."""
 
     def __init__(self, files: list[str]) -> None:
         self.files = files
 
-    def __getitem__(self, images: Sequence[int]) -> list[Look]:
-        return [self._look(self.files[i]) for i in images]
-
-    def _look(self, file: str) -> Look:
-        try:
-            size = read_image(file, "BGR").shape[:2]
-        except UserError as error:
-            return Look(None, str(error), b"", 0)
-        data = Path(file).read_bytes()
-        return Look(size, "", hashlib.blake2b(data, digest_size=16).digest(), len(data))
+    def read(self, i: int) -> tuple[bytes, np.ndarray]:
+        data = read_file(self.files[i])
+        return data, decode_exactly(data, self.files[i], "BGR")
 
 
 def _look(dataset: Dataset, count: int, workers: int) -> list[Look]:

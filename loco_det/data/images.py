@@ -65,7 +65,16 @@ def read_image(path: str | Path, order: Order) -> np.ndarray:
     Raises:
         UserError: missing, unreadable, truncated or not an image.
     """
-    return _pil_pixels(read_file(path), str(path), order, exact=True)
+    return decode_exactly(read_file(path), str(path), order)
+
+
+def decode_exactly(data: bytes, name: str, order: Order) -> np.ndarray:
+    """What `read_image` gives of a file with these bytes; `name` is for error messages.
+
+    Raises:
+        UserError: empty, truncated or not an image.
+    """
+    return _pil_pixels(data, name, order, exact=True)
 
 
 def read_file(path: str | Path) -> bytes:
