@@ -8,6 +8,7 @@ set in the same shape:
     ROOT/FOO/annotations/instances_SPLIT.json     annotations
 
 Cityscapes (`data/cityscapes.py`) is read in its original folders; NAME@masks means its bitmaps, not its polygons.
+NAME@1pct_seed0 and the like are parts of any of them (`data/subsets.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loco_det.data.cityscapes import PREFIX, cityscapes_annotations, is_cityscapes
+from loco_det.data.subsets import part_of
 from loco_det.data.voc import VOC_SETS, voc_annotations
 from loco_det.errors import UserError
 
@@ -57,16 +59,28 @@ def find_dataset(name: str) -> DatasetPaths:
     """The paths of a dataset, both of them known to exist.
 
     Args:
-        name: `coco_2017_train`, `voc_2007_test` and their kin, or FOO_SPLIT.
+        name: `coco_2017_train`, `voc_2007_test` and their kin, or FOO_SPLIT; any of them with @PART behind it
+            (`data/subsets.py`).
 
     Raises:
-        UserError: the name has no split, or the folder or the file is not there.
+        UserError: the name has no split, the folder or the file is not there, or the part means nothing.
     """
+    whole, *parts = name.split("@")
+    masks = is_cityscapes(whole) and parts[:1] == ["masks"]
+    paths = _find_whole(whole, masks)
+    for part in parts[masks:]:
+        paths = paths._replace(annotations=part_of(paths.annotations, part, name), derived=True)
+    return paths._replace(name=name)
+
+
+def _find_whole(name: str, masks: bool) -> DatasetPaths:
     root = datasets_root()
+    if is_cityscapes(name):
+        split, folder = name.removeprefix(PREFIX), root / "cityscapes"
+        annotations = cityscapes_annotations(folder, split, from_polygons=not masks)
+        return DatasetPaths(name, folder / "leftImg8bit" / split, annotations, derived=True)
     if name in VOC_SETS:
         return DatasetPaths(name, *voc_annotations(name, root))
-    if is_cityscapes(name):
-        return _find_cityscapes(name, root / "cityscapes")
     if name in _COCO:
         folder, (images, annotations) = root / "coco", _COCO[name]
     else:
@@ -85,12 +99,3 @@ def find_dataset(name: str) -> DatasetPaths:
                 f"to the folder that holds the datasets (now '{root}')."
             )
     return paths
-
-
-def _find_cityscapes(name: str, root: Path) -> DatasetPaths:
-    whole, _, part = name.partition("@")
-    if part not in ("", "masks"):
-        raise UserError(f"DATASETS: '{name}' ends in @{part}, which means nothing; use @masks or nothing.")
-    split = whole.removeprefix(PREFIX)
-    annotations = cityscapes_annotations(root, split, from_polygons=not part)
-    return DatasetPaths(name, root / "leftImg8bit" / split, annotations, derived=True)

@@ -8,6 +8,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from loco_det.config import collect_settings, load_config
+from loco_det.data.subsets import part_name
 from loco_det.detection.schema import check_honoured, get_cfg
 from loco_det.errors import UserError
 from loco_det.evaluation.cityscapes import OFFICIAL
@@ -26,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exact", action="store_true", help="torchvision engine: Detectron2's numbers to the last bit, slower"
     )
+    parser.add_argument("--fraction", type=float, metavar="F", help="train on a share of the images, 0.01 for 1 %%")
+    parser.add_argument("--few-shot", type=int, metavar="K", help="train on K objects of each class")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides, e.g. SOLVER.BASE_LR 0.01")
 
 
@@ -38,11 +41,26 @@ def run(args: argparse.Namespace) -> None:
     from loco_det.detection.train import choose_engine
 
     cfg = load_config(get_cfg(), args.config_file, args.opts)
+    if args.fraction is not None or args.few_shot is not None:
+        args.opts += _part_of_training_set(cfg, args.fraction, args.few_shot)
+        cfg = load_config(get_cfg(), args.config_file, args.opts)
     if args.num_gpus < 1:
         raise UserError(f"--num-gpus is {args.num_gpus}; give at least 1, which without a GPU means one CPU process.")
     if choose_engine(args.engine).NAME == "torchvision":  # again in every process, but here it is known who set what
         check_honoured(cfg, collect_settings(args.config_file, args.opts))
     launch(_worker, args.num_gpus, cfg, args.engine, args.eval_only, args.resume, args.evaluator, not args.exact)
+
+
+def _part_of_training_set(cfg: CfgNode, fraction: float | None, shots: int | None) -> list[str]:
+    """The override of DATASETS.TRAIN that asks for a part, chosen by SEED (0 where it is negative)."""
+    if fraction is not None and shots is not None:
+        raise UserError("--fraction and --few-shot choose different parts of DATASETS.TRAIN; give one of them.")
+    if (fraction is not None and not 0 < fraction <= 1) or (shots is not None and shots < 1):
+        raise UserError(
+            f"--fraction {fraction} --few-shot {shots}: give a share above 0, up to 1, or at least 1 object."
+        )
+    part = part_name(fraction, shots, max(cfg.SEED, 0))
+    return ["DATASETS.TRAIN", str(tuple(f"{name}{part}" for name in cfg.DATASETS.TRAIN))]
 
 
 def _worker(

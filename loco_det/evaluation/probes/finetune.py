@@ -34,10 +34,9 @@ CROP_AND_FLIP = {"JITTER_PROB": 0.0, "GRAY_PROB": 0.0, "BLUR_PROB": 0.0}
 
 @dataclass(frozen=True)
 class FineTuning:
-    """SGD and a half cosine; `rate` is the backbone's for batches of 256, times `head_factor` the classifier's."""
+    """SGD with momentum and a half cosine, one rate for all of it, which counts for batches of 256."""
 
     rate: float = 0.05
-    head_factor: float = 10.0
     epochs: int = 60
     batch: int = 256
     momentum: float = 0.9
@@ -93,16 +92,12 @@ def finetune(
     torch.manual_seed(recipe.seed)
     model = _Classifier(copy.deepcopy(backbone.model), stage, backbone.channels[stage], classes).to(device).train()
     scale = recipe.rate * recipe.batch / 256
-    groups = [
-        {"params": list(model.backbone.parameters()), "peak": scale},
-        {"params": list(model.head.parameters()), "peak": scale * recipe.head_factor},
-    ]
-    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     total = recipe.epochs * _steps(len(train), recipe.batch)
     with Progress(total, f"fine-tuning on {len(train)} labels") as progress:
         for step, (images, labels) in enumerate(_batches(train, size, recipe, workers)):
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * step / total))
+                group["lr"] = scale * 0.5 * (1 + math.cos(math.pi * step / total))
             scores = model(backbone.input(images, device))
             loss = nn.functional.cross_entropy(scores, labels.to(device))
             if not loss.isfinite():
