@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loco_det.data.cityscapes import PREFIX, cityscapes_annotations, is_cityscapes
-from loco_det.data.subsets import part_of
+from loco_det.data.subsets import check_part, part_of
 from loco_det.data.voc import VOC_SETS, voc_annotations
 from loco_det.errors import UserError
 
@@ -67,6 +67,8 @@ def find_dataset(name: str) -> DatasetPaths:
     """
     whole, *parts = name.split("@")
     masks = is_cityscapes(whole) and parts[:1] == ["masks"]
+    for part in parts[masks:]:
+        check_part(part, name)  # before anything is read for it
     paths = _find_whole(whole, masks)
     for part in parts[masks:]:
         paths = paths._replace(annotations=part_of(paths.annotations, part, name), derived=True)

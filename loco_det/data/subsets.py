@@ -115,6 +115,11 @@ def part_of(annotations: Path, part: str, name: str) -> Path:
     return derived_file(re.sub(r"[^\w.@+-]", "_", name), facts, lambda: _written(annotations, choose, name))
 
 
+def check_part(part: str, name: str) -> None:
+    """Refuse with UserError what does not name a part."""
+    _chooser(part, name)
+
+
 def part_name(share: float | None = None, shots: int | None = None, seed: int = 0) -> str:
     """What to append to a data set's name for a share of its images in (0, 1] or for `shots` objects a class."""
     if shots is not None:
