@@ -14,13 +14,14 @@ have passed since both processes were ready and the message before it was throug
     simclr_ddp   the whole network as one unit under torch's DistributedDataParallel with its 25 MiB buckets, the link
                  as its communication hook; buffers are not broadcast, which only helps it
 
-A turn runs each side over the slow link and over a link that takes no time (its `compute_seconds`), three steps each of
-which the last two count, so that messages may cross from one step into the next. `hidden_share` is 1 - (seconds -
-compute_seconds) / the seconds that the messages take one after the other.
+A turn runs each side over the slow link and over a link that takes no time (its `compute_seconds`), two steps each of
+which the last counts, so that messages may cross from one step into the next. `hidden_share` is 1 - (seconds -
+compute_seconds) / the seconds that the messages take one after the other. All figures are medians over turns of what
+one turn gives, so a machine that is slower for a while disturbs little.
 
 The model replays the trace that rank 0 made over the link without time, segments of computing between messages sent
 and messages waited for, against messages that take the time above, one after the other. Its prediction for the two
-processes is compared with what was measured (`relative_error`). For 8, 64 and 512 GPUs it assumes
+processes is compared with what the same turn measured (`relative_error`). For 8, 64 and 512 GPUs it assumes
   - one flat ring with `--gpu-bandwidth` and `--gpu-latency` a hop and nothing else on it,
   - computing that takes the shares measured here, scaled so that simclr_ddp's step takes `--gpu-step-ms` without
     communication; a GPU's shares differ, and so do those of other image sizes,
@@ -30,7 +31,7 @@ processes is compared with what was measured (`relative_error`). For 8, 64 and 5
 No GPU was measured: the predictions are this arithmetic.
 
 JSON: {"sides": {side: {"seconds", "compute_seconds", "communication_seconds", "hidden_share", "predicted_seconds",
-"relative_error", "bytes", "messages", "turns": {"seconds": [...], "compute_seconds": [...]}}},
+"relative_error", "bytes", "messages", "turns": {"seconds": [...], ...}}},
 "loco_early_over_simclr_ddp": ratio of the seconds, "loco_early_over_loco_end": likewise, "largest_relative_error": x,
 "model": {"8" | "64" | "512": {side: {"seconds", "hidden_share"}}}, "setting": {...}}.
 """
@@ -61,7 +62,6 @@ from pretrain.stepping import Stepping
 from pretrain.train import Learner, local_trainer
 
 GPUS = (8, 64, 512)
-STEPS, COUNTED = 3, 2  # of a side in a turn
 REPLAYED = 20  # steps of the model, of which the second half counts
 EMBEDDING = 128
 
@@ -189,27 +189,26 @@ def ddp_step(learner: Learner, optimizer: torch.optim.Optimizer, link: Link) -> 
 
 @dataclass
 class Side:
-    """One side's step and what was measured of it."""
+    """One side's step and what every turn measured of it."""
 
     step: Callable[[Tensor], None]
-    seconds: list[float] = field(default_factory=list)  # a step over the slow link, one number a turn
-    compute: list[float] = field(default_factory=list)  # and over the link that takes no time
-    traces: list[Trace] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # over the slow link
+    compute: list[float] = field(default_factory=list)  # over the link that takes no time
+    traces: list[Trace] = field(default_factory=list)  # likewise
 
 
 def run_block(side: Side, x: Tensor, link: Link, slow: bool) -> None:
-    """Three steps, of which the last two are measured and, if not slow, traced."""
+    """Two steps, of which the second is measured and, if not slow, traced."""
     link.slow = slow
     dist.barrier()
-    for number in range(STEPS):
-        begun, sent = time.perf_counter(), link.sent
-        if number == STEPS - COUNTED:
-            counted_from = begun
-        link.events = []
-        side.step(x)
-        if not slow and number >= STEPS - COUNTED:
-            side.traces.append(Trace.of(link.events, begun, time.perf_counter(), sent))
-    (side.seconds if slow else side.compute).append((time.perf_counter() - counted_from) / COUNTED)
+    side.step(x)
+    first, link.events = link.sent, []
+    begun = time.perf_counter()
+    side.step(x)
+    ended = time.perf_counter()
+    (side.seconds if slow else side.compute).append(ended - begun)
+    if not slow:
+        side.traces.append(Trace.of(link.events, begun, ended, first))
     link.last.future.wait()
 
 
@@ -268,26 +267,26 @@ def hidden_share(seconds: float, compute: float, communication: float) -> float:
     return 1 - (seconds - compute) / communication
 
 
-def figures_of(side: Side, link: Link) -> dict[str, float]:
+def figures_of(side: Side, link: Link) -> dict[str, object]:
     """What the JSON says of one side."""
-    trace = Trace.median(side.traces)
-    messages = trace.messages()
 
     def takes(bytes: float) -> float:
         return ring_seconds(bytes, world_size(), link.bandwidth, link.latency)
 
-    seconds, compute = statistics.median(side.seconds), statistics.median(side.compute)
-    communication, predicted = sum(map(takes, messages)), trace.replay(takes)
+    messages = side.traces[0].messages()
+    communication = sum(map(takes, messages))
+    predicted = [trace.replay(takes) for trace in side.traces]
+    turns = list(zip(side.seconds, side.compute, predicted))
     return {
-        "seconds": seconds,
-        "compute_seconds": compute,
+        "seconds": statistics.median(side.seconds),
+        "compute_seconds": statistics.median(side.compute),
         "communication_seconds": communication,
-        "hidden_share": hidden_share(seconds, compute, communication),
-        "predicted_seconds": predicted,
-        "relative_error": predicted / seconds - 1,
+        "hidden_share": statistics.median(hidden_share(s, c, communication) for s, c, _ in turns),
+        "predicted_seconds": statistics.median(predicted),
+        "relative_error": statistics.median(p / s - 1 for s, _, p in turns),
         "bytes": sum(messages),
         "messages": len(messages),
-        "turns": {"seconds": side.seconds, "compute_seconds": side.compute},
+        "turns": {"seconds": side.seconds, "compute_seconds": side.compute, "predicted_seconds": predicted},
     }
 
 
@@ -316,6 +315,9 @@ def worker(args: Namespace) -> None:
     link = Link(args.bandwidth * 1e6, args.latency * 1e-6)
     sides = {name: Side(build_side(name, link)) for name in ("loco_early", "loco_end", "simclr_ddp")}
     x = torch.randn(2 * args.images, 3, args.size, args.size, generator=torch.Generator().manual_seed(rank()))
+    for side in sides.values():
+        run_block(side, x, link, slow=True)  # memory is touched for the first time
+        side.seconds = []
     for _ in range(args.turns):
         for side in sides.values():
             for slow in (True, False):
