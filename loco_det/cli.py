@@ -85,6 +85,12 @@ def _data() -> Job:
     return Job(data_command.add_arguments, data_command.run)
 
 
+def _predict() -> Job:
+    from loco_det import predict
+
+    return Job(predict.add_arguments, predict.run)
+
+
 # In the order of the help text.
 JOBS: dict[str, tuple[str, Callable[[], Job]]] = {
     "quickstart": ("make a data set, pretrain on it, convert, detect: the whole road in minutes on a CPU", _quickstart),
@@ -93,6 +99,7 @@ JOBS: dict[str, tuple[str, Callable[[], Job]]] = {
     "pretrain": ("pretrain a backbone on unlabelled images with LoCo, GIM or SimCLR", _pretrain),
     "convert": ("turn a backbone into weights that Detectron2 and `train` read, with proof", _convert),
     "train": ("train and evaluate Faster or Mask R-CNN on a frozen or fine-tuned backbone", _train),
+    "predict": ("draw a trained detector's boxes and masks into images and videos; COCO JSON, ONNX", _predict),
     "probe": ("classify images by a backbone's frozen features, stage by stage", _probe),
     "report": ("put runs and probes side by side: one page with intervals, errors, curves and pictures", _report),
 }

@@ -182,7 +182,7 @@ def select_detections(
     scores = scores[:, :-1]
     region, classes = (scores > score_threshold).nonzero(as_tuple=True)
     scores = scores[region, classes]
-    boxes = boxes.view(len(boxes), boxes.shape[1] // 4, 4)
+    boxes = boxes.view(boxes.shape[0], boxes.shape[1] // 4, 4)  # len() would be a constant to a tracer
     boxes = boxes[region, classes if boxes.shape[1] > 1 else torch.zeros_like(classes)]
     boxes = clip(boxes, image_size)
     keep = nms_per_class(boxes, scores, classes, nms_threshold)

@@ -57,7 +57,7 @@ def logits_of_classes(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tens
     """(R, M, M): the mask of each region's own class, or the only one there is."""
     if logits.shape[1] == 1:
         return logits[:, 0]
-    return logits[torch.arange(len(logits), device=logits.device), classes]
+    return logits[torch.arange(logits.shape[0], device=logits.device), classes]  # len() is a constant to a tracer
 
 
 def mask_loss(logits: torch.Tensor, masks: Sequence[Any], boxes: Sequence[torch.Tensor]) -> torch.Tensor:

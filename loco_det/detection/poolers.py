@@ -64,7 +64,10 @@ class RoiPooler:
             boxes: N tensors (Ri, 4), in input pixels.
         """
         image = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
-        regions = torch.cat([image, torch.cat(list(boxes))], dim=1)
+        return self.pool(features, torch.cat([image, torch.cat(list(boxes))], dim=1))
+
+    def pool(self, features: Sequence[torch.Tensor], regions: torch.Tensor) -> torch.Tensor:
+        """The same for regions (R, 5), image number and box."""
         if is_fast() and self.kind != "ROIPool" and regions.device.type == "cpu":
             return self._align(features, regions)
         if len(features) == 1:
@@ -72,10 +75,7 @@ class RoiPooler:
         level = assign_levels(regions[:, 1:], self.lowest, self.highest) - self.lowest
         chosen = [(level == i).nonzero().squeeze(1) for i in range(len(features))]
         pooled = [self._pool(f, regions[c], s) for f, c, s in zip(features, chosen, self.strides)]
-        result = features[0].new_zeros((len(regions), *pooled[0].shape[1:]))
-        for index, values in zip(chosen, pooled):
-            result.index_put_((index,), values)
-        return result
+        return torch.cat(pooled)[torch.cat(chosen).argsort()]
 
     def _align(self, features: Sequence[torch.Tensor], regions: torch.Tensor) -> torch.Tensor:
         if len(features) == 1:

@@ -231,7 +231,7 @@ class RPN(nn.Module):
         kept = s.POST_NMS_TOPK_TRAIN if self.training else s.POST_NMS_TOPK_TEST
         boxes, scores, levels = [], [], []
         for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas)):
-            score, index = logit.topk(min(logit.shape[1], best), dim=1)
+            score, index = logit.topk(min(len(anchor), best), dim=1)
             delta = delta.gather(1, index[:, :, None].expand(-1, -1, 4))
             box = self.coder.decode(delta.reshape(-1, 4), anchor[index.reshape(-1)])
             boxes.append(box.view(len(logit), -1, 4))

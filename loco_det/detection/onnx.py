@@ -1,0 +1,168 @@
+"""A Faster or Mask R-CNN as an ONNX file: one image of one size in, its detections out; checked by onnxruntime.
+
+The graph is traced, so the image's size is part of it; the numbers of proposals and detections are not. Needs the
+extra `onnx`. Where the network would drop predictions that are not finite, the file keeps them.
+
+Shape legend: the image is (3, H, W), D detections, M mask side.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from loco_det.detection.deformable import DeformConv2d
+from loco_det.detection.fast_rcnn import select_detections
+from loco_det.detection.rcnn import GeneralizedRCNN
+from loco_det.detection.roi_heads import Res5ROIHeads, StandardROIHeads
+from loco_det.errors import UserError
+from loco_det.fused import fast_arithmetic
+from loco_det.runtime import log
+
+OPSET = 17
+# Largest differences between the file and the model that count as rounding: pixels, score, probability of a pixel.
+TOLERANCE = {"boxes": 0.05, "scores": 1e-3, "masks": 1e-2}
+
+
+class OneImage(nn.Module):
+    """`model` on one image, in operations that ONNX has and without a number of regions fixed while tracing."""
+
+    def __init__(self, model: GeneralizedRCNN) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """uint8 (3, H, W) in INPUT.FORMAT order -> boxes (D, 4) XYXY in its pixels, scores (D,) descending, classes
+        (D,) int64 and, for Mask R-CNN, masks (D, M, M) of probabilities over the box."""
+        model, heads = self.model, self.model.roi_heads
+        size = int(image.shape[1]), int(image.shape[2])
+        unit = max(model.backbone.size_divisibility, 1)
+        pixels = (image.to(model.pixel_mean.dtype) - model.pixel_mean) / model.pixel_std
+        padded = nn.functional.pad(pixels, (0, -size[1] % unit, 0, -size[0] % unit))
+        features = model.backbone(padded[None])
+        (proposals,), _ = model.proposal_generator(features, [size])
+        maps = [features[name] for name in heads.in_features]
+        pooled = heads.box_pooler.pool(maps, in_image_0(proposals.boxes))
+        shared = isinstance(heads, Res5ROIHeads)
+        regions = heads.res5(pooled).mean(dim=[2, 3]) if shared else heads.box_head(pooled)
+        predictor = heads.box_predictor
+        scores, deltas = predictor(regions)
+        boxes = predictor.coder.decode(deltas, proposals.boxes)
+        limits = predictor.score_threshold, predictor.nms_threshold, predictor.max_detections
+        found = select_detections(boxes, predictor.probabilities(scores), size, *limits)
+        if not heads.mask_on:
+            return found.boxes, found.scores, found.classes
+        pooler = heads.box_pooler if shared else heads.mask_pooler
+        pooled = pooler.pool(maps, in_image_0(found.boxes))
+        pooled = heads.res5(pooled) if shared else pooled
+        return found.boxes, found.scores, found.classes, heads.mask_head(pooled, found.classes).sigmoid()
+
+
+def in_image_0(boxes: Tensor) -> Tensor:
+    """(D, 5) regions of image 0 from boxes (D, 4)."""
+    return nn.functional.pad(boxes, (1, 0))
+
+
+def export_onnx(model: nn.Module, image: Tensor, path: Path) -> dict[str, float]:
+    """Write `path` and hold it to the model, on `image` and on its mirror image.
+
+    Args:
+        model: of the torchvision engine, in evaluation mode.
+        image: uint8 (3, H, W) as the network takes it, that is resized; its size becomes the file's.
+
+    Returns:
+        The largest difference of {"boxes" in pixels, "scores", "masks"}.
+
+    Raises:
+        UserError: the extra is not installed, the model has a part that cannot be exported, the file cannot be
+            written, or its results differ by more than rounding. Nothing is left at `path` then.
+    """
+    runtime = _runtime()
+    check_exportable(model)
+    network = OneImage(model).eval()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with fast_arithmetic(False), torch.no_grad():
+            _trace(network, image.to(model.pixel_mean.device), temporary)
+            session = runtime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+            differences = [_difference(network, session, view) for view in (image, image.flip(2))]
+        largest = {name: max(d[name] for d in differences) for name in differences[0]}
+        if any(largest[name] > limit for name, limit in TOLERANCE.items() if name in largest):
+            raise UserError(f"{path}: onnxruntime's results differ from the model's by {largest}; nothing was written.")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    shown = ", ".join(f"{name} {value:.2g}" for name, value in largest.items())
+    log.info("%s: %d x %d pixels; largest difference from the model: %s", path, *image.shape[1:], shown)
+    return largest
+
+
+def _runtime() -> Any:
+    try:
+        import onnx  # noqa: F401 (torch's exporter needs it)
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(
+            f"ONNX export needs the extra onnx ({error}): pip install 'loco_det[onnx]', or onnx and onnxruntime."
+        ) from None
+    return onnxruntime
+
+
+def check_exportable(model: nn.Module) -> None:
+    """Raises UserError that names the part of `model` which has no ONNX form here."""
+    if not isinstance(model, GeneralizedRCNN):
+        raise UserError(f"{type(model).__name__} cannot be exported to ONNX; a Faster or Mask R-CNN can.")
+    if type(model.roi_heads) not in (StandardROIHeads, Res5ROIHeads):
+        raise UserError(
+            f"MODEL.ROI_HEADS.NAME {type(model.roi_heads).__name__} cannot be exported to ONNX; StandardROIHeads and "
+            "Res5ROIHeads can."
+        )
+    if any(isinstance(module, DeformConv2d) for module in model.modules()):
+        raise UserError("deformable stages (MODEL.RESNETS.DEFORM_ON_PER_STAGE) cannot be exported to ONNX.")
+
+
+def _trace(network: OneImage, image: Tensor, path: Path) -> None:
+    names = ["boxes", "scores", "classes", *(["masks"] if network.model.roi_heads.mask_on else [])]
+    options: dict[str, Any] = {}
+    if "dynamo" in inspect.signature(torch.onnx.export).parameters:  # since torch 2.5; it cannot take what NMS leaves
+        options["dynamo"] = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes that become constants, as they are meant to
+        torch.onnx.export(
+            network,
+            (image,),
+            str(path),
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=names,
+            dynamic_axes={name: {0: "detections"} for name in names},
+            **options,
+        )
+
+
+def _difference(network: OneImage, session: Any, image: Tensor) -> dict[str, float]:
+    """The largest differences over detections; each of the model's is held to the nearest of its class."""
+    expected = [value.cpu().numpy() for value in network(image.to(network.model.pixel_mean.device))]
+    found = session.run(None, {"image": image.numpy()})
+    nothing = {name: 0.0 for name, _ in zip(("boxes", "scores", "masks"), (0, 1, *expected[3:]))}
+    if len(found[0]) != len(expected[0]):
+        raise UserError(f"onnxruntime finds {len(found[0])} objects where the model finds {len(expected[0])}.")
+    if not len(found[0]):
+        return nothing
+    distance = np.abs(expected[0][:, None] - found[0][None]).max(2)
+    distance = np.where(expected[2][:, None] == found[2][None], distance, np.inf)
+    nearest = distance.argmin(1)
+    if len(set(nearest.tolist())) < len(nearest):
+        raise UserError("onnxruntime finds other objects than the model.")
+    result = {"boxes": float(distance.min(1).max()), "scores": float(np.abs(expected[1] - found[1][nearest]).max())}
+    if len(expected) > 3:
+        result["masks"] = float(np.abs(expected[3] - found[3][nearest]).max())
+    return result

@@ -1,0 +1,269 @@
+"""`loco-det predict`: a trained detector on one's own images, folders and videos; pictures, COCO JSON, ONNX.
+
+DIR gets, for every input, a picture (or a video) of the same name with boxes, masks, classes and scores drawn in, and
+for all of them together coco_instances_results.json, a list of detections as an evaluation writes it, and
+instances.json, which is an annotation file: images, categories and the same detections as annotations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from loco_det.config import collect_settings, load_config
+from loco_det.data.catalog import find_dataset
+from loco_det.data.index import load_index
+from loco_det.data.media import Frame, Medium, VideoWriter, find_media, read_ahead, read_frames
+from loco_det.data.transforms import resize_short_side
+from loco_det.detection.schema import check_honoured, get_cfg
+from loco_det.detection.train import choose_engine, detector_device
+from loco_det.detection.weights import load_weights
+from loco_det.errors import UserError
+from loco_det.evaluation.coco import instances_to_coco
+from loco_det.fused import fast_arithmetic
+from loco_det.report.drawing import Shape, draw_instances
+from loco_det.runtime import Progress, atomic_write, log, setup_logging, write_json
+from loco_det.structures import Instances
+
+RESULTS, ANNOTATIONS = "coco_instances_results.json", "instances.json"
+AHEAD = 2  # batches that are decoded while one is predicted
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Configuration, weights, inputs and outputs."""
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="images, folders of them, videos")
+    parser.add_argument(
+        "--config-file", required=True, metavar="FILE", help="YAML file that the detector was trained by"
+    )
+    parser.add_argument("--weights", required=True, metavar="FILE", help="a detector's checkpoint of either engine")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for pictures and JSON")
+    parser.add_argument("--score-threshold", type=float, default=0.5, metavar="S", help="least score (0.5)")
+    parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="images at once (2)")
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="class names: a COCO annotation file, or text lines"
+    )
+    parser.add_argument("--no-pictures", action="store_true", help="write JSON only")
+    parser.add_argument("--engine", choices=("auto", "torchvision", "detectron2"), default="auto")
+    parser.add_argument("--exact", action="store_true", help="torchvision engine: Detectron2's numbers to the last bit")
+    parser.add_argument("--export-onnx", type=Path, metavar="PATH", help="write the detector as ONNX too, and check it")
+    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="overrides of the configuration")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Predict as the arguments say.
+
+    Raises:
+        UserError: bad arguments, configuration or weights; at the end, if an input could not be read.
+    """
+    if not 0 <= args.score_threshold <= 1:
+        raise UserError(f"--score-threshold is {args.score_threshold}; a score lies in 0 to 1.")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size is {args.batch_size}; give at least 1.")
+    media, unreadable = find_media(args.inputs)
+    overrides = ["MODEL.WEIGHTS", args.weights, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(args.score_threshold)]
+    overrides = [*args.opts, *overrides]
+    cfg = load_config(get_cfg(), args.config_file, overrides)
+    engine = choose_engine("torchvision" if args.export_onnx and args.engine == "auto" else args.engine)
+    if engine.NAME == "torchvision":
+        check_honoured(cfg, collect_settings(args.config_file, overrides))
+    setup_logging(args.out)
+    model, cfg = load_detector(cfg, engine)
+    names = class_names(cfg, args.classes)
+    if args.export_onnx:
+        export(model, cfg, engine, media, args.export_onnx)
+    with fast_arithmetic(not args.exact):
+        predict(model, cfg, engine, media, names, args.out, args.batch_size, not args.no_pictures, unreadable)
+    if unreadable:
+        listed = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
+        raise UserError(
+            f"{len(unreadable)} inputs could not be read and were left out: {listed}; the others are in {args.out}."
+        )
+
+
+def load_detector(cfg: CfgNode, engine: ModuleType) -> tuple[nn.Module, CfgNode]:
+    """The detector with MODEL.WEIGHTS, in evaluation mode, and the configuration with the device it is on.
+
+    Raises:
+        UserError: there are no weights or those of a backbone, they do not fit, or the model finds no classes.
+    """
+    if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN" or cfg.MODEL.LOAD_PROPOSALS:
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} with MODEL.LOAD_PROPOSALS "
+            f"{cfg.MODEL.LOAD_PROPOSALS} finds no objects in an image alone; predict takes a Faster or Mask R-CNN."
+        )
+    if not cfg.MODEL.WEIGHTS:
+        raise UserError("no weights: give --weights, a checkpoint of a trained detector.")
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = str(detector_device(cfg.MODEL.DEVICE))
+    cfg.freeze()
+    model = engine.build_model(cfg)
+    weights = load_weights(model, cfg)
+    if weights.is_backbone:
+        raise UserError(f"{weights.path} holds a backbone; train a detector on it and give its checkpoint.")
+    return model.eval(), cfg
+
+
+def class_names(cfg: CfgNode, given: Path | None) -> dict[int, str]:
+    """{category id: name} in the order of the model's classes.
+
+    From `given`, a COCO annotation file or a text file of one name a line (ids from 1); else from the first data set
+    of DATASETS.TEST and TRAIN that is on this machine; else "class 1" and so on.
+
+    Raises:
+        UserError: `given` is unreadable or names another number of classes than the model has.
+    """
+    count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if given is not None:
+        names = load_index(given).categories if given.suffix == ".json" else _lines(given)
+        if len(names) != count:
+            raise UserError(f"{given} names {len(names)} classes and the model has {count}; give the right file.")
+        return names
+    for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        with contextlib.suppress(UserError):
+            names = load_index(find_dataset(dataset).annotations).categories
+            if len(names) == count:
+                return names
+    log.warning("no data set of DATASETS is here to name the classes: they are numbered; --classes names them")
+    return {number: f"class {number}" for number in range(1, count + 1)}
+
+
+def _lines(path: Path) -> dict[int, str]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error}); give one class name a line.") from error
+    return dict(enumerate(filter(None, map(str.strip, lines)), start=1))
+
+
+# --- prediction -------------------------------------------------------------------------------------------------
+
+
+def predict(
+    model: nn.Module,
+    cfg: CfgNode,
+    engine: ModuleType,
+    media: Sequence[Medium],
+    names: dict[int, str],
+    out: Path,
+    batch_size: int,
+    draw: bool,
+    unreadable: list[Path],
+) -> None:
+    """Write detections of all `media` below `out`; appends to `unreadable` what cannot be decoded."""
+    images: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    frames = read_ahead(read_frames(media, cfg.INPUT.FORMAT, unreadable), AHEAD * batch_size)
+    total = sum(medium.frames for medium in media)
+    with Pictures(out, list(names.values()), draw) as pictures, Progress(total, "predict", unit="image") as progress:
+        while batch := list(itertools.islice(frames, batch_size)):
+            for frame, found in zip(batch, detect(model, cfg, engine, [frame.pixels for frame in batch])):
+                images.append(_image(len(images) + 1, frame))
+                results += instances_to_coco(found, len(images), list(names))
+                pictures.draw(frame, found, cfg.INPUT.FORMAT)
+            progress.advance(len(batch), detections=len(results))
+    write_json(out / RESULTS, results)
+    annotations = [_annotation(number, result) for number, result in enumerate(results, start=1)]
+    categories = [{"id": number, "name": name} for number, name in names.items()]
+    write_json(out / ANNOTATIONS, {"images": images, "annotations": annotations, "categories": categories})
+    log.info("%d detections in %d images, written to %s", len(results), len(images), out)
+
+
+@torch.inference_mode()
+def detect(model: nn.Module, cfg: CfgNode, engine: ModuleType, pixels: Sequence[np.ndarray]) -> list[Instances]:
+    """Detections in each (H, W, 3) uint8 image of INPUT.FORMAT order, in that image's pixels."""
+    return engine.predict(model, [network_input(cfg, image) for image in pixels])
+
+
+def network_input(cfg: CfgNode, pixels: np.ndarray) -> dict[str, Any]:
+    """What the test loader makes of an image: resized to INPUT.MIN_SIZE_TEST, (3, H, W)."""
+    height, width = pixels.shape[:2]
+    if cfg.INPUT.MIN_SIZE_TEST:
+        pixels = resize_short_side(height, width, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST).image(pixels)
+    return {"image": torch.from_numpy(pixels.transpose(2, 0, 1).copy()), "height": height, "width": width}
+
+
+def _image(number: int, frame: Frame) -> dict[str, Any]:
+    height, width = frame.pixels.shape[:2]
+    image = {"id": number, "file_name": frame.medium.name, "width": width, "height": height}
+    return {**image, "frame": frame.index} if frame.medium.is_video else image
+
+
+def _annotation(number: int, result: dict[str, Any]) -> dict[str, Any]:
+    width, height = result["bbox"][2:]
+    return {"id": number, **result, "area": width * height, "iscrowd": 0}
+
+
+class Pictures:
+    """Draws detections and writes them below `out`: images one by one, the frames of a video into one file."""
+
+    def __init__(self, out: Path, names: Sequence[str], on: bool) -> None:
+        self.out, self.names, self.on = out, names, on
+        self.medium: Medium | None = None
+        self.video = contextlib.ExitStack()
+        self.writer: VideoWriter | None = None
+
+    def __enter__(self) -> Pictures:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.video.__exit__(*error)
+
+    def draw(self, frame: Frame, found: Instances, order: str) -> None:
+        """One image, or the next frame of a video; `order` is that of its channels."""
+        if not self.on:
+            return
+        pixels = frame.pixels if order == "RGB" else np.ascontiguousarray(frame.pixels[:, :, ::-1])
+        drawn = draw_instances(pixels, shapes(found), self.names)
+        if frame.medium.is_video:
+            if frame.medium != self.medium:
+                self.video.close()
+                height, width = pixels.shape[:2]
+                writer = VideoWriter(self._path(frame, (".mp4",)), frame.medium.rate, width, height)
+                self.medium, self.writer = frame.medium, self.video.enter_context(writer)
+            self.writer.write(drawn)
+            return
+        path = self._path(frame, (".jpg", ".jpeg", ".png"))
+        _, encoded = cv2.imencode(path.suffix, drawn[:, :, ::-1])
+        with atomic_write(path) as file:
+            file.write(encoded.tobytes())
+
+    def _path(self, frame: Frame, kinds: Sequence[str]) -> Path:
+        """The input's name, with the first of `kinds` appended if it is none of them."""
+        path = self.out / frame.medium.name
+        return path if path.suffix.lower() in kinds else path.with_name(path.name + kinds[0])
+
+
+def shapes(found: Instances) -> Iterator[Shape]:
+    """Detections as `draw_instances` takes them."""
+    boxes = found.boxes.cpu().clone()
+    boxes[:, 2:] -= boxes[:, :2]
+    masks = [None] * len(found) if found.masks is None else found.masks.cpu().numpy()
+    return map(Shape, found.classes.tolist(), boxes.tolist(), masks, found.scores.tolist())
+
+
+def export(model: nn.Module, cfg: CfgNode, engine: ModuleType, media: Sequence[Medium], path: Path) -> None:
+    """Write the detector as ONNX for images of the first image's size, and hold it to the model on that image.
+
+    Raises:
+        UserError: the engine or the model cannot be exported, there is no image, or the results differ.
+    """
+    from loco_det.detection.onnx import export_onnx
+
+    if engine.NAME != "torchvision":
+        raise UserError("--export-onnx needs --engine torchvision, which reads Detectron2's checkpoints too.")
+    first = next(read_frames(media, cfg.INPUT.FORMAT, []), None)
+    if first is None:
+        raise UserError("--export-onnx needs an image that can be read, to take its size and to check the result.")
+    export_onnx(model, network_input(cfg, first.pixels)["image"], path)

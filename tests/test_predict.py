@@ -1,0 +1,270 @@
+"""`loco-det predict`: images, folders and videos in; pictures, COCO JSON and ONNX out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import detection_cases as cases
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from tiny_detection import TINY, write_tiny
+from torch import nn
+
+from loco_det.cli import main
+from loco_det.config import load_config
+from loco_det.data.media import find_media, read_ahead, read_frames
+from loco_det.detection.onnx import OneImage, check_exportable, export_onnx
+from loco_det.detection.rcnn import build_model
+from loco_det.detection.schema import get_cfg
+from loco_det.errors import UserError
+
+CONFIG = "configs/coco_loco_r50.yaml"
+LEFT_OUT = ("MODEL.WEIGHTS", "SEED", "MODEL.ROI_HEADS.SCORE_THRESH_TEST")
+SETTINGS = [str(part) for key, value in TINY.items() if key not in LEFT_OUT for part in (key, value)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny data set and `detector.pth`, whose scores are spread widely."""
+    root = write_tiny(tmp_path_factory.mktemp("predict"))
+    torch.manual_seed(0)
+    model = build_model(load_config(get_cfg(), CONFIG, SETTINGS))
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.weight.mul_(30)
+    torch.save({"model": model.state_dict()}, root / "detector.pth")
+    return root
+
+
+def predict(place: Path, out: Path, *arguments: object) -> int:
+    fixed = ["--config-file", CONFIG, "--weights", place / "detector.pth", "--engine", "torchvision", "--out", out]
+    return main(["predict", *map(str, [*arguments, *fixed]), "--opts", *SETTINGS])
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def datasets(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(place))
+
+
+@pytest.mark.usefixtures("datasets")
+def test_a_folder_gives_pictures_and_json(place: Path, tmp_path: Path) -> None:
+    assert predict(place, tmp_path, place / "tiny" / "val", "--score-threshold", 0.3, "--batch-size", 4) == 0
+    results, whole = read(tmp_path / "coco_instances_results.json"), read(tmp_path / "instances.json")
+    assert [image["file_name"] for image in whole["images"]] == [f"{i}.png" for i in range(1, 7)]
+    assert whole["categories"] == [{"id": 3, "name": "red"}, {"id": 7, "name": "green"}]
+    assert results
+    assert {r["category_id"] for r in results} <= {3, 7}
+    assert all(r["score"] >= 0.3 for r in results)
+    for image in whole["images"]:
+        drawn, own = (cv2.imread(str(f / image["file_name"])) for f in (tmp_path, place / "tiny" / "val"))
+        assert drawn.shape == own.shape == (image["height"], image["width"], 3)
+        mine = [r for r in results if r["image_id"] == image["id"]]
+        assert np.array_equal(drawn, own) == (not mine)
+        for result in mine:
+            assert coco_mask.decode(result["segmentation"]).shape == own.shape[:2]
+    truth = COCO(str(tmp_path / "instances.json"))  # an annotation file, and the list its results
+    assert len(truth.loadRes(str(tmp_path / "coco_instances_results.json")).anns) == len(results) == len(truth.anns)
+
+
+@pytest.mark.usefixtures("datasets")
+def test_it_finds_what_an_evaluation_finds(place: Path, tmp_path: Path) -> None:
+    train = ["train", "--config-file", CONFIG, "--engine", "torchvision", "--eval-only", "--exact", *SETTINGS]
+    weights = ["MODEL.WEIGHTS", str(place / "detector.pth"), "OUTPUT_DIR", str(tmp_path / "run")]
+    assert main([*train, *weights, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.3", "DATASETS.TRAIN", "()"]) == 0
+    expected = read(tmp_path / "run" / "inference" / "coco_instances_results.json")
+    alone = "--batch-size", 1, "--exact", "--score-threshold", 0.3
+    assert predict(place, tmp_path, place / "tiny" / "val", *alone, "--no-pictures") == 0
+    assert read(tmp_path / "coco_instances_results.json") == expected
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_video_in_gives_a_video(place: Path, tmp_path: Path) -> None:
+    clip = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter_fourcc(*"MJPG"), 10, (80, 64))
+    for i in range(5):
+        writer.write(np.full((64, 80, 3), 40 * i, dtype=np.uint8))
+    writer.release()
+    assert predict(place, tmp_path / "out", clip, place / "tiny/val/1.png", "--score-threshold", 0) == 0
+    images = read(tmp_path / "out" / "instances.json")["images"]
+    assert [image.get("frame") for image in images] == [0, 1, 2, 3, 4, None]
+    capture = cv2.VideoCapture(str(tmp_path / "out" / "clip.avi.mp4"))
+    assert capture.get(cv2.CAP_PROP_FPS) == 10
+    frames = []
+    while (more := capture.read())[0]:
+        frames.append(more[1])
+    assert [frame.shape for frame in frames] == [(64, 80, 3)] * 5
+    assert frames[0].max() > 50  # what was drawn on black
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "1.png", "clip.avi.mp4", "coco_instances_results.json", "instances.json", "log.txt"
+    ]  # fmt: skip
+
+
+def test_unreadable_inputs_are_named_and_the_others_done(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in" / "below").mkdir(parents=True)
+    (tmp_path / "in" / "broken.jpg").write_bytes(b"\xff\xd8 no image")
+    (tmp_path / "in" / "no.mp4").write_bytes(b"no video")
+    (tmp_path / "in" / "notes.txt").write_text("ignored in a folder")
+    cv2.imwrite(str(tmp_path / "in" / "below" / "good.bmp"), np.zeros((50, 60, 3), dtype=np.uint8))
+    assert predict(place, tmp_path / "out", tmp_path / "in") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "2 inputs" in error
+    assert "broken.jpg" in error
+    assert "no.mp4" in error
+    assert [i["file_name"] for i in read(tmp_path / "out" / "instances.json")["images"]] == ["below/good.bmp"]
+    assert (tmp_path / "out" / "below" / "good.bmp.jpg").is_file()
+
+
+def test_names_come_from_a_file_or_are_numbers(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
+    image, names = place / "tiny/val/1.png", tmp_path / "names.txt"
+    assert predict(place, tmp_path, image) == 0
+    assert [c["name"] for c in read(tmp_path / "instances.json")["categories"]] == ["class 1", "class 2"]
+    names.write_text("cat\n dog \n\n")
+    assert predict(place, tmp_path, image, "--classes", names) == 0
+    assert read(tmp_path / "instances.json")["categories"] == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    names.write_text("cat\n")
+    assert predict(place, tmp_path, image, "--classes", names) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["nothing.jpg"], "nothing.jpg"),
+        (["EMPTY"], "no image"),
+        (["IMAGE", "--score-threshold", "1.5"], "--score-threshold"),
+        (["IMAGE", "--batch-size", "0"], "--batch-size"),
+        (["IMAGE", "--weights", "none.pth"], "none.pth"),
+        (["IMAGE", "--weights", ""], "--weights"),
+        (["IMAGE", "--classes", "none.txt"], "none.txt"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(
+    place: Path, tmp_path: Path, arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    given = {"IMAGE": str(place / "tiny/val/1.png"), "EMPTY": str(tmp_path / "empty")}
+    arguments = [given.get(argument, argument) for argument in arguments]
+    fixed = ["--config-file", CONFIG, "--engine", "torchvision", "--out", str(tmp_path)]
+    weights = [] if "--weights" in arguments else ["--weights", str(place / "detector.pth")]
+    assert main(["predict", *arguments, *fixed, *weights, "--opts", *SETTINGS]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_a_backbone_is_no_detector(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = torch.load(place / "detector.pth", weights_only=True)["model"]
+    prefix = "backbone.bottom_up."
+    backbone = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    torch.save({"model": backbone}, tmp_path / "backbone.pth")
+    assert predict(place, tmp_path, place / "tiny/val/1.png", "--weights", tmp_path / "backbone.pth") in (0, 2)
+    arguments = ["predict", str(place / "tiny/val/1.png"), "--config-file", CONFIG, "--engine", "torchvision"]
+    arguments += ["--weights", str(tmp_path / "backbone.pth"), "--out", str(tmp_path), "--opts", *SETTINGS]
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "holds a backbone" in capsys.readouterr().err
+
+
+def test_media_of_one_name_are_kept_apart(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        cv2.imwrite(str(tmp_path / folder / "x.png"), np.zeros((4, 5, 3), dtype=np.uint8))
+    media, unreadable = find_media([tmp_path / "a", tmp_path / "b" / "x.png", tmp_path / "b"])
+    assert [m.name for m in media] == ["x.png", "x_2.png", "x_3.png"]
+    assert not unreadable
+    assert [frame.pixels.shape for frame in read_frames(media, "BGR", [])] == [(4, 5, 3)] * 3
+
+
+def test_reading_ahead_keeps_order_and_passes_errors_on() -> None:
+    assert list(read_ahead(iter(range(7)), 3)) == list(range(7))
+    items = (1 // (3 - i) for i in range(5))
+    with pytest.raises(ZeroDivisionError):
+        list(read_ahead(items, 2))
+
+
+# --- ONNX -------------------------------------------------------------------------------------------------------
+
+EXPORTED = {
+    "FPN": (cases.FPN,),
+    "C4": (cases.C4,),
+    "boxes": (cases.FPN, {"MODEL.MASK_ON": False}),
+    "ROIPool": (cases.FPN, {"MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIPool"}),
+    "class-agnostic": (
+        cases.FPN,
+        {"MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True, "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True},
+    ),
+}
+
+
+def detector(*settings: dict[str, Any]) -> nn.Module:
+    return cases.formula_weights(build_model(cases.configure(get_cfg(), *settings))).eval()
+
+
+@pytest.mark.parametrize("settings", EXPORTED.values(), ids=EXPORTED)
+def test_onnx_finds_the_same_objects(settings: tuple[dict[str, Any], ...], tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    model, image, path = detector(*settings), cases.images()[0], tmp_path / "d" / "model.onnx"
+    differences = export_onnx(model, image, path)
+    assert set(differences) == {"boxes", "scores"} | ({"masks"} if model.roi_heads.mask_on else set())
+    assert max(differences.values()) < 1e-3
+    darker = image // 3  # an image that the export did not see, with another number of detections
+    found = runtime.InferenceSession(str(path)).run(None, {"image": darker.numpy()})
+    with torch.inference_mode():
+        (expected,) = model.detect([{"image": darker}])
+    assert len(expected) > 0
+    assert len(found[0]) == len(expected)
+    np.testing.assert_allclose(found[0], expected.boxes.numpy(), atol=1e-2)
+    np.testing.assert_allclose(found[1], expected.scores.numpy(), atol=1e-4)
+    assert np.array_equal(found[2], expected.classes.numpy())
+
+
+@torch.inference_mode()
+def test_the_exported_form_is_the_model() -> None:
+    for settings in EXPORTED.values():
+        model, image = detector(*settings), cases.images()[1]
+        (expected,) = model.detect([{"image": image}])
+        found = OneImage(model).eval()(image)
+        values = [expected.boxes, expected.scores, expected.classes, expected.masks][: len(found)]
+        assert all(torch.equal(a, b) for a, b in zip(found, values))
+
+
+def test_what_onnx_cannot_say_is_refused_by_name() -> None:
+    deformable = {"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, False, False, True]}
+    cascade = {"MODEL.ROI_HEADS.NAME": "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True}
+    for settings, named in ((deformable, "DEFORM_ON_PER_STAGE"), (cascade, "CascadeROIHeads")):
+        with pytest.raises(UserError, match=named):
+            check_exportable(detector(cases.FPN, settings))
+
+
+def test_without_the_extra_the_sentence_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"loco_det\[onnx\]"):
+        export_onnx(detector(cases.FPN), cases.images()[0], tmp_path / "model.onnx")
+
+
+def test_a_file_that_differs_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("loco_det.detection.onnx.TOLERANCE", {"boxes": -1.0})
+    with pytest.raises(UserError, match="differ"):
+        export_onnx(detector(cases.FPN), cases.images()[0], tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_predict_exports_too(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    assert predict(place, tmp_path, place / "tiny/val/1.png", "--export-onnx", path) == 0
+    assert path.stat().st_size > 10_000
