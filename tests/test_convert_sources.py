@@ -35,6 +35,7 @@ from loco_det.artifact import IMAGENET_MEAN, describe, save_backbone
 from loco_det.backbone import ResNet
 from loco_det.convert import load_backbone_weights, load_checkpoint
 from loco_det.convert.account import Account, take_account
+from loco_det.convert.inspect import inspect
 from loco_det.convert.load import load_tensors, open_tensors
 from loco_det.convert.namings import NAMINGS
 from loco_det.convert.sources import SOURCES, Pixels, Source
@@ -91,7 +92,9 @@ FOREIGN = [case for case in CASES if case.source != OWN]
 @pytest.mark.parametrize("case", FOREIGN, ids=lambda case: case.file)
 def test_every_source_is_recognised_and_brought_out_whole(case: Case, tmp_path: Path) -> None:
     path, branches = case.write(tmp_path)
-    loaded = load_tensors(path)
+    loaded, report = load_tensors(path), inspect(path)
+    assert json.loads(json.dumps(report.facts())) == report.facts()
+    assert case.source in "\n".join(report.lines())
     if len(branches) > 1:
         with pytest.raises(UserError) as refused:
             take_account(path, loaded)
@@ -101,6 +104,11 @@ def test_every_source_is_recognised_and_brought_out_whole(case: Case, tmp_path: 
         assert f"`{chosen.prefix or 'none'}`" in documented()[case.source][0]
         assert (account.source, account.branch, account.architecture.name) == (case.source, branch, "resnet18")
         assert_converted(account, state)
+        told = next(b for b in report.backbones if b["prefix"] == chosen.prefix)
+        assert (told["source"], told["branch"], told["architecture"]) == (case.source, branch, "resnet18")
+        assert told["converted"] == len(account.converted) - len(account.made)
+        assert told["dropped"] == {reason: len(keys) for reason, keys in account.dropped.items()}
+        assert sum(group["tensors"] for group in report.groups) == account.read
 
 
 def test_every_row_and_every_branch_has_a_case() -> None:
@@ -312,12 +320,11 @@ def break_variance(state: dict) -> None:
         (break_variance, r"'bn1.running_var' has negative"),
     ],
 )
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_no_tensor_is_passed_over(break_it: Callable, said: str, suffix: str, tmp_path: Path) -> None:
+def test_no_tensor_is_passed_over(break_it: Callable, said: str, tmp_path: Path) -> None:
     state = {name: tensor.clone() for name, tensor in resnet().state_dict().items()}
     break_it(state)
-    path = tmp_path / f"x{suffix}"
-    (torch.save if suffix == ".pth" else save_file)(state, path)
+    path = tmp_path / "x.safetensors"
+    save_file(state, path)
     with pytest.raises(UserError, match=said) as refused:
         take_account(path, open_tensors(path))
     assert str(path) in str(refused.value)
