@@ -56,6 +56,7 @@ def get_cfg() -> CfgNode:
                 "WARMUP_EPOCHS": 10.0,
                 "AMP": "none",  # none | bf16 | fp16
                 "RECOMPUTE": None,  # none | first | all | list of stages whose activations are computed twice, not kept
+                "COMPILE": False,  # torch.compile every stage; needs a C++ compiler on a CPU, Triton on a GPU
                 "STEP_EARLY": True,  # step a stage once its gradient is final and averaged; the result is the same
             },
             "KNN": {  # a probe of every stage where images have classes; labels never reach the training

@@ -26,6 +26,7 @@ from loco_det.runtime import (
     atomic_write,
     barrier,
     is_main,
+    keep_freed_memory,
     log,
     reduce_mean,
     resolve_device,
@@ -36,6 +37,7 @@ from loco_det.runtime import (
 )
 from pretrain.average import GradientAverage
 from pretrain.checkpoint import latest_checkpoint, save_checkpoint
+from pretrain.compiling import stage_compiler
 from pretrain.decoders import Decoder
 from pretrain.loco import METHODS, LocalTrainer, split_backbone
 from pretrain.loss import nt_xent
@@ -46,6 +48,7 @@ from pretrain.stepping import Stepping
 from pretrain.sync_batchnorm import sync_anywhere
 
 RANDOM_BATCHES = 50  # batches that METHOD random measures BatchNorm's statistics on
+LAYOUT = torch.channels_last  # of images and weights: the faster one on GPUs and CPUs (benchmarks/local_backward.py)
 # Keys that change where and how fast a run goes but not what it computes; --resume lets them differ.
 FREE_KEYS = (
     "OUTPUT_DIR",
@@ -55,6 +58,7 @@ FREE_KEYS = (
     "DATA.NUM_WORKERS",
     "DATA.PATH",
     "SOLVER.RECOMPUTE",
+    "SOLVER.COMPILE",
     "SOLVER.STEP_EARLY",
     "KNN",
 )
@@ -79,6 +83,7 @@ class Learner(nn.Module):
         sync_anywhere(self.decoders)
         self.temperature, self.chunk = cfg.LOSS.TEMPERATURE, cfg.LOSS.CHUNK
         self.embeddings: dict[int, Tensor] = {}  # of the last step, for the monitoring
+        self.to(memory_format=LAYOUT)
 
     def parts(self) -> list[list[nn.Parameter]]:
         """What is stepped at a time: each stage's parameters, then each decoder's."""
@@ -134,6 +139,8 @@ def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None) -
     """
     setup_logging(cfg.OUTPUT_DIR)
     device = resolve_device(cfg.DEVICE)
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(cfg.SEED)  # the same weights on every process
     if cfg.SOLVER.BATCH_SIZE < 1 or cfg.SOLVER.BATCH_SIZE % world_size():
         raise UserError(f"SOLVER.BATCH_SIZE is {cfg.SOLVER.BATCH_SIZE}; use a multiple of {world_size()} processes")
@@ -147,18 +154,14 @@ def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None) -
         raise UserError("SOLVER.EPOCHS and SOLVER.MAX_STEPS are both below 1; set one of them")
     if cfg.METHOD == "random" and not cfg.UNITS:
         _write_config(cfg)
-        backbone = build_backbone(cfg).to(device)
+        backbone = build_backbone(cfg).to(device, memory_format=LAYOUT)
         seed_everything(cfg.SEED)
         measure_statistics(backbone, loader, device)
         return write_backbone(cfg, backbone, [], source, step=0)
-    learner = Learner(cfg).to(device, memory_format=_memory_format(device))
+    learner = Learner(cfg).to(device)
     seed_everything(cfg.SEED)
     step = _train(cfg, learner, loader, source, device, resume)
     return write_backbone(cfg, learner.backbone, unit_names(cfg), source, step)
-
-
-def _memory_format(device: torch.device) -> torch.memory_format:
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def _train(
@@ -177,7 +180,8 @@ def _train(
     stepping = Stepping(optimizer, learner.parts(), average, scaler, cfg.SOLVER.STEP_EARLY)
     if cfg.SOLVER.STEP_EARLY and not stepping.early:
         log.info("SOLVER.AMP fp16: the optimizer steps at the end, since one infinite gradient must hold back all")
-    trainer = local_trainer(learner, stepping)
+    compiler = stage_compiler(device) if cfg.SOLVER.COMPILE else None
+    trainer = local_trainer(learner, stepping, compiler)
     log.info(
         "%s: %d images, %d steps of %d images on %s", cfg.METHOD, len(source), total, cfg.SOLVER.BATCH_SIZE, device
     )
@@ -212,27 +216,39 @@ def _train(
     return total
 
 
-def local_trainer(learner: Learner, stepping: Stepping) -> LocalTrainer:
-    """The learner's local step, in which `stepping` learns which of `learner.parts()` are needed and final."""
+def local_trainer(
+    learner: Learner,
+    stepping: Stepping | None = None,
+    compiler: Callable[[nn.Module], nn.Module] | None = None,
+) -> LocalTrainer:
+    """The learner's local step.
+
+    Args:
+        learner: its stages, units and losses.
+        stepping: learns which of `learner.parts()` are needed and final; None where nobody steps.
+        compiler: replaces each stage's module.
+    """
     decoders = len(learner.stages)
     taken: list[int] = []  # decoders whose loss is known, so that their gradients are final when next a stage's are
 
     def loss(i: int, features: Tensor) -> Tensor:
-        stepping.ready(decoders + i)
-        taken.append(decoders + i)
+        if stepping:
+            stepping.ready(decoders + i)
+            taken.append(decoders + i)
         return learner.loss(i, features)
 
     def final(k: int) -> None:
-        stepping.final(k, *taken)
-        taken.clear()
+        if stepping:
+            stepping.final(k, *taken)
+            taken.clear()
 
     return LocalTrainer(
-        [stage.module for stage in learner.stages],
+        [compiler(stage.module) if compiler else stage.module for stage in learner.stages],
         learner.units,
         [partial(loss, i) for i in range(len(learner.units))],
         on_final=final,
         recompute=[k for k, stage in enumerate(learner.stages) if stage.recompute],
-        on_start=stepping.ready,
+        on_start=stepping.ready if stepping else None,
     )
 
 
@@ -246,7 +262,7 @@ def _input(batch: TwoViews, device: torch.device) -> Tensor:
     """(2b, 3, S, S) float32 on the device: the first view of every image, then the second."""
     both = torch.cat([batch.first, batch.second]).to(device, non_blocking=True)
     x = normalise(both, IMAGENET_MEAN, IMAGENET_STD)
-    return x.contiguous(memory_format=_memory_format(device))
+    return x.contiguous(memory_format=LAYOUT)
 
 
 def _autocast(cfg: CfgNode, device: torch.device) -> Callable[[], object]:

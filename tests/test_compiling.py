@@ -1,0 +1,60 @@
+"""Compiled stages in the local step against eager ones, and what is said where nothing can be compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loco_cases import gradients
+
+from loco_det.backbone import BasicBlock
+from loco_det.errors import UserError
+from pretrain.compiling import stage_compiler
+from pretrain.loco import LocalTrainer, Unit
+
+CPU = torch.device("cpu")
+UNITS = {
+    "simclr": [Unit(0, 2)],
+    "gim": [Unit(0, 0), Unit(1, 1), Unit(2, 2)],
+    "loco": [Unit(0, 1), Unit(1, 2)],
+    "nested": [Unit(0, 2), Unit(1, 1), Unit(1, 2)],
+}
+
+
+def two_steps(units: list[Unit], recompute: list[int], backend: str | None) -> list[torch.Tensor]:
+    """Losses, gradients and BatchNorm's buffers after two steps over three residual blocks, in float64."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    stages = [BasicBlock(*channels, 1, "BN").double() for channels in ((3, 4), (4, 4), (4, 4))]
+    modules = [stage_compiler(CPU, backend)(stage) for stage in stages] if backend else stages
+    trainer = LocalTrainer(modules, units, [lambda h: h.square().mean()] * len(units), recompute=recompute)
+    for _ in range(2):
+        values = trainer.step(torch.randn(2, 3, 8, 8, dtype=torch.float64).to(memory_format=torch.channels_last))
+    return [*values, *gradients(*stages), *(buffer for stage in stages for buffer in stage.buffers())]
+
+
+@pytest.mark.parametrize("recompute", [[], [0], [0, 1, 2]])
+@pytest.mark.parametrize("name", UNITS)
+def test_compiled_stages_equal_eager_ones(name: str, recompute: list[int]) -> None:
+    """Traced as for any backend; loco and nested differentiate a stage more than once."""
+    eager, compiled = (two_steps(UNITS[name], recompute, backend) for backend in (None, "aot_eager"))
+    for want, got in zip(eager, compiled):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    assert {int(buffer) for buffer in compiled if buffer.dtype == torch.int64} == {2}  # batches that BatchNorm counted
+
+
+def test_code_made_by_inductor_equals_eager() -> None:
+    try:
+        stage_compiler(CPU)
+    except UserError as error:
+        pytest.skip(str(error))
+    for want, got in zip(*(two_steps(UNITS["loco"], [0], backend) for backend in (None, "inductor"))):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_a_compiler_that_is_missing_is_named_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("No working C++ compiler found\nand many lines more")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(UserError, match=r"SOLVER.COMPILE: .*\(No working C\+\+ compiler found\); install a C\+\+"):
+        stage_compiler(CPU)
