@@ -168,6 +168,7 @@ def _train(
     cfg: CfgNode, learner: Learner, loader: TwoViewLoader, source: Source, device: torch.device, resume: bool
 ) -> int:
     """All steps; returns how many there were."""
+    compiler = stage_compiler(device) if cfg.SOLVER.COMPILE else None
     optimizer = build_optimizer(cfg, learner)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.SOLVER.AMP == "fp16")
     total = cfg.SOLVER.MAX_STEPS or cfg.SOLVER.EPOCHS * loader.steps_per_epoch
@@ -180,12 +181,11 @@ def _train(
     stepping = Stepping(optimizer, learner.parts(), average, scaler, cfg.SOLVER.STEP_EARLY)
     if cfg.SOLVER.STEP_EARLY and not stepping.early:
         log.info("SOLVER.AMP fp16: the optimizer steps at the end, since one infinite gradient must hold back all")
-    compiler = stage_compiler(device) if cfg.SOLVER.COMPILE else None
     trainer = local_trainer(learner, stepping, compiler)
     log.info(
         "%s: %d images, %d steps of %d images on %s", cfg.METHOD, len(source), total, cfg.SOLVER.BATCH_SIZE, device
     )
-    probe = KnnProbe(cfg, source, device, _memory_format(device), _autocast(cfg, device))
+    probe = KnnProbe(cfg, source, device, LAYOUT, _autocast(cfg, device))
     waited = Stopwatch()
     monitor = Monitor(cfg, learner.backbone, learner.unit_labels, learner.embeddings, waited)
     batches = waited.through(loader.batches(start))
