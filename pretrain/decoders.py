@@ -5,6 +5,7 @@ The paper's second ingredient is a deeper decoder; here any method, end-to-end S
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from loco_det.backbone import BasicBlock, Bottleneck
@@ -44,7 +45,10 @@ class Decoder(nn.Module):
         self.mlp = nn.Sequential(*layers, nn.Linear(width, out_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(self.blocks(x).mean((2, 3)))
+        x = self.blocks(x)
+        # The mean as a quotient: the gradient is then one number for a whole map, not a map, in any layout.
+        total = x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+        return self.mlp(total / (x.shape[2] * x.shape[3]))
 
 
 def _norm1d(norm: str, width: int) -> nn.Module:

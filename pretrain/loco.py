@@ -203,6 +203,20 @@ class _Forward:
     from_above: dict[frozenset[int], Tensor] = field(default_factory=dict)  # units of the pass above -> gradient
 
 
+class _Catch(torch.autograd.Function):
+    """Identity; the gradient that comes back is kept as it is, which may be a small tensor expanded, and ends here."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, unit: int, gradients: dict[int, Tensor]) -> Tensor:
+        ctx.unit, ctx.gradients = unit, gradients
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, None, None]:
+        ctx.gradients[ctx.unit] = gradient
+        return None, None, None
+
+
 class LocalTrainer:
     """Runs the stages under their units' losses and leaves every gradient in `.grad`.
 
@@ -269,12 +283,10 @@ class LocalTrainer:
 
     def _loss(self, i: int, top: _Forward, context: Callable[[], object], scale: Callable | None) -> Tensor:
         """Unit i's loss; its decoder learns at once and its gradient waits at the top of its last stage."""
-        output = top.output.detach().requires_grad_()
         with record_function(f"unit {i} loss"):
             with context():
-                loss = self.losses[i](output)
+                loss = self.losses[i](_Catch.apply(top.output.detach().requires_grad_(), i, top.from_losses))
             (scale(loss) if scale else loss).backward()
-        top.from_losses[i] = output.grad
         return loss.detach()
 
     def _walk_down(self, when: int, alive: dict[int, _Forward], context: Callable[[], object]) -> None:
