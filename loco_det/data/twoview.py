@@ -30,6 +30,7 @@ from loco_det.data.images import decode_image
 from loco_det.data.sources import Source
 from loco_det.data.tar import TarSource
 from loco_det.data.views import (
+    Ahead,
     ViewConfig,
     ViewParams,
     crop_resize,
@@ -88,8 +89,8 @@ class TwoViewDataset(Dataset):
         while group := list(islice(images, _TOGETHER)):
             ahead = [self._drawn(epoch, index, data) for index, data in group]
             cropped = []
-            for (index, _), (data, pair) in zip(group, ahead):
-                crops = self._crops(epoch, index, data, pair, used, bad)
+            for (index, _), (data, known) in zip(group, ahead):
+                crops = self._crops(epoch, index, data, known, used, bad)
                 if crops is None:
                     return UserError(f"{bad[-1][1]} (as were the {_SUBSTITUTES - 1} images before it)")
                 cropped.append(crops)
@@ -100,7 +101,7 @@ class TwoViewDataset(Dataset):
         first, second = views
         return TwoViews(first, second, torch.tensor(used)), bad
 
-    def _drawn(self, epoch: int, index: int, data: bytes | None) -> tuple[bytes | None, list[ViewParams] | None]:
+    def _drawn(self, epoch: int, index: int, data: bytes | None) -> tuple[bytes | None, Ahead | None]:
         """The image's bytes and its views' parameters, as far as both are to be had; `_crops` says why they are not."""
         try:
             data = self.source.read(index) if data is None else data
@@ -113,7 +114,7 @@ class TwoViewDataset(Dataset):
         epoch: int,
         index: int,
         data: bytes | None,
-        pair: list[ViewParams] | None,
+        ahead: Ahead | None,
         used: list[int],
         bad: list[tuple[int, str]],
     ) -> tuple[list[np.ndarray], list[ViewParams]] | None:
@@ -122,12 +123,12 @@ class TwoViewDataset(Dataset):
             try:
                 data = self.source.read(image) if data is None else data
                 # Drawn as the image that was wanted, else a neighbour would come twice with the same views.
-                crops = two_crops(data, self.source.name(image), self.config, self.seed, epoch, index, pair)
+                crops = two_crops(data, self.source.name(image), self.config, self.seed, epoch, index, ahead)
                 used.append(image)
                 return crops
             except UserError as error:
                 bad.append((image, str(error)))
-                data = pair = None
+                data = ahead = None
         return None
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -202,10 +202,17 @@ def two_views(data: bytes, name: str, config: ViewConfig, seed: int, epoch: int,
         finish_view(crop, params, planes)
 
 
-def draw_ahead(data: bytes, config: ViewConfig, seed: int, epoch: int, index: int) -> list[ViewParams] | None:
+class Ahead(NamedTuple):
+    """What is known of an image's views before it is decoded: nothing unless it is a JPEG."""
+
+    size: tuple[int, int] | None  # height, width as stored
+    pair: list[ViewParams] | None
+
+
+def draw_ahead(data: bytes, config: ViewConfig, seed: int, epoch: int, index: int) -> Ahead:
     """Both views' parameters, if the size of the image is known without decoding it."""
     size = jpeg_size(data)
-    return None if size is None else _draw_pair(config, size, seed, epoch, index)
+    return Ahead(size, None if size is None else _draw_pair(config, size, seed, epoch, index))
 
 
 def two_crops(
@@ -215,7 +222,7 @@ def two_crops(
     seed: int,
     epoch: int,
     index: int,
-    pair: list[ViewParams] | None = None,
+    ahead: Ahead | None = None,
 ) -> tuple[list[np.ndarray], list[ViewParams]]:
     """Both views' resized crops, (S, S, 3) uint8, and all their parameters; `finish_view` does the rest of these.
 
@@ -223,14 +230,12 @@ def two_crops(
     borders then lie on the nearest coarse pixel.
 
     Args:
-        pair: what `draw_ahead` gave.
+        ahead: what `draw_ahead` gave, if it was asked.
 
     Raises:
         UserError: the image cannot be decoded; names it.
     """
-    size = jpeg_size(data)
-    if pair is None and size is not None:
-        pair = _draw_pair(config, size, seed, epoch, index)
+    size, pair = ahead or draw_ahead(data, config, seed, epoch, index)
     reduce = 1 if pair is None else reduction(pair, config.size)
     image = decode_image(data, name, reduce=reduce)
     if size is None or image.shape[:2] != _coarse(size, reduce):
