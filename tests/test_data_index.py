@@ -9,7 +9,6 @@ import pickle
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +212,7 @@ def test_mapped_and_in_memory_are_the_same(tmp_path, monkeypatch):
     mapped, own = load_index(path), module._build(path)
     assert mapped.mapped
     assert not own.mapped
-    for name in (f.name for f in fields(CocoIndex) if f.type == "np.ndarray"):
+    for name in module._ARRAYS:
         assert getattr(mapped, name).dtype == getattr(own, name).dtype
         np.testing.assert_array_equal(getattr(mapped, name), getattr(own, name))
 
@@ -253,6 +252,12 @@ def test_another_files_or_versions_index_is_not_used(tmp_path, monkeypatch, cach
     builds = spy(monkeypatch, "_build")
     assert_is(load_index(path), path)
     assert len(builds) == 1
+    index, names = load_index(path), module._ARRAYS
+    monkeypatch.setattr(module, "_ARRAYS", names[:-1])
+    module._save(index, file)
+    monkeypatch.setattr(module, "_ARRAYS", names)
+    assert_is(load_index(path), path)
+    assert len(builds) == 2
 
 
 @pytest.mark.parametrize("settled", [True, False])

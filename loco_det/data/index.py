@@ -185,6 +185,9 @@ class CocoIndex:
         return CocoIndex, tuple(getattr(self, field.name) for field in fields(self))
 
 
+_ARRAYS = tuple(field.name for field in fields(CocoIndex) if field.type == "np.ndarray")
+
+
 def cache_folder() -> Path:
     """LOCO_DET_CACHE, or loco_det below XDG_CACHE_HOME, or ~/.cache/loco_det."""
     if chosen := os.environ.get("LOCO_DET_CACHE"):
@@ -282,7 +285,7 @@ def _cache_file(path: Path) -> Path:
 
 
 def _save(index: CocoIndex, cache: Path) -> None:
-    arrays = {f.name: getattr(index, f.name) for f in fields(index) if f.type == "np.ndarray"}
+    arrays = {name: getattr(index, name) for name in _ARRAYS}
     columns, end = {}, 0
     for name, array in arrays.items():
         columns[name] = (array.dtype.str, array.shape, end)
@@ -317,6 +320,8 @@ def _open(cache: Path, path: Path) -> CocoIndex | None:
         return None
     start = 16 + int.from_bytes(data[12:16], "little")
     header = json.loads(data[16:start])
+    if set(header["columns"]) != set(_ARRAYS):
+        return None
     arrays = {
         name: np.frombuffer(data, dtype, math.prod(shape), start + offset).reshape(shape)
         for name, (dtype, shape, offset) in header["columns"].items()
