@@ -126,6 +126,43 @@ def test_every_number_of_every_layout_whatever_the_blocks(tmp_path, monkeypatch,
     assert_is(load_index(path := saved(tmp_path, LAYOUTS[layout](content()), **spacing)), path)
 
 
+def several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LARGE", 0)
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(module.sys, "platform", "linux")
+
+
+@pytest.mark.parametrize("block", [900, 1 << 20])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_number_by_several_processes(tmp_path, monkeypatch, layout, block):
+    several_processes(monkeypatch)
+    monkeypatch.setattr(module, "_BLOCK", block)
+    for count in (1, 2, 3, 7):
+        path = saved(tmp_path, LAYOUTS[layout](content(count)))
+        index = load_index(path)
+        assert sorted(index.annotation_id.tolist()) == [k - 3 for k in range(count)]
+    assert_is(load_index(path := saved(tmp_path, LAYOUTS[layout](content(200)))), path)
+    columns, at_once = spy(monkeypatch, "_columns"), spy(monkeypatch, "_parse_at_once")
+    clean = content(200)  # of borders in strings
+    clean["annotations"] = [a for a in clean["annotations"] if "}, {" not in json.dumps(a)]
+    assert_is(load_index(path := saved(tmp_path, LAYOUTS[layout](clean))), path)
+    assert not at_once
+    seen = sum(len(annotations) for annotations, *_ in columns)
+    assert 1 / 5 < seen / len(clean["annotations"]) < 1 / 2  # by this process, which parses the first of three parts
+
+
+def test_a_helper_that_dies_costs_nothing_but_time(tmp_path, monkeypatch):
+    several_processes(monkeypatch)
+    real, parent = module._columns, os.getpid()
+
+    def mortal(*args: Any) -> Any:
+        return real(*args) if os.getpid() == parent else os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(module, "_columns", mortal)
+    monkeypatch.setattr(module, "_BLOCK", 1000)
+    assert_is(load_index(path := saved(tmp_path, content(count=200))), path)
+
+
 def test_blocks_are_taken_where_they_can_be_and_else_not(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_BLOCK", 1500)
     at_once, columns = spy(monkeypatch, "_parse_at_once"), spy(monkeypatch, "_columns")

@@ -20,17 +20,19 @@ import hashlib
 import json
 import math
 import mmap
+import multiprocessing
 import os
 import re
+import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from itertools import chain, pairwise
 from operator import attrgetter
 from pathlib import Path
-from typing import IO, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -43,6 +45,8 @@ _ALIGN = 64
 _BLOCK = 1 << 20  # bytes of JSON parsed at a time: they and what comes of them stay in the processor's cache
 _TAIL = 1 << 13  # bytes at a block's end that are searched for the border of two annotations
 _HASHED = 1 << 24  # bytes hashed at a time; with fewer the thread that does it waits for the parser each time
+_LARGE = 1 << 26  # bytes of JSON from which on several processes read
+_MOST_PARTS = 4
 # A file changed so shortly before it was looked at can change again without another time stamp.
 _SETTLED_NS = 2_000_000_000
 
@@ -411,14 +415,14 @@ def _build(path: Path) -> CocoIndex:
     seen = time.time_ns()
     stamp = _stamp(path)
     try:
-        with open(path, "rb") as file, ThreadPoolExecutor(1) as hasher, no_garbage_collection():
-            digest = hasher.submit(_sha256, path)
+        with no_garbage_collection(), _helpers(stamp.size) as (helpers, parts):
+            digest = helpers.submit(_sha256, path)
             try:
-                images, categories, columns = _parse_in_blocks(file)
-            except (msgspec.MsgspecError, UnicodeDecodeError, _Indivisible):
-                file.seek(0)
-                images, categories, columns = _parse_at_once(path, file.read())
-            sha256 = digest.result()
+                images, categories, columns = _parse_in_blocks(path, helpers, parts)
+                sha256 = digest.result()
+            except (msgspec.MsgspecError, UnicodeDecodeError, _Indivisible, BrokenExecutor):
+                images, categories, columns = _parse_at_once(path, path.read_bytes())
+                sha256 = _sha256(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     if _stamp(path) != stamp:
@@ -448,49 +452,97 @@ def _grouped(image_id: np.ndarray, columns: Columns) -> Columns:
     row[~listed | (row == len(image_id))] = len(image_id)
     order = np.argsort(row, kind="stable")
     first = np.searchsorted(row[order], np.arange(len(image_id) + 1))
-    return {"first": first, **{name: column[order] for name, column in columns.items()}}
+    return {"first": first, **{name: column.take(order, 0) for name, column in columns.items()}}
 
 
 class _Indivisible(Exception):
     """The file is not one that can be parsed in blocks."""
 
 
-def _parse_in_blocks(file: IO[bytes]) -> tuple[list[_Image], list[_Category], Columns]:
+@contextlib.contextmanager
+def _helpers(size: int) -> Iterator[tuple[Executor, int]]:
+    """Who works on a file of this size beside this process, and into how many parts to cut it.
+
+    A large file on several cores gets processes, forked as a loader's workers are, which themselves may not fork.
+    """
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    if size < _LARGE or cores == 1 or multiprocessing.current_process().daemon:
+        with ThreadPoolExecutor(1) as threads:
+            yield threads, 1
+        return
+    parts = min(cores, _MOST_PARTS)
+    with ProcessPoolExecutor(parts, mp_context=multiprocessing.get_context("fork")) as processes:
+        yield processes, parts
+
+
+def _parse_in_blocks(path: Path, helpers: Executor, parts: int) -> tuple[list[_Image], list[_Category], Columns]:
     """A block of annotations at a time, which takes a fifth of the memory and less time than all at once.
 
-    That a text between two guessed borders parses as a list proves that the borders are right. Whatever does not fit
-    is left to the parser of the whole file.
+    That a text between two guessed borders parses as a list proves that the second border is right if the first is,
+    and the first of all is. Whatever does not fit is left to the parser of the whole file.
     """
-    text = b""
-    while not (begin := _list_of_annotations(text)):
-        block = file.read(max(_BLOCK, len(text)))
-        if not block:
-            raise _Indivisible
-        text += block
-    head = _decode_part(text[: begin.end()] + b"]}")
-    start, text, parts = begin.end(), text[begin.end() :], []
-    while block := file.read(_BLOCK):
-        text = b"".join([text, block])
-        tail = max(0, len(text) - _TAIL)
-        borders = [*_BORDER.finditer(text, tail)] or [*_BORDER.finditer(text)]
-        if not borders:
-            continue
-        end, begins = borders[-1].start() + 1, borders[-1].end() - 1
-        try:
-            annotations = _decode_annotations(b"".join([b"[", memoryview(text)[:end], b"]"]))
-        except msgspec.DecodeError:  # the list ends within, if nothing is wrong
-            text += file.read()
-            break
-        parts.append(_columns(annotations, text, start))
-        start, text = start + begins, text[begins:]
-    rest = _decode_part(b'{"annotations":[' + text)
-    if _list_of_annotations(text) or (head.images and rest.images) or (head.categories and rest.categories):
+    head, borders = _head_and_borders(path, parts)
+    later = [helpers.submit(_parse_range, path, *each) for each in pairwise([*borders[1:], None])]
+    found = [_parse_range(path, borders[0], [*borders, None][1]), *(each.result() for each in later)]
+    rest = found[-1][0]
+    if (head.images and rest.images) or (head.categories and rest.categories):
         raise _Indivisible  # the last of equal keys counts
     images, categories = head.images or rest.images, head.categories or rest.categories
     if not images or not categories:
         raise _Indivisible
-    parts.append(_columns(rest.annotations, text, start))
-    return images, categories, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    columns = [part for _, own in found for part in own]
+    return images, categories, {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
+
+
+def _head_and_borders(path: Path, parts: int) -> tuple[_Part, list[int]]:
+    """What stands before the annotations, and at which bytes of the file the parts of their list begin."""
+    text = b""
+    with open(path, "rb") as file:
+        while not (begin := _list_of_annotations(text)):
+            block = file.read(max(_BLOCK, len(text)))
+            if not block:
+                raise _Indivisible
+            text += block
+        start, size = begin.end(), os.fstat(file.fileno()).st_size
+        borders = [start]
+        for part in range(1, parts):
+            file.seek(at := start + (size - start) * part // parts)
+            border = _BORDER.search(file.read(_BLOCK))
+            if border and at + border.end() - 1 > borders[-1]:
+                borders.append(at + border.end() - 1)
+    return _decode_part(text[:start] + b"]}"), borders
+
+
+def _parse_range(path: Path, start: int, stop: int | None) -> tuple[_Part, list[Columns]]:
+    """The annotations from byte `start` to the border before byte `stop`, or to the list's end and with it what comes
+    after."""
+    text, columns = b"", []
+    with open(path, "rb") as file:
+        file.seek(start)
+        while block := file.read(_BLOCK if stop is None else min(_BLOCK, stop - start - len(text))):
+            text = b"".join([text, block])
+            borders = [*_BORDER.finditer(text, max(0, len(text) - _TAIL))] or [*_BORDER.finditer(text)]
+            if not borders:
+                continue
+            end, begins = borders[-1].start() + 1, borders[-1].end() - 1
+            try:
+                annotations = _decode_annotations(b"".join([b"[", memoryview(text)[:end], b"]"]))
+            except msgspec.DecodeError:  # the list ends within, if nothing is wrong
+                if stop is not None:
+                    raise
+                text += file.read()
+                break
+            columns.append(_columns(annotations, text, start))
+            start, text = start + begins, text[begins:]
+    if stop is not None:
+        # Up to the next part stand one more annotation and, after its end, a comma.
+        rest = _Part(annotations=_decode_annotations(b"[" + text.rstrip().removesuffix(b",") + b"]"))
+    elif _list_of_annotations(text):
+        raise _Indivisible
+    else:
+        rest = _decode_part(b'{"annotations":[' + text)
+    columns.append(_columns(rest.annotations, text, start))
+    return _Part(rest.images, rest.categories), columns
 
 
 def _list_of_annotations(text: bytes) -> re.Match[bytes] | None:
