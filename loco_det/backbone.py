@@ -95,11 +95,10 @@ class _Residual(nn.Module):
 
     shortcut: nn.Module | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.transform(x, x if self.shortcut is None else self.shortcut(x))
-
-    def transform(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        raise NotImplementedError
+    def beside(self, x: Tensor) -> Tensor:
+        """What is added to the last convolution. Computed after those before it, as Detectron2 orders them: where the
+        gradients of block, shortcut and pyramid meet, the order in which they are added shows in the last digit."""
+        return x if self.shortcut is None else self.shortcut(x)
 
 
 class BasicBlock(_Residual):
@@ -112,8 +111,9 @@ class BasicBlock(_Residual):
         self.conv1 = Conv2d(inputs, outputs, 3, norm, stride=stride, dilation=dilation)
         self.conv2 = Conv2d(outputs, outputs, 3, norm, dilation=dilation)
 
-    def transform(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        return self.conv2(self.conv1(x, relu=True), relu=True, add=shortcut)
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(x, relu=True)
+        return self.conv2(out, relu=True, add=self.beside(x))
 
 
 class Bottleneck(_Residual):
@@ -139,9 +139,9 @@ class Bottleneck(_Residual):
         self.conv2 = Conv2d(middle, middle, 3, norm, stride=second, groups=groups, dilation=dilation)
         self.conv3 = Conv2d(middle, outputs, 1, norm)
 
-    def transform(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        x = self.conv2(self.conv1(x, relu=True), relu=True)
-        return self.conv3(x, relu=True, add=shortcut)
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv2(self.conv1(x, relu=True), relu=True)
+        return self.conv3(out, relu=True, add=self.beside(x))
 
 
 def make_stage(
