@@ -91,6 +91,12 @@ def _predict() -> Job:
     return Job(predict.add_arguments, predict.run)
 
 
+def _sweep() -> Job:
+    from loco_det import sweep
+
+    return Job(sweep.add_arguments, sweep.run)
+
+
 # In the order of the help text.
 JOBS: dict[str, tuple[str, Callable[[], Job]]] = {
     "quickstart": ("make a data set, pretrain on it, convert, detect: the whole road in minutes on a CPU", _quickstart),
@@ -101,6 +107,7 @@ JOBS: dict[str, tuple[str, Callable[[], Job]]] = {
     "train": ("train and evaluate Faster or Mask R-CNN on a frozen or fine-tuned backbone", _train),
     "predict": ("draw a trained detector's boxes and masks into images and videos; COCO JSON, ONNX", _predict),
     "probe": ("classify images by a backbone's frozen features, stage by stage", _probe),
+    "sweep": ("train and evaluate every backbone with every seed and share of the images, resumably", _sweep),
     "report": ("put runs and probes side by side: one page with intervals, errors, curves and pictures", _report),
 }
 

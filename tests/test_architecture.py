@@ -35,16 +35,17 @@ MAY_IMPORT = {
     "loco_det.doctor": BASE | {"loco_det.data", "loco_det.evaluation", "loco_det.convert", "loco_det.detection"},
     "loco_det.quickstart": BASE
     | {f"loco_det.{room}" for room in ("data", "evaluation", "convert", "detection", "report")},
+    "loco_det.sweep": BASE | {"loco_det.convert", "loco_det.detection"},
     "loco_det.predict": BASE | {f"loco_det.{room}" for room in ("data", "evaluation", "detection", "report")},
     "loco_det.cli": BASE
     | {
         f"loco_det.{room}"
-        for room in ("convert", "detection", "doctor", "evaluation.probes", "predict", "quickstart", "report")
+        for room in ("convert", "detection", "doctor", "evaluation.probes", "predict", "quickstart", "report", "sweep")
     }
     | {"pretrain"},
 }
 # The import name of a distribution, where the two differ.
-OPTIONAL = {"webdataset", "datasets", "shapely", "onnx", "onnxruntime"}  # extras, imported when they are called for
+OPTIONAL = {"submitit", "webdataset", "datasets", "shapely", "onnx", "onnxruntime"}  # extras, imported when they are called for
 IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL", "opencv-python-headless": "cv2"}
 
 

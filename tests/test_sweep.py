@@ -1,0 +1,208 @@
+"""`loco-det sweep`: the grid, nothing twice, failures apart, launchers, and one real cell."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_detection import overrides, write_tiny
+
+from loco_det import sweep
+from loco_det.artifact import backbone_tensors, describe, save_backbone
+from loco_det.backbone import ResNet
+from loco_det.cli import main
+
+CONFIG = "configs/coco_loco_r50.yaml"
+# Stands for `train`: counts its calls, fails for seed 2, writes what train writes.
+FAKE = """
+import json, pathlib, sys
+folder, seed, fraction = pathlib.Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+with open(folder / "calls", "a") as file:
+    file.write("x")
+if seed == 2 and not (folder.parent / "mended").exists():
+    print("some text"); print("error: out of luck"); sys.exit(2)
+lines = [{"iteration": 0, "total_loss": 1.0}, {"iteration": 9, "bbox/AP": 10 * seed + fraction, "segm/AP": None}]
+(folder / "metrics.json").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+"""
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sweep,
+        "_command",
+        lambda args, weights, fraction, seed, folder: [
+            sys.executable,
+            "-c",
+            FAKE,
+            str(folder),
+            str(seed),
+            str(fraction),
+        ],
+    )
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Two .pkl files, which are used as they are."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.pkl").write_bytes(name.encode())
+    return tmp_path
+
+
+def run(out: Path, *options: object, config: str = CONFIG) -> int:
+    return main([str(a) for a in ("sweep", "--config-file", config, "--out", out, *options)])
+
+
+def calls(out: Path) -> dict[str, int]:
+    return {str(f.parent.relative_to(out)): len(f.read_text()) for f in out.rglob("calls")}
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_the_grid_is_run_once_and_failures_stay_apart(
+    weights: Path, fake: None, jobs: int, capsys: pytest.CaptureFixture
+) -> None:
+    out = weights / "out"
+    grid = ("--backbones", weights / "a.pkl", weights / "b.pkl", "--seeds", 0, 1, 2, "--fractions", 1.0, 0.1)
+    assert run(out, *grid, "--jobs", jobs) == 1
+    text = capsys.readouterr()
+    assert len(calls(out)) == 12
+    assert set(calls(out).values()) == {1}
+    assert "out of luck" in text.err
+    assert "6.00 ± 7.07" in text.out  # of 0 + 1 and 10 + 1 at fraction 1
+    record = json.loads((out / "sweep.json").read_text())
+    assert sum(cell["done"] for cell in record["cells"]) == 8
+    assert len(record["failed"]) == 4
+    result = json.loads((out / "a/fraction-0.1_seed-1/result.json").read_text())
+    assert result["results"] == {"bbox/AP": 10.1, "segm/AP": None}
+    for name in "ab":  # now what failed works: only that is run again
+        (out / name / "mended").touch()
+    assert run(out, *grid, "--jobs", jobs) == 0
+    assert {k for k, n in calls(out).items() if n == 2} == {
+        f"{name}/fraction-{f}_seed-2" for name in "ab" for f in ("1", "0.1")
+    }
+    assert run(out, *grid) == 0
+    assert max(calls(out).values()) == 2
+    assert "11.00 ± 10.00" in capsys.readouterr().out
+
+
+def test_one_bad_backbone_does_not_stop_the_others(weights: Path, fake: None, capsys: pytest.CaptureFixture) -> None:
+    (weights / "c.pth").write_bytes(b"nothing")
+    files = (weights / "c.pth", weights / "none.pkl", f"mine={weights / 'a.pkl'}")
+    assert run(weights / "out", "--backbones", *files) == 1
+    assert calls(weights / "out") == {"mine/fraction-1_seed-0": 1}
+    err = capsys.readouterr().err
+    assert "c.pth" in err
+    assert "none.pkl: no such file" in err
+
+
+def test_other_settings_are_not_mixed_in(weights: Path, fake: None, capsys: pytest.CaptureFixture) -> None:
+    out, options = weights / "out", ("--backbones", weights / "a.pkl")
+    assert run(out, *options) == 0
+    assert run(out, *options, "--set", "SOLVER.BASE_LR", 0.5) == 1
+    assert "choose another --out" in capsys.readouterr().err
+    (weights / "a.pkl").write_bytes(b"other")
+    assert run(out, *options) == 1
+    assert calls(out) == {"a/fraction-1_seed-0": 1}
+
+
+def test_a_cell_that_another_sweep_runs_is_left_alone(weights: Path, fake: None, capsys: pytest.CaptureFixture) -> None:
+    folder = weights / "out/a/fraction-1_seed-0"
+    folder.mkdir(parents=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run(weights / "out", "--backbones", weights / "a.pkl") == 1
+    assert "another sweep" in capsys.readouterr().err
+    assert not calls(weights / "out")
+
+
+def test_a_run_without_a_result_is_not_done(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "_command", lambda *_: [sys.executable, "-c", "print('all well')"])
+    assert run(weights / "out", "--backbones", weights / "a.pkl") == 1
+    assert not list((weights / "out").rglob("result.json"))
+
+
+def test_submitit_runs_cells_as_jobs(weights: Path, fake: None) -> None:
+    pytest.importorskip("submitit", reason="submitit is not installed")
+    options = ("--backbones", weights / "a.pkl", "--seeds", 0, 2, "--launcher", "submitit", "--cluster", "local")
+    assert run(weights / "out", *options) == 1
+    assert calls(weights / "out") == {f"a/fraction-1_seed-{seed}": 1 for seed in (0, 2)}
+    assert (weights / "out/a/fraction-1_seed-0/result.json").is_file()
+    assert not (weights / "out/a/fraction-1_seed-2/result.json").exists()
+    assert list((weights / "out" / "submitit").iterdir())
+
+
+def test_submitit_that_is_not_there(weights: Path, fake: None, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    options = ("--backbones", weights / "a.pkl", "--launcher", "submitit")
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert run(weights / "out", *options) == 2
+    assert "loco_det[submitit]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--fractions", "0"), "--fractions"),
+        (("--seeds", "-1"), "--seeds"),
+        (("--jobs", "0"), "--jobs"),
+        (("--set", "SEED", "3"), "--set SEED"),
+        (("--set", "SOLVER.BASE_LR", "high"), "SOLVER.BASE_LR"),
+        (("--backbones", "x/a.pkl", "y/a.pkl"), "there twice"),
+    ],
+)
+def test_bad_options(options: tuple, message: str, weights: Path, fake: None, capsys: pytest.CaptureFixture) -> None:
+    assert run(weights / "out", "--backbones", weights / "a.pkl", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not calls(weights / "out")
+
+
+def arguments(**changes: object):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    sweep.add_arguments(parser)
+    args = parser.parse_args(["--backbones", "a", "--config-file", CONFIG, "--out", "o"])
+    vars(args).update(changes)
+    return args
+
+
+def test_commands_of_the_launchers() -> None:
+    plain = sweep._command(arguments(num_gpus=2), Path("w.pkl"), 0.1, 3, Path("f"))
+    assert plain[:4] == [sys.executable, "-m", "loco_det.cli", "train"]
+    assert plain[plain.index("--num-gpus") + 1] == "2"
+    assert plain[plain.index("--fraction") + 1] == "0.1"
+    assert plain[-6:] == ["MODEL.WEIGHTS", "w.pkl", "SEED", "3", "OUTPUT_DIR", "f"]
+    assert "--resume" in plain
+    torchrun = sweep._command(arguments(num_gpus=2, launcher="torchrun"), Path("w.pkl"), 1.0, 0, Path("f"))
+    assert torchrun[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    assert "--fraction" not in torchrun
+    assert "--num-gpus" not in torchrun
+
+
+def test_a_real_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a pretraining artifact to AP; the second sweep starts no process."""
+    write_tiny(tmp_path)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setenv("LOCO_DET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parent.parent))
+    torch.manual_seed(0)
+    net = ResNet(18)
+    (tmp_path / "loco").mkdir()
+    artifact = tmp_path / "loco" / "backbone.safetensors"
+    save_backbone(artifact, backbone_tensors(net), describe(net, stem="imagenet", method="loco"))
+    pairs = overrides(SOLVER__MAX_ITER=1, SOLVER__STEPS=())
+    tiny = [
+        t for k, v in zip(pairs[::2], pairs[1::2]) if k not in ("SEED", "MODEL.WEIGHTS", "OUTPUT_DIR") for t in (k, v)
+    ]
+    options = ("--backbones", artifact, "--fractions", 0.5, "--engine", "torchvision")
+    out = tmp_path / "out"
+    assert run(out, *options, "--set", *tiny) == 0, (out / "loco/fraction-0.5_seed-0/train.txt").read_text()
+    folder = out / "loco" / "fraction-0.5_seed-0"
+    assert "bbox/AP" in json.loads((folder / "result.json").read_text())["results"]
+    assert "tiny_train@50pct_seed0" in (folder / "config.yaml").read_text()
+    monkeypatch.setattr(sweep.subprocess, "run", None)
+    assert run(out, *options, "--set", *tiny) == 0
