@@ -45,7 +45,14 @@ MAY_IMPORT = {
     | {"pretrain"},
 }
 # The import name of a distribution, where the two differ.
-OPTIONAL = {"submitit", "webdataset", "datasets", "shapely", "onnx", "onnxruntime"}  # extras, imported when they are called for
+OPTIONAL = {
+    "submitit",
+    "webdataset",
+    "datasets",
+    "shapely",
+    "onnx",
+    "onnxruntime",
+}  # extras, imported when they are called for
 IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL", "opencv-python-headless": "cv2"}
 
 
