@@ -317,6 +317,22 @@ def indexes_that_lie() -> dict[str, bytes]:
     }
 
 
+def crowds() -> dict[str, bytes]:
+    """Files of thousands of backbones or tensors, most of them the same few under many names."""
+    one = {"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.conv1.weight": torch.zeros(1)}
+    many = {f"{i}.{name}": tensor for i in range(3000) for name, tensor in one.items()}
+    crowded = {str(i): {str(j): one["layer1.0.conv1.weight"] for j in range(20)} for i in range(10)}
+    shared = {str(i): crowded for i in range(4000)}
+    places = {str(i): one for i in range(40)}
+    found = {"crowd-backbones": many, "crowd-shared": {"a": one, **shared}, "crowd-places": places}
+    contents = {}
+    for name, value in found.items():
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        contents[name] = buffer.getvalue()
+    return contents
+
+
 def manifests_that_lie() -> dict[str, bytes]:
     texts = {
         "deep": '{"format":1,"config":' + '{"a":' * 100_000,
@@ -343,6 +359,7 @@ def hostile_files(folder: Path, canary: Path) -> list[Path]:
     files.update({f"st-{name}.safetensors": content for name, content in safetensors_that_lie().items()})
     files.update({f"{name}.safetensors.index.json": content for name, content in indexes_that_lie().items()})
     files.update({f"ours-{name}.safetensors": content for name, content in manifests_that_lie().items()})
+    files.update({f"{name}.pth": content for name, content in crowds().items()})
     files["legacy-copies.pt"] = torch_legacy_of(torch.zeros(2**18), views=3000)
     files.update(
         {

@@ -66,7 +66,14 @@ def read_all(path: Path) -> None:
         tensor.to(torch.complex128).sum()
     for _, tensor in flatten(path, open_tensors(path)):
         in_memory(tensor)
-    inspect(path)
+    report(path)
+
+
+def report(path: Path) -> None:
+    """What --inspect prints, as text and as JSON."""
+    found = inspect(path)
+    assert all(line.isprintable() for line in found.lines())
+    json.loads(json.dumps(found.facts(), allow_nan=False))
 
 
 def artifact(content: bytes) -> bytes:
@@ -106,7 +113,7 @@ PARSERS = {
     "safetensors": Parser("w.safetensors", DATA),
     "safetensors header": Parser("w.safetensors", DATA[8 : 8 + HEADER].rstrip(), header),
     "index": Parser("model.safetensors.index.json", INDEX.encode()),
-    "manifest": Parser("backbone.safetensors", msgspec.json.encode(MANIFEST), artifact, inspect),
+    "manifest": Parser("backbone.safetensors", msgspec.json.encode(MANIFEST), artifact, report),
     "yaml": Parser(
         "weights.yaml", yaml_text(Path("weights.pkl"), MANIFEST, Architecture(18)).encode(), bytes, collect_settings
     ),

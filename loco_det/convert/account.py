@@ -135,7 +135,7 @@ def take_account(
     original = _moved(path, dict(flatten(path, loaded)))
     tensors = {key: tensor for key, (_, tensor) in original.items()}
     chosen = choose(path, tensors, branch)
-    others = {c.prefix: c.branch or c.prefix for c in candidates(tensors) if c != chosen}
+    others = {c.prefix: c.branch or c.prefix for c in candidates(path, tensors) if c != chosen}
     found: dict[str, AnyTensor] = {}
     keys: dict[str, str] = {}
     dropped: dict[str, list[str]] = {}

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--inspect", action="store_true", help="say what INPUT is and convert nothing")
     parser.add_argument("--branch", help="which backbone, where the file holds several")
-    parser.add_argument("--image", help="image for the proof (default: one made by a formula)")
+    parser.add_argument("--image", help="image for the proof (default: a photograph that comes with matplotlib)")
     parser.add_argument("--channel-order", choices=("RGB", "BGR"), help="what the backbone was trained to see")
     for name in ("--pixel-mean", "--pixel-std"):
         parser.add_argument(name, nargs=3, type=float, metavar="X", help="in 0-255 units, in --channel-order")

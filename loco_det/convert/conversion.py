@@ -49,7 +49,7 @@ def convert(
     Args:
         source: our own artifact or any checkpoint that `sources.SOURCES` knows.
         branch: which backbone, where the file holds several.
-        image: for the proof, in place of one made by a formula.
+        image: for the proof, in place of a photograph that is always there.
         channel_order, pixel_mean, pixel_std: what the backbone was trained to see, "RGB" or "BGR" and 0-255 units
             in that order, where it is not the source's own; all three or none.
         stride_in_1x1: whether bottleneck blocks have their stride in the first convolution (MSRA's weights).

@@ -15,7 +15,7 @@ import msgspec
 from loco_det.artifact import HEADER_KEY, decode_manifest
 from loco_det.convert.account import take_account
 from loco_det.convert.load import file_kind, open_tensors, safetensors_metadata
-from loco_det.convert.sources import Pixels, candidates, flatten
+from loco_det.convert.sources import Candidate, Pixels, candidates, flatten
 from loco_det.convert.stored import AnyTensor
 from loco_det.errors import UserError
 
@@ -83,7 +83,7 @@ class Report:
             )
         if len(self.groups) > MAX_ROWS:
             lines.append(f"... and {len(self.groups) - MAX_ROWS} more parts (--json has all)")
-        return lines
+        return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]  # the file chose the names
 
     def _manifest_rows(self) -> list[tuple[str, str]]:
         if not self.manifest:
@@ -93,9 +93,7 @@ class Report:
         trained = f", step {m['step']} on {m['images']:,} images of {m['dataset']}" if m["dataset"] else ""
         rows = [("manifest", f"loco_det {m['loco_det_version']}: {m['architecture']} by {m['method']}{trained}")]
         rows.append(("", f"pixels: {pixels.text()}"))
-        if m["proof"]:
-            worst = max(cell["relative"] for cell in m["proof"]["float32"].values())
-            rows.append(("", f"proven with {m['proof']['image']}, float32 within {worst:.1e} relative"))
+        rows.append(("", f"proof: {m['proof']['image']}" if "image" in m["proof"] else "not proven"))
         return rows
 
 
@@ -110,7 +108,8 @@ def inspect(path: str | Path) -> Report:
     tensors = dict(flatten(path, opened))
     header = safetensors_metadata(path).get(HEADER_KEY) or opened.get(HEADER_KEY)
     manifest = json.loads(msgspec.json.encode(decode_manifest(header, path))) if isinstance(header, str) else {}
-    backbones = [_backbone(path, opened, c.prefix) for c in candidates(tensors)]
+    found = candidates(path, tensors)
+    backbones = [_backbone(path, opened, candidate) for candidate in found]
     if manifest and len(backbones) == 1:
         backbones[0]["source"] = f"loco_det ({manifest['method']})"
     problem = ""
@@ -120,16 +119,16 @@ def inspect(path: str | Path) -> Report:
         except UserError as error:
             problem = str(error)
     says = dict(list(_sayings(opened))[:MAX_SAYINGS])
-    return Report(str(path), file_kind(path), path.stat().st_size, says, manifest, backbones, problem, _groups(tensors))
+    return Report(
+        str(path), file_kind(path), path.stat().st_size, says, manifest, backbones, problem, _groups(tensors, found)
+    )
 
 
-def _backbone(path: Path, opened: dict[str, Any], prefix: str) -> dict[str, Any]:
-    tensors = dict(flatten(path, opened))
-    candidate = next(c for c in candidates(tensors) if c.prefix == prefix)
+def _backbone(path: Path, opened: dict[str, Any], candidate: Candidate) -> dict[str, Any]:
     name = candidate.source.name if candidate.source else "unknown code base"
-    found: dict[str, Any] = {"source": name, "branch": candidate.branch, "prefix": prefix}
+    found: dict[str, Any] = {"source": name, "branch": candidate.branch, "prefix": candidate.prefix}
     try:
-        account, _ = take_account(path, opened, prefix, read=False)
+        account, _ = take_account(path, opened, candidate.prefix, read=False)
     except UserError as error:
         return {**found, "problem": str(error)}
     pixels = candidate.source.pixels if candidate.source else None
@@ -148,14 +147,18 @@ def _sayings(opened: dict[str, Any], place: str = "", depth: int = 2) -> Iterato
         where = f"{place}/{name}" if place else str(name)
         if isinstance(value, dict) and depth > 1:
             yield from _sayings(value, where, depth - 1)
-        elif isinstance(value, bool | int | float) or (isinstance(value, str) and where != HEADER_KEY):
-            yield where, value if not isinstance(value, str) or len(value) <= 60 else f"{value[:57]}..."
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield where, str(value)  # which JSON has no number for
+        elif isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 64):
+            yield where, value
+        elif isinstance(value, str) and where != HEADER_KEY:
+            yield where, value if len(value) <= 60 else f"{value[:57]}..."
 
 
-def _groups(tensors: dict[str, AnyTensor]) -> list[dict[str, Any]]:
+def _groups(tensors: dict[str, AnyTensor], found: list[Candidate]) -> list[dict[str, Any]]:
     """Tensors by the part of a network, or the dictionary beside it, that they belong to."""
     groups: dict[str, dict[str, Any]] = {}
-    prefixes = sorted((c.prefix for c in candidates(tensors)), key=len, reverse=True)
+    prefixes = sorted((candidate.prefix for candidate in found), key=len, reverse=True)
     for key, tensor in tensors.items():
         prefix = next((p for p in prefixes if key.startswith(p)), None)
         container, colon, name = key.rpartition(":")

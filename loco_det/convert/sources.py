@@ -24,6 +24,8 @@ from loco_det.convert.stored import AnyTensor, Stored, in_memory
 from loco_det.errors import UserError
 
 MAX_ITEMS = 1_000_000
+MAX_TENSORS = 50_000  # a ResNet-152 with its optimizer state has about 1,500
+MAX_BACKBONES = 8  # of a file; the most that any code base saves is three
 
 Rules = tuple[tuple[str, str], ...]
 """(pattern, reason): tensors whose whole name matches are dropped for that reason."""
@@ -339,10 +341,10 @@ def flatten(path: object, loaded: dict[str, Any]) -> Iterator[tuple[str, AnyTens
     """(key, tensor) for every tensor in nested plain data, keys as this module's docstring says.
 
     Raises:
-        UserError: containers inside containers amount to more than a million items.
+        UserError: containers inside containers amount to more than `MAX_ITEMS`, or to more than `MAX_TENSORS`.
     """
     waiting: deque[tuple[str, Any]] = deque([("", loaded)])
-    seen = 0
+    seen = tensors = 0
     while waiting:
         place, container = waiting.popleft()
         items = container if isinstance(container, dict) else dict(enumerate(container))
@@ -351,28 +353,38 @@ def flatten(path: object, loaded: dict[str, Any]) -> Iterator[tuple[str, AnyTens
             raise UserError(f"{path}: nests more than {MAX_ITEMS:,} items; save the model's state_dict() alone")
         for name, value in items.items():
             if isinstance(value, Tensor | Stored):
+                tensors += 1
+                if tensors > MAX_TENSORS:
+                    raise UserError(
+                        f"{path}: names more than {MAX_TENSORS:,} tensors; save the model's state_dict() alone"
+                    )
                 yield f"{place}:{name}" if place else str(name), value
             elif isinstance(value, dict | list | tuple):
                 waiting.append((f"{place}/{name}" if place else str(name), value))
 
 
-def candidates(tensors: dict[str, AnyTensor]) -> list[Candidate]:
-    """Every backbone among `tensors`, in the order of their keys, each with the first row that fits it."""
-    found: list[Candidate] = []
+def candidates(path: object, tensors: dict[str, AnyTensor]) -> list[Candidate]:
+    """Every backbone among `tensors`, in the order of their keys, each with the first row that fits it.
+
+    Raises:
+        UserError: there are more than `MAX_BACKBONES`.
+    """
+    found: list[tuple[str, str]] = []
     for naming, (stem, block, _) in NAMINGS.items():
         for key, tensor in tensors.items():
             prefix = key.removesuffix(stem)
             at_border = not prefix or prefix[-1] in ".:"
             if key.endswith(stem) and at_border and prefix + block in tensors and tensor.ndim == 4:
-                found.append(_identify(prefix, naming, tensors))
-    return found
+                found.append((prefix, naming))
+        if len(found) > MAX_BACKBONES:
+            raise UserError(f"{path}: holds more than {MAX_BACKBONES} backbones; save the one you mean by itself")
+    rows = [s for s in SOURCES if not s.marker or any(re.fullmatch(s.marker, key) for key in tensors)] if found else []
+    return [_identify(prefix, naming, rows) for prefix, naming in found]
 
 
-def _identify(prefix: str, naming: str, tensors: dict[str, AnyTensor]) -> Candidate:
-    for source in SOURCES:
+def _identify(prefix: str, naming: str, rows: list[Source]) -> Candidate:
+    for source in rows:
         if naming not in source.namings:
-            continue
-        if source.marker and not any(re.fullmatch(source.marker, key) for key in tensors):
             continue
         for branch, pattern in source.branches.items():
             if re.fullmatch(pattern, prefix):
@@ -403,7 +415,7 @@ def choose(path: object, tensors: dict[str, AnyTensor], branch: str | None) -> C
     Raises:
         UserError: there is none, it is of a kind that Detectron2 lacks, or there are several and `branch` is None.
     """
-    found = candidates(tensors)
+    found = candidates(path, tensors)
     for pattern, reason in REFUSED:
         for key in tensors:
             if re.fullmatch(pattern, key):
