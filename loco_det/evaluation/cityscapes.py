@@ -1,7 +1,7 @@
 """Cityscapes' instance AP: by the benchmark's own code in this process, or the same numbers in a fraction of its time.
 
 Both follow cityscapesscripts/evaluation/evalInstanceLevelSemanticLabeling.py: a detection of a class may match one
-object of more than 100 pixels at IoU above .50, .55, ..., .95; pixels of void labels, groups and smaller objects are
+object of 100 pixels or more at IoU above .50, .55, ..., .95; pixels of void labels, groups and smaller objects are
 ignored; AP is the area under the precision-recall curve with steps, averaged over thresholds and the 8 classes.
 
 Shape legend: H x W an image in pixels; per class: P detections, G objects and groups, E pairs of them that overlap.
