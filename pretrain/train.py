@@ -48,7 +48,7 @@ from pretrain.stepping import Stepping
 from pretrain.sync_batchnorm import sync_anywhere
 
 RANDOM_BATCHES = 50  # batches that METHOD random measures BatchNorm's statistics on
-LAYOUT = torch.channels_last  # of images and weights: the faster one on GPUs and CPUs (benchmarks/local_backward.py)
+LAYOUT = torch.channels_last  # of images and weights: the faster one on a CPU; not timed on GPUs
 # Keys that change where and how fast a run goes but not what it computes; --resume lets them differ.
 FREE_KEYS = (
     "OUTPUT_DIR",
