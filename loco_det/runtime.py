@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
 import json
 import logging
-import math
 import os
 import random
 import signal
@@ -35,7 +33,6 @@ _LINE_SECONDS = 10.0  # between two progress lines where there is no terminal
 _TRACEBACK = 4000  # characters of a child's; those of all children must fit into a pipe that is read at the end
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # parameters of mallopt(3)
 _quiet = False
-_event_files: dict[str, Any] = {}  # TensorBoard's writers of the runs in this process, by folder
 
 
 # --- logs and progress ------------------------------------------------------------------------------------------
@@ -62,11 +59,16 @@ def setup_logging(output_dir: str | Path | None = None, quiet: bool | None = Non
     console.setFormatter(stamp)
     log.addHandler(console)
     if output_dir is not None and is_main():
-        with _os_errors(output_dir):
+        with os_errors(output_dir):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             file = logging.FileHandler(Path(output_dir) / "log.txt", encoding="utf-8")
         file.setFormatter(stamp)
         log.addHandler(file)
+
+
+def is_quiet() -> bool:
+    """Whether only what needs attention is said."""
+    return _quiet
 
 
 def _shows_progress() -> bool:
@@ -128,61 +130,6 @@ def _short(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def append_metrics(output_dir: str | Path, values: dict[str, Any]) -> None:
-    """Add one JSON object as a line to OUTPUT_DIR/metrics.json, as Detectron2 does; only on the main process.
-
-    A value that is not finite is written as null, so that every line stays valid JSON. Where tensorboard is
-    installed, numbers of a line that has an iteration also go to an event file in the same folder.
-    """
-    if not is_main():
-        return
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    with _os_errors(output_dir), open(Path(output_dir) / "metrics.json", "a") as file:
-        file.write(json.dumps(clean) + "\n")
-    board = _event_file(output_dir) if "iteration" in values else None
-    if board is not None:
-        for name, value in values.items():
-            if isinstance(value, (int, float)) and name != "iteration":
-                board.add_scalar(name, value, values["iteration"])
-        board.flush()
-
-
-def _event_file(output_dir: str | Path, start: int | None = None) -> Any:
-    """The TensorBoard writer of this folder, or None without tensorboard.
-
-    With `start` a new file is begun, which takes back what earlier ones say of that iteration and later.
-    """
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    folder = str(Path(output_dir).resolve())
-    if start is not None and folder in _event_files:
-        _event_files.pop(folder).close()
-    if folder not in _event_files:
-        from torch.utils.tensorboard import SummaryWriter
-
-        with _os_errors(output_dir):
-            _event_files[folder] = SummaryWriter(folder, purge_step=start)
-    return _event_files[folder]
-
-
-def trim_metrics(output_dir: str | Path, iteration: int) -> None:
-    """Before continuing at `iteration`, drop what OUTPUT_DIR/metrics.json and TensorBoard say of it and later."""
-    path = Path(output_dir) / "metrics.json"
-    if not is_main() or not path.exists():
-        return
-    _event_file(output_dir, iteration)
-    kept = [line for line in path.read_text().splitlines(keepends=True) if _iteration(line) < iteration]
-    with atomic_write(path, "w") as file:
-        file.writelines(kept)
-
-
-def _iteration(line: str) -> float:
-    try:
-        return json.loads(line)["iteration"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # cut off by a kill in the middle of the line
-
-
 # --- files ------------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +144,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _os_errors(path):
+    with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -215,7 +162,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 @contextlib.contextmanager
-def _os_errors(path: str | Path) -> Iterator[None]:
+def os_errors(path: str | Path) -> Iterator[None]:
+    """An OSError of the block is the user's: `path` cannot be written."""
     try:
         yield
     except OSError as error:

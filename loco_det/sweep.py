@@ -31,6 +31,7 @@ from loco_det.config import load_config
 from loco_det.convert import convert
 from loco_det.detection.schema import get_cfg
 from loco_det.errors import UserError
+from loco_det.metrics import check_wandb
 from loco_det.runtime import Progress, log, setup_logging, write_json
 
 LAUNCHERS = ("local", "torchrun", "submitit")
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster", default=None, help="submitit: slurm or local (default: what is there)")
     parser.add_argument("--partition", help="submitit: of slurm")
     parser.add_argument("--timeout", type=int, default=24 * 60, metavar="MIN", help="submitit: of a cell, in minutes")
+    parser.add_argument("--wandb", metavar="PROJECT", help="as for `train`, for every cell")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="overrides for every cell")
 
 
@@ -106,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    check_wandb(args.wandb)
     if any(not 0 < fraction <= 1 for fraction in args.fractions):
         raise UserError(f"--fractions {args.fractions}: give shares above 0, up to 1")
     if min(args.seeds) < 0:
@@ -189,9 +192,10 @@ def _command(args: argparse.Namespace, weights: Path, fraction: float, seed: int
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={args.num_gpus}"]
         start, processes = [sys.executable, "-m", *torchrun, "-m", "loco_det.cli"], []
     part = [] if fraction == 1 else ["--fraction", f"{fraction:g}"]
+    wandb = ["--wandb", args.wandb] if args.wandb else []
     own = {"MODEL.WEIGHTS": weights, "SEED": seed, "OUTPUT_DIR": folder}
     overrides = [*args.set, *(str(text) for pair in own.items() for text in pair)]
-    options = ["--config-file", args.config_file, "--engine", args.engine, "--resume", *processes, *part]
+    options = ["--config-file", args.config_file, "--engine", args.engine, "--resume", *processes, *part, *wandb]
     return [*start, "train", *options, *overrides]
 
 

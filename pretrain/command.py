@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fvcore.common.config import CfgNode
+
 from loco_det.config import load_config
 from loco_det.errors import UserError
+from loco_det.metrics import check_wandb, wandb_run
 from loco_det.runtime import launch
 from pretrain.defaults import get_cfg
 from pretrain.train import pretrain
@@ -17,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML file, e.g. configs/pretrain/*.yaml")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUTPUT_DIR, if any")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes here, a GPU each if there are")
+    parser.add_argument("--wandb", metavar="PROJECT", help="send metrics.json's numbers to Weights & Biases too")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides, e.g. DATA.PATH images SEED 1")
 
 
@@ -28,7 +32,13 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.num_gpus < 1:
         raise UserError(f"--num-gpus is {args.num_gpus}; give at least 1, which without a GPU means one CPU process")
-    launch(pretrain, args.num_gpus, load_config(get_cfg(), args.config_file, args.opts), args.resume)
+    check_wandb(args.wandb)
+    launch(_worker, args.num_gpus, load_config(get_cfg(), args.config_file, args.opts), args.resume, args.wandb)
+
+
+def _worker(cfg: CfgNode, resume: bool, wandb: str | None) -> Path:
+    with wandb_run(cfg, wandb, resume):
+        return pretrain(cfg, resume)
 
 
 def pretrain_file(config: str, overrides: list[str]) -> Path:

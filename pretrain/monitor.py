@@ -11,7 +11,8 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det.backbone import ResNet
-from loco_det.runtime import append_metrics, log, reduce_mean
+from loco_det.metrics import append_metrics
+from loco_det.runtime import log, reduce_mean
 from pretrain.loss import embedding_health
 
 MIN_STD = 0.05  # of the embeddings, where 1 is spread over the sphere; below it the training has collapsed

@@ -20,6 +20,7 @@ from loco_det.data.sources import Source, open_source
 from loco_det.data.twoview import TwoViewLoader, TwoViews, build_two_view_loader
 from loco_det.data.views import normalise
 from loco_det.errors import UserError
+from loco_det.metrics import trim_metrics
 from loco_det.runtime import (
     Progress,
     StopSignal,
@@ -32,7 +33,6 @@ from loco_det.runtime import (
     resolve_device,
     seed_everything,
     setup_logging,
-    trim_metrics,
     world_size,
 )
 from pretrain.average import GradientAverage

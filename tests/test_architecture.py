@@ -20,7 +20,7 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-NO_MODELS = {"loco_det", "loco_det.errors", "loco_det.structures", "loco_det.runtime", "loco_det.config"}
+NO_MODELS = {f"loco_det{name}" for name in ("", ".errors", ".structures", ".runtime", ".metrics", ".config")}
 BASE = NO_MODELS | {"loco_det.backbone", "loco_det.fused", "loco_det.names", "loco_det.artifact"}
 # What the modules of each room may import of this project besides their own room; docs/architecture.md says why.
 MAY_IMPORT = {
@@ -52,6 +52,7 @@ OPTIONAL = {
     "shapely",
     "onnx",
     "onnxruntime",
+    "wandb",
 }  # extras, imported when they are called for
 IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL", "opencv-python-headless": "cv2"}
 

@@ -20,10 +20,10 @@ import torch
 
 from loco_det import runtime
 from loco_det.errors import UserError
+from loco_det.metrics import append_metrics
 from loco_det.runtime import (
     Progress,
     StopSignal,
-    append_metrics,
     atomic_write,
     launch,
     log,
@@ -32,7 +32,6 @@ from loco_det.runtime import (
     resolve_device,
     seed_everything,
     setup_logging,
-    trim_metrics,
     world_size,
     write_json,
 )
@@ -162,60 +161,6 @@ def test_json_that_cannot_be_encoded_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"a": [1] * 1000, "b": object()})
     assert list(tmp_path.iterdir()) == []
-
-
-# --- metrics ----------------------------------------------------------------------------------------------------
-
-
-def test_every_line_of_metrics_is_valid_json(tmp_path: Path) -> None:
-    append_metrics(tmp_path, {"iteration": 0, "loss": float("nan"), "AP": np.float64("inf")})
-    append_metrics(tmp_path, {"iteration": 1, "loss": 0.25, "note": "x"})
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
-
-    lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "metrics.json").read_text().splitlines()]
-    assert lines == [{"iteration": 0, "loss": None, "AP": None}, {"iteration": 1, "loss": 0.25, "note": "x"}]
-
-
-def test_trimming_drops_what_will_come_again_and_a_cut_off_line(tmp_path: Path) -> None:
-    for iteration in range(6):
-        append_metrics(tmp_path, {"iteration": iteration})
-    with open(tmp_path / "metrics.json", "a") as file:
-        file.write('{"iteration": 2, "los')
-    trim_metrics(tmp_path, 3)
-    assert [json.loads(x)["iteration"] for x in (tmp_path / "metrics.json").read_text().splitlines()] == [0, 1, 2]
-    trim_metrics(tmp_path / "absent", 3)
-
-
-def test_tensorboard_gets_the_same_numbers_and_loses_what_is_trimmed(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    def read() -> dict[str, list[tuple[int, float]]]:
-        events = EventAccumulator(str(tmp_path))
-        events.Reload()
-        return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-    for iteration in range(5):
-        append_metrics(tmp_path, {"iteration": iteration, "loss/a": iteration / 2, "note": "x", "none": None})
-    append_metrics(tmp_path, {"AP": 1.0})  # says not when
-    assert read() == {"loss/a": [(i, i / 2) for i in range(5)]}
-    trim_metrics(tmp_path, 3)
-    append_metrics(tmp_path, {"iteration": 3, "loss/a": 7.0, "knn": 50})
-    assert read() == {"loss/a": [(0, 0.0), (1, 0.5), (2, 1.0), (3, 7.0)], "knn": [(3, 50.0)]}
-
-
-def test_without_tensorboard_there_is_no_event_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    append_metrics(tmp_path, {"iteration": 0, "loss": 1.0})
-    trim_metrics(tmp_path, 0)
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
-
-
-def test_metrics_into_a_missing_folder_are_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be written"):
-        append_metrics(tmp_path / "absent", {"iteration": 0})
 
 
 # --- logs and progress ------------------------------------------------------------------------------------------

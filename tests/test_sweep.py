@@ -177,6 +177,9 @@ def test_commands_of_the_launchers() -> None:
     assert plain[plain.index("--fraction") + 1] == "0.1"
     assert plain[-6:] == ["MODEL.WEIGHTS", "w.pkl", "SEED", "3", "OUTPUT_DIR", "f"]
     assert "--resume" in plain
+    watched = sweep._command(arguments(wandb="grid"), Path("w.pkl"), 1.0, 0, Path("f"))
+    assert watched[watched.index("--wandb") + 1] == "grid"
+    assert "--wandb" not in plain
     torchrun = sweep._command(arguments(num_gpus=2, launcher="torchrun"), Path("w.pkl"), 1.0, 0, Path("f"))
     assert torchrun[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     assert "--fraction" not in torchrun

@@ -19,6 +19,7 @@ from loco_det.detection.train import choose_engine, train_net
 from loco_det.errors import UserError
 from loco_det.runtime import launch
 
+EXACT = {"engine": "torchvision", "eval_only": False, "resume": False, "evaluator": "hotcoco", "fast": False}
 LOSSES = {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"}
 
 
@@ -255,7 +256,7 @@ def test_detectron2_is_asked_for_by_name_only_where_it_is(monkeypatch):
 
 def test_two_processes_share_the_work(tmp_path):
     cfg = tiny_cfg(tmp_path, SOLVER__MAX_ITER=2, SOLVER__STEPS=(), SOLVER__CHECKPOINT_PERIOD=1)
-    launch(command._worker, 2, cfg, "torchvision", False, False, "hotcoco")
+    launch(command._worker, 2, cfg, None, EXACT)
     lines = metrics(tmp_path)
     assert [line["iteration"] for line in lines] == [1, 2]  # one writer, and LOG_PERIOD is 20 over there
     assert "bbox/AP" in lines[-1]
@@ -270,7 +271,7 @@ def test_two_processes_share_the_work(tmp_path):
 def test_an_error_in_two_processes_is_one_sentence(tmp_path):
     cfg = tiny_cfg(tmp_path, SOLVER__IMS_PER_BATCH=3)
     with pytest.raises(UserError, match=r"SOLVER.IMS_PER_BATCH is 3, which 2 processes"):
-        launch(command._worker, 2, cfg, "torchvision", False, False, "hotcoco")
+        launch(command._worker, 2, cfg, None, EXACT)
 
 
 def test_metrics_of_an_earlier_run_are_dropped(data, tmp_path, monkeypatch):

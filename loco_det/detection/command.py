@@ -13,6 +13,7 @@ from loco_det.detection.schema import check_honoured, get_cfg
 from loco_det.errors import UserError
 from loco_det.evaluation.cityscapes import OFFICIAL
 from loco_det.evaluation.coco import EVALUATORS
+from loco_det.metrics import check_wandb, wandb_run
 from loco_det.runtime import launch, setup_logging
 
 
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fraction", type=float, metavar="F", help="train on a share of the images, 0.01 for 1 %%")
     parser.add_argument("--few-shot", type=int, metavar="K", help="train on K objects of each class")
+    parser.add_argument("--wandb", metavar="PROJECT", help="send metrics.json's numbers to Weights & Biases too")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides, e.g. SOLVER.BASE_LR 0.01")
 
 
@@ -40,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     """
     from loco_det.detection.train import choose_engine
 
+    check_wandb(args.wandb)
     cfg = load_config(get_cfg(), args.config_file, args.opts)
     if args.fraction is not None or args.few_shot is not None:
         args.opts += _part_of_training_set(cfg, args.fraction, args.few_shot)
@@ -48,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--num-gpus is {args.num_gpus}; give at least 1, which without a GPU means one CPU process.")
     if choose_engine(args.engine).NAME == "torchvision":  # again in every process, but here it is known who set what
         check_honoured(cfg, collect_settings(args.config_file, args.opts))
-    launch(_worker, args.num_gpus, cfg, args.engine, args.eval_only, args.resume, args.evaluator, not args.exact)
+    options = {"engine": args.engine, "eval_only": args.eval_only, "resume": args.resume, "evaluator": args.evaluator}
+    launch(_worker, args.num_gpus, cfg, args.wandb, {**options, "fast": not args.exact})
 
 
 def _part_of_training_set(cfg: CfgNode, fraction: float | None, shots: int | None) -> list[str]:
@@ -63,10 +67,9 @@ def _part_of_training_set(cfg: CfgNode, fraction: float | None, shots: int | Non
     return ["DATASETS.TRAIN", str(tuple(f"{name}{part}" for name in cfg.DATASETS.TRAIN))]
 
 
-def _worker(
-    cfg: CfgNode, engine: str, eval_only: bool, resume: bool, evaluator: str, fast: bool = False
-) -> dict[str, Any]:
+def _worker(cfg: CfgNode, wandb: str | None, options: dict[str, Any]) -> dict[str, Any]:
     from loco_det.detection.train import train_net
 
     setup_logging(cfg.OUTPUT_DIR or None)
-    return train_net(cfg, engine=engine, eval_only=eval_only, resume=resume, evaluator=evaluator, fast=fast)
+    with wandb_run(cfg, wandb, options["resume"]):
+        return train_net(cfg, **options)

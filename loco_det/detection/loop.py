@@ -27,7 +27,8 @@ from loco_det.detection import precise_bn, solver
 from loco_det.detection.checkpoint import Checkpointer
 from loco_det.detection.inference import evaluate, flatten
 from loco_det.errors import UserError
-from loco_det.runtime import StopSignal, append_metrics, barrier, log, rank, reduce_mean, trim_metrics
+from loco_det.metrics import append_metrics, trim_metrics
+from loco_det.runtime import StopSignal, barrier, log, rank, reduce_mean
 
 LOG_PERIOD = 20  # iterations between two lines of metrics.json, and the window of their medians
 LOG_SECONDS = 15.0  # a slow machine is heard of sooner

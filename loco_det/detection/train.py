@@ -28,8 +28,8 @@ from loco_det.detection.record import write_record
 from loco_det.detection.weights import apply_weights, load_weights
 from loco_det.errors import UserError
 from loco_det.fused import fast_arithmetic
+from loco_det.metrics import append_metrics
 from loco_det.runtime import (
-    append_metrics,
     atomic_write,
     barrier,
     is_main,
