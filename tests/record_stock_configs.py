@@ -5,8 +5,8 @@ Run once for each Detectron2 whose files should be known, from the top of the re
     python tests/record_stock_configs.py COMMIT
 
 COMMIT is the Detectron2 commit that is installed; it is noted in the file. For each configuration the values that
-differ from Detectron2's defaults are recorded and, where it describes an R-CNN, the number of tensors of the model
-that Detectron2 builds of it and a hash of their names and shapes.
+differ from Detectron2's defaults are recorded and, where it describes an R-CNN or a semantic segmentor, the number of
+tensors of the model that Detectron2 builds of it and a hash of their names and shapes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def record(path: Path) -> dict[str, Any]:
     cfg, defaults = get_cfg(), flat(get_cfg())
     cfg.merge_from_file(str(path), allow_unsafe=True)
     found: dict[str, Any] = {"sets": {k: v for k, v in flat(cfg).items() if v != defaults[k]}}
-    if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "ProposalNetwork") and not cfg.MODEL.KEYPOINT_ON:
+    ours = ("GeneralizedRCNN", "ProposalNetwork", "SemanticSegmentor")
+    if cfg.MODEL.META_ARCHITECTURE in ours and not cfg.MODEL.KEYPOINT_ON:
         cfg.MODEL.DEVICE = "meta"
         with torch.device("meta"):
             found["model"] = form(build_model(cfg))

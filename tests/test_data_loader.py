@@ -225,7 +225,7 @@ def test_a_bad_image_stops_training_with_its_name_and_no_traceback(root, workers
         (["SOLVER.IMS_PER_BATCH", 0], "IMS_PER_BATCH"),
         (["DATALOADER.NUM_WORKERS", -1], "NUM_WORKERS"),
         (["DATALOADER.SAMPLER_TRAIN", "WeightedTrainingSampler"], "SAMPLER_TRAIN"),
-        (["MODEL.ROI_HEADS.NUM_CLASSES", 80], "has 3 classes but MODEL.ROI_HEADS.NUM_CLASSES is 80"),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", 80], "has 3 classes and MODEL.ROI_HEADS.NUM_CLASSES is 80"),
     ],
 )
 def test_what_does_not_fit_is_named(root, overrides, words):

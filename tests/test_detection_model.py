@@ -326,9 +326,11 @@ class Recorder:
 def test_the_table_of_keys_is_what_the_model_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loco_det.detection.rcnn.check_model_keys", lambda cfg: None)
     read: set[str] = set()
-    for design in ({**cases.FPN, "MODEL.ROI_BOX_HEAD.NUM_CONV": 1}, cases.C4, {**cases.FPN, **cases.CASCADE}):
+    semantic = {**cases.FPN, "MODEL.META_ARCHITECTURE": "SemanticSegmentor"}
+    several = {**cases.FPN, "MODEL.ROI_BOX_HEAD.NUM_CONV": 1}
+    for design in (several, cases.C4, {**cases.FPN, **cases.CASCADE}, semantic):
         model = cases.formula_weights(build_model(Recorder(cases.configure(get_cfg(), design), read)))
-        model(cases.our_batch(train=True))
+        model([{**item, "sem_seg": item["image"][0].long() % 54} for item in cases.our_batch(train=True)])
         with torch.no_grad():
             model.eval()(cases.our_batch(train=False))
     # A key with one legal value needs no reading: the check refuses every other one.

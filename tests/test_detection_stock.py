@@ -26,7 +26,7 @@ CONFIGS: dict[str, dict[str, Any]] = STOCK["configs"]
 
 # What this engine is not for, with the key that says so; every other stock file is honoured in full.
 REFUSED = {
-    "MODEL.META_ARCHITECTURE": ("RetinaNet", "PanopticFPN", "SemanticSegmentor"),
+    "MODEL.META_ARCHITECTURE": ("RetinaNet", "PanopticFPN"),
     "MODEL.KEYPOINT_ON": (True,),
 }
 

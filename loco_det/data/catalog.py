@@ -7,7 +7,8 @@ set in the same shape:
     ROOT/FOO/SPLIT/                               images
     ROOT/FOO/annotations/instances_SPLIT.json     annotations
 
-Cityscapes (`data/cityscapes.py`) is read in its original folders; NAME@masks means its bitmaps, not its polygons.
+Cityscapes (`data/cityscapes.py`, pixel labels: `data/semantic.py`) is read in its original folders; NAME@masks means
+its bitmaps, not its polygons.
 NAME@1pct_seed0 and the like are parts of any of them (`data/subsets.py`).
 """
 
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loco_det.data.cityscapes import PREFIX, cityscapes_annotations, is_cityscapes
+from loco_det.data.semantic import PREFIX as SEMANTIC
+from loco_det.data.semantic import is_semantic, semantic_annotations
 from loco_det.data.subsets import check_part, part_of
 from loco_det.data.voc import VOC_SETS, voc_annotations
 from loco_det.errors import UserError
@@ -81,6 +84,9 @@ def _find_whole(name: str, masks: bool) -> DatasetPaths:
         split, folder = name.removeprefix(PREFIX), root / "cityscapes"
         annotations = cityscapes_annotations(folder, split, from_polygons=not masks)
         return DatasetPaths(name, folder / "leftImg8bit" / split, annotations, derived=True)
+    if is_semantic(name):
+        split, folder = name.removeprefix(SEMANTIC), root / "cityscapes"
+        return DatasetPaths(name, folder / "leftImg8bit" / split, semantic_annotations(folder, split), derived=True)
     if name in VOC_SETS:
         return DatasetPaths(name, *voc_annotations(name, root))
     if name in _COCO:

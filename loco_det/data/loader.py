@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from loco_det.data.catalog import find_dataset
 from loco_det.data.coco import CocoDataset, load_coco
 from loco_det.data.mapper import DetectionMapper, ProposalsOfImage, sample_rng
+from loco_det.data.semantic import is_semantic
 from loco_det.errors import UserError
 from loco_det.runtime import log, rank, world_size
 
@@ -219,20 +220,42 @@ def repeat_factors(images: np.ndarray, labels: np.ndarray, count: int, threshold
 
 
 def _load(cfg: CfgNode, name: str, train: bool) -> CocoDataset:
-    dataset = load_coco(find_dataset(name), need_annotations=train)
-    classes, expected = len(dataset.class_names), cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    semantic = check_kind(cfg, name)
+    dataset = load_coco(find_dataset(name), need_annotations=train and not semantic)
+    check_classes(cfg, name, len(dataset.class_names))
+    return dataset
+
+
+def check_kind(cfg: CfgNode, name: str) -> bool:
+    """Whether a data set has pixel labels; UserError if MODEL.META_ARCHITECTURE is not made for what it has."""
+    semantic = is_semantic(name)
+    if semantic != (cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor"):
+        wanted = "SemanticSegmentor" if semantic else "GeneralizedRCNN"
+        raise UserError(
+            f"data set {name} has {'pixel labels' if semantic else 'objects and no pixel labels'}, and "
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; set it to {wanted}, or name another data set."
+        )
+    return semantic
+
+
+def check_classes(cfg: CfgNode, name: str, classes: int) -> None:
+    """Refuse with UserError a data set that has another number of classes than the model is built for."""
+    head = "SEM_SEG_HEAD" if is_semantic(name) else "ROI_HEADS"
+    expected = cfg.MODEL[head].NUM_CLASSES
     if classes != expected:
         raise UserError(
-            f"{dataset.paths.annotations} has {classes} classes but MODEL.ROI_HEADS.NUM_CLASSES is {expected}; "
-            f"set it to {classes}."
+            f"data set {name} has {classes} classes and MODEL.{head}.NUM_CLASSES is {expected}; set "
+            f"MODEL.{head}.NUM_CLASSES {classes}."
         )
-    return dataset
 
 
 def _trainable(cfg: CfgNode, dataset: CocoDataset) -> np.ndarray:
     """The images to train on: with DATALOADER.FILTER_EMPTY_ANNOTATIONS those with an object that is no crowd."""
     rows = np.arange(len(dataset))
     image, _, crowd = dataset.objects()
+    if is_semantic(dataset.paths.name):
+        log.info("%s: %d images with labels of %d classes", dataset.paths.name, len(rows), len(dataset.class_names))
+        return rows
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         rows = np.unique(image[~crowd])
     if not len(rows):

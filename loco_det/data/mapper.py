@@ -19,6 +19,7 @@ from pycocotools import mask as coco_mask
 from loco_det.data.coco import Record, decode_segmentation
 from loco_det.data.images import read_image
 from loco_det.data.masks import BitMasks, PolygonMasks, rasterize
+from loco_det.data.semantic import label_file, read_labels
 from loco_det.data.transforms import Transform, check_input, draw_transforms, resize_short_side
 from loco_det.errors import UserError
 from loco_det.structures import Instances
@@ -43,7 +44,8 @@ class DetectionMapper:
     """Turns a `Record` into the dict that the model takes.
 
     Args:
-        cfg: Detectron2's keys; INPUT, MODEL.MASK_ON and DATASETS.PRECOMPUTED_PROPOSAL_TOPK_* are read.
+        cfg: Detectron2's keys; INPUT, MODEL.META_ARCHITECTURE, MODEL.MASK_ON and
+            DATASETS.PRECOMPUTED_PROPOSAL_TOPK_* are read.
         train: with random transforms and "instances", or resized for testing and without.
 
     Raises:
@@ -54,6 +56,7 @@ class DetectionMapper:
         check_input(cfg.INPUT)
         self.input = cfg.INPUT
         self.with_masks = bool(cfg.MODEL.MASK_ON)
+        self.semantic = cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor"
         self.train = train
         limits = cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN, cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST
         self.most_proposals = limits[0 if train else 1]
@@ -74,6 +77,7 @@ class DetectionMapper:
             file_name, image_id, height, width: as in the record, i.e. of the original image.
             image: (3, H, W) uint8 in INPUT.FORMAT order.
             instances: training only, `Instances` in pixels of `image` without crowds and empty objects.
+            sem_seg: instead of them for a semantic segmentor, (H, W) int64 classes or IGNORED of data/semantic.py.
             proposals: if given, the best DATASETS.PRECOMPUTED_PROPOSAL_TOPK_{TRAIN,TEST} that are not empty, as
                 `Instances` in pixels of `image` with boxes and scores.
 
@@ -96,7 +100,9 @@ class DetectionMapper:
             "width": record.width,
             "image": torch.from_numpy(image.transpose(2, 0, 1).copy()),
         }
-        if self.train:
+        if self.train and self.semantic:
+            sample["sem_seg"] = self._labels(record, transforms)
+        elif self.train:
             sample["instances"] = self._instances(record, transforms, image.shape[:2])
         if proposals is not None:
             sample["proposals"] = self._proposals(proposals, transforms, image.shape[:2])
@@ -109,6 +115,17 @@ class DetectionMapper:
             return []
         size = (record.height, record.width, self.input.MIN_SIZE_TEST, self.input.MAX_SIZE_TEST)
         return [resize_short_side(*size)]
+
+    def _labels(self, record: Record, transforms: list[Transform]) -> torch.Tensor:
+        path = label_file(record.file_name)
+        labels = read_labels(path)
+        if labels.shape != (record.height, record.width):
+            raise UserError(
+                f"{path} has shape {labels.shape} and its image {(record.height, record.width)}; correct it."
+            )
+        for transform in transforms:
+            labels = transform.mask(labels)
+        return torch.from_numpy(labels.astype(np.int64))
 
     def _instances(self, record: Record, transforms: list[Transform], size: tuple[int, int]) -> Instances:
         rows = np.flatnonzero(~record.crowd)

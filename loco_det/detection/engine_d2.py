@@ -6,14 +6,19 @@ are Detectron2's own; loop, solver (tested equal), checkpoints and evaluation ar
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det.data.catalog import find_dataset
+from loco_det.data.index import load_index
+from loco_det.data.semantic import CLASSES, IGNORED, is_semantic, label_file, to_classes
 from loco_det.detection.schema import check_task
 from loco_det.structures import Instances
 
@@ -51,11 +56,14 @@ def build_model(cfg: CfgNode) -> nn.Module:
 
 def train_batches(cfg: CfgNode, start: int) -> Iterable[list[dict[str, Any]]]:
     """Detectron2's loader begins its order of images anew at every start; `start` is not used, as in Detectron2."""
-    from detectron2.data import build_detection_train_loader
+    from detectron2.data import DatasetMapper, build_detection_train_loader
 
     for name in cfg.DATASETS.TRAIN:
         _register(name)
-    return build_detection_train_loader(_native(cfg))
+    native = _native(cfg)
+    if any(map(is_semantic, cfg.DATASETS.TRAIN)):
+        return build_detection_train_loader(native, mapper=_SemanticMapper(DatasetMapper(native, is_train=True)))
+    return build_detection_train_loader(native)
 
 
 def test_batches(cfg: CfgNode, dataset: str) -> Iterable[list[dict[str, Any]]]:
@@ -72,8 +80,8 @@ def losses(model: nn.Module, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
         return model(batch)
 
 
-def predict(model: nn.Module, batch: list[dict[str, Any]]) -> list[Instances]:
-    return [_instances(output) for output in model(batch)]
+def predict(model: nn.Module, batch: list[dict[str, Any]]) -> list[Instances] | list[Tensor]:
+    return [output["sem_seg"] if "sem_seg" in output else _instances(output) for output in model(batch)]
 
 
 def augment(cfg: CfgNode, model: nn.Module) -> nn.Module:
@@ -104,6 +112,30 @@ def _native(cfg: CfgNode) -> Any:
     return native
 
 
+class _SemanticMapper:
+    """Detectron2's mapper, whose labels become classes: it reads label ids as they are, moved as a map of numbers."""
+
+    def __init__(self, mapper: Any) -> None:
+        self.mapper = mapper
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        sample = self.mapper(record)
+        classes = to_classes(sample["sem_seg"].numpy(), Path(record["sem_seg_file_name"]))
+        return {**sample, "sem_seg": torch.from_numpy(classes).long()}
+
+
+def _semantic_records(name: str) -> list[dict[str, Any]]:
+    """What Detectron2 trains on and tests, of a data set with pixel labels."""
+    paths = find_dataset(name)
+    index = load_index(paths.annotations)
+    columns = zip(index.image_id.tolist(), index.file_name.tolist(), index.height.tolist(), index.width.tolist())
+    images = [(number, str(paths.images / file), height, width) for number, file, height, width in columns]
+    return [
+        {"image_id": i, "file_name": file, "height": h, "width": w, "sem_seg_file_name": str(label_file(file))}
+        for i, file, h, w in images
+    ]
+
+
 def _register(name: str) -> None:
     """Tell Detectron2 of a NAME_SPLIT data set that it does not know."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -118,5 +150,9 @@ def _register(name: str) -> None:
             return  # its own
         DatasetCatalog.remove(name)  # the same name below another DETECTRON2_DATASETS, or in another format
         MetadataCatalog.remove(name)
-    register_coco_instances(name, {}, *places)
+    if is_semantic(name):
+        DatasetCatalog.register(name, functools.partial(_semantic_records, name))
+        MetadataCatalog.get(name).set(stuff_classes=list(CLASSES), ignore_label=IGNORED)
+    else:
+        register_coco_instances(name, {}, *places)
     _registered[name] = places

@@ -48,8 +48,11 @@ def losses(model: nn.Module, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
     return model(batch)
 
 
-def predict(model: nn.Module, batch: list[dict[str, Any]]) -> list[Instances]:
-    """Detections, or a proposal network's proposals, of a model in evaluation mode, in the original image's pixels."""
+def predict(model: nn.Module, batch: list[dict[str, Any]]) -> list[Instances] | list[Tensor]:
+    """Detections, or a proposal network's proposals, of a model in evaluation mode, in the original image's pixels.
+
+    A semantic segmentor's are logits (K, height, width) for each image.
+    """
     return model(batch)
 
 

@@ -17,7 +17,7 @@ _EXPECTED_TYPES = [[str, str, value, tolerance] for value in (int, float) for to
 _NORMS = ("BN", "SyncBN", "FrozenBN", "GN")
 
 MODEL_KEYS: dict[str, tuple[Any, ...] | None] = {
-    "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN", "ProposalNetwork"),
+    "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN", "ProposalNetwork", "SemanticSegmentor"),
     "MODEL.MASK_ON": None,
     "MODEL.KEYPOINT_ON": (False,),
     "MODEL.PIXEL_MEAN": None,
@@ -101,6 +101,14 @@ MODEL_KEYS: dict[str, tuple[Any, ...] | None] = {
     "MODEL.ROI_MASK_HEAD.NORM": ("", *_NORMS),
     "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": None,
     "MODEL.ROI_MASK_HEAD.POOLER_TYPE": POOLER_TYPES,
+    "MODEL.SEM_SEG_HEAD.NAME": ("SemSegFPNHead",),
+    "MODEL.SEM_SEG_HEAD.IN_FEATURES": None,
+    "MODEL.SEM_SEG_HEAD.IGNORE_VALUE": (255,),
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": None,
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": None,
+    "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": None,
+    "MODEL.SEM_SEG_HEAD.NORM": ("", *_NORMS),
+    "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT": None,
     "TEST.DETECTIONS_PER_IMAGE": None,
 }
 

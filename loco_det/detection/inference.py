@@ -16,23 +16,26 @@ from torch import nn
 from loco_det.data.catalog import DatasetPaths, find_dataset
 from loco_det.data.cityscapes import is_cityscapes
 from loco_det.data.index import load_index
+from loco_det.data.semantic import is_semantic
 from loco_det.data.voc import VOC_SETS, image_number
 from loco_det.errors import UserError
 from loco_det.evaluation.cityscapes import OFFICIAL, evaluate_cityscapes, write_submission
 from loco_det.evaluation.coco import EVALUATORS, evaluate_coco, format_results, instances_to_coco, write_results
 from loco_det.evaluation.proposals import Proposals, evaluate_proposals, write_proposals
+from loco_det.evaluation.semantic import evaluate_semantic, write_prediction
+from loco_det.evaluation.semantic import write_submission as write_semantic_submission
 from loco_det.evaluation.voc import evaluate_voc
 from loco_det.runtime import Progress, barrier, is_main, log, world_size
-from loco_det.structures import Instances
 
 Results = dict[str, dict[str, float]]
 
 
 def evaluate(cfg: CfgNode, model: nn.Module, engine: ModuleType, evaluator: str = "hotcoco") -> dict[str, Any]:
-    """Run `model` on every data set of DATASETS.TEST and measure AP, or the recall of its proposals.
+    """Run `model` on every data set of DATASETS.TEST and measure AP, the recall of its proposals, or IoU of labels.
 
-    Predictions go to OUTPUT_DIR/inference/coco_instances_results.json (a proposal network's to box_proposals.pkl),
-    or where there are several data sets to OUTPUT_DIR/NAME/inference/....
+    Predictions go to OUTPUT_DIR/inference/coco_instances_results.json (a proposal network's to box_proposals.pkl, a
+    semantic segmentor's to sem_seg/IMAGE_pred.png), or where there are several data sets to
+    OUTPUT_DIR/NAME/inference/....
 
     Returns:
         On the main process {"bbox": {"AP": percent, ...}, "segm": ...} or {"box_proposals": {"AR@100": ...}}, for
@@ -79,9 +82,12 @@ def _evaluate_all(cfg: CfgNode, model: nn.Module, engine: ModuleType, evaluator:
     results: dict[str, Any] = {}
     names = list(cfg.DATASETS.TEST)
     proposals = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
+    semantic = cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor"
     for name in names:
         output_dir = Path(cfg.OUTPUT_DIR) if len(names) == 1 else Path(cfg.OUTPUT_DIR) / name
-        if proposals:
+        if semantic:
+            found = _evaluate_semantic(cfg, model, engine, name, output_dir, evaluator)
+        elif proposals:
             found = _evaluate_proposals(cfg, model, engine, name, output_dir)
         else:
             found = _evaluate_one(cfg, model, engine, name, output_dir, evaluator, folder)
@@ -137,9 +143,9 @@ def check_evaluator(cfg: CfgNode, evaluator: str) -> None:
         UserError: naming both.
     """
     for name in cfg.DATASETS.TEST:
-        masks_of_cityscapes = is_cityscapes(name) and cfg.MODEL.MASK_ON
-        if (evaluator == OFFICIAL) != masks_of_cityscapes and evaluator != EVALUATORS[0]:
-            remedy = f"{OFFICIAL} or nothing" if masks_of_cityscapes else f"one of {', '.join(EVALUATORS)}"
+        of_cityscapes = (is_cityscapes(name) and cfg.MODEL.MASK_ON) or is_semantic(name)
+        if (evaluator == OFFICIAL) != of_cityscapes and evaluator != EVALUATORS[0]:
+            remedy = f"{OFFICIAL} or nothing" if of_cityscapes else f"one of {', '.join(EVALUATORS)}"
             raise UserError(f"--evaluator {evaluator} does not measure {name}; give {remedy}.")
 
 
@@ -155,6 +161,27 @@ def _evaluate_proposals(cfg: CfgNode, model: nn.Module, engine: ModuleType, name
         log.info("%s: proposals of %d images in %.1f s, written to %s", name, len(found), seconds, file)
         results = evaluate_proposals(paths.annotations, found)
         log.info("%s: %s", name, ", ".join(f"{k} {v:.3f}" for k, v in results["box_proposals"].items()))
+    barrier()
+    return results
+
+
+def _evaluate_semantic(
+    cfg: CfgNode, model: nn.Module, engine: ModuleType, name: str, output_dir: Path, evaluator: str
+) -> Results:
+    paths = find_dataset(name)
+    images = [paths.images / file for file in load_index(paths.annotations).file_name.tolist()]
+    folder = output_dir / "inference" / "sem_seg"
+    written = _run_everywhere(model, _written(model, engine, engine.test_batches(cfg, name), folder))
+    results: Results = {}
+    if is_main():
+        log.info("%s: labels of %d images written to %s", name, len(written), folder)
+        if paths.images.name == "test":
+            file = folder.parent / "cityscapes_submission.zip"
+            write_semantic_submission(images, folder, file)
+            log.info("%s: its truth is secret; %s can be submitted to cityscapes-dataset.com", name, file)
+        else:
+            results = evaluate_semantic(images, folder, official=evaluator == OFFICIAL)
+            log.info("%s: %s", name, ", ".join(f"{k} {v:.3f}" for k, v in results["sem_seg"].items()))
     barrier()
     return results
 
@@ -198,8 +225,15 @@ def _proposals(model: nn.Module, engine: ModuleType, batches: Any) -> Iterator[P
         yield Proposals(image_number(item["image_id"]), found.boxes.float().cpu(), found.scores.float().cpu())
 
 
+def _written(model: nn.Module, engine: ModuleType, batches: Any, folder: Path) -> Iterator[str]:
+    """Writes the labels of every image; gives its name."""
+    for item, logits in _found(model, engine, batches):
+        write_prediction(folder, item["file_name"], logits.argmax(0).cpu().numpy())
+        yield item["file_name"]
+
+
 @torch.inference_mode()
-def _found(model: nn.Module, engine: ModuleType, batches: Any) -> Iterator[tuple[dict[str, Any], Instances]]:
+def _found(model: nn.Module, engine: ModuleType, batches: Any) -> Iterator[tuple[dict[str, Any], Any]]:
     """Every image of the batches with what the model finds in it."""
     with Progress(len(batches), "evaluation", unit="batches") as progress:
         for batch in batches:

@@ -1,51 +1,35 @@
 """Faster and Mask R-CNN, and the RPN alone: from images through backbone, proposals and heads to the original image.
 
-Shape legend: B images; image i is (3, Hi, Wi), the padded batch (B, 3, H, W).
 Source: detectron2/modeling/meta_arch/rcnn.py and postprocessing.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import nn
 
 from loco_det.detection.boxes import clip, nonempty
 from loco_det.detection.cascade import build_roi_heads
-from loco_det.detection.fpn import build_backbone
 from loco_det.detection.honoured import check_model_keys
 from loco_det.detection.masks import paste_masks
+from loco_det.detection.network import Batch, Network
 from loco_det.detection.rpn import RPN
+from loco_det.detection.semantic import SemanticSegmentor
 from loco_det.errors import UserError
 from loco_det.structures import Instances
 
-Batch = Sequence[dict[str, Any]]
 
-
-class ProposalNetwork(nn.Module):
+class ProposalNetwork(Network):
     """Backbone and RPN with Detectron2's parameter names, arithmetic and losses."""
 
     def __init__(self, cfg: CfgNode) -> None:
-        super().__init__()
-        self.backbone = build_backbone(cfg)
+        super().__init__(cfg)
         self.proposal_generator: RPN | None = None
         if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "RPN":
             self._check_features("RPN", cfg.MODEL.RPN.IN_FEATURES)
             self.proposal_generator = RPN(cfg, self.backbone.channels, self.backbone.strides)
-        # Not persistent: Detectron2's checkpoints do not hold them.
-        for name in ("pixel_mean", "pixel_std"):
-            value = torch.tensor(cfg.MODEL[name.upper()], dtype=torch.float32).view(-1, 1, 1)
-            self.register_buffer(name, value, persistent=False)
-
-    def _check_features(self, section: str, names: Sequence[str]) -> None:
-        known = list(self.backbone.channels)
-        if not names or any(name not in known for name in names):
-            raise UserError(
-                f"MODEL.{section}.IN_FEATURES {list(names)} must be features of the backbone: {', '.join(known)}"
-            )
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor] | list[Instances]:
         """Losses in training, proposals otherwise.
@@ -67,18 +51,6 @@ class ProposalNetwork(nn.Module):
     def targets(self, batch: Batch) -> list[Instances] | None:
         """Ground truth on the model's device, in training."""
         return [item["instances"].to(self.pixel_mean.device) for item in batch] if self.training else None
-
-    def preprocess(self, batch: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        """Normalised float32 images padded at the right and below with zeros to one size, and their own (Hi, Wi)."""
-        device = self.pixel_mean.device
-        images = [(item["image"].to(device) - self.pixel_mean) / self.pixel_std for item in batch]
-        sizes = [tuple(image.shape[-2:]) for image in images]
-        unit = max(self.backbone.size_divisibility, 1)
-        height, width = (-(-max(lengths) // unit) * unit for lengths in zip(*sizes))
-        padded = images[0].new_zeros((len(images), images[0].shape[0], height, width))
-        for row, image, size in zip(padded, images, sizes):
-            row[:, : size[0], : size[1]] = image
-        return padded, sizes
 
 
 class GeneralizedRCNN(ProposalNetwork):
@@ -168,8 +140,8 @@ def postprocess(detections: Instances, height: int, width: int) -> Instances:
     )
 
 
-def build_model(cfg: CfgNode) -> ProposalNetwork:
-    """The detector that a config with Detectron2's keys describes, freshly initialised, on the CPU, in training mode.
+def build_model(cfg: CfgNode) -> Network:
+    """The network that a config with Detectron2's keys describes, freshly initialised, on the CPU, in training mode.
 
     Raises:
         UserError: if a key asks for something that this engine does not have; names key and value.
@@ -177,5 +149,9 @@ def build_model(cfg: CfgNode) -> ProposalNetwork:
     check_model_keys(cfg)
     if len(cfg.MODEL.PIXEL_MEAN) != 3 or len(cfg.MODEL.PIXEL_STD) != 3 or 0 in list(cfg.MODEL.PIXEL_STD):
         raise UserError("MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be three numbers, PIXEL_STD without zeros")
-    kinds = {"GeneralizedRCNN": GeneralizedRCNN, "ProposalNetwork": ProposalNetwork}
+    kinds = {
+        "GeneralizedRCNN": GeneralizedRCNN,
+        "ProposalNetwork": ProposalNetwork,
+        "SemanticSegmentor": SemanticSegmentor,
+    }
     return kinds[cfg.MODEL.META_ARCHITECTURE](cfg)

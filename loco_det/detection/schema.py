@@ -91,7 +91,7 @@ HONOURED: dict[str, tuple[Any, ...] | None] = {
 
 # Of Detectron2's tasks those that neither engine's training and evaluation here is made for.
 _OTHER_TASKS = {
-    "MODEL.META_ARCHITECTURE": ("PanopticFPN", "SemanticSegmentor"),
+    "MODEL.META_ARCHITECTURE": ("PanopticFPN",),
     "MODEL.KEYPOINT_ON": (True,),
 }
 # Judged first, since it says more clearly than any key that follows from it what is asked for.
@@ -133,8 +133,8 @@ def check_task(cfg: CfgNode, settings: Mapping[str, Setting] | None = None) -> N
         value = lookup(cfg, key)
         if value in others:
             raise UserError(
-                f"{_origin(key, settings)}{key} is {value!r}; runs here train and evaluate boxes and instance masks, "
-                "with either engine; use Detectron2 itself for other tasks."
+                f"{_origin(key, settings)}{key} is {value!r}; runs here train and evaluate boxes, instance masks "
+                "and Cityscapes' pixel labels, with either engine; use Detectron2 itself for other tasks."
             )
     if cfg.VIS_PERIOD > 0:
         where = _origin("VIS_PERIOD", settings)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from loco_det import __version__
+from loco_det.data import loader
 from loco_det.data.catalog import find_dataset
 from loco_det.data.index import load_index
 from loco_det.detection import engine_d2, solver
@@ -132,7 +133,8 @@ def _prepare(cfg: CfgNode, eval_only: bool) -> CfgNode:
         if cfg.FLOAT32_PRECISION:
             torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
             torch.backends.cudnn.allow_tf32 = cfg.FLOAT32_PRECISION != "highest"
-    synced = [part for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD") if cfg.MODEL[part].NORM == "SyncBN"]
+    parts = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD")
+    synced = [part for part in parts if cfg.MODEL[part].NORM == "SyncBN"]
     if synced and cfg.MODEL.DEVICE == "cpu" and world_size() > 1:
         raise UserError(f"MODEL.{synced[0]}.NORM is SyncBN, which needs GPUs on several processes; set it to BN.")
     seed_everything(cfg.SEED)
@@ -151,12 +153,8 @@ def _with(cfg: CfgNode, **values: Any) -> CfgNode:
 def check_classes(cfg: CfgNode, names: list[str]) -> None:
     """Every data set exists and has the classes that the model is built for, before hours are spent."""
     for name in names:
-        categories = load_index(find_dataset(name).annotations).categories
-        if len(categories) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-            raise UserError(
-                f"data set {name} has {len(categories)} classes and MODEL.ROI_HEADS.NUM_CLASSES is "
-                f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES}; set MODEL.ROI_HEADS.NUM_CLASSES {len(categories)}."
-            )
+        loader.check_kind(cfg, name)
+        loader.check_classes(cfg, name, len(load_index(find_dataset(name).annotations).categories))
 
 
 def detector_device(name: str) -> torch.device:

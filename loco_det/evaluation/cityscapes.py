@@ -253,7 +253,7 @@ def rle_lengths(counts: bytes) -> np.ndarray:
 
 def _by_cityscapesscripts(frames: list[_Frame], detections: Detections) -> np.ndarray:
     """As `_by_histograms`; results go through files in a temporary folder, which is how that code reads them."""
-    module = _official_module()
+    module = official_module("evalInstanceLevelSemanticLabeling")
     with tempfile.TemporaryDirectory(prefix="cityscapes_") as folder:
         for name, content in submission_files(frames, detections):
             (Path(folder) / name).write_bytes(content)
@@ -285,9 +285,10 @@ def _by_class_and_threshold(module: ModuleType, matches: dict[str, Any], setting
     return precision
 
 
-def _official_module() -> ModuleType:
+def official_module(name: str) -> ModuleType:
+    """A module of cityscapesscripts.evaluation, or UserError where that is not installed."""
     try:
-        module = importlib.import_module("cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling")
+        module = importlib.import_module(f"cityscapesscripts.evaluation.{name}")
     except ImportError as error:
         raise UserError(
             f"--evaluator {OFFICIAL} needs cityscapesscripts; run pip install 'loco_det[cityscapes]', or leave the "

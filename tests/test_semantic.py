@@ -1,0 +1,374 @@
+"""Semantic segmentation of Cityscapes: labels, head and loss against slow arithmetic, scores against the benchmark."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cityscapes_cases import write_cityscapes
+from PIL import Image
+from tiny_detection import tiny_cfg
+
+from loco_det.config import load_config
+from loco_det.data import semantic as data
+from loco_det.data.catalog import find_dataset
+from loco_det.data.coco import load_coco
+from loco_det.data.loader import build_train_loader
+from loco_det.data.mapper import DetectionMapper, sample_rng
+from loco_det.data.transforms import Crop, Resize
+from loco_det.detection.rcnn import build_model
+from loco_det.detection.schema import get_cfg
+from loco_det.detection.train import check_classes, train_net
+from loco_det.errors import UserError
+from loco_det.evaluation import semantic as scores
+
+NAME = "cityscapes_fine_sem_seg"
+ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
+HEAD = "sem_seg_head."
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cityscapes(tmp_path_factory.mktemp("data"), images=3)
+
+
+@pytest.fixture(autouse=True)
+def _found(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tree.parent))
+
+
+def cfg(folder: Path, **changes: object):
+    return tiny_cfg(
+        folder,
+        **{
+            "MODEL__META_ARCHITECTURE": "SemanticSegmentor",
+            "MODEL__SEM_SEG_HEAD__NUM_CLASSES": 19,
+            "MODEL__SEM_SEG_HEAD__CONVS_DIM": 32,
+            "DATASETS__TRAIN": (f"{NAME}_train",),
+            "DATASETS__TEST": (f"{NAME}_val",),
+            "SOLVER__MAX_ITER": 2,
+            "SOLVER__STEPS": (1,),
+            **changes,
+        },
+    )
+
+
+def frames(tree: Path, split: str = "val") -> list[Path]:
+    return sorted((tree / "leftImg8bit" / split).glob("*/*.png"))
+
+
+# --- labels -----------------------------------------------------------------------------------------------------
+
+
+def test_classes_ids_categories_and_sizes_are_the_benchmarks() -> None:
+    helpers = pytest.importorskip("cityscapesscripts.helpers.labels")
+    module = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
+    wanted = sorted((label for label in helpers.labels if 0 <= label.trainId < 255), key=lambda label: label.trainId)
+    assert [label.name for label in wanted] == list(data.CLASSES)
+    assert [label.id for label in wanted] == data.LABEL_IDS.tolist()
+    for name, members in scores.CATEGORIES.items():
+        assert [label.trainId for label in wanted if label.category == name] == list(members)
+    assert {data.CLASSES[k]: size for k, size in scores.INSTANCE_PIXELS.items()} == {
+        name: size for name, size in module.args.avgClassSize.items() if name in data.CLASSES
+    }
+    values = np.arange(34, dtype=np.uint8)
+    assert data.to_classes(values, Path("a_labelIds.png")).tolist() == [helpers.id2label[i].trainId for i in range(34)]
+
+
+def test_train_ids_stand_in_where_label_ids_are_missing(tree: Path, tmp_path: Path) -> None:
+    image = frames(tree)[0]
+    from_ids = data.read_labels(data.label_file(image))
+    assert set(np.unique(from_ids)) > {0, data.IGNORED}
+    shutil.copytree(tree, tmp_path / "copy")
+    image = frames(tmp_path / "copy")[0]
+    ids = data.label_file(image)
+    Image.fromarray(from_ids).save(ids.with_name(ids.name.replace("labelIds", "labelTrainIds")))
+    ids.unlink()
+    assert data.label_file(image).name.endswith("_labelTrainIds.png")
+    assert (data.read_labels(data.label_file(image)) == from_ids).all()
+    data.label_file(image).unlink()
+    with pytest.raises(UserError, match=r"labelIds\.png does not exist"):
+        data.label_file(image)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.full((4, 4), 77, np.uint8), "unknown label 77"),
+        (np.zeros((4, 4, 3), np.uint8), "not a map of labels"),
+        (np.zeros((4, 4), np.uint16), "not a map of labels"),
+        (b"no picture", "cannot be read"),
+    ],
+)
+def test_what_is_no_map_of_labels_is_refused(pixels: np.ndarray | bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a_gtFine_labelIds.png"
+    path.write_bytes(pixels) if isinstance(pixels, bytes) else Image.fromarray(pixels).save(path)
+    with pytest.raises(UserError, match=message):
+        data.read_labels(path)
+
+
+def test_a_split_is_listed_with_its_classes_and_no_annotation() -> None:
+    found = load_coco(find_dataset(f"{NAME}_train"), need_annotations=False)
+    assert (len(found), found.class_names, found.category_ids[0]) == (3, data.CLASSES, 7)
+    assert [(r.height, r.width) for r in found] == [(96, 160)] * 3
+    assert len(load_coco(find_dataset(f"{NAME}_train@33pct_seed0"), need_annotations=False)) == 1
+
+
+def test_labels_follow_their_image_through_crop_resize_and_flip(tmp_path: Path) -> None:
+    """Each pixel has the label of the pixel that the drawn transforms bring there, by PIL's nearest neighbours."""
+    settings = cfg(tmp_path, INPUT__CROP__ENABLED=True, INPUT__CROP__TYPE="absolute", INPUT__CROP__SIZE=(48, 64))
+    record = load_coco(find_dataset(f"{NAME}_train"), need_annotations=False)[0]
+    truth = data.read_labels(data.label_file(record.file_name)).astype(int)
+    mapper, flipped = DetectionMapper(settings, train=True), set()
+    for seed in range(6):
+        sample = mapper(record, sample_rng(seed, 0))
+        drawn = mapper._transforms(record, sample_rng(seed, 0))
+        crop = next(t for t in drawn if isinstance(t, Crop))
+        size = next(t for t in drawn if isinstance(t, Resize))
+        place = np.arange(truth.size, dtype=np.int32).reshape(truth.shape)  # of each pixel in the original
+        place = place[crop.y : crop.y + crop.h, crop.x : crop.x + crop.w]
+        shape = size.new_width, size.new_height
+        place = np.array(Image.fromarray(place).resize(shape, Image.Resampling.NEAREST))
+        flipped.add(len(drawn) == 3)
+        if len(drawn) == 3:
+            place = place[:, ::-1]
+        assert sample["sem_seg"].dtype == torch.int64
+        assert (sample["sem_seg"].numpy() == truth.ravel()[place]).all()
+        assert sample["sem_seg"].shape == sample["image"].shape[1:]
+        assert "instances" not in sample
+    assert flipped == {True, False}
+
+
+# --- head and loss ----------------------------------------------------------------------------------------------
+
+
+def test_logits_and_loss_follow_from_the_tensors_one_by_one(tmp_path: Path) -> None:
+    """The head written out, in float64: each level doubled until it has stride 4, summed, classified, enlarged."""
+    settings = cfg(tmp_path, MODEL__SEM_SEG_HEAD__LOSS_WEIGHT=0.5)
+    torch.manual_seed(0)
+    model = build_model(settings)
+    batch = next(iter(build_train_loader(settings)))
+    model.train()
+    loss = model(batch)["loss_sem_seg"].item()
+    state = {k.removeprefix(HEAD): v.double() for k, v in model.state_dict().items() if k.startswith(HEAD)}
+    assert {k.split(".")[0] for k in state} == {"p2", "p3", "p4", "p5", "predictor"}
+    images, _ = model.preprocess(batch)
+    with torch.no_grad():
+        features = model.backbone(images)
+    total = 0
+    for level, doublings in (("p2", 0), ("p3", 1), ("p4", 2), ("p5", 3)):
+        x = features[level].double()
+        for k in range(max(1, doublings)):
+            place = f"{level}.{2 * k}"
+            x = F.conv2d(x, state[f"{place}.weight"], padding=1)
+            x = F.group_norm(x, 32, state[f"{place}.norm.weight"], state[f"{place}.norm.bias"]).relu()
+            if doublings:
+                x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        total = total + x
+    logits = F.conv2d(total, state["predictor.weight"], state["predictor.bias"])
+    logits = F.interpolate(logits, scale_factor=4, mode="bilinear", align_corners=False)
+    picked = []
+    for one, item in zip(logits.log_softmax(1), batch):
+        labels = item["sem_seg"]
+        for y, x in zip(*np.nonzero((labels != 255).numpy())):
+            picked.append(-one[labels[y, x], y, x])
+    assert loss == pytest.approx(0.5 * torch.stack(picked).mean().item(), rel=1e-5)
+    model.eval()
+    with torch.no_grad():
+        found = model(batch)
+    for one, given, item in zip(found, logits, batch):
+        height, width = item["image"].shape[1:]
+        wanted = F.interpolate(given[None, :, :height, :width], (item["height"], item["width"]), mode="bilinear")[0]
+        assert one.shape == (19, item["height"], item["width"])
+        assert (one - wanted).abs().max() < 1e-4
+
+
+def test_frozen_features_stay_and_the_head_learns(tmp_path: Path) -> None:
+    model = build_model(cfg(tmp_path))
+    assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"backbone", "sem_seg_head"}
+    assert not any(p.requires_grad for p in model.backbone.bottom_up.parameters())
+    finetune = "configs/cityscapes_semantic_loco_r50_finetune.yaml"
+    with torch.device("meta"):
+        model = build_model(load_config(get_cfg(), finetune, ["MODEL.RESNETS.NORM", "BN"]))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# --- scores -----------------------------------------------------------------------------------------------------
+
+
+def predicted(tree: Path, folder: Path, seed: int, classes: int = 19) -> None:
+    """The truth with patches of other classes; where it is ignored, anything."""
+    rng = np.random.default_rng(seed)
+    for image in frames(tree):
+        labels = data.read_labels(data.label_file(image))
+        labels = np.where(labels == data.IGNORED, rng.integers(0, classes, labels.shape), labels) % classes
+        for _ in range(6):
+            y, x = rng.integers(0, 80), rng.integers(0, 130)
+            labels[y : y + 24, x : x + 40] = rng.integers(classes)
+        scores.write_prediction(folder, image, labels)
+
+
+@pytest.mark.parametrize(("seed", "classes"), [(0, 19), (1, 19), (2, 12), (3, 1)])
+def test_scores_are_the_benchmarks_to_the_last_bit(seed: int, classes: int, tree: Path, tmp_path: Path) -> None:
+    pytest.importorskip("cityscapesscripts")
+    predicted(tree, tmp_path, seed, classes)
+    ours = scores.evaluate_semantic(frames(tree), tmp_path)["sem_seg"]
+    official = scores.evaluate_semantic(frames(tree), tmp_path, official=True)["sem_seg"]
+    assert list(ours) == list(official)
+    assert ours == pytest.approx(official, rel=0, abs=0, nan_ok=True)
+    assert not np.isnan([ours[k] for k in ("IoU", "iIoU", "IoU_sup", "iIoU_sup")]).any()
+
+
+def test_scores_by_hand(tmp_path: Path) -> None:
+    """Road left, car right; the prediction takes the car's upper half for road. A column of void counts nowhere."""
+    root = tmp_path / "cityscapes"
+    image = root / "leftImg8bit" / "val" / "aachen" / "aachen_000000_000019_leftImg8bit.png"
+    truth = np.full((4, 9), 7)
+    truth[:, 4:8], truth[:, 8] = 26, 0
+    stem = root / "gtFine" / "val" / "aachen" / "aachen_000000_000019_gtFine"
+    stem.parent.mkdir(parents=True)
+    Image.fromarray(truth.astype(np.uint8)).save(f"{stem}_labelIds.png")
+    Image.fromarray(np.where(truth == 26, 26001, truth).astype(np.uint16)).save(f"{stem}_instanceIds.png")
+    found = np.zeros((4, 9), np.uint8)
+    found[2:, 4:8] = 13
+    scores.write_prediction(tmp_path, image, found)
+    result = scores.evaluate_semantic([image], tmp_path)["sem_seg"]
+    assert result["IoU-road"] == pytest.approx(100 * 16 / 24)
+    assert result["IoU-car"] == 50.0
+    assert np.isnan(result["IoU-sky"])
+    assert result["IoU"] == pytest.approx((100 * 16 / 24 + 50) / 2)
+    assert result["iIoU"] == pytest.approx(50.0)  # one object: its weight cancels, and no road is taken for a car
+    with Image.open(scores.prediction_file(tmp_path, image)) as written:
+        assert np.unique(np.array(written)).tolist() == [7, 26]
+
+
+def test_a_missing_or_foreign_prediction_is_refused(tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        scores.evaluate_semantic(frames(tree), tmp_path)
+    scores.write_prediction(tmp_path, frames(tree)[0], np.zeros((2, 2), np.uint8))
+    with pytest.raises(UserError, match="of shape"):
+        scores.evaluate_semantic(frames(tree), tmp_path)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_training_both_evaluators_and_a_submission(engine: str, tree: Path, tmp_path: Path) -> None:
+    if engine == "detectron2":
+        pytest.importorskip("detectron2")
+    found = train_net(cfg(tmp_path / "run"), engine=engine)
+    assert {"IoU", "iIoU", "IoU_sup", "iIoU_sup", "IoU-road"} <= set(found["sem_seg"])
+    written = sorted(path.name for path in (tmp_path / "run/inference/sem_seg").iterdir())
+    assert written == sorted(f"{image.stem}_pred.png" for image in frames(tree))
+    weights = {"MODEL__WEIGHTS": tmp_path / "run/model_final.pth"}
+    test = cfg(tmp_path / "test", DATASETS__TEST=(f"{NAME}_test",), **weights)
+    assert train_net(test, engine=engine, eval_only=True) == {}
+    with zipfile.ZipFile(tmp_path / "test/inference/cityscapes_submission.zip") as archive:
+        assert len(archive.namelist()) == 3
+    pytest.importorskip("cityscapesscripts")
+    run = cfg(tmp_path / "eval", **weights)
+    again = train_net(run, engine=engine, eval_only=True, evaluator="cityscapesscripts")
+    assert again["sem_seg"] == pytest.approx(found["sem_seg"], rel=0, abs=0, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"DATASETS__TEST": ("cityscapes_fine_instance_seg_val@masks",)}, "no pixel labels.*set it to GeneralizedRCNN"),
+        ({"MODEL__META_ARCHITECTURE": "GeneralizedRCNN"}, "has pixel labels.*set it to SemanticSegmentor"),
+        ({"MODEL__SEM_SEG_HEAD__NUM_CLASSES": 54}, r"has 19 classes and MODEL\.SEM_SEG_HEAD\.NUM_CLASSES is 54"),
+    ],
+)
+def test_what_does_not_fit_is_refused_first(changes: dict, message: str, tmp_path: Path) -> None:
+    settings = cfg(tmp_path, **changes)
+    with pytest.raises(UserError, match=message):
+        check_classes(settings, [*settings.DATASETS.TRAIN, *settings.DATASETS.TEST])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"SEM_SEG_HEAD__IN_FEATURES": ("p2", "p6")}, "up to stride 32"),
+        ({"SEM_SEG_HEAD__IN_FEATURES": ("res2",)}, "must be features of the backbone"),
+        ({"SEM_SEG_HEAD__COMMON_STRIDE": 8}, "COMMON_STRIDE is 8"),
+        ({"SEM_SEG_HEAD__CONVS_DIM": 20}, "multiple of 32"),
+        ({"SEM_SEG_HEAD__NAME": "Other"}, "SEM_SEG_HEAD.NAME is 'Other'"),
+    ],
+)
+def test_heads_that_cannot_be_made_are_refused(changes: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        build_model(cfg(tmp_path, **{f"MODEL__{key}": value for key, value in changes.items()}))
+
+
+# --- Detectron2 -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("norm", ["GN", ""])
+def test_loss_gradients_and_logits_are_detectron2s(norm: str, tmp_path: Path) -> None:
+    pytest.importorskip("detectron2")
+    from loco_det.detection import engine_d2
+
+    settings = cfg(tmp_path, MODEL__SEM_SEG_HEAD__NORM=norm, MODEL__SEM_SEG_HEAD__LOSS_WEIGHT=0.5)
+    torch.manual_seed(0)
+    ours, theirs = build_model(settings), engine_d2.build_model(settings)
+    weights = {k: v for k, v in ours.state_dict().items() if "num_batches_tracked" not in k}
+    known = {k: v for k, v in theirs.state_dict().items() if "num_batches_tracked" not in k}
+    assert {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in known.items()}
+    theirs.load_state_dict(weights, strict=False)
+    batch = next(iter(build_train_loader(settings)))
+    found = [engine_d2.losses(model.train(), batch)["loss_sem_seg"] for model in (ours, theirs)]
+    assert found[0].item() == pytest.approx(found[1].item(), rel=1e-6)
+    for loss in found:
+        loss.backward()
+    gradients = [{n: p.grad for n, p in model.named_parameters() if p.requires_grad} for model in (ours, theirs)]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-6)
+    with torch.no_grad():
+        logits = [engine_d2.predict(model.eval(), batch) if model is theirs else model.eval()(batch)
+                  for model in (ours, theirs)]  # fmt: skip
+    for one, other in zip(*logits):
+        assert one.shape == other.shape
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.detectron2
+def test_labels_of_a_sample_are_what_detectron2s_mapper_makes(tmp_path: Path) -> None:
+    """For the same draws, from the ids that were downloaded."""
+    pytest.importorskip("detectron2")
+    from detectron2.data import DatasetMapper
+    from detectron2.data import transforms as d2
+
+    from loco_det.detection import engine_d2
+
+    settings = cfg(tmp_path)
+    mapper = DetectionMapper(settings, train=True)
+    records = engine_d2._semantic_records(f"{NAME}_train")
+    for k, (record, theirs) in enumerate(
+        zip(load_coco(find_dataset(f"{NAME}_train"), need_annotations=False), records)
+    ):
+        sample = mapper(record, sample_rng(k, 0))
+        steps = [
+            d2.ResizeTransform(t.height, t.width, t.new_height, t.new_width) if isinstance(t, Resize)
+            else d2.HFlipTransform(t.length) for t in mapper._transforms(record, sample_rng(k, 0))
+        ]  # fmt: skip
+        other = DatasetMapper(is_train=True, augmentations=steps, image_format="RGB")
+        found = engine_d2._SemanticMapper(other)(theirs)
+        assert (found["image"] == sample["image"]).all()
+        assert (found["sem_seg"] == sample["sem_seg"]).all()
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize(("writer", "reader"), [("torchvision", "detectron2"), ("detectron2", "torchvision")])
+def test_a_checkpoint_of_one_engine_has_the_same_scores_in_the_other(writer: str, reader: str, tmp_path: Path) -> None:
+    pytest.importorskip("detectron2")
+    written = train_net(cfg(tmp_path / "written"), engine=writer)["sem_seg"]
+    weights = {"MODEL__WEIGHTS": tmp_path / "written/model_final.pth"}
+    read = train_net(cfg(tmp_path / "read", **weights), engine=reader, eval_only=True)["sem_seg"]
+    assert read == pytest.approx(written, abs=0.01, nan_ok=True)  # a pixel whose two best logits tie may change
