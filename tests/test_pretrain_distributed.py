@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import nn
 
@@ -28,11 +29,23 @@ from pretrain.optim import build_optimizer
 from pretrain.probe import gather
 from pretrain.stepping import Stepping
 from pretrain.sync_batchnorm import SyncBatchNorm
-from pretrain.train import pretrain
+from pretrain.train import pretrain as pretrain_with_relu
 
 UNITS = {"simclr": [Unit(0, 2)], "gim": [Unit(k, k) for k in range(3)], "loco": [Unit(0, 1), Unit(1, 2)]}
 REAL = ["SOLVER.OPTIMIZER", "lars", "SOLVER.BASE_LR", "0.3", "SOLVER.MAX_STEPS", "1"]
 CASES = [(method, chunk, recompute) for method in UNITS for chunk, recompute in ((0, ()), (3, (0, 2)))]
+
+
+def pretrain(cfg: CfgNode) -> Path:
+    """The whole program with GELU for every ReLU.
+
+    A ReLU's gradient jumps at zero: in float32 one of the three million inputs of a step here lies so near that another
+    order of summation gives it the other sign, which moves single weight gradients by a fiftieth.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("relu", "relu_"):
+            patch.setattr(F, name, lambda x, inplace=False: F.gelu(x))
+        return pretrain_with_relu(cfg)
 
 
 def step(method: str, chunk: int, recompute: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -155,8 +168,7 @@ def test_a_run_of_two_processes_equals_one(method: str, two: Path, settings: lis
     assert len(lines[0]) == 2
     for one, other in zip(*lines):
         losses = {k: v for k, v in one.items() if k.startswith("loss/")}
-        # Rounding: the same in double precision agrees to 1e-9, below.
-        assert losses == pytest.approx({k: other[k] for k in losses}, rel=4e-6)
+        assert losses == pytest.approx({k: other[k] for k in losses}, rel=1e-6)
     together, _ = load_backbone(two / method / "backbone.safetensors")
     for name, tensor in load_backbone(path)[0].items():
         torch.testing.assert_close(together[name], tensor, rtol=1e-6, atol=1e-6)
@@ -173,10 +185,10 @@ def test_a_step_at_the_recipes_rate_equals_one(method: str, two: Path, settings:
     before, alone, together = (load_backbone(p)[0] for p in (start, path, other / "backbone.safetensors"))
     weights = [name for name in alone if not name.endswith("num_batches_tracked")]
     before, alone, together = (torch.cat([t[name].flatten() for name in weights]) for t in (before, alone, together))
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
     assert (together - alone).norm() <= 1e-6 * alone.norm()
-    # A step so small that all are alike would pass too. Single weights of GIM's differ by more than 1e-6 since training
-    # is channels_last, perhaps by a ReLU whose input is zero but for rounding; in double precision, below, none does.
-    assert (together - alone).norm() <= 2e-2 * (alone - before).norm()
+    # A step so small that all are alike would pass too. Half the last bit of each weight is rounded away in storing it.
+    assert (together - alone).norm() <= 1e-3 * (alone - before).norm() + 2**-24 * alone.norm()
 
 
 @pytest.mark.parametrize("number", range(3), ids=list(UNITS))
