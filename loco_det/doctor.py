@@ -261,16 +261,14 @@ def _detectron2() -> Check:
 
 
 def _data_sets() -> Check:
-    from loco_det.data.catalog import COCO_NAMES, datasets_root, find_dataset
+    from loco_det.data.catalog import datasets_root, present_datasets
 
-    found = []
-    for name in COCO_NAMES:
-        with contextlib.suppress(UserError):
-            found.append(find_dataset(name).name)
+    found = present_datasets()
     root = datasets_root().absolute()
     if found:
         return Check("data sets", "ok", f"{', '.join(found)} under {root}")
-    return Check("data sets", "note", f"no COCO under {root}", "set DETECTRON2_DATASETS; layout: docs/datasets.md")
+    advice = "set DETECTRON2_DATASETS; layout: docs/datasets.md"
+    return Check("data sets", "note", f"no COCO, Pascal VOC or Cityscapes under {root}", advice)
 
 
 def _disk(folder: Path = Path(), name: str = "disk") -> Check:

@@ -37,6 +37,7 @@ from loco_det.runtime import Progress, log, setup_logging, write_json
 LAUNCHERS = ("local", "torchrun", "submitit")
 RESULT = "result.json"
 OUTPUT = "train.txt"
+MEASURES = ("/AP", "/IoU")  # how the names of those end that the table shows
 _LAST_LINES = 3  # of a failed run, shown
 
 
@@ -240,15 +241,15 @@ def _locked(file: Any) -> bool:
 
 
 def _results(folder: Path) -> dict[str, float] | None:
-    """The last line of metrics.json that has an AP, as {"bbox/AP": percent, ...}."""
+    """The last line of metrics.json that has an AP or IoU, as {"bbox/AP": percent, ...}."""
     try:
         lines = (folder / "metrics.json").read_text().splitlines()
     except OSError:
         return None
     for line in reversed(lines):
         values = json.loads(line)
-        if any(name.endswith("/AP") for name in values):
-            return {name: value for name, value in values.items() if "/AP" in name}
+        if any(name.endswith(MEASURES) for name in values):
+            return {name: value for name, value in values.items() if "/AP" in name or "/IoU" in name}
     return None
 
 
@@ -329,7 +330,7 @@ def _print(cells: list[Cell], failed: dict[str, str]) -> None:
     for column in ("backbone", "share", "seeds"):
         table.add_column(column)
     done = [_record(cell) for cell in cells if _is_done(cell)]
-    measures = sorted({name for row in done for name in row["results"] if name.endswith("/AP")})
+    measures = sorted({name for row in done for name in row["results"] if name.endswith(MEASURES)})
     for measure in measures:
         table.add_column(measure, justify="right")
     groups = dict.fromkeys((cell.backbone, cell.fraction) for cell in cells)

@@ -92,6 +92,18 @@ def test_a_sound_machine_passes(without_detectron2: None, datasets: Path) -> Non
     assert all(check.advice for check in checks if check.status == "note")
 
 
+def test_data_sets_of_every_kind_are_listed_and_not_read(without_detectron2: None, datasets: Path) -> None:
+    assert "no COCO, Pascal VOC or Cityscapes under" in named(examine(), "data sets").found
+    places = ("VOC2007/Annotations", "VOC2007/JPEGImages", "VOC2007/ImageSets/Main", "VOC2012/Annotations")
+    for place in (*places, "cityscapes/leftImg8bit/val", "cityscapes/gtFine/val", "cityscapes/gtFine/train"):
+        (datasets / place).mkdir(parents=True)
+    (datasets / "VOC2007/ImageSets/Main/test.txt").write_text("what is listed here is not read")
+    check = named(examine(), "data sets")
+    assert check.status == "ok"
+    listed = check.found.partition(" under ")[0].split(", ")
+    assert listed == ["voc_2007_test", "cityscapes_fine_instance_seg_val", "cityscapes_fine_sem_seg_val"]
+
+
 def test_operators_that_compute_wrongly_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(torchvision.ops, "nms", lambda boxes, scores, threshold: torch.arange(len(boxes)))

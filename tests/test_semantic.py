@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import zipfile
 from pathlib import Path
@@ -14,6 +15,8 @@ from cityscapes_cases import write_cityscapes
 from PIL import Image
 from tiny_detection import tiny_cfg
 
+from loco_det import sweep
+from loco_det.cli import run_job
 from loco_det.config import load_config
 from loco_det.data import semantic as data
 from loco_det.data.catalog import find_dataset
@@ -275,6 +278,37 @@ def test_training_both_evaluators_and_a_submission(engine: str, tree: Path, tmp_
     run = cfg(tmp_path / "eval", **weights)
     again = train_net(run, engine=engine, eval_only=True, evaluator="cityscapesscripts")
     assert again["sem_seg"] == pytest.approx(found["sem_seg"], rel=0, abs=0, nan_ok=True)
+
+
+def test_report_and_sweep_know_the_scores(tmp_path: Path) -> None:
+    found = train_net(cfg(tmp_path / "run"), engine="torchvision")["sem_seg"]
+    assert sweep._results(tmp_path / "run")["sem_seg/IoU"] == pytest.approx(found["IoU"])
+    assert run_job("report", [str(tmp_path / "run"), "--out", str(tmp_path / "report")]) == 0
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    (experiment,) = report["experiments"]
+    assert experiment["title"].startswith("Semantic segmentation FPN, frozen, cityscapes_fine_sem_seg_train")
+    assert experiment["backbones"][0]["numbers"]["sem_seg/IoU"]["mean"] == pytest.approx(found["IoU"])
+    page = (tmp_path / "report/index.html").read_text()
+    for text in ("sem_seg IoU_sup", "traffic light", "no detections"):
+        assert text in page
+
+
+def test_data_check_reads_the_labels(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(tree, tmp_path / "cityscapes")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+
+    def check() -> tuple[int, dict]:
+        status = run_job("data", ["check", f"{NAME}_train", "--out", str(tmp_path / "out"), "--workers", "0"])
+        return status, json.loads((tmp_path / "out/check.json").read_text())
+
+    status, found = check()
+    assert (status, found["counts"]["images"], found["classes"]["road"]) == (0, 3, 3)
+    labels = data.label_file(frames(tmp_path / "cityscapes", "train")[1])
+    Image.fromarray(np.full((96, 160), 200, np.uint8)).save(labels)
+    status, found = check()
+    assert (status, found["classes"]["road"]) == (1, 2)
+    assert [d["kind"] for d in found["defects"]] == ["unusable labels"]
+    assert "unknown label 200" in found["defects"][0]["examples"][0]
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_what_is_missing_or_malformed_is_named(root, monkeypatch):
         with pytest.raises(UserError, match=rf"{ids[3]}\.xml is not a Pascal VOC annotation"):
             find_dataset("voc_2007_test")
     path.unlink()
-    with pytest.raises(UserError, match=rf"{ids[3]}\.xml cannot be read"):
+    with pytest.raises(UserError, match=rf"{ids[3]}\.xml: cannot be read"):
         find_dataset("voc_2007_test")
     path.write_text(whole)
     (root / "file").touch()
@@ -148,6 +148,14 @@ def test_changed_xml_files_are_read_again(root):
     write_voc(root, "2007", "test", seed=1)
     after = load_index(find_dataset("voc_2007_test").annotations)
     assert sorted(map(image_number, ids)) == before.image_id.tolist() != after.image_id.tolist()
+
+
+def test_a_set_is_made_once(root, monkeypatch):
+    write_voc(root, "2007", "test")
+    first = find_dataset("voc_2007_test").annotations
+    monkeypatch.setattr("loco_det.data.voc._as_coco", lambda *_: pytest.fail("it was made already"))
+    assert find_dataset("voc_2007_test").annotations == first
+    assert first.parent == root / "cache" / "annotations"
 
 
 # --- AP ---------------------------------------------------------------------------------------------------------

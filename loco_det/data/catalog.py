@@ -18,11 +18,11 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from loco_det.data.cityscapes import PREFIX, cityscapes_annotations, is_cityscapes
+from loco_det.data.cityscapes import PREFIX, SPLITS, cityscapes_annotations, is_cityscapes
 from loco_det.data.semantic import PREFIX as SEMANTIC
 from loco_det.data.semantic import is_semantic, semantic_annotations
 from loco_det.data.subsets import check_part, part_of
-from loco_det.data.voc import VOC_SETS, voc_annotations
+from loco_det.data.voc import VOC_SETS, voc_annotations, voc_places
 from loco_det.errors import UserError
 
 # name: (image folder, annotation file) below ROOT/coco
@@ -56,6 +56,17 @@ class DatasetPaths(NamedTuple):
 def datasets_root() -> Path:
     """The folder under which every dataset is looked for."""
     return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+
+
+def present_datasets() -> list[str]:
+    """Those of the known names whose files or folders are there; nothing is read, so they may still be incomplete."""
+    root = datasets_root()
+    there = {name: (root / "coco" / i, root / "coco" / "annotations" / f"{a}.json") for name, (i, a) in _COCO.items()}
+    there.update({name: voc_places(name, root) for name in VOC_SETS})
+    for split in SPLITS:
+        folders = tuple(root / "cityscapes" / kind / split for kind in ("leftImg8bit", "gtFine"))
+        there.update({f"{prefix}{split}": folders for prefix in (PREFIX, SEMANTIC)})
+    return [name for name, paths in there.items() if all(path.exists() for path in paths)]
 
 
 def find_dataset(name: str) -> DatasetPaths:

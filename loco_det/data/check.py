@@ -21,6 +21,7 @@ from loco_det.data.catalog import DatasetPaths
 from loco_det.data.coco import Record, Segmentations, decode_segmentation
 from loco_det.data.images import decode_exactly, decode_image, read_file
 from loco_det.data.index import CocoIndex, doubled_ids
+from loco_det.data.semantic import IGNORED, is_semantic, label_file, read_labels
 from loco_det.data.sources import Source
 from loco_det.data.twoview import loader_of
 from loco_det.errors import UserError
@@ -116,8 +117,13 @@ def check_coco(paths: DatasetPaths, index: CocoIndex, *, workers: int) -> Checke
             STOPS,
         ),
         _defect("image with the same bytes as another", _same_bytes(looks, files), NOTE),
-        *annotation_defects(index, minival="minival" in paths.annotations.name),
     ]
+    if is_semantic(paths.name):
+        problems, classes = _check_labels(files, index)
+        defects.append(_defect("unusable labels", problems, STOPS))
+        counts = {"images": len(files), "classes": len(classes), **_sizes(looks)}
+        return Checked(counts, classes, _found(defects), readable)
+    defects += annotation_defects(index, minival="minival" in paths.annotations.name)
     first, last = index.first[0], index.first[-1]
     usable = int(_kept(index)[first:last].sum())
     if not usable and len(index.annotation_id):
@@ -135,6 +141,24 @@ def check_coco(paths: DatasetPaths, index: CocoIndex, *, workers: int) -> Checke
     }
     classes = {name: found[number] for number, name in index.categories.items()}
     return Checked(counts, classes, _found(defects), readable)
+
+
+def _check_labels(files: list[str], index: CocoIndex) -> tuple[list[str], dict[str, int]]:
+    """What is wrong with which labels, and in how many images each class is."""
+    problems, images = [], np.zeros(len(index.category_id), np.int64)
+    sizes = zip(index.height.tolist(), index.width.tolist())
+    with Progress(len(files), "labels", unit="images") as progress:
+        for file, size in zip(files, sizes):
+            try:
+                labels = read_labels(label_file(file))
+            except UserError as error:
+                problems.append(str(error))
+            else:
+                images[[k for k in np.unique(labels) if k != IGNORED]] += 1
+                if labels.shape != size:
+                    problems.append(f"{label_file(file)} has shape {labels.shape} and its image {size}")
+            progress.advance()
+    return problems, dict(zip(index.category_names, images.tolist()))
 
 
 def annotation_defects(index: CocoIndex, minival: bool = False) -> list[Defect]:

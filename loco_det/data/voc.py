@@ -7,18 +7,14 @@ Names, classes, boxes and the training on difficult objects are those of Detectr
 
 from __future__ import annotations
 
-import hashlib
-import os
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import msgspec
 
-from loco_det.data.index import cache_folder
+from loco_det.data.derived import derived_file, files_digest
 from loco_det.errors import UserError
-from loco_det.runtime import atomic_write
 
 CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
@@ -38,44 +34,35 @@ def image_number(file_id: str | int) -> int:
 
 
 def voc_annotations(name: str, root: Path) -> tuple[Path, Path]:
-    """The image folder of one of `VOC_SETS` and its annotations as a COCO file, which is written to the cache folder.
+    """The image folder of one of `VOC_SETS` and its annotations as a COCO file, made where there is none yet.
 
     Raises:
         UserError: the set is not there or not whole, an XML file is malformed, or the cache cannot be written.
     """
+    missing = next((path for path in voc_places(name, root) if not path.exists()), None)
+    if missing:
+        raise UserError(
+            f"Dataset '{name}' needs {missing}, which does not exist; put it there or set DETECTRON2_DATASETS to the "
+            f"folder that holds {VOC_SETS[name][0]} (now '{root}')."
+        )
+    listing, annotations, images = voc_places(name, root)
+    file_ids = listing.read_text().split()
+    files = [listing, *(annotations / f"{file_id}.xml" for file_id in file_ids)]
+    facts = {"format": 1, "files": files_digest(files, annotations.parent)}
+    return images, derived_file(name, facts, lambda: msgspec.json.encode(_as_coco(annotations, file_ids)))
+
+
+def voc_places(name: str, root: Path) -> tuple[Path, Path, Path]:
+    """The list of a set's images, the folder of its XML files and that of its images."""
     folder, split = root / VOC_SETS[name][0], VOC_SETS[name][1]
-    listing = folder / "ImageSets" / "Main" / f"{split}.txt"
-    for path in (listing, folder / "Annotations", folder / "JPEGImages"):
-        if not path.exists():
-            raise UserError(
-                f"Dataset '{name}' needs {path}, which does not exist; put it there or set DETECTRON2_DATASETS to the "
-                f"folder that holds {folder.name} (now '{root}')."
-            )
-    stamps = (listing.stat().st_mtime_ns, (folder / "Annotations").stat().st_mtime_ns)
-    return folder / "JPEGImages", _written(name, folder.absolute(), listing, cache_folder(), stamps)
-
-
-@lru_cache
-def _written(name: str, folder: Path, listing: Path, cache: Path, _: tuple[int, int]) -> Path:
-    """All XML files are read once in a process: they take a second, and are then known not to be stale."""
-    text = msgspec.json.encode(_as_coco(folder, listing.read_text().split()))
-    path = cache / f"{name}-{hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:16]}.json"
-    if not path.is_file() or path.read_bytes() != text:
-        try:
-            with atomic_write(path) as file:
-                file.write(text)
-        except UserError as error:
-            raise UserError(
-                f"{error}; {name} needs a cache: set LOCO_DET_CACHE to a folder that can be written"
-            ) from None
-    return path
+    return folder / "ImageSets" / "Main" / f"{split}.txt", folder / "Annotations", folder / "JPEGImages"
 
 
 def _as_coco(folder: Path, file_ids: list[str]) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for file_id in file_ids:
-        path = folder / "Annotations" / f"{file_id}.xml"
+        path = folder / f"{file_id}.xml"
         try:
             image_id = image_number(file_id)
             tree = ElementTree.parse(path)

@@ -122,6 +122,8 @@ def _of_one_seed(
 
 def take_apart(run: DetectorRun) -> Taken | str:
     """The run's detections evaluated, or why they cannot be."""
+    if run.config["MODEL.META_ARCHITECTURE"] == "SemanticSegmentor":
+        return "labels of pixels are no detections, so no errors, curves, paired differences"
     if not run.results.is_file():
         return "its detections (inference/coco_instances_results.json) are not there, so no errors, curves, intervals"
     annotations = run.annotations

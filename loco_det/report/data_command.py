@@ -18,6 +18,7 @@ from loco_det.data.catalog import COCO_NAMES, DatasetPaths, find_dataset
 from loco_det.data.check import Checked, check_coco, check_source, finite_boxes
 from loco_det.data.coco import CocoDataset
 from loco_det.data.index import load_index
+from loco_det.data.semantic import is_semantic
 from loco_det.data.sources import Source, open_source
 from loco_det.data.views import PRESETS, view_config
 from loco_det.errors import UserError
@@ -106,7 +107,8 @@ def _pictures(args: argparse.Namespace, asked: Asked, checked: Checked, out: Pat
     written = []
     if checked.classes:
         written.append(out / "histogram.png")
-        _histogram(checked.classes, "images" if asked.paths is None else "annotations", written[-1])
+        in_images = asked.paths is None or is_semantic(asked.name)
+        _histogram(checked.classes, "images" if in_images else "annotations", written[-1])
     readable = np.flatnonzero(checked.readable)
     if not len(readable):
         return written

@@ -10,6 +10,7 @@ from loco_det.report import charts
 
 KINDS = {"bbox": "box", "segm": "mask"}
 NOTHING = "-"  # in a table's cell
+LABEL_SCORES = tuple(f"sem_seg/{name}" for name in ("IoU", "iIoU", "IoU_sup", "iIoU_sup"))
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _CSS = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#59636e;--paper:#fff;--panel:#f6f8fa;--line:#d1d9e0}
@@ -104,7 +105,7 @@ def _main_table(experiment: dict[str, Any]) -> Table:
     rows = experiment["backbones"]
     keys = [f"{kind}/{name}" for kind in KINDS for name in COLUMNS]
     keys = [key for key in keys if any(key in row["numbers"] for row in rows)]
-    keys += dict.fromkeys(key for row in rows for key in row["numbers"] if "/AR" in key)
+    keys += dict.fromkeys(key for row in rows for key in row["numbers"] if "/AR" in key or key in LABEL_SCORES)
     header = ["backbone", "runs", *map(_column, keys)]
     body = [[r["backbone"], str(len(r["runs"])), *(_number(r["numbers"].get(key)) for key in keys)] for r in rows]
     return header, body
@@ -148,11 +149,11 @@ def _bootstrap(experiment: dict[str, Any]) -> str:
 
 def _class_table(experiment: dict[str, Any]) -> Table:
     rows = experiment["backbones"]
-    keys = [key for key in dict.fromkeys(k for r in rows for k in r["numbers"]) if "/AP-" in key]
-    columns = [(kind, row) for kind in KINDS if any(k.startswith(f"{kind}/") for k in keys) for row in rows]
-    header = ["class", *(f"{KINDS[kind]}, {row['backbone']}" for kind, row in columns)]
-    names = dict.fromkeys(key.partition("/AP-")[2] for key in keys)
-    return header, [[n, *(_number(row["numbers"].get(f"{kind}/AP-{n}")) for kind, row in columns)] for n in names]
+    keys = [key for key in dict.fromkeys(k for r in rows for k in r["numbers"]) if "/AP-" in key or "/IoU-" in key]
+    columns = [(measure, row) for measure in dict.fromkeys(key.partition("-")[0] for key in keys) for row in rows]
+    header = ["class", *(f"{KINDS.get(m.partition('/')[0], 'IoU')}, {row['backbone']}" for m, row in columns)]
+    names = dict.fromkeys(key.partition("-")[2] for key in keys)
+    return header, [[n, *(_number(row["numbers"].get(f"{measure}-{n}")) for measure, row in columns)] for n in names]
 
 
 def _probe_title(probe: dict[str, Any]) -> str:
@@ -196,7 +197,8 @@ def _results(report: dict[str, Any], colours: dict[str, str]) -> str:
     parts = []
     for experiment in report["experiments"]:
         rows = experiment["backbones"]
-        keys = [f"{kind}/AP" for kind in KINDS if any(f"{kind}/AP" in row["numbers"] for row in rows)]
+        keys = [*(f"{kind}/AP" for kind in KINDS), LABEL_SCORES[0]]
+        keys = [key for key in keys if any(key in row["numbers"] for row in rows)]
         drawn = "".join(charts.seeds(rows, key, _column(key), colours) for key in keys)
         table = _html_table(_main_table(experiment))
         parts.append(f'<h3>{escape(experiment["title"])}</h3><div class="charts">{drawn}</div>{table}')

@@ -70,6 +70,8 @@ class DetectorRun:
         kind = "Mask R-CNN" if c["MODEL.MASK_ON"] else "Faster R-CNN"
         if c["MODEL.META_ARCHITECTURE"] == "ProposalNetwork":
             kind = "RPN"
+        elif c["MODEL.META_ARCHITECTURE"] == "SemanticSegmentor":
+            kind = "Semantic segmentation"
         elif c["MODEL.ROI_HEADS.NAME"] == "CascadeROIHeads":
             kind = f"Cascade {kind}"
         form = "FPN" if "fpn" in c["MODEL.BACKBONE.NAME"] else "DC5" if c["MODEL.RESNETS.RES5_DILATION"] > 1 else "C4"
@@ -82,7 +84,9 @@ class DetectorRun:
     def recorded(self) -> dict[str, float | None]:
         """The numbers of the last evaluation, "bbox/AP" -> percent; empty where there was none."""
         for line in reversed(self.metrics):
-            found = {key: value for key, value in line.items() if "/AP" in key or "/AR" in key}
+            found = {
+                key: value for key, value in line.items() if any(kind in key for kind in ("/AP", "/AR", "sem_seg/"))
+            }
             if found:
                 return found
         return {}
