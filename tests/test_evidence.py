@@ -1,0 +1,59 @@
+"""docs/results.md is what its command writes from the committed figures, and the command writes the right numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import evidence  # noqa: E402
+
+
+def made_up() -> dict:
+    """Two methods, three seeds; loco's numbers are 40, 41, 42 with an interval of mean +- 4.3027 / sqrt(3)."""
+    cells = []
+    for seed in range(3):
+        for method, base in (("random", 20.0), ("loco", 40.0)):
+            probe = {stage: {"top1": base + seed, "top1_interval": [0, 1]} for stage in ("stem", "res5")}
+            cells.append(
+                {
+                    "method": method,
+                    "seed": seed,
+                    "commands": [[f"loco-det pretrain METHOD {method} SEED {seed}", 1200.0]],
+                    "probes": dict.fromkeys(evidence.PROTOCOLS, probe),
+                    "detection": dict.fromkeys(evidence.NUMBERS, base / 10 + seed),
+                }
+            )
+    setting = {"steps": 7, "batch": 8, "size": 9, "limit": 10, "iterations": 11, "device": "cpu"}
+    machine = {"device": "cpu", "cores": 2, "threads": 1, "packages": {"torch": "9.9"}, "loco_det": "0.0"}
+    return {"setting": setting, "environment": machine, "cells": cells}
+
+
+def test_the_page_has_means_intervals_commands_and_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, page = tmp_path / "evidence_cpu.json", tmp_path / "results.md"
+    source.write_text(json.dumps(made_up()))
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "page", str(source), "--out", str(page)])
+    evidence.main()
+    text = page.read_text()
+    assert "| backbone | stem | res5 |" in text
+    assert text.count("| loco | 41.0 [38.5, 43.5] | 41.0 [38.5, 43.5] |") == len(evidence.PROTOCOLS)
+    assert "| loco | 5.00 [2.52, 7.48] |" in text
+    assert "All of it took 2.0 hours on 2 cores" in text
+    assert "loco-det pretrain METHOD loco SEED 2" in text
+    assert "## What was not run" in text
+
+
+def test_the_committed_page_is_what_the_committed_figures_say() -> None:
+    sources = sorted(RESULTS.glob("evidence_*.json"))
+    if not (RESULTS / "evidence_cpu.json").is_file():
+        pytest.skip("benchmarks/results/evidence_cpu.json is absent: the evidence has not been measured")
+    page = ROOT / "docs" / "results.md"
+    wanted = evidence.page_text([json.loads(path.read_text()) for path in sources])
+    assert page.read_text() == wanted, "write it: python benchmarks/evidence.py page benchmarks/results/evidence_*.json"
+    assert "results.md" in (ROOT / "mkdocs.yml").read_text(), "the page is not in the site's navigation"
