@@ -14,10 +14,11 @@ Sides: simclr, gim, loco (this package's step), loco_recompute_first (SOLVER.REC
 forwarded and differentiated by itself, its input taken from the unit below) and, where it is installed, lightly (its
 projection head and loss on the same backbone, one forward for each view as in its tutorial).
 
-JSON: {"resnet50": {side: {"time_ratio", "cpu_ratio", "peak_ratio"}, "obvious_loco_over_loco": x,
+JSON: {"resnet50": {side: {"time_ratio", "cpu_ratio", "work_ratio", "peak_ratio"}, "obvious_loco_over_loco": x,
 "simclr_over_lightly": x or null}, "seconds": {side: median}, "images_per_second": {side: x}, "peak_bytes": {side:
 bytes}, "setting": {...}}. Ratios of a side are against simclr, those of a compiled side (SIDE_compiled) against
-compiled simclr; cpu_ratio counts the processor time of all threads (null on a GPU).
+compiled simclr; cpu_ratio counts the processor time of all threads (null on a GPU), work_ratio the multiplications of
+convolutions and matrix products, which no implementation that gives the same gradients by convolutions can do without.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ import torch
 from _common import parser, report
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from loco_det.backbone import ResNet
 from loco_det.runtime import keep_freed_memory, resolve_device
@@ -142,6 +145,25 @@ def peak_bytes(model: nn.Module, step: Step, x: Tensor) -> int:
     return peak
 
 
+class Multiplications(TorchDispatchMode):
+    """Counts those of convolutions and matrix products. torch's FlopCounterMode fails where a graph is passed twice."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if count := flop_registry.get(function.overloadpacket):
+            self.count += count(*args, **(kwargs or {}), out_val=out) // 2
+        return out
+
+
+def multiplications(model: nn.Module, step: Step, x: Tensor) -> int:
+    with Multiplications() as mode:
+        step(x)
+    model.zero_grad(set_to_none=True)
+    return mode.count
+
+
 def timed(model: nn.Module, step: Step, x: Tensor) -> tuple[float, float]:
     """(wall, processor) seconds of one step."""
     wait = torch.cuda.synchronize if x.is_cuda else lambda: None
@@ -174,6 +196,7 @@ def main() -> None:
     x = torch.randn(2 * images, 3, size, size, generator=torch.Generator().manual_seed(0))
     x = x.to(device, memory_format=LAYOUT)
     sides = build_sides(args, device, autocast)
+    work = {name: multiplications(model, step, x) for name, (model, step) in sides.items()}
     if on_gpu if args.compile is None else args.compile:
         sides |= build_sides(args, device, autocast, stage_compiler(device))
     peaks = {name: peak_bytes(model, step, x) for name, (model, step) in sides.items()}  # warms up too
@@ -191,12 +214,13 @@ def main() -> None:
         figures[name] = {
             "time_ratio": ratio(name, base),
             "cpu_ratio": None if on_gpu else ratio(name, base, 1),
+            "work_ratio": work[name.removesuffix(COMPILED)] / work["simclr"],
             "peak_ratio": peaks[name] / peaks[base],
         }
     seconds = {name: statistics.median(turn[name][0] for turn in turns) for name in sides}
-    header = ["side", "ms", "images/s", "time / simclr", "cpu / simclr", "peak MB", "peak / simclr"]
+    header = ["side", "ms", "images/s", "time / simclr", "cpu / simclr", "work / simclr", "peak MB", "peak / simclr"]
     rows = [
-        [n, seconds[n] * 1e3, images / seconds[n], *list(f.values())[:2], peaks[n] / 1e6, f["peak_ratio"]]
+        [n, seconds[n] * 1e3, images / seconds[n], *list(f.values())[:3], peaks[n] / 1e6, f["peak_ratio"]]
         for n, f in figures.items()
     ]
     figures["obvious_loco_over_loco"] = ratio("obvious_loco", "loco")
