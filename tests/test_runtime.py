@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -302,6 +303,29 @@ def test_auto_is_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> Non
     assert resolve_device("cuda:0") == torch.device("cuda:0")
     with pytest.raises(UserError, match="GPU 2 but 2 are usable"):
         resolve_device("cuda:2")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep freed memory")
+def test_freed_blocks_are_kept_for_the_next() -> None:
+    """Pages faulted in by taking, writing and freeing blocks of 64 MiB once the heap has grown to what that needs."""
+    program = """
+import resource, sys, torch
+from loco_det.runtime import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for _ in range(12):
+    torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(2**24)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize())
+"""
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", program, how], check=True, capture_output=True).stdout)
+        for how in ("kept", "default")
+    )
+    assert kept < 2**20
+    assert given_back > 2 * kept  # fewer faults where the kernel gives large pages by itself
 
 
 def test_a_signal_waits_for_the_step_and_a_second_interrupts() -> None:
