@@ -270,7 +270,7 @@ def test_the_dumped_tree_passes_and_comes_back(tmp_path):
 def test_every_shipped_config_is_honoured_and_says_how_to_run_it(path):
     check_honoured(load_config(get_cfg(), path))
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    if path.name.startswith(("coco_", "voc_", "cityscapes_")):
+    if path.name.startswith(("coco_", "voc_", "cityscapes_", "lvis_")):
         assert any(line.startswith("# Command:") and f"configs/{path.name}" in line for line in head)
         assert any(line.startswith("# Hardware:") for line in head)
         assert any(line.startswith("# Result:") for line in head)

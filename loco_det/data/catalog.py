@@ -7,6 +7,7 @@ set in the same shape:
     ROOT/FOO/SPLIT/                               images
     ROOT/FOO/annotations/instances_SPLIT.json     annotations
 
+LVIS's images are COCO's: ROOT/coco/{train2017,val2017}/ and ROOT/lvis/lvis_v1_{train,val}.json.
 Cityscapes (`data/cityscapes.py`, pixel labels: `data/semantic.py`) is read in its original folders; NAME@masks means
 its bitmaps, not its polygons.
 NAME@1pct_seed0 and the like are parts of any of them (`data/subsets.py`).
@@ -39,6 +40,7 @@ _COCO = {
 }
 
 COCO_NAMES = tuple(_COCO)
+LVIS_NAMES = ("lvis_v1_train", "lvis_v1_val")
 
 
 class DatasetPaths(NamedTuple):
@@ -62,11 +64,18 @@ def present_datasets() -> list[str]:
     """Those of the known names whose files or folders are there; nothing is read, so they may still be incomplete."""
     root = datasets_root()
     there = {name: (root / "coco" / i, root / "coco" / "annotations" / f"{a}.json") for name, (i, a) in _COCO.items()}
+    there.update({name: (root / "coco", root / "lvis" / f"{name}.json") for name in LVIS_NAMES})
     there.update({name: voc_places(name, root) for name in VOC_SETS})
     for split in SPLITS:
         folders = tuple(root / "cityscapes" / kind / split for kind in ("leftImg8bit", "gtFine"))
         there.update({f"{prefix}{split}": folders for prefix in (PREFIX, SEMANTIC)})
     return [name for name, paths in there.items() if all(path.exists() for path in paths)]
+
+
+def has_own_measure(name: str, masks: bool) -> bool:
+    """Whether the AP of a set's detections, with or without masks, is its benchmark's and not COCO's."""
+    whole = name.partition("@")[0]
+    return whole in VOC_SETS or whole in LVIS_NAMES or (is_cityscapes(name) and masks)
 
 
 def find_dataset(name: str) -> DatasetPaths:
@@ -102,6 +111,8 @@ def _find_whole(name: str, masks: bool) -> DatasetPaths:
         return DatasetPaths(name, *voc_annotations(name, root))
     if name in _COCO:
         folder, (images, annotations) = root / "coco", _COCO[name]
+    elif name in LVIS_NAMES:
+        return _existing(DatasetPaths(name, root / "coco", root / "lvis" / f"{name}.json"), root)
     else:
         stem, _, split = name.rpartition("_")
         if not stem or not split:
@@ -110,11 +121,14 @@ def _find_whole(name: str, masks: bool) -> DatasetPaths:
                 "which stands for ROOT/NAME/SPLIT/ and ROOT/NAME/annotations/instances_SPLIT.json."
             )
         folder, images, annotations = root / stem, split, f"instances_{split}"
-    paths = DatasetPaths(name, folder / images, folder / "annotations" / f"{annotations}.json")
+    return _existing(DatasetPaths(name, folder / images, folder / "annotations" / f"{annotations}.json"), root)
+
+
+def _existing(paths: DatasetPaths, root: Path) -> DatasetPaths:
     for path, there in ((paths.annotations, Path.is_file), (paths.images, Path.is_dir)):
         if not there(path):
             raise UserError(
-                f"Dataset '{name}' needs {path}, which does not exist; put it there or set DETECTRON2_DATASETS "
+                f"Dataset '{paths.name}' needs {path}, which does not exist; put it there or set DETECTRON2_DATASETS "
                 f"to the folder that holds the datasets (now '{root}')."
             )
     return paths

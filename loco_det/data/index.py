@@ -40,7 +40,7 @@ import numpy as np
 from loco_det.errors import UserError
 from loco_det.runtime import atomic_write, log
 
-_MAGIC = b"LOCOIDX2"  # another number whenever a cache file holds something else
+_MAGIC = b"LOCOIDX3"  # another number whenever a cache file holds something else
 _ALIGN = 64
 _BLOCK = 1 << 20  # bytes of JSON parsed at a time: they and what comes of them stay in the processor's cache
 _TAIL = 1 << 13  # bytes at a block's end that are searched for the border of two annotations
@@ -373,6 +373,7 @@ class _Image(msgspec.Struct, gc=False):
     height: _Int64
     width: _Int64
     file_name: str = ""  # evaluation needs none
+    coco_url: str = ""  # LVIS names its images by it
 
 
 class _Annotation(msgspec.Struct, gc=False):
@@ -429,7 +430,7 @@ def _build(path: Path) -> CocoIndex:
         raise UserError(f"{path} was changed while it was read; start again.")
     images.sort(key=attrgetter("id"))
     categories.sort(key=attrgetter("id"))
-    names = PackedStrings.pack([image.file_name for image in images])
+    names = PackedStrings.pack([image.file_name or "/".join(image.coco_url.split("/")[-2:]) for image in images])
     table = {name: _integers(images, name) for name in ("id", "height", "width")}
     return CocoIndex(
         AnnotationFile(path, sha256, stamp, seen),

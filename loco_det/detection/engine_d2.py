@@ -16,10 +16,11 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from loco_det.data.catalog import find_dataset
+from loco_det.data.catalog import LVIS_NAMES, find_dataset
 from loco_det.data.index import load_index
 from loco_det.data.semantic import CLASSES, IGNORED, is_semantic, label_file, to_classes
 from loco_det.detection.schema import check_task
+from loco_det.errors import UserError
 from loco_det.structures import Instances
 
 NAME = "detectron2"
@@ -145,6 +146,11 @@ def _register(name: str) -> None:
     places = str(paths.annotations), str(paths.images)
     if _registered.get(name) == places:
         return
+    whole, at, _ = name.partition("@")
+    if whole in LVIS_NAMES and (at or importlib.util.find_spec("lvis") is None):
+        raise UserError(
+            f"Detectron2 reads {whole} by lvis-api, which must be installed, and only whole; use --engine torchvision."
+        )
     if name in DatasetCatalog.list():
         if name not in _registered and not paths.derived:
             return  # its own

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from loco_det.data.catalog import DatasetPaths, find_dataset
+from loco_det.data.catalog import LVIS_NAMES, DatasetPaths, find_dataset, has_own_measure
 from loco_det.data.cityscapes import is_cityscapes
 from loco_det.data.index import load_index
 from loco_det.data.semantic import is_semantic
@@ -21,6 +21,7 @@ from loco_det.data.voc import VOC_SETS, image_number
 from loco_det.errors import UserError
 from loco_det.evaluation.cityscapes import OFFICIAL, evaluate_cityscapes, write_submission
 from loco_det.evaluation.coco import EVALUATORS, evaluate_coco, format_results, instances_to_coco, write_results
+from loco_det.evaluation.lvis import evaluate_lvis
 from loco_det.evaluation.proposals import Proposals, evaluate_proposals, write_proposals
 from loco_det.evaluation.semantic import evaluate_semantic, write_prediction
 from loco_det.evaluation.semantic import write_submission as write_semantic_submission
@@ -126,6 +127,9 @@ def _measure(
         official = evaluator == OFFICIAL
         results = evaluate_cityscapes(paths.annotations, paths.images, predictions, official=official)
         evaluator = OFFICIAL if official else "loco_det"
+    elif paths.name.partition("@")[0] in LVIS_NAMES:
+        evaluator = "the rules of LVIS"
+        results = evaluate_lvis(paths.annotations, predictions, ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",))
     elif paths.name in VOC_SETS:
         evaluator = "the rules of VOC 2007" if paths.name.startswith("voc_2007") else "the rules of VOC 2012"
         results = evaluate_voc(paths.annotations, predictions, eleven_points=paths.name.startswith("voc_2007"))
@@ -143,9 +147,13 @@ def check_evaluator(cfg: CfgNode, evaluator: str) -> None:
         UserError: naming both.
     """
     for name in cfg.DATASETS.TEST:
-        of_cityscapes = (is_cityscapes(name) and cfg.MODEL.MASK_ON) or is_semantic(name)
-        if (evaluator == OFFICIAL) != of_cityscapes and evaluator != EVALUATORS[0]:
-            remedy = f"{OFFICIAL} or nothing" if of_cityscapes else f"one of {', '.join(EVALUATORS)}"
+        known = EVALUATORS
+        if (is_cityscapes(name) and cfg.MODEL.MASK_ON) or is_semantic(name):
+            known = (OFFICIAL,)
+        elif has_own_measure(name, cfg.MODEL.MASK_ON):
+            known = ()
+        if evaluator not in (*known, EVALUATORS[0]):  # the first is what stands there if nothing is said
+            remedy = " or ".join(known if known == EVALUATORS else (*known, "nothing"))
             raise UserError(f"--evaluator {evaluator} does not measure {name}; give {remedy}.")
 
 

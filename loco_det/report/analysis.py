@@ -18,6 +18,7 @@ import hotcoco
 import msgspec
 import numpy as np
 
+from loco_det.data.catalog import has_own_measure
 from loco_det.errors import UserError
 from loco_det.evaluation.coco import hotcoco_evaluations
 from loco_det.evaluation.coco_checks import check_results, read_ground_truth
@@ -124,6 +125,9 @@ def take_apart(run: DetectorRun) -> Taken | str:
     """The run's detections evaluated, or why they cannot be."""
     if run.config["MODEL.META_ARCHITECTURE"] == "SemanticSegmentor":
         return "labels of pixels are no detections, so no errors, curves, paired differences"
+    own = [name for name in run.config["DATASETS.TEST"] if has_own_measure(name, run.config["MODEL.MASK_ON"])]
+    if own:
+        return f"{own[0]} has a measure of its own, which is not taken apart, so no errors, curves, intervals"
     if not run.results.is_file():
         return "its detections (inference/coco_instances_results.json) are not there, so no errors, curves, intervals"
     annotations = run.annotations

@@ -10,7 +10,9 @@ from loco_det.report import charts
 
 KINDS = {"bbox": "box", "segm": "mask"}
 NOTHING = "-"  # in a table's cell
+# Of pixel labels, and of rare, common and frequent classes (LVIS).
 LABEL_SCORES = tuple(f"sem_seg/{name}" for name in ("IoU", "iIoU", "IoU_sup", "iIoU_sup"))
+BY_FREQUENCY = tuple(f"{kind}/AP{letter}" for kind in KINDS for letter in "rcf")
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _CSS = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#59636e;--paper:#fff;--panel:#f6f8fa;--line:#d1d9e0}
@@ -105,7 +107,8 @@ def _main_table(experiment: dict[str, Any]) -> Table:
     rows = experiment["backbones"]
     keys = [f"{kind}/{name}" for kind in KINDS for name in COLUMNS]
     keys = [key for key in keys if any(key in row["numbers"] for row in rows)]
-    keys += dict.fromkeys(key for row in rows for key in row["numbers"] if "/AR" in key or key in LABEL_SCORES)
+    others = (*LABEL_SCORES, *BY_FREQUENCY)
+    keys += dict.fromkeys(key for row in rows for key in row["numbers"] if "/AR" in key or key in others)
     header = ["backbone", "runs", *map(_column, keys)]
     body = [[r["backbone"], str(len(r["runs"])), *(_number(r["numbers"].get(key)) for key in keys)] for r in rows]
     return header, body

@@ -1,0 +1,62 @@
+"""LVIS AP: each image counts for the classes that were looked for in it, and rare classes have a mean of their own.
+
+By hotcoco, whose numbers are those of the benchmark's own code (lvis-api 0.5.3) to the last bit, in its protocol: 300
+detections an image over all classes. Source of the names: detectron2/evaluation/lvis_evaluation.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hotcoco
+
+from loco_det.errors import UserError
+from loco_det.evaluation.coco_checks import check_results, read_ground_truth
+
+MAX_DETECTIONS = 300  # of an image, over all classes
+NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
+_SHAPE = {"bbox": "bbox", "segm": "segmentation"}
+
+
+def evaluate_lvis(
+    annotations: str | Path, results: list[dict[str, Any]], iou_types: Sequence[str] = ("bbox", "segm")
+) -> dict[str, dict[str, float]]:
+    """Average precision in percent.
+
+    Args:
+        annotations: an LVIS annotation file, whose images say which classes were looked for in them.
+        results: COCO results; left as they are.
+        iou_types: "bbox" and/or "segm".
+
+    Returns:
+        {iou type: {"AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"}}: the last three over rare, common
+        and frequent classes. Sizes are by box area for "bbox" and by mask area for "segm". NaN where there is no
+        object to find.
+
+    Raises:
+        UserError: as `read_ground_truth` and `check_results`, or the file is not LVIS's.
+    """
+    check_results(results, read_ground_truth(annotations, ("bbox",)), iou_types)
+    try:
+        truth = hotcoco.LVIS(str(annotations))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{annotations} is no LVIS annotation file ({error}); take an intact copy.") from error
+    if not any(image.get("neg_category_ids") for image in truth.dataset["images"]):
+        raise UserError(f"{annotations} has no image with neg_category_ids, so it is not LVIS's; take an intact copy.")
+    return {iou_type: _numbers(truth, results, iou_type) for iou_type in iou_types}
+
+
+def _numbers(truth: hotcoco.COCO, results: list[dict[str, Any]], iou_type: str) -> dict[str, float]:
+    keys = ("image_id", "category_id", "score", _SHAPE[iou_type])  # with a box, too, a mask's size would be the box's
+    found = hotcoco.LVISResults(truth, [{key: r[key] for key in keys} for r in results], max_dets=MAX_DETECTIONS)
+    evaluation = hotcoco.LVISEval(truth, found, iou_type)
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports its table
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    numbers = evaluation.get_results()
+    return {name: 100 * numbers[name] if numbers[name] > -1 else float("nan") for name in NUMBERS}

@@ -1,0 +1,67 @@
+"""A made-up LVIS set: rare and common classes, images that are judged for some of them only, results of all kinds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+SIDE, CLASSES = 160, 9
+FREQUENCIES = ("r", "c", "f")
+
+
+def made_up(seed: int, images: int = 12) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(content of an annotation file, results with boxes and masks)."""
+    rng = np.random.default_rng(seed)
+    categories = [
+        {"id": 3 * k + 2, "name": f"class {k}", "frequency": FREQUENCIES[k % 3], "image_count": 1, "instance_count": 1}
+        for k in range(CLASSES)
+    ]
+    listed, annotations, results = [], [], []
+    for number in range(1, images + 1):
+        present = rng.choice(CLASSES, rng.integers(1, 5), replace=False).tolist()
+        absent = [k for k in range(CLASSES) if k not in present]
+        listed.append(
+            {
+                "id": 7 * number,
+                "width": SIDE,
+                "height": SIDE,
+                "coco_url": f"http://images.cocodataset.org/val2017/{number:012d}.jpg",
+                "neg_category_ids": [3 * k + 2 for k in rng.choice(absent, 2, replace=False).tolist()],
+                "not_exhaustive_category_ids": [3 * k + 2 for k in present if rng.random() < 0.3],
+            }
+        )
+        for k in present:
+            for _ in range(rng.integers(1, 4)):
+                box = rectangle(rng)
+                annotations.append(
+                    {"id": len(annotations) + 1, "image_id": 7 * number, "category_id": 3 * k + 2, "bbox": box,
+                     "area": box[2] * box[3], "segmentation": [outline(box)]}
+                )  # fmt: skip
+                for _ in range(rng.integers(0, 3)):
+                    moved = [v + float(rng.integers(-4, 5)) for v in box[:2]] + box[2:]
+                    category = k if rng.random() < 0.8 else int(rng.integers(CLASSES))
+                    results.append(result(7 * number, 3 * category + 2, moved, rng))
+        for _ in range(3):
+            results.append(result(7 * number, 3 * int(rng.integers(CLASSES)) + 2, rectangle(rng), rng))
+    return {"images": listed, "annotations": annotations, "categories": categories}, results
+
+
+def rectangle(rng: np.random.Generator) -> list[float]:
+    """x, y, w, h: small, medium and large ones."""
+    side = rng.integers((6, 6), (120, 120))
+    corner = rng.integers((4, 4), SIDE - 4 - side)
+    return [float(v) for v in (*corner, *side)]
+
+
+def outline(box: list[float]) -> list[float]:
+    x, y, w, h = box
+    return [x, y, x + w, y, x + w, y + h, x, y + h]
+
+
+def result(image_id: int, category_id: int, box: list[float], rng: np.random.Generator) -> dict[str, Any]:
+    rle = coco_mask.frPyObjects([outline(box)], SIDE, SIDE)[0]
+    segmentation = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+    score = round(float(rng.random()), 2)
+    return {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score, "segmentation": segmentation}
