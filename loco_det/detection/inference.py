@@ -117,6 +117,7 @@ def _measure(
     cfg: CfgNode, paths: DatasetPaths, predictions: list[dict[str, Any]], evaluator: str, folder: Path
 ) -> Results:
     """The numbers of one data set, by the measure that it is known for."""
+    whole = paths.name.partition("@")[0]
     if is_cityscapes(paths.name) and paths.images.name == "test":
         if cfg.MODEL.MASK_ON:
             file = folder / "cityscapes_submission.zip"
@@ -127,10 +128,10 @@ def _measure(
         official = evaluator == OFFICIAL
         results = evaluate_cityscapes(paths.annotations, paths.images, predictions, official=official)
         evaluator = OFFICIAL if official else "loco_det"
-    elif paths.name.partition("@")[0] in LVIS_NAMES:
+    elif whole in LVIS_NAMES:
         evaluator = "the rules of LVIS"
         results = evaluate_lvis(paths.annotations, predictions, ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",))
-    elif paths.name in VOC_SETS:
+    elif whole in VOC_SETS:
         evaluator = "the rules of VOC 2007" if paths.name.startswith("voc_2007") else "the rules of VOC 2012"
         results = evaluate_voc(paths.annotations, predictions, eleven_points=paths.name.startswith("voc_2007"))
     else:
