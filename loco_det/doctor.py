@@ -30,7 +30,7 @@ GIB = 2**30
 LINE_WIDTH = 200  # where the answer goes to a file or a pipe
 BASELINE_RATE, BASELINE_IMAGES = 0.02, 16  # of Detectron2's COCO configurations
 RATE_SPAN = 2.5  # times more or less than the rule is worth a word
-NORM_KEYS = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM")
+NORM_KEYS = tuple(f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD"))
 SMALL_DISK, SMALL_SHARED_MEMORY = 5 * GIB, 1 * GIB
 
 
@@ -115,7 +115,8 @@ def examine_config(config: str, overrides: list[str], weights: str | None = None
 
     def data_set(name: str) -> Check:
         train.check_classes(cfg, [name])
-        return Check(f"data set {name}", "ok", f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES} classes, as in the config")
+        head = cfg.MODEL.SEM_SEG_HEAD if cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor" else cfg.MODEL.ROI_HEADS
+        return Check(f"data set {name}", "ok", f"{head.NUM_CLASSES} classes, as in the config")
 
     names = list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
     checks = [_guarded("config", engine)]

@@ -27,6 +27,7 @@ from loco_det.data.transforms import Crop, Resize
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.schema import get_cfg
 from loco_det.detection.train import check_classes, train_net
+from loco_det.doctor import examine_config
 from loco_det.errors import UserError
 from loco_det.evaluation import semantic as scores
 
@@ -291,6 +292,15 @@ def test_report_and_sweep_know_the_scores(tmp_path: Path) -> None:
     page = (tmp_path / "report/index.html").read_text()
     for text in ("sem_seg IoU_sup", "traffic light", "no detections"):
         assert text in page
+
+
+def test_doctor_looks_at_the_right_head() -> None:
+    config = "configs/cityscapes_semantic_loco_r50.yaml"
+    names = [f"data set {NAME}_{split}" for split in ("train", "val")]
+    found = {check.name: check for check in examine_config(config, ["MODEL.WEIGHTS", ""])}
+    assert [(found[name].status, found[name].found) for name in names] == [("ok", "19 classes, as in the config")] * 2
+    found = {check.name: check for check in examine_config(config, ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "54"])}
+    assert found[names[0]].status == "fail"
 
 
 def test_data_check_reads_the_labels(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def evaluate_lvis(
         truth = hotcoco.LVIS(str(annotations))
     except (ValueError, OSError) as error:
         raise UserError(f"{annotations} is no LVIS annotation file ({error}); take an intact copy.") from error
-    if not any(image.get("neg_category_ids") for image in truth.dataset["images"]):
+    if not any(image.get("neg_category_ids") for image in truth.load_imgs(truth.get_img_ids())):
         raise UserError(f"{annotations} has no image with neg_category_ids, so it is not LVIS's; take an intact copy.")
     return {iou_type: _numbers(truth, results, iou_type) for iou_type in iou_types}
 
