@@ -411,6 +411,7 @@ def main() -> None:
         "peak_over_detectron2": max((memory[j] for j in ("finetune", "infer") if j in memory), default=None),
         "peaks_over_detectron2": memory,
         "seconds": seconds,
+        "seconds_of_turns": turns,
         "peak_bytes": peaks,
         "setting": setting,
     }

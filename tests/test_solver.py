@@ -12,6 +12,7 @@ from loco_det.config import load_config
 from loco_det.detection import solver
 from loco_det.detection.schema import get_cfg
 from loco_det.errors import UserError
+from loco_det.fused import fast_arithmetic
 
 SCHEDULES = {
     "multi-step": ["SOLVER.MAX_ITER", "60", "SOLVER.STEPS", "(30, 45)", "SOLVER.WARMUP_ITERS", "10"],
@@ -134,10 +135,13 @@ def test_each_parameter_gets_the_hyperparameters_of_its_kind():
         assert group["momentum"] == 0.9
 
 
-def test_sgd_does_what_its_equation_says():
+@pytest.mark.parametrize("fast", [False, True])
+def test_sgd_does_what_its_equation_says(fast: bool):
     cfg = config("SOLVER.BASE_LR", "0.1", "SOLVER.WEIGHT_DECAY", "0.01")
     net = nn.Linear(3, 1, bias=False).double()
-    optimizer = solver.build_optimizer(cfg, net)
+    with fast_arithmetic(fast):
+        optimizer = solver.build_optimizer(cfg, net)
+    assert optimizer.param_groups[0]["fused"] == fast
     w, velocity = net.weight.detach().clone(), torch.zeros_like(net.weight)
     for step in range(4):
         x = torch.full((1, 3), step + 1.0, dtype=torch.float64)

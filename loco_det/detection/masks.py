@@ -44,13 +44,22 @@ class MaskHead(nn.Module):
     def forward(self, x: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         for name in self.convs:
             x = getattr(self, name)(x)
-        x = F.relu_(self.deconv(x))
-        if not is_fast() or self.predictor.out_channels == 1:
-            return logits_of_classes(self.predictor(x), classes)
-        # Of K masks one is looked at, so only that one is made.
-        weight = self.predictor.weight.flatten(1)[classes]
-        logits = torch.bmm(weight[:, None], x.flatten(2)).view(len(x), *x.shape[2:])
-        return logits + self.predictor.bias[classes][:, None, None]
+        if is_fast():
+            return self._logits_of_one_class(x, classes)
+        return logits_of_classes(self.predictor(F.relu_(self.deconv(x))), classes)
+
+    def _logits_of_one_class(self, x: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """The last two layers as matrix products: of K masks one is looked at, so only that one is made, and the four
+        pixels that the deconvolution makes of one stay side by side until they are logits."""
+        count, channels, height, width = x.shape
+        weight = self.deconv.weight.permute(2, 3, 1, 0).reshape(-1, channels)  # two rows, two columns, out channels
+        cells = x.permute(0, 2, 3, 1).reshape(-1, channels)
+        hidden = F.relu_(F.linear(cells, weight, self.deconv.bias.repeat(4)))
+        chosen = classes if self.predictor.out_channels > 1 else torch.zeros_like(classes)
+        weight = self.predictor.weight.flatten(1)[chosen]
+        logits = torch.bmm(hidden.view(count, -1, weight.shape[1]), weight[:, :, None])
+        logits = logits.view(count, height, width, 2, 2).transpose(2, 3).reshape(count, 2 * height, 2 * width)
+        return logits + self.predictor.bias[chosen][:, None, None]
 
 
 def logits_of_classes(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:

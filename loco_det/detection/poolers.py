@@ -33,6 +33,12 @@ def assign_levels(boxes: torch.Tensor, lowest: int, highest: int) -> torch.Tenso
     return level.clamp(min=lowest, max=highest).to(torch.int64)
 
 
+def with_image(boxes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(R, 5) image number and box, of N tensors (Ri, 4)."""
+    image = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
+    return torch.cat([image, torch.cat(list(boxes))], dim=1)
+
+
 class RoiPooler:
     """Pools each region from the level its size asks for.
 
@@ -63,8 +69,7 @@ class RoiPooler:
             features: one map a level.
             boxes: N tensors (Ri, 4), in input pixels.
         """
-        image = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
-        return self.pool(features, torch.cat([image, torch.cat(list(boxes))], dim=1))
+        return self.pool(features, with_image(boxes))
 
     def pool(self, features: Sequence[torch.Tensor], regions: torch.Tensor) -> torch.Tensor:
         """The same for regions (R, 5), image number and box."""

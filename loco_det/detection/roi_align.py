@@ -39,7 +39,7 @@ def roi_align_pyramid(
         aligned: with the half-pixel correction.
 
     Returns:
-        (R, C, S, S) in channels_last layout, of the features' dtype.
+        (R, C, S, S) of the features' dtype.
     """
     places, weights = [], []
     for index, (feature, scale) in enumerate(zip(features, scales)):
@@ -96,23 +96,27 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, places: list, weights: list, side: int, *features: Tensor) -> Tensor:
         channels, dtype = features[0].shape[1], _precision(features[0])
-        out = torch.zeros(sum(map(len, places)), side, side, channels, dtype=dtype)
+        out = torch.empty(sum(map(len, places)), channels, side, side, dtype=dtype)
+        pooled = torch.empty(side, side, channels, dtype=dtype)
         with _one_thread():
             for feature, rois, (rows, columns) in zip(features, places, weights):
                 cells = feature.to(dtype).permute(0, 2, 3, 1).contiguous()
                 for i, (region, *place) in enumerate(rois):
                     area, (top, bottom, left, right) = _cells(cells, *place), place[1:]
-                    if area is not None:
-                        across = torch.mm(rows[i, :, top:bottom], area).view(side, -1, channels)
-                        torch.bmm(columns[i, :, left:right].expand(side, -1, -1), across, out=out[region])
+                    if area is None:
+                        out[region] = 0
+                        continue
+                    across = torch.mm(rows[i, :, top:bottom], area).view(side, -1, channels)
+                    torch.bmm(columns[i, :, left:right].expand(side, -1, -1), across, out=pooled)
+                    out[region].copy_(pooled.permute(2, 0, 1))  # in the processor's cache, unlike all at the end
         ctx.places, ctx.weights = places, weights
         ctx.like = [(feature.shape, feature.dtype) for feature in features]
-        return out.permute(0, 3, 1, 2).to(features[0].dtype)
+        return out.to(features[0].dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradient.to(_precision(gradient)).permute(0, 2, 3, 1).contiguous()
-        side, channels = gradient.shape[2:]
+        gradient = gradient.to(_precision(gradient))
+        channels, side = gradient.shape[1:3]
         results: list[Tensor | None] = []
         with _one_thread():
             levels = zip(ctx.like, ctx.places, ctx.weights, ctx.needs_input_grad[3:])
@@ -124,7 +128,8 @@ class _Pool(torch.autograd.Function):
                 for i, (region, *place) in enumerate(rois):
                     area, (top, bottom, left, right) = _cells(cells, *place), place[1:]
                     if area is not None:
-                        across = torch.bmm(columns[i, :, left:right].t().expand(side, -1, -1), gradient[region])
+                        pooled = gradient[region].permute(1, 2, 0).contiguous()
+                        across = torch.bmm(columns[i, :, left:right].t().expand(side, -1, -1), pooled)
                         area.addmm_(rows[i, :, top:bottom].t(), across.view(side, -1))
                 results.append(cells.permute(0, 3, 1, 2).to(dtype))
         return None, None, None, *results

@@ -24,6 +24,7 @@ from fvcore.common.param_scheduler import (
 from torch import Tensor, nn
 
 from loco_det.errors import UserError
+from loco_det.fused import is_fast
 from loco_det.runtime import log
 
 NORMS = (
@@ -58,13 +59,16 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
                 groups.setdefault(_options(solver, module, name), []).append(parameter)
     if not groups:
         raise UserError("No parameter of the model is trainable; lower MODEL.BACKBONE.FREEZE_AT.")
+    # In fast arithmetic one pass over the memory, without a copy of all gradients.
+    one_pass = is_fast() and all(p.device.type == "cpu" for parameters in groups.values() for p in parameters)
     return torch.optim.SGD(
         [{**dict(options), "params": parameters} for options, parameters in groups.items()],
         lr=solver.BASE_LR,
         momentum=solver.MOMENTUM,
         nesterov=solver.NESTEROV,
         weight_decay=solver.WEIGHT_DECAY,
-        foreach=True,
+        foreach=not one_pass,
+        fused=one_pass,
     )
 
 
