@@ -164,3 +164,26 @@ def test_without_wandb_one_sentence_names_the_extra_before_anything_is_done(
     assert run_job(job, ["--config-file", config, "--wandb", "p", "OUTPUT_DIR", str(tmp_path / "out")]) == 2
     assert "pip install 'loco_det[wandb]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("mode", "files"), [("disabled", 0), ("online", None)])
+def test_wandb_that_is_off_or_has_no_account(
+    mode: str, files: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    for name, value in (("WANDB_MODE", mode), ("HOME", str(tmp_path)), ("NETRC", str(tmp_path / "netrc"))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    cfg = load_config(get_cfg(), "", ["OUTPUT_DIR", str(tmp_path / "out")])
+
+    def run() -> None:
+        with wandb_run(cfg, "backbones"):
+            append_metrics(cfg.OUTPUT_DIR, {"iteration": 0, "loss/a": 0.5})
+
+    if files is None:
+        with pytest.raises(UserError, match=r"W&B cannot begin a run .*wandb login.*WANDB_MODE=offline"):
+            run()
+        return
+    run()
+    assert len(list((tmp_path / "out" / "wandb").glob("*run-*"))) == files
+    assert (tmp_path / "out" / "metrics.json").read_text().count("\n") == 1
