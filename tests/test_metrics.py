@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,8 @@ from loco_det.config import load_config
 from loco_det.errors import UserError
 from loco_det.metrics import append_metrics, trim_metrics, wandb_run
 from pretrain.defaults import get_cfg
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_every_line_of_metrics_is_valid_json(tmp_path: Path) -> None:
@@ -166,24 +172,30 @@ def test_without_wandb_one_sentence_names_the_extra_before_anything_is_done(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("mode", "files"), [("disabled", 0), ("online", None)])
-def test_wandb_that_is_off_or_has_no_account(
-    mode: str, files: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+WITH_WANDB = """
+import sys
+from loco_det.config import load_config
+from loco_det.metrics import append_metrics, wandb_run
+from pretrain.defaults import get_cfg
+cfg = load_config(get_cfg(), "", ["OUTPUT_DIR", sys.argv[1]])
+with wandb_run(cfg, "backbones"):
+    append_metrics(cfg.OUTPUT_DIR, {"iteration": 0, "loss/a": 0.5})
+"""
+
+
+@pytest.mark.parametrize("mode", ["disabled", "online"])
+def test_wandb_that_is_off_or_has_no_account(mode: str, tmp_path: Path) -> None:
+    """In a process of its own, since W&B reads its environment once."""
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
-    for name, value in (("WANDB_MODE", mode), ("HOME", str(tmp_path)), ("NETRC", str(tmp_path / "netrc"))):
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    cfg = load_config(get_cfg(), "", ["OUTPUT_DIR", str(tmp_path / "out")])
-
-    def run() -> None:
-        with wandb_run(cfg, "backbones"):
-            append_metrics(cfg.OUTPUT_DIR, {"iteration": 0, "loss/a": 0.5})
-
-    if files is None:
-        with pytest.raises(UserError, match=r"W&B cannot begin a run .*wandb login.*WANDB_MODE=offline"):
-            run()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    own = {"WANDB_MODE": mode, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WITH_WANDB, str(tmp_path / "out")]
+    done = subprocess.run(
+        command, env={**kept, **own}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
+    if mode == "online":
+        assert re.search(r"UserError: --wandb backbones: W&B cannot begin a run .*wandb login", done.stderr)
         return
-    run()
-    assert len(list((tmp_path / "out" / "wandb").glob("*run-*"))) == files
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "out" / "wandb").glob("*run-*")) == []
     assert (tmp_path / "out" / "metrics.json").read_text().count("\n") == 1
