@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,7 @@ def test_wandb_gets_the_same_numbers_and_a_resumed_run_is_the_same_run(tmp_path:
 
     with pytest.raises(UserError, match="stopped"):
         stopped()
+    time.sleep(1.1)  # W&B names a run's folder by the second
     with wandb_run(cfg, "backbones", resume=True):
         append_metrics(tmp_path, {"iteration": 1, "loss/a": 0.25})
         append_metrics(tmp_path, {"bbox/AP": 12.5})  # says not when
