@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster", default=None, help="submitit: slurm or local (default: what is there)")
     parser.add_argument("--partition", help="submitit: of slurm")
     parser.add_argument("--timeout", type=int, default=24 * 60, metavar="MIN", help="submitit: of a cell, in minutes")
+    parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="as for `train`, shared by all cells")
     parser.add_argument("--wandb", metavar="PROJECT", help="as for `train`, for every cell")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="overrides for every cell")
 
@@ -193,10 +194,11 @@ def _command(args: argparse.Namespace, weights: Path, fraction: float, seed: int
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={args.num_gpus}"]
         start, processes = [sys.executable, "-m", *torchrun, "-m", "loco_det.cli"], []
     part = [] if fraction == 1 else ["--fraction", f"{fraction:g}"]
-    wandb = ["--wandb", args.wandb] if args.wandb else []
+    more = ["--wandb", args.wandb] if args.wandb else []
+    more += ["--feature-cache", str(args.feature_cache.absolute())] if args.feature_cache else []
     own = {"MODEL.WEIGHTS": weights, "SEED": seed, "OUTPUT_DIR": folder}
     overrides = [*args.set, *(str(text) for pair in own.items() for text in pair)]
-    options = ["--config-file", args.config_file, "--engine", args.engine, "--resume", *processes, *part, *wandb]
+    options = ["--config-file", args.config_file, "--engine", args.engine, "--resume", *processes, *part, *more]
     return [*start, "train", *options, *overrides]
 
 

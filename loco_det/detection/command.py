@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
@@ -28,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exact", action="store_true", help="torchvision engine: Detectron2's numbers to the last bit, slower"
     )
+    parser.add_argument(
+        "--feature-cache",
+        type=Path,
+        metavar="DIR",
+        help="keep the frozen backbone's features of test images in DIR, for other evaluations with it",
+    )
     parser.add_argument("--fraction", type=float, metavar="F", help="train on a share of the images, 0.01 for 1 %%")
     parser.add_argument("--few-shot", type=int, metavar="K", help="train on K objects of each class")
     parser.add_argument("--wandb", metavar="PROJECT", help="send metrics.json's numbers to Weights & Biases too")
@@ -52,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
     if choose_engine(args.engine).NAME == "torchvision":  # again in every process, but here it is known who set what
         check_honoured(cfg, collect_settings(args.config_file, args.opts))
     options = {"engine": args.engine, "eval_only": args.eval_only, "resume": args.resume, "evaluator": args.evaluator}
-    launch(_worker, args.num_gpus, cfg, args.wandb, {**options, "fast": not args.exact})
+    options.update(fast=not args.exact, feature_cache=args.feature_cache)
+    launch(_worker, args.num_gpus, cfg, args.wandb, options)
 
 
 def _part_of_training_set(cfg: CfgNode, fraction: float | None, shots: int | None) -> list[str]:

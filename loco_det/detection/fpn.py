@@ -16,6 +16,7 @@ from torch import nn
 
 from loco_det.backbone import ResNet, freeze
 from loco_det.detection.deformable import deformable
+from loco_det.detection.feature_cache import FeatureCache
 from loco_det.detection.fvcore_nn import c2_xavier_fill
 from loco_det.detection.layers import Conv
 from loco_det.errors import UserError
@@ -46,6 +47,7 @@ class Trunk(ResNet):
             last_stage=max(resnets.OUT_FEATURES, key=("stem", "res2", "res3", "res4", "res5").index),
         )
         self.out_features = tuple(resnets.OUT_FEATURES)
+        self.cache: FeatureCache | None = None  # of features in evaluation
         for name, deform in zip(self.stage_names[1:], resnets.DEFORM_ON_PER_STAGE):
             if deform:
                 setattr(self, name, deformable(getattr(self, name)))
@@ -54,6 +56,9 @@ class Trunk(ResNet):
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, 3, H, W) normalised images -> {stage: feature} for the stages of MODEL.RESNETS.OUT_FEATURES."""
+        return self._compute(x) if self.training or self.cache is None else self.cache(x, self._compute)
+
+    def _compute(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         outputs = {}
         trained = any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):

@@ -23,6 +23,7 @@ from loco_det.data.catalog import find_dataset
 from loco_det.data.index import load_index
 from loco_det.detection import engine_d2, solver
 from loco_det.detection.checkpoint import Checkpointer, read_last
+from loco_det.detection.feature_cache import use_cache
 from loco_det.detection.inference import check_evaluator, check_expected, evaluate_finally, flatten
 from loco_det.detection.loop import Run, check_frozen, frozen_hashes, train
 from loco_det.detection.record import write_record
@@ -49,6 +50,7 @@ def train_net(
     resume: bool = False,
     evaluator: str = "hotcoco",
     fast: bool = False,
+    feature_cache: Path | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate the detector that `cfg` describes, in this process's share of the job.
 
@@ -59,6 +61,7 @@ def train_net(
         resume: go on from OUTPUT_DIR/last_checkpoint if there is one.
         evaluator: "hotcoco" or "pycocotools".
         fast: let the torchvision engine's numbers differ from Detectron2's by rounding (`loco_det.fused`).
+        feature_cache: keep the frozen backbone's features of test images in this folder.
 
     Returns:
         On the main process {"bbox": {"AP": percent, ...}, "segm": {...}}; with several DATASETS.TEST a dict of these
@@ -72,17 +75,23 @@ def train_net(
     module = choose_engine(engine)
     module.check(cfg)
     check_evaluator(cfg, evaluator)
+    if feature_cache is not None and module is engine_d2:
+        raise UserError("--feature-cache is the torchvision engine's; add --engine torchvision, or leave it out.")
     drawn = cfg.SEED < 0
     cfg = _prepare(cfg, eval_only)
     model = module.build_model(cfg)
     with fast_arithmetic(fast):
         if eval_only:
             _load_for_evaluation(model, cfg, module, resume)
+            if feature_cache is not None:
+                use_cache(model, cfg, feature_cache)
             results = evaluate_finally(cfg, model, module, evaluator)
             append_metrics(cfg.OUTPUT_DIR, flatten(results))
             check_expected(cfg, results)
             return results
         run = start_run(cfg, module, model, resume, drawn)
+        if feature_cache is not None:
+            use_cache(model, cfg, feature_cache)
         train(run, evaluator)
         results = evaluate_finally(cfg, model, module, evaluator)
     if results:

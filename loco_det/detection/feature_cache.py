@@ -1,0 +1,87 @@
+"""Features of a frozen backbone on disk, for evaluations that see the same images again and again.
+
+The detectors of a sweep over seeds or shares of the data stand on one frozen backbone, and every evaluation sends each
+test image through it once more. With a cache it does so once: DIR gets a file an image, named by the hash of all that
+its content depends on, so that nothing stale can be read and several runs may share DIR. What is read is what was
+computed, bit for bit and in the same layout, in the dtype of the network (float32, but under autocast).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+
+from loco_det.backbone import tensors_hash
+from loco_det.errors import UserError
+from loco_det.fused import is_fast
+from loco_det.runtime import atomic_write, log
+
+Features = dict[str, Tensor]
+
+
+class FeatureCache:
+    """Keeps in `folder` what a network whose numbers are known by `identity` makes of each input."""
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self.folder, self.identity = folder, identity
+        self.read = self.written = 0
+
+    def __call__(self, x: Tensor, compute: Callable[[Tensor], Features]) -> Features:
+        """`compute(x)`, from disk if it is there; x (B, 3, H, W).
+
+        Raises:
+            UserError: a file of the cache is damaged, or cannot be written.
+        """
+        path = self.folder / f"{self._key(x)}.pt"
+        if path.is_file():
+            self.read += 1
+            return _read(path, x.device)
+        features = compute(x)
+        if not self.written:
+            size = sum(tensor.numel() * tensor.element_size() for tensor in features.values())
+            log.info("feature cache %s: this image takes %.1f MB", self.folder, size / 1e6)
+        self.written += 1
+        with atomic_write(path) as file:
+            torch.save(features, file)
+        return features
+
+    def _key(self, x: Tensor) -> str:
+        """Of weights, configuration, image and whatever else rounding depends on."""
+        place = torch.cuda.get_device_name(x.device) if x.is_cuda else torch.backends.cpu.get_cpu_capability()
+        precision = is_fast(), torch.is_autocast_enabled(x.device.type), torch.get_num_threads()
+        settings = self.identity, torch.__version__, x.device.type, place, *precision
+        return hashlib.sha256(f"{settings} {tensors_hash([('x', x)])}".encode()).hexdigest()
+
+
+def _read(path: Path, device: torch.device) -> Features:
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is a damaged file of the feature cache; delete it.") from error
+
+
+def use_cache(model: nn.Module, cfg: CfgNode, folder: Path) -> FeatureCache:
+    """Let a detector whose weights are loaded take its frozen backbone's features from `folder` in evaluation.
+
+    Raises:
+        UserError: the backbone is not frozen as a whole, or test-time augmentation makes other inputs of an image.
+    """
+    trunk = getattr(model.backbone, "bottom_up", model.backbone)
+    moving = [name for name, parameter in trunk.named_parameters() if parameter.requires_grad]
+    moving += [name for name, m in trunk.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if moving:
+        raise UserError(
+            f"--feature-cache needs a frozen backbone, but MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT} "
+            f"leaves {moving[0]} to training; raise it (5 freezes everything), or leave the option out."
+        )
+    if cfg.TEST.AUG.ENABLED:
+        raise UserError("--feature-cache is for images of one fixed size; set TEST.AUG.ENABLED False, or leave it out.")
+    identity = tensors_hash(trunk.state_dict().items()), cfg.MODEL.RESNETS.dump(), trunk.out_features
+    trunk.cache = FeatureCache(folder, hashlib.sha256(repr(identity).encode()).hexdigest())
+    return trunk.cache

@@ -1,0 +1,123 @@
+"""The cache of frozen features: the same numbers bit for bit, computed once, and refused where inputs vary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fvcore.common.config import CfgNode
+from tiny_detection import tiny_cfg, write_tiny
+
+from loco_det.cli import main
+from loco_det.detection import engine_d2
+from loco_det.detection.fpn import Trunk
+from loco_det.detection.rcnn import build_model
+from loco_det.detection.train import train_net
+from loco_det.errors import UserError
+
+RESULTS = Path("inference") / "coco_instances_results.json"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny data set and two detectors: `a.pth`, and `b.pth` with other heads on the same backbone."""
+    root = write_tiny(tmp_path_factory.mktemp("cache"))
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg(root))
+    for name in ("a", "b"):
+        torch.save({"model": model.state_dict()}, root / f"{name}.pth")
+        with torch.no_grad():
+            model.roi_heads.box_predictor.cls_score.weight.mul_(30)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def datasets(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(place))
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes that went through the backbone."""
+    shapes: list[tuple[int, ...]] = []
+    compute = Trunk._compute
+    monkeypatch.setattr(Trunk, "_compute", lambda self, x: (shapes.append(tuple(x.shape)), compute(self, x))[1])
+    return shapes
+
+
+def evaluate(place: Path, out: Path, detector: str, cache: Path | None, fast: bool, **changes: Any) -> bytes:
+    cfg: CfgNode = tiny_cfg(out, MODEL__WEIGHTS=place / f"{detector}.pth", **changes)
+    train_net(cfg, engine="torchvision", eval_only=True, fast=fast, feature_cache=cache)
+    return (out / RESULTS).read_bytes()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_every_image_is_computed_once_and_results_are_the_same(
+    place: Path, tmp_path: Path, computed: list[tuple[int, ...]], fast: bool
+) -> None:
+    cache = tmp_path / "cache"
+    expected = {name: evaluate(place, tmp_path / name, name, None, fast) for name in "ab"}
+    assert expected["a"] != expected["b"]
+    assert len(computed) == 12
+    computed.clear()
+    assert evaluate(place, tmp_path / "filling", "a", cache, fast) == expected["a"]
+    assert len(computed) == len(list(cache.glob("*.pt"))) == 6
+    for name in "ab":  # other heads on the same backbone
+        assert evaluate(place, tmp_path / "reading", name, cache, fast) == expected[name]
+    assert len(computed) == 6
+    evaluate(place, tmp_path / "smaller", "a", cache, fast, INPUT__MIN_SIZE_TEST=48)
+    evaluate(place, tmp_path / "other", "a", cache, not fast)  # other rounding
+    assert len(computed) == len(list(cache.glob("*.pt"))) == 18
+
+
+def test_other_weights_find_nothing_and_training_does_not_look(
+    place: Path, tmp_path: Path, computed: list[tuple[int, ...]]
+) -> None:
+    cache = tmp_path / "cache"
+    evaluate(place, tmp_path / "a", "a", cache, False)
+    state = torch.load(place / "a.pth")
+    state["model"]["backbone.bottom_up.res3.0.conv1.weight"][0, 0, 0, 0] += 1e-3
+    torch.save(state, place / "c.pth")
+    computed.clear()
+    evaluate(place, tmp_path / "c", "c", cache, False)
+    assert len(computed) == 6
+    computed.clear()
+    cfg = tiny_cfg(tmp_path / "train", MODEL__WEIGHTS=place / "a.pth", SOLVER__MAX_ITER=2, SOLVER__STEPS=())
+    train_net(cfg, engine="torchvision", feature_cache=cache)
+    assert [shape[0] for shape in computed] == [2, 2]  # two steps of two images, and an evaluation from disk
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"MODEL__BACKBONE__FREEZE_AT": 4}, "MODEL.BACKBONE.FREEZE_AT 4 leaves res5"),
+        ({"TEST__AUG__ENABLED": True}, "TEST.AUG.ENABLED"),
+    ],
+)
+def test_refused_where_features_or_inputs_vary(
+    place: Path, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(UserError, match=named):
+        evaluate(place, tmp_path, "a", tmp_path / "cache", False, **changes)
+
+
+def test_refused_for_detectron2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(engine_d2, "installed", lambda: True)
+    with pytest.raises(UserError, match="--engine torchvision"):
+        train_net(tiny_cfg(tmp_path), engine="detectron2", feature_cache=tmp_path)
+
+
+def test_a_damaged_file_is_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = tmp_path / "cache"
+    evaluate(place, tmp_path / "a", "a", cache, False)
+    damaged = sorted(cache.glob("*.pt"))
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:-100])
+    config = tmp_path / "a" / "config.yaml"
+    command = ["train", "--config-file", config, "--eval-only", "--exact", "--engine", "torchvision"]
+    assert main([str(part) for part in (*command, "--feature-cache", cache)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "damaged" in error
+    assert any(path.name in error for path in damaged)
