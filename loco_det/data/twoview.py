@@ -10,8 +10,6 @@ at t. Workers run on over the end of an epoch, so that small sets are not slowed
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,7 +40,7 @@ from loco_det.data.views import (
 )
 from loco_det.errors import UserError
 
-_TOGETHER = 8  # images whose crops are held before they are augmented
+_TOGETHER = 16  # images whose crops are held before they are augmented
 _SUBSTITUTES = 100  # images tried in place of an unreadable one before giving up
 _BAD_NAMED = 20  # unreadable images named in the log, one line each; later ones at every power of two
 _ORDER_STREAM = 2**63  # a counter that no image index reaches
@@ -422,13 +420,4 @@ def prepare_worker(_: int = 0) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # At exit Python terminates workers that still run; a quiet end keeps torch from reporting that as a crash.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep up to 256 MiB of freed memory for the next allocation; elsewhere do nothing."""
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 32 * 2**20)  # the most that glibc accepts
-        libc.mallopt(trim_threshold, 256 * 2**20)
+    runtime.keep_freed_memory()

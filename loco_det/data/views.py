@@ -370,10 +370,10 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     shift, scale = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
     if images.device.type != "cpu":
         return images.to(torch.float32).sub_(shift).div_(scale)
-    # The same numbers from a table: three passes over floats would wait for memory, a tenth of the time of two views.
-    tables = torch.arange(256.0).view(1, -1).sub(shift).div_(scale).numpy()  # (3, 1, 256)
+    # In one pass over each plane: three passes over floats would wait for memory, a tenth of the time of two views.
     result = torch.empty(images.shape)
+    factors = [(1 / s, -m / s) for m, s in zip(mean, std)]
     for pixels, floats in zip(images.numpy(), result.numpy()):
-        for plane, table, place in zip(pixels, tables, floats):
-            cv2.LUT(plane, table, dst=place)
+        for plane, (factor, offset), place in zip(pixels, factors, floats):
+            cv2.addWeighted(plane, factor, plane, 0, offset, dst=place, dtype=cv2.CV_32F)
     return result
