@@ -12,6 +12,7 @@ from torch import nn
 from torchvision.ops import roi_align
 
 from loco_det.backbone import BLOCKS, Conv2d, ResNet, freeze
+from loco_det.detection.masks import MaskHead
 from loco_det.detection.poolers import RoiPooler
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.rpn import RPNHead
@@ -260,3 +261,16 @@ def test_the_rpn_at_some_anchors_equals_all_of_them() -> None:
         for x, y in zip(ours, theirs):
             assert (x is None) == (y is None)
             assert x is None or torch.allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("regions", [0, 3])
+def test_masks_of_any_number_of_regions(regions: int) -> None:
+    """An image in which nothing is found has no masks, and that is no error."""
+    torch.manual_seed(0)
+    head = MaskHead(cases.configure(get_cfg(), cases.FPN), 8).eval()
+    features, classes = torch.randn(regions, 8, 14, 14), torch.arange(regions)
+    exact = head(features, classes)
+    with fast_arithmetic(True):
+        fast = head(features, classes)
+    assert fast.shape == (regions, 28, 28)
+    torch.testing.assert_close(fast, exact, rtol=1e-4, atol=1e-6)

@@ -57,7 +57,7 @@ class MaskHead(nn.Module):
         hidden = F.relu_(F.linear(cells, weight, self.deconv.bias.repeat(4)))
         chosen = classes if self.predictor.out_channels > 1 else torch.zeros_like(classes)
         weight = self.predictor.weight.flatten(1)[chosen]
-        logits = torch.bmm(hidden.view(count, -1, weight.shape[1]), weight[:, :, None])
+        logits = torch.bmm(hidden.view(count, 4 * height * width, weight.shape[1]), weight[:, :, None])
         logits = logits.view(count, height, width, 2, 2).transpose(2, 3).reshape(count, 2 * height, 2 * width)
         return logits + self.predictor.bias[chosen][:, None, None]
 
