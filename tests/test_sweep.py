@@ -179,7 +179,9 @@ def test_commands_of_the_launchers() -> None:
     assert "--resume" in plain
     watched = sweep._command(arguments(wandb="grid"), Path("w.pkl"), 1.0, 0, Path("f"))
     assert watched[watched.index("--wandb") + 1] == "grid"
-    assert "--wandb" not in plain
+    assert not {"--wandb", "--feature-cache"} & set(plain)
+    cached = sweep._command(arguments(feature_cache=Path("kept")), Path("w.pkl"), 1.0, 0, Path("f"))
+    assert cached[cached.index("--feature-cache") + 1] == str(Path("kept").absolute())
     torchrun = sweep._command(arguments(num_gpus=2, launcher="torchrun"), Path("w.pkl"), 1.0, 0, Path("f"))
     assert torchrun[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     assert "--fraction" not in torchrun
