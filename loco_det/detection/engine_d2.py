@@ -152,8 +152,10 @@ def _register(name: str) -> None:
             f"Detectron2 reads {whole} by lvis-api, which must be installed, and only whole; use --engine torchvision."
         )
     if name in DatasetCatalog.list():
-        if name not in _registered and not paths.derived:
-            return  # its own
+        own = MetadataCatalog.get(name)
+        elsewhere = own.get("evaluator_type") == "coco" and own.json_file != places[0]
+        if name not in _registered and not paths.derived and not elsewhere:
+            return  # its own, below the DETECTRON2_DATASETS of when it was imported
         DatasetCatalog.remove(name)  # the same name below another DETECTRON2_DATASETS, or in another format
         MetadataCatalog.remove(name)
     if is_semantic(name):
