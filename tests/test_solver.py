@@ -244,6 +244,17 @@ def test_the_schedule_is_detectron2s(name):
     assert rates(cfg) == trace
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_step_is_seen_by_whoever_keeps_copies_of_weights(fast: bool) -> None:
+    net = Net()
+    with fast_arithmetic(fast):
+        optimizer = solver.build_optimizer(config(), net)
+    net.fc(net.group(net.norm(net.conv(torch.randn(2, 3, 4, 4)))).mean((2, 3))).square().sum().backward()
+    before = [parameter._version for parameter in net.parameters()]
+    optimizer.step()
+    assert all(parameter._version > version for parameter, version in zip(net.parameters(), before))
+
+
 @pytest.mark.detectron2
 @pytest.mark.parametrize("clip", ["none", "value", "norm"])
 def test_twenty_steps_are_detectron2s(clip):

@@ -61,7 +61,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
         raise UserError("No parameter of the model is trainable; lower MODEL.BACKBONE.FREEZE_AT.")
     # In fast arithmetic one pass over the memory, without a copy of all gradients.
     one_pass = is_fast() and all(p.device.type == "cpu" for parameters in groups.values() for p in parameters)
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         [{**dict(options), "params": parameters} for options, parameters in groups.items()],
         lr=solver.BASE_LR,
         momentum=solver.MOMENTUM,
@@ -70,6 +70,16 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
         foreach=not one_pass,
         fused=one_pass,
     )
+    if one_pass:
+        optimizer.register_step_post_hook(_tell_of_the_writing)
+    return optimizer
+
+
+def _tell_of_the_writing(optimizer: torch.optim.SGD, *_: object) -> None:
+    """Count the parameters' versions on, which the one pass does not; `fused` makes its copies anew by them."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            torch.autograd.graph.increment_version(parameter)
 
 
 def _options(solver: CfgNode, module: nn.Module, name: str) -> tuple[tuple[str, float], ...]:
