@@ -16,6 +16,7 @@ from loco_det.detection.rcnn import build_model
 from loco_det.detection.solver import build_optimizer, build_schedule, grad_scaler
 from loco_det.detection.weights import load_weights, read_weights
 from loco_det.errors import UserError
+from loco_det.fused import fast_arithmetic
 
 C4 = {
     "MODEL__BACKBONE__NAME": "build_resnet_backbone",
@@ -219,6 +220,21 @@ def test_a_checkpoint_gives_back_model_optimiser_schedule_and_iteration(saved):
         assert torch.equal(state["momentum_buffer"], theirs["state"][key]["momentum_buffer"])
     assert fresh.schedule.state_dict() == saved.schedule.state_dict()
     assert fresh.note["seed"] == 3
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_resumed_optimiser_computes_as_its_own_run_does(saved, tmp_path, fast):
+    """Exact or fast is asked for anew at each start: a checkpoint of the other, or of Detectron2, does not decide."""
+    with fast_arithmetic(not fast):
+        other = checkpointer(saved.cfg)
+    other.restore(read_last(saved.cfg.OUTPUT_DIR))
+    other.cfg = tiny_cfg(tmp_path)
+    other.save("model_0000000", 0)
+    with fast_arithmetic(fast):
+        run, uninterrupted = checkpointer(other.cfg), checkpointer(saved.cfg)
+    run.restore(read_last(tmp_path))
+    ways = [[(group["foreach"], group["fused"]) for group in r.optimizer.param_groups] for r in (run, uninterrupted)]
+    assert ways[0] == ways[1] == [(not fast, fast)] * len(ways[0])
 
 
 def test_the_file_is_in_detectron2s_layout(saved):

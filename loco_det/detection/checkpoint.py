@@ -76,6 +76,9 @@ class Checkpointer:
                 f"{weights.path}: its optimiser state does not fit ({error}); resume with the configuration the run "
                 "was started with."
             ) from error
+        # How a step is computed is this run's choice, fast or exact; a state's groups bring the writer's.
+        for group in self.optimizer.param_groups:
+            group.update({name: self.optimizer.defaults[name] for name in ("foreach", "fused")})
         self.schedule.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled() and state.get("grad_scaler"):
             self.scaler.load_state_dict(state["grad_scaler"])
