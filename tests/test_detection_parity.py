@@ -99,14 +99,17 @@ ALL = {**MAIN, **{name: (cases.FPN, option) for name, option in OPTIONS.items()}
 @pytest.fixture(params=ALL)
 def pair(one_thread: None, request: pytest.FixtureRequest) -> tuple[Any, Any, float]:
     """Detectron2's model and ours with the same weights, and how far a gradient may differ."""
+    return *twins(*ALL[request.param]), GRADIENT_TOLERANCE.get(request.param, 0.0)
+
+
+def twins(*settings: dict[str, Any]) -> tuple[Any, Any]:
     from detectron2.config import get_cfg as detectron2_cfg
     from detectron2.modeling import build_model as detectron2_model
 
-    settings = ALL[request.param]
     theirs = cases.formula_weights(detectron2_model(cases.configure(detectron2_cfg(), *settings)))
     ours = build_model(cases.configure(get_cfg(), *settings))
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    return theirs, ours, GRADIENT_TOLERANCE.get(request.param, 0.0)
+    return theirs, ours
 
 
 def test_training_and_inference_are_identical(pair: tuple[Any, Any, float]) -> None:
@@ -114,6 +117,13 @@ def test_training_and_inference_are_identical(pair: tuple[Any, Any, float]) -> N
     check_names(theirs, ours)
     check_training(theirs, ours, tolerance)
     check_inference(theirs, ours)
+
+
+@pytest.mark.parametrize(
+    "name", ["frozen", "fine-tuned BN", "GN", "giou", "mask_rcnn_R_50_DC5", "cascade_rcnn_R_50_FPN", "rpn_R_50_C4"]
+)
+def test_mixed_precision_rounds_at_the_same_places(name: str) -> None:
+    check_training(*twins(*ALL[name]), 0.0, mixed=True)
 
 
 def check_names(theirs: Any, ours: Any) -> None:
@@ -135,16 +145,17 @@ def shapes(model: Any) -> list[tuple[str, torch.Size]]:
     return [(name, t.shape) for name, t in tensors if not name.endswith("num_batches_tracked")]
 
 
-def check_training(theirs: Any, ours: Any, tolerance: float) -> None:
+def check_training(theirs: Any, ours: Any, tolerance: float, mixed: bool = False) -> None:
     from detectron2.utils.events import EventStorage
 
     theirs.train()
     ours.train()
     torch.manual_seed(5)
-    with EventStorage(0):
+    with EventStorage(0), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         their_losses = theirs(cases.detectron2_batch(train=True))
     torch.manual_seed(5)
-    our_losses = ours(cases.our_batch(train=True))
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        our_losses = ours(cases.our_batch(train=True))
     assert {k: v.item() for k, v in our_losses.items()} == {k: v.item() for k, v in their_losses.items()}
     assert all(loss > 0 for loss in our_losses.values())
     sum(their_losses.values()).backward()

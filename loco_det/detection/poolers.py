@@ -89,11 +89,13 @@ class RoiPooler:
             level = assign_levels(regions[:, 1:], self.lowest, self.highest) - self.lowest
         scales = [1.0 / stride for stride in self.strides]
         aligned = self.kind == "ROIAlignV2"
-        return roi_align_pyramid(features, regions, level, self.side, scales, self.sampling_ratio, aligned)
+        with torch.autocast("cpu", enabled=False):  # in float32 whatever the maps are, as torchvision's operator
+            return roi_align_pyramid(features, regions, level, self.side, scales, self.sampling_ratio, aligned)
 
     def _pool(self, feature: torch.Tensor, regions: torch.Tensor, stride: int) -> torch.Tensor:
         size, scale = (self.side, self.side), 1.0 / stride
         regions = regions.to(feature.dtype)
         if self.kind == "ROIPool":
-            return roi_pool(feature, regions, size, scale)
+            wide = torch.promote_types(feature.dtype, torch.float32)  # on CPUs torchvision has it in nothing narrower
+            return roi_pool(feature.to(wide), regions.to(wide), size, scale).to(feature.dtype)
         return roi_align(feature, regions, size, scale, self.sampling_ratio, self.kind == "ROIAlignV2")

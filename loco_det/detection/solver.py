@@ -232,7 +232,10 @@ def autocast(cfg: CfgNode, device: torch.device) -> contextlib.AbstractContextMa
     """The precision of one forward pass: float16 on CUDA and bfloat16 elsewhere if SOLVER.AMP.ENABLED."""
     if not cfg.SOLVER.AMP.ENABLED:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.float16 if device.type == "cuda" else torch.bfloat16)
+    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+    # A fast RPN scores all cells without a gradient first. Until torch 2.10 the casts of its weights that autocast
+    # keeps from there had none for the sampled cells either, and its biases never learned.
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=not is_fast())
 
 
 def grad_scaler(cfg: CfgNode, device: torch.device) -> torch.amp.GradScaler:
