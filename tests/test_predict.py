@@ -262,6 +262,17 @@ def test_a_file_that_differs_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_place_where_no_file_can_be_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("here first")
+    for path in (tmp_path / "folder", tmp_path / "file" / "model.onnx"):
+        with pytest.raises(UserError, match=r"cannot be written"):
+            export_onnx(detector(cases.FPN, {"MODEL.MASK_ON": False}), cases.images()[0], path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
 def test_predict_exports_too(place: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")

@@ -24,7 +24,7 @@ from loco_det.detection.rcnn import GeneralizedRCNN
 from loco_det.detection.roi_heads import Res5ROIHeads, StandardROIHeads
 from loco_det.errors import UserError
 from loco_det.fused import fast_arithmetic
-from loco_det.runtime import log
+from loco_det.runtime import log, os_errors
 
 OPSET = 17
 # Largest differences between the file and the model that count as rounding: pixels, score, probability of a pixel.
@@ -87,19 +87,20 @@ def export_onnx(model: nn.Module, image: Tensor, path: Path) -> dict[str, float]
     runtime = _runtime()
     check_exportable(model)
     network = OneImage(model).eval()
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with fast_arithmetic(False), torch.no_grad():
-            _trace(network, image.to(model.pixel_mean.device), temporary)
-            session = runtime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
-            differences = [_difference(network, session, view) for view in (image, image.flip(2))]
-        largest = {name: max(d[name] for d in differences) for name in differences[0]}
-        if any(largest[name] > limit for name, limit in TOLERANCE.items() if name in largest):
-            raise UserError(f"{path}: onnxruntime's results differ from the model's by {largest}; nothing was written.")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with fast_arithmetic(False), torch.no_grad():
+                _trace(network, image.to(model.pixel_mean.device), temporary)
+                session = runtime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+                differences = [_difference(network, session, view) for view in (image, image.flip(2))]
+            largest = {name: max(d[name] for d in differences) for name in differences[0]}
+            if any(largest[name] > limit for name, limit in TOLERANCE.items() if name in largest):
+                raise UserError(f"{path}: onnxruntime's results differ from the model's by {largest}; not written.")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     shown = ", ".join(f"{name} {value:.2g}" for name, value in largest.items())
     log.info("%s: %d x %d pixels; largest difference from the model: %s", path, *image.shape[1:], shown)
     return largest
