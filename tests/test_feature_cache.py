@@ -55,7 +55,7 @@ def evaluate(place: Path, out: Path, detector: str, cache: Path | None, fast: bo
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_every_image_is_computed_once_and_results_are_the_same(
-    place: Path, tmp_path: Path, computed: list[tuple[int, ...]], fast: bool
+    place: Path, tmp_path: Path, computed: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
     cache = tmp_path / "cache"
     expected = {name: evaluate(place, tmp_path / name, name, None, fast) for name in "ab"}
@@ -70,6 +70,9 @@ def test_every_image_is_computed_once_and_results_are_the_same(
     evaluate(place, tmp_path / "smaller", "a", cache, fast, INPUT__MIN_SIZE_TEST=48)
     evaluate(place, tmp_path / "other", "a", cache, not fast)  # other rounding
     assert len(computed) == len(list(cache.glob("*.pt"))) == 18
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")  # as FLOAT32_PRECISION asks of a GPU
+    evaluate(place, tmp_path / "coarser", "a", cache, fast)
+    assert len(computed) == len(list(cache.glob("*.pt"))) == 24
 
 
 def test_other_weights_find_nothing_and_training_does_not_look(

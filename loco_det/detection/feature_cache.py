@@ -54,7 +54,8 @@ class FeatureCache:
     def _key(self, x: Tensor) -> str:
         """Of weights, configuration, image and whatever else rounding depends on."""
         place = torch.cuda.get_device_name(x.device) if x.is_cuda else torch.backends.cpu.get_cpu_capability()
-        precision = is_fast(), torch.is_autocast_enabled(x.device.type), torch.get_num_threads()
+        products = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32  # FLOAT32_PRECISION
+        precision = is_fast(), torch.is_autocast_enabled(x.device.type), torch.get_num_threads(), *products
         settings = self.identity, torch.__version__, x.device.type, place, *precision
         return hashlib.sha256(f"{settings} {tensors_hash([('x', x)])}".encode()).hexdigest()
 
