@@ -1,8 +1,11 @@
-"""`loco-det predict`: a trained detector on one's own images, folders and videos; pictures, COCO JSON, ONNX.
+"""`loco-det predict`: a trained detector or segmentor on one's own images, folders and videos; pictures, JSON, ONNX.
 
 DIR gets, for every input, a picture (or a video) of the same name with boxes, masks, classes and scores drawn in, and
 for all of them together coco_instances_results.json, a list of detections as an evaluation writes it, and
 instances.json, which is an annotation file: images, categories and the same detections as annotations.
+
+Of a semantic segmentor the pictures are coloured by class, over a legend; sem_seg/ has the category of every pixel as
+PNG, sem_seg_predictions.json a result for each category of an image, and sem_seg.json is the annotation file.
 """
 
 from __future__ import annotations
@@ -19,24 +22,26 @@ import cv2
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from torch import nn
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
 
 from loco_det.config import collect_settings, load_config
 from loco_det.data.catalog import find_dataset
 from loco_det.data.index import load_index
 from loco_det.data.media import Frame, Medium, VideoWriter, find_media, read_ahead, read_frames
+from loco_det.data.semantic import CLASSES, LABEL_IDS, is_semantic
 from loco_det.data.transforms import resize_short_side
 from loco_det.detection.schema import check_honoured, get_cfg
 from loco_det.detection.train import choose_engine, detector_device
 from loco_det.detection.weights import load_weights
 from loco_det.errors import UserError
 from loco_det.evaluation.coco import instances_to_coco
+from loco_det.evaluation.semantic import labels_to_coco, write_labels
 from loco_det.fused import fast_arithmetic
-from loco_det.report.drawing import Shape, draw_instances
+from loco_det.report.drawing import Shape, class_colours, draw_instances, draw_labels, draw_legend
 from loco_det.runtime import Progress, atomic_write, log, setup_logging, write_json
 from loco_det.structures import Instances
 
-RESULTS, ANNOTATIONS = "coco_instances_results.json", "instances.json"
 AHEAD = 2  # batches that are decoded while one is predicted
 
 
@@ -46,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config-file", required=True, metavar="FILE", help="YAML file that the detector was trained by"
     )
-    parser.add_argument("--weights", required=True, metavar="FILE", help="a detector's checkpoint of either engine")
+    parser.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint of either engine")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for pictures and JSON")
-    parser.add_argument("--score-threshold", type=float, default=0.5, metavar="S", help="least score (0.5)")
+    parser.add_argument("--score-threshold", type=float, metavar="S", help="least score of a detection (0.5)")
     parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="images at once (2)")
     parser.add_argument(
         "--classes", type=Path, metavar="FILE", help="class names: a COCO annotation file, or text lines"
@@ -66,17 +71,20 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: bad arguments, configuration or weights; at the end, if an input could not be read.
     """
-    if not 0 <= args.score_threshold <= 1:
+    threshold = 0.5 if args.score_threshold is None else args.score_threshold
+    if not 0 <= threshold <= 1:
         raise UserError(f"--score-threshold is {args.score_threshold}; a score lies in 0 to 1.")
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}; give at least 1.")
     media, unreadable = find_media(args.inputs)
-    overrides = ["MODEL.WEIGHTS", args.weights, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(args.score_threshold)]
+    overrides = ["MODEL.WEIGHTS", args.weights, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(threshold)]
     overrides = [*args.opts, *overrides]
     cfg = load_config(get_cfg(), args.config_file, overrides)
     engine = choose_engine("torchvision" if args.export_onnx and args.engine == "auto" else args.engine)
     if engine.NAME == "torchvision":
         check_honoured(cfg, collect_settings(args.config_file, overrides))
+    if _is_segmentor(cfg) and (args.score_threshold is not None or args.export_onnx):
+        raise UserError("a SemanticSegmentor takes no --score-threshold (every pixel has a class) nor --export-onnx.")
     setup_logging(args.out)
     model, cfg = load_detector(cfg, engine)
     names = class_names(cfg, args.classes)
@@ -91,16 +99,21 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
+def _is_segmentor(cfg: CfgNode) -> bool:
+    return cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor"
+
+
 def load_detector(cfg: CfgNode, engine: ModuleType) -> tuple[nn.Module, CfgNode]:
-    """The detector with MODEL.WEIGHTS, in evaluation mode, and the configuration with the device it is on.
+    """The detector or segmentor with MODEL.WEIGHTS, in evaluation mode, and the configuration with the device it is on.
 
     Raises:
         UserError: there are no weights or those of a backbone, they do not fit, or the model finds no classes.
     """
-    if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN" or cfg.MODEL.LOAD_PROPOSALS:
+    if cfg.MODEL.META_ARCHITECTURE not in ("GeneralizedRCNN", "SemanticSegmentor") or cfg.MODEL.LOAD_PROPOSALS:
         raise UserError(
             f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} with MODEL.LOAD_PROPOSALS "
-            f"{cfg.MODEL.LOAD_PROPOSALS} finds no objects in an image alone; predict takes a Faster or Mask R-CNN."
+            f"{cfg.MODEL.LOAD_PROPOSALS} finds no objects in an image alone; predict takes a Faster or Mask R-CNN, "
+            "or a SemanticSegmentor."
         )
     if not cfg.MODEL.WEIGHTS:
         raise UserError("no weights: give --weights, a checkpoint of a trained detector.")
@@ -119,12 +132,12 @@ def class_names(cfg: CfgNode, given: Path | None) -> dict[int, str]:
     """{category id: name} in the order of the model's classes.
 
     From `given`, a COCO annotation file or a text file of one name a line (ids from 1); else from the first data set
-    of DATASETS.TEST and TRAIN that is on this machine; else "class 1" and so on.
+    of DATASETS.TEST and TRAIN that is on this machine, or has Cityscapes' pixel labels; else "class 1" and so on.
 
     Raises:
         UserError: `given` is unreadable or names another number of classes than the model has.
     """
-    count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    count = (cfg.MODEL.SEM_SEG_HEAD if _is_segmentor(cfg) else cfg.MODEL.ROI_HEADS).NUM_CLASSES
     if given is not None:
         names = load_index(given).categories if given.suffix == ".json" else _lines(given)
         if len(names) != count:
@@ -132,7 +145,10 @@ def class_names(cfg: CfgNode, given: Path | None) -> dict[int, str]:
         return names
     for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         with contextlib.suppress(UserError):
-            names = load_index(find_dataset(dataset).annotations).categories
+            if is_semantic(dataset):
+                names = dict(zip(LABEL_IDS.tolist(), CLASSES))
+            else:
+                names = load_index(find_dataset(dataset).annotations).categories
             if len(names) == count:
                 return names
     log.warning("no data set of DATASETS is here to name the classes: they are numbered; --classes names them")
@@ -161,29 +177,35 @@ def predict(
     draw: bool,
     unreadable: list[Path],
 ) -> None:
-    """Write detections of all `media` below `out`; appends to `unreadable` what cannot be decoded."""
+    """Write what is found in all `media` below `out`; appends to `unreadable` what cannot be decoded."""
+    output = (Labels if _is_segmentor(cfg) else Detections)(names, out)
     images: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     frames = read_ahead(read_frames(media, cfg.INPUT.FORMAT, unreadable), AHEAD * batch_size)
     total = sum(medium.frames for medium in media)
-    with Pictures(out, list(names.values()), draw) as pictures, Progress(total, "predict", unit="image") as progress:
+    with Pictures(out, output, draw) as pictures, Progress(total, "predict", unit="image") as progress:
         while batch := list(itertools.islice(frames, batch_size)):
             for frame, found in zip(batch, detect(model, cfg, engine, [frame.pixels for frame in batch])):
                 images.append(_image(len(images) + 1, frame))
-                results += instances_to_coco(found, len(images), list(names))
+                results += output.results(found, images[-1])
                 pictures.draw(frame, found, cfg.INPUT.FORMAT)
-            progress.advance(len(batch), detections=len(results))
-    write_json(out / RESULTS, results)
+            progress.advance(len(batch), found=len(results))
+    write_json(out / output.RESULTS, results)
     annotations = [_annotation(number, result) for number, result in enumerate(results, start=1)]
     categories = [{"id": number, "name": name} for number, name in names.items()]
-    write_json(out / ANNOTATIONS, {"images": images, "annotations": annotations, "categories": categories})
-    log.info("%d detections in %d images, written to %s", len(results), len(images), out)
+    write_json(out / output.ANNOTATIONS, {"images": images, "annotations": annotations, "categories": categories})
+    log.info("%d %s in %d images, written to %s", len(results), output.WHAT, len(images), out)
 
 
 @torch.inference_mode()
-def detect(model: nn.Module, cfg: CfgNode, engine: ModuleType, pixels: Sequence[np.ndarray]) -> list[Instances]:
-    """Detections in each (H, W, 3) uint8 image of INPUT.FORMAT order, in that image's pixels."""
-    return engine.predict(model, [network_input(cfg, image) for image in pixels])
+def detect(model: nn.Module, cfg: CfgNode, engine: ModuleType, pixels: Sequence[np.ndarray]) -> list[Any]:
+    """What is found in each (H, W, 3) uint8 image of INPUT.FORMAT order, in that image's pixels.
+
+    Returns:
+        Instances for each image; of a semantic segmentor the classes (H, W) int64 of its pixels.
+    """
+    found = engine.predict(model, [network_input(cfg, image) for image in pixels])
+    return [one.argmax(0).cpu().numpy() if isinstance(one, Tensor) else one for one in found]
 
 
 def network_input(cfg: CfgNode, pixels: np.ndarray) -> dict[str, Any]:
@@ -201,15 +223,59 @@ def _image(number: int, frame: Frame) -> dict[str, Any]:
 
 
 def _annotation(number: int, result: dict[str, Any]) -> dict[str, Any]:
-    width, height = result["bbox"][2:]
-    return {"id": number, **result, "area": width * height, "iscrowd": 0}
+    """Box and area are those of the mask where the result does not have them, as in pycocotools' loadRes."""
+    mask = result.get("segmentation")
+    box = result["bbox"] if "bbox" in result else coco_mask.toBbox(mask).tolist()
+    area = box[2] * box[3] if mask is None else int(coco_mask.area(mask))
+    return {"id": number, **result, "bbox": box, "area": area, "iscrowd": 0}
+
+
+class Detections:
+    """What is written of a detector's Instances."""
+
+    RESULTS, ANNOTATIONS, WHAT = "coco_instances_results.json", "instances.json", "detections"
+
+    def __init__(self, names: dict[int, str], out: Path) -> None:
+        self.ids, self.names = list(names), list(names.values())
+
+    def results(self, found: Instances, image: dict[str, Any]) -> list[dict[str, Any]]:
+        return instances_to_coco(found, image["id"], self.ids)
+
+    def draw(self, pixels: np.ndarray, found: Instances, is_video: bool) -> np.ndarray:
+        return draw_instances(pixels, shapes(found), self.names)
+
+
+class Labels:
+    """What is written of the classes (H, W) that a semantic segmentor gives to pixels."""
+
+    RESULTS, ANNOTATIONS, WHAT = "sem_seg_predictions.json", "sem_seg.json", "segments"
+
+    def __init__(self, names: dict[int, str], out: Path) -> None:
+        self.names, self.colours = list(names.values()), class_colours(list(names.values()))
+        self.ids = np.array(list(names), np.uint8 if max(names) < 256 else np.uint16)
+        self.out = out / "sem_seg"
+
+    def results(self, found: np.ndarray, image: dict[str, Any]) -> list[dict[str, Any]]:
+        """COCO's for each category of the image; the labels themselves go to a PNG, of a video's frame to its own."""
+        labels = self.ids[found]
+        name = image["file_name"].removesuffix(".png")
+        place = f"{name}/{image['frame']:06d}.png" if "frame" in image else f"{name}_pred.png"
+        write_labels(self.out / place, labels)
+        return labels_to_coco(labels, image)
+
+    def draw(self, pixels: np.ndarray, found: np.ndarray, is_video: bool) -> np.ndarray:
+        """Colours over the classes that are there; below a video over all, for its frames are of one size."""
+        drawn = draw_labels(pixels, found, self.colours)
+        there = np.arange(len(self.names)) if is_video else np.unique(found)
+        legend = draw_legend([self.names[k] for k in there], self.colours[there], drawn.shape)
+        return np.concatenate([drawn, legend])
 
 
 class Pictures:
-    """Draws detections and writes them below `out`: images one by one, the frames of a video into one file."""
+    """Draws what was found and writes it below `out`: images one by one, the frames of a video into one file."""
 
-    def __init__(self, out: Path, names: Sequence[str], on: bool) -> None:
-        self.out, self.names, self.on = out, names, on
+    def __init__(self, out: Path, output: Detections | Labels, on: bool) -> None:
+        self.out, self.output, self.on = out, output, on
         self.medium: Medium | None = None
         self.video = contextlib.ExitStack()
         self.writer: VideoWriter | None = None
@@ -220,16 +286,16 @@ class Pictures:
     def __exit__(self, *error: Any) -> None:
         self.video.__exit__(*error)
 
-    def draw(self, frame: Frame, found: Instances, order: str) -> None:
+    def draw(self, frame: Frame, found: Instances | np.ndarray, order: str) -> None:
         """One image, or the next frame of a video; `order` is that of its channels."""
         if not self.on:
             return
         pixels = frame.pixels if order == "RGB" else np.ascontiguousarray(frame.pixels[:, :, ::-1])
-        drawn = draw_instances(pixels, shapes(found), self.names)
+        drawn = self.output.draw(pixels, found, frame.medium.is_video)
         if frame.medium.is_video:
             if frame.medium != self.medium:
                 self.video.close()
-                height, width = pixels.shape[:2]
+                height, width = drawn.shape[:2]
                 writer = VideoWriter(self._path(frame, (".mp4",)), frame.medium.rate, width, height)
                 self.medium, self.writer = frame.medium, self.video.enter_context(writer)
             self.writer.write(drawn)

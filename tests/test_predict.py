@@ -72,6 +72,8 @@ def test_a_folder_gives_pictures_and_json(place: Path, tmp_path: Path) -> None:
         assert np.array_equal(drawn, own) == (not mine)
         for result in mine:
             assert coco_mask.decode(result["segmentation"]).shape == own.shape[:2]
+        own_areas = [a["area"] for a in whole["annotations"] if a["image_id"] == image["id"]]
+        assert own_areas == [coco_mask.decode(result["segmentation"]).sum() for result in mine]
     truth = COCO(str(tmp_path / "instances.json"))  # an annotation file, and the list its results
     assert len(truth.loadRes(str(tmp_path / "coco_instances_results.json")).anns) == len(results) == len(truth.anns)
 

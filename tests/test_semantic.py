@@ -75,6 +75,7 @@ def test_classes_ids_categories_and_sizes_are_the_benchmarks() -> None:
     wanted = sorted((label for label in helpers.labels if 0 <= label.trainId < 255), key=lambda label: label.trainId)
     assert [label.name for label in wanted] == list(data.CLASSES)
     assert [label.id for label in wanted] == data.LABEL_IDS.tolist()
+    assert [label.color for label in wanted] == list(data.COLOURS)
     for name, members in scores.CATEGORIES.items():
         assert [label.trainId for label in wanted if label.category == name] == list(members)
     assert {data.CLASSES[k]: size for k, size in scores.INSTANCE_PIXELS.items()} == {

@@ -21,12 +21,18 @@ from loco_det.data.cityscapes import LABELS, SPLITS, cityscapes_frames
 from loco_det.data.derived import derived_file, files_digest
 from loco_det.errors import UserError
 
-# Source: cityscapesscripts/helpers/labels.py, which a test compares; a class is the place in this list.
+# Source of these and of the colours: cityscapesscripts/helpers/labels.py, which a test compares; a class is the place
+# in this list.
 CLASSES = (
     *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"),
     *("terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
 )
 LABEL_IDS = np.array([LABELS[name] for name in CLASSES], np.uint8)
+COLOURS = (
+    *((128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153)),
+    *((250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0)),
+    *((0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32)),
+)
 IGNORED = 255
 PREFIX = "cityscapes_fine_sem_seg_"
 _UNKNOWN = 254  # in a table: no label has this value

@@ -13,9 +13,11 @@ import math
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from loco_det.data.cityscapes import read_instance_ids
 from loco_det.data.semantic import CLASSES, IGNORED, LABEL_IDS, label_file, read_labels
@@ -49,8 +51,32 @@ def prediction_file(folder: Path, image: str | Path) -> Path:
 
 def write_prediction(folder: Path, image: str | Path, classes: np.ndarray) -> None:
     """Write (H, W) classes, 0 to 18, as a PNG of the benchmark's label ids."""
-    with atomic_write(prediction_file(folder, image)) as file:
-        Image.fromarray(LABEL_IDS[classes]).save(file, format="PNG")
+    write_labels(prediction_file(folder, image), LABEL_IDS[classes])
+
+
+def write_labels(path: Path, labels: np.ndarray) -> None:
+    """Write (H, W) uint8 or uint16 labels as a PNG whose pixels are these numbers."""
+    with atomic_write(path) as file:
+        Image.fromarray(labels).save(file, format="PNG")
+
+
+def labels_to_coco(labels: np.ndarray, image: dict[str, Any]) -> list[dict[str, Any]]:
+    """A result for each category that is there: COCO's format for stuff, with the file_name that Detectron2 adds.
+
+    Args:
+        labels: (H, W) category ids.
+        image: with id and file_name.
+
+    Returns:
+        Dicts of image_id, file_name, category_id and segmentation, a compressed RLE whose counts are a str.
+    """
+    results = []
+    for category in np.unique(labels).tolist():
+        rle = coco_mask.encode(np.asfortranarray(labels == category, dtype=np.uint8))
+        segmentation = {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+        found = {"image_id": image["id"], "file_name": image["file_name"], "category_id": category}
+        results.append({**found, "segmentation": segmentation})
+    return results
 
 
 def write_submission(images: Sequence[Path], folder: Path, path: Path) -> None:

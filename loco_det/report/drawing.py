@@ -1,4 +1,4 @@
-"""Boxes, masks and labels on an image, by OpenCV: the one way in which this package draws instances."""
+"""Boxes, masks and classes of pixels on an image, by OpenCV: the one way in which this package draws them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from loco_det.data import semantic
 from loco_det.data.coco import Record, decode_segmentation
 
 # Okabe and Ito's colours, told apart by colour-blind eyes too.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-_SHADE = 0.45  # of a mask's colour over the image
+_SHADE, _LABEL_SHADE = 0.45, 0.6  # of a mask's, of a pixel's class's colour over the image
+_PAD = 2  # pixels around a text
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
@@ -38,11 +40,8 @@ def draw_instances(pixels: np.ndarray, shapes: Sequence[Shape], names: Sequence[
     Returns:
         (h, w, 3) uint8 RGB.
     """
-    height, own = pixels.shape[:2]
-    scale = width / own if width else 1.0
-    size = (max(1, round(own * scale)), max(1, round(height * scale)))
-    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    canvas = cv2.resize(pixels, size, interpolation=how) if scale != 1 else pixels.copy()
+    canvas = _canvas(pixels, width)
+    size, scale = canvas.shape[1::-1], (width or pixels.shape[1]) / pixels.shape[1]
     line = max(1, round(min(size) / 240))
     ordered = sorted(shapes, key=lambda shape: -1.0 if shape.score is None else shape.score)
     for shape in ordered:
@@ -56,6 +55,56 @@ def draw_instances(pixels: np.ndarray, shapes: Sequence[Shape], names: Sequence[
         text = names[shape.label] if shape.score is None else f"{names[shape.label]} {shape.score:.2f}"
         _write(canvas, text, (shape.box[0] * scale, shape.box[1] * scale), _rgb(shape.label), line)
     return canvas
+
+
+def draw_labels(pixels: np.ndarray, labels: np.ndarray, colours: np.ndarray, width: int = 0) -> np.ndarray:
+    """The image with every pixel in the colour of its class; a label that is no class leaves it as it is.
+
+    Args:
+        pixels: (H, W, 3) uint8 RGB; left as it is.
+        labels: (H, W) classes.
+        colours: (K, 3) uint8 RGB.
+        width: as for `draw_instances`.
+
+    Returns:
+        (h, w, 3) uint8 RGB.
+    """
+    canvas = _canvas(pixels, width)
+    labels = cv2.resize(labels.astype(np.uint16), canvas.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    inside = labels < len(colours)
+    canvas[inside] = (1 - _LABEL_SHADE) * canvas[inside] + _LABEL_SHADE * colours[labels[inside]]
+    return canvas
+
+
+def draw_legend(names: Sequence[str], colours: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The names on plates of their colours, in as many rows as a picture of `shape` (h, w, ...) has to be wide.
+
+    Returns:
+        (rows, w, 3) uint8 RGB, white between the plates.
+    """
+    size = _text_size(shape)
+    places, x, y = [], 0, 0
+    for name in names:
+        width, height = _plate_size(name, size)
+        if x and x + width > shape[1]:
+            x, y = 0, y + height
+        places.append((x, y + height))
+        x += width + _PAD
+    canvas = np.full((places[-1][1], shape[1], 3), 255, np.uint8)
+    for name, colour, corner in zip(names, colours.tolist(), places):
+        _plate(canvas, name, corner, tuple(colour), size)
+    return canvas
+
+
+def class_colours(names: Sequence[str]) -> np.ndarray:
+    """(K, 3) uint8 RGB: Cityscapes' own for its classes, else the colour map of Pascal VOC, without its black."""
+    if tuple(names) == semantic.CLASSES:
+        return np.array(semantic.COLOURS, np.uint8)
+    colours = np.zeros((len(names), 3), np.uint8)
+    for label, colour in enumerate(colours, start=1):
+        for bit in range(24):  # the bits of the label, three by three, become the colours' bits from the highest down
+            colour[bit % 3] |= (label >> bit & 1) << 7 - bit // 3
+    return colours
 
 
 def annotated_shapes(record: Record) -> list[Shape]:
@@ -88,6 +137,15 @@ def detected_shapes(results: Sequence[dict[str, Any]], category_ids: Sequence[in
     ]
 
 
+def _canvas(pixels: np.ndarray, width: int) -> np.ndarray:
+    """A copy of the image, `width` pixels wide if that is not 0."""
+    scale = width / pixels.shape[1] if width else 1.0
+    if scale == 1:
+        return pixels.copy()
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    return cv2.resize(pixels, (width, max(1, round(pixels.shape[0] * scale))), interpolation=how)
+
+
 def _rgb(label: int) -> tuple[int, int, int]:
     colour = COLOURS[label % len(COLOURS)]
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
@@ -102,12 +160,27 @@ def _tint(canvas: np.ndarray, mask: np.ndarray, shape: Shape, line: int) -> None
 
 def _write(canvas: np.ndarray, text: str, corner: tuple[float, float], colour: tuple[int, int, int], line: int) -> None:
     """A label on a plate of the class's colour above the box's corner, kept inside the image."""
-    size = max(0.32, min(canvas.shape[:2]) / 900)
+    size = _text_size(canvas.shape)
+    width, height = _plate_size(text, size)
+    x = int(np.clip(corner[0] - line / 2, 0, max(0, canvas.shape[1] - width)))
+    _plate(canvas, text, (x, int(np.clip(corner[1], height, canvas.shape[0]))), colour, size)
+
+
+def _text_size(shape: tuple[int, ...]) -> float:
+    return max(0.32, min(shape[:2]) / 900)
+
+
+def _plate_size(text: str, size: float) -> tuple[int, int]:
     (width, height), below = cv2.getTextSize(text, _FONT, size, 1)
-    pad = 2
-    x = int(np.clip(corner[0] - line / 2, 0, max(0, canvas.shape[1] - width - 2 * pad)))
-    bottom = int(np.clip(corner[1], height + below + pad, canvas.shape[0]))
-    cv2.rectangle(canvas, (x, bottom - height - below - pad), (x + width + 2 * pad, bottom), colour, cv2.FILLED)
+    return width + 2 * _PAD, height + below + _PAD
+
+
+def _plate(canvas: np.ndarray, text: str, corner: tuple[int, int], colour: tuple[int, int, int], size: float) -> None:
+    """A text on a plate whose lower left corner is `corner`."""
+    x, bottom = corner
+    width, height = _plate_size(text, size)
+    cv2.rectangle(canvas, (x, bottom - height), (x + width, bottom), colour, cv2.FILLED)
     dark = np.dot(colour, (0.299, 0.587, 0.114)) < 128
     ink = (255, 255, 255) if dark else (0, 0, 0)
-    cv2.putText(canvas, text, (x + pad, bottom - below), _FONT, size, ink, 1, cv2.LINE_AA)
+    below = cv2.getTextSize(text, _FONT, size, 1)[1]
+    cv2.putText(canvas, text, (x + _PAD, bottom - below), _FONT, size, ink, 1, cv2.LINE_AA)
