@@ -99,7 +99,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """One YAML file as plain dict, list, tuple, str, int, float, bool and None, `_BASE_` left as it stands.
 
     Python tags are read as the data they wrap: `!!python/tuple [1, 2]` is (1, 2), an object is the mapping it
-    holds, a name is its text. Nothing is imported or called.
+    holds, a name is its text. Nothing is imported or called; what a file wants computed is the text of its tag.
 
     Raises:
         UserError: the file cannot be read, is no YAML mapping, or has a key twice.
@@ -143,6 +143,10 @@ def _read_mapping(path: Path) -> dict[str, _Line]:
     return value
 
 
+class _Code(str):
+    """The tag of a value that the file wants Python to compute, which nothing here does; no key takes it."""
+
+
 class _PlainReader:
     """Turns composed YAML nodes into plain data without ever asking a tag what to do."""
 
@@ -163,6 +167,8 @@ class _PlainReader:
             if isinstance(node, yaml.MappingNode):
                 return self.unwrap(node, self.mapping(node))
             if isinstance(node, yaml.SequenceNode):
+                if node.tag.startswith(PYTHON_TAG + "object/apply:"):
+                    return _Code("!!" + node.tag.removeprefix("tag:yaml.org,2002:"))
                 items = [_drop(self.read(child)) for child in node.value]
                 return tuple(items) if node.tag == PYTHON_TAG + "tuple" else items
             return self.scalar(node)
@@ -324,6 +330,8 @@ def _leaf_kind(value: Any) -> str:
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, _Code):
+        return "Python code, which is never run here"
     return "mapping" if isinstance(value, dict) else "null" if value is None else type(value).__name__
 
 

@@ -164,6 +164,8 @@ def test_python_tags_are_plain_data_and_nothing_is_constructed(load, tmp_path):
     with pytest.raises(UserError, match="NAME"):
         load(f"NAME: !!python/object/apply:os.system ['touch {touched}']")
     assert not touched.exists()
+    with pytest.raises(UserError, match=r"line 1: SOLVER.STEPS .*python/object/apply:eval' .*never run here"):
+        load("SOLVER: {STEPS: !!python/object/apply:eval ['[5 * x for x in (1, 2)]']}")
 
 
 def test_what_yaml_dumps_of_a_cfgnode_is_read_back(tmp_path):
