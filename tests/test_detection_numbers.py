@@ -6,23 +6,30 @@ IoU, matching, RPN and box branch have theirs in the test files of those parts.
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from loco_det.backbone import Conv2d
 from loco_det.data.loader import repeat_factors
 from loco_det.data.mapper import move_boxes
 from loco_det.data.masks import BitMasks, PolygonMasks, rasterize
 from loco_det.data.transforms import Crop, Flip
 from loco_det.detection import solver
 from loco_det.detection.boxes import BoxCoder, regression_loss
+from loco_det.detection.deformable import DeformConv2d
 from loco_det.detection.fast_rcnn import BoxPredictor
+from loco_det.detection.fpn import build_backbone
+from loco_det.detection.masks import paste_masks
 from loco_det.detection.poolers import RoiPooler
 from loco_det.detection.roi_heads import StandardROIHeads
 from loco_det.detection.rpn import RPN
 from loco_det.detection.schema import get_cfg
+from loco_det.fused import fast_arithmetic
 from loco_det.structures import Instances
 
 
@@ -98,11 +105,13 @@ def test_distance_losses(kind: str, half: float, total: float) -> None:
     assert regression_loss(coder, boxes, none.repeat(3, 1), targets, kind, 0.0).item() == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize(("kind", "first"), [("ROIAlign", 7.5), ("ROIAlignV2", 4.5)])
-def test_region_pooling(kind: str, first: float) -> None:
+def test_region_pooling(kind: str, first: float, fast: bool) -> None:
     """tests/layers/test_roi_align.py, test_forward_output: with and without the half-pixel correction."""
     image = torch.arange(25.0).reshape(1, 1, 5, 5)
-    pooled = RoiPooler(4, [1], 0, kind)([image], [torch.tensor([[1.0, 1, 3, 3]])])
+    with fast_arithmetic(fast):
+        pooled = RoiPooler(4, [1], 0, kind)([image], [torch.tensor([[1.0, 1, 3, 3]])])
     expected = first + 2.5 * torch.arange(4.0)[:, None] + 0.5 * torch.arange(4.0)
     torch.testing.assert_close(pooled[0, 0], expected)
 
@@ -116,6 +125,61 @@ def test_pooling_an_empty_region_and_no_image() -> None:
     pooled.sum().backward()
     assert not image.grad.any()
     assert RoiPooler(7, [1], 0, "ROIAlignV2")([torch.zeros(0, 3, 10, 10)], [torch.zeros(0, 4)]).shape == (0, 3, 7, 7)
+
+
+@pytest.mark.parametrize("undefined", [math.inf, math.nan])
+def test_undefined_features_have_no_detections(undefined: float) -> None:
+    """tests/modeling/test_model_e2e.py, test_roiheads_inf_nan_data."""
+    cfg = get_cfg()
+    cfg.MODEL.ROI_BOX_HEAD.NAME, cfg.MODEL.ROI_BOX_HEAD.NUM_FC, cfg.MODEL.MASK_ON = "FastRCNNConvFCHead", 2, True
+    heads = StandardROIHeads(cfg, {"res4": 256}, {"res4": 16}).eval()
+    features = {"res4": torch.full((1, 256, 32, 32), undefined)}
+    proposals = [Instances((510, 510), torch.tensor([[10.0, 10, 20, 20]]), scores=torch.ones(1))]
+    with torch.no_grad():
+        found = heads(features, proposals)
+        heads.predict_masks(features, found)
+    assert [len(one) for one in found] == [0]
+
+
+def test_a_backbone_ends_with_the_last_stage_that_is_asked_for() -> None:
+    """tests/layers/test_blocks.py, test_resnet_unused_stages."""
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+    for stages, there in ((["res2"], "2"), (["res2", "res5"], "2345")):
+        cfg.MODEL.RESNETS.OUT_FEATURES = stages
+        assert [n for n in "2345" if hasattr(build_backbone(cfg), f"res{n}")] == list(there)
+
+
+def test_a_deformable_convolution() -> None:
+    """tests/layers/test_deformable.py, test_forward_output_on_cpu: every point half a pixel further."""
+    layer = DeformConv2d(Conv2d(1, 1, 3, "FrozenBN"))
+    torch.nn.init.ones_(layer.weight)
+    layer.norm = torch.nn.Identity()
+    found = layer(torch.arange(25.0).reshape(1, 1, 5, 5), torch.full((1, 18, 5, 5), 0.5))
+    expected = [
+        [30, 41.25, 48.75, 45, 28.75],
+        [62.25, 81, 90, 80.25, 50.25],
+        [99.75, 126, 135, 117.75, 72.75],
+        [105, 131.25, 138.75, 120, 73.75],
+        [71.75, 89.25, 93.75, 80.75, 49.5],
+    ]
+    torch.testing.assert_close(found[0, 0], torch.tensor(expected))
+
+
+def test_pasting_undoes_cropping(real_coco: Path) -> None:
+    """tests/layers/test_mask_ops.py, test_crop_paste_consistency: the first 100 objects of real images."""
+    truth = json.loads((real_coco / "coco" / "annotations" / "instances_val2017.json").read_text())
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    overlaps: dict[type, list[float]] = {PolygonMasks: [], BitMasks: []}
+    for item in [item for item in truth["annotations"] if not item["iscrowd"]][:100]:
+        size, (x, y, w, h) = sizes[item["image_id"]], item["bbox"]
+        polygons = [np.array(polygon, dtype=np.float64) for polygon in item["segmentation"]]
+        box, whole = torch.tensor([[x, y, x + w, y + h]]), torch.from_numpy(rasterize(polygons, *size)).bool()
+        for masks in (PolygonMasks([polygons]), BitMasks(whole[None])):
+            (pasted,) = paste_masks(masks.crop_and_resize(box, 28).float(), box, size)
+            overlaps[type(masks)].append(((pasted & whole).sum() / (pasted | whole).sum()).item())
+    assert np.mean(overlaps[PolygonMasks]) > 0.94
+    assert np.mean(overlaps[BitMasks]) > 0.95
 
 
 def test_boxes_round_masks() -> None:
