@@ -65,6 +65,18 @@ def test_a_run_of_one_engine_is_resumed_by_the_other(runs, writer, reader):
     (folder / "last_checkpoint").write_text("model_final.pth")
 
 
+def test_detectron2_is_never_fast(tmp_path):
+    """`train` asks for fast arithmetic by default, and the optimiser is this package's in both engines."""
+    states = []
+    for fast in (False, True):
+        folder = tmp_path / str(fast)
+        train_net(tiny_cfg(folder, **{**CHANGES, "DATASETS__TEST": ()}), engine="detectron2", fast=fast)
+        states.append(torch.load(folder / "model_final.pth", weights_only=True))
+    assert states[0]["optimizer"]["param_groups"] == states[1]["optimizer"]["param_groups"]
+    for name, tensor in states[0]["model"].items():
+        assert torch.equal(tensor, states[1]["model"][name]), name
+
+
 @pytest.fixture
 def same_batches(monkeypatch) -> None:
     """Both engines train on what this package's loader reads, each in its own form."""

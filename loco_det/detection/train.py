@@ -80,7 +80,7 @@ def train_net(
     drawn = cfg.SEED < 0
     cfg = _prepare(cfg, eval_only)
     model = module.build_model(cfg)
-    with fast_arithmetic(fast):
+    with fast_arithmetic(fast and module is not engine_d2):  # which is Detectron2's numbers, its optimiser's too
         if eval_only:
             _load_for_evaluation(model, cfg, module, resume)
             if feature_cache is not None:
