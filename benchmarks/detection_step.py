@@ -11,15 +11,16 @@ train2017 where DETECTRON2_DATASETS has it, else made-up ones; short side 320 on
 DETECTIONS_PER_IMAGE), the same anchors, numbers of proposals and samples, classes and thresholds.
 
 Sides: frozen (configs/coco_loco_r50.yaml), finetune (configs/coco_loco_r50_finetune.yaml: every layer and BatchNorm
-trained) and infer (the latter's model) on this package's engine; the latter two on Detectron2 where it is
-installed, and on torchvision.models.detection's MaskRCNN, built with BatchNorm in backbone and pyramid like the
-fine-tuned model.
+trained) and infer (the latter's model) on this package's engine, and on Detectron2 where it is installed; the latter
+two on torchvision.models.detection's MaskRCNN too, built with BatchNorm in backbone and pyramid like the fine-tuned
+model.
 
 `peak` is, on a CPU, how far the resident memory of the side's process rose above what it was after the imports:
 weights, gradients, momentum and activations (Linux's VmHWM); on a GPU the allocator's maximum.
 
 JSON: the ratios train_* (finetune), infer_* and peak_over_detectron2 (the larger of train and infer) of this package
-over the other, null where Detectron2 is not installed; frozen_over_finetune; and "seconds", "peak_bytes", "setting".
+over the other, null where Detectron2 is not installed; frozen_over_finetune, both of this package;
+frozen_over_detectron2, both frozen; and "seconds", "peak_bytes", "setting".
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from loco_det.detection import engine_d2, engine_torchvision, solver
 from loco_det.detection.schema import get_cfg
 from loco_det.errors import UserError
 from loco_det.fused import fast_arithmetic
-from loco_det.runtime import resolve_device
+from loco_det.runtime import keep_freed_memory, resolve_device
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"frozen": "coco_loco_r50.yaml", "finetune": "coco_loco_r50_finetune.yaml"}
@@ -131,7 +132,9 @@ def make_weights(cfgs: dict[str, CfgNode], samples: list[dict[str, Any]], folder
 def our_side(job: str, cfg: CfgNode, state: dict[str, torch.Tensor], samples: list[dict[str, Any]]) -> Step:
     model = engine_torchvision.build_model(cfg)
     model.load_state_dict(state)
-    return engine_step(engine_torchvision, job, cfg, model, samples)
+    if job != "infer" and cfg.MODEL.DEVICE == "cpu":
+        keep_freed_memory()  # as `loco-det train` does
+    return engine_step(engine_torchvision, job, cfg, model, samples, solver.optimizer_step)
 
 
 def detectron2_side(job: str, cfg: CfgNode, state: dict[str, torch.Tensor], samples: list[dict[str, Any]]) -> Step:
@@ -152,10 +155,22 @@ def detectron2_side(job: str, cfg: CfgNode, state: dict[str, torch.Tensor], samp
 
             theirs.gt_masks = BitMasks(ours.masks.tensor)
         converted.append({**sample, "instances": theirs})
-    return engine_step(engine_d2, job, cfg, model, converted)
+    return engine_step(engine_d2, job, cfg, model, converted, usual_step)
 
 
-def engine_step(engine: Any, job: str, cfg: CfgNode, model: nn.Module, samples: list[dict[str, Any]]) -> Step:
+def usual_step(
+    cfg: CfgNode, loss: torch.Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    """As Detectron2's SimpleTrainer and torchvision's reference order it: old gradients stay during the forward."""
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def engine_step(
+    engine: Any, job: str, cfg: CfgNode, model: nn.Module, samples: list[dict[str, Any]], step: Callable[..., None]
+) -> Step:
     if job == "infer":
         model.eval()
         single = [[{k: v for k, v in sample.items() if k != "instances"}] for sample in samples]
@@ -173,7 +188,7 @@ def engine_step(engine: Any, job: str, cfg: CfgNode, model: nn.Module, samples: 
 
     def train() -> None:
         losses = engine.losses(model, samples)
-        solver.optimizer_step(cfg, sum(losses.values()), optimizer, scaler)
+        step(cfg, sum(losses.values()), optimizer, scaler)
 
     return train
 
@@ -236,7 +251,7 @@ def torchvision_side(job: str, cfg: CfgNode, state: dict[str, torch.Tensor], sam
 
     def train() -> None:
         losses = model([normalised(image) for image in images], targets)
-        solver.optimizer_step(cfg, sum(losses.values()), optimizer, scaler)
+        usual_step(cfg, sum(losses.values()), optimizer, scaler)
 
     return train
 
@@ -378,7 +393,7 @@ def main() -> None:
     samples, source = sample_images(cfgs["finetune"], size)
     sides = [f"ours:{job}" for job in ("frozen", "finetune", "infer")]
     if engine_d2.installed():
-        sides += [f"detectron2:{job}" for job in ("finetune", "infer")]
+        sides += [f"detectron2:{job}" for job in ("frozen", "finetune", "infer")]
     else:
         print("Detectron2 is not installed; its sides are left out")
     sides += ["torchvision:finetune", "torchvision:infer"]
@@ -404,6 +419,7 @@ def main() -> None:
     }
     figures = {
         "frozen_over_finetune": ratio(f"{ours}:frozen", f"{ours}:finetune"),
+        "frozen_over_detectron2": ratio(f"{ours}:frozen", f"{d2}:frozen"),
         "train_over_detectron2": ratio(f"{ours}:finetune", f"{d2}:finetune"),
         "infer_over_detectron2": ratio(f"{ours}:infer", f"{d2}:infer"),
         "train_over_torchvision": ratio(f"{ours}:finetune", f"{tv}:finetune"),

@@ -148,6 +148,7 @@ def test_sgd_does_what_its_equation_says(fast: bool):
         solver.optimizer_step(cfg, net(x).sum(), optimizer, solver.grad_scaler(cfg, torch.device("cpu")))
         velocity = 0.9 * velocity + (x + 0.01 * w)
         w = w - 0.1 * velocity
+        assert net.weight.grad is None  # the next forward pass has its memory
     assert torch.allclose(net.weight, w, rtol=1e-14)
 
 

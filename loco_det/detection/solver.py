@@ -244,14 +244,14 @@ def grad_scaler(cfg: CfgNode, device: torch.device) -> torch.amp.GradScaler:
 
 
 def optimizer_step(cfg: CfgNode, loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Backward of the total loss (a scalar), clipping, and the optimiser's update."""
-    optimizer.zero_grad()
+    """Backward of the total loss (a scalar), clipping, and the optimiser's update; no gradient is left behind."""
     scaler.scale(loss).backward()
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
         scaler.unscale_(optimizer)
         clip_gradients(cfg, (p for group in optimizer.param_groups for p in group["params"]))
     scaler.step(optimizer)
     scaler.update()
+    optimizer.zero_grad()  # now, so that the next forward pass can have their memory
 
 
 def clip_gradients(cfg: CfgNode, parameters: Iterable[nn.Parameter]) -> None:

@@ -35,6 +35,7 @@ from loco_det.runtime import (
     atomic_write,
     barrier,
     is_main,
+    keep_freed_memory,
     log,
     resolve_device,
     seed_everything,
@@ -137,6 +138,8 @@ def _prepare(cfg: CfgNode, eval_only: bool) -> CfgNode:
     barrier()
     cfg = solver.scale_to_world_size(cfg, world_size())
     cfg = _with(cfg, **{"MODEL.DEVICE": str(detector_device(cfg.MODEL.DEVICE)), "SEED": _common_seed(cfg.SEED)})
+    if cfg.MODEL.DEVICE == "cpu" and not eval_only:
+        keep_freed_memory()
     if cfg.MODEL.DEVICE.startswith("cuda"):
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not eval_only
         if cfg.FLOAT32_PRECISION:
