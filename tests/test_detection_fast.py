@@ -96,7 +96,6 @@ def test_mixed_precision_trains_everything_and_rounds_no_further(model: nn.Modul
 
     5 % is bfloat16's own way from float32 here; it is further where other proposals survive suppression.
     """
-    cpu = torch.device("cpu")
 
     def losses(fast: bool, mixed: bool) -> dict[str, float]:
         trained = copy.deepcopy(model).train()
@@ -104,11 +103,9 @@ def test_mixed_precision_trains_everything_and_rounds_no_further(model: nn.Modul
         cfg.SOLVER.AMP.ENABLED = mixed
         torch.manual_seed(5)
         with fast_arithmetic(fast):
-            with solver.autocast(cfg, cpu):
+            with solver.autocast(cfg, torch.device("cpu")):
                 found = trained(cases.our_batch(train=True))
-            solver.optimizer_step(
-                cfg, sum(found.values()), solver.build_optimizer(cfg, trained), solver.grad_scaler(cfg, cpu)
-            )
+            sum(found.values()).backward()
         assert not [name for name, p in trained.named_parameters() if p.requires_grad and p.grad is None]
         return {name: loss.item() for name, loss in found.items()}
 
