@@ -199,6 +199,8 @@ def test_reading_ahead_keeps_order_and_passes_errors_on() -> None:
 EXPORTED = {
     "FPN": (cases.FPN,),
     "C4": (cases.C4,),
+    "C4 boxes": (cases.C4, {"MODEL.MASK_ON": False}),
+    "DC5": (cases.DC5,),
     "boxes": (cases.FPN, {"MODEL.MASK_ON": False}),
     "ROIPool": (cases.FPN, {"MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIPool"}),
     "class-agnostic": (
