@@ -6,8 +6,8 @@
 
 `run` makes every cell (method x seed): pretrain on CIFAR-10's training images, probe each stage, convert, train a
 detector of persons on the frozen features and evaluate it. Each is the command that a user would give; it and its
-seconds are recorded. What is already in --out is not made again, so a run that was stopped goes on. `page` writes the
-page from the figures alone.
+seconds are recorded. What is already in --out is not made again, so a run that was stopped goes on, and several with
+--seeds of their own can share it. `page` writes the page, and beside it its pictures, from the figures alone.
 
 JSON: {"setting": {...}, "environment": {...}, "cells": [{"method", "seed", "commands": [[text, seconds], ...],
 "probes": {protocol: {stage: {"top1", "top1_interval"}}}, "detection": {"bbox/AP": percent, ...}}]}.
@@ -26,10 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout it stands in, installed or not
 
 from loco_det.detection.record import environment
+from loco_det.report.drawing import COLOURS
+from loco_det.report.plots import save_figure
 from loco_det.report.statistics import summarise
 from loco_det.runtime import atomic_write, write_json
 
@@ -60,8 +63,11 @@ def main() -> None:
     if args.job == "run":
         measure(args)
     else:
+        results = [json.loads(path.read_text()) for path in args.results]
+        for result in results:
+            save_figure(probe_curves(result), args.out.parent / picture(result))
         with atomic_write(args.out, "w") as file:
-            file.write(page_text([json.loads(path.read_text()) for path in args.results]))
+            file.write(page_text(results))
 
 
 # --- running ----------------------------------------------------------------------------------------------------
@@ -177,6 +183,8 @@ def section(result: dict[str, Any]) -> str:
     seeds = sorted({cell["seed"] for cell in cells})
     methods = list(dict.fromkeys(cell["method"] for cell in cells))
     seconds = sum(spent for cell in cells for _, spent in cell["commands"])
+    told = " ".join(f"--{name} {value}" for name, value in setting.items())
+    chosen = " ".join(map(str, seeds))
     parts = [
         f"## On {machine['device']}, {len(seeds)} seeds\n",
         f"{setting['steps']} steps of {setting['batch']} images at {setting['size']} pixels on CIFAR-10's training "
@@ -185,6 +193,7 @@ def section(result: dict[str, Any]) -> str:
         f"{seconds / 3600:.1f} hours on {machine['cores']} cores with {machine['threads']} threads, torch "
         f"{machine['packages']['torch']}, loco_det {machine['loco_det']}. Mean over seeds, in brackets the 95 % "
         "interval of the mean.\n",
+        f"![Top-1 of every stage's probes, by method]({picture(result)})\n",
     ]
     for protocol in PROTOCOLS:
         present = [s for s in STAGES if s in cells[0]["probes"][protocol]]
@@ -198,8 +207,43 @@ def section(result: dict[str, Any]) -> str:
         "Persons in 80 + 80 images of COCO, Mask R-CNN on frozen features, percent:\n",
         table(["backbone", *NUMBERS], rows),
     ]
-    parts += ["The commands of one cell:\n", "```text", *(text for text, _ in cells[-1]["commands"]), "```\n"]
+    parts += [
+        "Made by (`DETECTRON2_DATASETS` holds COCO):\n",
+        "```text",
+        f"python benchmarks/evidence.py run --cifar cifar10.zip --out output/evidence --seeds {chosen} {told} --json "
+        f"benchmarks/results/evidence_{setting['device']}.json",
+        "```\n",
+        "which ran, for each method and seed, such as these:\n",
+        "```text",
+        *(text for text, _ in cells[-1]["commands"]),
+        "```\n",
+    ]
     return "\n".join(parts)
+
+
+def picture(result: dict[str, Any]) -> str:
+    """Name of the file with a result's curves, beside the page."""
+    return f"results_{result['setting']['device']}.png"
+
+
+def probe_curves(result: dict[str, Any]) -> Figure:
+    """One panel a protocol: top-1 over stages, a line a method, with the interval of the mean over seeds."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    methods = list(dict.fromkeys(cell["method"] for cell in result["cells"]))
+    for axes, protocol in zip(figure.subplots(1, len(PROTOCOLS), sharey=True), PROTOCOLS):
+        for place, (method, colour) in enumerate(zip(methods, COLOURS)):
+            probes = [cell["probes"][protocol] for cell in result["cells"] if cell["method"] == method]
+            stages = [stage for stage in STAGES if stage in probes[0]]
+            found = [summarise([probe[stage]["top1"] for probe in probes]) for stage in stages]
+            means = [f["mean"] for f in found]
+            reach = [0 if f["ci95"] is None else f["ci95"][1] - f["mean"] for f in found]
+            x = [i + 0.06 * place for i in range(len(stages))]  # side by side, not upon each other
+            axes.errorbar(x, means, yerr=reach, color=colour, marker="o", capsize=2, label=method)
+        axes.set(title=protocol, xticks=range(len(stages)), xticklabels=stages)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("top-1, %")
+    figure.axes[-1].legend(frameon=False, fontsize=8)
+    return figure
 
 
 def number(values: list[float], digits: int = 1) -> str:

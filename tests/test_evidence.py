@@ -47,6 +47,21 @@ def test_the_page_has_means_intervals_commands_and_hours(tmp_path: Path, monkeyp
     assert "All of it took 2.0 hours on 2 cores" in text
     assert "loco-det pretrain METHOD loco SEED 2" in text
     assert "## What was not run" in text
+    assert "--seeds 0 1 2 --steps 7 --batch 8 --size 9 --limit 10 --iterations 11 --device cpu" in text
+    assert "](results_cpu.png)" in text
+    assert (tmp_path / "results_cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_shows_means_and_intervals() -> None:
+    figure = evidence.probe_curves(made_up())
+    assert len(figure.axes) == len(evidence.PROTOCOLS)
+    for axes in figure.axes:
+        random, loco = (container.lines for container in axes.containers)
+        assert random[0].get_ydata().tolist() == [21.0, 21.0]
+        assert loco[0].get_ydata().tolist() == [41.0, 41.0]
+        (bars,) = loco[2]
+        (_, low), (_, high) = bars.get_segments()[0]
+        assert (low, high) == pytest.approx((41 - 4.3027 / 3**0.5, 41 + 4.3027 / 3**0.5), abs=1e-3)
 
 
 def test_the_committed_page_is_what_the_committed_figures_say() -> None:
@@ -56,4 +71,6 @@ def test_the_committed_page_is_what_the_committed_figures_say() -> None:
     page = ROOT / "docs" / "results.md"
     wanted = evidence.page_text([json.loads(path.read_text()) for path in sources])
     assert page.read_text() == wanted, "write it: python benchmarks/evidence.py page benchmarks/results/evidence_*.json"
+    for source in sources:
+        assert (page.parent / evidence.picture(json.loads(source.read_text()))).is_file()
     assert "results.md" in (ROOT / "mkdocs.yml").read_text(), "the page is not in the site's navigation"
