@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny_detection import tiny_cfg, write_tiny
@@ -21,6 +22,8 @@ from loco_det.cli import main
 from loco_det.errors import UserError
 from loco_det.evaluation.coco import evaluate_coco
 from loco_det.report.analysis import experiments
+from loco_det.report.command import training_series
+from loco_det.report.panels import panels
 from loco_det.report.runs import find_runs
 from loco_det.report.statistics import summarise, t95
 
@@ -251,6 +254,105 @@ def test_detections_of_another_run_are_not_taken_apart(data, runs):
     assert [(p["backbone"], p["seed"]) for p in found["paired"]] == [("loco", 1)]
 
 
+def test_a_run_that_left_nothing_is_named(data, runs, tmp_path, capsys):
+    (runs / "loco0/metrics.json").unlink()  # it was stopped before the first line; run.json is there from the start on
+    shutil.rmtree(runs / "loco0/inference")
+    missing: list[str] = []
+    (found,) = experiments(find_runs([str(runs)]), None, 0, missing)
+    assert [(row["backbone"], row["seeds"]) for row in found["backbones"]] == [("loco", [1]), ("random", [0, 1])]
+    assert missing == [f"{runs / 'loco0'}: loco, seed 0: not evaluated yet, so it is in no table"]
+    missing.clear()
+    experiments(find_runs([str(runs)]), "loco", 10, missing)
+    assert missing[1:] == [f"{runs / 'random0'}: no paired difference, for loco has no such run of seed 0"]
+    assert main(["report", str(runs / "loco0"), "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    assert "Results: nothing was given" in (tmp_path / "out/index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.yaml", "MODEL: {META_ARCHITECTURE: GeneralizedRCNN, MASK_ON: true", "config.yaml"),  # cut off
+        ("config.yaml", "MODEL: {META_ARCHITECTURE: GeneralizedRCNN}", "config.yaml: lacks DATASETS.TEST"),
+        ("metrics.json", '3\n{"iteration": 1}\n', "metrics.json: line 1 is no JSON object"),
+        ("metrics.json", b"\xff\xfe\n", "metrics.json: cannot be read"),
+    ],
+)
+def test_a_damaged_run_is_one_sentence(runs, tmp_path, capsys, file, content, words):
+    (runs / "loco0" / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main(["report", str(runs), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("content", ['[{"image_id": 1, "categ', "{}", "[3]", '[{"image_id": 1}]', "[]"])
+def test_damaged_detections_are_a_gap(runs, tmp_path, capsys, content):
+    (runs / "loco0/inference/coco_instances_results.json").write_text(content)
+    out = tmp_path / "out"
+    assert main(["report", str(runs), "--out", str(out), "--bootstrap", "0", "--images", "1", "--quiet"]) == 0
+    told = json.loads((out / "report.json").read_text())["missing"]
+    assert any(text.startswith(f"{runs / 'loco0'}: its detections") for text in told)
+
+
+@pytest.mark.parametrize("stages", [5, ["res5"], {"res5": 3.0}, {"res5": {"top1": None}}, {}])
+def test_other_json_is_no_probe(runs, tmp_path, stages):
+    (runs / "other.json").write_text(json.dumps({"stages": stages}))
+    assert find_runs([str(runs)]).probes == []
+    with pytest.raises(UserError, match="no result of loco-det probe"):
+        find_runs([str(runs / "other.json")])
+
+
+def test_numbers_of_several_data_sets_and_of_augmentation_have_columns(data, tmp_path):
+    run = make_run(tmp_path / "a", data, [], "loco", DATASETS__TEST=("tiny_val", "tiny_train"))
+    names = ("tiny_val/bbox/AP", "tiny-train/bbox/AP", "bbox_TTA/AP", "tiny-train/bbox/AP-a/b")
+    line = {name: 10.0 + place for place, name in enumerate(names)}
+    (run / "metrics.json").write_text(json.dumps({"iteration": 1, **line}) + "\n")
+    assert main(["report", str(run), "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    lines = (tmp_path / "out/report.md").read_text().splitlines()
+    assert "| backbone | runs | tiny_val box AP | tiny-train box AP | box TTA AP |" in lines
+    assert "| loco | 1 | 10.0 | 11.0 | 12.0 |" in lines
+    assert "| class | tiny-train box AP, loco |" in lines
+    assert "| a/b | 13.0 |" in lines
+
+
+def test_pictures_are_of_the_images_that_the_run_was_tested_on(data, runs, tmp_path, monkeypatch):
+    other = write_tiny(tmp_path / "other", images=5)
+    for file in (other / "tiny/val").iterdir():
+        Image.new("RGB", (80, 64)).save(file)  # black, under the same name
+    annotations = str(data / "tiny/annotations/instances_val.json")
+    for file in runs.glob("*/run.json"):
+        record = json.loads(file.read_text())
+        file.write_text(json.dumps({**record, "datasets": {"tiny_val": {"path": annotations, "sha256": "0"}}}))
+    here = panels(find_runs([str(runs)]).detectors, 2, 0.5, [])
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(other))
+    missing: list[str] = []
+    assert panels(find_runs([str(runs)]).detectors, 2, 0.5, missing) == here
+    assert missing == []
+
+
+def test_a_backbone_without_detections_keeps_its_place_in_the_pictures(runs, tmp_path):
+    for seed in (0, 1):
+        (runs / f"random{seed}/inference/coco_instances_results.json").unlink()
+    (runs / "loco0/inference/coco_instances_results.json").unlink()  # seed 1 stands in
+    panel = panels(find_runs([str(runs)]).detectors, 1, 0.5, [])
+    (row,) = panel["rows"]
+    assert [name for name, uri in row["pictures"].items() if uri] == ["ground truth", "loco"]
+    assert row["pictures"]["random"] is None
+    assert main(["report", str(runs), "--out", str(tmp_path / "out"), "--quiet", "--bootstrap", "0"]) == 0
+    assert '<div class="none">missing</div>' in (tmp_path / "out/index.html").read_text()
+
+
+def test_each_experiment_has_curves_of_its_own(data, runs):
+    make_run(runs / "tuned", data, detections(data, 3), "loco", MODEL__BACKBONE__FREEZE_AT=0)
+    make_run(runs / "other", data, detections(data, 3), "loco", SOLVER__MAX_ITER=9)
+    (runs / "other/metrics.json").write_text('{"iteration": 0, "total_loss": 1}\n{"iteration": 1, "total_loss": 0}\n')
+    found = training_series(find_runs([str(runs)]), {str(runs / "tuned"): "the tuned one"})
+    frozen = "Mask R-CNN FPN, frozen, tiny_train, 6 iterations of 2"
+    assert list(found) == [frozen, "Mask R-CNN FPN, frozen, tiny_train, 9 iterations of 2", "the tuned one"]
+    assert {name: len(curves) for name, curves in found[frozen]["total loss"].items()} == {"loco": 2, "random": 2}
+    assert found["the tuned one"]["total loss"] == {"loco": [([0, 1, 2, 3, 4], [3.0, 2.9, 2.8, 2.7, 2.6])]}
+
+
 # --- the page ---------------------------------------------------------------------------------------------------
 
 
@@ -308,7 +410,14 @@ def test_the_page_stands_alone_and_says_everything(page):
     number = report["experiments"][0]["backbones"][0]["numbers"]["bbox/AP"]
     assert f"{number['mean']:.1f} ± {number['std']:.1f}" in shown
     assert f"{number['mean']:.1f} ± {number['std']:.1f}" in (page.parent / "report.md").read_text()
-    for words in ("Paired differences", "AP50 lost by kind of error", "knn probe, cifar.zip", "hash not recorded"):
+    for words in (
+        "MODEL.RESNETS.NORM: FrozenBN",
+        "score of at least 0.5",
+        "Paired differences",
+        "AP50 lost by kind of error",
+        "knn probe, cifar.zip",
+        "hash not recorded",
+    ):
         assert words in shown
     assert sum(link.startswith("data:image/jpeg") for link in found.links) == 2 * (1 + 3)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import itertools
 import json
 import shutil
 import zipfile
@@ -30,6 +33,9 @@ from loco_det.detection.train import check_classes, train_net
 from loco_det.doctor import examine_config
 from loco_det.errors import UserError
 from loco_det.evaluation import semantic as scores
+from loco_det.report.analysis import experiments
+from loco_det.report.panels import panels
+from loco_det.report.runs import find_runs
 
 NAME = "cityscapes_fine_sem_seg"
 ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
@@ -291,8 +297,77 @@ def test_report_and_sweep_know_the_scores(tmp_path: Path) -> None:
     assert experiment["title"].startswith("Semantic segmentation FPN, frozen, cityscapes_fine_sem_seg_train")
     assert experiment["backbones"][0]["numbers"]["sem_seg/IoU"]["mean"] == pytest.approx(found["IoU"])
     page = (tmp_path / "report/index.html").read_text()
-    for text in ("sem_seg IoU_sup", "traffic light", "no detections"):
+    for text in ("sem_seg IoU_sup", "sem_seg IoU, from scratch", "traffic light", "not evaluated"):
         assert text in page
+
+
+@pytest.fixture
+def judged(tree: Path, tmp_path: Path) -> Path:
+    """Runs `one` and `two` with other labels, and the scores that belong to them."""
+    train_net(cfg(tmp_path / "runs/one"), engine="torchvision")
+    shutil.copytree(tmp_path / "runs/one", tmp_path / "runs/two")
+    for seed, name in enumerate(("one", "two")):
+        run = tmp_path / "runs" / name
+        predicted(tree, run / "inference/sem_seg", seed)
+        found = scores.evaluate_semantic(frames(tree), run / "inference/sem_seg")["sem_seg"]
+        flat = {f"sem_seg/{key}": None if np.isnan(value) else value for key, value in found.items()}
+        (run / "metrics.json").write_text(json.dumps({"iteration": 1, **flat}) + "\n")
+    return tmp_path / "runs"
+
+
+def test_paired_bootstrap_against_all_draws_of_three_images(judged: Path, tree: Path) -> None:
+    missing: list[str] = []
+    (found,) = experiments(find_runs([f"{n}={judged / n}" for n in ("one", "two")]), None, 2000, missing)
+    assert missing == []
+    (pair,) = found["paired"]
+
+    def iou(name: str, images: tuple[Path, ...]) -> float:
+        return scores.evaluate_semantic(images, judged / name / "inference/sem_seg")["sem_seg"]["IoU"]
+
+    drawn = [iou("two", images) - iou("one", images) for images in itertools.product(frames(tree), repeat=3)]
+    assert (pair["backbone"], pair["images"]) == ("two", 3)
+    assert pair["sem_seg"]["IoU"]["difference"] == pytest.approx(iou("two", frames(tree)) - iou("one", frames(tree)))
+    # One image three times is one draw of 27, so the least and the greatest difference have more than 2.5 % each.
+    assert pair["sem_seg"]["IoU"]["ci95"] == pytest.approx([min(drawn), max(drawn)])
+
+
+def test_pictures_show_truth_and_labels_and_what_is_missing(judged: Path, tree: Path) -> None:
+    predictions = judged / "one/inference/sem_seg"
+    runs = find_runs([f"{n}={judged / n}" for n in ("one", "two")])
+    missing: list[str] = []
+    panel = panels(runs.detectors, 2, 0.5, missing)
+    assert missing == []
+    assert [list(row["pictures"]) for row in panel["rows"]] == [["ground truth", "one", "two"]] * 2
+    shown = frames(tree)[0], frames(tree)[2]
+    assert [row["image"] for row in panel["rows"]] == [image.name for image in shown]
+    seen = {data.CLASSES[k] for image in shown for k in np.unique(data.read_labels(data.label_file(image))) if k < 255}
+    colours = {name: "#{:02x}{:02x}{:02x}".format(*colour) for name, colour in zip(data.CLASSES, data.COLOURS)}
+    assert seen <= {name for name, _ in panel["legend"]}
+    assert all(colours[name] == colour for name, colour in panel["legend"])
+    for row, image in zip(panel["rows"], shown):
+        drawn = decoded(row["pictures"]["one"])
+        with Image.open(scores.prediction_file(predictions, image)) as file, Image.open(image) as photo:
+            shape = drawn.shape[1::-1]
+            labels = np.array(file.resize(shape, Image.Resampling.NEAREST))
+            pixels = np.array(photo.resize(shape, Image.Resampling.BICUBIC)).astype(float)
+        table = dict(zip(data.LABEL_IDS.tolist(), data.COLOURS))
+        expected = 0.4 * pixels + 0.6 * np.array([[table[k] for k in line] for line in labels.tolist()])
+        own, other = (np.abs(picture - expected).mean() for picture in (drawn, decoded(row["pictures"]["two"])))
+        assert own < 13, "more than JPEG does to noise"
+        assert other > 2 * own
+    scores.prediction_file(predictions, frames(tree)[0]).unlink()
+    panel = panels(runs.detectors, 2, 0.5, missing)
+    assert [row["pictures"]["one"] for row in panel["rows"]] == [None, None]
+    assert all(row["pictures"]["two"] for row in panel["rows"])
+    experiments(runs, None, 10, missing)
+    assert len(missing) == 3
+    assert "no pictures" in missing[0]
+    assert "no paired differences" in missing[1]
+    assert "one has no such run" in missing[2]
+
+
+def decoded(uri: str) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))).astype(float)
 
 
 def test_doctor_looks_at_the_right_head() -> None:

@@ -112,10 +112,8 @@ def _by_histograms(images: Sequence[Path], folder: Path) -> dict[str, float]:
     wrong = dict(right)
     with Progress(len(images), "scores", unit="images") as progress:
         for image in images:
-            truth, predicted = _read_pair(image, folder)
-            counted = truth != IGNORED
-            pairs = truth[counted].astype(np.int64) * len(CLASSES) + predicted[counted]
-            confusion += np.bincount(pairs, minlength=confusion.size).reshape(confusion.shape)
+            truth, predicted = read_pair(image, folder)
+            confusion += confusion_of(truth, predicted)
             _add_instances(image, predicted, right, wrong)
             progress.advance()
     one = [_score(confusion, range(k, k + 1)) for k in range(len(CLASSES))]
@@ -126,8 +124,12 @@ def _by_histograms(images: Sequence[Path], folder: Path) -> dict[str, float]:
     return {**scores, **{f"IoU-{name}": value for name, value in zip(CLASSES, one)}}
 
 
-def _read_pair(image: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Classes of the truth, or IGNORED, and of the prediction, (H, W) uint8 each."""
+def read_pair(image: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Classes of the truth, or IGNORED, and of the prediction, (H, W) uint8 each.
+
+    Raises:
+        UserError: one of the files cannot be used.
+    """
     path = prediction_file(folder, image)
     truth = read_labels(label_file(image))
     try:
@@ -141,6 +143,21 @@ def _read_pair(image: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
             f"shape {truth.shape}."
         )
     return truth, _CLASS_OF[found]
+
+
+def confusion_of(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """(K, K) int64: pixels of each class in the truth, a row, that are predicted as each class, a column."""
+    counted = truth != IGNORED
+    pairs = truth[counted].astype(np.int64) * len(CLASSES) + predicted[counted]
+    return np.bincount(pairs, minlength=len(CLASSES) ** 2).reshape(len(CLASSES), len(CLASSES))
+
+
+def mean_iou(confusions: np.ndarray) -> np.ndarray:
+    """Mean IoU, a fraction, of each of (..., K, K) confusions, over the classes that are there or predicted; (...)."""
+    right = np.diagonal(confusions, axis1=-2, axis2=-1)
+    total = confusions.sum(-1) + confusions.sum(-2) - right
+    there = total > 0
+    return np.divide(right, total, out=np.zeros(right.shape), where=there).sum(-1) / there.sum(-1)
 
 
 def _add_instances(image: Path, predicted: np.ndarray, right: dict, wrong: dict) -> None:

@@ -2,7 +2,8 @@
 
 AP is what each run recorded. Where its detections and the ground truth are at hand they are evaluated once more,
 which must give that AP again, and are then taken apart: hotcoco has the paired bootstrap over images, the errors by
-kind (TIDE, Bolya et al. 2020) and the precision at every recall.
+kind (TIDE, Bolya et al. 2020) and the precision at every recall. Pixel labels are counted once more likewise, an image
+at a time, for the bootstrap of mean IoU.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import hotcoco
 import msgspec
 import numpy as np
 
-from loco_det.data.catalog import has_own_measure
+from loco_det.data.catalog import find_dataset, has_own_measure
+from loco_det.data.index import load_index
 from loco_det.errors import UserError
 from loco_det.evaluation.coco import hotcoco_evaluations
 from loco_det.evaluation.coco_checks import check_results, read_ground_truth
+from loco_det.evaluation.semantic import confusion_of, mean_iou, read_pair
 from loco_det.report.runs import DetectorRun, Runs
 from loco_det.report.statistics import summarise
 from loco_det.runtime import Progress, log
@@ -33,10 +36,12 @@ AGREES = 1e-6  # percent; the recorded AP went through JSON, nothing else
 
 @dataclass
 class Taken:
-    """A run's detections, evaluated: one hotcoco evaluation for each IoU type."""
+    """A run's detections, evaluated: one hotcoco evaluation for each IoU type. Or its labels, counted against the
+    truth: confusions (images, classes, classes)."""
 
     run: DetectorRun
     evaluations: dict[str, Any]
+    confusions: np.ndarray | None = None
 
 
 def experiments(runs: Runs, baseline: str | None, resamples: int, missing: list[str]) -> list[dict[str, Any]]:
@@ -55,7 +60,7 @@ def experiments(runs: Runs, baseline: str | None, resamples: int, missing: list[
     groups: dict[str, list[DetectorRun]] = {}
     for run in runs.detectors:
         if not run.recorded:
-            missing.append(f"{run.path}: not evaluated yet, so it is in no table")
+            missing.append(f"{run.path}: {run.backbone}, seed {run.seed}: not evaluated yet, so it is in no table")
             continue
         groups.setdefault(json.dumps(run.experiment, sort_keys=True, default=str), []).append(run)
     titles = [group[0].title for group in groups.values()]
@@ -63,7 +68,13 @@ def experiments(runs: Runs, baseline: str | None, resamples: int, missing: list[
     with Progress(sum(map(len, groups.values())), "report", unit="runs") as progress:
         for group, title in zip(groups.values(), titles):
             shown = title if titles.count(title) == 1 else f"{title} ({_differences(group[0], groups, title)})"
-            found.append({"title": shown, **_experiment(group, baseline, resamples, missing, progress)})
+            found.append(
+                {
+                    "title": shown,
+                    "config": group[0].experiment,
+                    **_experiment(group, baseline, resamples, missing, progress),
+                }
+            )
     return found
 
 
@@ -87,6 +98,8 @@ def _experiment(
             taken[one.run.backbone].append({kind: _apart(e) for kind, e in one.evaluations.items()})
             if reference is not None and resamples:
                 paired.append(_compare(reference, one, resamples))
+            elif one.run.backbone != first and resamples:
+                missing.append(f"{one.run.path}: no paired difference, for {first} has no such run of seed {seed}")
     rows = []
     for name in names:
         own = [run for run in group if run.backbone == name]
@@ -122,9 +135,9 @@ def _of_one_seed(
 
 
 def take_apart(run: DetectorRun) -> Taken | str:
-    """The run's detections evaluated, or why they cannot be."""
-    if run.config["MODEL.META_ARCHITECTURE"] == "SemanticSegmentor":
-        return "labels of pixels are no detections, so no errors, curves, paired differences"
+    """What the run found, evaluated, or why it cannot be."""
+    if run.is_segmentor:
+        return _count_labels(run)
     own = [name for name in run.config["DATASETS.TEST"] if has_own_measure(name, run.config["MODEL.MASK_ON"])]
     if own:
         return f"{own[0]} has a measure of its own, which is not taken apart, so no errors, curves, intervals"
@@ -149,6 +162,25 @@ def take_apart(run: DetectorRun) -> Taken | str:
                 "with --eval-only. No errors, curves, intervals"
             )
     return Taken(run, evaluations)
+
+
+def _count_labels(run: DetectorRun) -> Taken | str:
+    """`take_apart` of a segmentor's labels."""
+    if run.annotations is None:
+        return "its ground truth is not there (set DETECTRON2_DATASETS), so no paired differences"
+    try:
+        folder = find_dataset(run.config["DATASETS.TEST"][0]).images
+        images = [folder / name for name in load_index(run.annotations).file_name.tolist()]
+        confusions = np.stack([confusion_of(*read_pair(image, run.results)) for image in images])
+    except UserError as error:
+        return f"its labels cannot be counted again, so no paired differences: {error}"
+    again, recorded = 100 * float(mean_iou(confusions.sum(0))), run.recorded.get("sem_seg/IoU")
+    if recorded is not None and not math.isclose(again, recorded, abs_tol=AGREES):
+        return (
+            f"its labels give IoU {again:.3f} and metrics.json says {recorded:.3f}; evaluate it again with "
+            "--eval-only. No paired differences"
+        )
+    return Taken(run, {}, confusions)
 
 
 def _apart(evaluation: Any) -> dict[str, Any]:
@@ -196,7 +228,24 @@ def _compare(reference: Taken, one: Taken, resamples: int) -> dict[str, Any]:
             if compared["metrics_a"][name] >= 0  # -1 where there is no object of that size
         }
         found["images"] = compared["num_images"]
+    if one.confusions is not None:
+        both = np.stack([reference.confusions, one.confusions])
+        drawn = [np.diff(_iou_of(both, chosen)) for chosen in _draws(both.shape[1], resamples)]
+        difference = float(np.diff(_iou_of(both, np.ones(both.shape[1])))[0])
+        found["sem_seg"] = {"IoU": {"difference": difference, "ci95": np.percentile(drawn, [2.5, 97.5]).tolist()}}
+        found["images"] = both.shape[1]
     return found
+
+
+def _draws(images: int, resamples: int) -> Iterator[np.ndarray]:
+    """How often each image is drawn in each resample."""
+    rng = np.random.default_rng(0)
+    return (rng.multinomial(images, np.full(images, 1 / images)) for _ in range(resamples))
+
+
+def _iou_of(confusions: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Mean IoU in percent of (runs, images, classes, classes), each image counted so many times."""
+    return 100 * mean_iou(np.einsum("rikl,i->rkl", confusions, times))
 
 
 def probe_curves(runs: Runs) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8c8c8c")
 ERRORS = {
     "Cls": "wrong class",
-    "Loc": "poor box",
+    "Loc": "poor overlap",
     "Both": "both",
     "Dupe": "duplicate",
     "Bkg": "background",
@@ -76,6 +76,7 @@ def seeds(rows: Sequence[dict[str, Any]], key: str, label: str, colours: dict[st
     """Every run a dot, the mean a bar's end, the 95 % interval of the mean a line."""
 
     def draw(axes: Axes) -> None:
+        labels = [row["backbone"] for row in reversed(rows)]
         for place, row in enumerate(reversed(rows)):
             numbers = row["numbers"].get(key)
             if not numbers or not numbers["n"]:
@@ -85,9 +86,8 @@ def seeds(rows: Sequence[dict[str, Any]], key: str, label: str, colours: dict[st
             axes.plot(numbers["values"], [place] * numbers["n"], "o", color=colour, markersize=4.5)
             if numbers["ci95"]:
                 axes.plot(numbers["ci95"], [place, place], color=_INK, linewidth=1.2)
-            where = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-            axes.annotate(f"{numbers['mean']:.1f}", (0, place), fontsize=9, **where)
-        axes.set_yticks(range(len(rows)), [row["backbone"] for row in reversed(rows)])
+            labels[place] += f"  {numbers['mean']:.1f}"  # not on the bar, where the interval's line may cross it
+        axes.set_yticks(range(len(rows)), labels)
         axes.set_xlim(left=0)
         axes.set_xlabel(label)
 

@@ -17,6 +17,9 @@ from loco_det.report.panels import panels
 from loco_det.report.runs import Runs, find_runs
 from loco_det.runtime import atomic_write, log, write_json
 
+# Title -> key of metrics.json: what is drawn of a detector's training.
+CURVES = {"total loss": "total_loss", "box AP": "bbox/AP", "mask AP": "segm/AP", "mean IoU": "sem_seg/IoU"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which runs, where to, and how much."""
@@ -30,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--title", default="Backbones for detection and segmentation")
     parser.add_argument("--baseline", metavar="NAME", help="what the others are compared with; the first without it")
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples of images; 0 for none")
-    parser.add_argument("--images", type=int, default=4, metavar="N", help="images shown with detections")
+    parser.add_argument("--images", type=int, default=4, metavar="N", help="images shown with what was found")
     parser.add_argument("--score-threshold", type=float, default=0.5, metavar="S", help="of detections shown")
 
 
@@ -71,7 +74,7 @@ def report(
         title: of the page.
         baseline: the backbone that the others are compared with; None for the first.
         resamples: of the paired bootstrap over images.
-        images: how many are shown with ground truth and detections.
+        images: how many are shown with ground truth and what was found.
         threshold: the lowest score of a detection that is shown.
 
     Raises:
@@ -89,13 +92,14 @@ def report(
     }
     for found, one in zip(content["inputs"], runs.detectors):
         found["config_sha256"] = hashlib.sha256((one.path / "config.yaml").read_bytes()).hexdigest()
-    shown = []
+    shown, titles = [], {}
     for experiment in content["experiments"]:
         paths = {path for row in experiment["backbones"] for path in row["runs"]}
         group = [one for one in runs.detectors if str(one.path) in paths]
         shown.append(panels(group, images, threshold, missing))
+        titles.update(dict.fromkeys(paths, experiment["title"]))
     content["missing"] = list(dict.fromkeys(missing))
-    page = html_page(content, training_series(runs), shown)
+    page = html_page(content, training_series(runs, titles), shown)
     write_json(out / "report.json", content)
     for name, text in (("report.md", markdown_page(content)), ("index.html", page)):
         with atomic_write(out / name, "w") as file:
@@ -106,23 +110,29 @@ def report(
     return content
 
 
-def training_series(runs: Runs) -> dict[str, Series]:
-    """Title -> curves over steps: detectors' loss and AP while training, the mean loss of a pretraining's units."""
-    found: dict[str, Series] = {}
+def training_series(runs: Runs, titles: dict[str, str]) -> dict[str, dict[str, Series]]:
+    """Heading -> title -> curves over steps: loss and scores of detectors while they train, one heading for each
+    experiment, and the mean loss of a pretraining's units.
 
-    def add(title: str, backbone: str, points: list[tuple[float, float]]) -> None:
+    Args:
+        titles: of the experiments, by the folders of their runs.
+    """
+    found: dict[str, dict[str, Series]] = {}
+
+    def add(heading: str, title: str, backbone: str, points: list[tuple[float, float]]) -> None:
         if len(points) > 1:
-            found.setdefault(title, {}).setdefault(backbone, []).append(tuple(map(list, zip(*points))))
+            series = found.setdefault(heading, {}).setdefault(title, {})
+            series.setdefault(backbone, []).append(tuple(map(list, zip(*points))))
 
     for one in runs.detectors:
-        for title, key in (("detector: total loss", "total_loss"), ("detector: box AP", "bbox/AP")):
+        for title, key in CURVES.items():
             points = [(m["iteration"], m[key]) for m in one.metrics if m.get(key) is not None and "iteration" in m]
-            add(title, one.backbone, points)
+            add(titles.get(str(one.path), one.title), title, one.backbone, points)
     for pretraining in runs.pretrainings:
         points = []
         for line in pretraining.metrics:
             losses = [value for key, value in line.items() if key.startswith("loss/") and value is not None]
-            if losses:
+            if losses and "iteration" in line:
                 points.append((line["iteration"], sum(losses) / len(losses)))
-        add("pretraining: mean NT-Xent of the units", pretraining.backbone, points)
+        add("Pretraining", "mean NT-Xent of the units", pretraining.backbone, points)
     return found

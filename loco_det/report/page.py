@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
 from loco_det.report import charts
 
-KINDS = {"bbox": "box", "segm": "mask"}
+KINDS = {"bbox": "box", "segm": "mask", "bbox_TTA": "box TTA", "segm_TTA": "mask TTA"}
 NOTHING = "-"  # in a table's cell
-# Of pixel labels, and of rare, common and frequent classes (LVIS).
-LABEL_SCORES = tuple(f"sem_seg/{name}" for name in ("IoU", "iIoU", "IoU_sup", "iIoU_sup"))
-BY_FREQUENCY = tuple(f"{kind}/AP{letter}" for kind in KINDS for letter in "rcf")
-COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+DETECTIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+# The table's columns: of detections, of rare, common and frequent classes (LVIS), and of pixel labels.
+MEASURES = (*DETECTIONS, "APr", "APc", "APf", "IoU", "iIoU", "IoU_sup", "iIoU_sup")
+_OF_CLASS = re.compile(r"(.+?/(?:AP|IoU))-(.+)")  # bbox/AP-person, or NAME/bbox/AP-person with several data sets
 _CSS = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#59636e;--paper:#fff;--panel:#f6f8fa;--line:#d1d9e0}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9198a1;--paper:#0d1117;--panel:#151b23;--line:#3d444d}}
@@ -37,6 +38,11 @@ svg text{font-family:inherit!important}
 .row{display:grid;gap:.5rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,11rem),1fr));margin:1rem 0}
 figure{margin:0}figure img{width:100%;height:auto;display:block;border-radius:4px}
 figcaption{font-size:.8rem}
+.none{display:grid;place-items:center;min-height:6rem;height:calc(100% - 1.5rem);color:var(--soft);
+background:var(--panel);border-radius:4px}
+.legend span{margin-right:.8rem;white-space:nowrap}
+.legend i{display:inline-block;width:.8em;height:.8em;margin-right:.3em;border-radius:2px}
+pre{font-size:.8rem;margin:0}
 details{margin:.5rem 0}summary{cursor:pointer}
 code{font-size:.85em;background:var(--panel);padding:.1em .3em;border-radius:4px;overflow-wrap:anywhere}
 nav a{margin-right:1rem;white-space:nowrap}a{color:inherit}
@@ -44,13 +50,13 @@ nav a{margin-right:1rem;white-space:nowrap}a{color:inherit}
 """
 
 
-def html_page(report: dict[str, Any], series: dict[str, charts.Series], panels: list[list[dict[str, Any]]]) -> str:
+def html_page(report: dict[str, Any], series: dict[str, dict[str, charts.Series]], panels: list[dict[str, Any]]) -> str:
     """The whole page.
 
     Args:
         report: the numbers, as report.json has them.
-        series: title -> curves over steps.
-        panels: for each experiment, `report.panels.panels`' rows.
+        series: heading -> title -> curves over steps.
+        panels: for each experiment, what `report.panels.panels` gives.
     """
     colours = charts.colour_of(report["backbones"])
     sections = [("results", "Results", _results(report, colours))]
@@ -58,9 +64,8 @@ def html_page(report: dict[str, Any], series: dict[str, charts.Series], panels: 
     sections.append(("errors", "Errors and curves", _apart(report, colours)))
     sections.append(("classes", "Per class", _classes(report)))
     sections.append(("probes", "Probes", _probes(report, colours)))
-    drawn = [charts.lines(s, "step", "", title, colours) for title, s in series.items()]
-    sections.append(("training", "Training", f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""))
-    sections.append(("pictures", "Pictures", "".join(map(_panel_rows, panels))))
+    sections.append(("training", "Training", _training(series, colours)))
+    sections.append(("pictures", "Pictures", _pictures(report, panels)))
     sections.append(("inputs", "Inputs and environment", _inputs(report)))
     sections.append(("missing", "Missing", _missing(report, [title for _, title, body in sections if not body])))
     shown = [section for section in sections if section[2]]
@@ -71,8 +76,8 @@ def html_page(report: dict[str, Any], series: dict[str, charts.Series], panels: 
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{title}</title><style>{_CSS}</style></head><body><h1>{title}</h1>"
-        f"<p>Made {escape(report['created'])} by loco_det {escape(report['loco_det'])}. "
-        "AP in percent; mean ± standard deviation over runs, in brackets the 95 % interval of the mean.</p>"
+        f"<p>Made {escape(report['created'])} by loco_det {escape(report['loco_det'])}. AP, IoU and top-1 in percent; "
+        "mean ± standard deviation over runs, in brackets the 95 % interval of the mean.</p>"
         f"<nav>{links}</nav>{body}</body></html>\n"
     )
 
@@ -89,10 +94,12 @@ def markdown_page(report: dict[str, Any]) -> str:
             parts.append(_markdown_table(header, rows))
         header, rows = _class_table(experiment)
         if rows:
-            parts += ["AP per class:", _markdown_table(header, rows)]
+            parts += ["Per class:", _markdown_table(header, rows)]
     for probe in report["probes"]:
         header, rows = _probe_table(probe)
         parts += [f"## {_probe_title(probe)}", _markdown_table(header, rows)]
+    if report["inputs"]:
+        parts += ["## Inputs and environment", _markdown_table(*_inputs_table(report))]
     if report["missing"]:
         parts += ["## Missing", "\n".join(f"- {text}" for text in report["missing"])]
     return "\n\n".join(parts) + "\n"
@@ -105,18 +112,17 @@ Table = tuple[list[str], list[list[str]]]
 
 def _main_table(experiment: dict[str, Any]) -> Table:
     rows = experiment["backbones"]
-    keys = [f"{kind}/{name}" for kind in KINDS for name in COLUMNS]
-    keys = [key for key in keys if any(key in row["numbers"] for row in rows)]
-    others = (*LABEL_SCORES, *BY_FREQUENCY)
-    keys += dict.fromkeys(key for row in rows for key in row["numbers"] if "/AR" in key or key in others)
+    found = dict.fromkeys(key for row in rows for key in row["numbers"])
+    kinds = dict.fromkeys(key.rpartition("/")[0] for key in found)
+    keys = [f"{kind}/{name}" for kind in kinds for name in MEASURES if f"{kind}/{name}" in found]
+    keys += [key for key in found if "/AR" in key]
     header = ["backbone", "runs", *map(_column, keys)]
     body = [[r["backbone"], str(len(r["runs"])), *(_number(r["numbers"].get(key)) for key in keys)] for r in rows]
     return header, body
 
 
 def _column(key: str) -> str:
-    kind, _, name = key.partition("/")
-    return f"{KINDS.get(kind, kind)} {name}"
+    return " ".join(KINDS.get(part, part) for part in key.split("/"))
 
 
 def _number(summary: dict[str, Any] | None) -> str:
@@ -129,11 +135,12 @@ def _number(summary: dict[str, Any] | None) -> str:
 
 
 def _paired_table(experiment: dict[str, Any]) -> Table:
-    kinds = [kind for kind in KINDS if any(kind in pair for pair in experiment["paired"])]
-    header = ["backbone", "seed", *(f"{KINDS[kind]} {name}" for kind in kinds for name in COLUMNS)]
+    names = {"bbox": DETECTIONS, "segm": DETECTIONS, "sem_seg": ("IoU",)}
+    keys = [(k, name) for k in names if any(k in pair for pair in experiment["paired"]) for name in names[k]]
+    header = ["backbone", "seed", *(_column(f"{kind}/{name}") for kind, name in keys)]
     rows = []
     for pair in experiment["paired"]:
-        cells = [_difference(pair[kind].get(name)) for kind in kinds for name in COLUMNS]
+        cells = [_difference(pair[kind].get(name)) for kind, name in keys]
         rows.append([pair["backbone"], str(pair["seed"]), *cells])
     return header, rows
 
@@ -152,10 +159,11 @@ def _bootstrap(experiment: dict[str, Any]) -> str:
 
 def _class_table(experiment: dict[str, Any]) -> Table:
     rows = experiment["backbones"]
-    keys = [key for key in dict.fromkeys(k for r in rows for k in r["numbers"]) if "/AP-" in key or "/IoU-" in key]
-    columns = [(measure, row) for measure in dict.fromkeys(key.partition("-")[0] for key in keys) for row in rows]
-    header = ["class", *(f"{KINDS.get(m.partition('/')[0], 'IoU')}, {row['backbone']}" for m, row in columns)]
-    names = dict.fromkeys(key.partition("-")[2] for key in keys)
+    keys = dict.fromkeys(key for row in rows for key in row["numbers"])
+    parts = [match.groups() for match in map(_OF_CLASS.fullmatch, keys) if match]
+    columns = [(measure, row) for measure in dict.fromkeys(measure for measure, _ in parts) for row in rows]
+    header = ["class", *(f"{_column(measure)}, {row['backbone']}" for measure, row in columns)]
+    names = dict.fromkeys(name for _, name in parts)
     return header, [[n, *(_number(row["numbers"].get(f"{measure}-{n}")) for measure, row in columns)] for n in names]
 
 
@@ -200,8 +208,7 @@ def _results(report: dict[str, Any], colours: dict[str, str]) -> str:
     parts = []
     for experiment in report["experiments"]:
         rows = experiment["backbones"]
-        keys = [*(f"{kind}/AP" for kind in KINDS), LABEL_SCORES[0]]
-        keys = [key for key in keys if any(key in row["numbers"] for row in rows)]
+        keys = dict.fromkeys(k for row in rows for k in row["numbers"] if k.endswith(("/AP", "/IoU")))
         drawn = "".join(charts.seeds(rows, key, _column(key), colours) for key in keys)
         table = _html_table(_main_table(experiment))
         parts.append(f'<h3>{escape(experiment["title"])}</h3><div class="charts">{drawn}</div>{table}')
@@ -254,36 +261,67 @@ def _probes(report: dict[str, Any], colours: dict[str, str]) -> str:
     return f'<div class="charts">{"".join(drawn)}</div>{"".join(tables)}' if drawn else ""
 
 
-def _panel_rows(rows: list[dict[str, Any]]) -> str:
+def _training(series: dict[str, dict[str, charts.Series]], colours: dict[str, str]) -> str:
     parts = []
-    for row in rows:
-        parts.append('<div class="row">')
-        for name, uri in row["pictures"].items():
-            text = escape(f"{row['image']}, {name}")
-            image = f'<img loading="lazy" alt="{text}" src="{uri}">'
-            parts.append(f"<figure>{image}<figcaption>{text}</figcaption></figure>")
-        parts.append("</div>")
+    for heading, titles in series.items():
+        drawn = "".join(charts.lines(s, "step", "", title, colours) for title, s in titles.items())
+        parts.append(f'<h3>{escape(heading)}</h3><div class="charts">{drawn}</div>')
     return "".join(parts)
 
 
+def _pictures(report: dict[str, Any], panels: list[dict[str, Any]]) -> str:
+    parts = []
+    for experiment, panel in zip(report["experiments"], panels):
+        if not panel:
+            continue
+        parts.append(f"<h3>{escape(experiment['title'])}</h3><p>{escape(panel['note'])}</p>")
+        plates = (
+            f'<span><i style="background:{colour}"></i>{escape(name)}</span> ' for name, colour in panel["legend"]
+        )
+        parts.append(f'<p class="legend">{"".join(plates)}</p>' if panel["legend"] else "")
+        for row in panel["rows"]:
+            figures = "".join(_figure(f"{row['image']}, {name}", uri) for name, uri in row["pictures"].items())
+            parts.append(f'<div class="row">{figures}</div>')
+    return "".join(parts)
+
+
+def _figure(text: str, uri: str | None) -> str:
+    text = escape(text)
+    if uri is None:
+        return f'<figure><div class="none">missing</div><figcaption>{text}</figcaption></figure>'
+    return f'<figure><img loading="lazy" alt="{text}" src="{uri}"><figcaption>{text}</figcaption></figure>'
+
+
 def _inputs(report: dict[str, Any]) -> str:
+    if not report["inputs"]:
+        return ""
+    parts = [_html_table(_inputs_table(report), text_columns=(2, 3, 4, 7))]
+    for experiment in report["experiments"]:
+        text = "\n".join(f"{key}: {value}" for key, value in experiment["config"].items())
+        parts.append(f"<details><summary>Configuration: {escape(experiment['title'])}</summary>")
+        parts.append(f'<div class="wide"><pre>{escape(text)}</pre></div></details>')
+    return "".join(parts)
+
+
+def _inputs_table(report: dict[str, Any]) -> Table:
     header = ["backbone", "seed", "run", "weights, sha256", "annotations, sha256", "config sha256", "engine", "machine"]
     rows = []
     for found in report["inputs"]:
         weights = found["weights"] or {}
-        digest = weights.get("sha256", "")[:12] or "hash not recorded"
+        digest = (weights.get("sha256") or "")[:12] or "hash not recorded"
         data = "; ".join(f"{name} {d['sha256'][:12]}" for name, d in (found["datasets"] or {}).items())
         cells = [found["backbone"], str(found["seed"]), found["run"], f"{weights.get('path') or 'none'} {digest}"]
         cells += [data or "not recorded", found["config_sha256"][:12], found["engine"] or "not recorded"]
         rows.append([*cells, _machine(found["environment"])])
-    return _html_table((header, rows), text_columns=(2, 3, 4, 7)) if rows else ""
+    return header, rows
 
 
 def _machine(environment: dict[str, Any] | None) -> str:
     if not environment:
         return "not recorded"
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
-    return f"{environment['device']}, {environment['processes']} processes; Python {environment['python']}, {packages}"
+    versions = f"loco_det {environment['loco_det']}, Python {environment['python']}, {packages}"
+    return f"{environment['device']}, {environment['processes']} processes; {environment['system']}; {versions}"
 
 
 def _missing(report: dict[str, Any], empty: list[str]) -> str:

@@ -1,90 +1,131 @@
-"""The same images with the ground truth and with each backbone's detections, as small JPEGs for the page."""
+"""The same images with the ground truth and with what each backbone led to, as small JPEGs for the page."""
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import cv2
 import msgspec
+import numpy as np
 
 from loco_det.data.catalog import DatasetPaths, find_dataset
-from loco_det.data.coco import CocoDataset, load_coco
+from loco_det.data.coco import CocoDataset, Record, load_coco
 from loco_det.data.images import read_image
+from loco_det.data.semantic import IGNORED, label_file, read_labels
 from loco_det.errors import UserError
-from loco_det.report.drawing import annotated_shapes, detected_shapes, draw_instances
+from loco_det.evaluation.semantic import read_pair
+from loco_det.report.drawing import Shape, annotated_shapes, class_colours, detected_shapes, draw_instances, draw_labels
 from loco_det.report.runs import DetectorRun
 
 WIDTH = 420  # pixels of one picture
 QUALITY = 80
 
 
-def panels(runs: list[DetectorRun], count: int, threshold: float, missing: list[str]) -> list[dict[str, Any]]:
-    """Rows of pictures, one row an image: [{"image": file name, "pictures": {"ground truth" or backbone: data URI}}].
+def panels(runs: list[DetectorRun], count: int, threshold: float, missing: list[str]) -> dict[str, Any]:
+    """Pictures of one experiment: the first run of each backbone that left something to show.
 
     Args:
-        runs: of one experiment; each backbone's first run is shown.
-        count: how many images, spread evenly over those that have objects.
+        runs: of one experiment.
+        count: how many images, spread evenly over those that have objects or labels.
         threshold: detections with lower scores are left out.
         missing: what there is not is added to it.
+
+    Returns:
+        {"note", "legend": [[class, "#rrggbb"], ...], "rows": [{"image": file name, "pictures": {"ground truth" or
+        backbone: data URI, or None where there is none}}]}; {} if there is nothing to show.
     """
-    first: dict[str, DetectorRun] = {}
-    for run in runs:
-        first.setdefault(run.backbone, run)
-    shown = {name: run for name, run in first.items() if run.results.is_file()}
+    shown = {run.backbone: run for run in reversed(runs) if run.results.exists()}
     if not shown or not count:
-        return []
-    dataset = _dataset(next(iter(shown.values())), missing)
-    if dataset is None:
-        return []
-    wanted = _spread(dataset, count)
+        return {}
+    shown = {name: shown.get(name) for name in dict.fromkeys(run.backbone for run in runs)}
+    reference = next(run for run in shown.values() if run)
+    labelled = reference.is_segmentor
     try:
-        truth = {i: dataset[i] for i in wanted}
-        found = {name: _results(run, {record.image_id for record in truth.values()}) for name, run in shown.items()}
-        rows = []
-        for record in truth.values():
-            pixels = read_image(record.file_name, "RGB")
-            pictures = {"ground truth": annotated_shapes(record)}
-            for name, results in found.items():
-                own = [r for r in results if r["image_id"] == record.image_id]
-                pictures[name] = detected_shapes(own, dataset.category_ids, threshold)
-            drawn = {n: _uri(draw_instances(pixels, s, dataset.class_names, WIDTH)) for n, s in pictures.items()}
-            rows.append({"image": record.file_name.rpartition("/")[2], "pictures": drawn})
-    except (UserError, msgspec.DecodeError, KeyError) as error:
-        missing.append(f"pictures of detections: {error}")
-        return []
-    return rows
+        dataset = load_coco(_paths(reference), need_annotations=not labelled)
+        filled = range(len(dataset)) if labelled else sorted(set(dataset.objects()[0].tolist()))
+        records = [dataset[i] for i in _spread(filled, count)]
+        pixels = [read_image(record.file_name, "RGB") for record in records]
+        truth = [read_labels(label_file(r.file_name)) if labelled else annotated_shapes(r) for r in records]
+    except UserError as error:
+        missing.append(f"pictures of {reference.title}: {error}")
+        return {}
+    columns: dict[str, list[Any] | None] = {"ground truth": truth}
+    for name, run in shown.items():
+        columns[name] = None
+        try:
+            if run and run.annotations != reference.annotations:
+                raise UserError(f"it was tested on other images than {reference.path}")
+            if run:
+                columns[name] = _labels(run, records) if labelled else _detections(run, dataset, records, threshold)
+        except (UserError, msgspec.DecodeError, KeyError, TypeError) as error:
+            missing.append(f"{run.path}: no pictures: {error}")
+    rows = []
+    for i, record in enumerate(records):
+        drawn = {n: column and _draw(pixels[i], column[i], dataset.class_names) for n, column in columns.items()}
+        rows.append({"image": record.file_name.rpartition("/")[2], "pictures": drawn})
+    if labelled:
+        legend = _legend(columns, dataset.class_names)
+        return {"note": "What has no colour is not evaluated.", "legend": legend, "rows": rows}
+    return {"note": f"Detections with a score of at least {threshold:g}.", "legend": [], "rows": rows}
 
 
-def _dataset(run: DetectorRun, missing: list[str]) -> CocoDataset | None:
-    """The run's test set, with its images, if both are there."""
+def _legend(columns: dict[str, list[np.ndarray] | None], names: Sequence[str]) -> list[list[str]]:
+    """Names and colours of the classes that are somewhere in the pictures."""
+    seen = {k for column in columns.values() for labels in column or () for k in np.unique(labels).tolist()}
+    colours = class_colours(names).tolist()
+    return [[names[k], "#{:02x}{:02x}{:02x}".format(*colours[k])] for k in sorted(seen - {IGNORED})]
+
+
+def _labels(run: DetectorRun, records: Sequence[Record]) -> list[np.ndarray]:
+    """The classes (H, W) that were predicted for each image."""
+    return [read_pair(Path(record.file_name), run.results)[1] for record in records]
+
+
+def _detections(
+    run: DetectorRun, dataset: CocoDataset, records: Sequence[Record], threshold: float
+) -> list[list[Shape]]:
+    """What was found in each image."""
+    found: dict[int, list[dict[str, Any]]] = {record.image_id: [] for record in records}
+    for result in msgspec.json.decode(run.results.read_bytes()):
+        if result["image_id"] in found:
+            found[result["image_id"]].append(result)
+    return [detected_shapes(results, dataset.category_ids, threshold) for results in found.values()]
+
+
+def _draw(pixels: np.ndarray, what: np.ndarray | list[Shape], names: Sequence[str]) -> str:
+    """Labels or instances on the image, as a data URI."""
+    if isinstance(what, np.ndarray):
+        drawn = draw_labels(pixels, what, class_colours(names), WIDTH)
+    else:
+        drawn = draw_instances(pixels, what, names, WIDTH)
+    _, data = cv2.imencode(".jpg", drawn[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode("ascii")
+
+
+def _paths(run: DetectorRun) -> DatasetPaths:
+    """The run's test set.
+
+    Raises:
+        UserError: its ground truth is not there.
+    """
     annotations = run.annotations
     if annotations is None or annotations.suffix != ".json":
-        missing.append("pictures of detections: the ground truth is not there; set DETECTRON2_DATASETS")
-        return None
+        raise UserError("the ground truth is not there; set DETECTRON2_DATASETS")
     name = run.config["DATASETS.TEST"][0]
     try:
         paths = find_dataset(name)
-    except UserError:  # it may still lie where the run found it
-        paths = DatasetPaths(name, annotations.parent.parent / annotations.stem.removeprefix("instances_"), annotations)
-    try:
-        return load_coco(paths)
-    except UserError as error:
-        missing.append(f"pictures of detections: {error}")
-        return None
+        if paths.annotations.resolve() == annotations.resolve():
+            return paths
+    except UserError:
+        pass
+    # It is not where DETECTRON2_DATASETS says, or another of its name is; it may still lie where the run found it.
+    return DatasetPaths(name, annotations.parent.parent / annotations.stem.removeprefix("instances_"), annotations)
 
 
-def _spread(dataset: CocoDataset, count: int) -> list[int]:
-    """Positions of images with objects, evenly spread, so that the choice depends on nothing but the data set."""
-    filled = sorted(set(dataset.objects()[0].tolist()))
+def _spread(filled: Sequence[int], count: int) -> list[int]:
+    """`count` of them, evenly spread, so that the choice depends on nothing but the data set."""
     count = min(count, len(filled))
     return [filled[(2 * k + 1) * len(filled) // (2 * count)] for k in range(count)]
-
-
-def _results(run: DetectorRun, image_ids: set[int]) -> list[dict[str, Any]]:
-    return [r for r in msgspec.json.decode(run.results.read_bytes()) if r["image_id"] in image_ids]
-
-
-def _uri(pixels: Any) -> str:
-    _, data = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
-    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode("ascii")

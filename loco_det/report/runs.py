@@ -33,6 +33,12 @@ _FREE = (
     "TEST.EVAL_PERIOD",
 )
 _PLAIN_NAMES = ("backbone", "backbone_d2", "model_final", "model")  # of weights files; the folder's name says more
+# Keys without which a config.yaml is none that a run has left.
+_NEEDED = (
+    *("DATASETS.TEST", "DATASETS.TRAIN", "MODEL.BACKBONE.FREEZE_AT", "MODEL.BACKBONE.NAME", "MODEL.MASK_ON"),
+    *("MODEL.RESNETS.RES5_DILATION", "MODEL.ROI_HEADS.NAME", "MODEL.WEIGHTS", "SEED", "SOLVER.IMS_PER_BATCH"),
+    "SOLVER.MAX_ITER",
+)
 _PROBE_BYTES = 4 << 20  # a larger JSON is no probe's
 
 
@@ -56,7 +62,11 @@ class DetectorRun:
 
     @property
     def seed(self) -> int:
-        return self.record["seed"] if self.record else self.config["SEED"]
+        return (self.record or {}).get("seed", self.config["SEED"])
+
+    @property
+    def is_segmentor(self) -> bool:
+        return self.config["MODEL.META_ARCHITECTURE"] == "SemanticSegmentor"
 
     @property
     def experiment(self) -> dict[str, Any]:
@@ -70,7 +80,7 @@ class DetectorRun:
         kind = "Mask R-CNN" if c["MODEL.MASK_ON"] else "Faster R-CNN"
         if c["MODEL.META_ARCHITECTURE"] == "ProposalNetwork":
             kind = "RPN"
-        elif c["MODEL.META_ARCHITECTURE"] == "SemanticSegmentor":
+        elif self.is_segmentor:
             kind = "Semantic segmentation"
         elif c["MODEL.ROI_HEADS.NAME"] == "CascadeROIHeads":
             kind = f"Cascade {kind}"
@@ -93,7 +103,8 @@ class DetectorRun:
 
     @property
     def results(self) -> Path:
-        return self.path / "inference" / "coco_instances_results.json"
+        """The file of detections, or a segmentor's folder of labels; there or not."""
+        return self.path / "inference" / ("sem_seg" if self.is_segmentor else "coco_instances_results.json")
 
     @property
     def annotations(self) -> Path | None:
@@ -149,8 +160,8 @@ def find_runs(arguments: Sequence[str]) -> Runs:
             NAME is the backbone's name for all that is found there.
 
     Raises:
-        UserError: a path that does not exist or holds no run, a file of a run that cannot be read, or two runs of
-            one name and seed whose backbones are not the same.
+        UserError: a path that does not exist or holds no run, a file of a run that cannot be read or is no run's, or
+            two runs of one name and seed whose backbones are not the same.
     """
     runs = Runs()
     seen: set[Path] = set()
@@ -165,7 +176,8 @@ def find_runs(arguments: Sequence[str]) -> Runs:
                 _read(place, name, runs)
         if len(seen) == before:
             raise UserError(
-                f"{path}: holds no run: neither a config.yaml with its metrics.json nor a probe's JSON, at any depth"
+                f"{path}: holds no run: neither a config.yaml beside metrics.json or run.json nor a probe's JSON, at "
+                "any depth"
             )
     _check_names(runs)
     return runs
@@ -184,14 +196,22 @@ def _places(path: Path) -> Iterator[Path]:
         yield path
         return
     for file in sorted(path.rglob("*")):
-        if (file.name == "config.yaml" and (file.parent / "metrics.json").is_file()) or _is_probe(file):
+        beside = (file.with_name(name) for name in ("metrics.json", "run.json"))  # the latter from a run's start on
+        if (file.name == "config.yaml" and any(map(Path.is_file, beside))) or _is_probe(file):
             yield file
 
 
 def _is_probe(file: Path) -> bool:
     if file.suffix != ".json" or file.name == "metrics.json" or not file.is_file():
         return False
-    return file.stat().st_size < _PROBE_BYTES and "stages" in (_json(file) or {})
+    return file.stat().st_size < _PROBE_BYTES and _has_stages(_json(file))
+
+
+def _has_stages(content: dict[str, Any] | None) -> bool:
+    stages = (content or {}).get("stages")
+    if not stages or not isinstance(stages, dict):
+        return False
+    return all(isinstance(found, dict) and isinstance(found.get("top1"), (int, float)) for found in stages.values())
 
 
 def _json(file: Path) -> dict[str, Any] | None:
@@ -205,7 +225,7 @@ def _json(file: Path) -> dict[str, Any] | None:
 def _read(place: Path, name: str | None, runs: Runs) -> None:
     if place.suffix == ".json":
         content = _json(place)
-        if content is None or "stages" not in content:
+        if content is None or not _has_stages(content):
             raise UserError(f"{place}: is no result of loco-det probe; write one with loco-det probe ... --json PATH")
         backbone = content.get("backbone")
         told = backbone.get("name") if isinstance(backbone, dict) else None
@@ -215,6 +235,9 @@ def _read(place: Path, name: str | None, runs: Runs) -> None:
     config = dict(_flatten(read_yaml(place)))
     metrics = _lines(folder / "metrics.json")
     if "MODEL.META_ARCHITECTURE" in config:
+        lacking = [key for key in _NEEDED if key not in config]
+        if lacking:
+            raise UserError(f"{place}: lacks {lacking[0]}; give a run's folder, whose config.yaml has every key")
         record = _json(folder / "run.json")
         label = name or _name_of(config["MODEL.WEIGHTS"], (record or {}).get("weights"))
         runs.detectors.append(DetectorRun(label, folder, config, metrics, record))
@@ -223,15 +246,20 @@ def _read(place: Path, name: str | None, runs: Runs) -> None:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.json; a last line that a kill cut off is left out."""
-    found = []
-    lines = file.read_text(encoding="utf-8").splitlines()
+    """The lines of a metrics.json, none if it is not there; a last line that a kill cut off is left out."""
+    found: list[dict[str, Any]] = []
+    if not file.is_file():
+        return found
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); take an intact copy") from error
     for number, line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
-        except ValueError as error:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
             if number < len(lines):
-                raise UserError(f"{file}: line {number} is no JSON ({error}); take an intact copy") from error
+                raise UserError(f"{file}: line {number} is no JSON object ({error}); take an intact copy") from error
     return found
 
 
