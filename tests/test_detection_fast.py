@@ -33,6 +33,7 @@ VARIANTS = {
     "R18": (cases.FPN, cases.R18),
     "C4": (cases.C4,),
     "DC5": (cases.DC5,),
+    "deformable": (cases.FPN, cases.DEFORM),
     "two layers in the RPN": (cases.FPN, {"MODEL.RPN.CONV_DIMS": [8, -1]}),
     "class-agnostic": (cases.FPN, {"MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True}),
     "ROIAlign": (

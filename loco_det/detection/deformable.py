@@ -32,7 +32,9 @@ class DeformConv2d(nn.Module):
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) and offsets (B, 18, H', W') in input pixels, y before x -> (B, out, H', W')."""
-        return self.norm(deform_conv2d(x, offsets.to(x.dtype), self.weight.to(x.dtype), **self.geometry))
+        wide = torch.promote_types(x.dtype, torch.float32)  # on CPUs torchvision has it in nothing narrower
+        out = deform_conv2d(x.to(wide), offsets.to(wide), self.weight.to(wide), **self.geometry)
+        return self.norm(out.to(x.dtype))
 
 
 class DeformBottleneck(nn.Module):
