@@ -130,6 +130,22 @@ def test_a_split_is_listed_with_its_classes_and_no_annotation() -> None:
     assert len(load_coco(find_dataset(f"{NAME}_train@33pct_seed0"), need_annotations=False)) == 1
 
 
+def test_other_labels_make_another_list(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same images: run.json has the hash of this list for what was trained on."""
+    lists = [find_dataset(f"{NAME}_val").annotations.read_bytes()]
+    shutil.copytree(tree, tmp_path / "cityscapes")
+    label = data.label_file(frames(tmp_path / "cityscapes")[0])
+    with Image.open(label) as image:
+        values = np.array(image)
+    values[0, 0] = 8 if values[0, 0] == 7 else 7
+    Image.fromarray(values).save(label)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    lists.append(find_dataset(f"{NAME}_val").annotations.read_bytes())
+    one, other = ({**json.loads(text), "info": None} for text in lists)
+    assert one == other
+    assert lists[0] != lists[1]
+
+
 def test_labels_follow_their_image_through_crop_resize_and_flip(tmp_path: Path) -> None:
     """Each pixel has the label of the pixel that the drawn transforms bring there, by PIL's nearest neighbours."""
     settings = cfg(tmp_path, INPUT__CROP__ENABLED=True, INPUT__CROP__TYPE="absolute", INPUT__CROP__SIZE=(48, 64))

@@ -11,6 +11,7 @@ found by its name. Shape legend: H x W the image's size in pixels.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -52,18 +53,20 @@ def semantic_annotations(root: Path, split: str) -> Path:
     images = [frame.image for frame in cityscapes_frames(root, split)]
     labels = [label_file(image) for image in images]
     names = [image.relative_to(root).as_posix() for image in images]
-    facts = {"format": 1, "images": names, "files": files_digest(labels, root)}
+    facts = {"format": 2, "images": names, "files": files_digest(labels, root)}
     return derived_file(f"{PREFIX}{split}", facts, lambda: _listed(images, labels, root / "leftImg8bit" / split))
 
 
 def _listed(images: list[Path], labels: list[Path], folder: Path) -> bytes:
-    entries = []
+    entries, digest = [], hashlib.sha256()  # of the labels, so that the file's own hash tells them apart too
     for number, (image, label) in enumerate(zip(images, labels), 1):
+        digest.update(label.read_bytes())
         name = image.relative_to(folder).as_posix()
         width, height = _opened(label).size
         entries.append({"id": number, "file_name": name, "height": height, "width": width})
     categories = [{"id": int(number), "name": name} for number, name in zip(LABEL_IDS, CLASSES)]
-    return json.dumps({"images": entries, "annotations": [], "categories": categories}).encode()
+    info = {"labels_sha256": digest.hexdigest()}
+    return json.dumps({"info": info, "images": entries, "annotations": [], "categories": categories}).encode()
 
 
 def label_file(image: str | Path) -> Path:
