@@ -21,7 +21,7 @@ from tiny_detection import tiny_cfg, write_tiny
 from loco_det.cli import main
 from loco_det.errors import UserError
 from loco_det.evaluation.coco import evaluate_coco
-from loco_det.report.analysis import experiments
+from loco_det.report.analysis import experiments, probe_curves
 from loco_det.report.command import training_series
 from loco_det.report.panels import panels
 from loco_det.report.runs import find_runs
@@ -300,6 +300,61 @@ def test_other_json_is_no_probe(runs, tmp_path, stages):
     assert find_runs([str(runs)]).probes == []
     with pytest.raises(UserError, match="no result of loco-det probe"):
         find_runs([str(runs / "other.json")])
+
+
+def probe(folder: Path, name: str, top1: float, seed: int = 0, **changes: object) -> Path:
+    """A file as `loco-det probe --json` leaves it."""
+    weights = {"name": f"{name}/backbone.pkl", "weights_sha256": name.encode().hex()}
+    content = {
+        "protocol": "linear",
+        "data": {"path": "d/set.zip", "train_images": 50},
+        "backbone": weights,
+        "seed": seed,
+    }
+    content["stages"] = {"res5": {"top1": top1, "top1_interval": [top1 - 1, top1 + 1]}}
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{len(list(folder.iterdir()))}.json"
+    file.write_text(json.dumps({**content, **changes}))
+    return file
+
+
+def test_probes_of_one_name_are_averaged(tmp_path):
+    folder = tmp_path / "probes"
+    files = [probe(folder, "a", 20), probe(folder, "a", 23, seed=1), probe(folder, "b", 26), probe(folder, "c", 50)]
+    probe(folder, "a", 70, data={"path": "d/set.zip", "train_images": 9})  # of other images: a table of its own
+    found, other = probe_curves(find_runs([f"x={files[2]}", str(folder)]))
+    assert (found["protocol"], found["data"], other["data"]) == ("linear", "set.zip, 50 images", "set.zip, 9 images")
+    res5 = {name: stages["res5"] for name, stages in found["backbones"].items()}
+    assert list(res5) == ["x", "a", "c"]
+    assert res5["c"] == {"top1": 50, "top1_interval": [49, 51], "top1_std": None, "runs": 1}
+    assert res5["a"]["runs"] == 2
+    assert res5["a"]["top1"] == 21.5
+    assert res5["a"]["top1_std"] == pytest.approx(1.5 * math.sqrt(2))
+    assert res5["a"]["top1_interval"] == pytest.approx([21.5 - 1.5 * 12.7062, 21.5 + 1.5 * 12.7062], abs=1e-3)
+    # Two pretrainings under one name that the user gave.
+    (found,) = probe_curves(find_runs([f"x={file}" for file in files[:3]]))
+    assert found["backbones"]["x"]["res5"]["top1"] == pytest.approx(23)
+
+
+def test_probes_of_different_backbones_are_not_averaged_unasked(tmp_path):
+    probe(tmp_path / "p", "gim/pretrain", 20)
+    probe(tmp_path / "p", "loco/pretrain", 30)
+    with pytest.raises(UserError, match="both of 'pretrain'"):
+        find_runs([str(tmp_path / "p")])
+    content = {"name": "gim/pretrain/backbone.safetensors", "source": "gim", "weights_sha256": "0"}
+    file = probe(tmp_path / "q", "", 20, backbone=content)
+    assert [one.backbone for one in find_runs([str(file)]).probes] == ["gim"]  # what its own manifest says
+
+
+def test_every_share_of_labels_is_shown(tmp_path):
+    shares = {"1": {"top1": 10.0, "top1_interval": [9, 11]}, "10": {"top1": 30.0, "top1_interval": [29, 31]}}
+    file = probe(tmp_path / "p", "a", 0, protocol="semi", stages={"res5": {**shares["10"], "by_percent": shares}})
+    assert main(["report", str(file), "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    page = (tmp_path / "out/report.md").read_text()
+    for title, top1 in (("semi 1 % probe", "10.0 [9.0, 11.0]"), ("semi 10 % probe", "30.0 [29.0, 31.0]")):
+        assert f"## {title}, set.zip, 50 images\n\n" in page
+        assert f"| a | 1 | {top1} |" in page
+    assert f"| a | 0 | {file} | a/backbone.pkl 61 | d/set.zip | - | - | - |" in page  # among the inputs
 
 
 def test_numbers_of_several_data_sets_and_of_augmentation_have_columns(data, tmp_path):

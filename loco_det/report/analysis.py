@@ -8,6 +8,7 @@ at a time, for the bootstrap of mean IoU.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -249,14 +250,33 @@ def _iou_of(confusions: np.ndarray, times: np.ndarray) -> np.ndarray:
 
 
 def probe_curves(runs: Runs) -> list[dict[str, Any]]:
-    """One entry for each protocol and data set: {"protocol", "data", "backbones": {name: {stage: {...}}}}."""
-    groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    """One entry for each protocol (of few labels: each share of them) and data set, with the number of its images.
+
+    Returns:
+        {"protocol", "data", "backbones": {name: {stage: {"top1", "top1_interval", "top1_std", "runs"}}}}. Of several
+        results top1 is the mean and the interval that of the mean, as in `summarise`; of one, the probe's own.
+    """
+    groups: dict[tuple[str, str], dict[str, dict[str, list[dict[str, Any]]]]] = {}
     for probe in runs.probes:
-        data = probe.content.get("data")
-        path = data.get("path") if isinstance(data, dict) else None
-        key = (str(probe.content.get("protocol", "")), Path(str(path or "")).name)
-        groups.setdefault(key, {}).setdefault(probe.backbone, {}).update(probe.content["stages"])
-    return [{"protocol": p, "data": d, "backbones": backbones} for (p, d), backbones in groups.items()]
+        for stage, whole in probe.content["stages"].items():
+            for percent, found in whole.get("by_percent", {"": whole}).items():
+                protocol = f"{probe.content.get('protocol', '')}{percent and f' {percent} %'}"
+                stages = groups.setdefault((protocol, probe.data), {}).setdefault(probe.backbone, {})
+                stages.setdefault(stage, []).append(found)
+    return [
+        {
+            "protocol": protocol,
+            "data": data,
+            "backbones": {n: {s: _mean_top1(found) for s, found in stages.items()} for n, stages in backbones.items()},
+        }
+        for (protocol, data), backbones in groups.items()
+    ]
+
+
+def _mean_top1(found: list[dict[str, Any]]) -> dict[str, Any]:
+    whole = summarise([one["top1"] for one in found])
+    interval = whole["ci95"] if len(found) > 1 else found[0].get("top1_interval")
+    return {"top1": whole["mean"], "top1_interval": interval, "top1_std": whole["std"], "runs": len(found)}
 
 
 def inputs(runs: Runs) -> list[dict[str, Any]]:
@@ -274,6 +294,25 @@ def inputs(runs: Runs) -> list[dict[str, Any]]:
                 "weights": record.get("weights") or {"path": run.config["MODEL.WEIGHTS"]},
                 "datasets": record.get("datasets"),
                 "environment": record.get("environment"),
+                "config_sha256": _sha256(run.path / "config.yaml"),
             }
         )
     return found
+
+
+def other_inputs(runs: Runs) -> list[dict[str, Any]]:
+    """What went into each pretraining and each probe, as its files say."""
+    found = []
+    for run in runs.pretrainings:
+        facts = {"run": str(run.path), "backbone": run.backbone, "seed": run.config.get("SEED"), "weights": None}
+        digest = _sha256(run.path / "config.yaml")
+        found.append({**facts, "sha256": None, "data": run.config.get("DATA.PATH"), "config_sha256": digest})
+    for probe in runs.probes:
+        facts = {"run": str(probe.path), "backbone": probe.backbone, "seed": probe.content.get("seed")}
+        weights = {"weights": probe.facts("backbone").get("name"), "sha256": probe.weights}
+        found.append({**facts, **weights, "data": probe.facts("data").get("path"), "config_sha256": None})
+    return found
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -89,9 +88,8 @@ def report(
         "experiments": analysis.experiments(runs, baseline, resamples, missing),
         "probes": analysis.probe_curves(runs),
         "inputs": analysis.inputs(runs),
+        "other_inputs": analysis.other_inputs(runs),
     }
-    for found, one in zip(content["inputs"], runs.detectors):
-        found["config_sha256"] = hashlib.sha256((one.path / "config.yaml").read_bytes()).hexdigest()
     shown, titles = [], {}
     for experiment in content["experiments"]:
         paths = {path for row in experiment["backbones"] for path in row["runs"]}

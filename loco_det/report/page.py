@@ -41,7 +41,7 @@ figcaption{font-size:.8rem}
 .none{display:grid;place-items:center;min-height:6rem;height:calc(100% - 1.5rem);color:var(--soft);
 background:var(--panel);border-radius:4px}
 .legend span{margin-right:.8rem;white-space:nowrap}
-.legend i{display:inline-block;width:.8em;height:.8em;margin-right:.3em;border-radius:2px}
+.legend i{display:inline-block;width:.8em;height:.8em;margin-right:.3em;border-radius:2px;border:1px solid var(--line)}
 pre{font-size:.8rem;margin:0}
 details{margin:.5rem 0}summary{cursor:pointer}
 code{font-size:.85em;background:var(--panel);padding:.1em .3em;border-radius:4px;overflow-wrap:anywhere}
@@ -98,7 +98,7 @@ def markdown_page(report: dict[str, Any]) -> str:
     for probe in report["probes"]:
         header, rows = _probe_table(probe)
         parts += [f"## {_probe_title(probe)}", _markdown_table(header, rows)]
-    if report["inputs"]:
+    if report["inputs"] or report["other_inputs"]:
         parts += ["## Inputs and environment", _markdown_table(*_inputs_table(report))]
     if report["missing"]:
         parts += ["## Missing", "\n".join(f"- {text}" for text in report["missing"])]
@@ -173,15 +173,19 @@ def _probe_title(probe: dict[str, Any]) -> str:
 
 def _probe_table(probe: dict[str, Any]) -> Table:
     stages = list(dict.fromkeys(stage for found in probe["backbones"].values() for stage in found))
-    rows = [[name, *(_top1(found.get(stage)) for stage in stages)] for name, found in probe["backbones"].items()]
-    return ["backbone, top-1", *stages], rows
+    rows = []
+    for name, found in probe["backbones"].items():
+        count = max(one["runs"] for one in found.values())
+        rows.append([name, str(count), *(_top1(found.get(stage)) for stage in stages)])
+    return ["backbone, top-1", "runs", *stages], rows
 
 
 def _top1(found: dict[str, Any] | None) -> str:
     if not found:
         return NOTHING
-    interval = found.get("top1_interval")
-    return f"{found['top1']:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
+    interval, std = found["top1_interval"], found["top1_std"]
+    text = f"{found['top1']:.1f}" + ("" if std is None else f" ± {std:.1f}")
+    return text + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
 
 
 def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -258,7 +262,8 @@ def _classes(report: dict[str, Any]) -> str:
 def _probes(report: dict[str, Any], colours: dict[str, str]) -> str:
     drawn = [charts.stages(probe["backbones"], _probe_title(probe), colours) for probe in report["probes"]]
     tables = [f"<h3>{escape(_probe_title(p))}</h3>{_html_table(_probe_table(p))}" for p in report["probes"]]
-    return f'<div class="charts">{"".join(drawn)}</div>{"".join(tables)}' if drawn else ""
+    note = "<p>In brackets 95 %: over test images for one run, of the mean for several.</p>"
+    return f'<div class="charts">{"".join(drawn)}</div>{note}{"".join(tables)}' if drawn else ""
 
 
 def _training(series: dict[str, dict[str, charts.Series]], colours: dict[str, str]) -> str:
@@ -293,7 +298,7 @@ def _figure(text: str, uri: str | None) -> str:
 
 
 def _inputs(report: dict[str, Any]) -> str:
-    if not report["inputs"]:
+    if not report["inputs"] and not report["other_inputs"]:
         return ""
     parts = [_html_table(_inputs_table(report), text_columns=(2, 3, 4, 7))]
     for experiment in report["experiments"]:
@@ -304,15 +309,20 @@ def _inputs(report: dict[str, Any]) -> str:
 
 
 def _inputs_table(report: dict[str, Any]) -> Table:
-    header = ["backbone", "seed", "run", "weights, sha256", "annotations, sha256", "config sha256", "engine", "machine"]
+    header = ["backbone", "seed", "run", "weights, sha256", "data, sha256", "config sha256", "engine", "machine"]
     rows = []
     for found in report["inputs"]:
-        weights = found["weights"] or {}
+        weights = found["weights"]
         digest = (weights.get("sha256") or "")[:12] or "hash not recorded"
         data = "; ".join(f"{name} {d['sha256'][:12]}" for name, d in (found["datasets"] or {}).items())
         cells = [found["backbone"], str(found["seed"]), found["run"], f"{weights.get('path') or 'none'} {digest}"]
         cells += [data or "not recorded", found["config_sha256"][:12], found["engine"] or "not recorded"]
         rows.append([*cells, _machine(found["environment"])])
+    for found in report["other_inputs"]:
+        digest = (found["sha256"] or "")[:12] or "hash not recorded"
+        weights = f"{found['weights']} {digest}" if found["weights"] else NOTHING
+        cells = [found["backbone"], str(found["seed"]), found["run"], weights, str(found["data"])]
+        rows.append([*cells, (found["config_sha256"] or NOTHING)[:12], NOTHING, NOTHING])
     return header, rows
 
 

@@ -133,11 +133,30 @@ class PretrainRun:
 
 @dataclass
 class Probe:
-    """One file that `loco-det probe --json` wrote; `content` has "stages" and "protocol"."""
+    """One file that `loco-det probe --json` wrote; `content` has "stages" and "protocol".
+
+    `named` says whether the user gave the backbone's name.
+    """
 
     backbone: str
     path: Path
     content: dict[str, Any]
+    named: bool = False
+
+    def facts(self, part: str) -> dict[str, Any]:
+        """What it says of "data" or "backbone"."""
+        found = self.content.get(part)
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def weights(self) -> str | None:
+        return self.facts("backbone").get("weights_sha256")
+
+    @property
+    def data(self) -> str:
+        """The images in words; numbers for other images do not compare."""
+        name, images = Path(str(self.facts("data").get("path") or "")).name, self.facts("data").get("train_images")
+        return f"{name}, {images} images" if images else name
 
 
 @dataclass
@@ -161,7 +180,8 @@ def find_runs(arguments: Sequence[str]) -> Runs:
 
     Raises:
         UserError: a path that does not exist or holds no run, a file of a run that cannot be read or is no run's, or
-            two runs of one name and seed whose backbones are not the same.
+            two runs of one name and seed whose backbones are not the same. (Probes of one name that the user gave
+            to different backbones are of several pretrainings.)
     """
     runs = Runs()
     seen: set[Path] = set()
@@ -227,9 +247,11 @@ def _read(place: Path, name: str | None, runs: Runs) -> None:
         content = _json(place)
         if content is None or not _has_stages(content):
             raise UserError(f"{place}: is no result of loco-det probe; write one with loco-det probe ... --json PATH")
-        backbone = content.get("backbone")
-        told = backbone.get("name") if isinstance(backbone, dict) else None
-        runs.probes.append(Probe(name or _name_of(str(told or place.stem), None), place, content))
+        probe = Probe(name or "", place, content, named=name is not None)
+        told = probe.facts("backbone")
+        ours = {"method": told.get("source")} if str(told.get("name")).endswith(".safetensors") else None
+        probe.backbone = name or _name_of(str(told.get("name") or place.stem), ours)
+        runs.probes.append(probe)
         return
     folder = place.parent
     config = dict(_flatten(read_yaml(place)))
@@ -292,6 +314,17 @@ def _check_names(runs: Runs) -> None:
                 f"{other.path} and {run.path} are both called {run.backbone!r}, with the same seed and different "
                 f"weights; name them apart, for instance A={other.path} B={run.path}"
             )
+
+    probes: dict[tuple, Probe] = {}
+    for probe in runs.probes:
+        for stage in probe.content["stages"]:
+            key = (probe.backbone, probe.content.get("protocol"), probe.data, probe.content.get("seed"), stage)
+            other = probes.setdefault(key, probe)
+            if other.weights != probe.weights and not (other.named and probe.named):
+                raise UserError(
+                    f"{other.path} and {probe.path} are both of {probe.backbone!r}, with the same seed and different "
+                    f"weights; name them, for instance A={other.path} B={probe.path}, or alike to have their mean"
+                )
 
 
 def _weights(run: DetectorRun) -> str:
