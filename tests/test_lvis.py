@@ -86,6 +86,19 @@ def test_a_file_without_its_searches_is_refused(tmp_path: Path) -> None:
         evaluate_lvis(write(tmp_path / "a.json", content), results)
 
 
+@pytest.mark.parametrize("segmentation", [None, [], [[1.0, 1.0, 9.0, 9.0]], {"size": [5, 5], "counts": [25]}], ids=str)
+def test_mask_ap_without_the_mask_of_an_object_is_refused(segmentation: object, tmp_path: Path) -> None:
+    content, results = lvis_cases.made_up(0)
+    content["annotations"][1]["segmentation"] = segmentation
+    path = write(tmp_path / "a.json", content)
+    with pytest.raises(UserError, match="annotation 2 "):
+        evaluate_lvis(path, results)
+    assert evaluate_lvis(path, results, ("bbox",))["bbox"]["AP"] > 0
+    del content["annotations"][1]["segmentation"]
+    with pytest.raises(UserError, match="annotation 2 "):
+        evaluate_lvis(write(path, content), results)
+
+
 def test_training_and_ap_by_name(root: Path, tmp_path: Path) -> None:
     record = load_coco(find_dataset("lvis_v1_val"))[0]
     assert Path(record.file_name).parts[-2:] == ("val2017", "000000000001.jpg")

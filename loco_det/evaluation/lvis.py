@@ -40,7 +40,7 @@ def evaluate_lvis(
     Raises:
         UserError: as `read_ground_truth` and `check_results`, or the file is not LVIS's.
     """
-    check_results(results, read_ground_truth(annotations, ("bbox",)), iou_types)
+    check_results(results, read_ground_truth(annotations, iou_types), iou_types)
     try:
         truth = hotcoco.LVIS(str(annotations))
     except (ValueError, OSError) as error:
