@@ -229,6 +229,14 @@ def settle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SETTLED_NS", -(10**18))
 
 
+def test_a_null_url_is_no_url(tmp_path):
+    text = content()
+    for image in text["images"]:
+        image["coco_url"] = None
+    path = saved(tmp_path, text)
+    assert_is(load_index(path), path)
+
+
 def test_a_second_load_reads_the_cache_alone(tmp_path, monkeypatch, cache):
     settle(monkeypatch)
     path = saved(tmp_path, content())

@@ -373,7 +373,7 @@ class _Image(msgspec.Struct, gc=False):
     height: _Int64
     width: _Int64
     file_name: str = ""  # evaluation needs none
-    coco_url: str = ""  # LVIS names its images by it
+    coco_url: str | None = None  # LVIS names its images by it; many a converter writes null
 
 
 class _Annotation(msgspec.Struct, gc=False):
@@ -430,7 +430,9 @@ def _build(path: Path) -> CocoIndex:
         raise UserError(f"{path} was changed while it was read; start again.")
     images.sort(key=attrgetter("id"))
     categories.sort(key=attrgetter("id"))
-    names = PackedStrings.pack([image.file_name or "/".join(image.coco_url.split("/")[-2:]) for image in images])
+    names = PackedStrings.pack(
+        [image.file_name or "/".join((image.coco_url or "").split("/")[-2:]) for image in images]
+    )
     table = {name: _integers(images, name) for name in ("id", "height", "width")}
     return CocoIndex(
         AnnotationFile(path, sha256, stamp, seen),
