@@ -14,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torchvision
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from loco_det import __version__
 from loco_det.backbone import tensors_hash
 from loco_det.errors import UserError
 from loco_det.fused import is_fast
@@ -30,44 +32,47 @@ class FeatureCache:
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.folder, self.identity = folder, identity
-        self.read = self.written = 0
+        self.told = False
 
     def __call__(self, x: Tensor, compute: Callable[[Tensor], Features]) -> Features:
         """`compute(x)`, from disk if it is there; x (B, 3, H, W).
 
+        A damaged file is made again.
+
         Raises:
-            UserError: a file of the cache is damaged, or cannot be written.
+            UserError: a file cannot be written.
         """
         path = self.folder / f"{self._key(x)}.pt"
-        if path.is_file():
-            self.read += 1
-            return _read(path, x.device)
+        if path.is_file() and (features := _read(path, x.device)) is not None:
+            return features
         features = compute(x)
-        if not self.written:
+        if not self.told:
             size = sum(tensor.numel() * tensor.element_size() for tensor in features.values())
             log.info("feature cache %s: this image takes %.1f MB", self.folder, size / 1e6)
-        self.written += 1
+            self.told = True
         with atomic_write(path) as file:
             torch.save(features, file)
         return features
 
     def _key(self, x: Tensor) -> str:
-        """Of weights, configuration, image and whatever else rounding depends on."""
+        """Of weights, configuration, image, software and whatever else rounding depends on."""
         place = torch.cuda.get_device_name(x.device) if x.is_cuda else torch.backends.cpu.get_cpu_capability()
         products = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32  # FLOAT32_PRECISION
         precision = is_fast(), torch.is_autocast_enabled(x.device.type), torch.get_num_threads(), *products
-        settings = self.identity, torch.__version__, x.device.type, place, *precision
+        software = __version__, torch.__version__, torchvision.__version__
+        settings = self.identity, *software, x.device.type, place, *precision
         return hashlib.sha256(f"{settings} {tensors_hash([('x', x)])}".encode()).hexdigest()
 
 
-def _read(path: Path, device: torch.device) -> Features:
+def _read(path: Path, device: torch.device) -> Features | None:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is a damaged file of the feature cache; delete it.") from error
+        log.warning("feature cache: %s is damaged (%s) and made again", path, type(error).__name__)
+        return None
 
 
-def use_cache(model: nn.Module, cfg: CfgNode, folder: Path) -> FeatureCache:
+def use_cache(model: nn.Module, cfg: CfgNode, folder: Path) -> None:
     """Let a detector whose weights are loaded take its frozen backbone's features from `folder` in evaluation.
 
     Raises:
@@ -85,4 +90,3 @@ def use_cache(model: nn.Module, cfg: CfgNode, folder: Path) -> FeatureCache:
         raise UserError("--feature-cache is for images of one fixed size; set TEST.AUG.ENABLED False, or leave it out.")
     identity = tensors_hash(trunk.state_dict().items()), cfg.MODEL.RESNETS.dump(), trunk.out_features
     trunk.cache = FeatureCache(folder, hashlib.sha256(repr(identity).encode()).hexdigest())
-    return trunk.cache
