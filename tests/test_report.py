@@ -385,6 +385,20 @@ def test_pictures_are_of_the_images_that_the_run_was_tested_on(data, runs, tmp_p
     assert missing == []
 
 
+def test_images_that_are_gone_are_named(data, tmp_path, monkeypatch):
+    run = make_run(tmp_path / "a", data, detections(data, 3))
+    annotations = tmp_path / "kept" / "instances_val.json"
+    annotations.parent.mkdir()
+    shutil.copy(data / "tiny/annotations/instances_val.json", annotations)
+    record = {"seed": 0, "weights": None, "datasets": {"tiny_val": {"path": str(annotations), "sha256": "0"}}}
+    (run / "run.json").write_text(json.dumps(record))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
+    assert main(["report", str(run), "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    text = (tmp_path / "out/report.md").read_text()
+    assert "the images of tiny_val are not there; set DETECTRON2_DATASETS" in text
+    assert "| none: random weights |" in text
+
+
 def test_a_backbone_without_detections_keeps_its_place_in_the_pictures(runs, tmp_path):
     for seed in (0, 1):
         (runs / f"random{seed}/inference/coco_instances_results.json").unlink()

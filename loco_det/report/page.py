@@ -315,7 +315,8 @@ def _inputs_table(report: dict[str, Any]) -> Table:
         weights = found["weights"]
         digest = (weights.get("sha256") or "")[:12] or "hash not recorded"
         data = "; ".join(f"{name} {d['sha256'][:12]}" for name, d in (found["datasets"] or {}).items())
-        cells = [found["backbone"], str(found["seed"]), found["run"], f"{weights.get('path') or 'none'} {digest}"]
+        told = f"{weights['path']} {digest}" if weights.get("path") else "none: random weights"
+        cells = [found["backbone"], str(found["seed"]), found["run"], told]
         cells += [data or "not recorded", found["config_sha256"][:12], found["engine"] or "not recorded"]
         rows.append([*cells, _machine(found["environment"])])
     for found in report["other_inputs"]:

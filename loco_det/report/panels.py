@@ -109,7 +109,7 @@ def _paths(run: DetectorRun) -> DatasetPaths:
     """The run's test set.
 
     Raises:
-        UserError: its ground truth is not there.
+        UserError: its ground truth or its images are not there.
     """
     annotations = run.annotations
     if annotations is None or annotations.suffix != ".json":
@@ -122,7 +122,10 @@ def _paths(run: DetectorRun) -> DatasetPaths:
     except UserError:
         pass
     # It is not where DETECTRON2_DATASETS says, or another of its name is; it may still lie where the run found it.
-    return DatasetPaths(name, annotations.parent.parent / annotations.stem.removeprefix("instances_"), annotations)
+    images = annotations.parent.parent / annotations.stem.removeprefix("instances_")
+    if not images.is_dir():
+        raise UserError(f"the images of {name} are not there; set DETECTRON2_DATASETS")
+    return DatasetPaths(name, images, annotations)
 
 
 def _spread(filled: Sequence[int], count: int) -> list[int]:
