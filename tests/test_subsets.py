@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -171,3 +172,19 @@ def test_options_of_train(option: tuple[str, str], name: str, tmp_path: Path) ->
 def test_options_that_do_not_fit(options: tuple[str, ...], capsys: pytest.CaptureFixture) -> None:
     assert main(["train", "--config-file", "configs/coco_loco_r50.yaml", *options]) == 2
     assert "--fraction" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["classes_person", "1shot_seed0"])
+def test_pixel_labels_have_no_parts_by_objects(part: str) -> None:
+    with pytest.raises(UserError, match=f"cityscapes_fine_sem_seg_train@{part}: .*by objects.*@10pct_seed0"):
+        find_dataset(f"cityscapes_fine_sem_seg_train@{part}")
+
+
+def test_parts_are_made_where_the_file_system_has_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    wanted = read(f"{NAME}@5pct_seed3")
+    monkeypatch.setenv("LOCO_DET_CACHE", str(tmp_path))
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    assert read(f"{NAME}@5pct_seed3") == wanted

@@ -10,7 +10,7 @@ set in the same shape:
 LVIS's images are COCO's: ROOT/coco/{train2017,val2017}/ and ROOT/lvis/lvis_v1_{train,val}.json.
 Cityscapes (`data/cityscapes.py`, pixel labels: `data/semantic.py`) is read in its original folders; NAME@masks means
 its bitmaps, not its polygons.
-NAME@1pct_seed0 and the like are parts of any of them (`data/subsets.py`).
+NAME@1pct_seed0 and the like are parts of any of them (`data/subsets.py`); of pixel labels, shares of the images alone.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def find_dataset(name: str) -> DatasetPaths:
     whole, *parts = name.split("@")
     masks = is_cityscapes(whole) and parts[:1] == ["masks"]
     for part in parts[masks:]:
-        check_part(part, name)  # before anything is read for it
+        check_part(part, name, objects=not is_semantic(whole))  # before anything is read for it
     paths = _find_whole(whole, masks)
     for part in parts[masks:]:
         paths = paths._replace(annotations=part_of(paths.annotations, part, name), derived=True)

@@ -53,7 +53,8 @@ def _alone(path: Path) -> Iterator[None]:
         ) from error
     with file:
         if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # a file system without locks: as without fcntl
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -115,9 +115,13 @@ def part_of(annotations: Path, part: str, name: str) -> Path:
     return derived_file(re.sub(r"[^\w.@+-]", "_", name), facts, lambda: _written(annotations, choose, name))
 
 
-def check_part(part: str, name: str) -> None:
-    """Refuse with UserError what does not name a part."""
+def check_part(part: str, name: str, objects: bool) -> None:
+    """Refuse with UserError what does not name a part, and where a set has no `objects` what chooses by them."""
     _chooser(part, name)
+    if not (objects or _SHARE.fullmatch(part)):
+        raise UserError(
+            f"data set {name}: @{part} chooses by objects, and pixel labels are none; use e.g. @10pct_seed0"
+        )
 
 
 def part_name(share: float | None = None, shots: int | None = None, seed: int = 0) -> str:
