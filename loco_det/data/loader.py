@@ -252,10 +252,10 @@ def check_classes(cfg: CfgNode, name: str, classes: int) -> None:
 def _trainable(cfg: CfgNode, dataset: CocoDataset) -> np.ndarray:
     """The images to train on: with DATALOADER.FILTER_EMPTY_ANNOTATIONS those with an object that is no crowd."""
     rows = np.arange(len(dataset))
-    image, _, crowd = dataset.objects()
     if is_semantic(dataset.paths.name):
         log.info("%s: %d images with labels of %d classes", dataset.paths.name, len(rows), len(dataset.class_names))
         return rows
+    image, _, crowd = dataset.objects()
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         rows = np.unique(image[~crowd])
     if not len(rows):
