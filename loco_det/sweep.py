@@ -251,7 +251,7 @@ def _results(folder: Path) -> dict[str, float] | None:
     for line in reversed(lines):
         values = json.loads(line)
         if any(name.endswith(MEASURES) for name in values):
-            return {name: value for name, value in values.items() if "/AP" in name or "/IoU" in name}
+            return {name: value for name, value in values.items() if "/AP" in name or "sem_seg/" in name}
     return None
 
 
