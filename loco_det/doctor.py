@@ -269,7 +269,7 @@ def _data_sets() -> Check:
     if found:
         return Check("data sets", "ok", f"{', '.join(found)} under {root}")
     advice = "set DETECTRON2_DATASETS; layout: docs/datasets.md"
-    return Check("data sets", "note", f"no COCO, Pascal VOC or Cityscapes under {root}", advice)
+    return Check("data sets", "note", f"no COCO, LVIS, Pascal VOC or Cityscapes under {root}", advice)
 
 
 def _disk(folder: Path = Path(), name: str = "disk") -> Check:
