@@ -151,12 +151,16 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
     args = parser.parse_intermixed_args(argv)  # options may stand between KEY and VALUE pairs
 
     if job.logs:
-        from loco_det.runtime import setup_logging
+        from loco_det.runtime import log_failure, setup_logging
 
         setup_logging(quiet=args.quiet)
     try:
         return job.run(args) or 0
-    except (UserError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if job.logs:
+            log_failure(error)
+        if not isinstance(error, (UserError, KeyboardInterrupt)):
+            raise
         if args.debug:
             traceback.print_exc()
         bad_input = isinstance(error, UserError)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import random
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,21 +23,37 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessException
 
 from loco_det.errors import UserError
 
 log = logging.getLogger("loco_det")
-_LINE_SECONDS = 10.0  # between two progress lines where there is no terminal
+_LINE = "%(asctime)s %(levelname).1s %(message)s"
+_LINE_SECONDS = 10.0  # between two progress lines
 _TRACEBACK = 4000  # characters of a child's; those of all children must fit into a pipe that is read at the end
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # parameters of mallopt(3)
+_FILE_ONLY = {"file_only": True}  # marks a line whose news the terminal has in another form
 _quiet = False
+_display: RichProgress | None = None  # what the terminal shows; a bar inside another's block is a further row of it
 
 
 # --- logs and progress ------------------------------------------------------------------------------------------
+
+
+class _Console(logging.StreamHandler):
+    """Writes to what sys.stderr is now: under a bar that is rich's, which keeps lines and bar apart."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+        self.addFilter(lambda record: not hasattr(record, "file_only"))
+
+    @property
+    def stream(self) -> IO[str]:  # type: ignore[override]
+        return sys.stderr
 
 
 def setup_logging(output_dir: str | Path | None = None, quiet: bool | None = None) -> None:
@@ -43,27 +61,37 @@ def setup_logging(output_dir: str | Path | None = None, quiet: bool | None = Non
 
     With `quiet` standard error gets warnings only and no progress; None leaves that as it is, also in the
     processes that `launch` starts. Ranks other than 0 say only warnings. Calling it again replaces what the last
-    call set up.
+    call set up, but the log of a folder that `output_dir` lies in goes on: that job is not at its end.
+
+    Raises:
+        UserError: the folder or its log.txt cannot be written.
     """
     global _quiet
     if quiet is not None:
         _quiet = quiet
+    around = [] if output_dir is None else Path(output_dir).absolute().parents
     for handler in list(log.handlers):
-        log.removeHandler(handler)
-        handler.close()
+        if not isinstance(handler, logging.FileHandler) or Path(handler.baseFilename).parent not in around:
+            log.removeHandler(handler)
+            handler.close()
     log.setLevel(logging.INFO)
     log.propagate = False
-    stamp = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
-    console = logging.StreamHandler(sys.stderr)
+    console = _Console()
     console.setLevel(logging.INFO if _shows_progress() else logging.WARNING)
-    console.setFormatter(stamp)
+    console.setFormatter(logging.Formatter(_LINE, "%H:%M:%S"))
     log.addHandler(console)
     if output_dir is not None and is_main():
         with os_errors(output_dir):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             file = logging.FileHandler(Path(output_dir) / "log.txt", encoding="utf-8")
-        file.setFormatter(stamp)
+        file.setFormatter(logging.Formatter(_LINE, "%Y-%m-%d %H:%M:%S"))
         log.addHandler(file)
+
+
+def log_failure(error: BaseException) -> None:
+    """Write what ends the command to log.txt, a bug with its traceback; the terminal is told by the command line."""
+    bug = not isinstance(error, (UserError, KeyboardInterrupt))
+    log.error("%s", str(error) or type(error).__name__, exc_info=error if bug else None, extra=_FILE_ONLY)
 
 
 def is_quiet() -> bool:
@@ -76,7 +104,7 @@ def _shows_progress() -> bool:
 
 
 class Progress:
-    """A progress bar with ETA on a terminal, a plain line every ten seconds elsewhere, nothing when quiet.
+    """A progress bar with ETA on a terminal, a plain line every ten seconds elsewhere; in log.txt always the lines.
 
     `advance(n, loss=..., ...)` moves it on; the fields given last are shown beside the rate.
     """
@@ -85,39 +113,63 @@ class Progress:
         self.total, self.description, self.unit = total, description, unit
         self.done = self.initial = initial
         self.started = self.last_line = time.monotonic()
-        self.bar: RichProgress | None = None
-        if sys.stderr.isatty() and _shows_progress():
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[shown]}", markup=False),  # names may hold [brackets]
-            )
-            self.bar = RichProgress(*columns, console=Console(stderr=True))
+        self.display: RichProgress | None = None
 
     def __enter__(self) -> Progress:
-        if self.bar is not None:
-            self.bar.start()
-            self.task = self.bar.add_task(self.description, total=self.total, completed=self.done, shown="")
+        global _display
+        if _shows_progress() and _is_terminal():
+            self.outermost = _display is None
+            if _display is None:
+                _display = _new_display()
+                _display.start()
+            self.display = _display
+            self.row = _display.add_task(self.description, total=self.total, completed=self.done, eta="", shown="")
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        global _display
+        if self.display is None:
+            return
+        if self.outermost:
+            self.display.stop()
+            _display = None
+        else:
+            self.display.remove_task(self.row)
 
     def advance(self, n: int = 1, **fields: float | str) -> None:
         """`n` more are done."""
         self.done += n
         now = time.monotonic()
         rate = (self.done - self.initial) / max(now - self.started, 1e-9)
+        eta = _duration((self.total - self.done) / rate) if rate else "unknown"
         shown = " ".join([f"{rate:.3g} {self.unit}/s", *(f"{k} {_short(v)}" for k, v in fields.items())])
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, shown=shown)
-        elif now - self.last_line >= _LINE_SECONDS or self.done >= self.total:
+        if self.display is not None:
+            self.display.update(self.row, completed=self.done, eta=eta, shown=shown)
+        if now - self.last_line >= _LINE_SECONDS or self.done >= self.total:
             self.last_line = now
-            eta = _duration((self.total - self.done) / rate) if rate else "unknown"
-            log.info("%s %d/%d eta %s %s", self.description, self.done, self.total, eta, shown)
+            told = _FILE_ONLY if self.display is not None else None
+            log.info("%s %d/%d eta %s %s", self.description, self.done, self.total, eta, shown, extra=told)
+
+
+def _is_terminal() -> bool:
+    return _display is not None or (sys.stderr.isatty() and not Console(stderr=True).is_dumb_terminal)
+
+
+def _new_display() -> RichProgress:
+    """The ETA is ours: rich's looks back 30 seconds and knows none where a step takes longer."""
+    return RichProgress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[eta]}", style="progress.remaining"),
+        # Names may hold [brackets]. They get what room is left, and what does not fit in is left out.
+        TextColumn(
+            "{task.fields[shown]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        ),
+        expand=True,
+        console=Console(stderr=True),
+        redirect_stdout=sys.stdout.isatty(),  # what goes elsewhere must get there
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -169,6 +221,21 @@ def os_errors(path: str | Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"{path}: cannot be written ({reason}); free space or choose another folder") from error
+
+
+def check_writable(path: str | Path) -> None:
+    """Refuse a file that could not be written, before hours go into what it is to hold; its folder is made.
+
+    Raises:
+        UserError: the folder cannot be written, or `path` is one.
+    """
+    path = Path(path)
+    with os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -332,6 +399,7 @@ def _spawned(
         try:
             worker(*args)
         except Exception as error:  # told before the process group goes down, so that no peer's comes first
+            log_failure(error)
             is_bad_input = isinstance(error, UserError)
             errors.put((is_bad_input, str(error) if is_bad_input else traceback.format_exc()[-_TRACEBACK:]))
             raise

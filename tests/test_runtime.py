@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from loco_det.runtime import (
     atomic_write,
     launch,
     log,
+    log_failure,
     rank,
     reduce_mean,
     resolve_device,
@@ -245,15 +247,22 @@ def test_progress_survives_its_limits(
     assert len(capsys.readouterr().err.splitlines()) == len(steps)
 
 
-def test_the_bar_of_a_terminal_shows_names_with_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "200")
+
+def on_terminal(monkeypatch: pytest.MonkeyPatch, kind: str = "xterm", columns: int = 100) -> Terminal:
+    """Standard error is one; not a fixture, since pytest sets sys.stderr anew when the test begins."""
+    monkeypatch.setenv("TERM", kind)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    found = Terminal()
+    monkeypatch.setattr(sys, "stderr", found)
+    return found
+
+
+def test_the_bar_of_a_terminal_shows_names_with_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch, columns=200)
     setup_logging(quiet=False)
     with Progress(4, "unit [red]") as progress:
         progress.advance(2, **{"loss[res2]": 0.5})
@@ -267,6 +276,91 @@ def test_the_bar_of_a_terminal_shows_names_with_brackets(monkeypatch: pytest.Mon
     with Progress(4, "unit") as progress:
         progress.advance(4)
     assert quiet.getvalue() == ""
+
+
+def screen(terminal: Terminal) -> list[str]:
+    """The lines that stay when all of `terminal` is written, without colours."""
+    lines = [""]
+    row = 0
+    for text in re.findall(r"\x1b\[[0-9;?]*[a-zA-Z]|\n|\r|[^\x1b\n\r]+", terminal.getvalue()):
+        if text == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif text == "\x1b[1A":
+            row -= 1
+        elif text == "\x1b[2K":
+            lines[row] = ""
+        elif text[0] not in "\x1b\r":
+            lines[row] += text
+    return [line.strip() for line in lines if line.strip()]
+
+
+def test_bars_within_bars_and_lines_between_leave_one_tidy_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = on_terminal(monkeypatch)
+    setup_logging(tmp_path, quiet=False)
+    with Progress(2, "train") as outer:
+        outer.advance(loss=1.0)
+        log.info("half way")
+        with Progress(3, "evaluation") as inner:
+            inner.advance(3)
+        outer.advance(loss=0.5)
+    log.info("over")
+    shown = screen(terminal)
+    assert [line.split()[-1] for line in shown] == ["way", "0.5", "over"]
+    assert shown[1].startswith("train")
+    written = (tmp_path / "log.txt").read_text()  # which has no bar, so lines instead
+    assert "evaluation 3/3 eta 00:00:00" in written
+    assert "train 2/2 eta 00:00:00" in written
+
+
+def test_the_bar_knows_the_eta_of_slow_steps_and_fits_the_line(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch)
+    setup_logging(quiet=False)
+    with Progress(4, "train") as progress:
+        clock.now += 3600
+        progress.advance(loss=0.5, **{f"another_loss_{i}": 0.1 for i in range(9)})
+    assert len(screen(terminal)) == 1
+    assert "1/4 03:00:00" in screen(terminal)[0]
+    assert "loss 0.5" in screen(terminal)[0]
+    assert screen(terminal)[0].endswith("…")
+
+
+def test_a_dumb_terminal_gets_lines(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch, "dumb")
+    setup_logging(quiet=False)
+    with Progress(2, "train") as progress:
+        progress.advance(2)
+    assert terminal.getvalue().count("train 2/2") == 1
+
+
+def test_the_log_of_a_job_goes_on_under_those_of_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    setup_logging(tmp_path)
+    setup_logging(tmp_path / "a" / "pretrain")
+    log.info("first part")
+    setup_logging(tmp_path / "a" / "detector")
+    log.info("second part")
+    assert capsys.readouterr().err.count("part") == 2
+    texts = [(tmp_path / name / "log.txt").read_text() for name in (".", "a/pretrain", "a/detector")]
+    assert ["first" in text for text in texts] == [True, True, False]
+    assert ["second" in text for text in texts] == [True, False, True]
+
+
+def test_the_log_says_what_ended_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    setup_logging(tmp_path)
+    log_failure(UserError("a.jpg: broken"))
+    log_failure(KeyboardInterrupt())
+    try:
+        _ = 1 / 0
+    except ZeroDivisionError as error:
+        log_failure(error)
+    first, second, *bug = (tmp_path / "log.txt").read_text().splitlines()
+    assert first.endswith("E a.jpg: broken")
+    assert second.endswith("E KeyboardInterrupt")
+    assert bug[0].endswith("E division by zero")
+    assert bug[1].startswith("Traceback")
+    assert capsys.readouterr().err == ""  # the terminal has it already
 
 
 # --- seeds, devices, signals ------------------------------------------------------------------------------------

@@ -28,10 +28,9 @@ from loco_det.detection.checkpoint import Checkpointer
 from loco_det.detection.inference import evaluate, flatten
 from loco_det.errors import UserError
 from loco_det.metrics import append_metrics, trim_metrics
-from loco_det.runtime import StopSignal, barrier, log, rank, reduce_mean
+from loco_det.runtime import Progress, StopSignal, barrier, log, rank, reduce_mean
 
 LOG_PERIOD = 20  # iterations between two lines of metrics.json, and the window of their medians
-LOG_SECONDS = 15.0  # a slow machine is heard of sooner
 
 
 @dataclass
@@ -64,8 +63,7 @@ def train(run: Run, evaluator: str) -> None:
     log.info(
         "training: iterations %d to %d, %d frozen tensors", run.start, last + 1, len(run.checkpointer.note["frozen"])
     )
-    said = time.monotonic()
-    with StopSignal() as stop:
+    with StopSignal() as stop, Progress(last + 1, "train", run.start) as progress:
         for iteration, stopped in _steps(run, stop):
             if precise_bn.is_due(cfg, iteration):
                 precise_bn.recompute(cfg, run.engine, run.model, iteration)
@@ -73,9 +71,7 @@ def train(run: Run, evaluator: str) -> None:
             line: dict[str, Any] = {}
             if (iteration + 1) % LOG_PERIOD == 0 or iteration == last:
                 line = _metrics(run, iteration)
-            if line or time.monotonic() - said > LOG_SECONDS:
-                said = time.monotonic()
-                log.info("%s", _describe(run, iteration))
+            progress.advance(**_shown(run, line or _metrics(run, iteration)))
             due = cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0
             if due and iteration < last and not stopped:
                 line = {"iteration": iteration, **line}
@@ -140,15 +136,16 @@ def _metrics(run: Run, iteration: int) -> dict[str, Any]:
     return {"iteration": iteration, "eta_seconds": left * medians["time"], **medians}
 
 
-def _describe(run: Run, iteration: int) -> str:
-    line = _metrics(run, iteration)
-    losses = " ".join(f"{name} {value:.4g}" for name, value in line.items() if name.startswith(("total", "loss")))
-    eta = time.strftime("%H:%M:%S", time.gmtime(line["eta_seconds"] % 86400))
-    days = f"{int(line['eta_seconds'] // 86400)}d " if line["eta_seconds"] >= 86400 else ""
-    return (
-        f"iter {iteration + 1}/{run.cfg.SOLVER.MAX_ITER} eta {days}{eta} {losses} lr {line['lr']:.4g} "
-        f"{1 / line['time']:.3g} it/s data {100 * line['data_time'] / line['time']:.0f}% mem {_memory(run.device):.0f}M"
-    )
+def _shown(run: Run, line: dict[str, Any]) -> dict[str, float | str]:
+    """What is shown of a line beside progress: losses, seconds a step and the share of them spent waiting for data."""
+    return {
+        "loss": line["total_loss"],
+        "lr": line["lr"],
+        "s/it": line["time"],
+        "data": f"{100 * line['data_time'] / line['time']:.0f}%",
+        **{name: value for name, value in line.items() if name.startswith("loss")},
+        "mem": f"{_memory(run.device):.0f}M",
+    }
 
 
 def _memory(device: torch.device) -> float:
