@@ -21,7 +21,7 @@ from loco_det.data.madeup import make_shapes_dataset
 from loco_det.detection.schema import get_cfg
 from loco_det.detection.train import train_net
 from loco_det.report.plots import draw_detections, plot_losses
-from loco_det.runtime import log, setup_logging, write_json
+from loco_det.runtime import is_quiet, log, setup_logging, write_json
 
 METHODS = ("random", "gim", "simclr", "loco")
 TRAIN_IMAGES, VAL_IMAGES = 400, 100
@@ -51,12 +51,14 @@ def quickstart(out: Path, *, pretrain: Callable[[str, list[str]], Path], seed: i
     frozen = {}
     with _datasets_in(root):
         for method in METHODS:
+            setup_logging(out)  # the last run's own log is at its end
             log.info("%s: pretraining, conversion, detector on its frozen features", method)
             frozen[method] = _evaluate(method, out, pretrain, seed)
         results = {"frozen": frozen, "seed": seed, "seconds": round(time.monotonic() - begun, 1)}
         write_json(out / "results.json", results)
         _draw(out)
-    print_table(frozen)
+    if not is_quiet():
+        print_table(frozen)
     return results
 
 
@@ -80,6 +82,7 @@ def _evaluate(method: str, out: Path, pretrain: Callable[[str, list[str]], Path]
     artifact = pretrain("configs/pretrain/quickstart.yaml", [str(part) for pair in settings.items() for part in pair])
     weights = folder / "backbone.pkl"
     convert(artifact, weights)
+    setup_logging(folder / "detector")
     settings = {"MODEL.WEIGHTS": weights, "SEED": seed, "OUTPUT_DIR": folder / "detector"}
     overrides = [str(part) for pair in settings.items() for part in pair]
     return train_net(load_config(get_cfg(), "configs/quickstart.yaml", overrides), engine="torchvision")
