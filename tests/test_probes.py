@@ -21,6 +21,7 @@ from loco_det.data.sources import open_source
 from loco_det.errors import UserError
 from loco_det.evaluation.probes.backbones import load_backbone_for_probe
 from loco_det.evaluation.probes.features import Extractor
+from loco_det.evaluation.probes.finetune import predict
 from loco_det.evaluation.probes.images import open_probe_data
 from loco_det.evaluation.probes.ridge import fit_ridge
 
@@ -444,6 +445,9 @@ def test_damaged_cifar_is_refused(kind: str, tmp_path: Path) -> None:
         (("--protocol", "knn", "--stages", "res6"), "--stages 'res6'"),
         (("--protocol", "knn", "--image-size", "0"), "--image-size is 0"),
         (("--protocol", "knn", "--limit", "-3"), "--limit is -3"),
+        (("--protocol", "knn", "--seed", "-1"), "--seed is -1"),
+        (("--protocol", "knn", "--workers", "-1"), "--workers is -1"),
+        (("--protocol", "knn", "--temperature", "nan"), "--temperature is nan"),
         (("--protocol", "knn", "--device", "tpu"), "tpu"),
     ],
 )
@@ -467,12 +471,61 @@ def test_bad_images(tmp_path: Path, artifact: Path, capsys: pytest.CaptureFixtur
         open_probe_data(str(flat))
     with pytest.raises(UserError, match=r"--data .*nothing"):
         open_probe_data(str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match=r"--val .*nothing"):
+        open_probe_data(str(tmp_path / "few"), str(tmp_path / "nothing"))
+    (flat / "notes.md").write_text("")
+    with pytest.raises(UserError, match=r"--data .*notes.md: is no .zip") as info:
+        open_probe_data(str(flat / "notes.md"))
+    assert "DATA.FORMAT" not in str(info.value)
+    write_images(tmp_path / "splits" / "train", 3)
+    write_images(tmp_path / "splits" / "val", 3)
+    with pytest.raises(UserError, match=r"--data .*splits: holds train and val"):  # not two classes of these names
+        open_probe_data(str(tmp_path / "splits"), str(tmp_path / "splits"))
+    for file in (tmp_path / "splits" / "train" / "red").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="train: class folder red holds no images"):
+        open_probe_data(str(tmp_path / "splits"))
     broken = write_images(tmp_path / "broken", 5)
     (broken / "red" / "1.png").write_bytes(b"\x89PNG")
     for protocol in (("knn",), ("semi", "--labels", "100")):
         argv = ["probe", str(artifact), "--data", str(broken), "--workers", "0", "--no-cache", "--protocol", *protocol]
         assert main(argv) == 2
         assert "1.png" in capsys.readouterr().err
+
+
+def test_results_that_cannot_be_kept_are_refused_before_the_work(
+    artifact: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "p.json", tmp_path):
+        argv = ["probe", artifact, "--data", images, "--protocol", "knn", "--no-cache", "--json", out]
+        assert main([str(a) for a in argv]) == 2
+        err = capsys.readouterr().err
+        assert f"{out}: cannot be written" in err
+        assert "features" not in err
+
+
+def test_a_cache_that_cannot_be_written_costs_no_result(
+    artifact: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    options = ("--protocol", "knn", "--stages", "stem")
+    found = probe(artifact, images, tmp_path / "p.json", *options, "--cache", tmp_path / "file")
+    assert "these features are not kept" in capsys.readouterr().err
+    assert found["stages"] == probe(artifact, images, tmp_path / "q.json", *options)["stages"]
+
+
+def test_no_more_neighbours_than_there_are(artifact: Path, images: Path, tmp_path: Path) -> None:
+    found = probe(artifact, images, tmp_path / "p.json", "--protocol", "knn", "--k", 1000, "--stages", "stem")
+    assert found["stages"]["stem"]["k"] == 36
+
+
+def test_fine_tuning_that_ends_in_nothing_is_no_result(artifact: Path, images: Path) -> None:
+    backbone = load_backbone_for_probe(str(artifact))
+    extractor = Extractor(backbone, SIDE, torch.device("cpu"), batch=9, workers=0, cache=None)
+    diverged = lambda x: torch.full((len(x), 3), torch.nan)  # noqa: E731 (as after a last step that was too long)
+    with pytest.raises(UserError, match="not finite; lower --rates"):
+        predict(diverged, extractor, open_probe_data(str(images)).test)
 
 
 def test_the_list_of_the_pretraining_formats_works_too(tmp_path: Path) -> None:

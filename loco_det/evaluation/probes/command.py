@@ -23,7 +23,7 @@ from loco_det.evaluation.probes.images import ProbeData, open_probe_data
 from loco_det.evaluation.probes.linear import RATES, Recipe, Standard, linear_probe, sweep_steps
 from loco_det.evaluation.probes.ridge import fit_ridge
 from loco_det.evaluation.probes.scores import top_scores
-from loco_det.runtime import Progress, log, resolve_device, write_json
+from loco_det.runtime import Progress, check_writable, log, resolve_device, write_json
 
 PROTOCOLS = ("linear", "knn", "semi", "ridge")
 # Options of single protocols: a value given to another would be read by nobody.
@@ -72,11 +72,13 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: bad arguments, images or weights.
     """
-    results = probe(args)
     if args.json:
-        write_json(args.json, results)
+        check_writable(args.json)
+    results = probe(args)
     if not args.quiet:
         _print(results)
+    if args.json:
+        write_json(args.json, results)
 
 
 def probe(args: argparse.Namespace) -> dict[str, Any]:
@@ -131,8 +133,11 @@ def _check(args: argparse.Namespace) -> None:
     positive = {"image-size": args.image_size, "epochs": args.epochs, "k": args.k, "batch-size": args.batch_size,
                 "temperature": args.temperature}  # fmt: skip
     for option, value in positive.items():
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # nan is neither
             raise UserError(f"--{option} is {value}; give a number above 0")
+    for option, value in {"limit": args.limit, "seed": args.seed, "workers": args.workers}.items():
+        if value < 0:
+            raise UserError(f"--{option} is {value}; give 0 or more")
     for rate in args.rates or []:
         if not 0 < rate < 1e30:
             raise UserError(f"--rates has {rate}; give learning rates, which are above 0 and seldom above 100")
@@ -180,7 +185,7 @@ def _linear(args: argparse.Namespace, stage: str, train: Tensor, labels: Tensor,
 
 
 def _knn(args: argparse.Namespace, stage: str, train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Outcome:
-    settings = {"k": args.k or 20, "temperature": args.temperature or 0.07}
+    settings = {"k": min(args.k or 20, len(train)), "temperature": args.temperature or 0.07}
     return knn_predict(train, labels, test, classes=classes, **settings), settings
 
 

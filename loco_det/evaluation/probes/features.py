@@ -66,9 +66,12 @@ class Extractor:
         absent = [stage for stage, features in found.items() if features is None]
         if absent:
             new = self._extract(images, absent, what)
-            write_json(folder / "facts.json", facts)
-            for stage, features in new.items():
-                _write(folder / f"{stage}.npy", features)
+            try:
+                write_json(folder / "facts.json", facts)
+                for stage, features in new.items():
+                    _write(folder / f"{stage}.npy", features)
+            except UserError as error:  # no reason to throw away what took hours
+                log.warning("%s; these features are not kept", error)
             found.update(new)
         else:
             log.info("%s: features of %d images from the cache", what, len(images))

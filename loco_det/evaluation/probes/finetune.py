@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from loco_det.data.images import decode_image
-from loco_det.data.twoview import prepare_worker
+from loco_det.data.twoview import loader_of
 from loco_det.data.views import crop_resize, draw_view, finish_view, view_config, view_draws
 from loco_det.errors import UserError
 from loco_det.evaluation.probes.backbones import Backbone
@@ -50,24 +50,27 @@ def batch_size(labels: int) -> int:
 
 
 class _Augmented(Dataset):
-    """(epoch, row of `images`) -> ((3, S, S) uint8, label), or the UserError that ends the run."""
+    """[(epoch, row of `images`), ...] -> ((B, 3, S, S) uint8, (B,) labels), or the UserError that ends the run."""
 
     def __init__(self, images: LabelledImages, size: int, seed: int) -> None:
         self.images, self.seed = images, seed
         self.config = view_config(size, CROP_AND_FLIP)
 
-    def __getitem__(self, request: tuple[int, int]) -> tuple[Tensor, int] | UserError:
-        epoch, row = request
-        index = int(self.images.index[row])
+    def __getitem__(self, requests: list[tuple[int, int]]) -> tuple[Tensor, Tensor] | UserError:
+        out = np.empty((len(requests), 3, self.config.size, self.config.size), np.uint8)
+        rows = [row for _, row in requests]
         try:
-            pixels = decode_image(self.images.source.read(index), self.images.source.name(index))
+            for image, (epoch, row) in zip(out, requests):
+                self._draw(image, epoch, int(self.images.index[row]))
         except UserError as error:
             return error
+        return torch.from_numpy(out), torch.from_numpy(self.images.labels[rows])
+
+    def _draw(self, out: np.ndarray, epoch: int, index: int) -> None:
+        pixels = decode_image(self.images.source.read(index), self.images.source.name(index))
         draws, _ = view_draws(self.seed, epoch, index)
         params = draw_view(self.config, *pixels.shape[:2], draws)
-        out = np.empty((3, self.config.size, self.config.size), np.uint8)
         finish_view(crop_resize(pixels, params.crop, self.config.size), params, out)
-        return torch.from_numpy(out), int(self.images.labels[row])
 
 
 def finetune(
@@ -140,26 +143,20 @@ class _Requests:
 
 
 def _batches(train: LabelledImages, size: int, recipe: FineTuning, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    loader = DataLoader(
-        _Augmented(train, size, recipe.seed),
-        batch_sampler=_Requests(len(train), recipe),
-        collate_fn=_collate,
-        num_workers=workers,
-        worker_init_fn=prepare_worker,
-        generator=torch.Generator(),
-    )
-    for batch in loader:
+    for batch in loader_of(_Augmented(train, size, recipe.seed), _Requests(len(train), recipe), workers, False):
         if isinstance(batch, UserError):
             raise batch
         yield batch
 
 
-def _collate(rows: list[tuple[Tensor, int] | UserError]) -> tuple[Tensor, Tensor] | UserError:
-    bad = next((row for row in rows if isinstance(row, UserError)), None)
-    return bad or (torch.stack([image for image, _ in rows]), torch.tensor([label for _, label in rows]))
-
-
 @torch.no_grad()
 def predict(model: nn.Module, extractor: Extractor, images: LabelledImages) -> Tensor:
-    """(N, C) scores of `images` on the CPU."""
-    return torch.cat([model(x).cpu() for x, _ in extractor.batches(images, "test")])
+    """(N, C) scores of `images` on the CPU.
+
+    Raises:
+        UserError: an image cannot be read, or a score is not finite.
+    """
+    scores = torch.cat([model(x).cpu() for x, _ in extractor.batches(images, "test")])
+    if not scores.isfinite().all():  # the last step's loss is that of the weights before it
+        raise UserError("fine-tuning ended in scores that are not finite; lower --rates")
+    return scores

@@ -92,8 +92,6 @@ def open_probe_data(path: str, val: str | None = None, *, limit: int = 0, seed: 
             raise UserError(f"--data {path}: a class has a single image; give at least two of each, or --val")
     else:
         data = ProbeData(train.classes, _labelled(train, train.classes), _labelled(test, train.classes), split)
-    if limit < 0:
-        raise UserError(f"--limit is {limit}; give a number of images, or 0 for all")
     if limit:
         parts = [half.part(min(1.0, limit / len(half)), seed) for half in (data.train, data.test)]
         data = replace(data, train=parts[0], test=parts[1])
@@ -104,7 +102,7 @@ def _open_both(path: str, val: str | None) -> tuple[Source, Source | None, str]:
     if is_cifar(path) and val is None:
         return open_cifar(path, "train"), open_cifar(path, "test"), "the data set's own test images"
     if val is not None:
-        return _open(path), _open(val), f"--val {val}"
+        return _whole(path, "--data"), _whole(val, "--val"), f"--val {val}"
     root = Path(path)
     if root.is_dir():
         other = next((name for name in TEST_FOLDERS if (root / name).is_dir()), None)
@@ -123,11 +121,28 @@ def _open_both(path: str, val: str | None) -> tuple[Source, Source | None, str]:
     return whole, None, ""
 
 
-def _open(path: str | Path) -> Source:
+def _whole(path: str, option: str) -> Source:
+    """What one of --data and --val names; a folder of two splits would make classes of them."""
+    source = _open(path, option)
+    splits = {"train", *TEST_FOLDERS} & set(source.classes)
+    if "train" in splits and len(splits) > 1:
+        raise UserError(f"{option} {path}: holds {' and '.join(sorted(splits))}; name one of them, or leave --val out")
+    return source
+
+
+def _open(path: str | Path, option: str = "--data") -> Source:
+    root = Path(path)
     try:
-        return open_source(path)
+        source = open_source(path)
     except UserError as error:  # it speaks of pretraining's keys
-        raise UserError(str(error).replace("DATA.PATH", "--data")) from error
+        if root.is_file() and "DATA.FORMAT" in str(error):
+            raise UserError(f"{option} {path}: is no .zip, .tar or .txt list; give one of them, or a folder") from error
+        raise UserError(str(error).replace("DATA.PATH", option)) from error
+    if type(source) is Source and root.is_dir() and source.classes:  # class folders
+        folders = {entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."}
+        if empty := folders - set(source.classes):
+            raise UserError(f"{option} {path}: class folder {min(empty)} holds no images; fill or remove it")
+    return source
 
 
 def _inside(source: Source, name: str) -> str:

@@ -136,7 +136,7 @@ def linear_probe(
         sweep, and the held-out accuracy in percent of every rate (None where it diverged).
 
     Raises:
-        UserError: every rate diverged.
+        UserError: every rate diverged, or the chosen one did on all images.
     """
     held = torch.from_numpy(
         share_of_each_class(labels.cpu().numpy(), [str(i) for i in range(len(labels))], HELD_OUT, recipe.seed)
@@ -144,7 +144,7 @@ def linear_probe(
     kept = torch.ones(len(labels), dtype=torch.bool, device=features.device)
     kept[held] = False
     if not kept.any():
-        raise UserError(f"{len(labels)} training images are too few to hold any out; give more")
+        raise UserError(f"--data: {len(labels)} training images are too few to hold any out; give more, two of a class")
     standard = Standard.of(features[kept])
     weight, bias = train_classifiers(standard(features[kept]), labels[kept], classes, recipe, advance)
     accuracy = [_accuracy(standard(features[held]), labels[held], w, b) for w, b in zip(weight, bias)]
@@ -154,6 +154,10 @@ def linear_probe(
     final = Recipe(**{**vars(recipe), "rates": (recipe.rates[best],)})
     standard = Standard.of(features)
     weight, bias = train_classifiers(standard(features), labels, classes, final, advance)
+    if not weight.isfinite().all():
+        raise UserError(
+            f"the linear probe diverged at the learning rate that it chose, {final.rates[0]}; lower --rates"
+        )
     facts = {
         "rate": recipe.rates[best],
         "rate_at_edge": len(recipe.rates) > 1 and best in (0, len(recipe.rates) - 1),
