@@ -12,18 +12,23 @@ from loco_det.errors import UserError
 from loco_det.runtime import atomic_write
 
 KEPT = 2  # the newest, and the one before in case the newest is lost
+KEYS = {"learner", "optimizer", "scaler", "step", "images", "config_hash"}
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
-    """Write folder/checkpoint_STEP.pth atomically; drop all but the newest two, and what a kill left half-written.
+    """Write folder/checkpoint_STEP.pth atomically; drop all but it and the one before, and what a kill left.
+
+    Those of later steps are of an earlier run, which this one has begun anew; --resume would take them for the newest.
 
     Args:
-        state: tensors, numbers, strings and containers of them, among them "step".
+        state: what `KEYS` names, as tensors, numbers, strings and containers of them.
     """
     path = folder / f"checkpoint_{state['step']:08d}.pth"
     with atomic_write(path) as file:
         torch.save(state, file)
-    for old in [*sorted(folder.glob("checkpoint_*.pth"))[:-KEPT], *folder.glob(".checkpoint_*.tmp")]:
+    found = sorted(folder.glob("checkpoint_*.pth"))
+    end = found.index(path) + 1
+    for old in [*found[: max(0, end - KEPT)], *found[end:], *folder.glob(".checkpoint_*.tmp")]:
         old.unlink()
     return path
 
@@ -32,13 +37,16 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint and its state on the CPU, or None.
 
     Raises:
-        UserError: it is damaged; the message names it and the one before.
+        UserError: it is damaged or of something else; the message names it and the one before.
     """
     paths = sorted(folder.glob("checkpoint_*.pth"))
     if not paths:
         return None
+    before = f"resume from {paths[-2].name}" if len(paths) > 1 else "start again"
     try:
-        return paths[-1], torch.load(paths[-1], map_location="cpu", weights_only=True)
+        state = torch.load(paths[-1], map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        before = f"resume from {paths[-2].name}" if len(paths) > 1 else "start again"
         raise UserError(f"{paths[-1]}: damaged ({type(error).__name__}); delete it to {before}") from error
+    if not isinstance(state, dict) or not state.keys() >= KEYS:
+        raise UserError(f"{paths[-1]}: not a training state of loco-det pretrain; move it away to {before}")
+    return paths[-1], state

@@ -174,7 +174,7 @@ def _train(
     total = cfg.SOLVER.MAX_STEPS or cfg.SOLVER.EPOCHS * loader.steps_per_epoch
     schedule = learning_rate(cfg, total, loader.steps_per_epoch)
     state = {"learner": learner, "optimizer": optimizer, "scaler": scaler}
-    start = _restore(cfg, state) if resume else 0
+    start = _restore(cfg, state, len(source)) if resume else 0
     _write_config(cfg)  # only now, for a run that may not be resumed keeps the configuration that it was made with
     trim_metrics(cfg.OUTPUT_DIR, start)
     average = GradientAverage(learner.parameters())
@@ -209,7 +209,7 @@ def _train(
             stopped = _stopped(stop, device)
             if done % cfg.CHECKPOINT_PERIOD == 0 or done == total or stopped:
                 stepping.finish()
-                _save(cfg, state, done)
+                _save(cfg, state, done, len(source))
             if stopped and done < total:
                 by = stop.received or "a signal"
                 raise UserError(f"stopped by {by} after step {done}; --resume continues from there")
@@ -320,14 +320,15 @@ def _write_config(cfg: CfgNode) -> None:
             file.write(cfg.dump())
 
 
-def _save(cfg: CfgNode, state: dict[str, object], step: int) -> None:
+def _save(cfg: CfgNode, state: dict[str, object], step: int, images: int) -> None:
     if is_main():
         values = {name: part.state_dict() for name, part in state.items()}
-        save_checkpoint(Path(cfg.OUTPUT_DIR), {**values, "step": step, "config_hash": config_hash(cfg)})
+        facts = {"step": step, "images": images, "config_hash": config_hash(cfg)}
+        save_checkpoint(Path(cfg.OUTPUT_DIR), {**values, **facts})
     barrier()
 
 
-def _restore(cfg: CfgNode, state: dict[str, object]) -> int:
+def _restore(cfg: CfgNode, state: dict[str, object], images: int) -> int:
     found = latest_checkpoint(Path(cfg.OUTPUT_DIR))
     if found is None:
         log.info("%s has no checkpoint; starting from the beginning", cfg.OUTPUT_DIR)
@@ -337,6 +338,11 @@ def _restore(cfg: CfgNode, state: dict[str, object]) -> int:
         raise UserError(
             f"{path} was made with another configuration; resume with the {path.parent / 'config.yaml'} that it was "
             "made with, or choose another OUTPUT_DIR"
+        )
+    if values["images"] != images:  # epochs would be cut elsewhere, and no step would be what it was to be
+        raise UserError(
+            f"{path} was made with {values['images']} images and DATA.PATH {cfg.DATA.PATH} has {images}; resume with "
+            "the images that it was made with, or choose another OUTPUT_DIR"
         )
     for name, part in state.items():
         part.load_state_dict(values[name])

@@ -193,6 +193,34 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_works(images: Path, tm
     assert [line["iteration"] for line in trace(tmp_path)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("content", [[1, 2], {"step": 3}, {"state_dict": {}}])
+def test_a_checkpoint_of_something_else_is_named(content: object, images: Path, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "checkpoint_00000003.pth")
+    with pytest.raises(UserError, match=r"checkpoint_00000003.pth: not a training state .* to start again"):
+        pretrain(config(images, tmp_path), resume=True)
+
+
+def test_resume_needs_as_many_images(images: Path, tmp_path: Path) -> None:
+    pretrain(config(images, tmp_path / "run"))
+    fewer = tmp_path / "fewer"
+    fewer.mkdir()
+    for path in sorted(images.iterdir())[1:]:
+        (fewer / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match=r"made with 12 images and DATA.PATH .*fewer has 11"):
+        pretrain(config(fewer, tmp_path / "run"), resume=True)
+
+
+def test_a_run_begun_anew_is_resumed_and_not_the_one_before(images: Path, tmp_path: Path) -> None:
+    pretrain(config(images, tmp_path, CHECKPOINT_PERIOD=1))
+    again = config(images, tmp_path, CHECKPOINT_PERIOD=1, SEED=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_check_finite", lambda *values: 1 / (1 - values[2]))  # it fails after one step
+        with pytest.raises(ZeroDivisionError):
+            pretrain(again)
+    assert [path.name for path in tmp_path.glob("checkpoint_*")] == ["checkpoint_00000001.pth"]
+    assert pretrain(again, resume=True).is_file()
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_saves_and_says_how_to_go_on(
     name: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
