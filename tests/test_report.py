@@ -368,6 +368,7 @@ def test_numbers_of_several_data_sets_and_of_augmentation_have_columns(data, tmp
     assert "| loco | 1 | 10.0 | 11.0 | 12.0 |" in lines
     assert "| class | tiny-train box AP, loco |" in lines
     assert "| a/b | 13.0 |" in lines
+    assert f"- {run}: it was tested on several data sets, which are not taken apart" in "\n".join(lines)
 
 
 def test_pictures_are_of_the_images_that_the_run_was_tested_on(data, runs, tmp_path, monkeypatch):

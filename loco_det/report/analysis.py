@@ -137,6 +137,8 @@ def _of_one_seed(
 
 def take_apart(run: DetectorRun) -> Taken | str:
     """What the run found, evaluated, or why it cannot be."""
+    if len(run.config["DATASETS.TEST"]) > 1:
+        return "it was tested on several data sets, which are not taken apart, so no errors, curves, intervals"
     if run.is_segmentor:
         return _count_labels(run)
     own = [name for name in run.config["DATASETS.TEST"] if has_own_measure(name, run.config["MODEL.MASK_ON"])]
