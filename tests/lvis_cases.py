@@ -1,4 +1,7 @@
-"""A made-up LVIS set: rare and common classes, images that are judged for some of them only, results of all kinds."""
+"""A made-up LVIS set: rare and common classes, images that are judged for some of them only, results of all kinds.
+
+No mask fills its box, a result's mask is moved on its own, and one image has more results than count.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-SIDE, CLASSES = 160, 9
+SIDE, CLASSES, CROWD = 240, 9, 380
 FREQUENCIES = ("r", "c", "f")
 
 
@@ -35,33 +38,43 @@ def made_up(seed: int, images: int = 12) -> tuple[dict[str, Any], list[dict[str,
         for k in present:
             for _ in range(rng.integers(1, 4)):
                 box = rectangle(rng)
+                polygon = outline(box, rng)
                 annotations.append(
                     {"id": len(annotations) + 1, "image_id": 7 * number, "category_id": 3 * k + 2, "bbox": box,
-                     "area": box[2] * box[3], "segmentation": [outline(box)]}
+                     "area": float(coco_mask.area(encoded(polygon))), "segmentation": [polygon]}
                 )  # fmt: skip
                 for _ in range(rng.integers(0, 3)):
                     moved = [v + float(rng.integers(-4, 5)) for v in box[:2]] + box[2:]
                     category = k if rng.random() < 0.8 else int(rng.integers(CLASSES))
-                    results.append(result(7 * number, 3 * category + 2, moved, rng))
-        for _ in range(3):
-            results.append(result(7 * number, 3 * int(rng.integers(CLASSES)) + 2, rectangle(rng), rng))
+                    score = round(float(rng.random()), 2)
+                    shifted = [v + float(rng.integers(-3, 4)) for v in polygon]
+                    results.append(result(7 * number, 3 * category + 2, score, moved, shifted))
+        for _ in range(CROWD if number == 1 else 3):
+            box = rectangle(rng)
+            score = round(0.2 + 0.8 * float(rng.random()), 2)
+            results.append(result(7 * number, 3 * int(rng.integers(CLASSES)) + 2, score, box, outline(box, rng)))
     return {"images": listed, "annotations": annotations, "categories": categories}, results
 
 
 def rectangle(rng: np.random.Generator) -> list[float]:
     """x, y, w, h: small, medium and large ones."""
-    side = rng.integers((6, 6), (120, 120))
+    side = rng.integers((6, 6), (220, 220))
     corner = rng.integers((4, 4), SIDE - 4 - side)
     return [float(v) for v in (*corner, *side)]
 
 
-def outline(box: list[float]) -> list[float]:
+def outline(box: list[float], rng: np.random.Generator) -> list[float]:
+    """A polygon with one corner on each side of the box."""
     x, y, w, h = box
-    return [x, y, x + w, y, x + w, y + h, x, y + h]
+    (top, bottom), (right, left) = rng.integers(1, w, 2).tolist(), rng.integers(1, h, 2).tolist()
+    return [x + top, y, x + w, y + right, x + bottom, y + h, x, y + left]
 
 
-def result(image_id: int, category_id: int, box: list[float], rng: np.random.Generator) -> dict[str, Any]:
-    rle = coco_mask.frPyObjects([outline(box)], SIDE, SIDE)[0]
+def encoded(polygon: list[float]) -> dict[str, Any]:
+    return coco_mask.frPyObjects([polygon], SIDE, SIDE)[0]
+
+
+def result(image_id: int, category_id: int, score: float, box: list[float], polygon: list[float]) -> dict[str, Any]:
+    rle = encoded(polygon)
     segmentation = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
-    score = round(float(rng.random()), 2)
     return {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score, "segmentation": segmentation}

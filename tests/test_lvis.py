@@ -52,19 +52,32 @@ def test_numbers_are_lvis_apis_to_the_last_bit(seed: str, tmp_path: Path) -> Non
         official = GOLDEN["sets"][seed][kind]
         assert numbers == {name: 100 * official[name] for name in NUMBERS}
         assert 0 < numbers["AP"] < numbers["AP50"]
+    assert not {found["bbox"][name] for name in NUMBERS} & {found["segm"][name] for name in NUMBERS}
+
+
+@pytest.mark.parametrize(("surer", "expected"), [(299, 100.0), (300, 0.0)])
+def test_the_300_surest_results_of_an_image_count(surer: int, expected: float, tmp_path: Path) -> None:
+    """Whatever their class; the others here were not looked for, and cost nothing but their places."""
+    content, (*_, right) = lvis_cases.made_up(0, images=1)
+    image, (category, other, absent) = content["images"][0], [c["id"] for c in content["categories"][:3]]
+    image["neg_category_ids"] = [absent]
+    content["annotations"] = [{**content["annotations"][0], "category_id": category, "bbox": right["bbox"]}]
+    results = [{**right, "category_id": category, "score": 0.1}]
+    results += [{**right, "category_id": other, "score": 0.5}] * surer
+    found = evaluate_lvis(write(tmp_path / "lvis.json", content), results, ("bbox",))["bbox"]
+    assert found["AP"] == pytest.approx(expected)
 
 
 def test_a_class_that_was_not_looked_for_costs_nothing(tmp_path: Path) -> None:
     """The same false detection, in an image that was searched for its class and in one that was not."""
     content, _ = lvis_cases.made_up(0, images=1)
     image, category = content["images"][0], content["categories"][0]["id"]
-    box = [10.0, 10.0, 40.0, 40.0]
+    box, corners = [10.0, 10.0, 40.0, 40.0], [10.0, 10.0, 50.0, 10.0, 50.0, 50.0]
     content["annotations"] = [
         {"id": 1, "image_id": image["id"], "category_id": category, "bbox": box, "area": 1600.0,
-         "segmentation": [lvis_cases.outline(box)]}
+         "segmentation": [corners]}
     ]  # fmt: skip
-    rng = np.random.default_rng(0)
-    right = {**lvis_cases.result(image["id"], category, box, rng), "score": 0.5}
+    right = lvis_cases.result(image["id"], category, 0.5, box, corners)
     other = {**image, "id": image["id"] + 1}
     content["images"].append(other)
     wrong = {**right, "image_id": other["id"], "score": 0.9}

@@ -1,7 +1,8 @@
 """LVIS AP: each image counts for the classes that were looked for in it, and rare classes have a mean of their own.
 
-By hotcoco, whose numbers are those of the benchmark's own code (lvis-api 0.5.3) to the last bit, in its protocol: 300
-detections an image over all classes. Source of the names: detectron2/evaluation/lvis_evaluation.py.
+By hotcoco, whose numbers on the tests' made-up sets are those of the benchmark's own code (lvis-api 0.5.3) to the last
+bit, in its protocol: 300 detections an image over all classes. Source of the names:
+detectron2/evaluation/lvis_evaluation.py.
 """
 
 from __future__ import annotations
