@@ -93,7 +93,7 @@ def test_a_sound_machine_passes(without_detectron2: None, datasets: Path) -> Non
 
 
 def test_data_sets_of_every_kind_are_listed_and_not_read(without_detectron2: None, datasets: Path) -> None:
-    assert "no COCO, Pascal VOC or Cityscapes under" in named(examine(), "data sets").found
+    assert "no COCO, LVIS, Pascal VOC or Cityscapes under" in named(examine(), "data sets").found
     places = ("VOC2007/Annotations", "VOC2007/JPEGImages", "VOC2007/ImageSets/Main", "VOC2012/Annotations")
     for place in (*places, "cityscapes/leftImg8bit/val", "cityscapes/gtFine/val", "cityscapes/gtFine/train"):
         (datasets / place).mkdir(parents=True)
