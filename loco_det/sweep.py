@@ -12,17 +12,19 @@ from its last checkpoint, one that failed is tried again by the next sweep.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +40,8 @@ LAUNCHERS = ("local", "torchrun", "submitit")
 RESULT = "result.json"
 OUTPUT = "train.txt"
 MEASURES = ("/AP", "/IoU")  # how the names of those end that the table shows
-_LAST_LINES = 3  # of a failed run, shown
+_LAST_LINES = 3  # of a failed run, shown where the last one is no sentence
+_running: set[subprocess.Popen] = set()  # cells of this process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,16 +99,16 @@ def run(args: argparse.Namespace) -> int:
             log.error("%s: %s", name, error)
             failed[name] = str(error)
     waiting = [cell for cell in cells if not _is_done(cell)]
-    log.info("%d cells, %d of them done", len(cells), len(cells) - len(waiting))
-    with Progress(len(waiting), "cells") as progress:
+    log.info("%d cells, %d of them done; what one prints is in its %s", len(cells), len(cells) - len(waiting), OUTPUT)
+    with _sigterm_interrupts(), Progress(len(waiting), "cells") as progress:
         for cell, problem in _launch(args, waiting):
             if problem:
                 log.error("%s: %s", cell.folder, problem)
                 failed[str(cell.folder)] = problem
             progress.advance(failed=len(failed))
-    write_json(args.out / "sweep.json", {"cells": [_record(cell) for cell in cells], "failed": failed})
     if not args.quiet:
         _print(cells, failed)
+    write_json(args.out / "sweep.json", {"cells": [_record(cell) for cell in cells], "failed": failed})
     return 1 if failed else 0
 
 
@@ -174,8 +177,8 @@ def _sha256(path: Path) -> str:
 def _cells(args: argparse.Namespace, shared: dict[str, Any], name: str, weights: Path) -> list[Cell]:
     content = _sha256(weights)
     cells = []
-    for fraction in args.fractions:
-        for seed in args.seeds:
+    for fraction in dict.fromkeys(args.fractions):  # the same cell twice would count as two seeds
+        for seed in dict.fromkeys(args.seeds):
             facts = {**shared, "weights": content, "fraction": fraction, "seed": seed}
             key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
             folder = args.out.absolute() / name / f"fraction-{fraction:g}_seed-{seed}"
@@ -220,14 +223,33 @@ def run_cell(cell: Cell) -> str | None:
         write_json(cell.folder / "cell.json", {**asdict(cell), "folder": str(cell.folder)})
         begun = time.time()
         with open(cell.folder / OUTPUT, "a") as output:
-            status = subprocess.run(cell.command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+            status = _train(cell.command, output, lock)
         results = _results(cell.folder) if status == 0 else None
         if results is None:
-            lines = (cell.folder / OUTPUT).read_text(errors="replace").strip().splitlines()[-_LAST_LINES:]
+            lines = (cell.folder / OUTPUT).read_text(errors="replace").strip().splitlines()
+            lines = lines[-1 if lines and lines[-1].startswith("error: ") else -_LAST_LINES :]
             return f"train ended with status {status}: {' / '.join(lines) or 'it printed nothing'}"
         done = {"key": cell.key, "results": results, "seconds": round(time.time() - begun, 1)}
         write_json(cell.folder / RESULT, done)
     return None
+
+
+def _train(command: list[str], output: IO[Any], lock: IO[Any]) -> int:
+    """The exit status.
+
+    The process holds the lock too, so that the cell stays taken if the sweep alone is killed. It has a session of its
+    own: `_launch` hands a signal on once, while a second one, from the terminal, would keep it from saving.
+    """
+    streams = {"stdout": output, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, **streams, pass_fds=[lock.fileno()], start_new_session=True) as process:
+        _running.add(process)
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
+            _running.discard(process)
 
 
 def _locked(file: Any) -> bool:
@@ -266,10 +288,29 @@ def _launch(args: argparse.Namespace, cells: list[Cell]) -> Iterator[tuple[Cell,
         running = {pool.submit(run_cell, cell): cell for cell in cells}
         try:
             for future in as_completed(running):
-                yield running[future], future.result()
-        except BaseException:  # children have had the same signal; what is not started stays so
-            pool.shutdown(cancel_futures=True)
+                yield running[future], _problem(future)
+        except BaseException:  # what is not started stays so; what runs saves its state and leaves
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(_running):
+                process.terminate()
             raise
+
+
+def _problem(future: Future[str | None]) -> str | None:
+    try:
+        return future.result()
+    except (OSError, UserError) as error:  # its folder cannot be written: this cell alone
+        return str(error)
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _submit(args: argparse.Namespace, cells: list[Cell]) -> Iterator[tuple[Cell, str | None]]:

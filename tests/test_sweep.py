@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -72,7 +77,7 @@ def test_the_grid_is_run_once_and_failures_stay_apart(
     text = capsys.readouterr()
     assert len(calls(out)) == 12
     assert set(calls(out).values()) == {1}
-    assert "out of luck" in text.err
+    assert "status 2: error: out of luck" in text.err
     assert "6.00 ± 7.07" in text.out  # of 0 + 1 and 10 + 1 at fraction 1
     record = json.loads((out / "sweep.json").read_text())
     assert sum(cell["done"] for cell in record["cells"]) == 8
@@ -118,6 +123,80 @@ def test_a_cell_that_another_sweep_runs_is_left_alone(weights: Path, fake: None,
         assert run(weights / "out", "--backbones", weights / "a.pkl") == 1
     assert "another sweep" in capsys.readouterr().err
     assert not calls(weights / "out")
+
+
+def test_the_same_cell_twice_is_one_cell(weights: Path, fake: None, capsys: pytest.CaptureFixture) -> None:
+    grid = ("--backbones", weights / "a.pkl", "--seeds", 1, 1, 3, "--fractions", 1.0, 1)
+    assert run(weights / "out", *grid) == 0
+    assert calls(weights / "out") == {f"a/fraction-1_seed-{seed}": 1 for seed in (1, 3)}
+    assert "21.00 ± 14.14" in capsys.readouterr().out  # of 11 and 31
+
+
+def test_a_folder_that_cannot_be_written_is_the_failure_of_its_cell(
+    weights: Path, fake: None, capsys: pytest.CaptureFixture
+) -> None:
+    (weights / "out").mkdir()
+    (weights / "out" / "a").write_text("in the way")
+    assert run(weights / "out", "--backbones", weights / "a.pkl", weights / "b.pkl") == 1
+    assert calls(weights / "out") == {"b/fraction-1_seed-0": 1}
+    assert str(weights / "out" / "a") in capsys.readouterr().err
+
+
+# A sweep of two cells whose process waits until it is told to stop, and then needs a moment to save.
+WAITING = """
+import sys
+from loco_det import sweep
+from loco_det.cli import main
+CELL = '''
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+def save(*_):
+    time.sleep(0.2); (folder / "saved").touch(); sys.exit(2)
+signal.signal(signal.SIGTERM, save)
+(folder / "started.tmp").write_text(str(__import__("os").getpid())); (folder / "started.tmp").rename(folder / "started")
+time.sleep(600)
+'''
+sweep._command = lambda args, weights, fraction, seed, folder: [sys.executable, "-c", CELL, str(folder)]
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def waiting(weights: Path) -> Iterator[tuple[subprocess.Popen, list[str], Path]]:
+    """A sweep whose first cell runs, its arguments, and that cell's folder."""
+    out = weights / "out"
+    argv = ["sweep", "--config-file", CONFIG, "--out", str(out), "--backbones", str(weights / "a.pkl")]
+    argv += ["--seeds", "0", "1"]
+    folder = out / "a" / "fraction-1_seed-0"
+    with subprocess.Popen([sys.executable, "-c", WAITING, *argv], stderr=subprocess.PIPE, text=True) as process:
+        while not (folder / "started").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        yield process, argv, folder
+        if process.poll() is None:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_running_cell_save_and_starts_no_other(waiting, number: int) -> None:
+    process, _, folder = waiting
+    process.send_signal(number)
+    assert process.wait(60) == 130
+    assert (folder / "saved").exists()
+    assert not (folder.parent / "fraction-1_seed-1" / "started").exists()
+
+
+def test_a_cell_outlives_a_killed_sweep_and_stays_taken(waiting, fake: None, capsys: pytest.CaptureFixture) -> None:
+    process, argv, folder = waiting
+    process.kill()
+    process.wait(60)
+    try:
+        assert main(argv) == 1
+        assert f"{folder}: another sweep is running it" in capsys.readouterr().err
+        assert not (folder / "calls").exists()
+        assert (folder.parent / "fraction-1_seed-1" / "result.json").exists()
+    finally:
+        os.kill(int((folder / "started").read_text()), signal.SIGKILL)
 
 
 def test_a_run_without_a_result_is_not_done(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,5 +288,5 @@ def test_a_real_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = out / "loco" / "fraction-0.5_seed-0"
     assert "bbox/AP" in json.loads((folder / "result.json").read_text())["results"]
     assert "tiny_train@50pct_seed0" in (folder / "config.yaml").read_text()
-    monkeypatch.setattr(sweep.subprocess, "run", None)
+    monkeypatch.setattr(sweep, "_train", None)
     assert run(out, *options, "--set", *tiny) == 0
