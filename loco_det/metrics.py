@@ -39,9 +39,12 @@ def append_metrics(output_dir: str | Path, values: dict[str, Any]) -> None:
             if name != "iteration":
                 board.add_scalar(name, value, values["iteration"])
         board.flush()
-    wandb = _wandb_runs.get(_key(output_dir))
-    if wandb is not None:
-        (wandb.log if "iteration" in values else wandb.summary.update)(numbers)
+    run = _wandb_runs.get(_key(output_dir))
+    if run is not None and "iteration" in values:
+        run.log(numbers)
+        _note_wandb_run(output_dir, run)
+    elif run is not None:
+        run.summary.update(numbers)
 
 
 def trim_metrics(output_dir: str | Path, iteration: int) -> None:
@@ -101,8 +104,8 @@ def wandb_run(cfg: CfgNode, project: str | None, resume: bool = False) -> Iterat
     """Inside the block what `append_metrics` writes to cfg.OUTPUT_DIR also goes to a W&B run; only on the main process.
 
     W&B's own settings and environment (WANDB_MODE=offline, WANDB_ENTITY, ...) hold. Its files are in
-    OUTPUT_DIR/wandb, and with `resume` the run that an earlier block began there goes on. The horizontal axis of every
-    curve is the iteration.
+    OUTPUT_DIR/wandb, and with `resume` the last run there that came to an iteration goes on. The horizontal axis of
+    every curve is the iteration.
 
     Args:
         cfg: the run's whole configuration, which W&B gets too.
@@ -131,10 +134,9 @@ def _begin_wandb_run(cfg: CfgNode, project: str, resume: bool) -> Any:
     import wandb
 
     folder = Path(cfg.OUTPUT_DIR)
-    note = folder / "wandb" / "run_id.txt"
-    earlier = note.read_text().strip() if resume and note.is_file() else None
+    earlier = _noted_wandb_run(folder) if resume else None
     with os_errors(folder):
-        note.parent.mkdir(parents=True, exist_ok=True)
+        _wandb_note(folder).parent.mkdir(parents=True, exist_ok=True)
     try:
         run = wandb.init(
             project=project,
@@ -150,9 +152,23 @@ def _begin_wandb_run(cfg: CfgNode, project: str, resume: bool) -> Any:
             f"--wandb {project}: W&B cannot begin a run ({error}); run `wandb login`, set WANDB_MODE=offline, or leave "
             "--wandb out."
         ) from error
-    with atomic_write(note, "w") as file:
-        file.write(run.id + "\n")
     run.define_metric("iteration")
     run.define_metric("*", step_metric="iteration")
     log.info("W&B: run %s of project %s, %s", run.id, project, "offline" if run.offline else run.url)
     return run
+
+
+def _wandb_note(folder: str | Path) -> Path:
+    return Path(folder) / "wandb" / "run_id.txt"
+
+
+def _noted_wandb_run(folder: str | Path) -> str | None:
+    note = _wandb_note(folder)
+    return note.read_text().strip() if note.is_file() else None
+
+
+def _note_wandb_run(folder: str | Path, run: Any) -> None:
+    """Keep its id for `resume` once it has an iteration: a run that fails before, or only evaluates, is not kept."""
+    if _noted_wandb_run(folder) != run.id:
+        with atomic_write(_wandb_note(folder), "w") as file:
+            file.write(run.id + "\n")

@@ -10,7 +10,7 @@ from fvcore.common.config import CfgNode
 from loco_det.config import load_config
 from loco_det.errors import UserError
 from loco_det.metrics import check_wandb, wandb_run
-from loco_det.runtime import launch
+from loco_det.runtime import launch, setup_logging
 from pretrain.defaults import get_cfg
 from pretrain.train import pretrain
 
@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _worker(cfg: CfgNode, resume: bool, wandb: str | None) -> Path:
+    setup_logging(cfg.OUTPUT_DIR)  # so that log.txt says which W&B run it is
     with wandb_run(cfg, wandb, resume):
         return pretrain(cfg, resume)
 

@@ -9,7 +9,9 @@ import struct
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,6 +174,63 @@ def test_without_wandb_one_sentence_names_the_extra_before_anything_is_done(
     assert run_job(job, ["--config-file", config, "--wandb", "p", "OUTPUT_DIR", str(tmp_path / "out")]) == 2
     assert "pip install 'loco_det[wandb]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+class Wandb(ModuleType):
+    """As much of wandb as `wandb_run` calls: its runs are called 1, 2, ..., and keep what they were told."""
+
+    class errors:
+        Error = RuntimeError
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.__spec__ = ModuleSpec("wandb", None)
+        self.lines: list[tuple[str, dict]] = []
+        self.started: list[str] = []
+
+    Settings = dict
+
+    def init(self, id: str | None, **_: object) -> SimpleNamespace:
+        name = id or str(len(set(self.started)) + 1)
+        self.started.append(name)
+
+        def told(values: dict) -> None:
+            self.lines.append((name, values))
+
+        def ignored(*_: object, **__: object) -> None: ...
+
+        return SimpleNamespace(
+            id=name, offline=True, log=told, summary=SimpleNamespace(update=told), define_metric=ignored, finish=ignored
+        )
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
+    stub = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    return stub
+
+
+def test_resume_goes_on_in_the_last_wandb_run_that_trained(tmp_path: Path, wandb: Wandb) -> None:
+    cfg = load_config(get_cfg(), "", ["OUTPUT_DIR", str(tmp_path)])
+    training, evaluation = {"iteration": 0, "loss/a": 0.5}, {"bbox/AP": 12.5}
+    for line, resume in ((training, False), (evaluation, False), (None, False), (training, True), (evaluation, True),
+                         (training, False), (training, True)):  # fmt: skip
+        with wandb_run(cfg, "backbones", resume):
+            if line is not None:
+                append_metrics(tmp_path, line)
+    assert wandb.started == ["1", "2", "3", "1", "1", "4", "4"]
+    assert wandb.lines == [("1", training), ("2", evaluation), ("1", training), ("1", evaluation), ("4", training),
+                           ("4", training)]  # fmt: skip
+
+
+def test_a_pretraining_without_images_leaves_no_wandb_run_to_go_on_in(tmp_path: Path, wandb: Wandb) -> None:
+    config = ["--config-file", "configs/pretrain/loco_r50.yaml", "--wandb", "p"]
+    overrides = ["OUTPUT_DIR", str(tmp_path / "out"), "DATA.PATH", str(tmp_path / "absent"), "DEVICE", "cpu"]
+    for resume in ([], ["--resume"]):
+        assert run_job("pretrain", [*config, *resume, *overrides]) == 2
+    assert wandb.started == ["1", "2"]
+    assert (tmp_path / "out" / "log.txt").read_text().count("of project p") == 2
 
 
 WITH_WANDB = """
