@@ -256,16 +256,19 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(limit: int = -1) -> None:
     """Let this process keep large blocks that it frees, where the C library is glibc; elsewhere nothing changes.
 
     By default glibc takes blocks above 32 MiB, as activations often are, from the kernel one by one and gives each
     back when it is freed, so that every training step on a CPU faults all its pages in anew.
+
+    Args:
+        limit: bytes free at the heap's end from which on they are given back; -1: never.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)  # from the heap, all of them
-        mallopt(_M_TRIM_THRESHOLD, -1)  # never
+        mallopt(_M_TRIM_THRESHOLD, limit)
 
 
 def resolve_device(name: str) -> torch.device:

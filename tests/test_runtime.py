@@ -422,6 +422,25 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.g
     assert given_back > 2 * kept  # fewer faults where the kernel gives large pages by itself
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep freed memory")
+def test_freed_blocks_above_a_limit_are_given_back() -> None:
+    """Resident bytes after half a GiB was written and freed."""
+    program = """
+import sys
+from pathlib import Path
+from loco_det.runtime import keep_freed_memory
+keep_freed_memory(int(sys.argv[1]))
+size = 2**29
+b"x" * size
+print(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")))
+"""
+    kept, limited = (
+        1024 * int(subprocess.run([sys.executable, "-c", program, limit], check=True, capture_output=True).stdout)
+        for limit in ("-1", str(2**28))
+    )
+    assert kept - limited > 2**28
+
+
 def test_a_signal_waits_for_the_step_and_a_second_interrupts() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:

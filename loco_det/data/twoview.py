@@ -420,4 +420,4 @@ def prepare_worker(_: int = 0) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # At exit Python terminates workers that still run; a quiet end keeps torch from reporting that as a crash.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    runtime.keep_freed_memory()
+    runtime.keep_freed_memory(256 * 2**20)  # there are many workers, and now and then a huge image
