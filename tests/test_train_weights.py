@@ -260,6 +260,7 @@ def test_detectron2s_own_nesting_is_resumed_too(saved, tmp_path):
     [
         ({"MODEL__ROI_HEADS__NUM_CLASSES": 5}, ["2 classes", "MODEL.ROI_HEADS.NUM_CLASSES is 5"]),
         ({"MODEL__MASK_ON": False}, ["mask head", "MODEL.MASK_ON to True"]),
+        ({"MODEL__META_ARCHITECTURE": "SemanticSegmentor"}, ["of a GeneralizedRCNN", "is SemanticSegmentor"]),
         ({"MODEL__FPN__OUT_CHANNELS": 32}, ["backbone.fpn_lateral", "32"]),
         ({"INPUT__FORMAT": "BGR"}, ["INPUT.FORMAT", "RGB"]),
         ({"MODEL__ROI_BOX_HEAD__NUM_FC": 1}, ["roi_heads.box_head.fc2", "no place"]),
@@ -278,6 +279,13 @@ def test_a_detector_without_masks_does_not_fill_mask_rcnn(tmp_path):
     path = run.save("model_final", 0)
     cfg = tiny_cfg(tmp_path, MODEL__WEIGHTS=path)
     with pytest.raises(UserError, match=r"no mask head; set MODEL.MASK_ON to False"):
+        load_weights(build_model(cfg), cfg)
+
+
+def test_a_segmentor_does_not_fill_mask_rcnn(tmp_path):
+    run = checkpointer(tiny_cfg(tmp_path, MODEL__META_ARCHITECTURE="SemanticSegmentor"))
+    cfg = tiny_cfg(tmp_path, MODEL__WEIGHTS=run.save("model_final", 0))
+    with pytest.raises(UserError, match=r"of a SemanticSegmentor and MODEL.META_ARCHITECTURE is GeneralizedRCNN"):
         load_weights(build_model(cfg), cfg)
 
 

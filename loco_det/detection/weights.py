@@ -156,6 +156,7 @@ def _match_backbone(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -
 
 
 def _match_detector(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
+    _check_task(weights, target, cfg)
     _check_classes(weights, target, cfg)
     masks = [name for name in weights.tensors if name.startswith("roi_heads.mask_head.")]
     if bool(masks) != any(name.startswith("roi_heads.mask_head.") for name in target):
@@ -172,6 +173,16 @@ def _match_detector(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -
             )
     _check_complete(weights.path, matched, target)
     return matched
+
+
+def _check_task(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -> None:
+    for head, task in (("roi_heads.", "GeneralizedRCNN"), ("sem_seg_head.", "SemanticSegmentor")):
+        there = (any(name.startswith(head) for name in names) for names in (weights.tensors, target))
+        if tuple(there) == (True, False):
+            raise UserError(
+                f"{weights.path} is of a {task} and MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; "
+                "the configuration must describe the network that the weights are of."
+            )
 
 
 def _check_classes(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -> None:
