@@ -105,7 +105,7 @@ JOBS: dict[str, tuple[str, Callable[[], Job]]] = {
     "pretrain": ("pretrain a backbone on unlabelled images with LoCo, GIM or SimCLR", _pretrain),
     "convert": ("turn a backbone into weights that Detectron2 and `train` read, with proof", _convert),
     "train": ("train and evaluate Faster or Mask R-CNN on a frozen or fine-tuned backbone", _train),
-    "predict": ("draw a trained detector's boxes and masks into images and videos; COCO JSON, ONNX", _predict),
+    "predict": ("draw what a trained detector or segmentor finds into images and videos; COCO JSON, ONNX", _predict),
     "probe": ("classify images by a backbone's frozen features, stage by stage", _probe),
     "sweep": ("train and evaluate every backbone with every seed and share of the images, resumably", _sweep),
     "report": ("put runs and probes side by side: one page with intervals, errors, curves and pictures", _report),
