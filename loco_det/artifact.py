@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any, Literal
 
 import msgspec
 import torch
@@ -26,6 +26,7 @@ FORMAT = 1
 HEADER_KEY = "loco_det"
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
+Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class Stage(msgspec.Struct, frozen=True):
@@ -46,9 +47,9 @@ class Manifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     method: str
     units: list[list[str]] = []
     decoder: dict[str, Any] = {}
-    channel_order: str = "RGB"
+    channel_order: Literal["RGB", "BGR"] = "RGB"
     pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
-    pixel_std: tuple[float, float, float] = IMAGENET_STD
+    pixel_std: tuple[Positive, Positive, Positive] = IMAGENET_STD
     stride_in_1x1: bool = False
     config: dict[str, Any] = {}
     config_hash: str = ""

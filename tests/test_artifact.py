@@ -235,13 +235,15 @@ def manifest_json(**changes: object) -> str:
         (manifest_json(stages=["stem"]), r"cannot be read.*stages"),
         (manifest_json(pixel_mean=[1, 2]), r"cannot be read.*pixel_mean"),
         (manifest_json(pixel_std=[1, 2, "x"]), r"cannot be read.*pixel_std"),
+        (manifest_json(pixel_std=[58, 57, 0]), r"cannot be read.*pixel_std"),
+        (manifest_json(channel_order="GBR"), r"cannot be read.*channel_order"),
         (manifest_json(__class__="os.system"), r"cannot be read.*__class__"),
         (manifest_json(colour="RGB"), r"cannot be read.*colour"),
         ('{"format": 1, "depth": 18}', r"cannot be read.*missing"),
         ('{"format": 1, "config": ' + "[" * 200_000 + "]" * 200_000 + "}", "cannot be read"),
         ('{"format": 1, "depth": ' + "9" * 5000 + "}", "cannot be read"),
     ],
-    ids=range(19),
+    ids=range(21),
 )
 def test_a_manifest_that_says_nonsense_is_refused_with_the_file_and_the_field(text: str, reason: str) -> None:
     with pytest.raises(UserError, match=rf"(?s)^some\.file: .*{reason}") as info:

@@ -211,6 +211,23 @@ def test_an_artifact_of_another_depth_than_it_says(tmp_path: Path) -> None:
         load_backbone_weights(tmp_path / "b.safetensors")
 
 
+def test_an_artifact_without_its_first_convolution(tmp_path: Path) -> None:
+    plain = detectron2_names()[1]
+    del plain["conv1.weight"]
+    save_backbone(tmp_path / "b.safetensors", plain, describe(ResNet(18), stem="imagenet", method="loco"))
+    with pytest.raises(UserError, match=r"b\.safetensors: tensor 'conv1.weight' of every ResNet is missing"):
+        load_backbone_weights(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(64, 128, 3, 3), (0, 64, 3, 3), (64, 0, 3, 3), (1, 64, 3, 3), (64,)])
+def test_a_width_that_is_none(shape: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        state = torchvision.models.resnet50().state_dict()
+    state["layer1.0.conv2.weight"] = torch.empty(shape, device="meta")
+    with pytest.raises(UserError, match=r"'layer1.0.conv2.weight' has shape .* not \[64, 64, 3, 3\]"):
+        take_account("x", state, read=False)
+
+
 @pytest.mark.parametrize(
     "name",
     ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2"],

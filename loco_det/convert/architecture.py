@@ -58,6 +58,8 @@ def recognise(path: object, tensors: dict[str, AnyTensor]) -> Architecture:
     Raises:
         UserError: it is none that Detectron2 can build.
     """
+    if "conv1.weight" not in tensors:
+        raise UserError(f"{path}: tensor 'conv1.weight' of every ResNet is missing; take a whole file")
     stem = tuple(tensors["conv1.weight"].shape)
     refuse_small_stem(path, stem)
     if stem != (STEM_CHANNELS, 3, 7, 7):
@@ -75,10 +77,10 @@ def recognise(path: object, tensors: dict[str, AnyTensor]) -> Architecture:
             f"{path}: 'bn1' has no running statistics, so it is GroupNorm or another norm; give a BatchNorm ResNet"
         )
     second = tensors.get("layer1.0.conv2.weight")
-    if not bottleneck or second is None or second.ndim != 4 or 0 in second.shape:
+    if not bottleneck or second is None or second.ndim != 4 or not 0 < second.shape[1] <= second.shape[0]:
         return Architecture(depths[0])
     groups = second.shape[0] // second.shape[1]
-    return Architecture(depths[0], groups, second.shape[0] // max(groups, 1))
+    return Architecture(depths[0], groups, second.shape[0] // groups)
 
 
 def refuse_small_stem(path: object, stem: tuple[int, ...]) -> None:
