@@ -25,6 +25,7 @@ from loco_det.cli import run_job
 from loco_det.convert import conversion, convert, load_any_backbone, load_backbone_weights
 from loco_det.convert.account import Account
 from loco_det.convert.architecture import Architecture
+from loco_det.convert.export import yaml_text
 from loco_det.convert.prove import TOLERANCE, made_image, prove
 from loco_det.errors import UserError
 from loco_det.names import to_detectron2, to_torchvision
@@ -209,8 +210,27 @@ def test_outputs_that_cannot_be_used(r18: Path, folder: Path) -> None:
         convert(r18, r18.with_suffix(".onnx"))
     with pytest.raises(UserError, match="is the input too"):
         convert(folder / "r50.pkl", folder / "r50.pkl")
+    with pytest.raises(UserError, match="is the input too"):
+        convert(folder / "r50.pkl", folder / "." / ".." / folder.name / "r50.pkl")
     with pytest.raises(UserError, match="cannot be written"):
         convert(r18, r18 / "out.pkl")
+
+
+def test_a_yaml_file_of_somebody_s_is_not_written_over(r18: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.yaml").write_text("SOLVER: {MAX_ITER: 90000}\n")
+    with pytest.raises(UserError, match=r"out.yaml: is in the way of the YAML keys of out.pkl"):
+        convert(r18, tmp_path / "out.pkl")
+    assert (tmp_path / "out.yaml").read_text() == "SOLVER: {MAX_ITER: 90000}\n"
+    assert not (tmp_path / "out.pkl").exists()
+    (tmp_path / "out.yaml").unlink()
+    for _ in range(2):  # its own it replaces
+        convert(r18, tmp_path / "out.pkl")
+
+
+def test_the_manifest_s_words_stay_in_their_comment() -> None:
+    manifest = describe(ResNet(18), stem="imagenet", method="loco\nOUTPUT_DIR: /\u2028VERSION: 1\r#")
+    keys = yaml.safe_load(yaml_text(Path("weights.pkl"), manifest, Architecture(18)))
+    assert keys.keys() == {"MODEL", "INPUT"}
 
 
 def test_a_wrong_name_in_the_table_fails_the_proof(r18: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from loco_det.backbone import ResNet, stage_channels, stage_strides, tensors_has
 from loco_det.config import collect_settings
 from loco_det.convert.account import Account, take_account
 from loco_det.convert.architecture import Architecture, checked_tensors, recognise
-from loco_det.convert.export import WRITERS, yaml_text
+from loco_det.convert.export import WRITERS, is_fragment, yaml_text
 from loco_det.convert.load import load_tensors, open_tensors, safetensors_metadata
 from loco_det.convert.prove import prove
 from loco_det.convert.sources import Pixels, Triple
@@ -64,13 +64,16 @@ def convert(
             f"{output}: the name must say the format; end it in .pkl for Detectron2, or in .pth or .safetensors for "
             "torchvision and timm"
         )
-    if output.absolute() == source.absolute():
+    if output.resolve() == source.resolve():
         raise UserError(f"{output}: is the input too; give the output another name")
+    for_detectron2, write = output.suffix == ".pkl", WRITERS[output.suffix]
+    fragment = output.with_suffix(".yaml")
+    if for_detectron2 and fragment.exists() and not is_fragment(fragment):
+        raise UserError(f"{fragment}: is in the way of the YAML keys of {output.name}; give the output another name")
     given = _given(channel_order, pixel_mean, pixel_std, stride_in_1x1, d2_config)
     account, manifest, known = _read(source, branch)
     stated = account.pixels = _stated(source, account, manifest, known, *given)
     manifest = manifest or _describe(account)
-    for_detectron2, write = output.suffix == ".pkl", WRITERS[output.suffix]
     if stated.stride_in_1x1 and not for_detectron2:
         raise UserError(
             f"{output}: these weights have their stride in the 1x1 convolution, which torchvision and timm cannot be "
@@ -91,7 +94,7 @@ def convert(
         if written.keys() != tensors.keys() or any(not torch.equal(written[n].read(), t) for n, t in tensors.items()):
             raise UserError(f"{output}: the disk gave back other bytes than were written; choose another disk")
     if for_detectron2:
-        with atomic_write(output.with_suffix(".yaml"), "w") as file:
+        with atomic_write(fragment, "w") as file:
             file.write(yaml_text(output, manifest, account.architecture))
     return account
 

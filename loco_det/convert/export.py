@@ -63,12 +63,23 @@ def write_torch(file: IO[bytes], tensors: dict[str, Tensor], manifest: Manifest)
 WRITERS = {".pkl": write_pickle, ".pth": write_torch, ".safetensors": write_backbone}
 """Suffix of the output -> (file, tensors, manifest) -> None; only the .pkl has Detectron2's names."""
 
+_SIGNED = "converted and proven by loco_det."
+
+
+def is_fragment(path: Path) -> bool:
+    """Whether `path` is a file that `yaml_text` made, which another conversion may replace."""
+    try:
+        return _SIGNED in path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    except OSError:
+        return False
+
 
 def yaml_text(weights: Path, manifest: Manifest, architecture: Architecture) -> str:
     """The YAML fragment for stock Detectron2: weights, pixels and ResNet keys that these weights need."""
     wide = (architecture.groups, architecture.width_per_group) != (1, 64)
+    method = " ".join(manifest.method.split())  # the file's own word: it may not end the comment
     lines = [
-        f"# {architecture.name} backbone ({manifest.method}), converted and proven by loco_det.",
+        f"# {architecture.name} backbone ({method}), {_SIGNED}",
         "# These keys must agree with the weights: put them into your config, or name this file as its _BASE_.",
         "MODEL:",
         f"  WEIGHTS: {json.dumps(str(weights.absolute()), ensure_ascii=False)}",
