@@ -21,7 +21,7 @@ from loco_det.data.sources import open_source
 from loco_det.errors import UserError
 from loco_det.evaluation.probes.backbones import load_backbone_for_probe
 from loco_det.evaluation.probes.features import Extractor
-from loco_det.evaluation.probes.finetune import predict
+from loco_det.evaluation.probes.finetune import FineTuning, batch_size, finetune, predict
 from loco_det.evaluation.probes.images import open_probe_data
 from loco_det.evaluation.probes.ridge import fit_ridge
 
@@ -106,14 +106,10 @@ def test_fine_tuning_on_few_labels(artifact: Path, images: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(("labels", "size"), [(12811, 256), (2560, 256), (500, 50), (30, 16)])
 def test_batches_of_fine_tuning(labels: int, size: int) -> None:
-    from loco_det.evaluation.probes.finetune import batch_size
-
     assert batch_size(labels) == size
 
 
 def test_fine_tuning_learns_and_leaves_the_backbone(artifact: Path, images: Path) -> None:
-    from loco_det.evaluation.probes.finetune import FineTuning, finetune, predict
-
     data = open_probe_data(str(images))
     backbone = load_backbone_for_probe(str(artifact))
     before = backbone.weights_hash()
@@ -426,7 +422,7 @@ def test_damaged_cifar_is_refused(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=file.name):
         open_probe_data(str(tmp_path / kind))
     file.unlink()
-    with pytest.raises(UserError, match=file.name):
+    with pytest.raises(UserError, match=f"{file.name}.* copy of the data set"):
         open_probe_data(str(tmp_path / kind))
 
 
@@ -526,6 +522,14 @@ def test_fine_tuning_that_ends_in_nothing_is_no_result(artifact: Path, images: P
     diverged = lambda x: torch.full((len(x), 3), torch.nan)  # noqa: E731 (as after a last step that was too long)
     with pytest.raises(UserError, match="not finite; lower --rates"):
         predict(diverged, extractor, open_probe_data(str(images)).test)
+
+
+def test_fine_tuning_of_damaged_weights_does_not_blame_the_rate(artifact: Path, images: Path) -> None:
+    backbone = load_backbone_for_probe(str(artifact))
+    with torch.no_grad():
+        next(backbone.model.parameters()).fill_(torch.nan)
+    with pytest.raises(UserError, match=r"backbone.safetensors is nan at step 0; take sound weights"):
+        finetune(backbone, "res5", open_probe_data(str(images)).train, 3, SIDE, FineTuning(), torch.device("cpu"))
 
 
 def test_the_list_of_the_pretraining_formats_works_too(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ def _binary_part(file: Path, before: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pickled(file: Path, key: str) -> Any:
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; take an intact copy of the data set")
     content = {_text(name): value for name, value in load_tensors(file).items()}
     if key not in content:
         raise UserError(f"{file}: has no {key!r}; take an intact copy of the data set")

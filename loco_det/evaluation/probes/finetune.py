@@ -104,7 +104,8 @@ def finetune(
             scores = model(backbone.input(images, device))
             loss = nn.functional.cross_entropy(scores, labels.to(device))
             if not loss.isfinite():
-                raise UserError(f"the loss of fine-tuning is {loss.item()} at step {step}; lower --rates")
+                remedy = "lower --rates" if step else "take sound weights"
+                raise UserError(f"the loss of fine-tuning {backbone.name} is {loss.item()} at step {step}; {remedy}")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
