@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,27 @@ def test_damage_anywhere_is_found_and_mended(tmp_path, monkeypatch, cache):
     file.write_bytes(whole + b"\0")
     assert_is(load_index(path), path)
     assert len(builds) == 47 + 10
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"", b"\xff", b"[]", b"{}", b"[" * 100_000, b'{"columns": []}', b"long", b"huge"],
+    ids=range(8),
+)
+def test_a_whole_cache_file_of_something_else_is_not_used(tmp_path, monkeypatch, cache, header):
+    settle(monkeypatch)
+    path = saved(tmp_path, content())
+    load_index(path)
+    (file,) = cache.glob("*.index")
+    count = {b"long": 1 << 20, b"huge": 1 << 80}.get(header)
+    if count:
+        columns = {name: ["<f8", [count], 0] for name in module._ARRAYS}
+        header = json.dumps({"columns": columns, "source": {}, "category_names": []}).encode()
+    rest = len(header).to_bytes(4, "little") + header
+    file.write_bytes(module._MAGIC + zlib.crc32(rest).to_bytes(4, "little") + rest)
+    builds = spy(monkeypatch, "_build")
+    assert_is(load_index(path), path)
+    assert len(builds) == 1
 
 
 def test_another_files_or_versions_index_is_not_used(tmp_path, monkeypatch, cache):

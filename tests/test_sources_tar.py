@@ -197,15 +197,19 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(shards, cache, mo
     monkeypatch.setattr(tar, "_index", lambda *args: made.append(1) or build(*args))
     assert len(open_source(shards)) == IMAGES
     assert not made
-    for damage in (b"", b"PK nonsense", file.read_bytes()[:300]):
+    whole = file.read_bytes()
+    entry = whole.index(b"PK\x01\x02")  # in the zip's directory; flags stand 8 bytes on, the method 10
+    flips = [(8, 1), (8, 64), (10, 1), (10, 8)]  # encrypted, strongly, no method at all, deflated
+    flipped = [whole[: entry + at] + bytes([whole[entry + at] ^ bit]) + whole[entry + at + 1 :] for at, bit in flips]
+    for damage in (b"", b"PK nonsense", whole[:300], *flipped):
         file.write_bytes(damage)
         assert len(open_source(shards)) == IMAGES
-    assert len(made) == 3
+    assert len(made) == 7
     with tarfile.open(shards / "train-0001.tar", "a") as archive:
         add(archive, "new.jpg", encode(photograph(9, 9)))
         add(archive, "new.cls", b"3")
     assert len(open_source(shards)) == IMAGES + 1
-    assert len(made) == 4
+    assert len(made) == 8
 
 
 def test_a_shard_that_changes_under_a_run_is_noticed(shards):

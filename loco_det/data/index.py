@@ -323,15 +323,18 @@ def _open(cache: Path, path: Path) -> CocoIndex | None:
     ):
         return None
     start = 16 + int.from_bytes(data[12:16], "little")
-    header = json.loads(data[16:start])
-    if set(header["columns"]) != set(_ARRAYS):
+    try:
+        header = json.loads(data[16:start])
+        if set(header["columns"]) != set(_ARRAYS):
+            return None
+        arrays = {
+            name: np.frombuffer(data, dtype, math.prod(shape), start + offset).reshape(shape)
+            for name, (dtype, shape, offset) in header["columns"].items()
+        }
+        source = AnnotationFile(path, **header["source"])
+        return CocoIndex(source, tuple(header["category_names"]), **arrays, mapped=True)
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):  # whole, and not written here
         return None
-    arrays = {
-        name: np.frombuffer(data, dtype, math.prod(shape), start + offset).reshape(shape)
-        for name, (dtype, shape, offset) in header["columns"].items()
-    }
-    source = AnnotationFile(path, **header["source"])
-    return CocoIndex(source, tuple(header["category_names"]), **arrays, mapped=True)
 
 
 @contextlib.contextmanager
