@@ -91,6 +91,7 @@ def test_from_images_and_backbone_to_ap(arguments, tmp_path):
     assert all(d["segmentation"]["size"] == [64, 64] for d in detections)
     for text in (command.stderr, (out / "log.txt").read_text()):
         assert re.search(r"train (\d+)/\1 eta 00:00:00 .*it/s loss .* lr .* data \d+% .*loss_mask", text)
+        assert text.count("engine: torchvision") == 1
 
     # The frozen tensors are the backbone file's, through training and checkpoint.
     trained = torch.load(out / "model_final.pth", weights_only=True)["model"]

@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
         cfg = load_config(get_cfg(), args.config_file, args.opts)
     if args.num_gpus < 1:
         raise UserError(f"--num-gpus is {args.num_gpus}; give at least 1, which without a GPU means one CPU process.")
-    if choose_engine(args.engine).NAME == "torchvision":  # again in every process, but here it is known who set what
+    # Again in every process, but here it is known who set what.
+    if choose_engine(args.engine, tell=False).NAME == "torchvision":
         check_honoured(cfg, collect_settings(args.config_file, args.opts))
     options = {"engine": args.engine, "eval_only": args.eval_only, "resume": args.resume, "evaluator": args.evaluator}
     options.update(fast=not args.exact, feature_cache=args.feature_cache)

@@ -101,8 +101,8 @@ def train_net(
     return results
 
 
-def choose_engine(name: str) -> ModuleType:
-    """The engine's module; see `engine_torchvision` for its functions.
+def choose_engine(name: str, tell: bool = True) -> ModuleType:
+    """The engine's module; see `engine_torchvision` for its functions. With `tell` the log says which it is.
 
     Raises:
         UserError: an unknown name, or Detectron2 is asked for and not installed.
@@ -112,12 +112,14 @@ def choose_engine(name: str) -> ModuleType:
     if name == "detectron2" and not engine_d2.installed():
         raise UserError("Detectron2 is not installed here; use --engine torchvision, or install it (docs/engines.md).")
     if name == "detectron2" or (name == "auto" and engine_d2.installed()):
-        log.info("engine: detectron2%s", " (it is installed)" if name == "auto" else "")
-        return engine_d2
-    from loco_det.detection import engine_torchvision
+        module, why = engine_d2, "it is installed"
+    else:
+        from loco_det.detection import engine_torchvision
 
-    log.info("engine: torchvision%s", " (Detectron2 is not installed)" if name == "auto" else "")
-    return engine_torchvision
+        module, why = engine_torchvision, "Detectron2 is not installed"
+    if tell:
+        log.info("engine: %s%s", module.NAME, f" ({why})" if name == "auto" else "")
+    return module
 
 
 # --- before the first step --------------------------------------------------------------------------------------
