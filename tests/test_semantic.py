@@ -23,6 +23,7 @@ from loco_det.cli import run_job
 from loco_det.config import load_config
 from loco_det.data import semantic as data
 from loco_det.data.catalog import find_dataset
+from loco_det.data.cityscapes import read_instance_ids
 from loco_det.data.coco import load_coco
 from loco_det.data.loader import build_train_loader
 from loco_det.data.mapper import DetectionMapper, sample_rng
@@ -121,6 +122,27 @@ def test_what_is_no_map_of_labels_is_refused(pixels: np.ndarray | bytes, message
     path.write_bytes(pixels) if isinstance(pixels, bytes) else Image.fromarray(pixels).save(path)
     with pytest.raises(UserError, match=message):
         data.read_labels(path)
+
+
+@pytest.mark.parametrize(("place", "value"), [(11, 2), (36, 2), (45, 77)], ids=["header", "length", "pixels"])
+def test_a_damaged_png_is_one_sentence(place: int, value: int, tree: Path, tmp_path: Path) -> None:
+    """Of labels, instance ids and predictions; PIL has another exception for each kind of damage."""
+    shutil.copytree(tree, tmp_path / "cityscapes")
+    image = frames(tmp_path / "cityscapes")[0]
+    scores.write_prediction(tmp_path, image, np.zeros((96, 160), np.uint8))
+    label = data.label_file(image)
+    readers = {
+        label: data.read_labels,
+        label.with_name(label.name.replace("labelIds", "instanceIds")): read_instance_ids,
+        scores.prediction_file(tmp_path, image): lambda _: scores.read_pair(image, tmp_path),
+    }
+    for path, reader in readers.items():
+        whole = path.read_bytes()
+        reader(path)
+        path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=f"{path.name}: cannot be read"):
+            reader(path)
+        path.write_bytes(whole)
 
 
 def test_a_split_is_listed_with_its_classes_and_no_annotation() -> None:

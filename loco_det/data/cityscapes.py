@@ -15,7 +15,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,17 +232,28 @@ def _read_polygons(path: Path) -> dict[str, Any]:
 # --- bitmaps ----------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def opened_map(path: Path, remedy: str = "take an intact copy") -> Iterator[Image.Image]:
+    """A PNG whose pixels are numbers, opened; its pixels are to be read inside the block.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError) as error:  # by where a PNG is damaged, PIL raises any of them
+        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from error
+
+
 def read_instance_ids(path: Path) -> np.ndarray:
     """(H, W) int32 of an instanceIds PNG: label id * 1000 + number of an object, label id alone of a group or stuff.
 
     Raises:
         UserError: missing or no such image.
     """
-    try:
-        with Image.open(path) as image:
-            ids = np.array(image)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error}); take an intact copy") from error
+    with opened_map(path) as image:
+        ids = np.array(image)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise UserError(f"{path}: is {ids.dtype} of shape {ids.shape}, not a map of instance ids; take an intact copy")
     return ids.astype(np.int32)

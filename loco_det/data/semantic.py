@@ -16,9 +16,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from loco_det.data.cityscapes import LABELS, SPLITS, cityscapes_frames
+from loco_det.data.cityscapes import LABELS, SPLITS, cityscapes_frames, opened_map
 from loco_det.data.derived import derived_file, files_digest
 from loco_det.errors import UserError
 
@@ -62,7 +61,8 @@ def _listed(images: list[Path], labels: list[Path], folder: Path) -> bytes:
     for number, (image, label) in enumerate(zip(images, labels), 1):
         digest.update(label.read_bytes())
         name = image.relative_to(folder).as_posix()
-        width, height = _opened(label).size
+        with opened_map(label) as opened:
+            width, height = opened.size
         entries.append({"id": number, "file_name": name, "height": height, "width": width})
     categories = [{"id": int(number), "name": name} for number, name in zip(LABEL_IDS, CLASSES)]
     info = {"labels_sha256": digest.hexdigest()}
@@ -109,18 +109,8 @@ def read_labels(path: Path) -> np.ndarray:
     Raises:
         UserError: missing, or no map of labels.
     """
-    with _opened(path) as image:
-        try:
-            found = np.array(image)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error}); take an intact copy.") from error
+    with opened_map(path) as image:
+        found = np.array(image)
     if found.ndim != 2 or found.dtype != np.uint8:
         raise UserError(f"{path}: is {found.dtype} of shape {found.shape}, not a map of labels; take an intact copy.")
     return to_classes(found, path)
-
-
-def _opened(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error}); take an intact copy.") from error

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from loco_det.data.cityscapes import read_instance_ids
+from loco_det.data.cityscapes import opened_map, read_instance_ids
 from loco_det.data.semantic import CLASSES, IGNORED, LABEL_IDS, label_file, read_labels
 from loco_det.errors import UserError
 from loco_det.evaluation.cityscapes import OFFICIAL, official_module
@@ -132,11 +132,8 @@ def read_pair(image: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     path = prediction_file(folder, image)
     truth = read_labels(label_file(image))
-    try:
-        with Image.open(path) as file:
-            found = np.array(file)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error}); evaluate again.") from error
+    with opened_map(path, "evaluate again") as file:
+        found = np.array(file)
     if found.shape != truth.shape or found.dtype != np.uint8 or (_CLASS_OF[found] == IGNORED).any():
         raise UserError(
             f"{path}: is {found.dtype} of shape {found.shape}, or has labels that are not evaluated; the truth is of "
