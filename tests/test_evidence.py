@@ -44,12 +44,22 @@ def test_the_page_has_means_intervals_commands_and_hours(tmp_path: Path, monkeyp
     assert "| backbone | stem | res5 |" in text
     assert text.count("| loco | 41.0 [38.5, 43.5] | 41.0 [38.5, 43.5] |") == len(evidence.PROTOCOLS)
     assert "| loco | 5.00 [2.52, 7.48] |" in text
-    assert "All of it took 2.0 hours on 2 cores" in text
+    assert "The commands took 2.0 hours together, several at a time or beside other work, on 2 cores" in text
+    assert "next to nothing" not in text
     assert "loco-det pretrain METHOD loco SEED 2" in text
     assert "## What was not run" in text
     assert "--seeds 0 1 2 --steps 7 --batch 8 --size 9 --limit 10 --iterations 11 --device cpu" in text
     assert "](results_cpu.png)" in text
     assert (tmp_path / "results_cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_says_so_where_no_detector_learned() -> None:
+    result = made_up()
+    for cell in result["cells"]:
+        cell["detection"] = dict.fromkeys(evidence.NUMBERS, 0.1 * cell["seed"] if cell["method"] == "loco" else 0.0)
+    text = evidence.page_text([result])
+    assert "No backbone's mean box AP is above 0.10" in text
+    assert "| random | 0.00 [0.00, 0.00] |" in text
 
 
 def test_the_picture_shows_means_and_intervals() -> None:
