@@ -192,8 +192,8 @@ def section(result: dict[str, Any]) -> str:
         f"images, ResNet-18 with ImageNet's stem; probes from {setting['limit']} training and "
         f"{setting['limit']} test images; detector: {setting['iterations']} iterations of 4 images. The commands took "
         f"{seconds / 3600:.1f} hours together, several at a time or beside other work, on {machine['cores']} cores "
-        f"with {machine['threads']} thread(s) each, torch {machine['packages']['torch']}, loco_det {machine['loco_det']}. "
-        "Mean over seeds, in brackets the 95 % interval of the mean.\n",
+        f"with {machine['threads']} thread(s) each, torch {machine['packages']['torch']}, loco_det "
+        f"{machine['loco_det']}. Mean over seeds, in brackets the 95 % interval of the mean.\n",
         f"![Top-1 of every stage's probes, by method]({picture(result)})\n",
     ]
     for protocol in PROTOCOLS:
@@ -212,8 +212,8 @@ def section(result: dict[str, Any]) -> str:
     if best < 1:
         parts += [
             f"No backbone's mean box AP is above {best:.2f}: at this budget and with 80 images to learn from the "
-            "detector finds next to nothing, whatever it stands on. The columns show that the road runs on real images, and no "
-            "more; detection that is learned in minutes is on [quickstart's page](quickstart.md).\n"
+            "detector finds next to nothing, whatever it stands on. The columns show that the road runs on real images, "
+            "and no more; detection that is learned in minutes is on [quickstart's page](quickstart.md).\n"
         ]
     parts += [
         "Made by (`DETECTRON2_DATASETS` holds COCO):\n",
