@@ -212,8 +212,8 @@ def section(result: dict[str, Any]) -> str:
     if best < 1:
         parts += [
             f"No backbone's mean box AP is above {best:.2f}: at this budget and with 80 images to learn from the "
-            "detector finds next to nothing, whatever it stands on. The columns show that the road runs on real images, "
-            "and no more; detection that is learned in minutes is on [quickstart's page](quickstart.md).\n"
+            "detector finds next to nothing, whatever it stands on. The columns show that the road runs on real "
+            "images, and no more; detection that is learned in minutes is on [quickstart's page](quickstart.md).\n"
         ]
     parts += [
         "Made by (`DETECTRON2_DATASETS` holds COCO):\n",
