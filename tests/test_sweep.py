@@ -144,7 +144,8 @@ def test_a_folder_that_cannot_be_written_is_the_failure_of_its_cell(
 
 # A sweep of two cells whose process waits until it is told to stop, and then needs a moment to save.
 WAITING = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands it on as ignored
 from loco_det import sweep
 from loco_det.cli import main
 CELL = '''
