@@ -45,7 +45,7 @@ def test_the_page_has_means_intervals_commands_and_hours(tmp_path: Path, monkeyp
     assert text.count("| loco | 41.0 [38.5, 43.5] | 41.0 [38.5, 43.5] |") == len(evidence.PROTOCOLS)
     assert "| loco | 5.00 [2.52, 7.48] |" in text
     assert "The commands took 2.0 hours together, several at a time or beside other work, on 2 cores" in text
-    assert "next to nothing" not in text
+    assert "finds little" not in text
     assert "loco-det pretrain METHOD loco SEED 2" in text
     assert "## What was not run" in text
     assert "--seeds 0 1 2 --steps 7 --batch 8 --size 9 --limit 10 --iterations 11 --device cpu" in text
