@@ -257,6 +257,17 @@ def test_boxes_that_no_training_can_use_and_unreadable_images(tmp_path):
         load_coco(paths)
 
 
+def test_an_image_of_another_size_is_named_and_not_drawn(tmp_path):
+    """Its masks would be of the size that the file says."""
+    content = sound()
+    content["images"][0]["height"] = 2**40
+    write(tmp_path, content)
+    status, answer = check("pets_val")
+    assert status == 1
+    assert kinds(answer)["image of another size than the file says"] == (1, STOPS)
+    assert [Path(p).name for p in answer["pictures"]] == ["histogram.png", "annotated.png", "two_views.png"]
+
+
 def test_a_set_without_a_usable_annotation(tmp_path):
     content = sound()
     for entry in content["annotations"]:

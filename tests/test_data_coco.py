@@ -12,7 +12,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from loco_det.data.catalog import DatasetPaths, find_dataset
-from loco_det.data.coco import CocoDataset, decode_segmentation, load_coco
+from loco_det.data.coco import CocoDataset, _run_lengths, decode_segmentation, load_coco
 from loco_det.errors import UserError
 
 SQUARE = [[10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]]
@@ -149,6 +149,13 @@ def test_a_set_to_run_on_may_have_no_annotations(tmp_path):
         ({"size": [40, 50], "counts": [1, 2]}, "add up"),
         ({"size": [40, 50], "counts": [3000, -1000]}, "add up"),
         ({"size": [40, 50], "counts": [2**40, 2000 - 2**40]}, "add up"),
+        ({"size": [40, 50], "counts": []}, "add up"),
+        ({"size": [40, 50], "counts": ""}, "add up"),  # the mask would be what memory happens to hold
+        ({"size": [40, 50], "counts": "5"}, "add up"),
+        ({"size": [40, 50], "counts": "PPP" * 20}, "add up"),  # a number that does not end
+        ({"size": [40, 50], "counts": "5\u00e9"}, "add up"),
+        ([[1, 1, 9, 1, 9, 1e9]], "100,000 pixels"),  # drawn, it would take gigabytes
+        ([[1, 1, 9, 1, 9, -1e300]], "100,000 pixels"),
     ],
 )
 def test_bad_segmentation_is_named_when_it_is_used(tmp_path, segmentation, word):
@@ -157,6 +164,16 @@ def test_bad_segmentation_is_named_when_it_is_used(tmp_path, segmentation, word)
         decode_segmentation(dataset[2], 0)
     assert word in str(caught.value)
     assert "b.jpg" in str(caught.value)
+
+
+def test_run_lengths_in_pycocotools_text_are_those_of_the_mask():
+    rng = np.random.default_rng(0)
+    for density in (0.0, 0.01, 0.3, 0.5, 1.0):
+        for height, width in ((1, 1), (7, 3), (40, 50), (300, 200)):
+            mask = np.asfortranarray(rng.random((height, width)) < density, dtype=np.uint8)
+            flat = np.concatenate([[0], mask.ravel(order="F"), [2]])  # runs begin with that of zeros
+            ends = np.flatnonzero(np.diff(flat))
+            assert _run_lengths(coco_mask.encode(mask)["counts"].decode()) == np.diff(ends, prepend=0).tolist()
 
 
 def test_dataset_names(tmp_path, monkeypatch):

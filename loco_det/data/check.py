@@ -58,7 +58,7 @@ class Checked(NamedTuple):
         counts: what there is: images, annotations, bytes, ...
         classes: class name -> images (of an image set) or annotations.
         defects: those that were found, worst first.
-        readable: (I,) bool.
+        readable: (I,) bool; an annotated image only if it has the size that its file says, or nothing could be drawn.
     """
 
     counts: dict[str, Any]
@@ -118,6 +118,7 @@ def check_coco(paths: DatasetPaths, index: CocoIndex, *, workers: int) -> Checke
         ),
         _defect("image with the same bytes as another", _same_bytes(looks, files), NOTE),
     ]
+    readable[wrong_size] = False
     if is_semantic(paths.name):
         problems, classes = _check_labels(files, index)
         defects.append(_defect("unusable labels", problems, STOPS))
@@ -175,9 +176,11 @@ def annotation_defects(index: CocoIndex, minival: bool = False) -> list[Defect]:
     height[listed], width[listed] = index.height[row], index.width[row]
     finite = finite_boxes(index)
     area = finite & (w > 0) & (h > 0)
-    outside = area & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
+    with np.errstate(over="ignore"):
+        right, bottom = x + w, y + h
+    outside = area & ((x >= width) | (y >= height) | (right <= 0) | (bottom <= 0))
     beyond = (
-        area & ~outside & ((x < -_BEYOND) | (y < -_BEYOND) | (x + w > width + _BEYOND) | (y + h > height + _BEYOND))
+        area & ~outside & ((x < -_BEYOND) | (y < -_BEYOND) | (right > width + _BEYOND) | (bottom > height + _BEYOND))
     )
 
     def of(mask: np.ndarray) -> list[str]:

@@ -30,6 +30,7 @@ class Rle(msgspec.Struct, gc=False):
     counts: str | list[int]
 
 
+FARTHEST = 100_000  # pixels; a rasteriser takes memory for every pixel of an outline, inside the image or not
 _polygons_or_rle = msgspec.json.Decoder(list[list[float]] | Rle | None)
 
 
@@ -169,7 +170,7 @@ def decode_segmentation(record: Record, k: int) -> list[np.ndarray] | dict[str, 
         an RLE as pycocotools takes it; or None if there is none.
 
     Raises:
-        UserError: it is neither, or the RLE is of another size than the image.
+        UserError: it is neither, a polygon leaves every image, or the RLE is not one of the image's pixels.
     """
     encoded = record.segmentations[k]
     where = f"{record.file_name}: the segmentation of annotation id {record.annotation_ids[k]}"
@@ -180,15 +181,40 @@ def decode_segmentation(record: Record, k: int) -> list[np.ndarray] | dict[str, 
     if not found:
         return None
     if isinstance(found, list):
-        return [np.array(p, dtype=np.float64) for p in found if len(p) >= 6 and len(p) % 2 == 0]
+        polygons = [np.array(p, dtype=np.float64) for p in found if len(p) >= 6 and len(p) % 2 == 0]
+        if any(np.abs(p).max() > FARTHEST for p in polygons):
+            raise UserError(f"{where} has a point more than {FARTHEST:,} pixels away.")
+        return polygons
     rle: dict[str, Any] = {"size": list(found.size), "counts": found.counts}
     if found.size != (record.height, record.width):
         raise UserError(f"{where} has size {rle['size']}, the image {[record.height, record.width]}.")
-    if isinstance(found.counts, list):
-        if sum(found.counts) != record.height * record.width or min(found.counts) < 0:
-            raise UserError(f"{where} has run lengths that do not add up to the image.")
-        rle = coco_mask.frPyObjects(rle, *rle["size"])
-    return rle
+    # pycocotools would leave what runs do not cover as it finds it in memory.
+    runs = found.counts if isinstance(found.counts, list) else _run_lengths(found.counts)
+    if not runs or sum(runs) != record.height * record.width or min(runs) < 0:
+        raise UserError(f"{where} has run lengths that do not add up to the image.")
+    return coco_mask.frPyObjects(rle, *rle["size"]) if isinstance(found.counts, list) else rle
+
+
+def _run_lengths(text: str) -> list[int]:
+    """The runs in COCO's compressed text, [] if it is none.
+
+    Signed numbers of 5 bits a character, the lowest first; from the fourth on what is added to the one before last.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 60:
+            return []
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:  # more of this number comes
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    return [] if shift else runs
 
 
 def _refuse_defects(paths: DatasetPaths, index: CocoIndex) -> None:
