@@ -239,6 +239,14 @@ def test_what_cannot_be_shards(shards, tmp_path):
         for name in ("a.jpg", "a.cls", "b.jpg"):
             add(archive, name, b"7")
     assert "half.tar: not readable as a plain tar" in refused(half)
+    whole = (Path(shards) / "train-0000.tar").read_bytes()
+    with tarfile.open(Path(shards) / "train-0000.tar") as tar:
+        headers = [member.offset for member in tar.getmembers()]
+    damaged = bytearray(whole)
+    damaged[headers[2] + 148 : headers[2] + 156] = b"notasum!"
+    for content in (whole[: headers[2]], whole[: headers[2] + 100], bytes(damaged)):  # to tarfile these are ends
+        half.write_bytes(content)
+        assert f"at byte {headers[2]:,} is neither a header nor the end" in refused(half)
     assert "text.tar: not readable as a plain tar" in refused(tmp_path / "text.tar")
     assert "packed.tar: not readable as a plain tar" in refused(tmp_path / "packed.tar")
     assert "no images in these shards" in refused(tmp_path / "none.tar")

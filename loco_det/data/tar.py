@@ -33,7 +33,7 @@ from loco_det.runtime import Progress, atomic_write
 
 _SHARDS, _BUFFER = 2**63 + 1, 2**63 + 2  # random streams that no image's index reaches
 _MOST_RUNS = 64
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
 
 
 class TarSource(Source):
@@ -252,6 +252,10 @@ def _samples(shard: Path) -> Iterator[tuple[str, tuple[int, int, int], str]]:
                     found["image"] = (member.name, member.offset_data, member.size)
                 elif suffix == "cls":
                     found["label"] = tar.extractfile(member).read().decode().strip()
+            tar.fileobj.seek(tar.offset)
+            # tarfile takes a header that is cut off or damaged for the end.
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"at byte {tar.offset:,} is neither a header nor the end")
     except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
         raise UserError(f"{shard}: not readable as a plain tar ({error}); take an intact, uncompressed one") from error
     yield from _finished(found)
