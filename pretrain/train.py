@@ -144,6 +144,12 @@ def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None) -
     torch.manual_seed(cfg.SEED)  # the same weights on every process
     if cfg.SOLVER.BATCH_SIZE < 1 or cfg.SOLVER.BATCH_SIZE % world_size():
         raise UserError(f"SOLVER.BATCH_SIZE is {cfg.SOLVER.BATCH_SIZE}; use a multiple of {world_size()} processes")
+    solver = cfg.SOLVER
+    least = {"LOG_PERIOD": (cfg.LOG_PERIOD, 1), "CHECKPOINT_PERIOD": (cfg.CHECKPOINT_PERIOD, 1)}
+    least |= {"SOLVER.BASE_LR": (solver.BASE_LR, 0), "SOLVER.WARMUP_EPOCHS": (solver.WARMUP_EPOCHS, 0)}
+    for key, (value, bound) in least.items():
+        if not value >= bound:
+            raise UserError(f"{key} is {value}; use {bound} or more")
     source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT) if source is None else source
     loader = build_two_view_loader(cfg, source)
     if cfg.LOSS.TEMPERATURE <= 0:
