@@ -218,6 +218,8 @@ def test_missing_file_is_named(tmp_path):
         read_image(tmp_path / "absent.jpg", "RGB")
     with pytest.raises(UserError, match="cannot be read"):
         read_image(tmp_path, "RGB")
+    with pytest.raises(UserError, match=r"a\\x00b\.jpg': names no file"):
+        read_image(f"{tmp_path}/a\0b.jpg", "RGB")
 
 
 @pytest.mark.parametrize("reduce", [2, 4, 8])

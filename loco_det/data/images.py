@@ -89,6 +89,8 @@ def read_file(path: str | Path) -> bytes:
         raise UserError(f"{path}: no such image file; correct the path or restore the file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the file and its rights") from error
+    except ValueError as error:  # a NUL
+        raise UserError(f"{str(path)!r}: names no file ({error}); correct the path") from error
 
 
 def decode_image(data: bytes, name: str, order: Order = "RGB", reduce: int = 1) -> np.ndarray:
