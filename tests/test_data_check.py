@@ -276,6 +276,10 @@ def test_a_set_without_a_usable_annotation(tmp_path):
     status, answer = check("pets_val")
     assert status == 1
     assert kinds(answer)["no usable annotation at all"] == (1, STOPS)
+    write(tmp_path, {**content, "annotations": []})
+    status, answer = check("pets_val")
+    assert status == 1
+    assert kinds(answer)["no usable annotation at all"] == (1, STOPS)
 
 
 def test_a_file_that_is_no_annotation_file_is_bad_input(tmp_path, capsys):

@@ -127,7 +127,7 @@ def check_coco(paths: DatasetPaths, index: CocoIndex, *, workers: int) -> Checke
     defects += annotation_defects(index, minival="minival" in paths.annotations.name)
     first, last = index.first[0], index.first[-1]
     usable = int(_kept(index)[first:last].sum())
-    if not usable and len(index.annotation_id):
+    if not usable:
         defects.append(Defect("no usable annotation at all", 1, STOPS, []))
     annotated = np.diff(index.first) > 0
     found = Counter(index.annotation_category.tolist())
