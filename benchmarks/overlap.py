@@ -54,7 +54,8 @@ from _common import parser, report
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from loco_det.runtime import is_main, launch, rank, world_size
+from loco_det.processes import launch
+from loco_det.runtime import is_main, rank, world_size
 from pretrain.average import GradientAverage
 from pretrain.defaults import get_cfg
 from pretrain.optim import build_optimizer

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loco_det import __version__
-from loco_det.errors import UserError
+from loco_det.errors import INTERRUPTED, UserError
 
 BAD_INPUT = 2  # argparse's own status for arguments that it refuses
-INTERRUPTED = 130  # as a shell reports SIGINT
 
 
 class Job(NamedTuple):
@@ -142,14 +141,25 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
         0; 1 where a check failed (`doctor`, `data check`); 2 for bad input, with one sentence on standard error and a
         traceback only under --debug; 130 when interrupted. A bug raises.
     """
+    try:
+        job, args = _parsed(name, argv, prog)
+        return _run(job, args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parsed(name: str, argv: Sequence[str] | None, prog: str | None) -> tuple[Job, argparse.Namespace]:
     text, load = JOBS[name]
     job = load()
     parser = argparse.ArgumentParser(prog=prog, description=f"{text[0].upper()}{text[1:]}.")
     job.add_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="say only what needs attention")
     parser.add_argument("--debug", action="store_true", help="show a traceback for bad input too")
-    args = parser.parse_intermixed_args(argv)  # options may stand between KEY and VALUE pairs
+    return job, parser.parse_intermixed_args(argv)  # options may stand between KEY and VALUE pairs
 
+
+def _run(job: Job, args: argparse.Namespace) -> int:
     if job.logs:
         from loco_det.runtime import log_failure, setup_logging
 
@@ -159,13 +169,12 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
     except (Exception, KeyboardInterrupt) as error:
         if job.logs:
             log_failure(error)
-        if not isinstance(error, (UserError, KeyboardInterrupt)):
-            raise
-        if args.debug:
+        if args.debug and isinstance(error, (UserError, KeyboardInterrupt)):
             traceback.print_exc()
-        bad_input = isinstance(error, UserError)
-        print(f"error: {error}" if bad_input else "interrupted", file=sys.stderr)
-        return BAD_INPUT if bad_input else INTERRUPTED
+        if not isinstance(error, UserError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The one exception for bad input."""
+"""The one exception for bad input, and the status of a command that was interrupted."""
+
+INTERRUPTED = 130  # as a shell reports SIGINT
 
 
 class UserError(Exception):

@@ -1,4 +1,4 @@
-"""What every long command needs: seeds, device, torch.distributed, files that are whole or absent, logs, progress."""
+"""What every long command needs: seeds, device, place among processes, files whole or absent, logs, progress."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import json
 import logging
 import os
 import random
-import signal
-import socket
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,14 +24,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 from torch import Tensor
-from torch.multiprocessing.spawn import ProcessException
 
 from loco_det.errors import UserError
 
 log = logging.getLogger("loco_det")
 _LINE = "%(asctime)s %(levelname).1s %(message)s"
 _LINE_SECONDS = 10.0  # between two progress lines
-_TRACEBACK = 4000  # characters of a child's; those of all children must fit into a pipe that is read at the end
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # parameters of mallopt(3)
 _FILE_ONLY = {"file_only": True}  # marks a line whose news the terminal has in another form
 _quiet = False
@@ -245,7 +240,7 @@ def write_json(path: str | Path, value: Any) -> None:
         file.write("\n")
 
 
-# --- seeds, device, signals -------------------------------------------------------------------------------------
+# --- seeds, device ----------------------------------------------------------------------------------------------
 
 
 def seed_everything(seed: int) -> None:
@@ -297,29 +292,6 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-class StopSignal:
-    """While active, SIGTERM and SIGINT only set `received`, so that a loop can save and leave between two steps.
-
-    A second signal interrupts at once.
-    """
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-
-    def __enter__(self) -> StopSignal:
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _frame: object) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-
-
 # --- torch.distributed ------------------------------------------------------------------------------------------
 
 
@@ -353,75 +325,3 @@ def reduce_mean(values: dict[str, Tensor]) -> dict[str, float]:
         dist.all_reduce(stacked)
         stacked /= world_size()
     return dict(zip(values, stacked.tolist()))
-
-
-def launch(worker: Callable[..., Any], processes: int, *args: Any) -> Any:
-    """Run `worker(*args)` in every process of the job; returns its value on a single process, else None.
-
-    Under torchrun (WORLD_SIZE in the environment) this process joins that job; otherwise `processes` > 1 starts
-    that many here. The back end is nccl where every process has a GPU of its own, else gloo.
-
-    Raises:
-        UserError: as the worker raised it, whichever process it was in.
-        RuntimeError: with the traceback of any other exception in a process that was started here.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return _joined(worker, args)
-    if processes <= 1:
-        return worker(*args)
-    context = torch.multiprocessing.get_context("spawn")
-    errors = context.SimpleQueue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    try:
-        torch.multiprocessing.spawn(_spawned, (worker, args, processes, port, errors, _quiet), nprocs=processes)
-    except ProcessException as failure:
-        if errors.empty():  # killed
-            raise
-        is_bad_input, text = errors.get()  # the first is the cause; peers fail after it, by a broken connection
-        raise (UserError(text) if is_bad_input else RuntimeError(text)) from failure
-    return None
-
-
-def _spawned(
-    index: int,
-    worker: Callable[..., Any],
-    args: tuple[Any, ...],
-    processes: int,
-    port: int,
-    errors: Any,
-    quiet: bool,
-) -> None:
-    setup_logging(quiet=quiet)
-    place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    place["MASTER_PORT"] = port
-    os.environ.update({k: str(v) for k, v in place.items()}, MASTER_ADDR="127.0.0.1")
-
-    def reporting(*args: Any) -> None:
-        try:
-            worker(*args)
-        except Exception as error:  # told before the process group goes down, so that no peer's comes first
-            log_failure(error)
-            is_bad_input = isinstance(error, UserError)
-            errors.put((is_bad_input, str(error) if is_bad_input else traceback.format_exc()[-_TRACEBACK:]))
-            raise
-
-    try:
-        _joined(reporting, args)
-    except UserError:
-        os._exit(2)  # torch would print a traceback under the sentence
-
-
-def _joined(worker: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    processes = int(os.environ["WORLD_SIZE"])
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    on_gpu = gpus >= per_machine
-    if on_gpu:
-        torch.cuda.set_device(local_rank())
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        return worker(*args)
-    finally:
-        dist.destroy_process_group()

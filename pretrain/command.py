@@ -10,7 +10,8 @@ from fvcore.common.config import CfgNode
 from loco_det.config import load_config
 from loco_det.errors import UserError
 from loco_det.metrics import check_wandb, wandb_run
-from loco_det.runtime import launch, setup_logging
+from loco_det.processes import launch
+from loco_det.runtime import setup_logging
 from pretrain.defaults import get_cfg
 from pretrain.train import pretrain
 

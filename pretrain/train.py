@@ -21,9 +21,9 @@ from loco_det.data.twoview import TwoViewLoader, TwoViews, build_two_view_loader
 from loco_det.data.views import normalise
 from loco_det.errors import UserError
 from loco_det.metrics import trim_metrics
+from loco_det.processes import StopSignal
 from loco_det.runtime import (
     Progress,
-    StopSignal,
     atomic_write,
     barrier,
     is_main,

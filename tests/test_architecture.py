@@ -20,7 +20,8 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-NO_MODELS = {f"loco_det{name}" for name in ("", ".errors", ".structures", ".runtime", ".metrics", ".config")}
+FIRST = ("", ".errors", ".structures", ".runtime", ".processes", ".metrics", ".config")
+NO_MODELS = {f"loco_det{name}" for name in FIRST}
 BASE = NO_MODELS | {"loco_det.backbone", "loco_det.fused", "loco_det.names", "loco_det.artifact"}
 # What the modules of each room may import of this project besides their own room; docs/architecture.md says why.
 MAY_IMPORT = {

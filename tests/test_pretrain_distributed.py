@@ -19,7 +19,8 @@ from torch import nn
 from loco_det.artifact import load_backbone
 from loco_det.config import load_config
 from loco_det.errors import UserError
-from loco_det.runtime import launch, rank, world_size
+from loco_det.processes import launch
+from loco_det.runtime import rank, world_size
 from pretrain import train
 from pretrain.average import GradientAverage
 from pretrain.defaults import get_cfg

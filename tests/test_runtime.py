@@ -1,10 +1,9 @@
-"""Files that are whole or absent, seeds, devices, signals, progress, and jobs of several processes."""
+"""Files that are whole or absent, seeds, devices, progress."""
 
 from __future__ import annotations
 
 import errno
 import io
-import json
 import multiprocessing
 import os
 import platform
@@ -22,20 +21,14 @@ import torch
 
 from loco_det import runtime
 from loco_det.errors import UserError
-from loco_det.metrics import append_metrics
 from loco_det.runtime import (
     Progress,
-    StopSignal,
     atomic_write,
-    launch,
     log,
     log_failure,
-    rank,
-    reduce_mean,
     resolve_device,
     seed_everything,
     setup_logging,
-    world_size,
     write_json,
 )
 
@@ -363,7 +356,7 @@ def test_the_log_says_what_ended_the_command(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().err == ""  # the terminal has it already
 
 
-# --- seeds, devices, signals ------------------------------------------------------------------------------------
+# --- seeds, devices ---------------------------------------------------------------------------------------------
 
 
 def _draws() -> list[float]:
@@ -439,85 +432,3 @@ print(next(line.split()[1] for line in Path("/proc/self/status").read_text().spl
         for limit in ("-1", str(2**28))
     )
     assert kept - limited > 2**28
-
-
-def test_a_signal_waits_for_the_step_and_a_second_interrupts() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with StopSignal() as stop:
-        assert stop.received is None
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.received == "SIGTERM"
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-# --- several processes ------------------------------------------------------------------------------------------
-
-
-def _report(folder: str) -> None:
-    setup_logging()
-    log.info("from %d", rank())
-    mean = reduce_mean({"a": torch.tensor(float(rank())), "b": torch.tensor(4)})
-    append_metrics(folder, {"rank": rank()})
-    seed_everything(0)
-    found = {
-        "world": world_size(),
-        "mean": mean,
-        "draw": float(torch.rand(())),
-        "quiet": runtime._quiet,
-        "shown": runtime._shows_progress(),
-        "backend": torch.distributed.get_backend(),
-        "on this machine": os.environ["LOCAL_WORLD_SIZE"],
-    }
-    write_json(Path(folder) / f"{rank()}.json", found)
-
-
-def test_two_processes_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # as a torchrun of one process around this one leaves it
-    setup_logging(quiet=True)
-    assert launch(_report, 2, str(tmp_path)) is None
-    first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
-    for found in (first, second):
-        assert found["world"] == 2
-        assert found["mean"] == {"a": 0.5, "b": 4.0}
-        assert found["on this machine"] == "2"
-        assert found["quiet"] is True
-        assert found["shown"] is False
-        assert found["backend"] == ("nccl" if torch.cuda.device_count() >= 2 else "gloo")
-    assert first["draw"] != second["draw"]
-    assert (tmp_path / "metrics.json").read_text() == '{"rank": 0}\n'
-
-
-def _fail(kind: str) -> None:
-    if rank() == 1:
-        raise UserError("images/7.jpg is damaged; remove it") if kind == "user" else ValueError("a bug")
-    torch.distributed.barrier()
-
-
-def test_bad_input_in_a_child_is_bad_input_here(capfd: pytest.CaptureFixture) -> None:
-    with pytest.raises(UserError, match=r"^images/7.jpg is damaged; remove it$"):
-        launch(_fail, 2, "user")
-    assert "Traceback" not in capfd.readouterr().err
-
-
-def test_a_bug_in_a_child_is_a_bug_here() -> None:
-    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*in _fail.*ValueError: a bug"):
-        launch(_fail, 2, "bug")
-
-
-def test_one_process_runs_here_and_returns() -> None:
-    assert launch(lambda a: (os.getpid(), a), 1, 5) == (os.getpid(), 5)
-    assert world_size() == 1
-    assert reduce_mean({}) == {}
-    assert reduce_mean({"x": torch.tensor(2.5, requires_grad=True)}) == {"x": 2.5}
-
-
-def test_under_torchrun_the_process_joins_that_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    joined = {}
-    monkeypatch.setattr(runtime.dist, "init_process_group", lambda backend: joined.update(backend=backend))
-    monkeypatch.setattr(runtime.dist, "destroy_process_group", lambda: joined.update(left=True))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert launch(lambda: "value", 1) == "value"
-    assert joined == {"backend": "gloo", "left": True}

@@ -17,7 +17,7 @@ from loco_det.detection import command, engine_d2, engine_torchvision, loop, sol
 from loco_det.detection.schema import get_cfg
 from loco_det.detection.train import choose_engine, train_net
 from loco_det.errors import UserError
-from loco_det.runtime import launch
+from loco_det.processes import launch
 
 EXACT = {"engine": "torchvision", "eval_only": False, "resume": False, "evaluator": "hotcoco", "fast": False}
 LOSSES = {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from loco_det.data.coco import CocoDataset, load_coco
 from loco_det.data.mapper import DetectionMapper, ProposalsOfImage, sample_rng
 from loco_det.data.semantic import is_semantic
 from loco_det.errors import UserError
+from loco_det.processes import leave_stopping_to_parent
 from loco_det.runtime import log, rank, world_size
 
 Precomputed = Sequence[Mapping[str, ProposalsOfImage]]
@@ -308,17 +308,12 @@ def _loader(cfg: CfgNode, datasets: list[CocoDataset], samples: _Samples, batche
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_as_list,
-        worker_init_fn=_leave_stopping_to_the_parent,
+        worker_init_fn=leave_stopping_to_parent,
         pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",
         # Workers get their seeds from here and not from the global generator, whose state a resumed run restores.
         generator=torch.Generator().manual_seed(samples.seed or 0),
     )
     return Loader(datasets, torch_loader)
-
-
-def _leave_stopping_to_the_parent(_: int) -> None:
-    """A cluster's SIGTERM goes to all processes of a job; the training process needs its workers until it has saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _as_list(samples: Sequence[Any]) -> list[Any]:

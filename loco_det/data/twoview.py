@@ -11,7 +11,6 @@ at t. Workers run on over the end of an epoch, so that small sets are not slowed
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -39,6 +38,7 @@ from loco_det.data.views import (
     view_config,
 )
 from loco_det.errors import UserError
+from loco_det.processes import leave_stopping_to_parent
 
 _TOGETHER = 16  # images whose crops are held before they are augmented
 _SUBSTITUTES = 100  # images tried in place of an unreadable one before giving up
@@ -417,7 +417,5 @@ def prepare_worker(_: int = 0) -> None:
     """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # At exit Python terminates workers that still run; a quiet end keeps torch from reporting that as a crash.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    leave_stopping_to_parent()
     runtime.keep_freed_memory(256 * 2**20)  # there are many workers, and now and then a huge image

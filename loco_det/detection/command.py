@@ -15,7 +15,8 @@ from loco_det.errors import UserError
 from loco_det.evaluation.cityscapes import OFFICIAL
 from loco_det.evaluation.coco import EVALUATORS
 from loco_det.metrics import check_wandb, wandb_run
-from loco_det.runtime import launch, setup_logging
+from loco_det.processes import launch
+from loco_det.runtime import setup_logging
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,8 @@ from loco_det.detection.checkpoint import Checkpointer
 from loco_det.detection.inference import evaluate, flatten
 from loco_det.errors import UserError
 from loco_det.metrics import append_metrics, trim_metrics
-from loco_det.runtime import Progress, StopSignal, barrier, log, rank, reduce_mean
+from loco_det.processes import StopSignal
+from loco_det.runtime import Progress, barrier, log, rank, reduce_mean
 
 LOG_PERIOD = 20  # iterations between two lines of metrics.json, and the window of their medians
 
