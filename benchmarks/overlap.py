@@ -42,7 +42,6 @@ import queue
 import statistics
 import threading
 import time
-import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -52,9 +51,8 @@ import torch
 import torch.distributed as dist
 from _common import parser, report
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from loco_det.processes import launch
+from loco_det.processes import averaged, launch
 from loco_det.runtime import is_main, rank, world_size
 from pretrain.average import GradientAverage
 from pretrain.defaults import get_cfg
@@ -167,9 +165,7 @@ def build_side(name: str, link: Link) -> Callable[[Tensor], None]:
 
 
 def ddp_step(learner: Learner, optimizer: torch.optim.Optimizer, link: Link) -> Callable[[Tensor], None]:
-    with warnings.catch_warnings():  # torch 2.15 has another name for it, which 2.4 lacks
-        warnings.simplefilter("ignore", FutureWarning)
-        model = DistributedDataParallel(EndToEnd(learner), broadcast_buffers=False)
+    model = averaged(EndToEnd(learner), torch.device("cpu"))
     model.register_comm_hook(None, lambda _, bucket: link.send(bucket.buffer().div_(world_size())).future)
     for group in optimizer.param_groups:
         group["lr"] = 1e-3

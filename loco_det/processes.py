@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import signal
 import socket
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from loco_det import runtime
 from loco_det.errors import INTERRUPTED, UserError
@@ -207,3 +210,11 @@ def _joined(worker: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         return worker(*args)
     finally:
         dist.destroy_process_group()
+
+
+def averaged(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """`model` with the mean over processes as its gradient; buffers are not sent around at every step."""
+    names = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # in older torch
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, **{buffers: False})

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -245,7 +246,13 @@ def test_a_tool_runs_from_anywhere_without_an_installation(name: str, tmp_path: 
 # --- a run that is stopped --------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_pretraining_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("processes", "workers", "name", "send"),
+    [(1, 0, "SIGINT", os.kill), (1, 1, "SIGTERM", os.killpg), (2, 1, "SIGINT", os.killpg)],
+)
+def test_a_stopped_pretraining_saves_and_says_how_to_go_on(
+    processes: int, workers: int, name: str, send: Callable, tmp_path: Path
+) -> None:
     (tmp_path / "images").mkdir()
     random = np.random.default_rng(0)
     for i in range(16):
@@ -253,7 +260,7 @@ def test_an_interrupted_pretraining_saves_and_says_how_to_go_on(tmp_path: Path) 
     settings = {
         "DATA.PATH": tmp_path / "images",
         "DATA.IMAGE_SIZE": 32,
-        "DATA.NUM_WORKERS": 0,
+        "DATA.NUM_WORKERS": workers,
         "SOLVER.BATCH_SIZE": 4,
         "SOLVER.MAX_STEPS": 100_000,
         "DEVICE": "cpu",
@@ -262,20 +269,22 @@ def test_an_interrupted_pretraining_saves_and_says_how_to_go_on(tmp_path: Path) 
     }
     config = ["--config-file", ROOT / "configs" / "pretrain" / "loco_r18_cifar.yaml"]
     command = [sys.executable, str(ROOT / "tools" / "pretrain_net.py"), *map(str, config)]
+    command += ["--num-gpus", str(processes)]
     command += [str(part) for pair in settings.items() for part in pair]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
     metrics = tmp_path / "run" / "metrics.json"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline, "no step was made"
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    send(process.pid, signal.Signals[name])
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2, err
     last = err.splitlines()[-1]
-    assert last.startswith("error: stopped by SIGINT after step ")
+    assert last.startswith(f"error: stopped by {name} after step ")
     assert "Traceback" not in err
     assert "--resume" in last
     assert not (tmp_path / "run" / "backbone.safetensors").exists()

@@ -19,10 +19,17 @@ import pytest
 import torch
 
 from loco_det import processes, runtime
+from loco_det.config import load_config
+from loco_det.data.loader import build_train_loader
+from loco_det.data.madeup import CLASSES, make_shapes_dataset
+from loco_det.data.sources import open_source
+from loco_det.data.twoview import build_two_view_loader
+from loco_det.detection.schema import get_cfg as detection_keys
 from loco_det.errors import UserError
 from loco_det.metrics import append_metrics
 from loco_det.processes import StopSignal, launch, leave_stopping_to_parent
 from loco_det.runtime import log, rank, reduce_mean, seed_everything, setup_logging, world_size, write_json
+from pretrain.defaults import get_cfg as pretraining_keys
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,6 +76,34 @@ def test_a_worker_ends_when_its_parent_says_and_at_no_other_signal() -> None:
     worker.terminate()
     worker.join(60)
     assert worker.exitcode == 0
+
+
+def _two_view_batches(root: Path) -> Iterator:
+    settings = ["DATA.IMAGE_SIZE", 16, "DATA.NUM_WORKERS", 1, "SOLVER.BATCH_SIZE", 2]
+    cfg = load_config(pretraining_keys(), "", [str(text) for text in settings])
+    return build_two_view_loader(cfg, open_source(str(root / "shapes" / "train"))).batches(0)
+
+
+def _detection_batches(root: Path) -> Iterator:
+    settings = ["DATASETS.TRAIN", ("shapes_train",), "DATALOADER.NUM_WORKERS", 1, "SOLVER.IMS_PER_BATCH", 2]
+    settings += ["MODEL.ROI_HEADS.NUM_CLASSES", len(CLASSES), "INPUT.MASK_FORMAT", "bitmask"]
+    cfg = load_config(detection_keys(), "", [str(text) for text in settings])
+    return iter(build_train_loader(cfg))
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="no way to tell who sent a signal")
+@pytest.mark.parametrize("batches", [_two_view_batches, _detection_batches])
+def test_batches_come_on_after_a_signal_to_the_workers(
+    batches: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_shapes_dataset(tmp_path, train=4, val=1, size=48, seed=1)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    stream = batches(tmp_path)
+    next(stream)
+    for worker in multiprocessing.active_children():
+        subprocess.run(["sh", "-c", f"kill -TERM {worker.pid}; kill -INT {worker.pid}"], check=True)
+    assert len([next(stream) for _ in range(12)]) == 12  # more than were ready
+    assert len(multiprocessing.active_children()) == 1
 
 
 # --- several processes ------------------------------------------------------------------------------------------

@@ -121,18 +121,19 @@ def test_a_killed_run_resumes_to_the_same_end(arguments, tmp_path):
         assert torch.equal(ours["model"][name], tensor), name
 
 
-def test_a_signal_to_the_whole_job_saves_and_says_how_to_go_on(arguments, tmp_path):
-    command = [*TRAIN_NET, *arguments(SOLVER__MAX_ITER=10000, DATALOADER__NUM_WORKERS=1)]
+@pytest.mark.parametrize(("processes", "name"), [(1, "SIGTERM"), (1, "SIGINT"), (2, "SIGTERM")])
+def test_a_signal_to_the_whole_job_saves_and_says_how_to_go_on(arguments, tmp_path, processes, name):
+    settings = {"SOLVER__MAX_ITER": 10000, "SOLVER__CHECKPOINT_PERIOD": 1, "DATALOADER__NUM_WORKERS": 1}
+    command = [*TRAIN_NET, *arguments("--num-gpus", str(processes), **settings)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    for line in process.stderr:
-        if "images," in line:  # the loader is there and its worker about to start
-            break
-    time.sleep(1.0)
-    os.killpg(process.pid, signal.SIGTERM)
+    while not (tmp_path / "out" / "last_checkpoint").exists():  # then all processes are in the loop
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.Signals[name])
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 2, said
     assert "Traceback" not in said
-    assert "error: stopped by SIGTERM after iteration" in said
+    assert re.fullmatch(rf"(.* I .*\n)*error: stopped by {name} after iteration .*\n", said)
     assert (tmp_path / "out" / (tmp_path / "out" / "last_checkpoint").read_text()).is_file()
 
 

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from loco_det import __version__
 from loco_det.data import loader
@@ -31,6 +30,7 @@ from loco_det.detection.weights import apply_weights, load_weights
 from loco_det.errors import UserError
 from loco_det.fused import fast_arithmetic
 from loco_det.metrics import append_metrics
+from loco_det.processes import averaged
 from loco_det.runtime import (
     atomic_write,
     barrier,
@@ -223,10 +223,7 @@ def start_run(cfg: CfgNode, engine: ModuleType, model: nn.Module, resume: bool, 
         if drawn:  # a run without a SEED goes on with the one it drew at its start
             cfg = checkpointer.cfg = _with(cfg, SEED=note["seed"])
         log.info("resumed from %s: %d of %d iterations are done", last.path, start, cfg.SOLVER.MAX_ITER)
-    wrapped = model
-    if world_size() > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    wrapped = averaged(model, device) if world_size() > 1 else model
     frozen = frozen_hashes(model)  # of what the wrapper has made equal in all processes
     check_frozen(note.setdefault("frozen", frozen), frozen)
     return Run(cfg, engine, model, wrapped, optimizer, schedule, scaler, checkpointer, start, device)
