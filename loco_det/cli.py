@@ -8,9 +8,12 @@ input as one sentence, the exit status. This is the only file of `loco_det` that
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,14 +142,28 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
 
     Returns:
         0; 1 where a check failed (`doctor`, `data check`); 2 for bad input, with one sentence on standard error and a
-        traceback only under --debug; 130 when interrupted. A bug raises.
+        traceback only under --debug; 130 when interrupted by SIGINT or SIGTERM. A bug raises.
     """
     try:
-        job, args = _parsed(name, argv, prog)
-        return _run(job, args)
+        with _sigterm_interrupts():
+            job, args = _parsed(name, argv, prog)
+            return _run(job, args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that nothing half done stays behind."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may ask for signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parsed(name: str, argv: Sequence[str] | None, prog: str | None) -> tuple[Job, argparse.Namespace]:

@@ -12,10 +12,8 @@ from its last checkpoint, one that failed is tried again by the next sweep.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
-import signal
 import statistics
 import subprocess
 import sys
@@ -100,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
             failed[name] = str(error)
     waiting = [cell for cell in cells if not _is_done(cell)]
     log.info("%d cells, %d of them done; what one prints is in its %s", len(cells), len(cells) - len(waiting), OUTPUT)
-    with _sigterm_interrupts(), Progress(len(waiting), "cells") as progress:
+    with Progress(len(waiting), "cells") as progress:
         for cell, problem in _launch(args, waiting):
             if problem:
                 log.error("%s: %s", cell.folder, problem)
@@ -301,16 +299,6 @@ def _problem(future: Future[str | None]) -> str | None:
         return future.result()
     except (OSError, UserError) as error:  # its folder cannot be written: this cell alone
         return str(error)
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _submit(args: argparse.Namespace, cells: list[Cell]) -> Iterator[tuple[Cell, str | None]]:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,36 @@ def test_an_interrupt_is_status_130(job, capsys: pytest.CaptureFixture) -> None:
 
     assert job(interrupted)() == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_sigterm_interrupts_too_and_only_while_the_job_runs(job, capsys: pytest.CaptureFixture) -> None:
+    def told(args: argparse.Namespace) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert job(told)() == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_interrupt_during_imports_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def load() -> Job:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(JOBS, "train", ("", load))
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_job_runs_in_any_thread(job) -> None:
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(job(lambda args: None)()))
+    thread.start()
+    thread.join()
+    assert statuses == [0]
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input(job) -> None:

@@ -28,6 +28,7 @@ from pycocotools import mask as coco_mask
 
 from loco_det.data.derived import derived_file, files_digest
 from loco_det.errors import UserError
+from loco_det.processes import leave_stopping_to_parent
 from loco_det.runtime import Progress, log
 
 # Source: cityscapesscripts/helpers/labels.py, which a test compares. Ids from 24 to 33 have instances.
@@ -145,7 +146,8 @@ def _all(read: Any, frames: list[Frame]) -> Any:
                 progress.advance()
             return
         log.info("%s: read once, in %d processes, and kept for later runs", description, cores)
-        with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("fork")) as pool:
+        fork = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(cores, fork, leave_stopping_to_parent) as pool:
             for found in pool.map(read, frames, chunksize=8):
                 yield found
                 progress.advance()

@@ -38,6 +38,7 @@ import msgspec
 import numpy as np
 
 from loco_det.errors import UserError
+from loco_det.processes import leave_stopping_to_parent
 from loco_det.runtime import atomic_write, log
 
 _MAGIC = b"LOCOIDX3"  # another number whenever a cache file holds something else
@@ -477,7 +478,8 @@ def _helpers(size: int) -> Iterator[tuple[Executor, int]]:
             yield threads, 1
         return
     parts = min(cores, _MOST_PARTS)
-    with ProcessPoolExecutor(parts, mp_context=multiprocessing.get_context("fork")) as processes:
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(parts, fork, leave_stopping_to_parent) as processes:
         yield processes, parts
 
 
