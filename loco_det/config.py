@@ -316,7 +316,9 @@ def _fit(value: Any, default: Any, key: str, origin: str) -> Any:
         return value
     expected = "section of keys" if isinstance(default, CfgNode) else f"value of type {_kind(default)}"
     shown = "null" if value is None else f"{value!r} of type {_kind(value)}"
-    raise UserError(f"{origin}: {key} takes a {expected}, and was given {shown}; change the value.")
+    unquoted = isinstance(default, (list, tuple)) and isinstance(value, str) and value.lstrip()[:1] in ("[", "(")
+    todo = "put quotes around the words in it, as in ['a', 'b']" if unquoted else "change the value"
+    raise UserError(f"{origin}: {key} takes a {expected}, and was given {shown}; {todo}.")
 
 
 def _leaves(value: Any) -> list[Any]:

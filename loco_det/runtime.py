@@ -266,6 +266,11 @@ def keep_freed_memory(limit: int = -1) -> None:
         mallopt(_M_TRIM_THRESHOLD, limit)
 
 
+def usable_cores() -> int:
+    """How many this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def resolve_device(name: str) -> torch.device:
     """The device called `name`: auto (CUDA where there is one), cpu, cuda, cuda:N, mps.
 

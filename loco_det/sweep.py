@@ -29,7 +29,9 @@ from rich.table import Table
 
 from loco_det.config import load_config
 from loco_det.convert import convert
+from loco_det.detection.feature_cache import check_cacheable
 from loco_det.detection.schema import get_cfg
+from loco_det.detection.train import choose_engine
 from loco_det.errors import UserError
 from loco_det.metrics import check_wandb
 from loco_det.runtime import Progress, log, setup_logging, write_json
@@ -121,7 +123,9 @@ def _check(args: argparse.Namespace) -> None:
     taken = {"MODEL.WEIGHTS", "SEED", "OUTPUT_DIR"} & set(args.set[::2])
     if taken:
         raise UserError(f"--set {min(taken)}: the sweep sets it itself; leave it out")
-    load_config(get_cfg(), args.config_file, args.set)  # a mistake in it would fail every cell
+    cfg = load_config(get_cfg(), args.config_file, args.set)  # a mistake in it would fail every cell
+    if args.feature_cache:
+        check_cacheable(cfg, choose_engine(args.engine, tell=False).NAME)
 
 
 def _shared(args: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from fvcore.common.config import CfgNode
 from tiny_detection import tiny_cfg, write_tiny
 
-from loco_det.detection import engine_d2
+from loco_det.detection import engine_d2, feature_cache
 from loco_det.detection.fpn import Trunk
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.train import train_net
@@ -109,6 +110,30 @@ def test_refused_for_detectron2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr(engine_d2, "installed", lambda: True)
     with pytest.raises(UserError, match="--engine torchvision"):
         train_net(tiny_cfg(tmp_path), engine="detectron2", feature_cache=tmp_path)
+
+
+def test_a_disk_that_fills_up_costs_the_files_and_nothing_else(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = evaluate(place, tmp_path / "a", "a", None, False)
+    save, written = torch.save, []
+
+    def save_two(value: object, file: object) -> None:
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(save(value, file))
+
+    monkeypatch.setattr(feature_cache.torch, "save", save_two)
+    assert evaluate(place, tmp_path / "full", "a", tmp_path / "cache", False) == expected
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert caplog.text.count("No space left") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file.*cannot be written"):
+        evaluate(place, tmp_path / "a", "a", tmp_path / "file", False)
+    assert not (tmp_path / "a" / RESULTS).exists()
 
 
 def test_a_damaged_file_is_made_again(

@@ -232,6 +232,7 @@ def test_submitit_that_is_not_there(weights: Path, fake: None, monkeypatch, caps
         (("--set", "SEED", "3"), "--set SEED"),
         (("--set", "SOLVER.BASE_LR", "high"), "SOLVER.BASE_LR"),
         (("--backbones", "x/a.pkl", "y/a.pkl"), "there twice"),
+        (("--feature-cache", "x", "--engine", "torchvision", "--set", "TEST.AUG.ENABLED", "True"), "TEST.AUG"),
     ],
 )
 def test_bad_options(options: tuple, message: str, weights: Path, fake: None, capsys: pytest.CaptureFixture) -> None:

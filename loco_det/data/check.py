@@ -120,7 +120,7 @@ def check_coco(paths: DatasetPaths, index: CocoIndex, *, workers: int) -> Checke
     ]
     readable[wrong_size] = False
     if is_semantic(paths.name):
-        problems, classes = _check_labels(files, index)
+        problems, classes = _check_labels(files, index, workers)
         defects.append(_defect("unusable labels", problems, STOPS))
         counts = {"images": len(files), "classes": len(classes), **_sizes(looks)}
         return Checked(counts, classes, _found(defects), readable)
@@ -144,21 +144,13 @@ def check_coco(paths: DatasetPaths, index: CocoIndex, *, workers: int) -> Checke
     return Checked(counts, classes, _found(defects), readable)
 
 
-def _check_labels(files: list[str], index: CocoIndex) -> tuple[list[str], dict[str, int]]:
+def _check_labels(files: list[str], index: CocoIndex, workers: int) -> tuple[list[str], dict[str, int]]:
     """What is wrong with which labels, and in how many images each class is."""
     problems, images = [], np.zeros(len(index.category_id), np.int64)
-    sizes = zip(index.height.tolist(), index.width.tolist())
-    with Progress(len(files), "labels", unit="images") as progress:
-        for file, size in zip(files, sizes):
-            try:
-                labels = read_labels(label_file(file))
-            except UserError as error:
-                problems.append(str(error))
-            else:
-                images[[k for k in np.unique(labels) if k != IGNORED]] += 1
-                if labels.shape != size:
-                    problems.append(f"{label_file(file)} has shape {labels.shape} and its image {size}")
-            progress.advance()
+    dataset = _Labels(files, list(zip(index.height.tolist(), index.width.tolist())))
+    for problem, classes in _in_workers(dataset, len(files), workers, "labels"):
+        problems += problem
+        images[classes] += 1
     return problems, dict(zip(index.category_names, images.tolist()))
 
 
@@ -290,18 +282,25 @@ def _found(defects: list[Defect]) -> list[Defect]:
 # --- reading every image ----------------------------------------------------------------------------------------
 
 
-class _Images(Dataset):
-    """Chunks of numbers -> Looks, with one reading of every file."""
+class _Chunks(Dataset):
+    """Chunks of numbers -> what there is to say of each, with one reading of every file."""
 
-    def __getitem__(self, images: Sequence[int]) -> list[Look]:
-        return [self._look(i) for i in images]
+    def __getitem__(self, images: Sequence[int]) -> list[Any]:
+        return [self.look(i) for i in images]
 
-    def _look(self, i: int) -> Look:
+
+class _Images(_Chunks):
+    """Looks."""
+
+    def look(self, i: int) -> Look:
         try:
             data, pixels = self.read(i)
         except UserError as error:
             return Look(None, str(error), b"", 0)
         return Look(pixels.shape[:2], "", hashlib.blake2b(data, digest_size=16).digest(), len(data))
+
+    def is_bad(self, look: Look) -> bool:
+        return look.size is None
 
 
 class _SourceImages(_Images):
@@ -326,16 +325,39 @@ class _Files(_Images):
         return data, decode_exactly(data, self.files[i], "BGR")
 
 
-def _look(dataset: Dataset, count: int, workers: int) -> list[Look]:
-    """Every image, in order, with a progress bar."""
+class _Labels(_Chunks):
+    """What is wrong with an image's labels, and the classes in it."""
+
+    def __init__(self, files: list[str], sizes: list[tuple[int, int]]) -> None:
+        self.files, self.sizes = files, sizes
+
+    def look(self, i: int) -> tuple[list[str], list[int]]:
+        file = label_file(self.files[i])
+        try:
+            labels = read_labels(file)
+        except UserError as error:
+            return [str(error)], []
+        fits = labels.shape == self.sizes[i]
+        problem = [] if fits else [f"{file} has shape {labels.shape} and its image {self.sizes[i]}"]
+        return problem, [int(k) for k in np.unique(labels) if k != IGNORED]
+
+    def is_bad(self, look: tuple[list[str], list[int]]) -> bool:
+        return bool(look[0])
+
+
+def _look(dataset: _Images, count: int, workers: int) -> list[Look]:
+    return list(_in_workers(dataset, count, workers, "images"))
+
+
+def _in_workers(dataset: _Chunks, count: int, workers: int, what: str) -> Iterator[Any]:
+    """dataset.look of every image, in order, with a progress bar."""
     chunks = [list(range(at, min(count, at + _CHUNK))) for at in range(0, count, _CHUNK)]
-    looks: list[Look] = []
-    answers: Iterator[list[Look]] = iter(loader_of(dataset, chunks, workers, False)) if count else iter(())
-    with Progress(count, "images", unit="images") as progress:
-        for answer in answers:
-            looks += answer
-            progress.advance(len(answer), unreadable=sum(look.size is None for look in looks[-_CHUNK:]))
-    return looks
+    bad = 0
+    with Progress(count, what, unit="images") as progress:
+        for answer in loader_of(dataset, chunks, workers, False) if count else ():
+            yield from answer
+            bad += sum(map(dataset.is_bad, answer))
+            progress.advance(len(answer), unusable=bad)
 
 
 def _sizes(looks: Sequence[Look]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from pycocotools import mask as coco_mask
 from loco_det.data.derived import derived_file, files_digest
 from loco_det.errors import UserError
 from loco_det.processes import leave_stopping_to_parent
-from loco_det.runtime import Progress, log
+from loco_det.runtime import Progress, log, usable_cores
 
 # Source: cityscapesscripts/helpers/labels.py, which a test compares. Ids from 24 to 33 have instances.
 LABELS = {
@@ -137,7 +136,7 @@ def coco_format(frames: list[Frame], folder: Path, from_polygons: bool) -> dict[
 
 def _all(read: Any, frames: list[Frame]) -> Any:
     """`read` of every frame in order; in several processes where there is enough to do."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     description = "Cityscapes annotations"
     with Progress(len(frames), description, unit="images") as progress:
         if cores == 1 or len(frames) < 100 or "fork" not in multiprocessing.get_all_start_methods():

@@ -39,7 +39,7 @@ import numpy as np
 
 from loco_det.errors import UserError
 from loco_det.processes import leave_stopping_to_parent
-from loco_det.runtime import atomic_write, log
+from loco_det.runtime import atomic_write, log, usable_cores
 
 _MAGIC = b"LOCOIDX3"  # another number whenever a cache file holds something else
 _ALIGN = 64
@@ -472,7 +472,7 @@ def _helpers(size: int) -> Iterator[tuple[Executor, int]]:
 
     A large file on several cores gets processes, forked as a loader's workers are, which themselves may not fork.
     """
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    cores = usable_cores() if sys.platform == "linux" else 1
     if size < _LARGE or cores == 1 or multiprocessing.current_process().daemon:
         with ThreadPoolExecutor(1) as threads:
             yield threads, 1

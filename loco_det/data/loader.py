@@ -26,7 +26,7 @@ from loco_det.data.mapper import DetectionMapper, ProposalsOfImage, sample_rng
 from loco_det.data.semantic import is_semantic
 from loco_det.errors import UserError
 from loco_det.processes import leave_stopping_to_parent
-from loco_det.runtime import log, rank, world_size
+from loco_det.runtime import log, rank, usable_cores, world_size
 
 Precomputed = Sequence[Mapping[str, ProposalsOfImage]]
 
@@ -306,7 +306,7 @@ def _loader(cfg: CfgNode, datasets: list[CocoDataset], samples: _Samples, batche
     torch_loader = DataLoader(
         samples,
         batch_sampler=batches,
-        num_workers=workers,
+        num_workers=min(workers, usable_cores()),  # more only cost memory
         collate_fn=_as_list,
         worker_init_fn=leave_stopping_to_parent,
         pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",

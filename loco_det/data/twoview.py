@@ -10,7 +10,6 @@ at t. Workers run on over the end of an epoch, so that small sets are not slowed
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -390,8 +389,7 @@ def loader_of(dataset: Dataset, requests: Any, num_workers: int, pin_memory: boo
     if num_workers < 0:
         raise UserError(f"DATA.NUM_WORKERS is {num_workers}; use 0 or more")
     # More workers than cores only cost memory, and change nothing that comes out.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_workers = min(num_workers, cores)
+    num_workers = min(num_workers, runtime.usable_cores())
     return DataLoader(
         dataset,
         sampler=requests,

@@ -22,7 +22,7 @@ from loco_det import __version__
 from loco_det.backbone import tensors_hash
 from loco_det.errors import UserError
 from loco_det.fused import is_fast
-from loco_det.runtime import atomic_write, log
+from loco_det.runtime import atomic_write, check_writable, log
 
 Features = dict[str, Tensor]
 
@@ -32,15 +32,12 @@ class FeatureCache:
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.folder, self.identity = folder, identity
-        self.told = False
+        self.told = self.full = False
 
     def __call__(self, x: Tensor, compute: Callable[[Tensor], Features]) -> Features:
         """`compute(x)`, from disk if it is there; x (B, 3, H, W).
 
-        A damaged file is made again.
-
-        Raises:
-            UserError: a file cannot be written.
+        A damaged file is made again. Once one cannot be written, as on a full disk, none is any more.
         """
         path = self.folder / f"{self._key(x)}.pt"
         if path.is_file() and (features := _read(path, x.device)) is not None:
@@ -50,9 +47,17 @@ class FeatureCache:
             size = sum(tensor.numel() * tensor.element_size() for tensor in features.values())
             log.info("feature cache %s: this image takes %.1f MB", self.folder, size / 1e6)
             self.told = True
-        with atomic_write(path) as file:
-            torch.save(features, file)
+        if not self.full:
+            self._write(path, features)
         return features
+
+    def _write(self, path: Path, features: Features) -> None:
+        try:
+            with atomic_write(path) as file:
+                torch.save(features, file)
+        except UserError as error:  # what is evaluated does not need the file
+            self.full = True
+            log.warning("feature cache: %s; from here on features are computed and not kept", error)
 
     def _key(self, x: Tensor) -> str:
         """Of weights, configuration, image, software and whatever else rounding depends on."""
@@ -72,11 +77,23 @@ def _read(path: Path, device: torch.device) -> Features | None:
         return None
 
 
+def check_cacheable(cfg: CfgNode, engine: str) -> None:
+    """Refuse what can be refused before a model is built.
+
+    Raises:
+        UserError: the engine has no cache, or test-time augmentation makes other inputs of an image.
+    """
+    if engine != "torchvision":
+        raise UserError("--feature-cache is the torchvision engine's; add --engine torchvision, or leave it out.")
+    if cfg.TEST.AUG.ENABLED:
+        raise UserError("--feature-cache is for images of one fixed size; set TEST.AUG.ENABLED False, or leave it out.")
+
+
 def use_cache(model: nn.Module, cfg: CfgNode, folder: Path) -> None:
     """Let a detector whose weights are loaded take its frozen backbone's features from `folder` in evaluation.
 
     Raises:
-        UserError: the backbone is not frozen as a whole, or test-time augmentation makes other inputs of an image.
+        UserError: the backbone is not frozen as a whole, or the folder cannot be written.
     """
     trunk = getattr(model.backbone, "bottom_up", model.backbone)
     moving = [name for name, parameter in trunk.named_parameters() if parameter.requires_grad]
@@ -86,7 +103,6 @@ def use_cache(model: nn.Module, cfg: CfgNode, folder: Path) -> None:
             f"--feature-cache needs a frozen backbone, but MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT} "
             f"leaves {moving[0]} to training; raise it (5 freezes everything), or leave the option out."
         )
-    if cfg.TEST.AUG.ENABLED:
-        raise UserError("--feature-cache is for images of one fixed size; set TEST.AUG.ENABLED False, or leave it out.")
+    check_writable(folder / "features.pt")
     identity = tensors_hash(trunk.state_dict().items()), cfg.MODEL.RESNETS.dump(), trunk.out_features
     trunk.cache = FeatureCache(folder, hashlib.sha256(repr(identity).encode()).hexdigest())

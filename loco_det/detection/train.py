@@ -22,7 +22,7 @@ from loco_det.data.catalog import find_dataset
 from loco_det.data.index import load_index
 from loco_det.detection import engine_d2, solver
 from loco_det.detection.checkpoint import Checkpointer, read_last
-from loco_det.detection.feature_cache import use_cache
+from loco_det.detection.feature_cache import check_cacheable, use_cache
 from loco_det.detection.inference import check_evaluator, check_expected, evaluate_finally, flatten
 from loco_det.detection.loop import Run, check_frozen, frozen_hashes, train
 from loco_det.detection.record import write_record
@@ -76,8 +76,8 @@ def train_net(
     module = choose_engine(engine)
     module.check(cfg)
     check_evaluator(cfg, evaluator)
-    if feature_cache is not None and module is engine_d2:
-        raise UserError("--feature-cache is the torchvision engine's; add --engine torchvision, or leave it out.")
+    if feature_cache is not None:
+        check_cacheable(cfg, module.NAME)
     drawn = cfg.SEED < 0
     cfg = _prepare(cfg, eval_only)
     model = module.build_model(cfg)
