@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loco_det import __version__
-from loco_det.errors import INTERRUPTED, UserError
+from loco_det.errors import INTERRUPTED, UserError, out_of_memory
 
 BAD_INPUT = 2  # argparse's own status for arguments that it refuses
 
@@ -141,8 +141,9 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
         prog: its name in usage and error texts; None for the script's.
 
     Returns:
-        0; 1 where a check failed (`doctor`, `data check`); 2 for bad input, with one sentence on standard error and a
-        traceback only under --debug; 130 when interrupted by SIGINT or SIGTERM. A bug raises.
+        0; 1 where a check failed (`doctor`, `data check`); 2 for bad input and for memory that is short, with one
+        sentence on standard error and a traceback only under --debug; 130 when interrupted by SIGINT or SIGTERM. A bug
+        raises.
     """
     try:
         with _sigterm_interrupts():
@@ -186,11 +187,12 @@ def _run(job: Job, args: argparse.Namespace) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if job.logs:
             log_failure(error)
-        if args.debug and isinstance(error, (UserError, KeyboardInterrupt)):
+        told = error if isinstance(error, UserError) else out_of_memory(error)
+        if args.debug and (told or isinstance(error, KeyboardInterrupt)):
             traceback.print_exc()
-        if not isinstance(error, UserError):
+        if told is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         return BAD_INPUT
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from loco_det import runtime
-from loco_det.errors import INTERRUPTED, UserError
+from loco_det.errors import INTERRUPTED, UserError, out_of_memory
 from loco_det.runtime import local_rank, log_failure, setup_logging
 
 _STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -178,8 +178,8 @@ def _spawned(
         if not told:
             told = True
             log_failure(error)
-            is_bad_input = isinstance(error, UserError)
-            errors.put((is_bad_input, str(error) if is_bad_input else traceback.format_exc()[-_TRACEBACK:]))
+            bad_input = error if isinstance(error, UserError) else out_of_memory(error)
+            errors.put((bad_input is not None, str(bad_input or traceback.format_exc())[-_TRACEBACK:]))
 
     def telling(*args: Any) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from loco_det import __version__, cli
 from loco_det.cli import JOBS, Job, main, run_job
@@ -105,6 +107,15 @@ def test_a_job_runs_in_any_thread(job) -> None:
     thread.start()
     thread.join()
     assert statuses == [0]
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**48), lambda: np.empty(2**48)])
+def test_memory_that_is_short_is_one_sentence(allocate: Callable, job, capsys: pytest.CaptureFixture) -> None:
+    assert job(lambda args: allocate())() == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"error: memory is short; .* batches .*allocate.*\n", err)
+    assert job(lambda args: allocate())("--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input(job) -> None:

@@ -144,7 +144,9 @@ def test_two_processes_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def _fail(kind: str) -> None:
-    if rank() == 1:
+    if rank() == 1 and kind == "memory":
+        torch.empty(2**48)
+    elif rank() == 1:
         raise UserError("images/7.jpg is damaged; remove it") if kind == "user" else ValueError("a bug")
     torch.distributed.barrier()
 
@@ -153,6 +155,11 @@ def test_bad_input_in_a_child_is_bad_input_here(capfd: pytest.CaptureFixture) ->
     with pytest.raises(UserError, match=r"^images/7.jpg is damaged; remove it$"):
         launch(_fail, 2, "user")
     assert capfd.readouterr().err == ""
+
+
+def test_memory_that_is_short_in_a_child_is_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"^memory is short; .*allocate"):
+        launch(_fail, 2, "memory")
 
 
 def test_a_bug_in_a_child_is_a_bug_here() -> None:

@@ -141,6 +141,7 @@ def test_names_of_parts() -> None:
     assert part_name(0.1) == "@10pct_seed0"
     assert part_name(0.07) == "@7pct_seed0"
     assert part_name(1.0) == part_name() == ""
+    assert len(image_ids(f"{NAME}{part_name(1e-9)}")) == 1  # rounded up
     assert part_name(shots=5, seed=1) == "@5shot_seed1"
 
 

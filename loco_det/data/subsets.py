@@ -30,7 +30,7 @@ import numpy as np
 from loco_det.data.derived import derived_file, files_digest
 from loco_det.errors import UserError
 
-_SHARE = re.compile(r"(\d+(?:\.\d+)?)pct_seed(\d+)")
+_SHARE = re.compile(r"(\d+(?:\.\d+)?(?:e-\d+)?)pct_seed(\d+)")  # part_name writes a tiny share as 1e-07
 _SHOTS = re.compile(r"(\d+)shot_seed(\d+)")
 _CLASSES = re.compile(r"classes_(.+)")
 
@@ -43,7 +43,7 @@ def hashed_order(names: Sequence[str], seed: int) -> np.ndarray:
 
 def part_size(share: float, total: int) -> int:
     """How many of `total` members a share of (0, 1] means: rounded up, so never none, and exact for 1 % of 100."""
-    return min(total, math.ceil(round(share * total, 6)))
+    return min(total, max(1, math.ceil(round(share * total, 6))))
 
 
 def share_of_each_class(labels: np.ndarray, names: Sequence[str], share: float, seed: int) -> np.ndarray:
