@@ -241,6 +241,23 @@ def test_a_foreign_checkpoint_and_its_pixels(tmp_path: Path, images: Path) -> No
     assert (found.order, found.mean) == ("BGR", (1.0, 2.0, 3.0))
 
 
+def test_a_foreign_checkpoint_with_the_configuration_it_was_trained_with(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture
+) -> None:
+    torch.save({"net." + k: v for k, v in backbone_tensors(ResNet(18)).items()}, tmp_path / "x.pth")
+    keys = {"PIXEL_MEAN": [1.0, 2.0, 3.0], "PIXEL_STD": [1.0, 1.0, 1.0], "RESNETS": {"STRIDE_IN_1X1": False}}
+    (tmp_path / "config.yaml").write_text(json.dumps({"INPUT": {"FORMAT": "BGR"}, "MODEL": keys}))
+    argv = ["probe", tmp_path / "x.pth", "--branch", "net.", "--data", images, "--protocol", "knn", "--image-size", 32]
+    argv = [str(text) for text in (*argv, "--workers", 0, "--no-cache")]
+    assert main(argv) == 2
+    assert "--d2-config" in capsys.readouterr().err
+    out = tmp_path / "out.json"
+    assert main([*argv, "--d2-config", str(tmp_path / "config.yaml"), "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["stages"]["res5"]["top1"] >= 0
+    found = load_backbone_for_probe(argv[1], branch="net.", d2_config=tmp_path / "config.yaml")
+    assert (found.order, tuple(found.mean)) == ("BGR", (1.0, 2.0, 3.0))
+
+
 @pytest.mark.parametrize("name", ["random:resnet18-cifar", "random:resnet18"])
 def test_random_backbones_measure_batchnorm(name: str, images: Path) -> None:
     data = open_probe_data(str(images))

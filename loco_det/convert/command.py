@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from loco_det.convert.conversion import convert
 from loco_det.convert.inspect import inspect
@@ -21,16 +22,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ".safetensors for torchvision and timm",
     )
     parser.add_argument("--inspect", action="store_true", help="say what INPUT is and convert nothing")
-    parser.add_argument("--branch", help="which backbone, where the file holds several")
     parser.add_argument("--image", help="image for the proof (default: a photograph that comes with matplotlib)")
+    add_input_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print what would be printed as one JSON object")
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a file that is read as a backbone may not say of itself; `stated` makes values of them."""
+    parser.add_argument("--branch", help="which backbone, where the file holds several")
     parser.add_argument("--channel-order", choices=("RGB", "BGR"), help="what the backbone was trained to see")
     for name in ("--pixel-mean", "--pixel-std"):
         parser.add_argument(name, nargs=3, type=float, metavar="X", help="in 0-255 units, in --channel-order")
+    parser.add_argument("--stride-in-1x1", choices=("yes", "no"), help="yes for weights from MSRA (Caffe)")
     parser.add_argument(
         "--d2-config", metavar="YAML", help="read order, mean, std and stride from Detectron2's config.yaml of the run"
     )
-    parser.add_argument("--stride-in-1x1", choices=("yes", "no"), help="yes for weights from MSRA (Caffe)")
-    parser.add_argument("--json", action="store_true", help="print what would be printed as one JSON object")
+
+
+def stated(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `add_input_arguments`, by the names that `convert` and `load_any_backbone` have for them."""
+    return {
+        "branch": args.branch,
+        "channel_order": args.channel_order,
+        "pixel_mean": args.pixel_mean and tuple(args.pixel_mean),
+        "pixel_std": args.pixel_std and tuple(args.pixel_std),
+        "stride_in_1x1": None if args.stride_in_1x1 is None else args.stride_in_1x1 == "yes",
+        "d2_config": args.d2_config,
+    }
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,17 +65,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.output is None:
         raise UserError(f"{args.input}: give an OUTPUT to convert it to, or --inspect to look at it")
-    account = convert(
-        args.input,
-        args.output,
-        branch=args.branch,
-        image=args.image,
-        channel_order=args.channel_order,
-        pixel_mean=args.pixel_mean and tuple(args.pixel_mean),
-        pixel_std=args.pixel_std and tuple(args.pixel_std),
-        d2_config=args.d2_config,
-        stride_in_1x1=None if args.stride_in_1x1 is None else args.stride_in_1x1 == "yes",
-    )
+    account = convert(args.input, args.output, image=args.image, **stated(args))
     written = [args.output]
     if args.output.endswith(".pkl"):
         written.append(f"{args.output.removesuffix('.pkl')}.yaml")

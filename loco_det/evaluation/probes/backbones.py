@@ -89,16 +89,13 @@ class _TimmStages(nn.Module):
         return dict(zip(self.stage_names, maps))
 
 
-def load_backbone_for_probe(
-    name: str, *, branch: str | None = None, seed: int = 0, image_size: int | None = None, **stated: Any
-) -> Backbone:
+def load_backbone_for_probe(name: str, *, seed: int = 0, image_size: int | None = None, **stated: Any) -> Backbone:
     """The backbone that the user names, in eval mode on the CPU; see the module's table.
 
     Args:
-        branch: which, where a file holds several.
         seed: of the weights of an untrained one.
         image_size: the side that the images will have, which some of timm's models must be built for.
-        stated: channel_order, pixel_mean, pixel_std, stride_in_1x1, as `loco_det.convert.convert` takes them.
+        stated: branch, channel_order, pixel_mean, pixel_std, stride_in_1x1, d2_config of a file, as `convert`'s.
 
     Raises:
         UserError: no such file or model, or its weights cannot be had.
@@ -107,13 +104,13 @@ def load_backbone_for_probe(
     if kind not in ("random", "timm") and kind != name and not re.search(r"[\\/.]", kind):
         raise UserError(f"backbone {name!r}: the kind {kind!r} is unknown; give a file, timm:NAME or random:resnet50")
     if kind not in ("random", "timm"):
-        model, manifest = load_any_backbone(name, branch, **stated)
+        model, manifest = load_any_backbone(name, **stated)
         default = 32 if manifest.stem == "cifar" else 224
         size = manifest.config.get("DATA", {}).get("IMAGE_SIZE", default)
         facts = {"architecture": manifest.architecture, "stem": manifest.stem, "source": manifest.method}
         pixels = (manifest.channel_order, manifest.pixel_mean, manifest.pixel_std)
         return Backbone(name, model, model.channels, *pixels, size, facts=facts)
-    if branch is not None or any(value is not None for value in stated.values()):
+    if any(value is not None for value in stated.values()):
         raise UserError(f"backbone {name!r}: --branch and the pixel options are for files; leave them out")
     torch.manual_seed(seed)
     if kind == "timm":

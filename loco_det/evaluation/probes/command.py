@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from loco_det import __version__
+from loco_det.convert.command import add_input_arguments, stated
 from loco_det.data.index import cache_folder
 from loco_det.errors import UserError
 from loco_det.evaluation.knn import knn_predict
@@ -59,11 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="loading processes")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="of features (default: ~/.cache/loco_det/features)")
     parser.add_argument("--no-cache", action="store_true", help="keep no features on disk")
-    parser.add_argument("--branch", help="which backbone, where the file holds several")
-    parser.add_argument("--channel-order", choices=("RGB", "BGR"), help="as in `loco-det convert`")
-    for name in ("--pixel-mean", "--pixel-std"):
-        parser.add_argument(name, nargs=3, type=float, metavar="X")
-    parser.add_argument("--stride-in-1x1", choices=("yes", "no"))
+    add_input_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -87,16 +84,7 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
     _check(args)
     device = resolve_device(args.device)
     data = open_probe_data(args.data, args.val, limit=args.limit, seed=args.seed)
-    backbone = load_backbone_for_probe(
-        args.backbone,
-        branch=args.branch,
-        seed=args.seed,
-        image_size=args.image_size,
-        channel_order=args.channel_order,
-        pixel_mean=args.pixel_mean and tuple(args.pixel_mean),
-        pixel_std=args.pixel_std and tuple(args.pixel_std),
-        stride_in_1x1=None if args.stride_in_1x1 is None else args.stride_in_1x1 == "yes",
-    )
+    backbone = load_backbone_for_probe(args.backbone, seed=args.seed, image_size=args.image_size, **stated(args))
     stages = choose_stages(backbone, args.stages)
     size = args.image_size or backbone.image_size
     extractor = Extractor(backbone, size, device, batch=args.batch_size, workers=args.workers, cache=_cache(args))
