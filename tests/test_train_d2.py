@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,6 +78,16 @@ def test_detectron2_is_never_fast(tmp_path):
     assert states[0]["optimizer"]["param_groups"] == states[1]["optimizer"]["param_groups"]
     for name, tensor in states[0]["model"].items():
         assert torch.equal(tensor, states[1]["model"][name]), name
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="no way to tell who sent a signal")
+def test_batches_come_on_after_a_signal_to_the_workers(tmp_path):
+    stream = iter(engine_d2.train_batches(tiny_cfg(tmp_path, DATALOADER__NUM_WORKERS=1), 0))
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(["sh", "-c", f"kill -TERM {worker.pid}; kill -INT {worker.pid}"], check=True)
+    assert len([next(stream) for _ in range(12)]) == 12  # more than were ready
+    assert multiprocessing.active_children() == [worker]
 
 
 @pytest.fixture

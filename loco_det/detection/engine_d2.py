@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 from loco_det.data.catalog import LVIS_NAMES, find_dataset
 from loco_det.data.index import load_index
 from loco_det.data.semantic import CLASSES, IGNORED, is_semantic, label_file, to_classes
 from loco_det.detection.schema import check_task
 from loco_det.errors import UserError
+from loco_det.processes import leave_stopping_to_parent
 from loco_det.structures import Instances
 
 NAME = "detectron2"
@@ -62,9 +64,10 @@ def train_batches(cfg: CfgNode, start: int) -> Iterable[list[dict[str, Any]]]:
     for name in cfg.DATASETS.TRAIN:
         _register(name)
     native = _native(cfg)
+    mapper = DatasetMapper(native, is_train=True)
     if any(map(is_semantic, cfg.DATASETS.TRAIN)):
-        return build_detection_train_loader(native, mapper=_SemanticMapper(DatasetMapper(native, is_train=True)))
-    return build_detection_train_loader(native)
+        mapper = _SemanticMapper(mapper)
+    return build_detection_train_loader(native, mapper=_WorkersMapper(mapper))
 
 
 def test_batches(cfg: CfgNode, dataset: str) -> Iterable[list[dict[str, Any]]]:
@@ -111,6 +114,20 @@ def _native(cfg: CfgNode) -> Any:
     native = get_cfg()
     native.merge_from_other_cfg(cfg)
     return native
+
+
+class _WorkersMapper:
+    """A mapper whose process, where it is a loader's worker, leaves stopping to its parent."""
+
+    def __init__(self, mapper: Any) -> None:
+        self.mapper = mapper
+        self.called = False
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        if not self.called and get_worker_info() is not None:
+            leave_stopping_to_parent()
+        self.called = True
+        return self.mapper(record)
 
 
 class _SemanticMapper:
