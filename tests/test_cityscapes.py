@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import types
 import zipfile
@@ -28,8 +29,15 @@ from loco_det.data.cityscapes import (
 )
 from loco_det.data.coco import decode_segmentation, load_coco
 from loco_det.errors import UserError
-from loco_det.evaluation.cityscapes import evaluate_cityscapes, rle_lengths, write_submission
+from loco_det.evaluation.cityscapes import (
+    cityscapes_outcomes,
+    evaluate_cityscapes,
+    in_percent,
+    rle_lengths,
+    write_submission,
+)
 
+GROUND_TRUTH = ["gtFine_polygons.json", "gtFine_instanceIds.png", "gtFine_labelIds.png"]
 VAL = "cityscapes_fine_instance_seg_val"
 shapely = pytest.importorskip("shapely", reason="shapely is not installed (extra cityscapes)")
 
@@ -257,6 +265,40 @@ def test_both_evaluators_agree_to_the_last_bit(tmp_path: Path, monkeypatch: pyte
         assert fast[name] == slow[name] or (math.isnan(fast[name]) and math.isnan(slow[name])), name
     assert 0 < fast["AP"] < 100
     assert {p.name for p in tmp_path.iterdir()} - {p.name for p in before} <= {"cache"}, "files were left behind"
+
+
+@pytest.mark.parametrize("times", [[1, 1, 1, 1], [2, 0, 1, 3], [0, 0, 4, 0], [0, 0, 0, 0]])
+def test_ap_of_a_choice_of_images_is_that_of_copies_of_them(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: list[int]
+) -> None:
+    paths = find_dataset(VAL)
+    results = noisy_results(root, paths.annotations, "val")
+    ours = in_percent(cityscapes_outcomes(paths.annotations, paths.images, results).precision(np.array(times)))
+    listed = json.loads(paths.annotations.read_text())["images"]
+    if not sum(times):
+        assert all(map(math.isnan, ours.values()))
+        return
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "copies"))
+    source = {}
+    for entry, count in zip(listed, times):
+        for number in range(count):
+            name = entry["file_name"].replace("_000019_", f"_{number:06d}_")
+            source[name] = entry["id"]
+            for kind, suffix in (("leftImg8bit", ["leftImg8bit.png"]), ("gtFine", GROUND_TRUTH)):
+                for end in suffix:
+                    old, new = (text.replace("leftImg8bit.png", end) for text in (entry["file_name"], name))
+                    (tmp_path / "copies/cityscapes" / kind / "val" / new).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(root / kind / "val" / old, tmp_path / "copies/cityscapes" / kind / "val" / new)
+    copies = json.loads(find_dataset(VAL).annotations.read_text())["images"]
+    assert len(copies) == sum(times)
+    again = [
+        {**result, "image_id": entry["id"]}
+        for entry in copies
+        for result in results
+        if result["image_id"] == source[entry["file_name"]]
+    ]
+    assert ours == pytest.approx(measure(tmp_path, again, False), rel=0, abs=0, nan_ok=True)
+    assert ours["AP"] > 0
 
 
 def test_perfect_results_give_100_and_none_give_0(root: Path) -> None:

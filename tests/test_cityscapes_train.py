@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import shutil
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
-from cityscapes_cases import write_cityscapes
+from cityscapes_cases import noisy_results, write_cityscapes
 from tiny_detection import tiny_cfg
 
+from loco_det.cli import run_job
+from loco_det.data.catalog import find_dataset
 from loco_det.detection.train import train_net
 from loco_det.errors import UserError
+from loco_det.evaluation.cityscapes import cityscapes_outcomes, evaluate_cityscapes, in_percent
+from loco_det.report.analysis import experiments
+from loco_det.report.runs import find_runs
 
 pytest.importorskip("shapely", reason="shapely is not installed (extra cityscapes)")
 
@@ -72,6 +81,50 @@ def test_the_test_split_leaves_a_submission(engine: str, tmp_path: Path) -> None
         names = archive.namelist()
     assert sum(name.endswith("_pred.txt") for name in names) == 4
     assert sum(name.endswith(".png") for name in names) > 0
+
+
+def test_paired_bootstrap_against_all_draws_of_three_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_cityscapes(tmp_path / "three", images=3)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "three"))
+    paths = find_dataset(f"{NAME}_val")
+    train_net(cfg(tmp_path / "one"), engine="torchvision")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    outcomes = {}
+    for seed, name in enumerate(("one", "two")):
+        results = noisy_results(root, paths.annotations, "val", seed)
+        (tmp_path / name / "inference/coco_instances_results.json").write_text(json.dumps(results))
+        numbers = evaluate_cityscapes(paths.annotations, paths.images, results)["segm"]
+        flat = {f"segm/{key}": None if math.isnan(value) else value for key, value in numbers.items()}
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"iteration": 1, **flat}) + "\n")
+        outcomes[name] = cityscapes_outcomes(paths.annotations, paths.images, results)
+
+    def difference(images: tuple[int, ...]) -> float:
+        times = np.bincount(images, minlength=3)
+        one, two = (in_percent(outcomes[name].precision(times))["AP50"] for name in ("one", "two"))
+        return two - one
+
+    missing: list[str] = []
+    runs = find_runs([f"{n}={tmp_path / n}" for n in ("one", "two")])
+    (found,) = experiments(runs, None, 2000, missing)
+    assert missing == []
+    (pair,) = found["paired"]
+    drawn = [difference(images) for images in itertools.product(range(3), repeat=3)]
+    assert (pair["backbone"], pair["images"], set(pair["segm"])) == ("two", 3, {"AP", "AP50"})
+    assert pair["segm"]["AP50"]["difference"] == pytest.approx(difference((0, 1, 2)))
+    # One image three times is one draw of 27, so the least and the greatest difference have more than 2.5 % each.
+    assert pair["segm"]["AP50"]["ci95"] == pytest.approx([min(drawn), max(drawn)])
+    argv = [*(f"{n}={tmp_path / n}" for n in ("one", "two")), "--bootstrap", "10", "--out", str(tmp_path / "page")]
+    assert run_job("report", argv) == 0
+    page = (tmp_path / "page/index.html").read_text()
+    assert "10 resamples of 3 images" in page
+
+    lines = (tmp_path / "two/metrics.json").read_text()
+    (tmp_path / "two/metrics.json").write_text(lines.replace('"segm/AP": ', '"segm/AP": 1'))
+    experiments(find_runs([f"{n}={tmp_path / n}" for n in ("one", "two")]), None, 10, missing)
+    assert "evaluate it again" in missing.pop()
+    (tmp_path / "two/inference/coco_instances_results.json").unlink()
+    experiments(runs, None, 10, missing)
+    assert "coco_instances_results.json) are not there, so no paired differences" in missing.pop()
 
 
 def test_exact_masks_and_boxes_alone(tmp_path: Path) -> None:

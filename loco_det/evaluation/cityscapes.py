@@ -51,13 +51,28 @@ def evaluate_cityscapes(
     Raises:
         UserError: results or ground truth that cannot be used, or cityscapesscripts is asked for and absent.
     """
+    frames, detections = _checked(annotations, images, results)
+    precision = _by_cityscapesscripts(frames, detections) if official else Outcomes(frames, detections).precision()
+    return {"segm": in_percent(precision)}
+
+
+def cityscapes_outcomes(annotations: Path, images: Path, results: list[dict[str, Any]]) -> Outcomes:
+    """What `evaluate_cityscapes` makes its numbers of, for AP of any choice of images; takes and raises the same."""
+    return Outcomes(*_checked(annotations, images, results))
+
+
+def _checked(annotations: Path, images: Path, results: list[dict[str, Any]]) -> tuple[list[_Frame], Detections]:
     truth = read_ground_truth(annotations, ("segm",))
-    detections = check_results(results, truth, ("segm",))
-    frames = _frames(truth.index, images)
-    precision = (_by_cityscapesscripts if official else _by_histograms)(frames, detections)
-    numbers = {"AP": np.nanmean(precision), "AP50": np.nanmean(np.ascontiguousarray(precision[:, 0]))}
+    return _frames(truth.index, images), check_results(results, truth, ("segm",))
+
+
+def in_percent(precision: np.ndarray) -> dict[str, float]:
+    """{"AP", "AP50", "AP-person", ...} of (8, 10) AP by class and threshold, NaN where there are no objects."""
+    numbers = dict.fromkeys(("AP", "AP50"), math.nan)
+    if not np.isnan(precision).all():
+        numbers = {"AP": np.nanmean(precision), "AP50": np.nanmean(np.ascontiguousarray(precision[:, 0]))}
     numbers |= {f"AP-{name}": np.average(row) for name, row in zip(CLASSES.values(), precision)}
-    return {"segm": {name: float(value) * 100 for name, value in numbers.items()}}
+    return {name: float(value) * 100 for name, value in numbers.items()}
 
 
 @dataclass(frozen=True)
@@ -91,27 +106,46 @@ class _Class:
 
     Attributes:
         score, void, pixels: (P,) confidence, pixels that are void in the truth, pixels.
-        object_pixels: (G,). group: (G,) bool.
+        image: (P,) the place of its image in the list.
+        object_pixels: (G,). group: (G,) bool. object_image: (G,) as `image`.
         pairs: (E, 3) int64: detection, object, pixels of both.
     """
 
     score: np.ndarray
     void: np.ndarray
     pixels: np.ndarray
+    image: np.ndarray
     object_pixels: np.ndarray
     group: np.ndarray
+    object_image: np.ndarray
     pairs: np.ndarray
 
 
-def _by_histograms(frames: list[_Frame], detections: Detections) -> np.ndarray:
-    """(8, 10) float64 AP by class and threshold, NaN without objects."""
-    columns: dict[int, list[list[Any]]] = {label: [[], [], [], [], [], []] for label in CLASSES}
-    rows_of = _rows_by_image(detections)
-    with Progress(len(frames), "matching", unit="images") as progress:
-        for frame in frames:
-            _match(frame, detections, rows_of.get(frame.image_id, ()), columns)
-            progress.advance()
-    return np.array([_average_precision(_class(columns[label])) for label in CLASSES])
+class Outcomes:
+    """What became of every detection, image by image, so that AP of any choice of images takes no second matching.
+
+    Attributes:
+        images: how many there are.
+    """
+
+    def __init__(self, frames: list[_Frame], detections: Detections) -> None:
+        self.images = len(frames)
+        columns: dict[int, list[list[Any]]] = {label: [[] for _ in range(8)] for label in CLASSES}
+        rows_of = _rows_by_image(detections)
+        with Progress(len(frames), "matching", unit="images") as progress:
+            for place, frame in enumerate(frames):
+                _match(place, frame, detections, rows_of.get(frame.image_id, ()), columns)
+                progress.advance()
+        self._curves = [_curves(_class(columns[label])) for label in CLASSES]
+
+    def precision(self, times: np.ndarray | None = None) -> np.ndarray:
+        """(8, 10) float64 AP by class and threshold, NaN without objects.
+
+        Args:
+            times: (images,) how often each image counts; None: once.
+        """
+        times = np.ones(self.images, np.int64) if times is None else times
+        return np.array([[curve.area(times) for curve in curves] for curves in self._curves])
 
 
 def _rows_by_image(detections: Detections) -> dict[int, list[int]]:
@@ -121,8 +155,8 @@ def _rows_by_image(detections: Detections) -> dict[int, list[int]]:
     return rows
 
 
-def _match(frame: _Frame, detections: Detections, rows: Any, columns: dict[int, list[list[Any]]]) -> None:
-    """Add one image to `columns`: by class lists of score, void, pixels, object pixels, group, pairs."""
+def _match(place: int, frame: _Frame, detections: Detections, rows: Any, columns: dict[int, list[list[Any]]]) -> None:
+    """Add one image to `columns`: by class the lists that become a `_Class`."""
     ids = read_instance_ids(frame.truth)
     if ids.shape != frame.size:
         raise UserError(
@@ -133,14 +167,15 @@ def _match(frame: _Frame, detections: Detections, rows: Any, columns: dict[int, 
     present = np.flatnonzero(in_image)
     labels = np.where(present < 1000, present, present // 1000)
     objects: dict[int, tuple[np.ndarray, int]] = {}
-    for label, (*_, object_pixels, group, _) in columns.items():
+    for label, (*_, object_pixels, group, object_image, _) in columns.items():
         instances = present[labels == label]
         objects[label] = instances, len(object_pixels)
         object_pixels.extend(in_image[instances].tolist())
         group.extend((instances < 1000).tolist())
+        object_image.extend([place] * len(instances))
     void = np.array(VOID)
     for row in rows:
-        score, in_void, pixels, _, _, pairs = columns[int(detections.category_ids[row])]
+        score, in_void, pixels, image, *_, pairs = columns[int(detections.category_ids[row])]
         histogram = np.bincount(flat[_pixels(detections.masks[row])], minlength=max(len(in_image), max(VOID) + 1))
         total = int(histogram.sum())
         if not total:
@@ -151,26 +186,59 @@ def _match(frame: _Frame, detections: Detections, rows: Any, columns: dict[int, 
         score.append(detections.scores[row])
         in_void.append(int(histogram[void].sum()))
         pixels.append(total)
+        image.append(place)
 
 
 def _class(columns: list[list[Any]]) -> _Class:
-    score, void, pixels, object_pixels, group, pairs = columns
+    score, void, pixels, image, object_pixels, group, object_image, pairs = columns
     return _Class(
         np.array(score, np.float64),
-        np.array(void, np.int64),
-        np.array(pixels, np.int64),
-        np.array(object_pixels, np.int64),
+        *(np.array(values, np.int64) for values in (void, pixels, image, object_pixels)),
         np.array(group, bool),
+        np.array(object_image, np.int64),
         np.array(pairs, np.int64).reshape(-1, 3),
     )
 
 
-def _average_precision(found: _Class) -> list[float]:
+@dataclass
+class _Curve:
+    """The detections that count at one threshold, by ascending score, and the objects.
+
+    Attributes:
+        score, right, image: (D,) float64, 0. or 1., the place of its image.
+        object_image: (N,) of the objects that count.
+    """
+
+    score: np.ndarray
+    right: np.ndarray
+    image: np.ndarray
+    object_image: np.ndarray
+
+    def area(self, times: np.ndarray) -> float:
+        """AP where each image counts so many times: the area under the precision-recall curve, in the official order
+        of arithmetic; NaN without objects."""
+        objects = int(times[self.object_image].sum())
+        if not objects:
+            return math.nan
+        drawn = times[self.image] > 0
+        score, right, count = self.score[drawn], self.right[drawn], times[self.image[drawn]].astype(np.float64)
+        if not len(score):
+            return 0.0
+        cumulative, before = np.cumsum(right * count), np.cumsum(count)
+        first = np.flatnonzero(np.append(True, score[1:] != score[:-1]))
+        below = np.append(cumulative, 0)[first - 1]  # right ones that score less; the last 0 stands for none
+        tp = cumulative[-1] - below
+        fp = before[-1] - np.append(before, 0)[first - 1] - tp
+        missed = objects - int(cumulative[-1])
+        precision = np.append(tp / (tp + fp), 1.0)
+        recall = np.append(tp / (tp + (below + missed)), 0.0)
+        widths = np.convolve(np.concatenate([recall[:1], recall, [0.0]]), [-0.5, 0, 0.5], "valid")
+        return float(np.dot(precision, widths))
+
+
+def _curves(found: _Class) -> list[_Curve]:
+    """One for each threshold."""
     counts = ~found.group & (found.object_pixels >= MIN_PIXELS)
-    if not counts.any():
-        return [math.nan] * len(OVERLAPS)
-    if not len(found.score):
-        return [0.0] * len(OVERLAPS)
     detection, target, shared = found.pairs.T
     overlap = shared / (found.object_pixels[target] + found.pixels[detection] - shared)
     # A small group is counted by both of the official conditions.
@@ -181,8 +249,8 @@ def _average_precision(found: _Class) -> list[float]:
     return [_at(t, found, counts, overlap, ignored_share) for t in OVERLAPS]
 
 
-def _at(threshold: float, found: _Class, counts: np.ndarray, overlap: np.ndarray, ignored_share: np.ndarray) -> float:
-    """AP at one threshold: of the detections that overlap an object enough, the surest is right, the rest wrong."""
+def _at(threshold: float, found: _Class, counts: np.ndarray, overlap: np.ndarray, ignored_share: np.ndarray) -> _Curve:
+    """At one threshold: of the detections that overlap an object enough, the surest is right, the rest wrong."""
     detection, target, _ = found.pairs.T
     above = overlap > threshold
     matched = np.flatnonzero(above & counts[target])
@@ -191,27 +259,11 @@ def _at(threshold: float, found: _Class, counts: np.ndarray, overlap: np.ndarray
     right[:-1] = target[matched][1:] != target[matched][:-1]
     alone = np.ones(len(found.score), bool)
     alone[detection[above]] = False
-    wrong = alone & (ignored_share <= threshold)
-    scores = np.concatenate([found.score[detection[matched]], found.score[wrong]])
-    truth = np.concatenate([right, np.zeros(wrong.sum(), bool)]).astype(np.float64)
-    missed = int(counts.sum() - right.sum())
-    return _area(scores, truth, missed)
-
-
-def _area(scores: np.ndarray, truth: np.ndarray, missed: int) -> float:
-    """Area under the precision-recall curve, in the official order of arithmetic."""
-    if not len(scores):
-        return 0.0
-    order = np.argsort(scores)
-    cumulative = np.cumsum(truth[order])
-    first = np.unique(scores[order], return_index=True)[1]
-    below = np.append(cumulative, 0)[first - 1]  # right ones that score less; the last 0 stands for none
-    tp = cumulative[-1] - below
-    fp = len(scores) - first - tp
-    precision = np.append(tp / (tp + fp), 1.0)
-    recall = np.append(tp / (tp + (below + missed)), 0.0)
-    widths = np.convolve(np.concatenate([recall[:1], recall, [0.0]]), [-0.5, 0, 0.5], "valid")
-    return float(np.dot(precision, widths))
+    wrong = np.flatnonzero(alone & (ignored_share <= threshold))
+    rows = np.concatenate([detection[matched], wrong])
+    order = np.argsort(found.score[rows])
+    rows, right = rows[order], np.append(right, np.zeros(len(wrong), bool))[order]
+    return _Curve(found.score[rows], right.astype(np.float64), found.image[rows], found.object_image[counts])
 
 
 def _pixels(rle: dict[str, Any]) -> np.ndarray:
@@ -252,7 +304,7 @@ def rle_lengths(counts: bytes) -> np.ndarray:
 
 
 def _by_cityscapesscripts(frames: list[_Frame], detections: Detections) -> np.ndarray:
-    """As `_by_histograms`; results go through files in a temporary folder, which is how that code reads them."""
+    """As `Outcomes.precision`; results go through files in a temporary folder, which is how that code reads them."""
     module = official_module("evalInstanceLevelSemanticLabeling")
     with tempfile.TemporaryDirectory(prefix="cityscapes_") as folder:
         for name, content in submission_files(frames, detections):

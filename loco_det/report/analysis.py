@@ -2,8 +2,8 @@
 
 AP is what each run recorded. Where its detections and the ground truth are at hand they are evaluated once more,
 which must give that AP again, and are then taken apart: hotcoco has the paired bootstrap over images, the errors by
-kind (TIDE, Bolya et al. 2020) and the precision at every recall. Pixel labels are counted once more likewise, an image
-at a time, for the bootstrap of mean IoU.
+kind (TIDE, Bolya et al. 2020) and the precision at every recall. Pixel labels and the instances of Cityscapes, which
+have measures of their own, are counted once more likewise, an image at a time, for the same bootstrap.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ import msgspec
 import numpy as np
 
 from loco_det.data.catalog import find_dataset, has_own_measure
+from loco_det.data.cityscapes import is_cityscapes
 from loco_det.data.index import load_index
 from loco_det.errors import UserError
+from loco_det.evaluation.cityscapes import cityscapes_outcomes, in_percent
 from loco_det.evaluation.coco import hotcoco_evaluations
 from loco_det.evaluation.coco_checks import check_results, read_ground_truth
 from loco_det.evaluation.semantic import confusion_of, mean_iou, read_pair
@@ -37,12 +39,21 @@ AGREES = 1e-6  # percent; the recorded AP went through JSON, nothing else
 
 @dataclass
 class Taken:
-    """A run's detections, evaluated: one hotcoco evaluation for each IoU type. Or its labels, counted against the
-    truth: confusions (images, classes, classes)."""
+    """A run's detections, evaluated: one hotcoco evaluation for each IoU type. Or, of another measure, what gives its
+    numbers for any choice of images.
+
+    Attributes:
+        kind: the other measure's name in metrics.json, and `measure`: how often each of `images` images counts ->
+            numbers in percent.
+        drawn: (1 + resamples, numbers) what `measure` gave for all images and then for each choice, once it is known.
+    """
 
     run: DetectorRun
     evaluations: dict[str, Any]
-    confusions: np.ndarray | None = None
+    kind: str = ""
+    images: int = 0
+    measure: Callable[[np.ndarray], dict[str, float]] | None = None
+    drawn: np.ndarray | None = None
 
 
 def experiments(runs: Runs, baseline: str | None, resamples: int, missing: list[str]) -> list[dict[str, Any]]:
@@ -139,8 +150,8 @@ def take_apart(run: DetectorRun) -> Taken | str:
     """What the run found, evaluated, or why it cannot be."""
     if len(run.config["DATASETS.TEST"]) > 1:
         return "it was tested on several data sets, which are not taken apart, so no errors, curves, intervals"
-    if run.is_segmentor:
-        return _count_labels(run)
+    if run.is_segmentor or (run.config["MODEL.MASK_ON"] and is_cityscapes(run.config["DATASETS.TEST"][0])):
+        return _count_pixels(run)
     own = [name for name in run.config["DATASETS.TEST"] if has_own_measure(name, run.config["MODEL.MASK_ON"])]
     if own:
         return f"{own[0]} has a measure of its own, which is not taken apart, so no errors, curves, intervals"
@@ -167,23 +178,47 @@ def take_apart(run: DetectorRun) -> Taken | str:
     return Taken(run, evaluations)
 
 
-def _count_labels(run: DetectorRun) -> Taken | str:
-    """`take_apart` of a segmentor's labels."""
+def _count_pixels(run: DetectorRun) -> Taken | str:
+    """`take_apart` of what is judged pixel by pixel and not by COCO's AP: labels, and instances of Cityscapes."""
+    what = "labels" if run.is_segmentor else "detections"
     if run.annotations is None:
         return "its ground truth is not there (set DETECTRON2_DATASETS), so no paired differences"
+    if not run.results.exists():
+        return f"its {what} (inference/{run.results.name}) are not there, so no paired differences"
     try:
-        folder = find_dataset(run.config["DATASETS.TEST"][0]).images
-        images = [folder / name for name in load_index(run.annotations).file_name.tolist()]
-        confusions = np.stack([confusion_of(*read_pair(image, run.results)) for image in images])
-    except UserError as error:
-        return f"its labels cannot be counted again, so no paired differences: {error}"
-    again, recorded = 100 * float(mean_iou(confusions.sum(0))), run.recorded.get("sem_seg/IoU")
-    if recorded is not None and not math.isclose(again, recorded, abs_tol=AGREES):
-        return (
-            f"its labels give IoU {again:.3f} and metrics.json says {recorded:.3f}; evaluate it again with "
-            "--eval-only. No paired differences"
-        )
-    return Taken(run, {}, confusions)
+        taken = (_count_labels if run.is_segmentor else _match_instances)(run)
+    except (UserError, msgspec.DecodeError) as error:
+        return f"its {what} cannot be counted again, so no paired differences: {error}"
+    for name, again in taken.measure(np.ones(taken.images, np.int64)).items():
+        recorded = run.recorded.get(f"{taken.kind}/{name}")
+        if recorded is not None and not math.isclose(again, recorded, abs_tol=AGREES):
+            return (
+                f"its {what} give {name} {again:.3f} and metrics.json says {recorded:.3f}; evaluate it again with "
+                "--eval-only. No paired differences"
+            )
+    return taken
+
+
+def _count_labels(run: DetectorRun) -> Taken:
+    folder = find_dataset(run.config["DATASETS.TEST"][0]).images
+    images = [folder / name for name in load_index(run.annotations).file_name.tolist()]
+    confusions = np.stack([confusion_of(*read_pair(image, run.results)) for image in images])
+
+    def measure(times: np.ndarray) -> dict[str, float]:
+        return {"IoU": 100 * float(mean_iou(np.einsum("ikl,i->kl", confusions, times)))}
+
+    return Taken(run, {}, "sem_seg", len(images), measure)
+
+
+def _match_instances(run: DetectorRun) -> Taken:
+    paths = find_dataset(run.config["DATASETS.TEST"][0])
+    outcomes = cityscapes_outcomes(paths.annotations, paths.images, msgspec.json.decode(run.results.read_bytes()))
+
+    def measure(times: np.ndarray) -> dict[str, float]:
+        numbers = in_percent(outcomes.precision(times))
+        return {name: numbers[name] for name in ("AP", "AP50")}
+
+    return Taken(run, {}, "segm", outcomes.images, measure)
 
 
 def _apart(evaluation: Any) -> dict[str, Any]:
@@ -231,24 +266,37 @@ def _compare(reference: Taken, one: Taken, resamples: int) -> dict[str, Any]:
             if compared["metrics_a"][name] >= 0  # -1 where there is no object of that size
         }
         found["images"] = compared["num_images"]
-    if one.confusions is not None:
-        both = np.stack([reference.confusions, one.confusions])
-        drawn = [np.diff(_iou_of(both, chosen)) for chosen in _draws(both.shape[1], resamples)]
-        difference = float(np.diff(_iou_of(both, np.ones(both.shape[1])))[0])
-        found["sem_seg"] = {"IoU": {"difference": difference, "ci95": np.percentile(drawn, [2.5, 97.5]).tolist()}}
-        found["images"] = both.shape[1]
+    if one.measure is not None:
+        found["images"], found[one.kind] = one.images, _differ(reference, one, resamples)
     return found
+
+
+def _differ(reference: Taken, one: Taken, resamples: int) -> dict[str, dict[str, Any]]:
+    """For each number of another measure the difference and its interval over resampled images."""
+    whole, *drawn = _resampled(one, resamples) - _resampled(reference, resamples)
+    drawn = [row for row in drawn if np.isfinite(row).all()]  # images without any object have no AP
+    if not drawn:
+        return {}
+    limits = np.percentile(drawn, [2.5, 97.5], axis=0).T.tolist()
+    found = zip(one.measure(np.ones(one.images, np.int64)), whole.tolist(), limits)
+    return {name: {"difference": difference, "ci95": interval} for name, difference, interval in found}
+
+
+def _resampled(taken: Taken, resamples: int) -> np.ndarray:
+    if taken.drawn is None:
+        with Progress(resamples + 1, f"bootstrap of {taken.run.backbone}", unit="resamples") as progress:
+            rows = []
+            for times in (np.ones(taken.images, np.int64), *_draws(taken.images, resamples)):
+                rows.append(list(taken.measure(times).values()))
+                progress.advance()
+        taken.drawn = np.array(rows)
+    return taken.drawn
 
 
 def _draws(images: int, resamples: int) -> Iterator[np.ndarray]:
     """How often each image is drawn in each resample."""
     rng = np.random.default_rng(0)
     return (rng.multinomial(images, np.full(images, 1 / images)) for _ in range(resamples))
-
-
-def _iou_of(confusions: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Mean IoU in percent of (runs, images, classes, classes), each image counted so many times."""
-    return 100 * mean_iou(np.einsum("rikl,i->rkl", confusions, times))
 
 
 def probe_curves(runs: Runs) -> list[dict[str, Any]]:
