@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import cv2
@@ -131,6 +132,15 @@ def test_bgr_is_rgb_reversed(kind, write):
     np.testing.assert_array_equal(decode_image(data, "x", "BGR"), decode_image(data, "x")[:, :, ::-1])
 
 
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_an_opencv_without_the_rgb_flag_gives_the_same(order, monkeypatch):
+    data = {kind: KINDS[kind]() for kind in ("jpeg", "grey jpeg", "rotated jpeg")}
+    expected = {kind: decode_image(data[kind], "x", order, reduce=2) for kind in data}
+    monkeypatch.setattr(images, "_READ_RGB", None)
+    for kind in data:
+        np.testing.assert_array_equal(decode_image(data[kind], "x", order, reduce=2), expected[kind])
+
+
 def test_16_bit_grey_keeps_the_high_byte_for_pretraining(write):
     values = (np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) * 31 % 65536).astype(np.uint16)
     data = encode(Image.fromarray(values), "PNG")
@@ -151,6 +161,13 @@ def test_floating_point_is_refused_by_name():
     data = encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")
     with pytest.raises(UserError, match=r"depth\.tif: floating-point"):
         decode_image(data, "depth.tif")
+
+
+def test_detection_reads_integers_and_floats_as_pil_clips_them(write):
+    for values in (np.array([[0, 7, 255, 256, 70000, -5]], np.int32), np.float32([[0, 0.9, 7.2, 255.5, 300, -5]])):
+        pixels = read_image(write(encode(Image.fromarray(values), "TIFF")), "RGB")
+        expected = np.clip(values, 0, 255).astype(np.uint8)
+        np.testing.assert_array_equal(pixels, np.repeat(expected[:, :, None], 3, 2))
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "WEBP", "TIFF", "PNG"])
@@ -213,6 +230,18 @@ def test_a_thumbnail_does_not_disturb_a_whole_jpeg():
     assert jpeg_size(jpeg_with_thumbnail()) == (HEIGHT, WIDTH)
 
 
+def test_odd_metadata_of_a_sound_image_warns_of_nothing(write):
+    data = KINDS["palette png with transparency"]()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pil_oracle(data)
+        assert caught  # PIL has something to say of it
+        caught.clear()
+        decode_image(data, "x")
+        read_image(write(data), "RGB")
+    assert not caught
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"absent\.jpg: no such image file"):
         read_image(tmp_path / "absent.jpg", "RGB")
@@ -240,6 +269,11 @@ def test_size_is_read_only_from_what_would_be_reduced():
     assert jpeg_size(jpeg(exif=exif(6))) == (HEIGHT, WIDTH)  # as stored
     assert jpeg_size(KINDS["cmyk jpeg"]()) is None
     assert jpeg_size(KINDS["grey png"]()) is None
+    assert jpeg_size(KINDS["grey jpeg"]()) == jpeg_size(KINDS["progressive"]()) == (HEIGHT, WIDTH)
+    filled = jpeg()[:2] + b"\xff" * 3 + jpeg()[2:]  # any marker may have fill bytes before it (T.81, B.1.1.2)
+    assert jpeg_size(filled) == (HEIGHT, WIDTH)
+    frame = jpeg().index(b"\xff\xc0")
+    assert jpeg_size(jpeg()[: frame + 4] + b"\x0c" + jpeg()[frame + 5 :]) is None  # 12 bits a sample
 
 
 def test_real_photographs_decode_alike(real_coco):
