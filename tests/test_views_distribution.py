@@ -118,6 +118,35 @@ def test_crops_lie_inside_any_image():
             assert 0 <= left <= width - w
 
 
+def test_strong_jitter_keeps_to_torchvisions_factors():
+    """A strength above 1 does not make factors negative."""
+    limits = v2.ColorJitter(1.5, 2.0, 1.2, 0.3)
+    config = view_config(32, {"JITTER": [1.5, 2.0, 1.2, 0.3], "JITTER_PROB": 1.0})
+    drawn = [dict(params.jitter) for params in params_of(config, 50, 60, 400)]
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        low, high = getattr(limits, name)
+        factors = [factor[name] for factor in drawn]
+        assert low <= min(factors) < low + 0.05 * (high - low)
+        assert high - 0.05 * (high - low) < max(factors) <= high
+
+
+def test_the_numbers_of_a_view_are_enough_for_the_longest_draw():
+    taken = 0
+
+    def draws():
+        """Crops of nearly the whole area, which no 20 x 400 image has room for, and a small one at the last attempt."""
+        nonlocal taken
+        for number in [0.99, 0.5] * 9 + [0.0] * 40:
+            taken += 1
+            yield number
+
+    everything = {f"{name}_PROB": 1.0 for name in ("FLIP", "JITTER", "GRAY", "BLUR", "SOLARIZE")}
+    params = draw_view(view_config(32, {**everything, "CROP_SCALE": [0.01, 1.0]}), 20, 400, draws())
+    assert params.crop[2] < 20  # not the fallback, which takes no numbers for its place
+    own, other = view_draws(0, 0, 0)
+    assert taken <= len(list(own)) == len(list(other))
+
+
 # --- in the mass ------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +279,26 @@ def test_reduction_keeps_enough_pixels_for_both_crops():
     assert reduction(pair((1800, 1800), (2000, 1791)), 224) == 4
     assert reduction(pair((1800, 1800), (500, 448)), 224) == 2
     assert reduction(pair((1800, 1800), (500, 447)), 224) == 1
+    assert reduction(pair((1792, 1900), (1791, 2000)), 224) == 4  # either side may be the short one
     assert reduction(pair((2, 2), (2000, 2000)), 224) == 1
+
+
+def test_a_crop_of_a_coarse_image_lies_in_it_and_at_most_a_pixel_off():
+    rng = np.random.default_rng(0)
+    for factor in (1, 2, 4, 8):
+        for _ in range(500):
+            height, width = rng.integers(8, 100, 2).tolist()
+            h, w = (int(rng.integers(8, side + 1)) for side in (height, width))
+            # At the far border half of the time, where the last coarse pixel may be less than a whole one.
+            at_border = rng.random() < 0.5
+            top, left = (
+                (height - h, width - w) if at_border else (rng.integers(height - h + 1), rng.integers(width - w + 1))
+            )
+            coarse = -(-height // factor), -(-width // factor)
+            found = views._reduced((int(top), int(left), h, w), factor, coarse)
+            assert 0 <= found[0] <= coarse[0] - found[2]
+            assert 0 <= found[1] <= coarse[1] - found[3]
+            assert np.abs(np.array(found) - np.array([top, left, h, w]) / factor).max() <= 1
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
@@ -315,6 +363,18 @@ def test_unset_keys_take_the_presets_values():
     given = view_config(96, {"PRESET": "mocov2", "CROP_SCALE": [0.5, 0.9], "BLUR_PROB": 0.0, "SOLARIZE_PROB": 1})
     assert (given.size, given.crop_scale, given.blur_prob, given.solarize_prob) == (96, (0.5, 0.9), 0.0, 1.0)
     assert given.jitter == (0.4, 0.4, 0.4, 0.1)
+
+
+def test_presets_are_those_of_the_papers():
+    shared = (0.5, 0.8, 0.2, 0.5, (0.1, 2.0), 0.0)
+    for preset, crop_scale, jitter in (
+        ("simclr", (0.08, 1.0), (0.8, 0.8, 0.8, 0.2)),
+        ("mocov2", (0.2, 1.0), (0.4, 0.4, 0.4, 0.1)),
+    ):
+        found = view_config(224, {"PRESET": preset})
+        assert (found.crop_scale, found.jitter) == (crop_scale, jitter)
+        rest = (found.flip_prob, found.jitter_prob, found.gray_prob, found.blur_prob, found.blur_sigma)
+        assert (*rest, found.solarize_prob) == shared
 
 
 def test_probabilities_of_zero_and_one():
