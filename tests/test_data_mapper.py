@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +13,10 @@ import pytest
 import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from loco_det.data.catalog import DatasetPaths, find_dataset
-from loco_det.data.coco import CocoDataset, load_coco
+from loco_det.data.coco import CocoDataset, decode_segmentation, load_coco
 from loco_det.data.mapper import DetectionMapper, sample_rng
 from loco_det.data.masks import rasterize
 from loco_det.data.transforms import Crop, Flip, resize_short_side
@@ -224,6 +228,93 @@ SETTINGS = {
     "steps": ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "absolute_range", "INPUT.CROP.SIZE", [30, 60]],
     "relative": ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "relative", "INPUT.CROP.SIZE", [0.7, 0.4]],
 }
+
+
+def drawn_by_hand(cfg: CfgNode, height: int, width: int, rng: np.random.RandomState):
+    """What Detectron2 draws, in its order: the window x, y, w, h; the new height and width; whether to flip."""
+    x, y, w, h = 0, 0, width, height
+    if cfg.CROP.ENABLED:
+        first, second = cfg.CROP.SIZE
+        if cfg.CROP.TYPE == "absolute":
+            h, w = min(first, height), min(second, width)
+        elif cfg.CROP.TYPE == "absolute_range":
+            h = rng.randint(min(first, height), min(second, height) + 1)
+            w = rng.randint(min(first, width), min(second, width) + 1)
+        else:
+            shares = np.array([first, second])
+            if cfg.CROP.TYPE == "relative_range":
+                shares = shares + rng.rand(2) * (1 - shares)
+            h, w = math.floor(height * shares[0] + 0.5), math.floor(width * shares[1] + 0.5)
+        y, x = rng.randint(0, height - h + 1), rng.randint(0, width - w + 1)
+    sizes = cfg.MIN_SIZE_TRAIN
+    if cfg.MIN_SIZE_TRAIN_SAMPLING == "range":
+        short = rng.randint(sizes[0], sizes[1] + 1)
+    else:
+        short = sizes[rng.randint(0, len(sizes))]
+    # Exact, so that a half is a half.
+    scale = min(Fraction(int(short), min(h, w)), Fraction(cfg.MAX_SIZE_TRAIN, max(h, w))) if short else Fraction(1)
+    new = math.floor(h * scale + Fraction(1, 2)), math.floor(w * scale + Fraction(1, 2))
+    flipped = cfg.RANDOM_FLIP != "none" and rng.uniform() < 0.5
+    return (x, y, w, h), new, flipped
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_sample_is_what_its_draws_make_of_the_image_its_boxes_and_its_masks(tmp_path, setting):
+    """Pixels by PIL, everything else object by object from the definitions."""
+    cfg = config("INPUT.MIN_SIZE_TRAIN", (60, 75, 90), *SETTINGS[setting])
+    rle = cfg.INPUT.MASK_FORMAT == "bitmask" or (cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON)
+    cfg.INPUT.MASK_FORMAT = "bitmask" if rle else "polygon"
+    dataset, mapper, flips = make_dataset(tmp_path, rle), DetectionMapper(cfg, train=True), set()
+    for i, position in itertools.product(range(3), range(8)):
+        record, found = dataset[i], mapper(dataset[i], sample_rng(i, position))
+        (x, y, w, h), (height, width), flipped = drawn_by_hand(
+            cfg.INPUT, record.height, record.width, sample_rng(i, position)
+        )
+        flips.add(flipped)
+        vertical = cfg.INPUT.RANDOM_FLIP == "vertical"
+
+        def pixels(whole, filter, x=x, y=y, w=w, h=h, size=(width, height), flipped=flipped, vertical=vertical):
+            moved = np.asarray(Image.fromarray(whole[y : y + h, x : x + w]).resize(size, filter))
+            return moved if not flipped else moved[::-1] if vertical else moved[:, ::-1]
+
+        def point(px, py, x=x, y=y, w=w, h=h, height=height, width=width, flipped=flipped, vertical=vertical):
+            px, py = (px - x) * width / w, (py - y) * height / h
+            return (width - px if flipped and not vertical else px), (height - py if flipped and vertical else py)
+
+        image = pixels(np.asarray(Image.open(record.file_name)), Image.Resampling.BILINEAR)
+        if cfg.INPUT.FORMAT == "BGR":
+            image = image[:, :, ::-1]
+        np.testing.assert_array_equal(found["image"].numpy(), image.transpose(2, 0, 1))
+        instances, boxes, classes, masks = found["instances"], [], [], []
+        assert instances.image_size == (height, width)
+        for k in range(3):  # the fourth is a crowd
+            (ax, ay), (bx, by) = (point(*corner) for corner in record.boxes[k].reshape(2, 2).astype(np.float64))
+            box = [max(min(ax, bx), 0), max(min(ay, by), 0), min(max(ax, bx), width), min(max(ay, by), height)]
+            mask = None
+            segmentation = decode_segmentation(record, k)
+            if rle:
+                mask = pixels(coco_mask.decode(segmentation), Image.Resampling.NEAREST).astype(bool)
+                if not mask.any():
+                    continue
+                if cfg.INPUT.CROP.ENABLED:
+                    rows, columns = np.nonzero(mask)
+                    box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            elif cfg.MODEL.MASK_ON:
+                mask = [v for px, py in segmentation[0].reshape(-1, 2) for v in point(px, py)]
+            if box[2] - box[0] > 1e-5 and box[3] - box[1] > 1e-5:
+                boxes.append(box)
+                classes.append(record.classes[k])
+                masks.append(mask)
+        assert instances.classes.tolist() == classes
+        np.testing.assert_allclose(instances.boxes.numpy(), np.reshape(boxes, (-1, 4)), rtol=1e-5, atol=1e-4)
+        if rle:
+            assert len(instances.masks) == len(masks)
+            for ours, mask in zip(instances.masks.tensor.numpy(), masks, strict=True):
+                np.testing.assert_array_equal(ours, mask)
+        elif cfg.MODEL.MASK_ON:
+            for ours, mask in zip(instances.masks.polygons, masks, strict=True):
+                np.testing.assert_allclose(ours, [mask], rtol=1e-9, atol=1e-9)
+    assert flips == ({False} if cfg.INPUT.RANDOM_FLIP == "none" else {False, True})
 
 
 def assert_equal_to_detectron2(dataset: CocoDataset, cfg: CfgNode, name: str, train: bool, draws: int = 6) -> None:
