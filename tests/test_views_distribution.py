@@ -10,7 +10,7 @@ import torch
 from torchvision.transforms import v2
 from view_cases import encode, photograph, two_views, view
 
-from loco_det.data import views
+from loco_det.data import images, views
 from loco_det.data.images import decode_image
 from loco_det.data.views import (
     ViewConfig,
@@ -319,9 +319,28 @@ def test_coarse_and_whole_decoding_give_the_same_views(orientation, monkeypatch)
     coarse = [two_views(data, "x", config, 0, 0, index) for index in range(8)]
     assert max(reductions) >= 4
     assert orientation > 4 or min(reductions) >= 2  # turned ones may need a second look
+    assert reductions.count(1) < 4  # but most do not
     monkeypatch.setattr(views, "reduction", lambda pair, size: 1)
     whole = [two_views(data, "x", config, 0, 0, index) for index in range(8)]
     assert np.abs(np.array(coarse, float) - np.array(whole)).mean() < 4.5
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_that_opencv_leaves_to_pil_has_the_views_of_the_whole_image(orientation, monkeypatch):
+    """PIL does not reduce, so what was drawn ahead for a coarse image does not hold."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[274] = orientation
+    data = encode(photograph(300, 500), exif=exif)
+    config = view_config(32, {"CROP_SCALE": (0.5, 1.0)})
+    monkeypatch.setattr(images, "_cv2_pixels", lambda *_: None)
+    upright = decode_image(data, "x")
+    assert upright.shape[:2] == ((300, 500) if orientation == 1 else (500, 300))
+    for index in range(4):
+        pair = [draw_view(config, *upright.shape[:2], draws) for draws in view_draws(0, 0, index)]
+        for found, params in zip(two_views(data, "x", config, 0, 0, index), pair, strict=True):
+            np.testing.assert_array_equal(found, view(upright, params, 32))
 
 
 def test_an_image_that_exif_turns_is_decoded_finer_where_its_crops_need_it(monkeypatch):

@@ -12,6 +12,7 @@ import torch
 from torchvision.transforms import v2
 from view_cases import SIZE, assert_same, config, encode, photograph, steps, two_views
 
+from loco_det.data import tar, twoview
 from loco_det.data.sources import open_source
 from loco_det.data.twoview import TwoViews, build_plain_loader, build_two_view_loader, epoch_order
 from loco_det.data.views import view_config
@@ -39,6 +40,23 @@ def test_a_batch_is_the_two_views_of_its_images(folder):
         first, second = two_views(source.read(index), "x", view_config(SIZE, {}), 5, 0, index)
         np.testing.assert_array_equal(batch.first[row].permute(1, 2, 0), first)
         np.testing.assert_array_equal(batch.second[row].permute(1, 2, 0), second)
+
+
+def test_a_batch_of_any_epoch_and_size_is_the_two_views_of_its_images(folder):
+    """More images than are augmented together, and a step that is an epoch."""
+    source = open_source(folder)
+    for epoch, batch in enumerate(steps(folder, 3, SOLVER__BATCH_SIZE=20)):
+        for row, index in enumerate(batch.index.tolist()):
+            expected = two_views(source.read(index), "x", view_config(SIZE, {}), 5, epoch, index)
+            np.testing.assert_array_equal(batch.first[row].permute(1, 2, 0), expected[0])
+            np.testing.assert_array_equal(batch.second[row].permute(1, 2, 0), expected[1])
+
+
+def test_orders_and_views_share_no_random_numbers():
+    orders = [twoview._ORDER_STREAM, tar._SHARDS, *(tar._BUFFER + run for run in range(tar._MOST_RUNS))]
+    assert len(set(orders)) == len(orders)
+    assert min(orders) >= 2**63  # no image has such an index
+    assert max(orders) < 2**64
 
 
 def test_an_epoch_shows_every_image_at_most_once_and_drops_the_rest(folder):
@@ -131,6 +149,20 @@ def test_a_substitute_is_not_a_copy_of_its_own_views(folder):
         rows = (batch.index == bad + 1).nonzero().flatten().tolist()
         assert len(rows) == 2
         assert not torch.equal(batch.first[rows[0]], batch.first[rows[1]])
+
+
+def test_a_substitute_of_another_size_has_the_views_of_itself(tmp_path):
+    """What was drawn ahead for the image that breaks off does not hold for its neighbour."""
+    whole = encode(photograph(200, 300))
+    (tmp_path / "0.jpg").write_bytes(whole[: len(whole) - 99])
+    (tmp_path / "1.jpg").write_bytes(encode(photograph(298, 199, seed=1)))
+    source = open_source(tmp_path)
+    (batch,) = steps(tmp_path, 1, DATA__MAX_BAD_SHARE=0.5, SOLVER__BATCH_SIZE=2)  # one of two: no more than half
+    assert batch.index.tolist() == [1, 1]
+    for row, index in enumerate(epoch_order(2, 5, 0).tolist()):
+        expected = two_views(source.read(1), "x", view_config(SIZE, {}), 5, 0, index)
+        np.testing.assert_array_equal(batch.first[row].permute(1, 2, 0), expected[0])
+        np.testing.assert_array_equal(batch.second[row].permute(1, 2, 0), expected[1])
 
 
 @pytest.mark.parametrize("workers", [0, 1])

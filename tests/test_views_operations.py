@@ -165,15 +165,20 @@ def test_coarse_decoding_changes_views_little(factor):
     assert difference.mean() < 0.2 * np.abs(whole.astype(int) - np.roll(whole, 3, 1)).mean()  # in place
 
 
-def test_normalise_equals_torchvision():
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))],
+)
+def test_normalise_equals_torchvision(device):
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
     expected = F.normalize(
         F.to_dtype(images, torch.float32, scale=True), [m / 255 for m in mean], [s / 255 for s in std]
     )
-    ours = normalise(images, mean, std)
+    ours = normalise(images.to(device), mean, std)
     assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    assert ours.device.type == device
+    torch.testing.assert_close(ours.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shift", [-0.5, -0.31, -0.2, -1 / 12, -0.01, 1 / 12, 0.1, 1 / 6, 0.2, 0.25, 0.43])
