@@ -13,7 +13,7 @@ import pytest
 import torch
 from view_cases import SIZE, assert_same, config, encode, photograph, steps, two_views
 
-from loco_det.data import tar
+from loco_det.data import tar, twoview
 from loco_det.data.sources import open_source
 from loco_det.data.tar import buffered_order
 from loco_det.data.twoview import TwoViews, build_plain_loader, build_two_view_loader
@@ -184,6 +184,33 @@ def test_unreadable_images_are_replaced_by_a_neighbour_and_counted(shards):
     assert_same(batches[5:], steps(shards, 7, 5, DATA__MAX_BAD_SHARE=0.5))
     with pytest.raises(UserError, match="1 of 37 images cannot be read"):
         steps(shards, 12, DATA__MAX_BAD_SHARE=0.0, DATA__NUM_WORKERS=1)
+
+
+def test_a_step_of_several_workers_is_all_of_their_parts():
+    """Their images in order, every unreadable one, and the error of whichever met one."""
+    parts = [
+        (TwoViews(*(torch.full((2, 1), 10 * k + field) for field in range(3))), [(k, f"bad {k}")]) for k in range(3)
+    ]
+    views, bad = twoview._joined(parts)
+    assert [column.flatten().tolist() for column in views] == [
+        [0, 0, 10, 10, 20, 20],
+        [1, 1, 11, 11, 21, 21],
+        [2, 2, 12, 12, 22, 22],
+    ]
+    assert bad == [(0, "bad 0"), (1, "bad 1"), (2, "bad 2")]
+    error = UserError("a damaged shard")
+    assert twoview._joined([*parts, error]) is twoview._joined([error]) is error
+
+
+def test_all_runs_together_hold_no_more_than_the_shuffle_buffer(shards, monkeypatch):
+    source, buffers = open_source(shards), []
+    run = source.run
+    monkeypatch.setattr(source, "run", lambda *args, **named: buffers.append(named["buffer"]) or run(*args, **named))
+    for size, held in ((12, 12), (13, 12), (4096, 4096), (1, 4)):  # four runs, each of at least one image
+        buffers.clear()
+        next(build_two_view_loader(config(shards, DATA__SHUFFLE_BUFFER=size), source).batches())
+        assert len(buffers) == 4
+        assert sum(buffers) == held
 
 
 # --- the index's cache ------------------------------------------------------------------------------------------

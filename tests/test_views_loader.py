@@ -243,11 +243,32 @@ def test_plain_images_are_the_middle_of_the_resized_image(tmp_path, height, widt
     assert difference.mean() < 0.5 * shifted.mean()
 
 
+def test_the_middle_is_the_square_of_whole_pixels_nearest_to_it(monkeypatch):
+    crops = []
+    monkeypatch.setattr(twoview, "crop_resize", lambda image, crop, size: crops.append(crop))
+    for height, width in ((256, 341), (101, 77), (500, 333), (3, 1)):
+        twoview.centre(np.zeros((height, width, 3), np.uint8), 224, 256)
+        top, left, h, w = crops[-1]
+        assert h == w
+        assert abs(h - max(1, min(height, width) * 224 / 256)) <= 0.5
+        assert abs(top + h / 2 - height / 2) <= 0.5
+        assert abs(left + w / 2 - width / 2) <= 0.5
+
+
 def test_small_plain_images_are_kept_whole(tmp_path):
     image = photograph(32, 32)
     (tmp_path / "a.png").write_bytes(encode(image, "PNG"))
     (batch,) = build_plain_loader(open_source(tmp_path), 32, batch_size=4)
     np.testing.assert_array_equal(batch.images[0].permute(1, 2, 0), image)
+
+
+@pytest.mark.parametrize(("size", "short_side"), [(32, 32), (95, 95), (96, 110), (224, 256)])
+def test_images_of_96_pixels_and_more_lose_a_border(tmp_path, size, short_side):
+    (tmp_path / "a.png").write_bytes(encode(photograph(130, 150), "PNG"))
+    source = open_source(tmp_path)
+    (found,) = build_plain_loader(source, size, batch_size=1)
+    (expected,) = build_plain_loader(source, size, batch_size=1, short_side=short_side)
+    assert torch.equal(found.images, expected.images)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
