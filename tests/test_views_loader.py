@@ -89,6 +89,9 @@ def test_ranks_split_the_same_batch(folder):
     for all_images, *halves in zip(whole, *parts):
         for name in TwoViews._fields:
             assert torch.equal(getattr(all_images, name), torch.cat([getattr(half, name) for half in halves]))
+    for rank in range(2):
+        loader = build_two_view_loader(config(folder), open_source(folder), rank=rank, world_size=2)
+        assert loader.steps_per_epoch == IMAGES // 8
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 5])
@@ -246,7 +249,7 @@ def test_plain_images_are_the_middle_of_the_resized_image(tmp_path, height, widt
 def test_the_middle_is_the_square_of_whole_pixels_nearest_to_it(monkeypatch):
     crops = []
     monkeypatch.setattr(twoview, "crop_resize", lambda image, crop, size: crops.append(crop))
-    for height, width in ((256, 341), (101, 77), (500, 333), (3, 1)):
+    for height, width in ((256, 341), (99, 120), (500, 333), (3, 1)):
         twoview.centre(np.zeros((height, width, 3), np.uint8), 224, 256)
         top, left, h, w = crops[-1]
         assert h == w
@@ -277,6 +280,19 @@ def test_an_unreadable_plain_image_is_an_error(folder, workers):
     loader = build_plain_loader(open_source(folder), SIZE, batch_size=8, num_workers=workers)
     with pytest.raises(UserError, match=r"004\.jpg: not a readable image"):
         list(loader)
+
+
+def test_unreadable_plain_images_are_left_out_where_asked(folder):
+    source = open_source(folder)
+    everything = list(build_plain_loader(source, SIZE, batch_size=8))
+    names = damage(folder, 4, 6, 9)
+    bad = [i for i in range(IMAGES) if Path(source.name(i)).name in names]
+    batches = list(build_plain_loader(source, SIZE, batch_size=8, skip_unreadable=True))
+    assert len(batches) == len(everything)
+    for found, whole in zip(batches, everything):
+        kept = [row for row, index in enumerate(whole.index.tolist()) if index not in bad]
+        for column, expected in zip(found, whole):
+            assert torch.equal(column, expected[kept])
 
 
 def test_real_zip_of_photographs(real_coco, tmp_path):
