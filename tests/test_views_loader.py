@@ -14,7 +14,7 @@ from view_cases import SIZE, assert_same, config, encode, photograph, steps, two
 
 from loco_det.data import tar, twoview
 from loco_det.data.sources import open_source
-from loco_det.data.twoview import TwoViews, build_plain_loader, build_two_view_loader, epoch_order
+from loco_det.data.twoview import TwoViewLoader, TwoViews, build_plain_loader, build_two_view_loader, epoch_order
 from loco_det.data.views import view_config
 from loco_det.errors import UserError
 
@@ -142,6 +142,18 @@ def test_unreadable_images_are_named_once_and_replaced(folder, workers, caplog):
     used = torch.cat([batch.index for batch in batches]).tolist()
     assert not {Path(source.name(i)).name for i in used} & set(names)
     assert_same(batches, steps(folder, 24, DATA__MAX_BAD_SHARE=0.2))  # the same ones in their place every time
+
+
+def test_many_unreadable_images_do_not_flood_the_log(tmp_path, caplog):
+    (tmp_path / "list.txt").write_text("\n".join(f"{i}.jpg" for i in range(100)))
+    answers = [(f"step {i}", [(i, f"image {i} is broken"), (0, "image 0 is broken")]) for i in range(70)]
+    loader = TwoViewLoader(open_source(tmp_path / "list.txt"), 1, 1.0, lambda start: iter(answers))
+    with caplog.at_level(logging.WARNING, "loco_det"):
+        logging.getLogger("loco_det").propagate = True
+        assert list(loader.batches()) == [views for views, _ in answers]
+    named = [int(record.message.split()[1]) for record in caplog.records]
+    assert named == [*range(20), 31, 63]  # then the 32nd and the 64th
+    assert list(loader.bad) == list(range(70))
 
 
 def test_a_substitute_is_not_a_copy_of_its_own_views(folder):
