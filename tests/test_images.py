@@ -242,6 +242,23 @@ def test_odd_metadata_of_a_sound_image_warns_of_nothing(write):
     assert not caught
 
 
+DAMAGED_EXIF = {
+    "no header": b"Exif\0\0no header of a TIFF at all",
+    "tags beyond the end": b"Exif\0\0II*\0\xff\xff\xff\x7f",
+    "nothing": b"Exif\0\0",
+}
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("damage", DAMAGED_EXIF)
+def test_damaged_exif_of_a_sound_image_is_no_exif(damage, file_format, write):
+    plain = encode(Image.fromarray(smooth_rgb()), file_format)
+    data = encode(Image.fromarray(smooth_rgb()), file_format, exif=DAMAGED_EXIF[damage])
+    assert len(data) > len(plain)
+    np.testing.assert_array_equal(read_image(write(data), "RGB"), read_image(write(plain), "RGB"))
+    np.testing.assert_array_equal(decode_image(data, "x"), decode_image(plain, "x"))
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"absent\.jpg: no such image file"):
         read_image(tmp_path / "absent.jpg", "RGB")
