@@ -141,6 +141,43 @@ def test_batches_are_of_one_orientation_and_lose_no_image(root):
     assert any(len({s["width"] > s["height"] for s in b}) == 2 for b in mixed)
 
 
+def test_square_images_go_with_the_high_ones_whatever_is_left_out(root):
+    make(root, "made", count=16)
+    file = root / "made" / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    for i in (4, 7, 13):
+        Image.new("RGB", (25, 25)).save(root / "made" / "train" / f"{i}.png")
+        content["images"][i] |= {"height": 25, "width": 25}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in (0, 1, 5)]
+    file.write_text(json.dumps(content))
+    batches = take(build_train_loader(config("SOLVER.IMS_PER_BATCH", 3)), 40)
+    wide = {i for i in range(16) if i % 3 == 0 and i not in (4, 7, 13)}
+    groups = [{s["image_id"] for s in batch} for batch in batches]
+    assert all(ids <= wide or not ids & wide for ids in groups)
+    assert set().union(*groups) == set(range(16)) - {0, 1, 5}
+    assert any(ids & {4, 7, 13} and ids - {4, 7, 13} for ids in groups)
+
+
+def test_no_two_samples_of_a_run_are_drawn_from_the_same_numbers(root, monkeypatch):
+    make(root, "made", count=5)
+    drawn = []
+    monkeypatch.setattr(module, "sample_rng", lambda *key: drawn.append(key) or sample_rng(*key))
+    for rank in range(2):
+        as_rank(monkeypatch, rank, 2)
+        take(build_train_loader(config("DATALOADER.ASPECT_RATIO_GROUPING", False)), 20)
+    assert sorted(drawn) == [(5, position) for position in range(40)]
+
+
+def test_seed_0_is_a_seed_and_a_negative_one_is_none(root):
+    make(root, "made")
+    whole = take(build_train_loader(config("SEED", 0)), 8)
+    assert_same(take(build_train_loader(config("SEED", 0)), 8), whole)
+    orders = {
+        tuple(s["image_id"] for b in take(build_train_loader(config("SEED", -1)), 8) for s in b) for _ in range(3)
+    }
+    assert len(orders) > 1
+
+
 def test_images_without_objects_are_left_out_unless_wanted(root):
     make(root, "made", count=10, empty=2, crowd=3)
     ids = {s["image_id"] for b in take(build_train_loader(config()), 40) for s in b}
