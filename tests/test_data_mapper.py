@@ -203,6 +203,8 @@ def test_bad_images_and_segmentations_are_named(tmp_path):
     record = make_dataset(tmp_path)[0]
     with pytest.raises(UserError, match=r"0\.png is 70 x 50 pixels"):
         mapper(record._replace(height=51), sample_rng(0, 0))
+    with pytest.raises(UserError, match=r"annotated .* as 71 x 50"):
+        mapper(record._replace(width=71), sample_rng(0, 0))
     with pytest.raises(UserError, match="annotation id 0 has no segmentation"):
         mapper(record._replace(segmentations=[b"[]"] * 4), sample_rng(0, 0))
     with pytest.raises(UserError, match="annotation id 0 is an RLE"):
@@ -258,6 +260,22 @@ def drawn_by_hand(cfg: CfgNode, height: int, width: int, rng: np.random.RandomSt
     return (x, y, w, h), new, flipped
 
 
+def moved(corners: np.ndarray, window: tuple, size: tuple[int, int], flipped: bool, vertical: bool) -> np.ndarray:
+    """(P, 2) points of the original image in the image of `size` that `drawn_by_hand` tells of."""
+    (x, y, w, h), (height, width) = window, size
+    found = []
+    for px, py in corners.reshape(-1, 2).astype(np.float64):
+        px, py = (px - x) * width / w, (py - y) * height / h
+        found.append((width - px if flipped and not vertical else px, height - py if flipped and vertical else py))
+    return np.array(found)
+
+
+def limited_box(box: np.ndarray, size: tuple[int, int], *change) -> np.ndarray:
+    (ax, ay), (bx, by) = moved(box, change[0], size, *change[1:])
+    height, width = size
+    return np.array([max(min(ax, bx), 0), max(min(ay, by), 0), min(max(ax, bx), width), min(max(ay, by), height)])
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_sample_is_what_its_draws_make_of_the_image_its_boxes_and_its_masks(tmp_path, setting):
     """Pixels by PIL, everything else object by object from the definitions."""
@@ -267,30 +285,23 @@ def test_a_sample_is_what_its_draws_make_of_the_image_its_boxes_and_its_masks(tm
     dataset, mapper, flips = make_dataset(tmp_path, rle), DetectionMapper(cfg, train=True), set()
     for i, position in itertools.product(range(3), range(8)):
         record, found = dataset[i], mapper(dataset[i], sample_rng(i, position))
-        (x, y, w, h), (height, width), flipped = drawn_by_hand(
-            cfg.INPUT, record.height, record.width, sample_rng(i, position)
-        )
+        window, size, flipped = drawn_by_hand(cfg.INPUT, record.height, record.width, sample_rng(i, position))
         flips.add(flipped)
         vertical = cfg.INPUT.RANDOM_FLIP == "vertical"
 
-        def pixels(whole, filter, x=x, y=y, w=w, h=h, size=(width, height), flipped=flipped, vertical=vertical):
-            moved = np.asarray(Image.fromarray(whole[y : y + h, x : x + w]).resize(size, filter))
-            return moved if not flipped else moved[::-1] if vertical else moved[:, ::-1]
-
-        def point(px, py, x=x, y=y, w=w, h=h, height=height, width=width, flipped=flipped, vertical=vertical):
-            px, py = (px - x) * width / w, (py - y) * height / h
-            return (width - px if flipped and not vertical else px), (height - py if flipped and vertical else py)
+        def pixels(whole, filter, window=window, size=size, axis=int(not vertical), flipped=flipped):
+            x, y, w, h = window
+            resized = np.asarray(Image.fromarray(whole[y : y + h, x : x + w]).resize(size[::-1], filter))
+            return np.flip(resized, axis) if flipped else resized
 
         image = pixels(np.asarray(Image.open(record.file_name)), Image.Resampling.BILINEAR)
         if cfg.INPUT.FORMAT == "BGR":
             image = image[:, :, ::-1]
         np.testing.assert_array_equal(found["image"].numpy(), image.transpose(2, 0, 1))
         instances, boxes, classes, masks = found["instances"], [], [], []
-        assert instances.image_size == (height, width)
+        assert instances.image_size == size
         for k in range(3):  # the fourth is a crowd
-            (ax, ay), (bx, by) = (point(*corner) for corner in record.boxes[k].reshape(2, 2).astype(np.float64))
-            box = [max(min(ax, bx), 0), max(min(ay, by), 0), min(max(ax, bx), width), min(max(ay, by), height)]
-            mask = None
+            box, mask = limited_box(record.boxes[k], size, window, flipped, vertical), None
             segmentation = decode_segmentation(record, k)
             if rle:
                 mask = pixels(coco_mask.decode(segmentation), Image.Resampling.NEAREST).astype(bool)
@@ -300,7 +311,7 @@ def test_a_sample_is_what_its_draws_make_of_the_image_its_boxes_and_its_masks(tm
                     rows, columns = np.nonzero(mask)
                     box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             elif cfg.MODEL.MASK_ON:
-                mask = [v for px, py in segmentation[0].reshape(-1, 2) for v in point(px, py)]
+                mask = moved(segmentation[0], window, size, flipped, vertical).reshape(-1)
             if box[2] - box[0] > 1e-5 and box[3] - box[1] > 1e-5:
                 boxes.append(box)
                 classes.append(record.classes[k])
@@ -315,6 +326,43 @@ def test_a_sample_is_what_its_draws_make_of_the_image_its_boxes_and_its_masks(tm
             for ours, mask in zip(instances.masks.polygons, masks, strict=True):
                 np.testing.assert_allclose(ours, [mask], rtol=1e-9, atol=1e-9)
     assert flips == ({False} if cfg.INPUT.RANDOM_FLIP == "none" else {False, True})
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_best_proposals_with_an_area_follow_the_image(tmp_path, train):
+    limits = ["DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN", 4, "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST", 6]
+    crop = ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE", [30, 32]]
+    cfg = config("INPUT.MIN_SIZE_TRAIN", (60, 75), "INPUT.MIN_SIZE_TEST", 70, *crop, *limits)
+    dataset, mapper, left_out = make_dataset(tmp_path), DetectionMapper(cfg, train), 0
+    for i, position in itertools.product(range(3), range(4)):
+        record, rng = dataset[i], np.random.default_rng(position)
+        low = rng.uniform(0, 30, (12, 2))
+        boxes = np.hstack([low, low + rng.uniform(1, 12, (12, 2))]).astype(np.float32)
+        boxes[1, 2] = boxes[1, 0]  # no area
+        boxes[2] += 500  # outside
+        scores = np.sort(rng.normal(size=12).astype(np.float32))[::-1].copy()
+        sample = mapper(record, sample_rng(i, position), (boxes, scores))
+        if train:
+            window, size, flipped = drawn_by_hand(cfg.INPUT, record.height, record.width, sample_rng(i, position))
+        else:
+            window, size, flipped = (0, 0, record.width, record.height), tuple(sample["image"].shape[1:]), False
+        expected = [limited_box(box, size, window, flipped, False) for box in boxes]
+        kept = [k for k, box in enumerate(expected) if box[2] > box[0] and box[3] > box[1]]
+        left_out += 12 - len(kept)
+        kept = kept[: 4 if train else 6]
+        found = sample["proposals"]
+        assert found.image_size == size
+        assert found.scores.tolist() == scores[kept].tolist()
+        np.testing.assert_allclose(found.boxes, np.reshape([expected[k] for k in kept], (-1, 4)), rtol=1e-5, atol=1e-4)
+    assert left_out > (36 if train else 23)  # the window cuts some off
+
+
+def test_a_polygon_that_only_touches_the_window_leaves_nothing():
+    square = np.array([0.0, 0, 10, 0, 10, 10, 0, 10])
+    for window in (Crop(10, 0, 5, 10), Crop(0, 10, 10, 5), Crop(10, 10, 5, 5), Crop(20, 0, 5, 5)):
+        assert window.polygons([square]) == []
+    spike = np.array([0.0, 0, 10, 0, 10, 10, 5, 10, 5, 15, 5, 10, 0, 10])  # of no width beyond the square
+    assert Crop(0, 10, 20, 20).polygons([spike]) == []
 
 
 def assert_equal_to_detectron2(dataset: CocoDataset, cfg: CfgNode, name: str, train: bool, draws: int = 6) -> None:
