@@ -242,6 +242,60 @@ def test_repeat_factor_sampler_is_wired(root):
     assert count[4] == pytest.approx(9 * 10, abs=10)
 
 
+def test_repeat_factors_count_classes_over_all_data_sets_and_crowds_too(root, monkeypatch):
+    make(root, "made", count=7, empty=1)
+    make(root, "more", count=5, crowd=2, classes=3)
+    file = root / "more" / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 1 if annotation["image_id"] < 4 else 2  # the last is a crowd
+    content["annotations"].append({**content["annotations"][0], "id": 99, "image_id": 4, "category_id": 1})
+    file.write_text(json.dumps(content))
+    streams = []
+    monkeypatch.setattr(module, "TrainingStream", lambda *args: streams.append(args) or TrainingStream(*args))
+    build_train_loader(
+        config(
+            *("DATASETS.TRAIN", ("made_train", "more_train"), "DATALOADER.REPEAT_THRESHOLD", 0.9),
+            *("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
+        )
+    )
+    # Left out: an image without objects and one with nothing but a crowd.
+    classes = [{i % 3} for i in range(6)] + [{1}, {1}, {1}, {1, 2}]
+    share = [sum(k in own for own in classes) / len(classes) for k in range(3)]
+    expected = [max(1.0, *((0.9 / share[k]) ** 0.5 for k in own)) for own in classes]
+    ((count, seed, repeat),) = streams
+    assert (count, seed) == (10, 5)
+    np.testing.assert_allclose(repeat, expected, rtol=1e-6)
+    assert len({round(factor, 3) for factor in expected}) == 3
+
+
+def test_each_process_has_its_share_of_a_batch(root, monkeypatch):
+    make(root, "made")
+    for world, size in ((1, 6), (2, 3), (3, 2)):
+        as_rank(monkeypatch, world - 1, world)
+        assert {len(batch) for batch in take(build_train_loader(config("SOLVER.IMS_PER_BATCH", 6)), 4)} == {size}
+
+
+def test_proposals_are_those_of_the_images_own_data_set(root):
+    names = ("made", "more")
+    box = np.float32([[2, 3, 12, 13]])
+    proposals = []
+    for k, name in enumerate(names):
+        make(root, name, count=4)
+        proposals.append({str(i): (box, np.float32([10 * k + i])) for i in range(4)})
+    cfg = config("DATASETS.TRAIN", tuple(f"{name}_train" for name in names), "SOLVER.IMS_PER_BATCH", 1)
+    found = {
+        (Path(s["file_name"]).parts[-3], s["image_id"]): s["proposals"].scores.tolist()
+        for (s,) in take(build_train_loader(cfg, proposals=proposals), 40)
+    }
+    assert found == {(name, i): [10 * k + i] for k, name in enumerate(names) for i in range(4)}
+    tested = build_test_loader(cfg, "more_train", proposals[1])
+    assert [s["proposals"].scores.tolist() for (s,) in tested] == [[10], [11], [12], [13]]
+    del proposals[1]["2"]
+    with pytest.raises(UserError, match="more_train has none for image 2"):
+        list(build_test_loader(cfg, "more_train", proposals[1]))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_image_stops_training_with_its_name_and_no_traceback(root, workers):
     make(root, "made")

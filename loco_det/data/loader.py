@@ -213,9 +213,8 @@ def repeat_factors(images: np.ndarray, labels: np.ndarray, count: int, threshold
     pairs = np.unique(np.stack([images, labels]), axis=1)
     share = np.bincount(pairs[1]) / count
     factor = threshold / np.maximum(share, 1e-12)
-    factor = np.maximum(np.sqrt(factor) if root else factor, 1.0)
     result = np.ones(count)
-    np.maximum.at(result, pairs[0], factor[pairs[1]])
+    np.maximum.at(result, pairs[0], (np.sqrt(factor) if root else factor)[pairs[1]])
     return torch.from_numpy(result).float()
 
 
