@@ -64,6 +64,16 @@ def test_polygon_crop_is_the_polygon_moved_to_the_grid_by_hand():
         np.testing.assert_array_equal(crop[0].numpy(), expected)
 
 
+@pytest.mark.parametrize(("side", "counted"), [(0.5, 0.5), (0.11, 0.11), (0.05, 0.1), (0.0, 0.1)])
+def test_polygon_crops_of_thin_boxes_take_a_tenth_of_a_pixel_for_the_shortest_side(side, counted):
+    """Half of the box lies inside the polygon, whose edge stands at x = 8."""
+    polygon = np.array([0.0, 0, 8, 0, 8, 20, 0, 20])
+    left = 8 - counted / 2
+    crop = PolygonMasks([[polygon]]).crop_and_resize(torch.tensor([[left, 4, left + side, 12]]), 28)[0]
+    inside = torch.arange(28) + 0.5 < 14
+    assert torch.equal(crop, inside.expand(28, 28))
+
+
 def test_bitmap_crop_on_whole_cells_is_the_majority_of_each_cell():
     rng = np.random.default_rng(2)
     bitmaps = torch.from_numpy(rng.random((3, 32, 48)) < 0.5)
@@ -95,6 +105,11 @@ def test_indexing_keeps_polygons_and_bitmaps_in_step():
         assert len(masks[torch.tensor([], dtype=torch.int64)]) == 0
         assert masks[torch.tensor([], dtype=torch.int64)].crop_and_resize(boxes[:0], 14).shape == (0, 14, 14)
     assert torch.equal(BitMasks(bits)[chosen].tensor, bits[chosen])
+    polygons[0].clear()
+    bits[0] = False
+    for masks in (PolygonMasks(polygons), BitMasks(bits)):
+        assert masks[chosen].nonempty().tolist() == [True, False, True, True]
+        assert torch.equal(masks[chosen].bounding_boxes(), masks.bounding_boxes()[chosen])
 
 
 def test_bounding_boxes_and_empty_masks():
@@ -111,6 +126,8 @@ def test_bounding_boxes_and_empty_masks():
         expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         assert BitMasks(bits).bounding_boxes()[i].tolist() == expected
     assert BitMasks(bits).bounding_boxes()[1].tolist() == [0, 0, 0, 0]
+    outside = PolygonMasks([[np.array([-9.0, -8, -3, -8, -3, -2])]])  # Detectron2's boxes reach back to the image
+    assert outside.bounding_boxes().tolist() == [[-9, -8, 0, 0]]
 
 
 @pytest.mark.parametrize("bad", [np.arange(4.0), np.arange(7.0), np.zeros((3, 2))])
