@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from loco_det.data.catalog import DatasetPaths, find_dataset
+from loco_det.data.catalog import COCO_NAMES, DatasetPaths, find_dataset, has_own_measure
 from loco_det.data.coco import CocoDataset, _run_lengths, decode_segmentation, load_coco
 from loco_det.errors import UserError
 
@@ -84,6 +84,42 @@ def test_tables(tmp_path):
     np.testing.assert_array_equal(decode_segmentation(last, 2), SQUARE)
     assert decode_segmentation(last, 3) is None
     assert decode_segmentation(last, 4) is None
+
+
+def test_objects_are_numbered_by_image_and_not_by_id(tmp_path):
+    dataset = load_coco(write(tmp_path, CONTENT))
+    image, label, crowd = dataset.objects()
+    assert image.tolist() == [0, 2, 2, 2, 2, 2]
+    assert label.tolist() == [k for record in dataset for k in record.classes.tolist()]
+    assert crowd.tolist() == [k for record in dataset for k in record.crowd.tolist()]
+
+
+def test_minival_files_may_double_annotation_ids(tmp_path):
+    """The public ones of COCO 2014 do."""
+    paths = write(tmp_path, changed(annotations__4__id=3))
+    minival = paths._replace(annotations=tmp_path / "instances_minival2014.json")
+    paths.annotations.rename(minival.annotations)
+    assert load_coco(minival)[2].annotation_ids.tolist() == [1, 3, 3, 7, 8]
+
+
+def test_far_corners_are_added_in_float32(tmp_path):
+    """As Detectron2 does: in float64 some would be another number."""
+    rng = np.random.default_rng(0)
+    boxes = np.hstack([rng.uniform(0, 1000, (50, 2)), rng.uniform(1, 500, (50, 2))]).round(2)
+    annotations = [{"id": k, "image_id": 9, "category_id": 3, "bbox": box} for k, box in enumerate(boxes.tolist())]
+    found = load_coco(write(tmp_path, {**CONTENT, "annotations": annotations}))[2].boxes
+    expected = [
+        [np.float32(x), np.float32(y), np.float32(x) + np.float32(w), np.float32(y) + np.float32(h)]
+        for x, y, w, h in boxes
+    ]
+    np.testing.assert_array_equal(found, np.array(expected, np.float32))
+    assert (found[:, 2] != (boxes[:, 0] + boxes[:, 2]).astype(np.float32)).any()
+
+
+def test_polygons_of_half_points_are_left_out_of_a_segmentation(tmp_path):
+    mixed = [[1, 2, 3, 4, 5, 6, 7], SQUARE[0], [1, 2, 3, 4], [8, 8, 9, 9, 8, 9]]
+    dataset = load_coco(write(tmp_path, changed(annotations__0__segmentation=mixed)))
+    assert [p.tolist() for p in decode_segmentation(dataset[2], 0)] == [SQUARE[0], [8, 8, 9, 9, 8, 9]]
 
 
 def test_boxes_without_area_are_counted_in_one_line(tmp_path, caplog, monkeypatch):
@@ -195,6 +231,41 @@ def test_dataset_names(tmp_path, monkeypatch):
     monkeypatch.delenv("DETECTRON2_DATASETS")
     with pytest.raises(UserError, match="datasets"):
         find_dataset("coco_2017_train")
+
+
+# Source: Detectron2 data/datasets/builtin.py, _PREDEFINED_SPLITS_COCO["coco"].
+PUBLIC = {
+    "coco_2014_train": ("train2014", "instances_train2014.json"),
+    "coco_2014_val": ("val2014", "instances_val2014.json"),
+    "coco_2014_minival": ("val2014", "instances_minival2014.json"),
+    "coco_2014_valminusminival": ("val2014", "instances_valminusminival2014.json"),
+    "coco_2017_train": ("train2017", "instances_train2017.json"),
+    "coco_2017_val": ("val2017", "instances_val2017.json"),
+    "coco_2017_test": ("test2017", "image_info_test2017.json"),
+    "coco_2017_test-dev": ("test2017", "image_info_test-dev2017.json"),
+    "coco_2017_val_100": ("val2017", "instances_val2017_100.json"),
+}
+
+
+def test_cocos_names_mean_detectron2s_places(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    folder = tmp_path / "coco"
+    (folder / "annotations").mkdir(parents=True)
+    for images, file in PUBLIC.values():
+        (folder / images).mkdir(exist_ok=True)
+        (folder / "annotations" / file).touch()
+    assert set(COCO_NAMES) == set(PUBLIC)
+    for name, (images, file) in PUBLIC.items():
+        assert find_dataset(name) == (name, folder / images, folder / "annotations" / file, False)
+
+
+def test_a_benchmarks_own_measure_is_that_of_its_parts():
+    for part in ("", "@10pct_seed0"):
+        assert has_own_measure(f"voc_2007_test{part}", masks=False)
+        assert has_own_measure(f"lvis_v1_val{part}", masks=True)
+        assert has_own_measure(f"cityscapes_fine_instance_seg_val{part}", masks=True)
+        assert not has_own_measure(f"cityscapes_fine_instance_seg_val{part}", masks=False)
+        assert not has_own_measure(f"coco_2017_val{part}", masks=True)
 
 
 def assert_equal_to_detectron2(dataset: CocoDataset, name: str) -> None:
