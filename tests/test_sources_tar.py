@@ -168,6 +168,35 @@ def test_a_full_shuffle_buffer_is_uniform():
     assert np.abs(np.bincount(firsts, minlength=6) - 500).max() < 5 * np.sqrt(500)
 
 
+def test_each_run_of_each_epoch_is_shuffled_in_its_own_way(shards):
+    source, orders, epochs = open_source(shards), set(), {}
+    for seed, epoch, run in itertools.product(range(2), range(2), range(4)):
+
+        def images(buffer, run=run, epoch=epoch, seed=seed):
+            return [image for image, _ in source.run(run, 4, 9, buffer=buffer, seed=seed, epoch=epoch)]
+
+        straight, shuffled = images(1), images(4)
+        assert sorted(shuffled) == sorted(straight)
+        place = [straight.index(image) for image in shuffled]
+        assert all(p < k + 4 for k, p in enumerate(place))
+        orders.add(tuple(place))
+        epochs.setdefault((seed, epoch), []).extend(straight)
+    assert len(orders) == 16
+    assert len({tuple(order) for order in epochs.values()}) == 4  # the shards too come in another order
+
+
+def test_a_shard_that_was_cut_off_since_is_named(shards):
+    source = open_source(shards)
+    path = shards / "train-0004.tar"
+    os.truncate(path, int(source._place[IMAGES - 1, 1]) + 5)
+    with pytest.raises(UserError, match=r"train-0004\.tar!a/000036\.jpg: the shard ends inside it"):
+        source.read(IMAGES - 1)
+    assert source.read(IMAGES - 2)
+    path.unlink()
+    with pytest.raises(UserError, match=r"train-0004\.tar: cannot be read"):
+        source.read(IMAGES - 2)
+
+
 def test_unreadable_images_are_replaced_by_a_neighbour_and_counted(shards):
     path = shards / "train-0002.tar"
     bad = 13
