@@ -271,6 +271,25 @@ def test_what_cannot_be_a_source(folder, tmp_path):
     assert "no .tar in this folder" in refused(folder, "tar")
 
 
+def test_an_encrypted_zip_is_refused_before_anything_is_read(tmp_path):
+    path = tmp_path / "locked.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.jpg", "x" * 100)
+    data = bytearray(path.read_bytes())
+    data[6] |= 1  # the flag in the member's own header and in the zip's index
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(data)
+    assert "locked.zip: a.jpg is encrypted" in refused(path)
+
+
+def test_linked_class_folders_are_followed_and_hidden_ones_are_not(folder, tmp_path):
+    shutil.move(folder / "dog", tmp_path / "elsewhere")
+    (folder / "dog").symlink_to(tmp_path / "elsewhere")
+    (folder / ".thumbnails").mkdir()
+    (folder / ".thumbnails" / "a.jpg").write_bytes(b"x")
+    assert listing(open_source(folder)) == EXPECTED
+
+
 def test_class_folders_asked_for_must_be_class_folders(folder):
     (folder / "unicorn").mkdir()
     assert open_source(folder, "auto").classes == ["Zebra", "cat", "cat 2", "dog"]

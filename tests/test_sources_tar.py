@@ -92,6 +92,26 @@ def test_the_index_is_what_webdataset_reads(shards):
     assert [str(source.label(i)) for i in range(len(source))] == [sample["cls"].decode() for sample in theirs]
 
 
+def test_odd_names_are_grouped_as_webdataset_groups_them(tmp_path):
+    """A key ends at the name's first dot; without one, hidden or webdataset's own, a file belongs to no sample."""
+    names = ("v1.2/1.jpg", "v1.2/1.png", "v1.2/1.left.jpg", "2.seg.png", "2.JPG", "3.left.jpg", "4.txt", "4.webp")
+    skipped = (".hidden.jpg", "v1.2/._5.jpg", "__meta__/6.jpg", "none")
+    path = tmp_path / "odd.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in (*names[:3], *skipped, *names[3:]):
+            add(archive, name, f"bytes of {name}".encode())
+        folder = tarfile.TarInfo("7.jpg")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    source = open_source(path)
+    found = {source.name(i).partition("!")[2]: source.read(i) for i in range(len(source))}
+    assert found == {name: f"bytes of {name}".encode() for name in ("v1.2/1.jpg", "2.JPG", "4.webp")}
+    theirs = wds.DataPipeline(wds.SimpleShardList([str(path)]), wds.tarfile_to_samples())
+    images = [next((s[k] for k in s if k in ("jpg", "png", "webp")), None) for s in theirs]
+    assert list(found.values()) == [image for image in images if image is not None]
+    assert [data for _, data in source.run(0, 1, 3, buffer=1, seed=0, epoch=0)] == list(found.values())
+
+
 def test_a_batch_is_the_two_views_of_its_images(shards):
     source = open_source(shards)
     for step, batch in enumerate(steps(shards, 6)):
@@ -268,6 +288,19 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(shards, cache, mo
     assert len(made) == 8
 
 
+@pytest.mark.parametrize("change", ["place", "counts", "names"])
+def test_an_index_whose_parts_do_not_fit_is_made_again(shards, cache, change):
+    open_source(shards)
+    (file,) = cache.glob("*.npz")
+    with np.load(file) as saved:
+        index = dict(saved)
+    whole = file.read_bytes()
+    np.savez(file, **{**index, change: index[change][:-1] if change != "names" else index[change][:-20]})
+    source = open_source(shards)
+    assert source.read(IMAGES - 1) == encode(photograph(20 + IMAGES - 1, 30, seed=IMAGES - 1))
+    assert file.read_bytes() == whole
+
+
 def test_a_shard_that_changes_under_a_run_is_noticed(shards):
     source = open_source(shards)
     with tarfile.open(shards / "train-0002.tar", "w") as archive:
@@ -275,6 +308,21 @@ def test_a_shard_that_changes_under_a_run_is_noticed(shards):
         add(archive, "y.jpg", b"x" * 700)
     with pytest.raises(UserError, match=r"train-0002\.tar: (has changed|not readable)"):
         list(source.run(0, 1, IMAGES, buffer=2, seed=0, epoch=0))
+
+
+def test_other_images_of_the_same_sizes_under_a_run_are_noticed(tmp_path):
+    path = tmp_path / "one.tar"
+
+    def write(*names):
+        with tarfile.open(path, "w") as archive:
+            for name in names:
+                add(archive, name, b"x" * 700)
+
+    write("a.jpg", "b.jpg", "c.jpg")
+    source = open_source(path)
+    write("a.jpg", "c.jpg", "b.jpg")
+    with pytest.raises(UserError, match=r"one\.tar: has changed since it was indexed"):
+        list(source.run(0, 1, 3, buffer=1, seed=0, epoch=0))
 
 
 def test_what_cannot_be_shards(shards, tmp_path):
