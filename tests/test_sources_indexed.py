@@ -57,6 +57,12 @@ def test_every_form_of_item(form, item):
         assert [source.classes[source.label(i)] for i in range(4)] == KINDS
 
 
+def test_floats_between_two_levels_become_the_nearer_one():
+    levels = torch.tensor([0.0, 0.4, 0.6, 1.0, 126.7, 254.4, 254.6, 255.0])
+    source = DatasetSource([(levels / 255).expand(3, 1, 8)])
+    assert pixels(source, 0)[0, :, 1].tolist() == [0, 0, 1, 1, 127, 254, 255, 255]
+
+
 def test_paths_columns_and_given_labels(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(encode(PIXELS[0], "PNG"))
@@ -64,6 +70,30 @@ def test_paths_columns_and_given_labels(tmp_path):
     np.testing.assert_array_equal(pixels(source, 0), PIXELS[0])
     assert source.classes == ["11"]
     assert DatasetSource([{"picture": path, "kind": 3}], image="picture", label="kind").classes == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "names", "classes", "labels"),
+    [
+        ([10, 2, 10, 9], None, ["2", "9", "10"], [2, 0, 2, 1]),  # by number
+        (["b", "B", "a", "b"], None, ["B", "a", "b"], [2, 0, 1, 2]),
+        ([-1, -1, -1, -1], None, [], [None] * 4),  # torchvision's unlabelled images
+        ([-1, 0, 1, 1], None, ["-1", "0", "1"], [0, 1, 2, 2]),
+        ([1, 0, 1, 1], ["cat", "dog", "emu"], ["cat", "dog", "emu"], [1, 0, 1, 1]),
+        ([1, 0, 3, 1], ["cat", "dog", "emu"], ["0", "1", "3"], [1, 0, 2, 1]),  # names that do not fit
+        (["x", "y", "x", "x"], ["cat", "dog"], ["x", "y"], [0, 1, 0, 0]),
+    ],
+)
+def test_labels_of_a_data_set_become_classes(targets, names, classes, labels):
+    class Set(list):
+        pass
+
+    dataset = Set(PIXELS)
+    dataset.targets = targets
+    dataset.classes = names
+    source = DatasetSource(dataset)
+    assert source.classes == classes
+    assert [source.label(i) for i in range(4)] == labels
 
 
 def test_grey_alpha_16_bit_and_turned_items_are_treated_as_their_files_would_be():
@@ -138,6 +168,12 @@ def test_torchvision_by_name(tmp_path):
         assert source.label(index) == index
     (batch,) = build_plain_loader(source, 8, batch_size=4)
     assert batch.labels.tolist() == [0, 1]
+
+
+def test_torchvisions_images_are_those_for_training():
+    for name, options in TORCHVISION.items():
+        training = ({}, {"train": True}, {"split": "train"}, {"split": "trainval"})
+        assert options in (({"split": "unlabeled"},) if name == "STL10" else training)
 
 
 def test_torchvision_names_that_a_configuration_may_give(tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from tiny_detection import overrides, tiny_cfg, write_tiny
 
 from loco_det.cli import main
 from loco_det.data.catalog import find_dataset
-from loco_det.data.subsets import part_name
+from loco_det.data.subsets import part_name, part_size
 from loco_det.detection.train import train_net
 from loco_det.errors import UserError
 
@@ -69,6 +71,12 @@ def test_a_share_is_the_first_images_by_hash(percent: str, count: int) -> None:
     assert part["categories"] == whole["categories"]
 
 
+def test_a_share_is_rounded_up_and_exact() -> None:
+    for percent in ("0.5", "1", "7", "10", "14", "28", "29", "55", "57", "100"):
+        for total in (1, 3, 99, 100, 200, 300, 118287):
+            assert part_size(float(percent) / 100, total) == math.ceil(Fraction(percent) * total / 100)
+
+
 def test_shares_of_a_seed_are_nested_and_seeds_differ() -> None:
     parts = [image_ids(f"{NAME}@{p}pct_seed0") for p in (0.5, 1, 2, 5, 10)]
     assert parts[0] < parts[1] < parts[2] < parts[3] < parts[4]
@@ -97,6 +105,26 @@ def test_shots_count_objects_of_each_class() -> None:
         sets[shots] = {a["id"] for a in part["annotations"]}
     assert sets[1] < sets[5] < sets[30]
     assert len(sets[5]) == 15
+
+
+def test_shots_are_objects_of_images_that_are_listed(data: Path) -> None:
+    source, target = data / "many", data / "listed"
+    whole = json.loads((source / "annotations/instances_train.json").read_text())
+    for part in ("train", "annotations"):
+        (target / part).mkdir(parents=True)
+    gone = {a["image_id"] for a in whole["annotations"][::2]}
+    whole["images"] = [image for image in whole["images"] if image["id"] not in gone]
+    (target / "annotations/instances_train.json").write_text(json.dumps(whole))
+    listed = {image["id"] for image in whole["images"]}
+    part = read("listed_train@10shot_seed0")
+    for category in (2, 5, 9):
+        own = [
+            a["id"]
+            for a in whole["annotations"]
+            if a["category_id"] == category and not a["iscrowd"] and a["image_id"] in listed
+        ]
+        own.sort(key=lambda i: hashlib.sha256(f"0 {i}".encode()).hexdigest())
+        assert {a["id"] for a in part["annotations"] if a["category_id"] == category} == set(own[:10])
 
 
 def test_classes_alone_and_parts_of_parts() -> None:
