@@ -94,6 +94,15 @@ def test_objects_are_numbered_by_image_and_not_by_id(tmp_path):
     assert crowd.tolist() == [k for record in dataset for k in record.crowd.tolist()]
 
 
+@pytest.mark.parametrize("image_id", [-3, 1, 5, 8, 12345])
+def test_annotations_of_images_that_are_not_listed_belong_to_none(tmp_path, image_id):
+    expected = [record.annotation_ids.tolist() for record in load_coco(write(tmp_path, CONTENT))]
+    assert expected[0] == [2]
+    dataset = load_coco(write(tmp_path, changed(annotations__1__image_id=image_id)))
+    assert [record.annotation_ids.tolist() for record in dataset] == [[], *expected[1:]]
+    assert dataset.objects()[0].tolist() == [2] * len(expected[2])
+
+
 def test_minival_files_may_double_annotation_ids(tmp_path):
     """The public ones of COCO 2014 do."""
     paths = write(tmp_path, changed(annotations__4__id=3))

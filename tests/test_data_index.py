@@ -345,6 +345,16 @@ def test_stale_even_with_the_same_size_and_time(tmp_path, monkeypatch, settled):
     assert_is(load_index(path), path)
 
 
+def test_a_change_within_one_tick_of_the_clock_is_seen(tmp_path, monkeypatch):
+    """The stamp of a file that was just written says nothing."""
+    path = saved(tmp_path, content())
+    young = time.time_ns() + 3600 * 10**9
+    monkeypatch.setattr(module, "_stamp", lambda path: module.Stamp(os.stat(path).st_size, young, young, 1))
+    load_index(path)
+    path.write_text(path.read_text().replace('"kind 4"', '"wolf 4"'))
+    assert load_index(path).categories[4] == "wolf 4"
+
+
 def test_a_touched_or_copied_file_is_known_by_its_hash(tmp_path, monkeypatch):
     path = saved(tmp_path, content())
     load_index(path)

@@ -100,6 +100,7 @@ def test_train_ids_stand_in_where_label_ids_are_missing(tree: Path, tmp_path: Pa
     image = frames(tmp_path / "copy")[0]
     ids = data.label_file(image)
     Image.fromarray(from_ids).save(ids.with_name(ids.name.replace("labelIds", "labelTrainIds")))
+    assert data.label_file(image) == ids
     ids.unlink()
     assert data.label_file(image).name.endswith("_labelTrainIds.png")
     assert (data.read_labels(data.label_file(image)) == from_ids).all()
