@@ -220,6 +220,7 @@ def test_bad_images_and_segmentations_are_named(tmp_path):
 SETTINGS = {
     "shapes": [],
     "range": ["INPUT.MIN_SIZE_TRAIN", (40, 130), "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"],
+    "narrow range": ["INPUT.MIN_SIZE_TRAIN", (60, 62), "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"],
     "long": ["INPUT.MIN_SIZE_TRAIN", (60, 100, 140), "INPUT.MAX_SIZE_TRAIN", 120, "INPUT.FORMAT", "RGB"],
     "vertical": ["INPUT.RANDOM_FLIP", "vertical", "INPUT.MIN_SIZE_TRAIN", (0, 50)],
     "none": ["INPUT.RANDOM_FLIP", "none", "INPUT.MASK_FORMAT", "bitmask"],
@@ -326,6 +327,41 @@ def test_a_sample_is_what_its_draws_make_of_the_image_its_boxes_and_its_masks(tm
             for ours, mask in zip(instances.masks.polygons, masks, strict=True):
                 np.testing.assert_allclose(ours, [mask], rtol=1e-9, atol=1e-9)
     assert flips == ({False} if cfg.INPUT.RANDOM_FLIP == "none" else {False, True})
+
+
+def test_objects_beside_the_window_are_left_out(tmp_path):
+    """A box that the window's border flattens in one direction has a side still."""
+    crop = ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE", [20, 20]]
+    cfg = config("MODEL.MASK_ON", False, "INPUT.MIN_SIZE_TRAIN", (0,), *crop)
+    record = make_dataset(tmp_path)[0]
+    boxes = np.float32([[0, 0, 9, 50], [0, 40, 70, 50], [25, 15, 45, 35], [0, 0, 9, 9]])  # the last a crowd
+    record = record._replace(boxes=boxes, classes=np.arange(4))
+    flat = set()
+    for position in range(30):
+        window, size, flipped = drawn_by_hand(cfg.INPUT, 50, 70, sample_rng(0, position))
+        sides = [b[2:] - b[:2] for b in (limited_box(box, size, window, flipped, False) for box in boxes[:3])]
+        found = DetectionMapper(cfg, train=True)(record, sample_rng(0, position))["instances"]
+        assert found.classes.tolist() == [k for k, (w, h) in enumerate(sides) if w > 0 and h > 0]
+        flat |= {(bool(w > 0), bool(h > 0)) for w, h in sides}
+    assert flat > {(True, False), (False, True)}
+
+
+def test_bitmaps_that_shrinking_loses_are_left_out(tmp_path):
+    cfg = config("INPUT.MASK_FORMAT", "bitmask", "INPUT.MIN_SIZE_TRAIN", (16,), "INPUT.RANDOM_FLIP", "none")
+    record = make_dataset(tmp_path)[2]  # 64 x 64, so every fourth pixel of both axes stays
+    dots = [np.zeros((64, 64), np.uint8) for _ in range(4)]
+    for k in range(4):
+        dots[k][10, 8 + k] = 1
+    resized = [np.asarray(Image.fromarray(dot).resize((16, 16), Image.Resampling.NEAREST)) for dot in dots]
+    kept = [k for k in range(4) if resized[k].any()]
+    assert len(kept) == 1
+    runs = [{"size": [64, 64], "counts": [64 * (8 + k) + 10, 1, 64 * 64 - 64 * (8 + k) - 11]} for k in range(4)]
+    record = record._replace(
+        crowd=np.zeros(4, bool), classes=np.arange(4), segmentations=[json.dumps(run).encode() for run in runs]
+    )
+    found = DetectionMapper(cfg, train=True)(record, sample_rng(0, 0))["instances"]
+    assert found.classes.tolist() == kept
+    np.testing.assert_array_equal(found.masks.tensor.numpy(), [resized[kept[0]].astype(bool)])
 
 
 @pytest.mark.parametrize("train", [True, False])
