@@ -142,6 +142,15 @@ def read_all(source: Source) -> list[bytes]:
     return [source.read(i) for i in range(len(source))]
 
 
+def large_zip(path: Path) -> Path:
+    """With members larger than a file buffer, so that every read reaches the file."""
+    rng = np.random.default_rng(0)
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(8):
+            archive.writestr(f"{i}.jpg", rng.bytes(100_000))
+    return path
+
+
 def test_zip_is_read_by_many_processes_at_once(folder, tmp_path):
     source = open_source(packed(folder, tmp_path / "set.zip"))
     expected = read_all(source)
@@ -150,8 +159,8 @@ def test_zip_is_read_by_many_processes_at_once(folder, tmp_path):
 
 
 @pytest.mark.skipif("fork" not in get_all_start_methods(), reason="no fork here")
-def test_a_forked_reader_does_not_move_its_parents_file(folder, tmp_path):
-    source = open_source(packed(folder, tmp_path / "set.zip"))
+def test_a_forked_reader_does_not_move_its_parents_file(tmp_path):
+    source = open_source(large_zip(tmp_path / "set.zip"))
     expected = read_all(source)
     handle = source._file().fileno()
     os.lseek(handle, 7, os.SEEK_SET)
@@ -165,12 +174,7 @@ def test_a_forked_reader_does_not_move_its_parents_file(folder, tmp_path):
 
 
 def test_zip_is_read_by_many_threads_at_once(tmp_path):
-    """With members larger than a file buffer, so that every read reaches the file."""
-    rng = np.random.default_rng(0)
-    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
-        for i in range(8):
-            archive.writestr(f"{i}.jpg", rng.bytes(100_000))
-    source = open_source(tmp_path / "set.zip")
+    source = open_source(large_zip(tmp_path / "set.zip"))
     expected = read_all(source)
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda _: read_all(source), range(64))) == [expected] * 64
