@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -142,8 +143,12 @@ def test_a_changed_file_makes_another_part(data: Path) -> None:
     first = find_dataset(f"{NAME}@1pct_seed0").annotations
     assert find_dataset(f"{NAME}@1pct_seed0").annotations == first
     content = file.read_text()
+    stat = file.stat()
     file.write_text(content + " ")
     assert find_dataset(f"{NAME}@1pct_seed0").annotations != first
+    file.write_text(content.replace('"dog"', '"cow"'))  # as long as before
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert "cow" in find_dataset(f"{NAME}@1pct_seed0").annotations.read_text()
     file.write_text(content)
 
 
