@@ -157,7 +157,7 @@ def class_names(cfg: CfgNode, given: Path | None) -> dict[int, str]:
 
 def _lines(path: Path) -> dict[int, str]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({error}); give one class name a line.") from error
     return dict(enumerate(filter(None, map(str.strip, lines)), start=1))

@@ -94,6 +94,8 @@ def test_text_list(folder, tmp_path):
     path = folder / "train.txt"
     path.write_text("# a comment\n\n" + "\n".join(FILES) + "\n", encoding="utf-8")
     assert listing(open_source(path)) == UNLABELLED
+    path.write_text("\n".join(FILES), encoding="utf-8-sig")  # as some editors save it, with a mark in front
+    assert listing(open_source(path)) == UNLABELLED
     elsewhere = tmp_path / "absolute.lst"
     elsewhere.write_text("".join(f"{folder / name}\t{name.split('/')[0]}\r\n" for name in FILES), encoding="utf-8")
     assert listing(open_source(elsewhere, "list")) == EXPECTED

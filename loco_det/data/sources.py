@@ -210,7 +210,7 @@ def _open_folder(root: Path, format: str) -> Source:
 
 def _open_list(path: Path) -> Source:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"DATA.PATH {path}: cannot be read as a UTF-8 text list ({error}); correct the file") from error
     rows = [line.rstrip().partition("\t") for line in lines if line.strip() and not line.startswith("#")]
