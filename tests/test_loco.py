@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loco_cases import UNIT_LISTS, build, gradients, obvious_step
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from loco_det.errors import UserError
 from pretrain.loco import METHODS, LocalTrainer, Unit, plan_passes
@@ -25,6 +27,7 @@ def test_every_gradient_equals_that_of_the_units_run_alone(name: str) -> None:
     backbone, stages, units, decoders, losses = build(UNIT_LISTS[name])
     got_losses = LocalTrainer([s.module for s in stages], units, losses).step(x)
     assert [v.item() for v in got_losses] == pytest.approx(expected_losses, abs=1e-12)
+    assert not any(v.requires_grad for v in got_losses)
     for want, got in zip(expected, gradients(backbone, decoders)):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
     assert any(g.abs().max() > 1e-6 for g in expected)
@@ -174,6 +177,30 @@ def test_the_plan_is_minimal_and_early(method: str, costs: list[int], final_afte
     assert [passes[-1].when for passes in plan] == final_after
 
 
+def test_a_trace_shows_every_forward_loss_and_pass_by_name_and_no_other() -> None:
+    """Also that each pass of the plan is run once, as soon as its last loss is known."""
+    _, stages, units, _, losses = build(METHODS["loco"])
+    trainer = LocalTrainer([s.module for s in stages], units, losses)
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        trainer.step(torch.randn(4, 3, 16, 16, dtype=torch.float64))
+    names = [event.name for event in sorted(trace.events(), key=lambda event: event.time_range.start)]
+    assert [name for name in names if name.startswith(("stage ", "unit "))] == [
+        "stage 0 forward",
+        "stage 1 forward",
+        "unit 0 loss",
+        "stage 1 input-only pass",
+        "stage 0 parameter pass",
+        "stage 2 forward",
+        "unit 1 loss",
+        "stage 2 input-only pass",
+        "stage 1 parameter pass",
+        "stage 3 forward",
+        "unit 2 loss",
+        "stage 3 parameter pass",
+        "stage 2 parameter pass",
+    ]
+
+
 def test_gradients_are_final_when_on_final_says_so() -> None:
     _, stages, units, _, losses = build(METHODS["loco"])
     seen: dict[int, list[torch.Tensor]] = {}
@@ -185,6 +212,21 @@ def test_gradients_are_final_when_on_final_says_so() -> None:
     for k, early in seen.items():
         for a, b in zip(early, gradients(stages[k].module)):
             assert torch.equal(a, b)
+
+
+def test_a_stage_lets_go_of_its_output_when_its_gradients_are_final() -> None:
+    _, stages, units, _, losses = build(METHODS["loco"])
+    outputs: dict[int, weakref.ref] = {}
+    for k, stage in enumerate(stages):
+        stage.module.register_forward_hook(lambda *values, k=k: outputs.update({k: weakref.ref(values[-1])}))
+    alive: dict[int, set[int]] = {}
+
+    def final(k: int) -> None:
+        alive[k] = {other for other, output in outputs.items() if output() is not None}
+
+    LocalTrainer([s.module for s in stages], units, losses, final).step(torch.randn(4, 3, 16, 16, dtype=torch.float64))
+    # The newest output, of which the next stage's input is made, is there in any case.
+    assert alive == {0: {1}, 1: {2}, 3: {2, 3}, 2: {3}}
 
 
 def test_on_start_comes_before_the_forward_that_needs_the_weights() -> None:
@@ -239,6 +281,22 @@ def test_stages_partition_the_backbone() -> None:
 def test_units_that_cannot_be(units: list, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(units)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "blocks"),
+    [
+        (None, []),
+        ("none", []),
+        ("first", BLOCKS[:3]),
+        ("all", BLOCKS),
+        (["res3", "res4.1"], ["res3.0", "res3.1", "res4.1"]),
+        ("[res2, res3.0]", ["res2.0", "res2.1", "res3.0"]),
+    ],
+)
+def test_what_is_recomputed_is_cut_into_the_blocks_that_were_named(recompute: object, blocks: list[str]) -> None:
+    _, stages, _, _, _ = build(METHODS["loco"], recompute=recompute)
+    assert [stage.name for stage in stages if stage.recompute] == blocks
 
 
 def test_stages_to_recompute_that_are_not_there() -> None:
