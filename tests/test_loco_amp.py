@@ -23,9 +23,9 @@ def half_works(dtype: torch.dtype) -> bool:
     return True
 
 
-def small(units: list[list[str]]):
+def small(units: list[list[str]], recompute: str | None = None):
     """Stages, units, losses and all modules, in float32."""
-    backbone, stages, spans, decoders, losses = build(units, res2_out_channels=16)
+    backbone, stages, spans, decoders, losses = build(units, recompute, res2_out_channels=16)
     return stages, spans, losses, nn.ModuleList([backbone.float(), decoders.float()])
 
 
@@ -52,6 +52,20 @@ def test_every_gradient_equals_that_of_the_units_run_alone(name: str, dtype: tor
         assert (got - want).norm() <= 2 * torch.finfo(dtype).eps * want.norm()
     if name == "gim":  # no sums
         assert all(torch.equal(got, want) for want, got in zip(expected, gradients(everything)))
+
+
+def test_recomputing_in_half_precision_changes_no_bit() -> None:
+    if not half_works(torch.bfloat16):
+        pytest.skip("no bfloat16 convolutions on this CPU")
+    results = []
+    for recompute in ("none", "all"):
+        stages, units, losses, everything = small(METHODS["loco"], recompute)
+        kept = [k for k, stage in enumerate(stages) if stage.recompute]
+        trainer = LocalTrainer([s.module for s in stages], units, losses, recompute=kept)
+        values = trainer.step(images(), autocast=partial(torch.autocast, "cpu", torch.bfloat16))
+        results.append([*values, *gradients(everything)])
+    assert kept
+    assert all(torch.equal(once, twice) for once, twice in zip(*results))
 
 
 def test_half_precision_is_used() -> None:
