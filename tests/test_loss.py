@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -36,8 +37,8 @@ def test_gradient() -> None:
 @pytest.mark.parametrize("chunk", [1, 3, 4, 9, 10, 11])
 def test_row_chunks_equal_the_dense_loss_in_value_and_gradient(chunk: int) -> None:
     z = torch.randn(10, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    assert nt_xent(z, 0.1, chunk).item() == pytest.approx(loop_nt_xent(z.detach(), 0.1), abs=1e-12)
-    (want,), (got,) = (torch.autograd.grad(nt_xent(z, 0.1, rows), z) for rows in (0, chunk))
+    assert nt_xent(z, 0.3, chunk).item() == pytest.approx(loop_nt_xent(z.detach(), 0.3), abs=1e-12)
+    (want,), (got,) = (torch.autograd.grad(nt_xent(z, 0.3, rows), z) for rows in (0, chunk))
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 
 
@@ -75,6 +76,23 @@ def test_half_precision_input_is_computed_in_float32() -> None:
     assert nt_xent(z, 0.1).item() == pytest.approx(loop_nt_xent(z, 0.1), abs=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert nt_xent(z, 0.1).item() == pytest.approx(loop_nt_xent(z, 0.1), abs=1e-5)
+
+
+def test_health_equals_its_formulas_in_loops() -> None:
+    z = torch.randn(10, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 5 + 1
+    rows = [[v / math.sqrt(sum(u * u for u in row)) for v in row] for row in z.tolist()]
+
+    def squared(a: list[float], b: list[float]) -> float:
+        return sum((x - y) ** 2 for x, y in zip(a, b))
+
+    apart = [squared(a, b) for i, a in enumerate(rows) for b in rows[:i]]
+    spread = [statistics.stdev(column) for column in zip(*rows)]
+    found = embedding_health(z)
+    assert found["alignment"].item() == pytest.approx(statistics.mean(map(squared, rows[:5], rows[5:])), rel=1e-5)
+    assert found["uniformity"].item() == pytest.approx(
+        math.log(statistics.mean(math.exp(-2 * d) for d in apart)), rel=1e-5
+    )
+    assert found["std"].item() == pytest.approx(statistics.mean(spread) * math.sqrt(3), rel=1e-5)
 
 
 def test_health_tells_collapse_from_spread() -> None:
