@@ -151,6 +151,7 @@ def test_neither_does_a_message_that_arrives_late(
 ) -> None:
     want = obvious(method, "lars")
     monkeypatch.setattr(average, "world_size", lambda: 2)
+    assert same(Run(method, "lars", early=False, link=Link(delay)).steps(finish=True), want)
     monkeypatch.setattr(average, "FULL", 600)
     monkeypatch.setattr(stepping, "WORTHWHILE", 100)
     link = Link(delay)
@@ -177,6 +178,16 @@ def test_the_end_of_a_step_waits_for_nothing_and_the_next_forward_for_its_stage_
     assert left[0] == [1, 2, 3, 4, 5, 6]
     assert left[1] == [2, 3, 4, 5, 6]
     assert left[2] == [0, 3, 4, 6]  # 0 and 4, the first decoder, are final again; 5 shared stage 1's message
+
+
+def test_gradients_too_small_for_a_message_travel_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(average, "world_size", lambda: 2)
+    link = Link(delay=0)
+    run = Run("loco", "sgd", early=True, link=link)
+    sizes = [sum(p.numel() * 4 for p in module.parameters()) for module in run.network]
+    monkeypatch.setattr(stepping, "WORTHWHILE", sizes[0] + sizes[4] + 1)  # more than is final with the first stage
+    run.trainer.step(torch.randn(8, 3, 6, 6))
+    assert link.sizes == [sizes[0] + sizes[4] + sizes[1] + sizes[5], sizes[3] + sizes[6], sizes[2]]
 
 
 def test_a_stage_is_stepped_and_its_gradient_freed_while_later_ones_have_yet_to_run() -> None:
