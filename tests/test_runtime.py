@@ -10,6 +10,7 @@ import platform
 import random
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -82,6 +83,22 @@ def test_text_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
     assert b"Error" not in done.stderr
     assert (tmp_path / "file").read_bytes() == "größe".encode()
     assert "größe".encode() in (tmp_path / "log.txt").read_bytes()
+
+
+def test_the_content_is_on_the_disk_before_the_name_and_the_name_before_the_block_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def synced(number: int) -> None:
+        calls.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else f"{os.fstat(number).st_size} bytes")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("name"), replace(*names)))
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"12345")
+    assert calls == ["5 bytes", "name", "folder"]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
