@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -17,11 +18,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 import torch
 
 from loco_det import metrics, runtime
 from loco_det.artifact import load_backbone
 from loco_det.config import load_config
+from loco_det.errors import UserError
 from pretrain import checkpoint, train
 from pretrain.checkpoint import latest_checkpoint, save_checkpoint
 from pretrain.defaults import get_cfg
@@ -176,6 +179,38 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(tmp_path: Path) -> Non
     manifests = [load_backbone(tmp_path / name / "backbone.safetensors")[1] for name in ("whole", "cut")]
     assert manifests[0].tensors_sha256 == manifests[1].tensors_sha256
     assert not list((tmp_path / "cut").glob(".*.tmp")), "what the kills left behind"
+
+
+def test_no_checkpoint_goes_before_the_new_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, {"step": step})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="No space left"):
+        save_checkpoint(tmp_path, {"step": 3})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_00000001.pth", "checkpoint_00000002.pth"]
+
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    torch.save(
+        {**dict.fromkeys(checkpoint.KEYS, 0), "learner": Trap(tmp_path / "sprung")}, tmp_path / "checkpoint_1.pth"
+    )
+    with pytest.raises(UserError, match=r"checkpoint_1.pth: damaged \(UnpicklingError\)"):
+        latest_checkpoint(tmp_path)
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_only_the_newest_two_stay_and_what_a_kill_left_goes(tmp_path: Path) -> None:
