@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -17,6 +18,7 @@ from loco_det.config import load_config
 from loco_det.data.sources import open_source
 from loco_det.data.twoview import build_plain_loader
 from loco_det.errors import UserError
+from loco_det.evaluation.knn import knn_predict
 from loco_det.names import to_detectron2
 from pretrain.defaults import get_cfg
 from pretrain.probe import KnnProbe
@@ -85,15 +87,16 @@ def oracle(backbone: Path, train: list[tuple[Path, int]], test: list[tuple[Path,
 
 def test_it_counts_right_and_training_is_the_same_without_it(classes: Path, tmp_path: Path) -> None:
     with_it = pretrain(config(classes, tmp_path / "a", KNN__PERIOD=1, KNN__VAL_PATH=classes))
-    without = pretrain(config(classes, tmp_path / "b", KNN__PERIOD=0))
+    without = pretrain(config(classes, tmp_path / "b", KNN__PERIOD=0, LOG_PERIOD=1))
     assert load_backbone(with_it)[1].tensors_sha256 == load_backbone(without)[1].tensors_sha256
     found = lines(tmp_path / "a")
     assert [line["iteration"] for line in found] == [0, 2, 3, 5, 6]  # LOG_PERIOD 4, three steps an epoch, the end
     assert [line["iteration"] for line in found if "knn/res5" in line] == [2, 5, 6]
-    assert all(line["grad_norm/res5"] > 0 for line in found)
-    same = [{k: line[k] for k in line if k.startswith(("loss", "grad", "std"))} for line in found]
-    for line in lines(tmp_path / "b"):
-        assert {k: line[k] for k in line if k.startswith(("loss", "grad", "std"))} in same
+    every_step = lines(tmp_path / "b")
+    assert [line["iteration"] for line in every_step] == list(range(7))
+    for line in found:
+        same = {k: v for k, v in line.items() if k.startswith(("loss", "grad", "std", "lr"))}
+        assert same == {k: every_step[line["iteration"]][k] for k in same}
     every = [(path, int(path.parent.name == "dog")) for path in sorted(classes.glob("*/*.png"))]
     want = oracle(with_it, every, every, 3)
     assert {key: value for key, value in found[-1].items() if key.startswith("knn")} == pytest.approx(want)
@@ -138,6 +141,39 @@ def test_unreadable_images_are_left_out(classes: Path, tmp_path: Path) -> None:
     for path in data.glob("*/*.png"):
         path.write_bytes(b"")
     assert probe(ResNet(18, stem="cifar")) == {}
+
+
+def test_classes_are_told_by_name_where_other_images_have_fewer(classes: Path, tmp_path: Path) -> None:
+    shutil.copytree(classes / "dog", tmp_path / "val" / "dog")
+    cfg = config(classes, tmp_path, KNN__VAL_PATH=tmp_path / "val")
+    probe = KnnProbe(cfg, open_source(classes), torch.device("cpu"), torch.contiguous_format, torch.no_grad)
+    _, truth = probe._features(ResNet(18, stem="cifar").eval(), probe.test, probe.asked)
+    assert truth.tolist() == [1] * 7  # the second class of the training, the first of these
+
+
+def test_the_configured_neighbours_and_precision_are_used(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, dtypes = [], set()
+    monkeypatch.setattr(
+        "pretrain.probe.knn_predict", lambda *_, **options: seen.append(options) or knn_predict(*_, **options)
+    )
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    cfg = config(classes, tmp_path, KNN__TEMPERATURE=0.5)
+    backbone = ResNet(18, stem="cifar")
+    backbone.res5.register_forward_hook(lambda *values: dtypes.add(values[-1].dtype))
+    KnnProbe(cfg, open_source(classes), torch.device("cpu"), torch.contiguous_format, autocast)(backbone)
+    assert seen == [{"k": 3, "temperature": 0.5, "classes": 2}] * 4
+    assert dtypes == {torch.bfloat16}
+
+
+def test_a_single_image_of_each_class_leaves_none_to_answer(classes: Path, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        shutil.copy(classes / name / "0.png", tmp_path / "data" / name)
+    cfg = config(tmp_path / "data", tmp_path)
+    probe = KnnProbe(cfg, open_source(tmp_path / "data"), torch.device("cpu"), torch.contiguous_format, torch.no_grad)
+    assert not probe.due(40, 4, 40)
 
 
 def test_without_classes_there_is_no_probe(classes: Path, tmp_path: Path) -> None:
