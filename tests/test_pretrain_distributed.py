@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -17,23 +18,26 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det.artifact import load_backbone
+from loco_det.backbone import ResNet
 from loco_det.config import load_config
+from loco_det.data.sources import open_source
 from loco_det.errors import UserError
 from loco_det.processes import launch
 from loco_det.runtime import rank, world_size
-from pretrain import train
+from pretrain import sync_batchnorm, train
 from pretrain.average import GradientAverage
 from pretrain.defaults import get_cfg
 from pretrain.loco import LocalTrainer, Unit, running_statistics_kept
 from pretrain.loss import nt_xent
 from pretrain.optim import build_optimizer
-from pretrain.probe import gather
+from pretrain.probe import KnnProbe, gather
 from pretrain.stepping import Stepping
-from pretrain.sync_batchnorm import SyncBatchNorm
+from pretrain.sync_batchnorm import SyncBatchNorm, sync_anywhere
 from pretrain.train import pretrain as pretrain_with_relu
 
 UNITS = {"simclr": [Unit(0, 2)], "gim": [Unit(k, k) for k in range(3)], "loco": [Unit(0, 1), Unit(1, 2)]}
 REAL = ["SOLVER.OPTIMIZER", "lars", "SOLVER.BASE_LR", "0.3", "SOLVER.MAX_STEPS", "1"]
+LATE = ["SOLVER.MAX_STEPS", "3", "LOG_PERIOD", "10", "CHECKPOINT_PERIOD", "2"]
 CASES = [(method, chunk, recompute) for method in UNITS for chunk, recompute in ((0, ()), (3, (0, 2)))]
 
 
@@ -95,8 +99,35 @@ def steps(method: str) -> list[torch.Tensor]:
     return [torch.stack(values), *modules.state_dict().values()]
 
 
-def worker(settings: list[str], folder: str) -> None:
+def run_of_late_messages(cfg: CfgNode) -> None:
+    """No gradient travels before it is asked for; the probe keeps what it is shown after the third step."""
+
+    def probe(self, backbone: nn.Module) -> dict[str, float]:
+        torch.save(backbone.state_dict(), Path(cfg.OUTPUT_DIR) / f"probed{rank()}.pt")
+        return {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pretrain.average.FULL", 2**60)
+        patch.setattr("pretrain.stepping.WORTHWHILE", 2**60)
+        patch.setattr(train.KnnProbe, "due", lambda self, done, *_: done == 3)
+        patch.setattr(train.KnnProbe, "__call__", probe)
+        pretrain(cfg)
+
+
+def features(labelled: str, output: str) -> list[torch.Tensor]:
+    """What the nearest-neighbour probe compares, and the labels."""
+    settings = ["DATA.PATH", labelled, "DATA.IMAGE_SIZE", "16", "DATA.NUM_WORKERS", "0"]
+    cfg = configuration(settings, output, "loco")
+    probe = KnnProbe(cfg, open_source(labelled), torch.device("cpu"), torch.contiguous_format, nullcontext)
+    torch.manual_seed(0)
+    found, labels = probe._features(ResNet(18, stem="cifar").eval(), probe.train, probe.answering)
+    return [labels, found["res5"]]
+
+
+def worker(settings: list[str], labelled: str, folder: str) -> None:
     """Everything that needs two processes, in one start of them."""
+    torch.save(features(labelled, folder), Path(folder) / f"features{rank()}.pt")
+    run_of_late_messages(configuration([*settings, *LATE], f"{folder}/late", "loco"))
     torch.save([step(*case) for case in CASES], Path(folder) / f"{rank()}.pt")
     torch.save(gather(torch.arange(3 * rank() * 2).view(-1, 2) + 10), Path(folder) / f"gathered{rank()}.pt")
     torch.save([steps(method) for method in UNITS], Path(folder) / f"steps{rank()}.pt")
@@ -141,9 +172,20 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def two(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two classes; seven images of them answer."""
+    folder = tmp_path_factory.mktemp("labelled")
+    rng = np.random.default_rng(0)
+    for i in range(9):
+        (folder / str(i % 2)).mkdir(exist_ok=True)
+        cv2.imwrite(str(folder / str(i % 2) / f"{i}.png"), rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def two(settings: list[str], labelled: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    launch(worker, 2, settings, str(folder))
+    launch(worker, 2, settings, labelled, str(folder))
     return folder
 
 
@@ -203,6 +245,37 @@ def test_many_steps_at_a_high_rate_equal_one_in_double_precision(number: int, tw
     assert (alone[0][:1] - alone[0][-1:]).abs() > 1e-3
 
 
+def test_weights_are_up_to_date_whenever_they_are_saved_or_probed(
+    two: Path, settings: list[str], tmp_path: Path
+) -> None:
+    """Between two lines of metrics.json parts wait for their gradients into the next step."""
+    run_of_late_messages(configuration([*settings, *LATE], str(tmp_path), "loco"))
+    for done in (2, 3):
+        alone, together = (
+            torch.load(folder / f"checkpoint_{done:08d}.pth", weights_only=True) for folder in (tmp_path, two / "late")
+        )
+        for name, want in alone["learner"].items():
+            torch.testing.assert_close(together["learner"][name], want, rtol=1e-5, atol=1e-5)
+        # The weights hardly move at this rate; momenta show every step that is missing.
+        one, both = (
+            torch.cat([s["momentum_buffer"].flatten() for _, s in sorted(state["optimizer"]["state"].items())])
+            for state in (alone, together)
+        )
+        assert (both - one).norm() <= 1e-4 * one.norm()
+    for number in (0, 1):
+        for name, seen in torch.load(two / "late" / f"probed{number}.pt", weights_only=True).items():
+            assert torch.equal(seen, together["learner"][f"backbone.{name}"])
+
+
+def test_processes_share_the_images_of_a_probe(two: Path, labelled: str, tmp_path: Path) -> None:
+    labels, rows = features(labelled, str(tmp_path))
+    order = [*range(0, 7, 2), *range(1, 7, 2)]
+    for number in (0, 1):
+        all_labels, all_rows = torch.load(two / f"features{number}.pt", weights_only=True)
+        assert all_labels.tolist() == labels[order].tolist()
+        torch.testing.assert_close(all_rows, rows[order], rtol=1e-5, atol=1e-6)
+
+
 def test_rows_are_gathered_though_one_process_has_none(two: Path) -> None:
     for number in (0, 1):
         assert torch.load(two / f"gathered{number}.pt").tolist() == [[10, 11], [12, 13], [14, 15]]
@@ -222,3 +295,54 @@ def test_alone_it_is_torch_batchnorm_and_statistics_can_be_kept() -> None:
     with running_statistics_kept(own):
         assert torch.equal(own(x), theirs(x))
     assert not torch.equal(own.running_var, theirs.running_var)
+
+
+@pytest.fixture
+def twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were another process, with the same images."""
+    monkeypatch.setattr(sync_batchnorm, "world_size", lambda: 2)
+    monkeypatch.setattr(sync_batchnorm.dist, "all_reduce", lambda sums: sums.mul_(2))
+
+
+@pytest.mark.usefixtures("twin")
+def test_statistics_may_be_a_mean_over_batches_and_evaluation_changes_none() -> None:
+    own, theirs = SyncBatchNorm(3, momentum=None), nn.BatchNorm2d(3, momentum=None)
+    for _ in range(3):
+        x = torch.randn(4, 3, 5, 5) * 3 + 1
+        torch.testing.assert_close(own(x), theirs(torch.cat([x, x]))[:4])
+    for _ in range(2):
+        for name, want in theirs.state_dict().items():
+            torch.testing.assert_close(own.state_dict()[name], want)
+        own.eval(), theirs.eval()
+        torch.testing.assert_close(own(x), theirs(x))
+
+
+@pytest.mark.usefixtures("twin")
+def test_half_precision_is_summed_in_float32() -> None:
+    """Far from zero, where the variance of bfloat16 numbers in bfloat16 is noise."""
+    g = torch.Generator().manual_seed(0)
+    half = (torch.randn(8, 3, 5, 5, generator=g) + 20).bfloat16().requires_grad_()
+    full = half.detach().float().requires_grad_()
+    gradient = torch.randn(8, 3, 5, 5, generator=g).bfloat16()
+    own, theirs = SyncBatchNorm(3), nn.BatchNorm2d(3)
+    got, want = own(half), theirs(torch.cat([full, full]))[:8]
+    got.backward(gradient)
+    theirs(torch.cat([full, full])).backward(torch.cat([gradient, gradient]).float())
+    assert got.dtype == half.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), want, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(half.grad.float(), full.grad / 2, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(own.weight.grad, theirs.weight.grad / 2, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(own.bias.grad, theirs.bias.grad / 2, rtol=1e-4, atol=1e-3)
+
+
+def test_a_norm_that_is_replaced_keeps_its_tensors_and_settings() -> None:
+    old = nn.SyncBatchNorm(3, eps=0.1, momentum=0.2)
+    for tensor in (*old.parameters(), old.running_mean, old.running_var):
+        nn.init.uniform_(tensor, 1, 2)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(old))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sync_anywhere(model)
+    assert type(model[1][0]) is SyncBatchNorm
+    assert (model[1][0].eps, model[1][0].momentum) == (0.1, 0.2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert list(model.state_dict()) == list(before)
