@@ -6,18 +6,25 @@ import json
 import os
 import signal
 import tarfile
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from fvcore.common.config import CfgNode
+from torch import nn
 
-from loco_det.artifact import load_backbone
+from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD, load_backbone
 from loco_det.backbone import ResNet
 from loco_det.config import load_config
 from loco_det.data.indexed import DatasetSource
+from loco_det.data.sources import open_source
+from loco_det.data.twoview import TwoViews, build_two_view_loader
 from loco_det.errors import UserError
 from loco_det.names import to_detectron2
 from pretrain import train
@@ -25,7 +32,7 @@ from pretrain.checkpoint import latest_checkpoint
 from pretrain.decoders import Decoder
 from pretrain.defaults import get_cfg
 from pretrain.monitor import stage_norms
-from pretrain.train import pretrain
+from pretrain.train import Learner, local_trainer, pretrain
 
 SMALL = {
     "BACKBONE.NAME": "resnet18",
@@ -97,12 +104,58 @@ def test_gradient_norms_are_those_of_all_gradients_of_a_stage() -> None:
     torch.testing.assert_close(norms["grad_norm/res3"], flat.norm(), rtol=1e-5, atol=0)
 
 
-def test_every_stage_learns(images: Path, tmp_path: Path) -> None:
-    start, _ = load_backbone(pretrain(config(images, tmp_path / "a", SOLVER__BASE_LR=0.0)))
-    end, _ = load_backbone(pretrain(config(images, tmp_path / "b")))
+def test_every_stage_and_decoder_learns(images: Path, tmp_path: Path) -> None:
+    pretrain(config(images, tmp_path / "a", SOLVER__BASE_LR=0.0, DECODER__CONV_BLOCKS=1))
+    pretrain(config(images, tmp_path / "b", DECODER__CONV_BLOCKS=1))
+    start, end = (latest_checkpoint(tmp_path / name)[1]["learner"] for name in "ab")
+    assert any(name.startswith("decoders.2.blocks.0.") for name in start)
     for name, tensor in start.items():
         if name.endswith("weight"):
             assert not torch.equal(tensor, end[name]), name
+
+
+def test_each_step_has_its_rate_and_a_run_its_epochs(images: Path, tmp_path: Path) -> None:
+    """Three steps an epoch; a warm-up of one of two epochs, then half a cosine."""
+    path = pretrain(config(images, tmp_path, SOLVER__MAX_STEPS=0, SOLVER__EPOCHS=2, SOLVER__WARMUP_EPOCHS=1))
+    assert load_backbone(path)[1].step == 6
+    assert [line["lr"] for line in trace(tmp_path)] == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3, 0.75e-3, 0.25e-3])
+
+
+def test_images_are_normalised_first_views_first_and_channels_last(images: Path, tmp_path: Path) -> None:
+    views = torch.randint(0, 256, (2, 4, 3, 8, 8), dtype=torch.uint8)
+    x = train._input(TwoViews(*views, torch.arange(4)), torch.device("cpu"))
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    mean, std = (np.array(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    np.testing.assert_allclose(x.numpy(), (views.flatten(0, 1).numpy() - mean) / std, rtol=1e-5, atol=1e-5)
+    learner = Learner(config(images, tmp_path))
+    assert learner.backbone.res3[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_keys_of_the_loss_and_of_recomputing_reach_the_step(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(train, "nt_xent", lambda z, *options: seen.append(options) or z.sum())
+    extra = {"LOSS__TEMPERATURE": 0.3, "LOSS__CHUNK": 2, "SOLVER__RECOMPUTE": "res3"}
+    learner = Learner(config(images, tmp_path, **extra))
+    trainer = local_trainer(learner)
+    trainer.step(torch.randn(4, 3, 32, 32))
+    assert seen == [(0.3, 2)] * 3
+    assert [learner.stages[k].name for k in sorted(trainer.recompute)] == ["res3.0", "res3.1"]
+
+
+def test_compile_compiles_every_stage(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether compiled stages are exact is asked elsewhere."""
+    ran = []
+
+    def compiled(stage: nn.Module) -> nn.Module:
+        stage.register_forward_hook(lambda *_: ran.append(stage))
+        return stage
+
+    monkeypatch.setattr(train, "stage_compiler", lambda device: compiled)
+    pretrain(config(images, tmp_path, SOLVER__COMPILE=True))
+    assert len(ran) == 3 * 4
+    assert len(set(ran)) == 4
 
 
 def test_the_loss_falls_when_there_is_something_to_learn(images: Path, tmp_path: Path) -> None:
@@ -132,6 +185,12 @@ def test_random_measures_batch_statistics_and_trains_nothing(images: Path, tmp_p
         if "running" not in name:
             assert torch.equal(tensor, fresh[to_detectron2(name)])
     assert random["bn1.running_mean"].abs().max() > 0.01
+    loader = build_two_view_loader(config(images, tmp_path), open_source(images))
+    means = []
+    for batch, _ in zip(loader.batches(0), range(loader.steps_per_epoch)):
+        x = train._input(batch, torch.device("cpu"))
+        means.append(F.conv2d(x, fresh["stem.conv1.weight"], stride=2, padding=3).mean((0, 2, 3)))
+    torch.testing.assert_close(random["bn1.running_mean"], torch.stack(means).mean(0), rtol=1e-4, atol=1e-5)
     assert (manifest.method, manifest.step, manifest.units) == ("random", 0, [])
 
 
@@ -180,6 +239,28 @@ def test_resume_needs_the_same_configuration(images: Path, tmp_path: Path) -> No
         pretrain(config(images, tmp_path, LOSS__TEMPERATURE=0.5), resume=True)
     assert load_config(get_cfg(), tmp_path / "config.yaml").LOSS.TEMPERATURE == 0.1  # still the run's own
     assert pretrain(config(images, tmp_path, LOG_PERIOD=7), resume=True).is_file()
+
+
+def test_a_run_may_change_where_and_how_fast_it_goes_and_nothing_else(images: Path, tmp_path: Path) -> None:
+    free = {"OUTPUT_DIR", "DEVICE", "LOG_PERIOD", "CHECKPOINT_PERIOD", "DATA.NUM_WORKERS", "DATA.PATH"}
+    free |= {"SOLVER.RECOMPUTE", "SOLVER.COMPILE", "SOLVER.STEP_EARLY"}
+    free |= {f"KNN.{key}" for key in get_cfg().KNN}
+
+    def leaves(node: CfgNode, above: str = "") -> Iterator[tuple[CfgNode, str, str]]:
+        for key, value in node.items():
+            if isinstance(value, CfgNode):
+                yield from leaves(value, f"{above}{key}.")
+            else:
+                yield node, key, f"{above}{key}"
+
+    cfg = get_cfg()
+    before, found = train.config_hash(cfg), set()
+    for node, key, name in list(leaves(cfg)):
+        value, node[key] = node[key], "something else"
+        if train.config_hash(cfg) == before:
+            found.add(name)
+        node[key] = value
+    assert found == free
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_works(images: Path, tmp_path: Path) -> None:
@@ -236,6 +317,35 @@ def test_a_signal_saves_and_says_how_to_go_on(
     with pytest.raises(UserError, match=f"stopped by {name} after step 2; --resume"):
         pretrain(config(images, tmp_path))
     assert latest_checkpoint(tmp_path)[1]["step"] == 2
+
+
+def test_a_signal_in_the_last_step_changes_nothing(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = train.Monitor.__call__
+
+    def interrupted(self, step, *values):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, step, *values)
+
+    monkeypatch.setattr(train.Monitor, "__call__", interrupted)
+    assert load_backbone(pretrain(config(images, tmp_path)))[1].step == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("unit", [0, 1, 2])
+def test_the_first_unit_whose_loss_is_not_finite_is_named(
+    unit: int, value: float, images: Path, tmp_path: Path
+) -> None:
+    learner = SimpleNamespace(unit_labels=["low", "middle", "high"])
+    source = open_source(images)
+    losses = [torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)]
+    train._check_finite(losses, learner, 7, torch.tensor([5, 2]), source)
+    losses[unit] = torch.tensor(value)
+    message = rf"loss of unit {learner.unit_labels[unit]} is {value} at step 7 \(images .*05.png, .*02.png, \.\.\.\)"
+    with pytest.raises(UserError, match=message):
+        train._check_finite(losses, learner, 7, torch.tensor([5, 2]), source)
 
 
 def test_a_loss_that_is_not_finite_stops_with_unit_step_and_files(images: Path, tmp_path: Path) -> None:
