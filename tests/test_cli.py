@@ -22,6 +22,7 @@ import torch
 from loco_det import __version__, cli
 from loco_det.cli import JOBS, Job, main, run_job
 from loco_det.errors import UserError
+from pretrain import command
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = {"pretrain": "pretrain_net.py", "convert": "convert_to_d2.py", "train": "train_net.py"}
@@ -215,6 +216,20 @@ def test_the_modules_behind_the_commands_are_the_jobs() -> None:
     for name, module in modules.items():
         job = JOBS[name][1]()
         assert job[:2] == (importlib.import_module(module).add_arguments, importlib.import_module(module).run)
+
+
+def test_processes_resume_and_overrides_reach_the_pretraining(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, runs = [], []
+    monkeypatch.setattr(command, "launch", lambda *values: calls.append(values))
+    config = str(ROOT / "configs/pretrain/loco_r50.yaml")
+    assert main(["pretrain", "--config-file", config, "--num-gpus", "2", "--resume", "SEED", "7"]) == 0
+    assert main(["pretrain", "--config-file", config]) == 0
+    monkeypatch.setattr(command, "pretrain", lambda cfg, resume: runs.append((cfg.SEED, resume)))
+    monkeypatch.setattr(command, "setup_logging", lambda folder: None)
+    for worker, _, *values in calls:
+        worker(*values)
+    assert [processes for _, processes, *_ in calls] == [2, 1]
+    assert runs == [(7, True), (0, False)]
 
 
 def test_quickstart_gets_the_pretraining_handed_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
