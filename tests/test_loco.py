@@ -258,6 +258,21 @@ def test_scale_multiplies_every_gradient() -> None:
         torch.testing.assert_close(eight, one * 8, rtol=1e-12, atol=0)
 
 
+def test_frozen_weights_get_no_gradient_and_the_others_get_theirs() -> None:
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    results = []
+    for frozen in (False, True):
+        backbone, stages, units, decoders, losses = build(METHODS["loco"])
+        backbone.res3[0].requires_grad_(not frozen)
+        LocalTrainer([s.module for s in stages], units, losses).step(x)
+        assert all((p.grad is None) == frozen for p in backbone.res3[0].parameters())
+        results.append(
+            gradients(backbone.stem, backbone.res2, backbone.res3[1], backbone.res4, backbone.res5, decoders)
+        )
+    for free, beside in zip(*results):
+        torch.testing.assert_close(beside, free, rtol=1e-12, atol=0)
+
+
 def test_stages_partition_the_backbone() -> None:
     for units in UNIT_LISTS.values():
         backbone, stages, spans, _, _ = build(units)
