@@ -85,6 +85,19 @@ def test_steps_without_a_line_count_for_the_next(clock: Clock, tmp_path: Path) -
     assert [line["images_per_second"] for line in lines] == [4, 4, 4]
 
 
+@pytest.mark.parametrize(("spread", "warned"), [(0.04, True), (0.06, False)])
+def test_collapse_is_a_spread_below_a_twentieth_of_the_sphere(
+    spread: float, warned: bool, clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = get_cfg()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    watch = Stopwatch()
+    clock.now += 1
+    z = 1 + spread * torch.randn(2 * HEALTH_IMAGES, 256, generator=torch.Generator().manual_seed(0))
+    Monitor(cfg, ResNet(18, res2_out_channels=16), ["all"], {0: z}, watch)(0, [torch.tensor(1.0)], 0.1, {})
+    assert ("the embeddings of unit all have collapsed" in caplog.text) == warned
+
+
 def test_health_is_of_each_units_own_embeddings_and_of_the_first_pairs(clock: Clock, tmp_path: Path) -> None:
     cfg = get_cfg()
     cfg.OUTPUT_DIR = str(tmp_path)
