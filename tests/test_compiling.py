@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from loco_cases import gradients
@@ -40,6 +42,24 @@ def test_compiled_stages_equal_eager_ones(name: str, recompute: list[int]) -> No
     for want, got in zip(eager, compiled):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
     assert {int(buffer) for buffer in compiled if buffer.dtype == torch.int64} == {2}  # batches that BatchNorm counted
+
+
+def test_every_stage_is_compiled_though_many_share_their_code() -> None:
+    """Past its limit torch.compile would run the rest as they are."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(cache_size_limit=8):
+        compiled = [stage_compiler(CPU, backend)(BasicBlock(c, c, 1, "BN")) for c in range(1, 13)]
+        graphs.clear()  # of the trial
+        for channels, stage in enumerate(compiled, 1):
+            stage(torch.randn(2, channels, 4, 4))
+    torch.compiler.reset()
+    assert len(graphs) == 12
 
 
 def test_code_made_by_inductor_equals_eager() -> None:
