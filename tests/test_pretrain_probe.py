@@ -129,6 +129,24 @@ def test_a_fifth_of_each_class_is_asked_about_and_the_rest_answers(classes: Path
     assert torch.equal(random, torch.random.get_rng_state())
 
 
+def test_features_are_means_over_each_stages_map_of_normalised_images(classes: Path, tmp_path: Path) -> None:
+    source = open_source(classes)
+    cfg = config(classes, tmp_path)
+    probe = KnnProbe(cfg, source, torch.device("cpu"), torch.contiguous_format, torch.no_grad)
+    torch.manual_seed(0)
+    network = ResNet(18, stem="cifar").eval()
+    found, labels = probe._features(network, source, np.array([3, 8, 1]))
+    assert labels.tolist() == [0, 1, 0]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    for row, index in enumerate((3, 8, 1)):
+        pixels = next(iter(build_plain_loader(source, 16, batch_size=1, indices=[index]))).images.double()
+        with torch.no_grad():
+            maps = network.double()((pixels - mean) / std)
+        network.float()
+        for stage, rows in found.items():
+            torch.testing.assert_close(rows[row], maps[stage][0].mean((1, 2)).float(), rtol=1e-3, atol=1e-4)
+
+
 def test_unreadable_images_are_left_out(classes: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(classes, data)
