@@ -124,6 +124,9 @@ def test_saved_bytes_counts_a_storage_once_and_lets_go() -> None:
         assert saved.now == 80 + 8
         z.backward()
     assert (saved.now, saved.peak) == (0, 88)
+    moments, alive = zip(*saved.history)
+    assert list(moments) == sorted(moments)
+    assert (alive[0], max(alive), alive[-1]) == (80, 88, 0)
 
 
 def test_local_learning_and_recomputing_keep_less() -> None:
