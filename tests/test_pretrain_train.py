@@ -94,6 +94,14 @@ def test_every_method_writes_a_backbone_that_says_what_it_is(
     assert all(np.isfinite(value) for line in lines for value in line.values())
 
 
+def test_units_of_ones_own_train_and_are_told_of(images: Path, tmp_path: Path) -> None:
+    units = [["res2", "res3.0"], ["res3.1", "res5"], ["res3.0", "res4"]]
+    _, manifest = load_backbone(pretrain(config(images, tmp_path, UNITS=units, SOLVER__MAX_STEPS=1)))
+    assert (manifest.method, [list(unit) for unit in manifest.units]) == ("custom", units)
+    losses = {key for key in trace(tmp_path)[0] if key.startswith("loss/")}
+    assert losses == {"loss/res2-res3.0", "loss/res3.1-res5", "loss/res3.0-res4"}
+
+
 def test_gradient_norms_are_those_of_all_gradients_of_a_stage() -> None:
     torch.manual_seed(0)
     backbone = ResNet(18)
