@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,14 +152,16 @@ def test_neither_does_a_message_that_arrives_late(
 ) -> None:
     want = obvious(method, "lars")
     monkeypatch.setattr(average, "world_size", lambda: 2)
-    assert same(Run(method, "lars", early=False, link=Link(delay)).steps(finish=True), want)
+    late = Link(delay)
+    assert same(Run(method, "lars", early=False, link=late).steps(finish=True), want)
     monkeypatch.setattr(average, "FULL", 600)
     monkeypatch.setattr(stepping, "WORTHWHILE", 100)
     link = Link(delay)
     run = Run(method, "lars", early=True, link=link)
     assert same(run.steps(finish), want)
-    assert link.under_way == 0
-    assert sum(link.sizes) == 3 * sum(p.numel() * 4 for p in run.network.parameters())
+    for used in (link, late):
+        assert used.under_way == 0
+        assert sum(used.sizes) == 3 * sum(p.numel() * 4 for p in run.network.parameters())
 
 
 def test_the_end_of_a_step_waits_for_nothing_and_the_next_forward_for_its_stage_only(
@@ -235,6 +238,23 @@ def test_one_gradient_that_overflows_holds_back_every_part() -> None:
     run.stepping.finish()  # nothing is left to do
     assert all(torch.equal(p, a) for p, a in zip(run.network.parameters(), after))
     assert not any(torch.equal(p, b) for p, b in zip(run.network.parameters(), before))
+
+
+def test_gradients_travel_in_a_group_of_their_own_and_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    link, calls = Link(delay=0), []
+
+    def all_reduce(flat: Tensor, group: object, async_op: bool) -> Message:
+        calls.append((group, async_op))
+        return link.send(flat)
+
+    monkeypatch.setattr(average, "world_size", lambda: 2)
+    monkeypatch.setattr(average, "dist", SimpleNamespace(new_group=lambda: "own", all_reduce=all_reduce))
+    layer = nn.Linear(3, 4)
+    means = GradientAverage(layer.parameters())
+    layer(torch.ones(1, 3)).sum().backward()
+    means.flush()
+    assert calls == [("own", True)]
+    assert link.under_way == 1
 
 
 def test_messages_keep_memory_formats_and_are_no_larger_than_need_be(monkeypatch: pytest.MonkeyPatch) -> None:
