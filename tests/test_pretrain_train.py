@@ -242,6 +242,25 @@ def test_a_python_data_set_trains(images: Path, tmp_path: Path) -> None:
     assert load_backbone(own)[1].tensors_sha256 == load_backbone(files)[1].tensors_sha256
 
 
+class Noise:
+    """A data set that draws its images from NumPy's global generator."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.random.randint(0, 256, (40, 48, 3)).astype(np.uint8)  # noqa: NPY002
+
+
+def test_the_seed_decides_what_a_python_data_set_draws(tmp_path: Path) -> None:
+    losses = []
+    for seed in (0, 0, 1):
+        cfg = config(Path("unused"), tmp_path / str(len(losses)), SEED=seed, SOLVER__MAX_STEPS=1, METHOD="gim")
+        pretrain(cfg, source=DatasetSource(Noise()))
+        losses.append([line["loss/res2-res2"] for line in trace(tmp_path / str(len(losses)))])
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_resume_needs_the_same_configuration(images: Path, tmp_path: Path) -> None:
     pretrain(config(images, tmp_path))
     with pytest.raises(UserError, match="made with another configuration"):
