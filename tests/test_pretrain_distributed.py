@@ -37,7 +37,7 @@ from pretrain.train import pretrain as pretrain_with_relu
 
 UNITS = {"simclr": [Unit(0, 2)], "gim": [Unit(k, k) for k in range(3)], "loco": [Unit(0, 1), Unit(1, 2)]}
 REAL = ["SOLVER.OPTIMIZER", "lars", "SOLVER.BASE_LR", "0.3", "SOLVER.MAX_STEPS", "1"]
-LATE = ["SOLVER.MAX_STEPS", "3", "LOG_PERIOD", "10", "CHECKPOINT_PERIOD", "2"]
+LATE = ["SOLVER.MAX_STEPS", "5", "LOG_PERIOD", "10", "CHECKPOINT_PERIOD", "4"]
 CASES = [(method, chunk, recompute) for method in UNITS for chunk, recompute in ((0, ()), (3, (0, 2)))]
 
 
@@ -100,7 +100,7 @@ def steps(method: str) -> list[torch.Tensor]:
 
 
 def run_of_late_messages(cfg: CfgNode) -> None:
-    """No gradient travels before it is asked for; the probe keeps what it is shown after the third step."""
+    """No gradient travels before it is asked for; the probe keeps what it is shown after the last step."""
 
     def probe(self, backbone: nn.Module) -> dict[str, float]:
         torch.save(backbone.state_dict(), Path(cfg.OUTPUT_DIR) / f"probed{rank()}.pt")
@@ -109,7 +109,7 @@ def run_of_late_messages(cfg: CfgNode) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pretrain.average.FULL", 2**60)
         patch.setattr("pretrain.stepping.WORTHWHILE", 2**60)
-        patch.setattr(train.KnnProbe, "due", lambda self, done, *_: done == 3)
+        patch.setattr(train.KnnProbe, "due", lambda self, done, *_: done == 5)
         patch.setattr(train.KnnProbe, "__call__", probe)
         pretrain(cfg)
 
@@ -250,7 +250,7 @@ def test_weights_are_up_to_date_whenever_they_are_saved_or_probed(
 ) -> None:
     """Between two lines of metrics.json parts wait for their gradients into the next step."""
     run_of_late_messages(configuration([*settings, *LATE], str(tmp_path), "loco"))
-    for done in (2, 3):
+    for done in (4, 5):
         alone, together = (
             torch.load(folder / f"checkpoint_{done:08d}.pth", weights_only=True) for folder in (tmp_path, two / "late")
         )
