@@ -33,9 +33,9 @@ from loco_det.evaluation.cityscapes import (
     cityscapes_outcomes,
     evaluate_cityscapes,
     in_percent,
-    rle_lengths,
     write_submission,
 )
+from loco_det.structures import rle_lengths
 
 GROUND_TRUTH = ["gtFine_polygons.json", "gtFine_instanceIds.png", "gtFine_labelIds.png"]
 VAL = "cityscapes_fine_instance_seg_val"
@@ -418,7 +418,7 @@ def test_truth_that_is_no_map_of_ids_is_refused(root: Path, tmp_path: Path) -> N
         measure(root, [as_result(np.ones((HEIGHT, WIDTH), bool), 1, 24, 0.5)], False)
 
 
-@pytest.mark.parametrize("counts", ["", "P", "0", "PPPP"])
+@pytest.mark.parametrize("counts", ["", "P", "0", "PPPP", "0/", "PPPPPPP0"])
 def test_run_lengths_that_are_none(root: Path, counts: str) -> None:
     result = as_result(np.ones((HEIGHT, WIDTH), bool), 1, 24, 0.5)
     result["segmentation"]["counts"] = counts

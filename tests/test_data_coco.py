@@ -12,8 +12,9 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from loco_det.data.catalog import COCO_NAMES, DatasetPaths, find_dataset, has_own_measure
-from loco_det.data.coco import CocoDataset, _run_lengths, decode_segmentation, load_coco
+from loco_det.data.coco import CocoDataset, decode_segmentation, load_coco
 from loco_det.errors import UserError
+from loco_det.structures import rle_lengths
 
 SQUARE = [[10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]]
 CONTENT = {
@@ -218,7 +219,23 @@ def test_run_lengths_in_pycocotools_text_are_those_of_the_mask():
             mask = np.asfortranarray(rng.random((height, width)) < density, dtype=np.uint8)
             flat = np.concatenate([[0], mask.ravel(order="F"), [2]])  # runs begin with that of zeros
             ends = np.flatnonzero(np.diff(flat))
-            assert _run_lengths(coco_mask.encode(mask)["counts"].decode()) == np.diff(ends, prepend=0).tolist()
+            assert rle_lengths(coco_mask.encode(mask)["counts"]).tolist() == np.diff(ends, prepend=0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        (b"", "breaks off"),
+        (b"0P", "breaks off"),
+        (b"0/", "no digits"),
+        (b"0\xff", "no digits"),
+        (b"P" * 7 + b"0", "large"),
+    ],
+)
+def test_a_text_that_holds_no_run_lengths(text, word):
+    with pytest.raises(ValueError, match=word):
+        rle_lengths(text)
+    assert rle_lengths(b"P" * 6 + b"1").tolist() == [2**30]
 
 
 def test_dataset_names(tmp_path, monkeypatch):

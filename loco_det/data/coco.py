@@ -21,6 +21,7 @@ from loco_det.data.catalog import DatasetPaths
 from loco_det.data.index import CocoIndex, doubled_ids, load_index
 from loco_det.errors import UserError
 from loco_det.runtime import log
+from loco_det.structures import rle_lengths
 
 
 class Rle(msgspec.Struct, gc=False):
@@ -189,32 +190,15 @@ def decode_segmentation(record: Record, k: int) -> list[np.ndarray] | dict[str, 
     if found.size != (record.height, record.width):
         raise UserError(f"{where} has size {rle['size']}, the image {[record.height, record.width]}.")
     # pycocotools would leave what runs do not cover as it finds it in memory.
-    runs = found.counts if isinstance(found.counts, list) else _run_lengths(found.counts)
+    runs = found.counts
+    if isinstance(runs, str):
+        try:
+            runs = rle_lengths(runs.encode(errors="surrogatepass")).tolist()
+        except ValueError:
+            runs = []
     if not runs or sum(runs) != record.height * record.width or min(runs) < 0:
         raise UserError(f"{where} has run lengths that do not add up to the image.")
     return coco_mask.frPyObjects(rle, *rle["size"]) if isinstance(found.counts, list) else rle
-
-
-def _run_lengths(text: str) -> list[int]:
-    """The runs in COCO's compressed text, [] if it is none.
-
-    Signed numbers of 5 bits a character, the lowest first; from the fourth on what is added to the one before last.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    for character in text:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64 or shift > 60:
-            return []
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:  # more of this number comes
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    return [] if shift else runs
 
 
 def _refuse_defects(paths: DatasetPaths, index: CocoIndex) -> None:

@@ -28,6 +28,7 @@ from loco_det.data.index import CocoIndex, load_index
 from loco_det.errors import UserError
 from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
 from loco_det.runtime import Progress, atomic_write
+from loco_det.structures import rle_lengths
 
 OVERLAPS = np.arange(0.5, 1.0, 0.05)  # the official array, rounding and all
 MIN_PIXELS = 100
@@ -269,35 +270,16 @@ def _at(threshold: float, found: _Class, counts: np.ndarray, overlap: np.ndarray
 def _pixels(rle: dict[str, Any]) -> np.ndarray:
     """Positions of a mask's pixels in column order, int64."""
     height, width = rle["size"]
-    lengths = rle_lengths(rle["counts"].encode("ascii"))
-    if lengths.sum() != height * width or (lengths < 0).any():
+    try:
+        lengths = rle_lengths(rle["counts"].encode("ascii"))
+    except ValueError as error:
+        raise UserError(f"a result's mask {error}; write it again") from error
+    if ((lengths < 0) | (lengths > height * width)).any() or lengths.sum() != height * width:
         raise UserError(f"a result's mask has run lengths that do not add up to {height} x {width}; write it again")
     ends = np.cumsum(lengths)
     starts, sizes = ends[:-1:2], lengths[1::2]
     before = np.cumsum(sizes) - sizes
     return np.repeat(starts - before, sizes) + np.arange(sizes.sum())
-
-
-def rle_lengths(counts: bytes) -> np.ndarray:
-    """Run lengths, int64, of a compressed RLE: zeros first, then ones, in turn.
-
-    Five bits a character from 48 on, lowest first, the sixth says that more follow, the value is signed, and from the
-    fourth on it is the difference to the one before last. Source: pycocotools common/maskApi.c, rleFrString.
-
-    Raises:
-        UserError: the text breaks off.
-    """
-    codes = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
-    last = np.flatnonzero((codes & 32) == 0)
-    if not len(last) or last[-1] != len(codes) - 1:
-        raise UserError("a result's mask breaks off in the middle of a number; write it again")
-    first = np.concatenate([[0], last[:-1] + 1])
-    digits = np.arange(len(codes)) - np.repeat(first, last - first + 1)
-    values = np.add.reduceat((codes & 31) << (5 * digits), first)
-    values -= np.where(codes[last] & 16, 1 << (5 * (last - first + 1)), 0)
-    values[1::2] = np.cumsum(values[1::2])
-    values[2::2] = np.cumsum(values[2::2])
-    return values
 
 
 # --- by the benchmark's own code --------------------------------------------------------------------------------
