@@ -43,16 +43,17 @@ class Taken:
     numbers for any choice of images.
 
     Attributes:
-        kind: the other measure's name in metrics.json, and `measure`: how often each of `images` images counts ->
-            numbers in percent.
+        kind, names: the other measure's in metrics.json.
+        measure: how often each of `images` images counts -> its numbers in percent.
         drawn: (1 + resamples, numbers) what `measure` gave for all images and then for each choice, once it is known.
     """
 
     run: DetectorRun
     evaluations: dict[str, Any]
     kind: str = ""
+    names: tuple[str, ...] = ()
     images: int = 0
-    measure: Callable[[np.ndarray], dict[str, float]] | None = None
+    measure: Callable[[np.ndarray], list[float]] | None = None
     drawn: np.ndarray | None = None
 
 
@@ -189,7 +190,7 @@ def _count_pixels(run: DetectorRun) -> Taken | str:
         taken = (_count_labels if run.is_segmentor else _match_instances)(run)
     except (UserError, msgspec.DecodeError) as error:
         return f"its {what} cannot be counted again, so no paired differences: {error}"
-    for name, again in taken.measure(np.ones(taken.images, np.int64)).items():
+    for name, again in zip(taken.names, taken.measure(np.ones(taken.images, np.int64))):
         recorded = run.recorded.get(f"{taken.kind}/{name}")
         if recorded is not None and not math.isclose(again, recorded, abs_tol=AGREES):
             return (
@@ -204,21 +205,22 @@ def _count_labels(run: DetectorRun) -> Taken:
     images = [folder / name for name in load_index(run.annotations).file_name.tolist()]
     confusions = np.stack([confusion_of(*read_pair(image, run.results)) for image in images])
 
-    def measure(times: np.ndarray) -> dict[str, float]:
-        return {"IoU": 100 * float(mean_iou(np.einsum("ikl,i->kl", confusions, times)))}
+    def measure(times: np.ndarray) -> list[float]:
+        return [100 * float(mean_iou(np.einsum("ikl,i->kl", confusions, times)))]
 
-    return Taken(run, {}, "sem_seg", len(images), measure)
+    return Taken(run, {}, "sem_seg", ("IoU",), len(images), measure)
 
 
 def _match_instances(run: DetectorRun) -> Taken:
     paths = find_dataset(run.config["DATASETS.TEST"][0])
     outcomes = cityscapes_outcomes(paths.annotations, paths.images, msgspec.json.decode(run.results.read_bytes()))
+    names = ("AP", "AP50")
 
-    def measure(times: np.ndarray) -> dict[str, float]:
+    def measure(times: np.ndarray) -> list[float]:
         numbers = in_percent(outcomes.precision(times))
-        return {name: numbers[name] for name in ("AP", "AP50")}
+        return [numbers[name] for name in names]
 
-    return Taken(run, {}, "segm", outcomes.images, measure)
+    return Taken(run, {}, "segm", names, outcomes.images, measure)
 
 
 def _apart(evaluation: Any) -> dict[str, Any]:
@@ -278,7 +280,7 @@ def _differ(reference: Taken, one: Taken, resamples: int) -> dict[str, dict[str,
     if not drawn:
         return {}
     limits = np.percentile(drawn, [2.5, 97.5], axis=0).T.tolist()
-    found = zip(one.measure(np.ones(one.images, np.int64)), whole.tolist(), limits)
+    found = zip(one.names, whole.tolist(), limits)
     return {name: {"difference": difference, "ci95": interval} for name, difference, interval in found}
 
 
@@ -287,7 +289,7 @@ def _resampled(taken: Taken, resamples: int) -> np.ndarray:
         with Progress(resamples + 1, f"bootstrap of {taken.run.backbone}", unit="resamples") as progress:
             rows = []
             for times in (np.ones(taken.images, np.int64), *_draws(taken.images, resamples)):
-                rows.append(list(taken.measure(times).values()))
+                rows.append(taken.measure(times))
                 progress.advance()
         taken.drawn = np.array(rows)
     return taken.drawn
