@@ -77,7 +77,7 @@ def check_source(source: Source, *, workers: int, max_bad_share: float) -> Check
     Args:
         max_bad_share: as DATA.MAX_BAD_SHARE; more unreadable images than this stop a training.
     """
-    looks = _look(_SourceImages(source), len(source), workers)
+    looks = list(_in_workers(_SourceImages(source), len(source), workers, "images"))
     names = [source.name(i) for i in range(len(source))]
     bad = [i for i, look in enumerate(looks) if look.size is None]
     effect = STOPS if len(bad) > max_bad_share * len(looks) else LEFT_OUT
@@ -101,7 +101,8 @@ def check_coco(paths: DatasetPaths, index: CocoIndex, *, workers: int) -> Checke
     there = np.array([os.path.isfile(file) for file in files], bool)
     looks = [Look(None, "", b"", 0)] * len(files)
     present = np.flatnonzero(there)
-    for i, look in zip(present.tolist(), _look(_Files([files[i] for i in present]), len(present), workers)):
+    found = _in_workers(_Files([files[i] for i in present]), len(present), workers, "images")
+    for i, look in zip(present.tolist(), found, strict=True):
         looks[i] = look
     readable = np.array([look.size is not None for look in looks], bool)
     wrong_size = [i for i in np.flatnonzero(readable) if looks[i].size != (index.height[i], index.width[i])]
@@ -343,10 +344,6 @@ class _Labels(_Chunks):
 
     def is_bad(self, look: tuple[list[str], list[int]]) -> bool:
         return bool(look[0])
-
-
-def _look(dataset: _Images, count: int, workers: int) -> list[Look]:
-    return list(_in_workers(dataset, count, workers, "images"))
 
 
 def _in_workers(dataset: _Chunks, count: int, workers: int, what: str) -> Iterator[Any]:
