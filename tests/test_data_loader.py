@@ -168,6 +168,13 @@ def test_no_two_samples_of_a_run_are_drawn_from_the_same_numbers(root, monkeypat
     assert sorted(drawn) == [(5, position) for position in range(40)]
 
 
+def test_no_more_workers_than_cores(root, monkeypatch):
+    make(root, "made")
+    for cores, workers in ((1, 1), (2, 2), (8, 3)):
+        monkeypatch.setattr(module, "usable_cores", lambda cores=cores: cores)
+        assert build_train_loader(config("DATALOADER.NUM_WORKERS", 3)).batches.num_workers == workers
+
+
 def test_seed_0_is_a_seed_and_a_negative_one_is_none(root):
     make(root, "made")
     whole = take(build_train_loader(config("SEED", 0)), 8)
