@@ -237,9 +237,10 @@ def test_a_signal_to_the_job_or_its_first_process_lets_all_save(name: str, to: C
     assert len(list(tmp_path.glob("saved*"))) == 2
 
 
-def test_what_has_nothing_to_save_is_interrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_what_has_nothing_to_save_is_interrupted(name: str, tmp_path: Path) -> None:
     with _job(tmp_path, "unprepared") as process:
-        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, signal.Signals[name])
         assert process.communicate(timeout=120) == ("KeyboardInterrupt \n", "")
 
 
