@@ -252,6 +252,25 @@ class ResNet(nn.Module):
         return outputs
 
 
+def narrow(depth: int, width: int) -> dict[str, int]:
+    """The options of a `ResNet` whose stem has `width` channels instead of 64 and whose stages shrink with it."""
+    return {
+        "stem_channels": width,
+        "res2_out_channels": width if depth < 50 else 4 * width,
+        "width_per_group": width,
+    }
+
+
+@torch.no_grad()
+def initialise(module: nn.Module) -> None:
+    """Fresh weights as at construction: Kaiming normal for convolutions, 1 and 0 for normalisation."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(part, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
+            part.reset_parameters()
+
+
 def freeze(module: nn.Module) -> nn.Module:
     """Take `module` out of training: no parameter asks for a gradient, every BatchNorm becomes a frozen one.
 

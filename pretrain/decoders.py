@@ -1,25 +1,33 @@
 """Decoders: what turns a unit's output into the vector that its loss sees.
 
-The paper's second ingredient is a deeper decoder; here any method, end-to-end SimCLR too, can have the same one.
+The paper's LoCo has one residual block that halves the map before the pooling; its SimCLR and GIM have the MLP alone,
+and its ablations try other depths. Any method can have any decoder here. Not stated in the paper, and so this
+software's choice: the blocks keep the unit's channels and are of the kind (basic or bottleneck) that the unit ends
+with; every hidden linear layer is followed by BatchNorm and ReLU.
 """
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from loco_det.backbone import BasicBlock, Bottleneck
+from loco_det.backbone import BasicBlock, Bottleneck, ResNet, initialise
 from loco_det.errors import UserError
+
+CONVS = ("blocks", "stage", "full")
 
 
 class Decoder(nn.Module):
     """Residual blocks, global average pool, MLP: (2B, C, H, W) -> (2B, out_dim).
 
     Args:
-        channels: C, of the unit's last stage.
-        conv_blocks: residual blocks that keep shape and channels; bottlenecks where C is a multiple of 256.
-        mlp_layers: 2 or 3 linear layers; every hidden one is followed by BatchNorm and ReLU, as in SimCLR's code.
-        hidden_dim: width of the hidden layers; 0 means C.
+        channels: of what the pool sees: C, unless `blocks` change it.
+        blocks: what comes before the pool; `residual_blocks` makes the usual ones.
+        mlp_layers: 1 to 4 linear layers; every hidden one is followed by BatchNorm and ReLU, as in SimCLR's code.
+        hidden_dim: width of the hidden layers; 0 means `channels`.
         out_dim: size of the embedding.
         norm: BN, or SyncBN on several processes.
 
@@ -28,14 +36,21 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, channels: int, *, conv_blocks: int, mlp_layers: int, hidden_dim: int, out_dim: int, norm: str = "BN"
+        self,
+        channels: int,
+        blocks: nn.Sequential | None = None,
+        *,
+        mlp_layers: int,
+        hidden_dim: int,
+        out_dim: int,
+        norm: str = "BN",
     ) -> None:
         super().__init__()
-        if mlp_layers not in (2, 3):
-            raise UserError(f"DECODER.MLP_LAYERS is {mlp_layers}; use 2 or 3")
-        if conv_blocks < 0 or hidden_dim < 0 or out_dim < 1:
-            raise UserError("DECODER.CONV_BLOCKS and HIDDEN_DIM must be 0 or more and OUT_DIM at least 1")
-        self.blocks = nn.Sequential(*(_block(channels, norm) for _ in range(conv_blocks)))
+        if mlp_layers not in (1, 2, 3, 4):
+            raise UserError(f"DECODER.MLP_LAYERS is {mlp_layers}; use 1, 2, 3 or 4")
+        if hidden_dim < 0 or out_dim < 1:
+            raise UserError("DECODER.HIDDEN_DIM must be 0 or more and DECODER.OUT_DIM at least 1")
+        self.blocks = nn.Sequential() if blocks is None else blocks
         hidden = hidden_dim or channels
         layers: list[nn.Module] = []
         width = channels
@@ -51,11 +66,62 @@ class Decoder(nn.Module):
         return self.mlp(total / (x.shape[2] * x.shape[3]))
 
 
+def build_decoder(settings: dict[str, Any], backbone: ResNet, stage: str, norm: str = "BN") -> Decoder:
+    """The decoder that the keys of DECODER describe, for a unit that ends in `stage`, "res3" say.
+
+    `CONV` chooses what stands before the pool:
+
+    - "blocks": `CONV_BLOCKS` residual blocks, the first of which halves the map if `DOWNSAMPLE`;
+    - "stage": the architecture of the backbone's next stage, with fresh weights. The last stage has no next one: it
+      gets as many blocks as it has itself, the first of which halves the map (not stated in the paper);
+    - "full": as many blocks as the whole backbone has, halving where its stages do (their channels are not stated).
+
+    Raises:
+        UserError: naming the key that cannot be.
+    """
+    channels = backbone.channels[stage]
+    kind, blocks = settings["CONV"], settings["CONV_BLOCKS"]
+    if kind not in CONVS:
+        raise UserError(f"DECODER.CONV is {kind!r}; use one of {', '.join(CONVS)}")
+    if blocks < 0:
+        raise UserError(f"DECODER.CONV_BLOCKS is {blocks}; use 0 or more")
+    if kind != "blocks" and blocks:
+        raise UserError(f"DECODER.CONV {kind} counts its blocks itself; set DECODER.CONV_BLOCKS 0, not {blocks}")
+    later = backbone.stage_names[backbone.stage_names.index(stage) + 1 :]
+    if kind == "stage" and later:
+        conv = copy.deepcopy(getattr(backbone, later[0]))
+        initialise(conv)
+        channels = backbone.channels[later[0]]
+    else:
+        stages = [len(getattr(backbone, name)) for name in backbone.stage_names[1:]]
+        halved = {0} if kind == "stage" or settings["DOWNSAMPLE"] else set()
+        count = {"blocks": blocks, "stage": stages[-1], "full": sum(stages)}[kind]
+        if kind == "full":
+            halved = {sum(stages[:i]) for i in range(1, len(stages))}
+        conv = residual_blocks(
+            channels, count, halved, bottleneck=_ends_in_bottleneck(getattr(backbone, stage)), norm=norm
+        )
+    sizes = {key: settings[key.upper()] for key in ("mlp_layers", "hidden_dim", "out_dim")}
+    return Decoder(channels, conv, **sizes, norm=norm)
+
+
+def residual_blocks(
+    channels: int, count: int, halved: set[int], *, bottleneck: bool = False, norm: str = "BN"
+) -> nn.Sequential:
+    """`count` blocks of `channels` channels, of which those at the positions `halved` halve the map."""
+    return nn.Sequential(*(_block(channels, 2 if i in halved else 1, bottleneck, norm) for i in range(count)))
+
+
+def _block(channels: int, stride: int, bottleneck: bool, norm: str) -> nn.Module:
+    if not bottleneck:
+        return BasicBlock(channels, channels, stride, norm)
+    middle = channels // 4
+    return Bottleneck(channels, channels, stride, norm, middle=middle, groups=1, stride_in_1x1=False, dilation=1)
+
+
+def _ends_in_bottleneck(stage: nn.Module) -> bool:
+    return isinstance(list(stage.children())[-1], Bottleneck)
+
+
 def _norm1d(norm: str, width: int) -> nn.Module:
     return nn.SyncBatchNorm(width) if norm == "SyncBN" else nn.BatchNorm1d(width)
-
-
-def _block(channels: int, norm: str) -> nn.Module:
-    if channels % 256:
-        return BasicBlock(channels, channels, 1, norm)
-    return Bottleneck(channels, channels, 1, norm, middle=channels // 4, groups=1, stride_in_1x1=False, dilation=1)

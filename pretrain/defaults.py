@@ -14,11 +14,14 @@ def get_cfg() -> CfgNode:
             "BACKBONE": {
                 "NAME": "resnet50",  # resnet18 | 34 | 50 | 101 | 152
                 "STEM": "imagenet",  # imagenet: 7x7 stride 2 and pool; cifar: 3x3 stride 1
+                "WIDTH": 64,  # channels of the stem, all others in proportion; below 64 with STEM cifar alone
                 "NORM": "BN",  # BN | SyncBN (statistics over all GPUs)
             },
             "DECODER": {
+                "CONV": "blocks",  # before the pool: blocks (CONV_BLOCKS of them) | stage (like the next) | full
                 "CONV_BLOCKS": 0,  # residual blocks before the pool
-                "MLP_LAYERS": 2,
+                "DOWNSAMPLE": True,  # the first of them halves the map
+                "MLP_LAYERS": 2,  # 1 to 4
                 "HIDDEN_DIM": 2048,  # 0: as many as the unit's last stage has channels
                 "OUT_DIM": 128,
             },

@@ -7,7 +7,8 @@ its decoder, and the first of the upper one, whose loss it carries back to the u
 
     simclr   [res2 res3 res4 res5]                      one loss, end to end
     gim      [res2] [res3] [res4] [res5]                no overlap, nothing crosses a border
-    loco     [res2 res3] [res3 res4] [res4 res5]        each inner stage stands in two units
+    loco     [res2 res3] [res3 res4] [res4 res5]        each inner stage stands in two units (the paper's figure 1)
+    loco_res2  [res2] and loco's                        a loss after every stage (the paper's training curves)
 
 Shape legend: B images, two views each, so stages run on a batch of 2B; D numbers in an embedding.
 
@@ -49,6 +50,7 @@ METHODS = {
     "simclr": [["res2", "res5"]],
     "gim": [["res2", "res2"], ["res3", "res3"], ["res4", "res4"], ["res5", "res5"]],
     "loco": [["res2", "res3"], ["res3", "res4"], ["res4", "res5"]],
+    "loco_res2": [["res2", "res2"], ["res2", "res3"], ["res3", "res4"], ["res4", "res5"]],
 }
 
 
@@ -72,6 +74,7 @@ class Stage:
 
     name: str
     module: nn.Sequential
+    ends_in: str  # the backbone's stage that its last block belongs to, "res3" say
     channels: int
     recompute: bool
 
@@ -154,9 +157,9 @@ def _stage_of(block: int, starts: list[int]) -> int:
 
 def _stage(blocks: list[tuple[str, nn.Module]], backbone: ResNet, recompute: bool) -> Stage:
     names = [name for name, _ in blocks]
-    channels = backbone.channels[names[-1].split(".")[0]]
+    ends_in = names[-1].split(".")[0]
     name = names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
-    return Stage(name, nn.Sequential(*(block for _, block in blocks)), channels, recompute)
+    return Stage(name, nn.Sequential(*(block for _, block in blocks)), ends_in, backbone.channels[ends_in], recompute)
 
 
 # --- one step ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD, backbone_tensors, describe, save_backbone
-from loco_det.backbone import BLOCKS, ResNet, measure_batchnorm
+from loco_det.backbone import BLOCKS, STEM_CHANNELS, ResNet, measure_batchnorm, narrow
 from loco_det.data.sources import Source, open_source
 from loco_det.data.twoview import TwoViewLoader, TwoViews, build_two_view_loader
 from loco_det.data.views import normalise
@@ -38,7 +38,7 @@ from loco_det.runtime import (
 from pretrain.average import GradientAverage
 from pretrain.checkpoint import latest_checkpoint, save_checkpoint
 from pretrain.compiling import stage_compiler
-from pretrain.decoders import Decoder
+from pretrain.decoders import build_decoder
 from pretrain.loco import METHODS, LocalTrainer, split_backbone
 from pretrain.loss import nt_xent
 from pretrain.monitor import Monitor, Stopwatch
@@ -73,11 +73,7 @@ class Learner(nn.Module):
         self.stages, self.units = split_backbone(self.backbone, unit_names(cfg), cfg.SOLVER.RECOMPUTE)
         self.unit_labels = [f"{first}-{last}" for first, last in unit_names(cfg)]
         self.decoders = nn.ModuleList(
-            Decoder(
-                self.stages[unit.last].channels,
-                norm=cfg.BACKBONE.NORM,
-                **{key.lower(): value for key, value in cfg.DECODER.items()},
-            )
+            build_decoder(cfg.DECODER, self.backbone, self.stages[unit.last].ends_in, cfg.BACKBONE.NORM)
             for unit in self.units
         )
         sync_anywhere(self.decoders)
@@ -111,7 +107,13 @@ def build_backbone(cfg: CfgNode) -> ResNet:
         raise UserError(f"BACKBONE.STEM is {cfg.BACKBONE.STEM!r}; use imagenet or cifar")
     if cfg.BACKBONE.NORM not in ("BN", "SyncBN"):
         raise UserError(f"BACKBONE.NORM is {cfg.BACKBONE.NORM!r}; use BN or SyncBN")
-    return sync_anywhere(ResNet(names[cfg.BACKBONE.NAME], stem=cfg.BACKBONE.STEM, norm=cfg.BACKBONE.NORM))
+    depth, width, stem = names[cfg.BACKBONE.NAME], cfg.BACKBONE.WIDTH, cfg.BACKBONE.STEM
+    if not 1 <= width <= STEM_CHANNELS or (width < STEM_CHANNELS and stem != "cifar"):
+        raise UserError(
+            f"BACKBONE.WIDTH is {width} with BACKBONE.STEM {stem}; use {STEM_CHANNELS}, or 1 to {STEM_CHANNELS} with "
+            "STEM cifar (detectors are built for the whole width)"
+        )
+    return sync_anywhere(ResNet(depth, stem=stem, norm=cfg.BACKBONE.NORM, **narrow(depth, width)))
 
 
 def unit_names(cfg: CfgNode) -> list[list[str]]:

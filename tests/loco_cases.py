@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from loco_det.backbone import ResNet
-from pretrain.decoders import Decoder
+from pretrain.decoders import Decoder, residual_blocks
 from pretrain.loco import METHODS, split_backbone
 from pretrain.loss import nt_xent
 
@@ -29,7 +29,8 @@ def build(units: list[list[str]], recompute: str | list[str] | None = None, **ba
     backbone = ResNet(18, stem="cifar", **backbone_options).double()
     stages, spans = split_backbone(backbone, units, recompute)
     decoders = nn.ModuleList(
-        Decoder(stages[u.last].channels, conv_blocks=1, mlp_layers=2, hidden_dim=16, out_dim=8) for u in spans
+        Decoder(channels, residual_blocks(channels, 1, {0}), mlp_layers=2, hidden_dim=16, out_dim=8)
+        for channels in (stages[u.last].channels for u in spans)
     ).double()
     losses = [lambda h, d=d: nt_xent(d(h), 0.2) for d in decoders]
     return backbone, stages, spans, decoders, losses

@@ -211,7 +211,7 @@ def test_a_run_of_two_processes_equals_one(method: str, two: Path, settings: lis
     assert len(lines[0]) == 2
     for one, other in zip(*lines):
         losses = {k: v for k, v in one.items() if k.startswith("loss/")}
-        assert losses == pytest.approx({k: other[k] for k in losses}, rel=1e-6)
+        assert losses == pytest.approx({k: other[k] for k in losses}, rel=4e-6)
     together, _ = load_backbone(two / method / "backbone.safetensors")
     for name, tensor in load_backbone(path)[0].items():
         torch.testing.assert_close(together[name], tensor, rtol=1e-6, atol=1e-6)

@@ -22,6 +22,7 @@ from torch import nn
 from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD, load_backbone
 from loco_det.backbone import ResNet
 from loco_det.config import load_config
+from loco_det.convert import load_any_backbone
 from loco_det.data.indexed import DatasetSource
 from loco_det.data.sources import open_source
 from loco_det.data.twoview import TwoViews, build_two_view_loader
@@ -201,6 +202,20 @@ def test_random_measures_batch_statistics_and_trains_nothing(images: Path, tmp_p
         means.append(F.conv2d(x, fresh["stem.conv1.weight"], stride=2, padding=3).mean((0, 2, 3)))
     torch.testing.assert_close(random["bn1.running_mean"], torch.stack(means).mean(0), rtol=1e-4, atol=1e-5)
     assert (manifest.method, manifest.step, manifest.units) == ("random", 0, [])
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("resnet18", 1), ("resnet50", 4)])
+def test_a_narrow_network_goes_through_the_artifact(name: str, blocks: int, images: Path, tmp_path: Path) -> None:
+    narrow = {"BACKBONE__NAME": name, "BACKBONE__STEM": "cifar", "BACKBONE__WIDTH": 8}
+    path = pretrain(config(images, tmp_path, **narrow, SOLVER__MAX_STEPS=1))
+    tensors, manifest = load_backbone(path)
+    assert [stage.channels for stage in manifest.stages.values()] == [8, *(8 * blocks * 2**i for i in range(4))]
+    model, _ = load_any_backbone(path)
+    widths = {m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)}
+    assert max(widths) == 64 * blocks
+    assert len(tensors) == len([n for n in model.state_dict() if not n.endswith("num_batches_tracked")])
+    outputs = model(torch.zeros(1, 3, 32, 32))
+    assert [o.shape[1] for o in outputs.values()] == [stage.channels for stage in manifest.stages.values()]
 
 
 def test_recompute_trains_the_same_and_a_run_may_change_it(images: Path, tmp_path: Path) -> None:
@@ -421,8 +436,9 @@ def test_unreadable_images_are_skipped_up_to_the_share(images: Path, tmp_path: P
         ("BACKBONE__NAME", "resnet51", "BACKBONE.NAME is 'resnet51'"),
         ("BACKBONE__STEM", "patch", "BACKBONE.STEM is 'patch'"),
         ("BACKBONE__NORM", "LN", "BACKBONE.NORM is 'LN'"),
-        ("DECODER__MLP_LAYERS", 4, "DECODER.MLP_LAYERS is 4"),
-        ("DECODER__OUT_DIM", 0, "DECODER.CONV_BLOCKS"),
+        ("BACKBONE__WIDTH", 16, "BACKBONE.WIDTH is 16 with BACKBONE.STEM imagenet; use 64"),
+        ("DECODER__MLP_LAYERS", 5, "DECODER.MLP_LAYERS is 5"),
+        ("DECODER__OUT_DIM", 0, "DECODER.OUT_DIM"),
         ("SOLVER__OPTIMIZER", "adam", "SOLVER.OPTIMIZER is 'adam'"),
         ("SOLVER__AMP", "fp8", "SOLVER.AMP is 'fp8'"),
         ("SOLVER__BATCH_SIZE", 13, "SOLVER.BATCH_SIZE is 13"),

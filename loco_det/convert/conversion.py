@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loco_det.artifact import HEADER_KEY, Manifest, Stage, check_hash, decode_manifest, load_backbone
-from loco_det.backbone import ResNet, stage_channels, stage_strides, tensors_hash
+from loco_det.backbone import ResNet, narrow, stage_channels, stage_strides, tensors_hash
 from loco_det.config import collect_settings
 from loco_det.convert.account import Account, take_account
 from loco_det.convert.architecture import Architecture, checked_tensors, recognise
@@ -139,7 +139,9 @@ def load_any_backbone(
         if manifest.stem == "cifar":
             account = Account("", "", Architecture(manifest.depth), len(tensors), tensors, {}, {})
             _stated(path, account, manifest, None, *given)
-            model = ResNet(manifest.depth, stem="cifar", norm=norm, stride_in_1x1=manifest.stride_in_1x1)
+            width = manifest.stages["stem"].channels
+            shape = {"stride_in_1x1": manifest.stride_in_1x1, **narrow(manifest.depth, width)}
+            model = ResNet(manifest.depth, stem="cifar", norm=norm, **shape)
             return _filled(path, model, tensors), manifest
     account, manifest, known = _read(path, branch)
     account.pixels = _stated(path, account, manifest, known, *given)
