@@ -1,4 +1,5 @@
-"""docs/results.md is what its command writes from the committed figures, and the command writes the right numbers."""
+"""docs/results.md and README's table are what their command writes from the committed figures, and it writes the
+right numbers; the rows have the switches of the paper's configurations."""
 
 from __future__ import annotations
 
@@ -7,80 +8,147 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import evidence  # noqa: E402
+import evidence_page  # noqa: E402
 
 
-def made_up() -> dict:
-    """Two methods, three seeds; loco's numbers are 40, 41, 42 with an interval of mean +- 4.3027 / sqrt(3)."""
-    cells = []
-    for seed in range(3):
-        for method, base in (("random", 20.0), ("loco", 40.0)):
-            probe = {stage: {"top1": base + seed, "top1_interval": [0, 1]} for stage in ("stem", "res5")}
-            cells.append(
-                {
-                    "method": method,
-                    "seed": seed,
-                    "commands": [[f"loco-det pretrain METHOD {method} SEED {seed}", 1200.0]],
-                    "probes": dict.fromkeys(evidence.PROTOCOLS, probe),
-                    "detection": dict.fromkeys(evidence.NUMBERS, base / 10 + seed),
-                }
-            )
-    setting = {"steps": 7, "batch": 8, "size": 9, "limit": 10, "iterations": 11, "device": "cpu"}
-    machine = {"device": "cpu", "cores": 2, "threads": 1, "packages": {"torch": "9.9"}, "loco_det": "0.0"}
-    return {"setting": setting, "environment": machine, "cells": cells}
+def cell(row: str, seed: int, top1: float, losses: dict[str, list[list[float]]]) -> dict:
+    probe = {
+        stage: {"top1": top1 + seed + place, "top1_interval": [0, 1]} for place, stage in enumerate(("res4", "res5"))
+    }
+    return {
+        "row": row,
+        "network": "r18",
+        "seed": seed,
+        "commands": [[f"loco-det pretrain {row} {seed}", 1200.0], ["loco-det probe", 600.0]],
+        "environment": {"cores": 2, "packages": {"torch": "9.9"}},
+        "probes": {"linear": probe, "knn": probe, "ridge": probe},
+        "losses": losses,
+    }
 
 
-def test_the_page_has_means_intervals_commands_and_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, page = tmp_path / "evidence_cpu.json", tmp_path / "results.md"
-    source.write_text(json.dumps(made_up()))
-    monkeypatch.setattr(sys, "argv", ["evidence.py", "page", str(source), "--out", str(page)])
-    evidence.main()
-    text = page.read_text()
-    assert "| backbone | stem | res5 |" in text
-    assert text.count("| loco | 41.0 [38.5, 43.5] | 41.0 [38.5, 43.5] |") == len(evidence.PROTOCOLS)
-    assert "| loco | 5.00 [2.52, 7.48] |" in text
-    assert "The commands took 2.0 hours together, several at a time or beside other work, on 2 cores" in text
-    assert "finds little" not in text
-    assert "loco-det pretrain METHOD loco SEED 2" in text
+@pytest.fixture
+def cells() -> dict[str, list[dict]]:
+    """Two rows, three seeds; differences between them of 4, 5 and 6 points."""
+    one = {"res2-res5": [[10, 5.0], [20, 4.0]]}
+    several = {"res2-res3": [[10, 5.5], [20, 5.0]], "res3-res5": [[10, 5.2], [20, 4.5]]}
+    return {
+        "simclr": [cell("simclr", seed, 40.0, one) for seed in range(3)],
+        "gim": [cell("gim", seed, 36.0 - seed, several) for seed in range(3)],
+    }
+
+
+def test_tables_have_means_intervals_and_differences_seed_by_seed(cells) -> None:
+    text = evidence_page.page_text(cells, {"gim": {0.25: 30.0, 0.5: 31.26}})
+    # mean +- 4.3027 / sqrt(3) times the deviation over seeds, which is 1 and 0
+    assert "| SimCLR, end to end | 3 | 41.0 [38.5, 43.5] | 42.0 [39.5, 44.5] |" in text
+    assert "| GIM | 3 | 36.0 [36.0, 36.0] | 37.0 [37.0, 37.0] |" in text
+    assert "- GIM against SimCLR, end to end, last stage, seed by seed: linear -5.0 [-7.5, -2.5], knn -5.0" in text
+    assert "- GIM: res3 5.00, res5 4.50" in text
+    assert "6 runs took 3.0 hours of one thread each, the longest 30 minutes" in text
+    assert "| GIM | 30.0 | 31.3 |  |" in text
+    assert "loco-det pretrain simclr 0" in text
     assert "## What was not run" in text
-    assert "--seeds 0 1 2 --steps 7 --batch 8 --size 9 --limit 10 --iterations 11 --device cpu" in text
-    assert "](results_cpu.png)" in text
-    assert (tmp_path / "results_cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_page_says_so_where_no_detector_learned() -> None:
-    result = made_up()
-    for cell in result["cells"]:
-        cell["detection"] = dict.fromkeys(evidence.NUMBERS, 0.1 * cell["seed"] if cell["method"] == "loco" else 0.0)
-    text = evidence.page_text([result])
-    assert "No backbone's mean box AP is above 0.10" in text
-    assert "| random | 0.00 [0.00, 0.00] |" in text
+def test_a_row_without_seeds_in_common_has_no_difference(cells) -> None:
+    cells["gim"] = cells["gim"][:1]
+    assert evidence_page.verdicts(("simclr", "gim"), cells) == "\n"
+    assert "| GIM | 1 | 36.0 | 37.0 |" in evidence_page.page_text(cells, {})
 
 
-def test_the_picture_shows_means_and_intervals() -> None:
-    figure = evidence.probe_curves(made_up())
-    assert len(figure.axes) == len(evidence.PROTOCOLS)
-    for axes in figure.axes:
-        random, loco = (container.lines for container in axes.containers)
-        assert random[0].get_ydata().tolist() == [21.0, 21.0]
-        assert loco[0].get_ydata().tolist() == [41.0, 41.0]
-        (bars,) = loco[2]
-        (_, low), (_, high) = bars.get_segments()[0]
-        assert (low, high) == pytest.approx((41 - 4.3027 / 3**0.5, 41 + 4.3027 / 3**0.5), abs=1e-3)
+def test_readmes_table_is_replaced_and_nothing_else(cells) -> None:
+    before = f"# x\n\n{evidence_page.MARK}\n| old | a | b |\n|---|--:|--:|\n| gone | 1 | 2 |\n\nafter | this |\n"
+    after = evidence_page.with_table(before, evidence_page.short_table(cells))
+    assert after.startswith(f"# x\n\n{evidence_page.MARK}\n| pretraining | linear | kNN |\n")
+    assert "| GIM | 37.0 [37.0, 37.0] | 37.0 [37.0, 37.0] |\n\nafter | this |\n" in after
+    assert "gone" not in after
 
 
-def test_the_committed_page_is_what_the_committed_figures_say() -> None:
-    sources = sorted(RESULTS.glob("evidence_*.json"))
-    if not (RESULTS / "evidence_cpu.json").is_file():
-        pytest.skip("benchmarks/results/evidence_cpu.json is absent: the evidence has not been measured")
-    page = ROOT / "docs" / "results.md"
-    wanted = evidence.page_text([json.loads(path.read_text()) for path in sources])
-    assert page.read_text() == wanted, "write it: python benchmarks/evidence.py page benchmarks/results/evidence_*.json"
-    for source in sources:
-        assert (page.parent / evidence.picture(json.loads(source.read_text()))).is_file()
+def test_the_picture_shows_every_unit_and_the_end_to_end_loss_dashed(cells) -> None:
+    figure = evidence_page.curves([cell for some in cells.values() for cell in some])
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert list(lines) == ["res3", "res5", "SimCLR"]
+    assert list(lines["res5"].get_ydata()) == [5.2, 4.5]
+    assert lines["SimCLR"].get_linestyle() == "--"
+    assert lines["res3"].get_alpha() < lines["res5"].get_alpha()
+
+
+@pytest.mark.parametrize("name", list(evidence.ROWS))
+def test_a_row_has_the_switches_of_the_papers_configuration(name: str) -> None:
+    row = evidence.ROWS[name]
+    found = evidence.switches(row)
+    content = yaml.safe_load((ROOT / "configs" / "pretrain" / f"{row.config}.yaml").read_text())
+    for key, value in content.items():
+        if isinstance(value, dict) and key in evidence.SWITCHES:
+            assert all(found[f"{key}.{leaf}"] == value[leaf] for leaf in value)
+        elif key in evidence.SWITCHES:
+            assert found[key] == value
+    assert found["METHOD"] in ("simclr", "gim", "loco", "loco_res2")
+    block = name in ("gim_conv", "loco", "loco_res2", "loco_blocks", "loco_presnet")
+    assert found.get("DECODER.CONV_BLOCKS", 0) == int(block)
+    assert ("UNITS" in found) == name.endswith("blocks")
+
+
+def test_the_lists_share_no_image_and_have_the_same_number_of_each_class(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(evidence, "PRETRAINED", 6)
+    monkeypatch.setattr(evidence, "HELD_OUT", 4)
+    for name in ("cat", "dog"):
+        (tmp_path / "set/train" / name).mkdir(parents=True)
+        for i in range(7):
+            (tmp_path / "set/train" / name / f"{i}.jpg").touch()
+    evidence.write_lists(tmp_path / "set/train", tmp_path)
+    train, held = ((tmp_path / file).read_text().split("\n")[:-1] for file in ("train.txt", "held_out.txt"))
+    assert (len(train), len(held)) == (6, 4)
+    assert not set(train) & set(held)
+    for lines in (train, held):
+        paths, classes = zip(*(line.split("\t") for line in lines))
+        assert all(
+            (tmp_path / path).is_file() and Path(path).parent.name == label for path, label in zip(paths, classes)
+        )
+        assert classes.count("cat") == classes.count("dog")
+    before = train
+    evidence.write_lists(tmp_path / "set/train", tmp_path)
+    assert (tmp_path / "train.txt").read_text().split("\n")[:-1] == before
+
+
+def test_a_cell_is_made_once_and_by_one_process(tmp_path: Path) -> None:
+    made = tmp_path / "results" / "gim_0.json"
+    with evidence.claimed(made, tmp_path / "out") as mine:
+        assert mine
+        with evidence.claimed(made, tmp_path / "out") as other:
+            assert not other
+    made.parent.mkdir()
+    made.touch()
+    with evidence.claimed(made, tmp_path / "out") as again:
+        assert not again
+
+
+def test_losses_are_means_of_the_lines_between_two_points(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.json"
+    lines = [{"iteration": 10 * i - 1, "loss/a": float(i), "lr": 1.0} for i in range(1, 121)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"iteration": 1199, "knn/res5": 3.0}]))
+    found = evidence.losses(file)
+    assert list(found) == ["a"]
+    assert found["a"][0] == [20, 1.5]
+    assert found["a"][-1] == [1200, 119.5]
+    assert len(found["a"]) == 60
+
+
+def test_the_committed_pages_are_what_the_committed_figures_say() -> None:
+    cells, rates = evidence_page.read_cells(evidence.RESULTS), evidence_page.read_rates(evidence.RESULTS)
+    told = "write it: python benchmarks/evidence_page.py"
+    assert evidence_page.PAGE.read_text() == evidence_page.page_text(cells, rates), told
+    readme = evidence_page.README.read_text()
+    assert readme == evidence_page.with_table(readme, evidence_page.short_table(cells)), told
+    assert evidence_page.MARK in readme
+    for name, rows in evidence_page.TABLES.items():
+        if any(row in cells for row in rows):
+            assert (evidence_page.PAGE.parent / evidence_page.picture(name)).is_file(), told
     assert "results.md" in (ROOT / "mkdocs.yml").read_text(), "the page is not in the site's navigation"
