@@ -149,6 +149,12 @@ class Probe:
         return found if isinstance(found, dict) else {}
 
     @property
+    def protocol(self) -> str:
+        """The protocol, with its recipe where that is not the usual one; numbers of different ones do not compare."""
+        name, recipe = str(self.content.get("protocol", "")), self.content.get("recipe", "sweep")
+        return name if recipe == "sweep" else f"{name} ({recipe} recipe)"
+
+    @property
     def weights(self) -> str | None:
         return self.facts("backbone").get("weights_sha256")
 
@@ -318,7 +324,7 @@ def _check_names(runs: Runs) -> None:
     probes: dict[tuple, Probe] = {}
     for probe in runs.probes:
         for stage in probe.content["stages"]:
-            key = (probe.backbone, probe.content.get("protocol"), probe.data, probe.content.get("seed"), stage)
+            key = (probe.backbone, probe.protocol, probe.data, probe.content.get("seed"), stage)
             other = probes.setdefault(key, probe)
             if other.weights != probe.weights and not (other.named and probe.named):
                 raise UserError(
