@@ -26,6 +26,7 @@ from loco_det.evaluation.probes.linear import RATES, Recipe, Standard, linear_pr
 from loco_det.evaluation.probes.linear_paper import PaperRecipe, paper_probe
 from loco_det.evaluation.probes.ridge import fit_ridge
 from loco_det.evaluation.probes.scores import top_scores
+from loco_det.evaluation.probes.tsne import CLASSES, IMAGES, balanced, check_tsne, numbers_of, write_tsne
 from loco_det.runtime import Progress, check_writable, log, resolve_device, write_json
 
 PROTOCOLS = ("linear", "knn", "semi", "ridge")
@@ -62,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", type=int, metavar="N", help="knn: neighbours (default 20)")
     parser.add_argument("--temperature", type=float, metavar="T", help="knn: of the weights (default 0.07)")
     parser.add_argument("--labels", nargs="+", type=float, metavar="PERCENT", help="semi: default 1 10")
+    parser.add_argument("--tsne", type=Path, metavar="PNG", help="write a t-SNE picture of test images' features there")
+    parser.add_argument("--tsne-images", type=int, metavar="N", help=f"in it, of {CLASSES} classes (default {IMAGES})")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N")
@@ -100,6 +103,7 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
              len(data.classes), data.split)  # fmt: skip
     if backbone.untrained:
         extractor.measure(data.train, args.seed)
+    picture = {"tsne": _tsne(args, extractor, stages[-1], data)} if args.tsne else {}
     if args.protocol == "semi":
         found = {stage: _semi(args, extractor, stage, data) for stage in (stages if args.stages else stages[-1:])}
     elif args.recipe == "paper":
@@ -108,6 +112,7 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
         found = _frozen(args, extractor, stages, data)
     return {
         "stages": found,
+        **picture,
         "protocol": args.protocol,
         **({"recipe": args.recipe or RECIPES[0]} if args.protocol == "linear" else {}),
         "backbone": {"name": args.backbone, **backbone.facts, "weights_sha256": backbone.weights_hash()},
@@ -134,7 +139,7 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, option) is not None:
             raise UserError(f"--{option} belongs to --recipe sweep; --recipe paper fixes it, so leave it out")
     positive = {"image-size": args.image_size, "epochs": args.epochs, "k": args.k, "batch-size": args.batch_size,
-                "temperature": args.temperature}  # fmt: skip
+                "temperature": args.temperature, "tsne-images": args.tsne_images}  # fmt: skip
     for option, value in positive.items():
         if value is not None and not value > 0:  # nan is neither
             raise UserError(f"--{option} is {value}; give a number above 0")
@@ -147,6 +152,14 @@ def _check(args: argparse.Namespace) -> None:
     for percent in args.labels or []:
         if not 0 < percent <= 100:
             raise UserError(f"--labels has {percent}; give percents above 0, up to 100")
+    if args.tsne:
+        check_tsne(args.tsne)
+    elif args.tsne_images is not None:
+        raise UserError("--tsne-images belongs to --tsne PNG; give both, or neither")
+    if args.tsne and args.json and numbers_of(args.tsne).resolve() == args.json.resolve():
+        raise UserError(
+            f"--json {args.json}: the numbers of --tsne {args.tsne} go there; give one of them another name"
+        )
     if args.protocol == "semi" and len(args.rates or [0]) > 1:
         raise UserError("--rates: fine-tuning takes a single learning rate, for no images are held out; give one")
 
@@ -225,6 +238,12 @@ def _ridge(args: argparse.Namespace, stage: str, train: Tensor, labels: Tensor, 
         "standardised": True,
     }
     return ridge(standard(test)), facts
+
+
+def _tsne(args: argparse.Namespace, extractor: Extractor, stage: str, data: ProbeData) -> dict[str, Any]:
+    images = balanced(data.test, args.tsne_images or IMAGES, args.seed)
+    features = extractor(images, [stage], "t-SNE")[stage].numpy()
+    return write_tsne(args.tsne, features, images, data.classes, args.backbone, stage, args.seed)
 
 
 def _semi(args: argparse.Namespace, extractor: Extractor, stage: str, data: ProbeData) -> dict[str, Any]:
