@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from loco_det.artifact import HEADER_KEY, decode_manifest
 from loco_det.config import read_yaml
 from loco_det.data.catalog import find_dataset
 from loco_det.errors import UserError
@@ -123,12 +126,24 @@ class DetectorRun:
 
 @dataclass
 class PretrainRun:
-    """One run of `loco-det pretrain`."""
+    """One run of `loco-det pretrain`.
+
+    Attributes:
+        backbone, path, config, metrics: as a `DetectorRun`'s.
+        images: how many it learnt from, as the backbone that it left says; None where there is none.
+    """
 
     backbone: str
     path: Path
     config: dict[str, Any]
     metrics: list[dict[str, Any]] = field(repr=False)
+    images: int | None = None
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Whole batches in an epoch, or None where the number of images is not known."""
+        batch = self.config.get("SOLVER.BATCH_SIZE")
+        return self.images // batch or None if self.images and isinstance(batch, int) and batch > 0 else None
 
 
 @dataclass
@@ -270,7 +285,18 @@ def _read(place: Path, name: str | None, runs: Runs) -> None:
         label = name or _name_of(config["MODEL.WEIGHTS"], (record or {}).get("weights"))
         runs.detectors.append(DetectorRun(label, folder, config, metrics, record))
     elif "METHOD" in config:
-        runs.pretrainings.append(PretrainRun(name or config["METHOD"], folder, config, metrics))
+        images = _images(folder / "backbone.safetensors")
+        runs.pretrainings.append(PretrainRun(name or config["METHOD"], folder, config, metrics, images))
+
+
+def _images(backbone: Path) -> int | None:
+    """How many images a backbone of ours was made from, by its manifest alone; no tensor is read."""
+    try:
+        with safe_open(backbone, framework="pt") as file:
+            header = (file.metadata() or {})[HEADER_KEY]
+        return decode_manifest(header, backbone).images
+    except (SafetensorError, OSError, KeyError, UserError):
+        return None
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
