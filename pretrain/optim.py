@@ -19,15 +19,23 @@ from loco_det.errors import UserError
 def build_optimizer(cfg: CfgNode, modules: nn.Module) -> torch.optim.Optimizer:
     """LARS, SGD or AdamW over all parameters; biases and normalisation terms get no weight decay.
 
-    With LARS those also get no trust ratio, as in SimCLR (timm adapts only what decays). The learning rate is set
-    by the schedule before every step.
+    With LARS every weight of more than one dimension gets the trust ratio, whatever its decay, and biases and
+    normalisation terms never do, as in SimCLR. timm's ratio is that of You et al. 2017 (arXiv 1708.03888),
+    0.001 |w| / (|g| + decay |w|); SimCLR's and MAE's code divide by |g + decay w|. The two are equal without decay
+    and nearly so at 1e-6. timm and MAE apply the learning rate to the momentum, SimCLR to what enters it, which
+    differs only while the rate changes. The learning rate is set by the schedule before every step.
 
     Raises:
         UserError: SOLVER.OPTIMIZER names none of them.
     """
-    decayed = [p for p in modules.parameters() if p.ndim > 1]
+    weights = [p for p in modules.parameters() if p.ndim > 1]
     plain = [p for p in modules.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": cfg.SOLVER.WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
+    # Without always_adapt timm's Lars is SGD where nothing decays.
+    lars = {"always_adapt": True} if cfg.SOLVER.OPTIMIZER == "lars" else {}
+    groups = [
+        {"params": weights, "weight_decay": cfg.SOLVER.WEIGHT_DECAY, **lars},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     groups = [group for group in groups if group["params"]]
     if cfg.SOLVER.OPTIMIZER == "lars":
         return Lars(groups, lr=0.0, momentum=cfg.SOLVER.MOMENTUM)

@@ -54,6 +54,7 @@ OPTIONAL = {
     "onnx",
     "onnxruntime",
     "wandb",
+    "sklearn",
 }  # extras, imported when they are called for
 IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL", "opencv-python-headless": "cv2"}
 

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 from fvcore.common.config import CfgNode
-from torch import nn
+from plain_lars import PlainLars
+from torch import Tensor, nn
 
 from pretrain.defaults import get_cfg
 from pretrain.optim import build_optimizer, learning_rate
@@ -80,3 +81,44 @@ def test_lars_scales_a_weights_step_by_the_ratio_of_its_norms() -> None:
     step(built, 0.5)
     ratio = 0.001 * before.norm() / (gradient.norm() + 0.2 * before.norm())
     torch.testing.assert_close(weight.detach(), before - 0.5 * ratio * (gradient + 0.2 * before), rtol=1e-6, atol=0)
+
+
+def five_steps(optimizer: str, decay: float, zeroed: bool = False) -> list[Tensor]:
+    """All tensors after five steps with seeded gradients, at another rate each; "plain" is the oracle."""
+    layers = network()
+    if zeroed:
+        nn.init.zeros_(layers[0].weight)
+    oracle = PlainLars(list(layers.parameters()), 0.9, decay)
+    built = None
+    if optimizer != "plain":
+        built = build_optimizer(solver(OPTIMIZER=optimizer, MOMENTUM=0.9, WEIGHT_DECAY=decay), layers)
+    g = torch.Generator().manual_seed(2)
+    for lr in (0.5, 4.8, 3.0, 1.0, 0.1):
+        for p in layers.parameters():
+            p.grad = torch.randn(p.shape, generator=g, dtype=p.dtype)
+        if built is None:
+            oracle.step(lr)
+        else:
+            step(built, lr)
+    return [p.detach() for p in layers.parameters()]
+
+
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_lars_without_decay_is_lars(zeroed: bool) -> None:
+    """timm adds 1e-8 to the gradient's norm, so to eight digits; a weight of zeros is stepped as by SGD at first."""
+    for got, want in zip(five_steps("lars", 0.0, zeroed), five_steps("plain", 0.0, zeroed)):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
+def test_lars_at_the_recipes_decay_is_lars_to_four_digits() -> None:
+    """timm divides by |g| + decay |w|, the oracle by |g + decay w|: apart by a share of at most 2 decay |w| / |g|."""
+    start = [p.detach() for p in network().parameters()]
+    for old, got, want in zip(start, five_steps("lars", 1e-6), five_steps("plain", 1e-6)):
+        torch.testing.assert_close(got - old, want - old, rtol=1e-4, atol=1e-9)
+
+
+def test_lars_is_not_sgd() -> None:
+    """Weights move otherwise with and without decay; biases and normalisation as by SGD, which never adapts."""
+    for decay in (0.0, 1e-6):
+        for p, got, sgd in zip(network().parameters(), five_steps("lars", decay), five_steps("sgd", decay)):
+            assert torch.equal(got, sgd) == (p.ndim == 1)

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from timm.optim import Lars
 from torch import Tensor, nn
 
 from pretrain import average, stepping
 from pretrain.average import GradientAverage
+from pretrain.defaults import get_cfg
 from pretrain.loco import LocalTrainer, Unit
 from pretrain.loss import nt_xent
+from pretrain.optim import build_optimizer
 from pretrain.stepping import Stepping
 
 UNITS = {
@@ -23,11 +24,7 @@ UNITS = {
     "loco": [Unit(0, 1), Unit(1, 2), Unit(2, 3)],
     "nested": [Unit(0, 1), Unit(0, 3), Unit(2, 2)],
 }
-OPTIMIZERS = {
-    "lars": partial(Lars, lr=0.0, momentum=0.9),
-    "sgd": partial(torch.optim.SGD, lr=0.0, momentum=0.9),
-    "adamw": partial(torch.optim.AdamW, lr=0.0),
-}
+OPTIMIZERS = {"lars": 0.1, "lars without decay": 0.0, "sgd": 0.1, "adamw": 0.1}  # weight decay
 RATES = (0.5, 0.2, 0.1)  # another one for every step, so that a late step with the wrong one shows
 
 
@@ -70,10 +67,9 @@ class Run:
         self.heads = [nn.Linear(widths[unit.last + 1], 5) for unit in UNITS[method]]
         self.network = nn.ModuleList([*stages, *self.heads])
         parameters = list(self.network.parameters())
-        decayed, plain = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-        self.optimizer = OPTIMIZERS[optimizer](
-            [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-        )
+        cfg = get_cfg()
+        cfg.SOLVER.OPTIMIZER, cfg.SOLVER.WEIGHT_DECAY = optimizer.split()[0], OPTIMIZERS[optimizer]
+        self.optimizer = build_optimizer(cfg, self.network)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
         parts = [list(module.parameters()) for module in self.network]
         self.average = GradientAverage(parameters, link.send if link else None)

@@ -498,3 +498,15 @@ def test_optimizers(optimizer: str, images: Path, tmp_path: Path) -> None:
         config(images, tmp_path, SOLVER__OPTIMIZER=optimizer, SOLVER__BASE_LR=0.1 if optimizer != "adamw" else 1e-3)
     )
     assert trace(tmp_path)[-1]["loss/res2-res3"] < 10
+
+
+def test_lars_adapts_in_a_run_without_decay(images: Path, tmp_path: Path) -> None:
+    """Its first step moves a weight by rate x 0.001 of its own norm, whatever the gradient."""
+    changes = {"SOLVER__OPTIMIZER": "lars", "SOLVER__WEIGHT_DECAY": 0.0, "SOLVER__MAX_STEPS": 1}
+    before, after = (
+        load_backbone(pretrain(config(images, tmp_path / str(rate), SOLVER__BASE_LR=rate, **changes)))[0]
+        for rate in (1e-9, 64.0)  # for 256 images: 4 have a rate of 1
+    )
+    for name, weight in before.items():
+        if weight.ndim > 1:
+            assert (after[name] - weight).norm().item() == pytest.approx(0.001 * weight.norm().item(), rel=1e-3)

@@ -312,7 +312,7 @@ def probe_curves(runs: Runs) -> list[dict[str, Any]]:
     for probe in runs.probes:
         for stage, whole in probe.content["stages"].items():
             for percent, found in whole.get("by_percent", {"": whole}).items():
-                protocol = f"{probe.content.get('protocol', '')}{percent and f' {percent} %'}"
+                protocol = f"{probe.protocol}{percent and f' {percent} %'}"
                 stages = groups.setdefault((protocol, probe.data), {}).setdefault(probe.backbone, {})
                 stages.setdefault(stage, []).append(found)
     return [

@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from loco_det.report.losses import SIZE, UnitLoss, draw_losses
+
 # Readable on white and on black alike: Okabe and Ito's without the yellow.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8c8c8c")
 ERRORS = {
@@ -144,6 +146,11 @@ def lines(series: Series, x: str, y: str, label: str, colours: dict[str, str]) -
         axes.legend(frameon=False, fontsize=8)
 
     return _svg(draw, (4.2, 3.0), label)
+
+
+def losses(curves: Sequence[UnitLoss], x: str, colours: dict[str, str]) -> str:
+    """The losses of all units of all pretrainings."""
+    return _svg(lambda axes: draw_losses(axes, curves, x, colours), SIZE, "loss of each unit of every pretraining")
 
 
 def stages(backbones: dict[str, dict[str, Any]], label: str, colours: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""`loco-det report`: runs on disk -> index.html, report.md and report.json."""
+"""`loco-det report`: runs on disk -> index.html, report.md, report.json and pretraining_losses.png."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from typing import Any
 from loco_det import __version__
 from loco_det.errors import UserError
 from loco_det.report import analysis
-from loco_det.report.charts import Series
+from loco_det.report.charts import Series, colour_of
+from loco_det.report.losses import losses_figure, unit_losses
 from loco_det.report.page import html_page, markdown_page
 from loco_det.report.panels import panels
+from loco_det.report.plots import save_figure
 from loco_det.report.runs import Runs, find_runs
 from loco_det.runtime import atomic_write, log, write_json
 
 # Title -> key of metrics.json: what is drawn of a detector's training.
 CURVES = {"total loss": "total_loss", "box AP": "bbox/AP", "mask AP": "segm/AP", "mean IoU": "sem_seg/IoU"}
+LOSSES = "pretraining_losses.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +68,9 @@ def report(
     images: int = 4,
     threshold: float = 0.5,
 ) -> dict[str, Any]:
-    """Write out/index.html, out/report.md and out/report.json; returns what the last holds.
+    """Write out/index.html, out/report.md and out/report.json, and of pretrainings out/pretraining_losses.png.
+
+    Returns what report.json holds.
 
     Args:
         runs: `find_runs` finds them.
@@ -96,8 +101,11 @@ def report(
         group = [one for one in runs.detectors if str(one.path) in paths]
         shown.append(panels(group, images, threshold, missing))
         titles.update(dict.fromkeys(paths, experiment["title"]))
+    losses = unit_losses(runs.pretrainings, missing)
     content["missing"] = list(dict.fromkeys(missing))
-    page = html_page(content, training_series(runs, titles), shown)
+    page = html_page(content, training_series(runs, titles), losses, shown)
+    if losses[0]:
+        save_figure(losses_figure(*losses, colour_of(content["backbones"])), out / LOSSES)
     write_json(out / "report.json", content)
     for name, text in (("report.md", markdown_page(content)), ("index.html", page)):
         with atomic_write(out / name, "w") as file:
@@ -110,7 +118,7 @@ def report(
 
 def training_series(runs: Runs, titles: dict[str, str]) -> dict[str, dict[str, Series]]:
     """Heading -> title -> curves over steps: loss and scores of detectors while they train, one heading for each
-    experiment, and the mean loss of a pretraining's units.
+    experiment.
 
     Args:
         titles: of the experiments, by the folders of their runs.
@@ -126,11 +134,4 @@ def training_series(runs: Runs, titles: dict[str, str]) -> dict[str, dict[str, S
         for title, key in CURVES.items():
             points = [(m["iteration"], m[key]) for m in one.metrics if m.get(key) is not None and "iteration" in m]
             add(titles.get(str(one.path), one.title), title, one.backbone, points)
-    for pretraining in runs.pretrainings:
-        points = []
-        for line in pretraining.metrics:
-            losses = [value for key, value in line.items() if key.startswith("loss/") and value is not None]
-            if losses and "iteration" in line:
-                points.append((line["iteration"], sum(losses) / len(losses)))
-        add("Pretraining", "mean NT-Xent of the units", pretraining.backbone, points)
     return found

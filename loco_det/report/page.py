@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from loco_det.report import charts
+from loco_det.report.losses import UnitLoss
 
 KINDS = {"bbox": "box", "segm": "mask", "bbox_TTA": "box TTA", "segm_TTA": "mask TTA"}
 NOTHING = "-"  # in a table's cell
@@ -33,6 +34,7 @@ td.text{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:10re
 tbody tr:hover{background:var(--panel)}
 .best{font-weight:700}
 .charts{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
+.chart svg{width:100%;height:auto;display:block;max-width:52rem}
 .charts svg{width:100%;height:auto;display:block;max-width:34rem}
 svg text{font-family:inherit!important}
 .row{display:grid;gap:.5rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,11rem),1fr));margin:1rem 0}
@@ -50,12 +52,18 @@ nav a{margin-right:1rem;white-space:nowrap}a{color:inherit}
 """
 
 
-def html_page(report: dict[str, Any], series: dict[str, dict[str, charts.Series]], panels: list[dict[str, Any]]) -> str:
+def html_page(
+    report: dict[str, Any],
+    series: dict[str, dict[str, charts.Series]],
+    losses: tuple[list[UnitLoss], str],
+    panels: list[dict[str, Any]],
+) -> str:
     """The whole page.
 
     Args:
         report: the numbers, as report.json has them.
         series: heading -> title -> curves over steps.
+        losses: of the pretrainings, as `report.losses.unit_losses` gives them.
         panels: for each experiment, what `report.panels.panels` gives.
     """
     colours = charts.colour_of(report["backbones"])
@@ -64,7 +72,7 @@ def html_page(report: dict[str, Any], series: dict[str, dict[str, charts.Series]
     sections.append(("errors", "Errors and curves", _apart(report, colours)))
     sections.append(("classes", "Per class", _classes(report)))
     sections.append(("probes", "Probes", _probes(report, colours)))
-    sections.append(("training", "Training", _training(series, colours)))
+    sections.append(("training", "Training", _training(series, losses, colours)))
     sections.append(("pictures", "Pictures", _pictures(report, panels)))
     sections.append(("inputs", "Inputs and environment", _inputs(report)))
     sections.append(("missing", "Missing", _missing(report, [title for _, title, body in sections if not body])))
@@ -266,8 +274,13 @@ def _probes(report: dict[str, Any], colours: dict[str, str]) -> str:
     return f'<div class="charts">{"".join(drawn)}</div>{note}{"".join(tables)}' if drawn else ""
 
 
-def _training(series: dict[str, dict[str, charts.Series]], colours: dict[str, str]) -> str:
+def _training(
+    series: dict[str, dict[str, charts.Series]], losses: tuple[list[UnitLoss], str], colours: dict[str, str]
+) -> str:
     parts = []
+    if losses[0]:
+        note = "Means over neighbouring values; what is above the axis in the first twentieth of a run is cut off."
+        parts.append(f'<h3>Pretraining</h3><p>{note}</p><div class="chart">{charts.losses(*losses, colours)}</div>')
     for heading, titles in series.items():
         drawn = "".join(charts.lines(s, "step", "", title, colours) for title, s in titles.items())
         parts.append(f'<h3>{escape(heading)}</h3><div class="charts">{drawn}</div>')

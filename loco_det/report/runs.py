@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from loco_det.artifact import HEADER_KEY, decode_manifest
 from loco_det.config import read_yaml
 from loco_det.data.catalog import find_dataset
 from loco_det.errors import UserError
@@ -123,12 +126,24 @@ class DetectorRun:
 
 @dataclass
 class PretrainRun:
-    """One run of `loco-det pretrain`."""
+    """One run of `loco-det pretrain`.
+
+    Attributes:
+        backbone, path, config, metrics: as a `DetectorRun`'s.
+        images: how many it learnt from, as the backbone that it left says; None where there is none.
+    """
 
     backbone: str
     path: Path
     config: dict[str, Any]
     metrics: list[dict[str, Any]] = field(repr=False)
+    images: int | None = None
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Whole batches in an epoch, or None where the number of images is not known."""
+        batch = self.config.get("SOLVER.BATCH_SIZE")
+        return self.images // batch or None if self.images and isinstance(batch, int) and batch > 0 else None
 
 
 @dataclass
@@ -147,6 +162,12 @@ class Probe:
         """What it says of "data" or "backbone"."""
         found = self.content.get(part)
         return found if isinstance(found, dict) else {}
+
+    @property
+    def protocol(self) -> str:
+        """The protocol, with its recipe where that is not the usual one; numbers of different ones do not compare."""
+        name, recipe = str(self.content.get("protocol", "")), self.content.get("recipe", "sweep")
+        return name if recipe == "sweep" else f"{name} ({recipe} recipe)"
 
     @property
     def weights(self) -> str | None:
@@ -264,7 +285,18 @@ def _read(place: Path, name: str | None, runs: Runs) -> None:
         label = name or _name_of(config["MODEL.WEIGHTS"], (record or {}).get("weights"))
         runs.detectors.append(DetectorRun(label, folder, config, metrics, record))
     elif "METHOD" in config:
-        runs.pretrainings.append(PretrainRun(name or config["METHOD"], folder, config, metrics))
+        images = _images(folder / "backbone.safetensors")
+        runs.pretrainings.append(PretrainRun(name or config["METHOD"], folder, config, metrics, images))
+
+
+def _images(backbone: Path) -> int | None:
+    """How many images a backbone of ours was made from, by its manifest alone; no tensor is read."""
+    try:
+        with safe_open(backbone, framework="pt") as file:
+            header = (file.metadata() or {})[HEADER_KEY]
+        return decode_manifest(header, backbone).images
+    except (SafetensorError, OSError, KeyError, UserError):
+        return None
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
@@ -318,7 +350,7 @@ def _check_names(runs: Runs) -> None:
     probes: dict[tuple, Probe] = {}
     for probe in runs.probes:
         for stage in probe.content["stages"]:
-            key = (probe.backbone, probe.content.get("protocol"), probe.data, probe.content.get("seed"), stage)
+            key = (probe.backbone, probe.protocol, probe.data, probe.content.get("seed"), stage)
             other = probes.setdefault(key, probe)
             if other.weights != probe.weights and not (other.named and probe.named):
                 raise UserError(

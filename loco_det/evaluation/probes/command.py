@@ -18,17 +18,22 @@ from loco_det.data.index import cache_folder
 from loco_det.errors import UserError
 from loco_det.evaluation.knn import knn_predict
 from loco_det.evaluation.probes.backbones import choose_stages, load_backbone_for_probe
+from loco_det.evaluation.probes.crops import VIEWS
 from loco_det.evaluation.probes.features import POOLING, Extractor
 from loco_det.evaluation.probes.finetune import FineTuning, batch_size, finetune, predict
 from loco_det.evaluation.probes.images import ProbeData, open_probe_data
 from loco_det.evaluation.probes.linear import RATES, Recipe, Standard, linear_probe, sweep_steps
+from loco_det.evaluation.probes.linear_paper import PaperRecipe, paper_probe
 from loco_det.evaluation.probes.ridge import fit_ridge
 from loco_det.evaluation.probes.scores import top_scores
+from loco_det.evaluation.probes.tsne import CLASSES, IMAGES, balanced, check_tsne, numbers_of, write_tsne
 from loco_det.runtime import Progress, check_writable, log, resolve_device, write_json
 
 PROTOCOLS = ("linear", "knn", "semi", "ridge")
+RECIPES = ("sweep", "paper")
 # Options of single protocols: a value given to another would be read by nobody.
 _OPTIONS = {
+    "recipe": ("linear",),
     "optimizer": ("linear",),
     "rates": ("linear", "semi"),
     "epochs": ("linear", "semi"),
@@ -36,6 +41,7 @@ _OPTIONS = {
     "temperature": ("knn",),
     "labels": ("semi",),
 }
+_OF_THE_SWEEP = ("optimizer", "rates")  # which the paper's recipe fixes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,12 +54,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
     parser.add_argument("--image-size", type=int, metavar="N", help="side in pixels (default: the backbone's own)")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="at most about N images of each split")
+    parser.add_argument(
+        "--recipe", choices=RECIPES, help="linear: sweep of learning rates (default) or the paper's own"
+    )
     parser.add_argument("--optimizer", choices=tuple(RATES), help="linear: sgd (default) or lars")
     parser.add_argument("--rates", nargs="+", type=float, metavar="LR", help="learning rates for batches of 256")
     parser.add_argument("--epochs", type=int, metavar="N", help="linear: 100; semi: 60 up to 1 %%, 30 above")
     parser.add_argument("--k", type=int, metavar="N", help="knn: neighbours (default 20)")
     parser.add_argument("--temperature", type=float, metavar="T", help="knn: of the weights (default 0.07)")
     parser.add_argument("--labels", nargs="+", type=float, metavar="PERCENT", help="semi: default 1 10")
+    parser.add_argument("--tsne", type=Path, metavar="PNG", help="write a t-SNE picture of test images' features there")
+    parser.add_argument("--tsne-images", type=int, metavar="N", help=f"in it, of {CLASSES} classes (default {IMAGES})")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N")
@@ -92,18 +103,24 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
              len(data.classes), data.split)  # fmt: skip
     if backbone.untrained:
         extractor.measure(data.train, args.seed)
+    picture = {"tsne": _tsne(args, extractor, stages[-1], data)} if args.tsne else {}
     if args.protocol == "semi":
         found = {stage: _semi(args, extractor, stage, data) for stage in (stages if args.stages else stages[-1:])}
+    elif args.recipe == "paper":
+        found = _paper(args, extractor, stages, data)
     else:
         found = _frozen(args, extractor, stages, data)
     return {
         "stages": found,
+        **picture,
         "protocol": args.protocol,
+        **({"recipe": args.recipe or RECIPES[0]} if args.protocol == "linear" else {}),
         "backbone": {"name": args.backbone, **backbone.facts, "weights_sha256": backbone.weights_hash()},
         "data": _data_facts(args, data),
         "features": {
             "pooling": POOLING,
             "image_size": size,
+            "views": _views(args),
             "pixels": {"order": backbone.order, "mean": backbone.mean, "std": backbone.std},
             "batchnorm": "measured on training images" if backbone.untrained else "as stored",
         },
@@ -118,8 +135,11 @@ def _check(args: argparse.Namespace) -> None:
     for option, protocols in _OPTIONS.items():
         if getattr(args, option) is not None and args.protocol not in protocols:
             raise UserError(f"--{option} belongs to --protocol {' and '.join(protocols)}, not {args.protocol}")
+    for option in _OF_THE_SWEEP if args.recipe == "paper" else ():
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option} belongs to --recipe sweep; --recipe paper fixes it, so leave it out")
     positive = {"image-size": args.image_size, "epochs": args.epochs, "k": args.k, "batch-size": args.batch_size,
-                "temperature": args.temperature}  # fmt: skip
+                "temperature": args.temperature, "tsne-images": args.tsne_images}  # fmt: skip
     for option, value in positive.items():
         if value is not None and not value > 0:  # nan is neither
             raise UserError(f"--{option} is {value}; give a number above 0")
@@ -132,6 +152,14 @@ def _check(args: argparse.Namespace) -> None:
     for percent in args.labels or []:
         if not 0 < percent <= 100:
             raise UserError(f"--labels has {percent}; give percents above 0, up to 100")
+    if args.tsne:
+        check_tsne(args.tsne)
+    elif args.tsne_images is not None:
+        raise UserError("--tsne-images belongs to --tsne PNG; give both, or neither")
+    if args.tsne and args.json and numbers_of(args.tsne).resolve() == args.json.resolve():
+        raise UserError(
+            f"--json {args.json}: the numbers of --tsne {args.tsne} go there; give one of them another name"
+        )
     if args.protocol == "semi" and len(args.rates or [0]) > 1:
         raise UserError("--rates: fine-tuning takes a single learning rate, for no images are held out; give one")
 
@@ -172,6 +200,28 @@ def _linear(args: argparse.Namespace, stage: str, train: Tensor, labels: Tensor,
     return classifier(test), {**settings, **facts}
 
 
+def _paper(args: argparse.Namespace, extractor: Extractor, stages: list[str], data: ProbeData) -> dict[str, Any]:
+    recipe = PaperRecipe(epochs=args.epochs or PaperRecipe.epochs, seed=args.seed)
+    heads = paper_probe(extractor, stages, data.train, len(data.classes), recipe)
+    test, truth = extractor(data.test, stages, "test"), torch.from_numpy(data.test.labels)
+    facts = {
+        "optimizer": "sgd",
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "rate": recipe.rate,
+        "divided_by_10_at": recipe.milestones,
+        "epochs": recipe.epochs,
+        "batch": recipe.batch,
+        "standardised": False,
+    }
+    found = {}
+    for stage, head in heads.items():
+        with torch.no_grad():
+            scores = head(test[stage].to(extractor.device)).cpu()
+        found[stage] = {**top_scores(scores, truth, args.seed), "dimensions": test[stage].shape[1], **facts}
+    return found
+
+
 def _knn(args: argparse.Namespace, stage: str, train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Outcome:
     settings = {"k": min(args.k or 20, len(train)), "temperature": args.temperature or 0.07}
     return knn_predict(train, labels, test, classes=classes, **settings), settings
@@ -188,6 +238,12 @@ def _ridge(args: argparse.Namespace, stage: str, train: Tensor, labels: Tensor, 
         "standardised": True,
     }
     return ridge(standard(test)), facts
+
+
+def _tsne(args: argparse.Namespace, extractor: Extractor, stage: str, data: ProbeData) -> dict[str, Any]:
+    images = balanced(data.test, args.tsne_images or IMAGES, args.seed)
+    features = extractor(images, [stage], "t-SNE")[stage].numpy()
+    return write_tsne(args.tsne, features, images, data.classes, args.backbone, stage, args.seed)
 
 
 def _semi(args: argparse.Namespace, extractor: Extractor, stage: str, data: ProbeData) -> dict[str, Any]:
@@ -212,6 +268,12 @@ def _semi(args: argparse.Namespace, extractor: Extractor, stage: str, data: Prob
 
 
 # --- the record -------------------------------------------------------------------------------------------------
+
+
+def _views(args: argparse.Namespace) -> str:
+    if args.protocol == "semi" or args.recipe == "paper":
+        return f"training: {VIEWS}; test: centre crop"
+    return "features computed once from the centre crop"
 
 
 def _data_facts(args: argparse.Namespace, data: ProbeData) -> dict[str, Any]:

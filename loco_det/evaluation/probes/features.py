@@ -78,14 +78,18 @@ class Extractor:
         return {stage: found[stage] for stage in stages}
 
     @torch.no_grad()
+    def pool(self, x: Tensor, stages: list[str]) -> dict[str, Tensor]:
+        """(B, 3, S, S) float32 as `Backbone.input` gives it -> {stage: (B, C) float32}, in the backbone's mode."""
+        outputs = self.backbone.model(x)
+        return {stage: outputs[stage].float().mean((2, 3)) for stage in stages}
+
     def _extract(self, images: LabelledImages, stages: list[str], what: str) -> dict[str, Tensor]:
         features = {stage: torch.empty(len(images), self.backbone.channels[stage]) for stage in stages}
         self.backbone.model.eval()
         row = 0
         for x, _ in self.batches(images, f"{what} features"):
-            outputs = self.backbone.model(x)
-            for stage, part in features.items():
-                part[row : row + len(x)] = outputs[stage].float().mean((2, 3))
+            for stage, part in self.pool(x, stages).items():
+                features[stage][row : row + len(x)] = part
             row += len(x)
         for stage, part in features.items():
             if not part.isfinite().all():

@@ -11,25 +11,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from loco_det.data.images import decode_image
-from loco_det.data.twoview import loader_of
-from loco_det.data.views import crop_resize, draw_view, finish_view, view_config, view_draws
 from loco_det.errors import UserError
 from loco_det.evaluation.probes.backbones import Backbone
+from loco_det.evaluation.probes.crops import crop_batches, steps_an_epoch
 from loco_det.evaluation.probes.features import Extractor
 from loco_det.evaluation.probes.images import LabelledImages
 from loco_det.runtime import Progress
 
 LARGEST_BATCH, SMALLEST_BATCH, STEPS_AN_EPOCH = 256, 16, 10
-CROP_AND_FLIP = {"JITTER_PROB": 0.0, "GRAY_PROB": 0.0, "BLUR_PROB": 0.0}
 
 
 @dataclass(frozen=True)
@@ -47,30 +41,6 @@ class FineTuning:
 def batch_size(labels: int) -> int:
     """Images in a batch: 256, or fewer where that would leave less than ten steps an epoch, but not below 16."""
     return min(LARGEST_BATCH, max(SMALLEST_BATCH, labels // STEPS_AN_EPOCH))
-
-
-class _Augmented(Dataset):
-    """[(epoch, row of `images`), ...] -> ((B, 3, S, S) uint8, (B,) labels), or the UserError that ends the run."""
-
-    def __init__(self, images: LabelledImages, size: int, seed: int) -> None:
-        self.images, self.seed = images, seed
-        self.config = view_config(size, CROP_AND_FLIP)
-
-    def __getitem__(self, requests: list[tuple[int, int]]) -> tuple[Tensor, Tensor] | UserError:
-        out = np.empty((len(requests), 3, self.config.size, self.config.size), np.uint8)
-        rows = [row for _, row in requests]
-        try:
-            for image, (epoch, row) in zip(out, requests):
-                self._draw(image, epoch, int(self.images.index[row]))
-        except UserError as error:
-            return error
-        return torch.from_numpy(out), torch.from_numpy(self.images.labels[rows])
-
-    def _draw(self, out: np.ndarray, epoch: int, index: int) -> None:
-        pixels = decode_image(self.images.source.read(index), self.images.source.name(index))
-        draws, _ = view_draws(self.seed, epoch, index)
-        params = draw_view(self.config, *pixels.shape[:2], draws)
-        finish_view(crop_resize(pixels, params.crop, self.config.size), params, out)
 
 
 def finetune(
@@ -96,9 +66,12 @@ def finetune(
     model = _Classifier(copy.deepcopy(backbone.model), stage, backbone.channels[stage], classes).to(device).train()
     scale = recipe.rate * recipe.batch / 256
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    total = recipe.epochs * _steps(len(train), recipe.batch)
+    total = recipe.epochs * steps_an_epoch(len(train), recipe.batch, drop_last=True)
+    batches = crop_batches(
+        train, size, epochs=recipe.epochs, batch=recipe.batch, seed=recipe.seed, drop_last=True, workers=workers
+    )
     with Progress(total, f"fine-tuning on {len(train)} labels") as progress:
-        for step, (images, labels) in enumerate(_batches(train, size, recipe, workers)):
+        for step, (images, labels) in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = scale * 0.5 * (1 + math.cos(math.pi * step / total))
             scores = model(backbone.input(images, device))
@@ -123,31 +96,6 @@ class _Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.backbone(x)[self.stage].float().mean((2, 3)))
-
-
-def _steps(count: int, batch: int) -> int:
-    return max(1, count // batch)
-
-
-class _Requests:
-    """(epoch, row) of every batch; each epoch in a new order, without the rows that would fill no batch."""
-
-    def __init__(self, count: int, recipe: FineTuning) -> None:
-        self.count, self.recipe = count, recipe
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        rng, batch = np.random.default_rng(self.recipe.seed), self.recipe.batch
-        for epoch in range(self.recipe.epochs):
-            order = rng.permutation(self.count)
-            for step in range(_steps(self.count, batch)):
-                yield [(epoch, int(row)) for row in order[step * batch : (step + 1) * batch]]
-
-
-def _batches(train: LabelledImages, size: int, recipe: FineTuning, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in loader_of(_Augmented(train, size, recipe.seed), _Requests(len(train), recipe), workers, False):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
 
 
 @torch.no_grad()

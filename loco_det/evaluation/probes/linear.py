@@ -102,11 +102,13 @@ def train_classifiers(
 
 
 def _optimizer(recipe: Recipe, weights: list[nn.Parameter], biases: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """SGD, or LARS that adapts the weights' steps and not the biases'."""
+    lars = {"always_adapt": True} if recipe.optimizer == "lars" else {}  # timm's Lars without decay is SGD otherwise
     groups = []
     for rate, weight, bias in zip(recipe.rates, weights, biases):
         peak = rate * recipe.batch / 256
         groups += [
-            {"params": [weight], "peak": peak, "weight_decay": recipe.weight_decay},
+            {"params": [weight], "peak": peak, "weight_decay": recipe.weight_decay, **lars},
             {"params": [bias], "peak": peak, "weight_decay": 0.0},
         ]
     if recipe.optimizer == "lars":

@@ -1,0 +1,111 @@
+"""The linear readout with the paper's schedule: SGD without momentum, rate 30, divided by 10 three times.
+
+LoCo (Xiong, Ren, Urtasun, arXiv 2008.01342) states optimizer, rate, 100 epochs and the division by 10 at epochs 30, 60
+and 90. It does not state batch, weight decay, views or initialisation: those are MoCo's linear evaluation (He et al.,
+arXiv 1911.05722, and its code), 256 images, none, a random crop and a flip of each training image in each epoch, and
+weights of deviation 0.01. Features are the pooled maps as they are, not standardised. They are computed anew for every
+crop, so this costs a forward of all training images in each epoch; one forward serves all stages.
+
+Shape legend: B images in a batch, D the stage's channels, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loco_det.errors import UserError
+from loco_det.evaluation.probes.crops import crop_batches, steps_an_epoch
+from loco_det.evaluation.probes.features import Extractor
+from loco_det.evaluation.probes.images import LabelledImages
+from loco_det.runtime import Progress
+
+INITIAL_STD = 0.01
+
+
+@dataclass(frozen=True)
+class PaperRecipe:
+    """With other than 100 epochs the rate falls after the same shares of them. The rate does not follow the batch."""
+
+    rate: float = 30.0
+    epochs: int = 100
+    batch: int = 256
+    seed: int = 0
+
+    @property
+    def milestones(self) -> list[int]:
+        """The epochs, counted from 0, that begin with a tenth of the rate before."""
+        return [-(-self.epochs * tenths // 10) for tenths in (3, 6, 9)]
+
+    def rate_in(self, epoch: int) -> float:
+        return self.rate / 10 ** sum(epoch >= milestone for milestone in self.milestones)
+
+
+def paper_probe(
+    extractor: Extractor, stages: list[str], train: LabelledImages, classes: int, recipe: PaperRecipe
+) -> dict[str, nn.Linear]:
+    """A classifier on each stage's pooled features of random crops of `train`; the backbone stays as it is.
+
+    Raises:
+        UserError: an image cannot be read, or a stage's loss is not finite.
+    """
+    extractor.backbone.model.eval()
+    per_epoch = steps_an_epoch(len(train), recipe.batch, drop_last=False)
+    crops = crop_batches(
+        train, extractor.size, epochs=recipe.epochs, batch=recipe.batch, seed=recipe.seed, drop_last=False,
+        workers=extractor.workers,
+    )  # fmt: skip
+    batches = (
+        (step // per_epoch, extractor.pool(extractor.backbone.input(images, extractor.device), stages), labels)
+        for step, (images, labels) in enumerate(crops)
+    )
+    with Progress(recipe.epochs * per_epoch, "linear probe, paper's recipe") as progress:
+        widths = {stage: extractor.backbone.channels[stage] for stage in stages}
+        return train_linear(batches, widths, classes, recipe, extractor.device, progress.advance)
+
+
+def train_linear(
+    batches: Iterable[tuple[int, dict[str, Tensor], Tensor]],
+    widths: dict[str, int],
+    classes: int,
+    recipe: PaperRecipe,
+    device: torch.device,
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict[str, nn.Linear]:
+    """One classifier for each stage.
+
+    Args:
+        batches: epoch, {stage: (B, D) float32 on `device`}, (B,) int64 labels.
+        widths: D of each stage.
+        advance: called with 1 after each step.
+
+    Raises:
+        UserError: a stage's loss is not finite.
+    """
+    heads = {stage: _initial(width, classes, recipe.seed).to(device) for stage, width in widths.items()}
+    optimizer = torch.optim.SGD([p for head in heads.values() for p in head.parameters()], lr=recipe.rate)
+    for epoch, features, labels in batches:
+        optimizer.param_groups[0]["lr"] = recipe.rate_in(epoch)
+        labels = labels.to(device)
+        losses = torch.stack([nn.functional.cross_entropy(head(features[s]), labels) for s, head in heads.items()])
+        if not losses.isfinite().all():
+            stage = list(heads)[losses.isfinite().tolist().index(False)]
+            raise UserError(
+                f"the loss on {stage} is not finite in epoch {epoch} of --recipe paper, whose rate is fixed; leave the "
+                "stage out with --stages, or use --recipe sweep"
+            )
+        optimizer.zero_grad(set_to_none=True)
+        losses.sum().backward()  # no stage's gradient has a part of another's
+        optimizer.step()
+        advance(1)
+    return heads
+
+
+def _initial(width: int, classes: int, seed: int) -> nn.Linear:
+    head = nn.Linear(width, classes)
+    nn.init.normal_(head.weight, std=INITIAL_STD, generator=torch.Generator().manual_seed(seed))
+    nn.init.zeros_(head.bias)
+    return head
