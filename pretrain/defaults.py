@@ -11,6 +11,10 @@ def get_cfg() -> CfgNode:
         {
             "METHOD": "loco",  # loco | gim | simclr, each a list of units; random: no training, BN statistics only
             "UNITS": [],  # [[first, last], ...] stage names; overrides METHOD's list
+            "SHARING": {  # what a stage that several units cover learns from: pretrain/sharing.py
+                "MODE": "hard",  # hard: all of them (LoCo) | upper: the uppermost | soft: copies, tied by a penalty
+                "PENALTY": 0.0,  # soft: times the sum of squared differences of each copy to the backbone; 0: not tied
+            },
             "BACKBONE": {
                 "NAME": "resnet50",  # resnet18 | 34 | 50 | 101 | 152
                 "STEM": "imagenet",  # imagenet: 7x7 stride 2 and pool; cifar: 3x3 stride 1

@@ -44,6 +44,7 @@ from pretrain.loss import nt_xent
 from pretrain.monitor import Monitor, Stopwatch
 from pretrain.optim import build_optimizer, learning_rate
 from pretrain.probe import KnnProbe
+from pretrain.sharing import SoftTrainer, UpperTrainer, check_sharing, private_copies
 from pretrain.stepping import Stepping
 from pretrain.sync_batchnorm import sync_anywhere
 
@@ -65,7 +66,10 @@ FREE_KEYS = (
 
 
 class Learner(nn.Module):
-    """The backbone, cut at the units' borders, and one decoder and loss for each unit."""
+    """The backbone, cut at the units' borders, and one decoder and loss for each unit.
+
+    With SHARING.MODE soft also the units' private copies of shared stages.
+    """
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
@@ -77,15 +81,18 @@ class Learner(nn.Module):
             for unit in self.units
         )
         sync_anywhere(self.decoders)
+        self.sharing = cfg.SHARING
+        check_sharing(self.sharing, any(stage.recompute for stage in self.stages))
+        modules = [stage.module for stage in self.stages]
+        self.copies = nn.ModuleList(private_copies(modules, self.units) if self.sharing.MODE == "soft" else [])
         self.temperature, self.chunk = cfg.LOSS.TEMPERATURE, cfg.LOSS.CHUNK
         self.embeddings: dict[int, Tensor] = {}  # of the last step, for the monitoring
         self.to(memory_format=LAYOUT)
 
     def parts(self) -> list[list[nn.Parameter]]:
-        """What is stepped at a time: each stage's parameters, then each decoder's."""
-        return [list(stage.module.parameters()) for stage in self.stages] + [
-            list(decoder.parameters()) for decoder in self.decoders
-        ]
+        """What is stepped at a time: the parameters of each stage, then of each private copy, then of each decoder."""
+        modules = [*(stage.module for stage in self.stages), *self.copies, *self.decoders]
+        return [list(module.parameters()) for module in modules]
 
     def loss(self, i: int, features: Tensor) -> Tensor:
         """Unit i's NT-Xent from its last stage's output (2b, C, H, W)."""
@@ -228,15 +235,15 @@ def local_trainer(
     learner: Learner,
     stepping: Stepping | None = None,
     compiler: Callable[[nn.Module], nn.Module] | None = None,
-) -> LocalTrainer:
-    """The learner's local step.
+) -> LocalTrainer | SoftTrainer:
+    """The learner's local step, by its SHARING.MODE.
 
     Args:
         learner: its stages, units and losses.
         stepping: learns which of `learner.parts()` are needed and final; None where nobody steps.
-        compiler: replaces each stage's module.
+        compiler: replaces the module of each stage and private copy.
     """
-    decoders = len(learner.stages)
+    decoders = len(learner.stages) + len(learner.copies)
     taken: list[int] = []  # decoders whose loss is known, so that their gradients are final when next a stage's are
 
     def loss(i: int, features: Tensor) -> Tensor:
@@ -250,14 +257,16 @@ def local_trainer(
             stepping.final(k, *taken)
             taken.clear()
 
-    return LocalTrainer(
-        [compiler(stage.module) if compiler else stage.module for stage in learner.stages],
-        learner.units,
-        [partial(loss, i) for i in range(len(learner.units))],
-        on_final=final,
-        recompute=[k for k, stage in enumerate(learner.stages) if stage.recompute],
-        on_start=stepping.ready if stepping else None,
-    )
+    made = compiler or (lambda module: module)
+    stages = [made(stage.module) for stage in learner.stages]
+    losses = [partial(loss, i) for i in range(len(learner.units))]
+    ready = stepping.ready if stepping else None
+    if learner.sharing.MODE == "soft":
+        copies, penalty = [made(module) for module in learner.copies], learner.sharing.PENALTY
+        return SoftTrainer(stages, copies, learner.units, losses, penalty, on_final=final, on_start=ready)
+    trainer = UpperTrainer if learner.sharing.MODE == "upper" else LocalTrainer
+    recompute = [k for k, stage in enumerate(learner.stages) if stage.recompute]
+    return trainer(stages, learner.units, losses, on_final=final, recompute=recompute, on_start=ready)
 
 
 def _stopped(stop: StopSignal, device: torch.device) -> bool:

@@ -23,10 +23,10 @@ UNIT_LISTS = {
 }
 
 
-def build(units: list[list[str]], recompute: str | list[str] | None = None, **backbone_options: int):
-    """ResNet-18 in float64, its stages and units, and a decoder and loss for each unit; always the same weights."""
+def build(units: list[list[str]], recompute: str | list[str] | None = None, depth: int = 18, **backbone_options: int):
+    """A ResNet in float64, its stages and units, and a decoder and loss for each unit; always the same weights."""
     torch.manual_seed(0)
-    backbone = ResNet(18, stem="cifar", **backbone_options).double()
+    backbone = ResNet(depth, stem="cifar", **backbone_options).double()
     stages, spans = split_backbone(backbone, units, recompute)
     decoders = nn.ModuleList(
         Decoder(channels, residual_blocks(channels, 1, {0}), mlp_layers=2, hidden_dim=16, out_dim=8)
