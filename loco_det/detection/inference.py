@@ -13,7 +13,7 @@ import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from loco_det.data.catalog import LVIS_NAMES, DatasetPaths, find_dataset, has_own_measure
+from loco_det.data.catalog import LVIS_NAMES, DatasetPaths, find_dataset, folder_name, has_own_measure
 from loco_det.data.cityscapes import is_cityscapes
 from loco_det.data.index import load_index
 from loco_det.data.semantic import is_semantic
@@ -85,7 +85,7 @@ def _evaluate_all(cfg: CfgNode, model: nn.Module, engine: ModuleType, evaluator:
     proposals = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
     semantic = cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor"
     for name in names:
-        output_dir = Path(cfg.OUTPUT_DIR) if len(names) == 1 else Path(cfg.OUTPUT_DIR) / name
+        output_dir = Path(cfg.OUTPUT_DIR) if len(names) == 1 else Path(cfg.OUTPUT_DIR) / folder_name(name)
         if semantic:
             found = _evaluate_semantic(cfg, model, engine, name, output_dir, evaluator)
         elif proposals:
