@@ -157,7 +157,7 @@ def _existing(source: Path) -> Path:
 
 
 def _first_reason(summary: Summary) -> str:
-    for what, reasons in (("objects", summary.objects), ("images", summary.images)):
+    for what, reasons in (("images", summary.images), ("objects", summary.objects)):
         for reason, (count, examples) in reasons.found.items():
             return f"; {count} {what} were left out because: {reason} ({examples[0]})"
     return ""

@@ -91,9 +91,13 @@ class Tree:
         """The image that an annotation file in the folder `near` calls `name`, or None.
 
         A path is tried from there and from every root; else its last part is looked for anywhere, and of several the
-        one with the longest common end, then the one nearest, is taken if it is alone.
+        one with the longest common end, then the one nearest, is taken if it is alone. All of it once more with %20
+        and the like decoded.
         """
-        parts = _parts(name)
+        decoded = urllib.parse.unquote(name)
+        return self._find(_parts(name), near) or (self._find(_parts(decoded), near) if decoded != name else None)
+
+    def _find(self, parts: list[str], near: Path) -> Path | None:
         if not parts:
             return None
         for folder in (near, *self.roots):
