@@ -103,7 +103,10 @@ def _sweep() -> Job:
 JOBS: dict[str, tuple[str, Callable[[], Job]]] = {
     "quickstart": ("make a data set, pretrain on it, convert, detect: the whole road in minutes on a CPU", _quickstart),
     "doctor": ("check this machine, its data sets and a config with its weights, and say what to do", _doctor),
-    "data": ("`data check PATH`: read a whole data set, say what is wrong with it and draw samples", _data),
+    "data": (
+        "`data check PATH`: read a whole data set, say what is wrong; `data convert SRC OUT`: to COCO's format",
+        _data,
+    ),
     "pretrain": ("pretrain a backbone on unlabelled images with LoCo, GIM or SimCLR", _pretrain),
     "convert": ("turn a backbone into weights that Detectron2 and `train` read, with proof", _convert),
     "train": ("train and evaluate Faster or Mask R-CNN on a frozen or fine-tuned backbone", _train),

@@ -101,6 +101,7 @@ def examine_config(config: str, overrides: list[str], weights: str | None = None
     """
     try:
         from loco_det.config import collect_settings, load_config
+        from loco_det.data.classes import missing_classes
         from loco_det.detection import train
         from loco_det.detection.schema import check_honoured, get_cfg
     except Exception as error:
@@ -114,7 +115,11 @@ def examine_config(config: str, overrides: list[str], weights: str | None = None
         return Check("config", "ok", f"{config} on the {name} engine")
 
     def data_set(name: str) -> Check:
-        train.check_classes(cfg, [name])
+        train.check_classes(cfg, *(([name], []) if name in cfg.DATASETS.TRAIN else ([], [name])))
+        missing = missing_classes(cfg, name)
+        if missing:
+            advice = "AP is over the other classes; is it the right test set?"
+            return Check(f"data set {name}", "note", f"has no category for {', '.join(missing)}", advice)
         head = cfg.MODEL.SEM_SEG_HEAD if cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor" else cfg.MODEL.ROI_HEADS
         return Check(f"data set {name}", "ok", f"{head.NUM_CLASSES} classes, as in the config")
 

@@ -132,7 +132,8 @@ def class_names(cfg: CfgNode, given: Path | None) -> dict[int, str]:
     """{category id: name} in the order of the model's classes.
 
     From `given`, a COCO annotation file or a text file of one name a line (ids from 1); else from the first data set
-    of DATASETS.TEST and TRAIN that is on this machine, or has Cityscapes' pixel labels; else "class 1" and so on.
+    of DATASETS.TRAIN, which numbers the model's classes, and TEST that is on this machine, or has Cityscapes' pixel
+    labels; else "class 1" and so on.
 
     Raises:
         UserError: `given` is unreadable or names another number of classes than the model has.
@@ -143,7 +144,7 @@ def class_names(cfg: CfgNode, given: Path | None) -> dict[int, str]:
         if len(names) != count:
             raise UserError(f"{given} names {len(names)} classes and the model has {count}; give the right file.")
         return names
-    for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+    for dataset in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         with contextlib.suppress(UserError):
             if is_semantic(dataset):
                 names = dict(zip(LABEL_IDS.tolist(), CLASSES))

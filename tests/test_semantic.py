@@ -447,7 +447,7 @@ def test_data_check_reads_the_labels(tree: Path, tmp_path: Path, monkeypatch: py
 def test_what_does_not_fit_is_refused_first(changes: dict, message: str, tmp_path: Path) -> None:
     settings = cfg(tmp_path, **changes)
     with pytest.raises(UserError, match=message):
-        check_classes(settings, [*settings.DATASETS.TRAIN, *settings.DATASETS.TEST])
+        check_classes(settings, settings.DATASETS.TRAIN, settings.DATASETS.TEST)
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,19 @@ LVIS's images are COCO's: ROOT/coco/{train2017,val2017}/ and ROOT/lvis/lvis_v1_{
 Cityscapes (`data/cityscapes.py`, pixel labels: `data/semantic.py`) is read in its original folders; NAME@masks means
 its bitmaps, not its polygons.
 NAME@1pct_seed0 and the like are parts of any of them (`data/subsets.py`); of pixel labels, shares of the images alone.
+In place of a name stands a path (`data/paths.py`), as in cells/annotations.json@cells/images.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 from loco_det.data.cityscapes import PREFIX, SPLITS, cityscapes_annotations, is_cityscapes
+from loco_det.data.paths import find_path, is_path, split_parts
 from loco_det.data.semantic import PREFIX as SEMANTIC
 from loco_det.data.semantic import is_semantic, semantic_annotations
 from loco_det.data.subsets import check_part, part_of
@@ -78,22 +82,35 @@ def has_own_measure(name: str, masks: bool) -> bool:
     return whole in VOC_SETS or whole in LVIS_NAMES or (is_cityscapes(name) and masks)
 
 
+def folder_name(name: str) -> str:
+    """What a folder with results on a data set is called: its name, or of a path its end and a digest of the whole."""
+    if not is_path(name):
+        return name
+    end = re.sub(r"[^\w.@+-]+", "_", name).strip("_")[-60:]
+    return f"{end}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
+
+
 def find_dataset(name: str) -> DatasetPaths:
     """The paths of a dataset, both of them known to exist.
 
     Args:
         name: `coco_2017_train`, `voc_2007_test` and their kin, or FOO_SPLIT; any of them with @PART behind it
-            (`data/subsets.py`).
+            (`data/subsets.py`); or a path (`data/paths.py`).
 
     Raises:
         UserError: the name has no split, the folder or the file is not there, or the part means nothing.
     """
-    whole, *parts = name.split("@")
-    masks = is_cityscapes(whole) and parts[:1] == ["masks"]
-    for part in parts[masks:]:
+    if is_path(name):
+        whole, parts = split_parts(name)
+        masks = False
+    else:
+        whole, *parts = name.split("@")
+        masks = is_cityscapes(whole) and parts[:1] == ["masks"]
+        parts = parts[masks:]
+    for part in parts:
         check_part(part, name, objects=not is_semantic(whole))  # before anything is read for it
-    paths = _find_whole(whole, masks)
-    for part in parts[masks:]:
+    paths = DatasetPaths(name, *find_path(whole)) if is_path(name) else _find_whole(whole, masks)
+    for part in parts:
         paths = paths._replace(annotations=part_of(paths.annotations, part, name), derived=True)
     return paths._replace(name=name)
 
@@ -118,7 +135,8 @@ def _find_whole(name: str, masks: bool) -> DatasetPaths:
         if not stem or not split:
             raise UserError(
                 f"DATASETS: '{name}' is neither a COCO name such as coco_2017_train nor of the form NAME_SPLIT, "
-                "which stands for ROOT/NAME/SPLIT/ and ROOT/NAME/annotations/instances_SPLIT.json."
+                "which stands for ROOT/NAME/SPLIT/ and ROOT/NAME/annotations/instances_SPLIT.json; a path has a slash "
+                f"in it, ./{name}, or is FILE.json@FOLDER."
             )
         folder, images, annotations = root / stem, split, f"instances_{split}"
     return _existing(DatasetPaths(name, folder / images, folder / "annotations" / f"{annotations}.json"), root)

@@ -21,6 +21,7 @@ from fvcore.common.config import CfgNode
 from torch.utils.data import DataLoader, Dataset
 
 from loco_det.data.catalog import find_dataset
+from loco_det.data.classes import category_ids, check_training_classes
 from loco_det.data.coco import CocoDataset, load_coco
 from loco_det.data.mapper import DetectionMapper, ProposalsOfImage, sample_rng
 from loco_det.data.semantic import is_semantic
@@ -75,9 +76,7 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0, proposals: Precomputed
     if total < 1 or total % processes:
         raise UserError(f"SOLVER.IMS_PER_BATCH is {total}, which {processes} processes cannot share equally.")
     datasets = [_load(cfg, name, train=True) for name in cfg.DATASETS.TRAIN]
-    for other in datasets[1:]:
-        if other.class_names != datasets[0].class_names:
-            raise UserError(f"DATASETS.TRAIN: {other.paths.name} and {datasets[0].paths.name} differ in their classes.")
+    check_training_classes(cfg, cfg.DATASETS.TRAIN)
     chosen = [_trainable(cfg, dataset) for dataset in datasets]
     seed = _shared_seed(cfg.SEED)
     batches = _TrainBatches(
@@ -221,7 +220,8 @@ def repeat_factors(images: np.ndarray, labels: np.ndarray, count: int, threshold
 def _load(cfg: CfgNode, name: str, train: bool) -> CocoDataset:
     semantic = check_kind(cfg, name)
     dataset = load_coco(find_dataset(name), need_annotations=train and not semantic)
-    check_classes(cfg, name, len(dataset.class_names))
+    if not train:
+        category_ids(cfg, name)
     return dataset
 
 
@@ -235,17 +235,6 @@ def check_kind(cfg: CfgNode, name: str) -> bool:
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; set it to {wanted}, or name another data set."
         )
     return semantic
-
-
-def check_classes(cfg: CfgNode, name: str, classes: int) -> None:
-    """Refuse with UserError a data set that has another number of classes than the model is built for."""
-    head = "SEM_SEG_HEAD" if is_semantic(name) else "ROI_HEADS"
-    expected = cfg.MODEL[head].NUM_CLASSES
-    if classes != expected:
-        raise UserError(
-            f"data set {name} has {classes} classes and MODEL.{head}.NUM_CLASSES is {expected}; set "
-            f"MODEL.{head}.NUM_CLASSES {classes}."
-        )
 
 
 def _trainable(cfg: CfgNode, dataset: CocoDataset) -> np.ndarray:

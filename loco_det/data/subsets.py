@@ -112,7 +112,7 @@ def part_of(annotations: Path, part: str, name: str) -> Path:
         "path": str(annotations),
         "part": part,
     }
-    return derived_file(re.sub(r"[^\w.@+-]", "_", name), facts, lambda: _written(annotations, choose, name))
+    return derived_file(re.sub(r"[^\w.@+-]", "_", name)[-100:], facts, lambda: _written(annotations, choose, name))
 
 
 def check_part(part: str, name: str, objects: bool) -> None:
@@ -122,6 +122,11 @@ def check_part(part: str, name: str, objects: bool) -> None:
         raise UserError(
             f"data set {name}: @{part} chooses by objects, and pixel labels are none; use e.g. @10pct_seed0"
         )
+
+
+def is_part(text: str) -> bool:
+    """Whether what stands behind an @ is written as a part."""
+    return any(pattern.fullmatch(text) for pattern in (_SHARE, _SHOTS, _CLASSES))
 
 
 def part_name(share: float | None = None, shots: int | None = None, seed: int = 0) -> str:

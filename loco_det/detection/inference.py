@@ -13,8 +13,9 @@ import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from loco_det.data.catalog import LVIS_NAMES, DatasetPaths, find_dataset, has_own_measure
+from loco_det.data.catalog import LVIS_NAMES, DatasetPaths, find_dataset, folder_name, has_own_measure
 from loco_det.data.cityscapes import is_cityscapes
+from loco_det.data.classes import category_ids
 from loco_det.data.index import load_index
 from loco_det.data.semantic import is_semantic
 from loco_det.data.voc import VOC_SETS, image_number
@@ -85,7 +86,7 @@ def _evaluate_all(cfg: CfgNode, model: nn.Module, engine: ModuleType, evaluator:
     proposals = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
     semantic = cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor"
     for name in names:
-        output_dir = Path(cfg.OUTPUT_DIR) if len(names) == 1 else Path(cfg.OUTPUT_DIR) / name
+        output_dir = Path(cfg.OUTPUT_DIR) if len(names) == 1 else Path(cfg.OUTPUT_DIR) / folder_name(name)
         if semantic:
             found = _evaluate_semantic(cfg, model, engine, name, output_dir, evaluator)
         elif proposals:
@@ -100,9 +101,8 @@ def _evaluate_one(
     cfg: CfgNode, model: nn.Module, engine: ModuleType, name: str, output_dir: Path, evaluator: str, folder: str
 ) -> Results:
     paths = find_dataset(name)
-    category_ids = tuple(load_index(paths.annotations).categories)
     began = time.perf_counter()
-    predictions = predict_dataset(model, engine, engine.test_batches(cfg, name), category_ids)
+    predictions = predict_dataset(model, engine, engine.test_batches(cfg, name), category_ids(cfg, name))
     results: Results = {}
     if is_main():
         seconds = time.perf_counter() - began
@@ -196,9 +196,11 @@ def _evaluate_semantic(
 
 
 def predict_dataset(
-    model: nn.Module, engine: ModuleType, batches: Any, category_ids: tuple[int, ...]
+    model: nn.Module, engine: ModuleType, batches: Any, category_ids: tuple[int | None, ...]
 ) -> list[dict[str, Any]]:
     """COCO results of every image; on the main process those of all processes, elsewhere an empty list.
+
+    Detections of a class whose category id is None, which the data set does not have, are left out.
 
     The model's training mode is put back as it was.
     """
@@ -223,10 +225,11 @@ def _run_everywhere(model: nn.Module, predictions: Iterator[Any]) -> list[Any]:
 
 
 def _predictions(
-    model: nn.Module, engine: ModuleType, batches: Any, category_ids: tuple[int, ...]
+    model: nn.Module, engine: ModuleType, batches: Any, category_ids: tuple[int | None, ...]
 ) -> Iterator[dict[str, Any]]:
     for item, instances in _found(model, engine, batches):
-        yield from instances_to_coco(instances, image_number(item["image_id"]), category_ids)
+        results = instances_to_coco(instances, image_number(item["image_id"]), category_ids)
+        yield from (result for result in results if result["category_id"] is not None)
 
 
 def _proposals(model: nn.Module, engine: ModuleType, batches: Any) -> Iterator[Proposals]:

@@ -44,7 +44,7 @@ def write_record(cfg: CfgNode, engine: str, weights: Weights | None) -> None:
         "engine": engine,
         "seed": cfg.SEED,
         "weights": found,
-        "datasets": {name: _file(find_dataset(name).annotations) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)},
+        "datasets": {name: _data_set(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)},
         "environment": environment(torch.device(cfg.MODEL.DEVICE)),
     }
     write_json(Path(cfg.OUTPUT_DIR) / "run.json", record)
@@ -68,6 +68,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
     }
+
+
+def _data_set(name: str) -> dict[str, Any]:
+    paths = find_dataset(name)
+    return {**_file(paths.annotations), "images": str(paths.images.absolute())}
 
 
 def _file(path: Path) -> dict[str, Any]:

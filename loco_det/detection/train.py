@@ -6,6 +6,7 @@ inference/coco_instances_results.json; and run.json, which says what went in.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,8 +19,7 @@ from torch import nn
 
 from loco_det import __version__
 from loco_det.data import loader
-from loco_det.data.catalog import find_dataset
-from loco_det.data.index import load_index
+from loco_det.data.classes import check_training_classes, missing_classes
 from loco_det.detection import engine_d2, solver
 from loco_det.detection.checkpoint import Checkpointer, read_last
 from loco_det.detection.feature_cache import check_cacheable, use_cache
@@ -133,7 +133,7 @@ def _prepare(cfg: CfgNode, eval_only: bool) -> CfgNode:
         raise UserError("DATASETS.TRAIN is empty; name a data set to train on, e.g. ('coco_2017_train',).")
     if eval_only and not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty; name a data set to evaluate on, e.g. ('coco_2017_val',).")
-    check_classes(cfg, [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
+    check_classes(cfg, () if eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     if is_main():
         with atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", "w") as file:
             file.write(cfg.dump())
@@ -164,11 +164,19 @@ def _with(cfg: CfgNode, **values: Any) -> CfgNode:
     return cfg
 
 
-def check_classes(cfg: CfgNode, names: list[str]) -> None:
-    """Every data set exists and has the classes that the model is built for, before hours are spent."""
-    for name in names:
+def check_classes(cfg: CfgNode, train: Sequence[str], test: Sequence[str]) -> None:
+    """Every data set exists and its classes are the model's, before hours are spent.
+
+    Raises:
+        UserError: a set is not there, or its classes do not fit the model or those of the training set.
+    """
+    for name in (*train, *test):
         loader.check_kind(cfg, name)
-        loader.check_classes(cfg, name, len(load_index(find_dataset(name).annotations).categories))
+    check_training_classes(cfg, train)
+    for name in test:
+        missing = missing_classes(cfg, name)
+        if missing:
+            log.warning("%s has no category for %s: AP is over the other classes", name, ", ".join(missing))
 
 
 def detector_device(name: str) -> torch.device:

@@ -192,7 +192,7 @@ def _percent(precision: np.ndarray) -> float:
 # --- predictions in, files and tables out -----------------------------------------------------------------------
 
 
-def instances_to_coco(instances: Instances, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+def instances_to_coco(instances: Instances, image_id: int, category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
     """Detections of one image in COCO's result format.
 
     Args:

@@ -1,4 +1,4 @@
-"""`loco-det data check PATH`: whether a training on a data set may start, and pictures of what it would see."""
+"""`loco-det data`: whether a training on a data set may start, with pictures; and any tool's annotations as COCO's."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from loco_det import __version__
-from loco_det.data.catalog import COCO_NAMES, DatasetPaths, find_dataset
+from loco_det.data.catalog import COCO_NAMES, DatasetPaths, find_dataset, folder_name
 from loco_det.data.check import Checked, check_coco, check_source, finite_boxes
 from loco_det.data.coco import CocoDataset
+from loco_det.data.formats.conversion import FORMATS, convert_annotations, write_conversion
+from loco_det.data.formats.summary import lines
 from loco_det.data.index import load_index
+from loco_det.data.paths import is_annotated, is_path
 from loco_det.data.semantic import is_semantic
 from loco_det.data.sources import Source, open_source
 from loco_det.data.views import PRESETS, view_config
@@ -40,11 +43,25 @@ class Asked(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to check and where the pictures go."""
-    parser.add_argument("action", choices=["check"], help="read everything, say what is wrong, draw what is there")
-    parser.add_argument("path", metavar="PATH", help="images as DATA.PATH takes them, or a name such as coco_2017_val")
+    """What to check or to convert and where the results go."""
+    parser.add_argument(
+        "action",
+        choices=["check", "convert"],
+        help="check: read everything, say what is wrong, draw what is there; convert: annotations to COCO's format",
+    )
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        help="images as DATA.PATH takes them, or a data set as DATASETS.TRAIN does; of convert a folder or a file",
+    )
+    parser.add_argument("to", nargs="?", type=Path, metavar="OUT", help="convert: the folder for annotations/*.json")
     parser.add_argument("--annotations", type=Path, metavar="FILE", help="a COCO file on the images in the folder PATH")
-    parser.add_argument("--format", default="auto", metavar="FORMAT", help="of an image set, as DATA.FORMAT")
+    parser.add_argument(
+        "--format",
+        default="auto",
+        metavar="FORMAT",
+        help=f"of an image set, as DATA.FORMAT; of convert one of auto, {', '.join(FORMATS)}",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="for check.json and pictures (output/data_check/NAME)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="reading processes (default: 4)")
@@ -55,13 +72,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, draw and print; returns 0, or 1 if a training would stop.
+    """Check or convert, and print; returns 0, or 1 if a training on what was checked would stop.
 
     Raises:
-        UserError: nothing to check there, or an annotation file that is none.
+        UserError: nothing to check or to convert there, or an annotation file that is none.
     """
+    if args.action == "convert":
+        return _convert(args)
+    if args.to is not None:
+        raise UserError(f"data check takes one PATH; give {args.to} as --out {args.to} if the pictures belong there.")
     asked = _asked(args)
-    out = args.out or Path("output") / "data_check" / asked.name
+    out = args.out or Path("output") / "data_check" / folder_name(asked.name)
     if asked.paths is None:
         checked = check_source(asked.source, workers=args.workers, max_bad_share=args.max_bad_share)
     else:
@@ -93,13 +114,54 @@ def _asked(args: argparse.Namespace) -> Asked:
                 raise UserError(f"{path}: not there; --annotations FILE goes with PATH, the folder of its images")
         name = args.annotations.stem
         return Asked(name, None, DatasetPaths(name, folder, args.annotations))
-    if args.path in COCO_NAMES or (not Path(args.path.partition("!")[0]).exists() and _is_name(args.path)):
+    place = Path(args.path.partition("!")[0])
+    if args.path in COCO_NAMES or (not place.exists() and _is_name(args.path)):
         return Asked(args.path, None, find_dataset(args.path))
+    if args.format == "auto" and ((is_path(args.path) and not place.exists()) or _is_annotated(place)):
+        name = args.path if is_path(args.path) else f"./{args.path}"
+        return Asked(name, None, find_dataset(name))
     return Asked(Path(args.path).stem or "data", open_source(args.path, args.format), None)
 
 
 def _is_name(text: str) -> bool:
     return "_" in text and not set(text) & set("/\\.{!")
+
+
+def _is_annotated(place: Path) -> bool:
+    """Whether PATH is a data set with annotations: a file that holds them, or a folder with such files."""
+    return is_annotated(place) if place.is_dir() else place.suffix.lower() in (".json", ".xml", ".yaml", ".yml")
+
+
+def _convert(args: argparse.Namespace) -> int:
+    """Write COCO files of all splits; tell what came over and what did not."""
+    if args.to is None:
+        raise UserError("data convert takes SRC OUT: what to convert, and the folder for annotations/*.json.")
+    converted = convert_annotations(Path(args.path), args.format)
+    files = write_conversion(converted, args.to)
+    if args.json:
+        print(json.dumps(converted.summary, indent=1))
+        return 0
+    summary = converted.summary
+    print(f"{args.path}: {summary['format']}, images in {summary['image_folder']}, which stay there")
+    table = Table(box=None, pad_edge=False)
+    for column in ("split", "images", "objects", "with mask", *summary["classes"][:BARS]):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split, counts in summary["splits"].items():
+        each = list(counts["objects_per_class"].values())[:BARS]
+        table.add_row(split, *map(str, (counts["images"], counts["objects"], counts["with_mask"], *each)))
+    _console().print(table)
+    if len(summary["classes"]) > BARS:
+        print(f"... and {len(summary['classes']) - BARS} more classes, in conversion.json")
+    for line in lines(summary):
+        print(line)
+    for split, file in files.items():
+        print(f"{split}: DATASETS.TRAIN \"('{file}@{converted.images}',)\"")
+    print(f"MODEL.ROI_HEADS.NUM_CLASSES {len(summary['classes'])}")
+    return 0
+
+
+def _console() -> Console:
+    return Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False)
 
 
 def _pictures(args: argparse.Namespace, asked: Asked, checked: Checked, out: Path) -> list[Path]:
@@ -161,7 +223,7 @@ def _histogram(classes: dict[str, int], unit: str, out: Path) -> None:
 
 
 def _print(asked: Asked, checked: Checked, files: list[Path]) -> None:
-    console = Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False)
+    console = _console()
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in checked.counts.items():
         table.add_row(name, _worded(value))

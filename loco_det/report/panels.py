@@ -122,7 +122,10 @@ def _paths(run: DetectorRun) -> DatasetPaths:
     except UserError:
         pass
     # It is not where DETECTRON2_DATASETS says, or another of its name is; it may still lie where the run found it.
-    images = annotations.parent.parent / annotations.stem.removeprefix("instances_")
+    told = (((run.record or {}).get("datasets") or {}).get(name) or {}).get("images")
+    images = (
+        Path(told) if isinstance(told, str) else annotations.parent.parent / annotations.stem.removeprefix("instances_")
+    )
     if not images.is_dir():
         raise UserError(f"the images of {name} are not there; set DETECTRON2_DATASETS")
     return DatasetPaths(name, images, annotations)

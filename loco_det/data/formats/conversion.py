@@ -1,0 +1,320 @@
+"""Somebody's data set -> COCO annotation files, one a split, and a summary of what came over and what did not.
+
+Images stay where they are: file names are relative to the deepest folder that holds all of them. Classes are one list
+for all splits, as the source numbers them or else in alphabetical order, with ids from 1; image and annotation ids
+are the same in every split. Coordinates come over as they are, also where they reach over the border.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from loco_det import __version__
+from loco_det.data.formats import cvat, label_studio, labelme, png_masks, via, voc_xml, yolo
+from loco_det.data.formats.files import Tree, Unreadable, read_json, read_xml
+from loco_det.data.formats.objects import FARTHEST, Found, Picture, area, mask_area
+from loco_det.data.formats.summary import Summary
+from loco_det.errors import UserError
+from loco_det.runtime import atomic_write, write_json
+
+VERSION = 1  # of what comes out; raise it when the same files give something else
+MADE_BY = "converted by loco-det"  # begins info.description of every file written here
+_PEEKED = 20  # JSON files that are opened to tell a folder's format
+_BEYOND = 1.0  # pixels that an object may reach over the border without a note; tools round
+
+
+class Format(NamedTuple):
+    """One format: what reads it, and what it is called in messages."""
+
+    read: Callable[[Tree, Summary], Iterable[Picture]]
+    name: str
+
+
+FORMATS = {
+    "voc": Format(voc_xml.read, "Pascal VOC annotation"),
+    "yolo": Format(yolo.read, "YOLO label file"),
+    "labelme": Format(labelme.read, "LabelMe file"),
+    "via": Format(via.read, "VIA file"),
+    "labelstudio": Format(label_studio.read, "Label Studio export"),
+    "cvat": Format(cvat.read, "CVAT file"),
+    "png": Format(png_masks.read, "mask"),
+}
+
+
+class Converted(NamedTuple):
+    """`splits`: {name: content of a COCO file}; `images`: the folder that its file names are relative to; `summary`:
+    plain data for people and JSON."""
+
+    splits: dict[str, dict[str, Any]]
+    images: Path
+    summary: dict[str, Any]
+
+
+# --- which format ------------------------------------------------------------------------------------------------
+
+
+def recognise(tree: Tree) -> list[str]:
+    """The formats of `FORMATS`, or "coco", that a folder or file has; several where it holds several, or none."""
+    found = []
+    if any(tree.with_suffix(".xml")):
+        found += _of_xml(tree.with_suffix(".xml"))
+    if yolo.find_settings(tree) if tree.source == tree.root else tree.source.suffix in yolo.SUFFIXES:
+        found.append("yolo")
+    found += _of_json(tree.with_suffix(".json")[:_PEEKED])
+    if not found and tree.source == tree.root and any(png_masks.is_mask(path, tree.root) for path in tree.files):
+        found.append("png")
+    return found
+
+
+def _of_xml(files: list[Path]) -> list[str]:
+    broken = False
+    for path in files:
+        try:
+            tag = read_xml(path).tag
+        except Unreadable:
+            broken = True
+            continue
+        if tag in (voc_xml.ROOT_ELEMENT, cvat.ROOT_ELEMENT):
+            return ["voc" if tag == voc_xml.ROOT_ELEMENT else "cvat"]
+    return ["voc"] if broken else []  # whose reader says what is wrong with the file
+
+
+def _of_json(files: list[Path]) -> list[str]:
+    tests = {"labelme": labelme.is_labelme, "via": via.is_via, "labelstudio": label_studio.is_label_studio}
+    found: set[str] = set()
+    for path in files:
+        try:
+            content = read_json(path)
+        except Unreadable:
+            continue
+        found |= {name for name, test in tests.items() if test(content)}
+        if isinstance(content, dict) and {"images", "annotations"} <= set(content):
+            found.add("coco")
+    return sorted(found - {"coco"}) or sorted(found)
+
+
+def _chosen(tree: Tree, kind: str) -> str:
+    if kind != "auto":
+        if kind not in FORMATS:
+            raise UserError(f"--format {kind} is none of auto, {', '.join(FORMATS)}.")
+        return kind
+    found = recognise(tree)
+    if not found:
+        raise UserError(
+            f"{tree.source} holds no annotations of a known format ({', '.join(FORMATS)}); name the folder that holds "
+            "both them and the images, or give --format."
+        )
+    if found == ["coco"]:
+        raise UserError(
+            f"{tree.source} is in COCO's format already; name the annotation file and its image folder as "
+            "FILE.json@FOLDER in DATASETS.TRAIN."
+        )
+    if len(found) > 1:
+        raise UserError(f"{tree.source} holds annotations of several formats; give one of --format {', '.join(found)}.")
+    return found[0]
+
+
+# --- to COCO -----------------------------------------------------------------------------------------------------
+
+
+def convert_annotations(source: Path, kind: str = "auto", images: Path | None = None) -> Converted:
+    """Read a folder or an annotation file of any of `FORMATS`.
+
+    Args:
+        kind: a key of `FORMATS`, or "auto".
+        images: a folder with the images, where they do not lie below `source`.
+
+    Raises:
+        UserError: no or several formats, a damaged annotation file, nothing that could be learnt from.
+    """
+    tree = Tree(_existing(source), images)
+    kind = _chosen(tree, kind)
+    summary = Summary()
+    declared = FORMATS[kind].read(tree, summary)
+    pictures = list(_usable(tree, declared, summary))
+    summary.refuse_broken(FORMATS[kind].name)
+    _count_others(tree, kind, summary)
+    kept = {id(picture): list(_judged(tree, picture, summary)) for picture in pictures}
+    if not any(kept.values()):
+        raise UserError(f"{source}: not one object came over as {kind}{_first_reason(summary)}.")
+    names = summary.classes or sorted({each.label for objects in kept.values() for each in objects})
+    pictures.sort(key=lambda picture: str(picture.image))
+    folder = Path(os.path.commonpath([picture.image.parent for picture in pictures]))
+    splits = _content(tree, pictures, kept, names, folder, kind)
+    return Converted(splits, folder, _plain(source, kind, folder, splits, names, summary))
+
+
+def _existing(source: Path) -> Path:
+    if not (source.is_dir() or source.is_file()):
+        raise UserError(f"{source}: no such folder or file; correct the path.")
+    return source
+
+
+def _first_reason(summary: Summary) -> str:
+    for what, reasons in (("images", summary.images), ("objects", summary.objects)):
+        for reason, (count, examples) in reasons.found.items():
+            return f"; {count} {what} were left out because: {reason} ({examples[0]})"
+    return ""
+
+
+def _usable(tree: Tree, pictures: Iterable[Picture], summary: Summary) -> Iterator[Picture]:
+    """The pictures whose image can be read, is of the size that its annotation says, and comes for the first time."""
+    for picture in pictures:
+        size, where = tree.size(picture.image), f"{picture.file}: {tree.name(picture.image)}"
+        reason = ""
+        if size is None:
+            reason = "it cannot be read"
+        elif picture.image in summary.seen:
+            reason = "it is annotated a second time"
+        elif not _is_text(picture.image):
+            reason = "its name is no UTF-8"
+        elif picture.stated not in (None, size[:2]):
+            turned = size.turned and picture.stated == (size.height, size.width)
+            reason = "its EXIF data turn it, and it was annotated unturned" if turned else "it has another size"
+            where += " is {} x {}, in the annotation {} x {}".format(size.width, size.height, *picture.stated)
+        summary.seen.add(picture.image)
+        if reason:
+            summary.leave_out_image(reason, where, len(picture.objects))
+        else:
+            yield picture
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _count_others(tree: Tree, kind: str, summary: Summary) -> None:
+    """Count the images that nothing in the source speaks of."""
+    for image in tree.images():
+        if image not in summary.seen and not (kind == "png" and png_masks.is_mask(image, tree.root)):
+            summary.images.add("no annotation names it", tree.name(image))
+
+
+def _judged(tree: Tree, picture: Picture, summary: Summary) -> Iterator[Found]:
+    """The objects that have an area inside their image."""
+    size = tree.size(picture.image)
+    assert size is not None
+    for found in picture.objects:
+        x0, y0, x1, y1 = found.box
+        where = f"{picture.file}: {found.where}"
+        values = [*found.box, *(value for outline in found.polygons for value in outline)]
+        if max(map(abs, values)) > FARTHEST:
+            reason = f"a coordinate more than {FARTHEST:,} pixels away"
+        elif x1 <= x0 or y1 <= y0 or (found.polygons and not area(found.polygons)):
+            reason = "no area"
+        elif x0 >= size.width or y0 >= size.height or x1 <= 0 or y1 <= 0:
+            reason = "outside its image"
+        else:
+            if min(x0, y0) < -_BEYOND or x1 > size.width + _BEYOND or y1 > size.height + _BEYOND:
+                summary.notes.add("it reaches over the border of its image: kept as it is", where)
+            yield found
+            continue
+        summary.objects.add(reason, where)
+
+
+def _content(
+    tree: Tree, pictures: list[Picture], kept: dict[int, list[Found]], names: list[str], folder: Path, kind: str
+) -> dict[str, dict[str, Any]]:
+    categories = [{"id": k, "name": name} for k, name in enumerate(names, 1)]
+    numbers = {name: k for k, name in enumerate(names, 1)}
+    splits: dict[str, dict[str, Any]] = {}
+    count = 0
+    for image_id, picture in enumerate(pictures, 1):
+        size = tree.size(picture.image)
+        assert size is not None
+        name = picture.image.relative_to(folder).as_posix()
+        listed = {"id": image_id, "file_name": name, "width": size.width, "height": size.height}
+        annotations = []
+        for found in kept[id(picture)]:
+            count += 1
+            annotations.append(_annotation(count, image_id, numbers[found.label], found))
+        for split in picture.splits:
+            made_by = {"description": f"{MADE_BY} {__version__} from {kind}"}
+            content = splits.setdefault(
+                split, {"info": made_by, "images": [], "annotations": [], "categories": categories}
+            )
+            content["images"].append(listed)
+            content["annotations"] += annotations
+    return dict(sorted(splits.items()))
+
+
+def _annotation(number: int, image_id: int, category_id: int, found: Found) -> dict[str, Any]:
+    x0, y0, x1, y1 = found.box
+    content = {
+        "id": number,
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": [x0, y0, x1 - x0, y1 - y0],
+        "area": (x1 - x0) * (y1 - y0),
+        "iscrowd": 0,
+    }
+    if found.mask is not None:
+        content |= {"segmentation": found.mask, "area": mask_area(found.mask)}
+    elif found.polygons:
+        content |= {"segmentation": [list(outline) for outline in found.polygons], "area": area(found.polygons)}
+    if found.difficult:
+        content["difficult"] = 1
+    return content
+
+
+def _plain(
+    source: Path, kind: str, folder: Path, splits: dict[str, Any], names: list[str], summary: Summary
+) -> dict[str, Any]:
+    counts = {}
+    for split, content in splits.items():
+        found = Counter(annotation["category_id"] for annotation in content["annotations"])
+        counts[split] = {
+            "images": len(content["images"]),
+            "objects": len(content["annotations"]),
+            "with_mask": sum("segmentation" in annotation for annotation in content["annotations"]),
+            "objects_per_class": {name: found[k] for k, name in enumerate(names, 1)},
+        }
+    return {
+        "loco_det": __version__,
+        "source": str(source),
+        "format": kind,
+        "image_folder": str(folder),
+        "classes": names,
+        "splits": counts,
+        "images_left_out": summary.images.plain(),
+        "objects_left_out": summary.objects.plain(),
+        "notes": summary.notes.plain(),
+    }
+
+
+# --- to disk -----------------------------------------------------------------------------------------------------
+
+
+def write_conversion(converted: Converted, out: Path) -> dict[str, Path]:
+    """Write OUT/annotations/SPLIT.json and OUT/conversion.json; {split: file}.
+
+    Raises:
+        UserError: a file of that name is there which no conversion wrote, or the folder cannot be written.
+    """
+    files = {}
+    for split in converted.splits:
+        name = split if split.replace("-", "").replace("_", "").isalnum() else f"split_{len(files) + 1}"
+        files[split] = out / "annotations" / f"{name}.json"
+    for path in files.values():
+        if path.exists() and not _is_ours(path):
+            raise UserError(f"{path} is there and was not written by a conversion; name another folder for OUT.")
+    for split, path in files.items():
+        with atomic_write(path) as file:
+            file.write(msgspec.json.encode(converted.splits[split]))
+    write_json(out / "conversion.json", converted.summary)
+    return files
+
+
+def _is_ours(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(200).startswith(f'{{"info":{{"description":"{MADE_BY}'.encode())

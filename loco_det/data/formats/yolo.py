@@ -1,0 +1,232 @@
+"""YOLO's text files with data.yaml, as Ultralytics reads them; boxes and polygons.
+
+    data.yaml: path, train, val, test, names        each split a folder, a .txt list of images, or several of either
+    images/.../NAME.jpg -> labels/.../NAME.txt      the last /images/ of the path becomes /labels/; else side by side
+    a line: CLASS cx cy w h                         or CLASS x y x y x y ...; shares of the image's width and height
+
+A folder with classes.txt (labelImg, Label Studio) in place of data.yaml is read too; its folders are the splits. An
+image without a text file has no objects, as in training with YOLO.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loco_det.data.formats.files import Tree, Unreadable, read_text
+from loco_det.data.formats.objects import BadShape, Found, Picture, extent, number, polygon
+from loco_det.data.formats.splits import split_of_folder
+from loco_det.data.formats.summary import Summary
+from loco_det.errors import UserError
+
+SUFFIXES = (".yaml", ".yml")
+CLASS_LISTS = ("classes.txt", "obj.names")
+_SPLITS = ("train", "val", "valid", "test")
+_BEYOND = 0.01  # of the image's side that a coordinate may lie outside 0 to 1
+
+
+def find_settings(tree: Tree) -> Path | None:
+    """The data.yaml, or another YAML file at the top with `names`, or a list of classes; None where there is none."""
+    if tree.source != tree.root:
+        return tree.source
+    at_top = sorted(path for path in tree.with_suffix(*SUFFIXES) if path.parent == tree.root)
+    for path in sorted(at_top, key=lambda path: path.stem != "data"):
+        try:
+            if _read_settings(path).get("names"):
+                return path
+        except Unreadable:
+            if path.stem == "data":
+                return path  # whose error is told when it is read
+    return next((path for path in tree.files if path.name in CLASS_LISTS), None)
+
+
+def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
+    """The pictures of every split; `summary.classes` becomes the declared names.
+
+    Raises:
+        UserError: data.yaml is unreadable, or no split or no text file is there.
+    """
+    path = find_settings(tree)
+    if path is None:
+        raise UserError(f"{tree.source} holds no data.yaml with 'names'; name the folder that does, or the file.")
+    keypoints = False
+    try:
+        if path.name in CLASS_LISTS:
+            summary.classes = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+            images = {image: split_of_folder(image, tree.root) for image in tree.images()}
+        else:
+            settings = _read_settings(path)
+            summary.classes = _names(path, settings)
+            keypoints = "kpt_shape" in settings
+            images = _images(tree, path, settings, summary)
+    except Unreadable as error:
+        raise UserError(f"{path} is no data.yaml of YOLO: {error}; correct it.") from None
+    labelled = 0
+    for image, splits in images.items():
+        labels = _labels_of(image)
+        there = tree.is_file(labels)
+        labelled += there
+        if not there:
+            summary.notes.add("an image without a text file has no objects", tree.name(image))
+        name = tree.name(labels)
+        yield Picture(image, name, list(_objects(tree, image, labels, keypoints, summary)) if there else [], splits)
+    if not labelled:
+        where = f", e.g. {_labels_of(next(iter(images)))}" if images else ""
+        raise UserError(f"{path}: not one of its {len(images)} images has a text file of objects{where}.")
+
+
+# --- data.yaml ---------------------------------------------------------------------------------------------------
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Keys with text, a list of texts or, of `names`, {text: text}; nothing in the file is constructed."""
+    try:
+        root = yaml.compose(read_text(path), Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise Unreadable(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise Unreadable("it is nested too deep") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise Unreadable("it holds no KEY: VALUE pairs")
+    return {key.value: _plain(value) for key, value in root.value if isinstance(key, yaml.ScalarNode)}
+
+
+def _plain(node: yaml.Node) -> Any:
+    if isinstance(node, yaml.ScalarNode):
+        return "" if node.tag == "tag:yaml.org,2002:null" else node.value
+    if isinstance(node, yaml.SequenceNode):
+        return [child.value if isinstance(child, yaml.ScalarNode) else None for child in node.value]
+    return {
+        key.value: value.value if isinstance(value, yaml.ScalarNode) else None
+        for key, value in node.value
+        if isinstance(key, yaml.ScalarNode)
+    }
+
+
+def _names(path: Path, settings: dict[str, Any]) -> list[str]:
+    """The class names by number."""
+    names = settings.get("names")
+    if isinstance(names, dict):
+        try:
+            numbered = {int(key): name for key, name in names.items()}
+        except ValueError:
+            raise Unreadable("the keys of 'names' are not all whole numbers") from None
+        if sorted(numbered) != list(range(len(numbered))):
+            raise Unreadable(f"'names' does not number its {len(numbered)} classes from 0 on without gaps")
+        names = [numbered[k] for k in range(len(numbered))]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise Unreadable("'names' is no list of class names and no mapping from numbers to them")
+    count = settings.get("nc")
+    if isinstance(count, str) and count.isdigit() and int(count) != len(names):
+        raise Unreadable(f"'nc' is {count} and 'names' has {len(names)}")
+    return names
+
+
+def _images(tree: Tree, path: Path, settings: dict[str, Any], summary: Summary) -> dict[Path, tuple[str, ...]]:
+    """{image: its splits} in order."""
+    given = settings.get("path")
+    root = Path(os.path.normpath(path.parent / Path(given).expanduser())) if given and isinstance(given, str) else None
+    if root is not None and not root.is_dir():
+        summary.notes.add("'path' is not a folder here: taken as that of the YAML file", f"{path.name}: {given}")
+    if root is None or not root.is_dir():
+        root = path.parent
+    tree.add(root)
+    found: dict[Path, tuple[str, ...]] = {}
+    for split in _SPLITS:
+        value = settings.get(split)
+        for entry in value if isinstance(value, list) else [value]:
+            if not entry:
+                continue
+            for image in _entry(tree, root, split, entry, summary):
+                found[image] = tuple(dict.fromkeys((*found.get(image, ()), split)))
+    if not found:
+        raise Unreadable(
+            f"none of its splits ({', '.join(s for s in _SPLITS if s in settings) or 'none named'}) is there"
+        )
+    return found
+
+
+def _entry(tree: Tree, root: Path, split: str, entry: str, summary: Summary) -> Iterator[Path]:
+    """The images of one folder or list that a split names."""
+    place = Path(os.path.normpath(root / Path(entry).expanduser()))
+    if not place.exists() and entry.startswith("../"):  # as Roboflow writes it, meaning beside the YAML file
+        place = root / entry.removeprefix("../")
+    if place.is_dir():
+        tree.add(place)
+        yield from tree.images(place)
+    elif place.is_file() and place.suffix == ".txt":
+        for line in filter(None, map(str.strip, read_text(place).splitlines())):
+            image = tree.find(line, place.parent)
+            if image is None:
+                summary.images.add("it is listed and not there", f"{place.name}: {line}")
+            else:
+                yield image
+    else:
+        summary.notes.add(f"the split '{split}' is not there", entry)
+
+
+# --- labels ------------------------------------------------------------------------------------------------------
+
+
+def _labels_of(image: Path) -> Path:
+    parts = list(image.with_suffix(".txt").parts)
+    for k in range(len(parts) - 2, 0, -1):
+        if parts[k] == "images":
+            parts[k] = "labels"
+            break
+    return Path(*parts)
+
+
+def _objects(tree: Tree, image: Path, labels: Path, keypoints: bool, summary: Summary) -> Iterator[Found]:
+    size = tree.size(image)
+    if size is None:
+        return  # the image is left out, and said to be unreadable
+    try:
+        lines = read_text(labels).splitlines()
+    except Unreadable as error:
+        summary.broken.append((str(labels), str(error)))
+        return
+    for k, line in enumerate(lines, 1):
+        words = line.split()
+        if not words:
+            continue
+        where = f"{tree.name(labels)}: line {k}"
+        try:
+            label = _label(words[0], summary.classes)
+            values = _shares(words[1:5] if keypoints else words[1:])
+            yield _found(f"line {k} ({label})", label, values, size.width, size.height)
+        except BadShape as error:
+            summary.objects.add(str(error), where)
+            continue
+        if keypoints and len(words) > 5:
+            summary.notes.add("keypoints do not come over", where)
+
+
+def _label(word: str, names: list[str]) -> str:
+    value = number(word)
+    if value != int(value) or not 0 <= value < len(names):
+        raise BadShape(f"class {word} is none of the {len(names)} in 'names' (0 to {len(names) - 1})")
+    return names[int(value)]
+
+
+def _shares(words: list[str]) -> list[float]:
+    values = [number(word) for word in words]
+    if len(values) == 5:
+        raise BadShape("6 values, as predictions with a confidence have")
+    if len(values) < 4 or (len(values) > 4 and len(values) % 2):
+        raise BadShape("neither CLASS cx cy w h nor CLASS x y x y x y ...")
+    if any(not -_BEYOND <= value <= 1 + _BEYOND for value in values):
+        raise BadShape("coordinates are not shares from 0 to 1")
+    return values
+
+
+def _found(where: str, label: str, values: list[float], width: int, height: int) -> Found:
+    if len(values) == 4:
+        cx, cy, w, h = values[0] * width, values[1] * height, values[2] * width, values[3] * height
+        return Found(where, label, (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
+    outline = polygon([[x * width, y * height] for x, y in zip(values[::2], values[1::2])])
+    return Found(where, label, extent([outline]), (outline,))

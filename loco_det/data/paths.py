@@ -1,0 +1,184 @@
+"""Data sets spelled as paths, and converted on the way where they are not in COCO's format.
+
+    FILE.json[@IMAGES]              a COCO annotation file and its folder of images, which may be left out where it is
+                                    the file's own folder or `images` in it
+    FOLDER                          with _annotations.coco.json (Roboflow) or COCO's result.json (Label Studio) in it
+    SOURCE[@IMAGES][@SPLIT]         a folder or file that `loco-det data convert` reads (`formats/`)
+
+and behind any of them @PART as behind a name (`subsets.py`). What is a path has a / before its first @, or ends there
+in .json, .xml, .yaml or .yml; anything else is a name. What stands behind an @ is a part if it is written as one, so a
+folder called 10pct_seed0 is ./10pct_seed0.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from loco_det.data.derived import derived_file, files_digest
+from loco_det.data.formats.conversion import VERSION, Converted, convert_annotations, recognise
+from loco_det.data.formats.files import Tree
+from loco_det.data.formats.summary import lines
+from loco_det.data.subsets import is_part
+from loco_det.errors import UserError
+from loco_det.runtime import log
+
+_FILE = re.compile(r"(.*?\.(?:json|json\.gz|xml|ya?ml))(?:@(.*))?", re.IGNORECASE | re.DOTALL)
+COCO_FILES = ("_annotations.coco.json", "result.json")  # that stand for the folder they lie in
+_HEAD = 1 << 16  # bytes by which a JSON file is told from COCO's
+_FIRST = re.compile(rb'\s*(\[|\{\s*"(_via_\w+|shapes|version|flags)"|\{\s*"[^"]*"\s*:\s*\{\s*"filename")')
+_told: set[Path] = set()
+
+
+class Place(NamedTuple):
+    """What a path stands for: a folder of images and a COCO file, `derived` if that was made here."""
+
+    images: Path
+    annotations: Path
+    derived: bool
+
+
+def is_path(name: str) -> bool:
+    """Whether a data set's name is a path, without or with anything behind an @."""
+    head = name.partition("@")[0]
+    return "/" in head or head.startswith("~") or _FILE.fullmatch(head) is not None
+
+
+def split_parts(name: str) -> tuple[str, list[str]]:
+    """A path without the parts behind it, and these."""
+    pieces, parts = name.split("@"), []
+    while len(pieces) > 1 and is_part(pieces[-1]):
+        parts.insert(0, pieces.pop())
+    return "@".join(pieces), parts
+
+
+def find_path(whole: str) -> Place:
+    """The place that a path without parts stands for.
+
+    Raises:
+        UserError: something is not there or is of no known format, or a split must be named.
+    """
+    found = _FILE.fullmatch(whole)
+    if found and not Path(whole).expanduser().is_dir():
+        return _of_file(whole, Path(found[1]).expanduser(), found[2])
+    source, split = Path(whole).expanduser(), None
+    if not source.is_dir() and "@" in whole:
+        head, _, split = whole.rpartition("@")
+        source = Path(head).expanduser()
+    if not source.is_dir():
+        raise UserError(f"DATASETS: '{whole}': there is no folder {source}; correct the path.")
+    for file in (source / name for name in COCO_FILES):
+        if split is None and file.is_file() and _may_be_coco(file):
+            return Place(source, file, False)
+    return _converted(whole, source, None, split)
+
+
+def _of_file(whole: str, file: Path, rest: str | None) -> Place:
+    if not file.is_file():
+        raise UserError(f"DATASETS: '{whole}': there is no file {file}; correct the path.")
+    if file.name.lower().endswith((".json", ".json.gz")) and _may_be_coco(file):
+        images = _default_images(file) if rest is None else Path(rest).expanduser()
+        if not images.is_dir():
+            raise UserError(
+                f"DATASETS: '{whole}': there is no folder {images}; write FILE.json@FOLDER with the images' folder."
+            )
+        return Place(images, file, False)
+    images, split = None, None
+    if rest is not None:
+        head, _, tail = rest.rpartition("@")
+        if Path(rest).expanduser().is_dir():
+            images = Path(rest).expanduser()
+        elif head and Path(head).expanduser().is_dir():
+            images, split = Path(head).expanduser(), tail
+        elif head or "/" in tail:
+            raise UserError(f"DATASETS: '{whole}': there is no folder {head or tail}; correct the path.")
+        else:
+            split = tail
+    return _converted(whole, file, images, split)
+
+
+def _may_be_coco(file: Path) -> bool:
+    """Whether JSON does not begin as another format's; COCO's files are too long to be read twice."""
+    try:
+        with open(file, "rb") as opened:
+            head = opened.read(_HEAD).removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from None
+    return _FIRST.match(head) is None
+
+
+def _default_images(file: Path) -> Path:
+    """The folder of the file, or `images` in it if the file's first image is there and not beside the file."""
+
+    class Image(msgspec.Struct):
+        file_name: str = ""
+
+    class Listed(msgspec.Struct):
+        images: list[Image] = []
+
+    try:
+        names = [image.file_name for image in msgspec.json.decode(file.read_bytes(), type=Listed).images[:1]]
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return file.parent  # whoever loads the file says what is wrong with it
+    inside = file.parent / "images"
+    return inside if names and not (file.parent / names[0]).is_file() and (inside / names[0]).is_file() else file.parent
+
+
+# --- other formats -----------------------------------------------------------------------------------------------
+
+
+def is_annotated(path: Path) -> bool:
+    """Whether a folder is one of those above, so that its images come with annotations."""
+    if any((path / name).is_file() for name in COCO_FILES):
+        return True
+    return bool(set(recognise(Tree(path))) - {"coco"})
+
+
+def _converted(whole: str, source: Path, images: Path | None, split: str | None) -> Place:
+    """The COCO file of one split, made where there is none yet; the log tells once what did not come over."""
+    tree = Tree(source, images)
+    facts = {
+        "format": VERSION,
+        "source": str(tree.source),
+        "images": None if images is None else str(images.absolute()),
+        "files": files_digest(tree.files, tree.root),
+    }
+    made: list[Converted] = []
+
+    def conversion() -> Converted:
+        if not made:
+            made.append(convert_annotations(source, images=images))
+        return made[0]
+
+    title = re.sub(r"[^\w.+-]", "_", source.name)[-60:] or "data"
+    file = derived_file(f"{title}-summary", facts, lambda: msgspec.json.encode(conversion().summary))
+    summary = msgspec.json.decode(file.read_bytes())
+    split = _chosen_split(whole, list(summary["splits"]), split)
+    _tell(source, file, summary)
+    annotations = derived_file(
+        f"{title}-split", {**facts, "split": split}, lambda: msgspec.json.encode(conversion().splits[split])
+    )
+    return Place(Path(summary["image_folder"]), annotations, True)
+
+
+def _chosen_split(whole: str, splits: list[str], split: str | None) -> str:
+    if split is None and len(splits) == 1:
+        return splits[0]
+    if split not in splits:
+        which = "has several splits" if split is None else f"has no split '{split}'"
+        remedy = ", ".join(f"@{name}" for name in splits)
+        raise UserError(f"DATASETS: '{whole}' {which}; put one of {remedy} behind the path.")
+    return split
+
+
+def _tell(source: Path, file: Path, summary: dict[str, Any]) -> None:
+    if file in _told:
+        return
+    _told.add(file)
+    counts = ", ".join(f"{k} {v['images']} images, {v['objects']} objects" for k, v in summary["splits"].items())
+    log.info("%s: %s, read as COCO: %s", source, summary["format"], counts)
+    for line in lines(summary):
+        log.warning("%s: %s", source, line)
