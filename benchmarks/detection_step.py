@@ -45,7 +45,9 @@ from loco_det.data.catalog import find_dataset
 from loco_det.data.coco import load_coco
 from loco_det.data.madeup import make_shapes_dataset
 from loco_det.data.mapper import DetectionMapper, sample_rng
-from loco_det.detection import engine_d2, engine_torchvision, solver
+from loco_det.detection import engine_d2, solver
+from loco_det.detection.engine_d2 import Detectron2Engine
+from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.schema import get_cfg
 from loco_det.errors import UserError
 from loco_det.fused import fast_arithmetic
@@ -102,7 +104,7 @@ def make_weights(cfgs: dict[str, CfgNode], samples: list[dict[str, Any]], folder
     models = {}
     for kind, cfg in cfgs.items():
         torch.manual_seed(0)
-        models[kind] = engine_torchvision.build_model(cfg)
+        models[kind] = TorchvisionEngine().build_model(cfg)
     model = models["finetune"]
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
@@ -130,17 +132,17 @@ def make_weights(cfgs: dict[str, CfgNode], samples: list[dict[str, Any]], folder
 
 
 def our_side(job: str, cfg: CfgNode, state: dict[str, torch.Tensor], samples: list[dict[str, Any]]) -> Step:
-    model = engine_torchvision.build_model(cfg)
+    model = TorchvisionEngine().build_model(cfg)
     model.load_state_dict(state)
     if job != "infer" and cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()  # as `loco-det train` does
-    return engine_step(engine_torchvision, job, cfg, model, samples, solver.optimizer_step)
+    return engine_step(TorchvisionEngine(), job, cfg, model, samples, solver.optimizer_step)
 
 
 def detectron2_side(job: str, cfg: CfgNode, state: dict[str, torch.Tensor], samples: list[dict[str, Any]]) -> Step:
     from detectron2.structures import Boxes, Instances, PolygonMasks
 
-    model = engine_d2.build_model(cfg)
+    model = Detectron2Engine().build_model(cfg)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     assert all("num_batches_tracked" in name or "pixel_" in name for name in missing)
@@ -155,7 +157,7 @@ def detectron2_side(job: str, cfg: CfgNode, state: dict[str, torch.Tensor], samp
 
             theirs.gt_masks = BitMasks(ours.masks.tensor)
         converted.append({**sample, "instances": theirs})
-    return engine_step(engine_d2, job, cfg, model, converted, usual_step)
+    return engine_step(Detectron2Engine(), job, cfg, model, converted, usual_step)
 
 
 def usual_step(

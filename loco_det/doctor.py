@@ -109,7 +109,7 @@ def examine_config(config: str, overrides: list[str], weights: str | None = None
     cfg = load_config(get_cfg(), config, overrides)
 
     def engine() -> Check:
-        name = train.choose_engine("auto", tell=False).NAME
+        name = train.choose_engine("auto", tell=False).name
         if name == "torchvision":
             check_honoured(cfg, collect_settings(config, overrides))
         return Check("config", "ok", f"{config} on the {name} engine")

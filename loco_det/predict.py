@@ -15,7 +15,6 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cv2
@@ -31,6 +30,7 @@ from loco_det.data.index import load_index
 from loco_det.data.media import Frame, Medium, VideoWriter, find_media, read_ahead, read_frames
 from loco_det.data.semantic import CLASSES, LABEL_IDS, is_semantic
 from loco_det.data.transforms import resize_short_side
+from loco_det.detection.engine import Engine
 from loco_det.detection.schema import check_honoured, get_cfg
 from loco_det.detection.train import choose_engine, detector_device
 from loco_det.detection.weights import load_weights
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     overrides = [*args.opts, *overrides]
     cfg = load_config(get_cfg(), args.config_file, overrides)
     engine = choose_engine("torchvision" if args.export_onnx and args.engine == "auto" else args.engine)
-    if engine.NAME == "torchvision":
+    if engine.name == "torchvision":
         check_honoured(cfg, collect_settings(args.config_file, overrides))
     if _is_segmentor(cfg) and (args.score_threshold is not None or args.export_onnx):
         raise UserError("a SemanticSegmentor takes no --score-threshold (every pixel has a class) nor --export-onnx.")
@@ -103,7 +103,7 @@ def _is_segmentor(cfg: CfgNode) -> bool:
     return cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor"
 
 
-def load_detector(cfg: CfgNode, engine: ModuleType) -> tuple[nn.Module, CfgNode]:
+def load_detector(cfg: CfgNode, engine: Engine) -> tuple[nn.Module, CfgNode]:
     """The detector or segmentor with MODEL.WEIGHTS, in evaluation mode, and the configuration with the device it is on.
 
     Raises:
@@ -170,7 +170,7 @@ def _lines(path: Path) -> dict[int, str]:
 def predict(
     model: nn.Module,
     cfg: CfgNode,
-    engine: ModuleType,
+    engine: Engine,
     media: Sequence[Medium],
     names: dict[int, str],
     out: Path,
@@ -199,7 +199,7 @@ def predict(
 
 
 @torch.inference_mode()
-def detect(model: nn.Module, cfg: CfgNode, engine: ModuleType, pixels: Sequence[np.ndarray]) -> list[Any]:
+def detect(model: nn.Module, cfg: CfgNode, engine: Engine, pixels: Sequence[np.ndarray]) -> list[Any]:
     """What is found in each (H, W, 3) uint8 image of INPUT.FORMAT order, in that image's pixels.
 
     Returns:
@@ -320,7 +320,7 @@ def shapes(found: Instances) -> Iterator[Shape]:
     return map(Shape, found.classes.tolist(), boxes.tolist(), masks, found.scores.tolist())
 
 
-def export(model: nn.Module, cfg: CfgNode, engine: ModuleType, media: Sequence[Medium], path: Path) -> None:
+def export(model: nn.Module, cfg: CfgNode, engine: Engine, media: Sequence[Medium], path: Path) -> None:
     """Write the detector as ONNX for images of the first image's size, and hold it to the model on that image.
 
     Raises:
@@ -328,7 +328,7 @@ def export(model: nn.Module, cfg: CfgNode, engine: ModuleType, media: Sequence[M
     """
     from loco_det.detection.onnx import export_onnx
 
-    if engine.NAME != "torchvision":
+    if engine.name != "torchvision":
         raise UserError("--export-onnx needs --engine torchvision, which reads Detectron2's checkpoints too.")
     first = next(read_frames(media, cfg.INPUT.FORMAT, []), None)
     if first is None:

@@ -125,7 +125,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--set {min(taken)}: the sweep sets it itself; leave it out")
     cfg = load_config(get_cfg(), args.config_file, args.set)  # a mistake in it would fail every cell
     if args.feature_cache:
-        check_cacheable(cfg, choose_engine(args.engine, tell=False).NAME)
+        check_cacheable(cfg, choose_engine(args.engine, tell=False).name)
 
 
 def _shared(args: argparse.Namespace) -> dict[str, Any]:

@@ -138,14 +138,14 @@ def test_an_msra_file_is_read_as_detectron2_reads_it(tmp_path: Path) -> None:
 
 def test_weights_that_contradict_the_configuration_are_refused_on_this_engine_too(folder: Path) -> None:
     from loco_det.config import load_config
-    from loco_det.detection import engine_d2
+    from loco_det.detection.engine_d2 import Detectron2Engine
     from loco_det.detection.schema import get_cfg
     from loco_det.detection.weights import load_weights
     from loco_det.errors import UserError
 
     given = ["MODEL.WEIGHTS", str(folder / "r50.pkl"), "MODEL.DEVICE", "cpu", "INPUT.FORMAT", "BGR"]
     cfg = load_config(get_cfg(), "configs/coco_loco_r50.yaml", given)
-    model = engine_d2.build_model(cfg)
+    model = Detectron2Engine().build_model(cfg)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UserError, match=r'INPUT\.FORMAT "RGB" and the configuration has "BGR"'):
         load_weights(model, cfg)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from loco_det.data.catalog import COCO_NAMES, DatasetPaths, find_dataset, has_own_measure
+from loco_det.data.catalog import COCO_NAMES, DatasetPaths, find_dataset, measure_of
 from loco_det.data.coco import CocoDataset, decode_segmentation, load_coco
 from loco_det.errors import UserError
 from loco_det.structures import rle_lengths
@@ -107,7 +108,7 @@ def test_annotations_of_images_that_are_not_listed_belong_to_none(tmp_path, imag
 def test_minival_files_may_double_annotation_ids(tmp_path):
     """The public ones of COCO 2014 do."""
     paths = write(tmp_path, changed(annotations__4__id=3))
-    minival = paths._replace(annotations=tmp_path / "instances_minival2014.json")
+    minival = replace(paths, annotations=tmp_path / "instances_minival2014.json")
     paths.annotations.rename(minival.annotations)
     assert load_coco(minival)[2].annotation_ids.tolist() == [1, 3, 3, 7, 8]
 
@@ -282,16 +283,17 @@ def test_cocos_names_mean_detectron2s_places(tmp_path, monkeypatch):
         (folder / "annotations" / file).touch()
     assert set(COCO_NAMES) == set(PUBLIC)
     for name, (images, file) in PUBLIC.items():
-        assert find_dataset(name) == (name, folder / images, folder / "annotations" / file, False)
+        assert find_dataset(name) == DatasetPaths(name, folder / images, folder / "annotations" / file)
 
 
 def test_a_benchmarks_own_measure_is_that_of_its_parts():
     for part in ("", "@10pct_seed0"):
-        assert has_own_measure(f"voc_2007_test{part}", masks=False)
-        assert has_own_measure(f"lvis_v1_val{part}", masks=True)
-        assert has_own_measure(f"cityscapes_fine_instance_seg_val{part}", masks=True)
-        assert not has_own_measure(f"cityscapes_fine_instance_seg_val{part}", masks=False)
-        assert not has_own_measure(f"coco_2017_val{part}", masks=True)
+        assert measure_of(f"voc_2007_test{part}", masks=False) == "voc"
+        assert measure_of(f"lvis_v1_val{part}", masks=True) == "lvis"
+        assert measure_of(f"cityscapes_fine_instance_seg_val{part}", masks=True) == "cityscapes"
+        assert measure_of(f"cityscapes_fine_instance_seg_val{part}", masks=False) == "coco"
+        assert measure_of(f"coco_2017_val{part}", masks=True) == "coco"
+        assert measure_of(f"cityscapes_fine_sem_seg_val{part}", masks=True) == "semantic"
 
 
 def assert_equal_to_detectron2(dataset: CocoDataset, name: str) -> None:

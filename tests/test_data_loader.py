@@ -15,6 +15,7 @@ from PIL import Image
 from test_data_mapper import assert_instances_equal
 
 from loco_det.data import loader as module
+from loco_det.data.catalog import find_dataset
 from loco_det.data.loader import Loader, TrainingStream, build_test_loader, build_train_loader, repeat_factors
 from loco_det.data.mapper import sample_rng
 from loco_det.detection.schema import get_cfg
@@ -121,7 +122,7 @@ def test_every_process_sees_its_share_and_all_see_each_image_once_an_epoch(root,
     tested = []
     for rank in range(world):
         as_rank(monkeypatch, rank, world)
-        loader = build_test_loader(cfg, "made_train")
+        loader = build_test_loader(cfg, find_dataset("made_train"))
         batches = list(loader)
         assert len(loader) == len(batches)
         assert all(len(batch) == 1 for batch in batches)
@@ -192,7 +193,7 @@ def test_images_without_objects_are_left_out_unless_wanted(root):
     wanted = take(build_train_loader(config("DATALOADER.FILTER_EMPTY_ANNOTATIONS", False)), 40)
     assert {s["image_id"] for b in wanted for s in b} == set(range(10))
     assert {len(s["instances"]) for b in wanted for s in b if s["image_id"] >= 5} == {0}
-    assert len(build_test_loader(config(), "made_train")) == 10
+    assert len(build_test_loader(config(), find_dataset("made_train"))) == 10
 
 
 def test_two_data_sets_make_one_epoch(root):
@@ -296,11 +297,11 @@ def test_proposals_are_those_of_the_images_own_data_set(root):
         for (s,) in take(build_train_loader(cfg, proposals=proposals), 40)
     }
     assert found == {(name, i): [10 * k + i] for k, name in enumerate(names) for i in range(4)}
-    tested = build_test_loader(cfg, "more_train", proposals[1])
+    tested = build_test_loader(cfg, find_dataset("more_train"), proposals[1])
     assert [s["proposals"].scores.tolist() for (s,) in tested] == [[10], [11], [12], [13]]
     del proposals[1]["2"]
     with pytest.raises(UserError, match="more_train has none for image 2"):
-        list(build_test_loader(cfg, "more_train", proposals[1]))
+        list(build_test_loader(cfg, find_dataset("more_train"), proposals[1]))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -312,7 +313,7 @@ def test_a_bad_image_stops_training_with_its_name_and_no_traceback(root, workers
         take(build_train_loader(cfg), 20)
     assert "Traceback" not in str(caught.value)
     with pytest.raises(UserError, match=r"7\.png"):
-        list(build_test_loader(cfg, "made_train"))
+        list(build_test_loader(cfg, find_dataset("made_train")))
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,9 @@ def test_an_image_without_objects_trains_alike(pair: tuple[Any, Any, float]) -> 
 def test_real_images_through_both_pipelines(real_coco: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Full-size networks on the files of two COCO images, each engine with its own reader; random weights."""
     from loco_det.config import load_config
-    from loco_det.detection import engine_d2, engine_torchvision
+    from loco_det.data.catalog import find_dataset
+    from loco_det.detection.engine_d2 import Detectron2Engine
+    from loco_det.detection.engine_torchvision import TorchvisionEngine
 
     monkeypatch.setenv("DETECTRON2_DATASETS", str(real_coco))
     changes = {"MODEL.DEVICE": "cpu", "INPUT.MIN_SIZE_TEST": 320, "DATALOADER.NUM_WORKERS": 0}
@@ -301,11 +303,11 @@ def test_real_images_through_both_pipelines(real_coco: Path, monkeypatch: pytest
     overrides = [str(part) for pair in changes.items() for part in pair]
     cfg = load_config(get_cfg(), Path(__file__).parent.parent / "configs" / name, overrides)
     found = {}
-    for engine in (engine_d2, engine_torchvision):
+    for engine in (Detectron2Engine(), TorchvisionEngine()):
         model = cases.formula_weights(engine.build_model(cfg)).eval()
-        batches = iter(engine.test_batches(cfg, "coco_2017_val"))
+        batches = iter(engine.test_batches(cfg, find_dataset("coco_2017_val")))
         with torch.no_grad():
-            found[engine.NAME] = [engine.predict(model, next(batches))[0] for _ in range(2)]
+            found[engine.name] = [engine.predict(model, next(batches))[0] for _ in range(2)]
         del model
     for theirs, ours in zip(found["detectron2"], found["torchvision"], strict=True):
         assert len(ours) == 20

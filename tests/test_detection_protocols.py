@@ -13,8 +13,11 @@ import pytest
 import torch
 from tiny_detection import tiny_cfg
 
-from loco_det.detection import engine_d2, engine_torchvision, precise_bn
+from loco_det.data.catalog import find_dataset
+from loco_det.detection import precise_bn
 from loco_det.detection.augmented import AugmentedRCNN, back, forth
+from loco_det.detection.engine_d2 import Detectron2Engine
+from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.fast_rcnn import select_detections
 from loco_det.detection.inference import check_expected
 from loco_det.detection.precomputed import read_proposals
@@ -152,7 +155,7 @@ def test_proposals_move_with_their_image(tmp_path: Path) -> None:
     files = {"DATASETS__PROPOSAL_FILES_TEST": (str(file),), "DATASETS__PRECOMPUTED_PROPOSAL_TOPK_TEST": 3}
     cfg = tiny_cfg(tmp_path, **FAST, **files, INPUT__MIN_SIZE_TEST=128)
     content = pickle.loads(file.read_bytes())
-    for batch in engine_torchvision.test_batches(cfg, "tiny_val"):
+    for batch in TorchvisionEngine().test_batches(cfg, find_dataset("tiny_val")):
         found, image_id = batch[0]["proposals"], batch[0]["image_id"]
         best = np.argsort(-content["objectness_logits"][image_id - 1])[:3]
         expected = 2 * content["boxes"][image_id - 1][best]
@@ -197,7 +200,7 @@ def test_a_bad_file_of_proposals_is_refused(tmp_path: Path, changes: dict[str, A
 
 def test_proposals_must_fit_the_data_sets(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="PROPOSAL_FILES_TEST has 0 files for the 1 data sets"):
-        engine_torchvision.test_batches(tiny_cfg(tmp_path, **FAST), "tiny_val")
+        TorchvisionEngine().test_batches(tiny_cfg(tmp_path, **FAST), find_dataset("tiny_val"))
     for file, message in (("https://a/b.pkl", "not a file"), (str(tmp_path / "absent.pkl"), "cannot be read")):
         with pytest.raises(UserError, match=message):
             read_proposals(file)
@@ -210,7 +213,7 @@ def test_proposals_must_fit_the_data_sets(tmp_path: Path) -> None:
     (tmp_path / "p.pkl").write_bytes(pickle.dumps(content))
     cfg = tiny_cfg(tmp_path, DATASETS__PROPOSAL_FILES_TEST=(str(tmp_path / "p.pkl"),), **FAST)
     with pytest.raises(UserError, match="has none for image 6"):
-        list(engine_torchvision.test_batches(cfg, "tiny_val"))
+        list(TorchvisionEngine().test_batches(cfg, find_dataset("tiny_val")))
 
 
 # --- several views of an image -----------------------------------------------------------------------------------
@@ -326,7 +329,7 @@ def test_a_run_that_misses_its_expectation_fails(tmp_path: Path) -> None:
     ],
 )
 def test_what_would_fail_after_training_is_refused_before(settings: dict[str, Any], message: str) -> None:
-    for check in (check_honoured, engine_d2.check):
+    for check in (check_honoured, Detectron2Engine().check):
         with pytest.raises(UserError, match=message):
             check(cases.configure(get_cfg(), settings))
 
@@ -345,7 +348,7 @@ def test_precise_statistics_are_those_of_the_batches(tmp_path: Path) -> None:
     cfg = tiny_cfg(tmp_path, **PRECISE)
     model = build_model(cfg)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    precise_bn.recompute(cfg, engine_torchvision, model, cfg.SOLVER.MAX_ITER - 1)
+    precise_bn.recompute(cfg, TorchvisionEngine(), model, cfg.SOLVER.MAX_ITER - 1)
     after = {name: value.clone() for name, value in model.state_dict().items()}
     for name, value in after.items():
         statistic = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
@@ -353,7 +356,7 @@ def test_precise_statistics_are_those_of_the_batches(tmp_path: Path) -> None:
     seen: list[torch.Tensor] = []
     norm = model.backbone.fpn_lateral3.norm
     norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().double()))
-    batches = iter(engine_torchvision.train_batches(cfg, 0))
+    batches = iter(TorchvisionEngine().train_batches(cfg, 0))
     for _ in range(3):
         model(next(batches))
     pixels = torch.cat([x.transpose(0, 1).flatten(1) for x in seen], dim=1)

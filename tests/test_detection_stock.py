@@ -63,7 +63,7 @@ def test_a_stock_config_is_honoured_or_refused_by_name(name: str) -> None:
     assert other_engine == (CONFIGS[name]["sets"].get("MODEL.META_ARCHITECTURE") == "RetinaNet")
     if not other_engine:
         with pytest.raises(UserError, match="with either engine; use Detectron2 itself"):
-            engine_d2.check(configured(name))
+            engine_d2.Detectron2Engine().check(configured(name))
 
 
 def test_the_purpose_of_the_engine_is_honoured_whole() -> None:

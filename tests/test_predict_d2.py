@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = write_tiny(tmp_path_factory.mktemp("predict_d2"))
     torch.manual_seed(0)
-    model = engine_d2.build_model(load_config(get_cfg(), CONFIG, SETTINGS))
+    model = engine_d2.Detectron2Engine().build_model(load_config(get_cfg(), CONFIG, SETTINGS))
     with torch.no_grad():
         model.roi_heads.box_predictor.cls_score.weight.mul_(30)
     DetectionCheckpointer(model, str(root)).save("model_final", iteration=5)

@@ -476,13 +476,13 @@ def test_loss_gradients_and_logits_are_detectron2s(norm: str, tmp_path: Path) ->
 
     settings = cfg(tmp_path, MODEL__SEM_SEG_HEAD__NORM=norm, MODEL__SEM_SEG_HEAD__LOSS_WEIGHT=0.5)
     torch.manual_seed(0)
-    ours, theirs = build_model(settings), engine_d2.build_model(settings)
+    ours, theirs = build_model(settings), engine_d2.Detectron2Engine().build_model(settings)
     weights = {k: v for k, v in ours.state_dict().items() if "num_batches_tracked" not in k}
     known = {k: v for k, v in theirs.state_dict().items() if "num_batches_tracked" not in k}
     assert {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in known.items()}
     theirs.load_state_dict(weights, strict=False)
     batch = next(iter(build_train_loader(settings)))
-    found = [engine_d2.losses(model.train(), batch)["loss_sem_seg"] for model in (ours, theirs)]
+    found = [engine_d2.Detectron2Engine().losses(model.train(), batch)["loss_sem_seg"] for model in (ours, theirs)]
     assert found[0].item() == pytest.approx(found[1].item(), rel=1e-6)
     for loss in found:
         loss.backward()
@@ -490,7 +490,7 @@ def test_loss_gradients_and_logits_are_detectron2s(norm: str, tmp_path: Path) ->
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-6)
     with torch.no_grad():
-        logits = [engine_d2.predict(model.eval(), batch) if model is theirs else model.eval()(batch)
+        logits = [engine_d2.Detectron2Engine().predict(model.eval(), batch) if model is theirs else model.eval()(batch)
                   for model in (ours, theirs)]  # fmt: skip
     for one, other in zip(*logits):
         assert one.shape == other.shape
@@ -508,7 +508,7 @@ def test_labels_of_a_sample_are_what_detectron2s_mapper_makes(tmp_path: Path) ->
 
     settings = cfg(tmp_path)
     mapper = DetectionMapper(settings, train=True)
-    records = engine_d2._semantic_records(f"{NAME}_train")
+    records = engine_d2._semantic_records(find_dataset(f"{NAME}_train"))
     for k, (record, theirs) in enumerate(
         zip(load_coco(find_dataset(f"{NAME}_train"), need_annotations=False), records)
     ):

@@ -12,8 +12,10 @@ import pytest
 import torch
 from tiny_detection import tiny_cfg
 
-from loco_det.detection import engine_d2, engine_torchvision
+from loco_det.data.catalog import find_dataset
 from loco_det.detection.checkpoint import last_checkpoint
+from loco_det.detection.engine_d2 import Detectron2Engine
+from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.train import train_net
 
 pytestmark = [pytest.mark.detectron2, pytest.mark.usefixtures("tiny_data")]
@@ -82,7 +84,7 @@ def test_detectron2_is_never_fast(tmp_path):
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="no way to tell who sent a signal")
 def test_batches_come_on_after_a_signal_to_the_workers(tmp_path):
-    stream = iter(engine_d2.train_batches(tiny_cfg(tmp_path, DATALOADER__NUM_WORKERS=1), 0))
+    stream = iter(Detectron2Engine().train_batches(tiny_cfg(tmp_path, DATALOADER__NUM_WORKERS=1), 0))
     next(stream)
     (worker,) = multiprocessing.active_children()
     subprocess.run(["sh", "-c", f"kill -TERM {worker.pid}; kill -INT {worker.pid}"], check=True)
@@ -101,9 +103,11 @@ def same_batches(monkeypatch) -> None:
         instances = Instances(truth.image_size, gt_boxes=Boxes(truth.boxes), gt_classes=truth.classes, gt_masks=masks)
         return {**item, "instances": instances}
 
-    ours = engine_torchvision.train_batches
+    ours = TorchvisionEngine().train_batches
     monkeypatch.setattr(
-        engine_d2, "train_batches", lambda cfg, start: ([*map(theirs, batch)] for batch in ours(cfg, start))
+        Detectron2Engine,
+        "train_batches",
+        lambda self, cfg, start: ([*map(theirs, batch)] for batch in ours(cfg, start)),
     )
 
 
@@ -142,7 +146,7 @@ def test_auto_takes_detectron2_and_says_so(tmp_path, caplog, monkeypatch):
 
     monkeypatch.setattr(logging.getLogger("loco_det"), "propagate", True)
     with caplog.at_level("INFO", logger="loco_det"):
-        assert train.choose_engine("auto") is engine_d2
+        assert train.choose_engine("auto").name == "detectron2"
     assert "detectron2 (it is installed)" in caplog.text
 
 
@@ -159,7 +163,7 @@ def test_stock_detectron2_takes_up_config_and_checkpoint(tmp_path):
     # The name is registered by the engine; stock Detectron2 has its user do that.
     from loco_det.detection.engine_d2 import _register
 
-    _register("tiny_train")
+    _register(find_dataset("tiny_train"))
     trainer = DefaultTrainer(theirs)
     trainer.resume_or_load(resume=True)
     assert trainer.start_iter == 3
@@ -179,7 +183,7 @@ def test_a_detectron2_trainers_checkpoint_is_resumed_here(tmp_path):
     from loco_det.detection.engine_d2 import _register
 
     cfg = tiny_cfg(tmp_path, DATASETS__TEST=(), **CHANGES)
-    _register("tiny_train")
+    _register(find_dataset("tiny_train"))
     theirs = get_cfg()
     theirs.merge_from_other_cfg(cfg)
     trainer = DefaultTrainer(theirs)

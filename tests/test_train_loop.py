@@ -13,7 +13,8 @@ from tiny_detection import tiny_cfg, write_tiny
 
 from loco_det.config import load_config
 from loco_det.data.catalog import find_dataset
-from loco_det.detection import command, engine_d2, engine_torchvision, loop, solver
+from loco_det.detection import command, engine_d2, loop, solver
+from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.schema import get_cfg
 from loco_det.detection.train import choose_engine, train_net
 from loco_det.errors import UserError
@@ -103,7 +104,7 @@ def test_frozen_tensors_stay_and_all_others_learn(whole):
 
 
 def test_a_stopped_run_resumes_to_the_same_numbers(whole, tmp_path, monkeypatch):
-    forward, done = engine_torchvision.losses, []
+    forward, done = TorchvisionEngine.losses, []
 
     def stop_in_the_third(*args):
         done.append(1)
@@ -111,11 +112,11 @@ def test_a_stopped_run_resumes_to_the_same_numbers(whole, tmp_path, monkeypatch)
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(*args)
 
-    monkeypatch.setattr(engine_torchvision, "losses", stop_in_the_third)
+    monkeypatch.setattr(TorchvisionEngine, "losses", stop_in_the_third)
     cfg = tiny_cfg(tmp_path)
     with pytest.raises(UserError, match=r"stopped by SIGTERM after iteration 3.*model_0000002.pth.*--resume"):
         train_net(cfg, engine="torchvision")
-    monkeypatch.setattr(engine_torchvision, "losses", forward)
+    monkeypatch.setattr(TorchvisionEngine, "losses", forward)
     torch.rand(17)  # what happened to the generator in between must not matter
     results = train_net(cfg, engine="torchvision", resume=True)
     folder, expected = whole
@@ -127,7 +128,7 @@ def test_a_stopped_run_resumes_to_the_same_numbers(whole, tmp_path, monkeypatch)
 
 def test_resuming_a_finished_run_only_evaluates(whole, monkeypatch):
     folder, expected = whole
-    monkeypatch.setattr(engine_torchvision, "train_batches", None)  # would fail
+    monkeypatch.setattr(TorchvisionEngine, "train_batches", None)  # would fail
     assert train_net(tiny_cfg(folder), engine="torchvision", resume=True) == expected
 
 
@@ -155,8 +156,8 @@ def test_a_changed_frozen_tensor_is_an_error(tmp_path, monkeypatch):
         step(cfg, loss, optimizer, scaler)
         seen[0].backbone.bottom_up.res4[0].conv1.weight.data += 1e-3
 
-    build = engine_torchvision.build_model
-    monkeypatch.setattr(engine_torchvision, "build_model", lambda cfg: seen.append(build(cfg)) or seen[0])
+    build = TorchvisionEngine.build_model
+    monkeypatch.setattr(TorchvisionEngine, "build_model", lambda self, cfg: seen.append(build(self, cfg)) or seen[0])
     monkeypatch.setattr(solver, "optimizer_step", and_touch_the_backbone)
     cfg = tiny_cfg(tmp_path, SOLVER__MAX_ITER=1, SOLVER__STEPS=(), DATASETS__TEST=())
     with pytest.raises(RuntimeError, match=r"backbone.bottom_up.res4.0.conv1.weight changed"):
@@ -164,10 +165,10 @@ def test_a_changed_frozen_tensor_is_an_error(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch):
-    def broken(model, batch):
+    def broken(self, model, batch):
         return {**model(batch), "loss_mask": torch.tensor(float("nan"), requires_grad=True)}
 
-    monkeypatch.setattr(engine_torchvision, "losses", broken)
+    monkeypatch.setattr(TorchvisionEngine, "losses", broken)
     with pytest.raises(UserError, match=r"at iteration 0 loss_mask = nan; lower SOLVER.BASE_LR"):
         train_net(tiny_cfg(tmp_path), engine="torchvision")
     assert not (tmp_path / "last_checkpoint").exists()
@@ -249,9 +250,9 @@ def test_detectron2_is_asked_for_by_name_only_where_it_is(monkeypatch):
     monkeypatch.setattr(engine_d2, "installed", lambda: False)
     with pytest.raises(UserError, match=r"Detectron2 is not installed here; use --engine torchvision"):
         choose_engine("detectron2")
-    assert choose_engine("auto") is engine_torchvision
+    assert choose_engine("auto").name == "torchvision"
     monkeypatch.setattr(engine_d2, "installed", lambda: True)
-    assert choose_engine("auto") is engine_d2
+    assert choose_engine("auto").name == "detectron2"
 
 
 def test_two_processes_share_the_work(tmp_path):

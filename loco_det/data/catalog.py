@@ -19,10 +19,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 from loco_det.data.cityscapes import PREFIX, SPLITS, cityscapes_annotations, is_cityscapes
+from loco_det.data.index import CocoIndex, load_index
 from loco_det.data.paths import find_path, is_path, split_parts
 from loco_det.data.semantic import PREFIX as SEMANTIC
 from loco_det.data.semantic import is_semantic, semantic_annotations
@@ -47,16 +50,39 @@ COCO_NAMES = tuple(_COCO)
 LVIS_NAMES = ("lvis_v1_train", "lvis_v1_val")
 
 
-class DatasetPaths(NamedTuple):
-    """A COCO-format dataset: its name, its folder of images and its JSON file.
+@dataclass(frozen=True)
+class DatasetPaths:
+    """A data set: resolved once from its name, then handed on.
 
-    `derived`: the JSON file was made here from another format or file, so Detectron2 must be told of it.
+    Attributes:
+        name: as the configuration names it, parts included.
+        images: the folder that file names are relative to.
+        annotations: a JSON file in COCO's format.
+        derived: that file was made here from another format or file, so Detectron2 must be told of it.
+        task: "objects" have boxes, and masks perhaps; "pixels" have a label each.
+        benchmark: as `benchmark_of` gives it.
+        secret: the truth is not public, so that results can only be submitted.
     """
 
     name: str
     images: Path
     annotations: Path
     derived: bool = False
+    task: Literal["objects", "pixels"] = "objects"
+    benchmark: str = "coco"
+    secret: bool = False
+
+    @cached_property
+    def index(self) -> CocoIndex:
+        """The annotation file, read once."""
+        return load_index(self.annotations)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "index"}
+
+    @property
+    def is_pixels(self) -> bool:
+        return self.task == "pixels"
 
 
 def datasets_root() -> Path:
@@ -76,10 +102,22 @@ def present_datasets() -> list[str]:
     return [name for name, paths in there.items() if all(path.exists() for path in paths)]
 
 
-def has_own_measure(name: str, masks: bool) -> bool:
-    """Whether the AP of a set's detections, with or without masks, is its benchmark's and not COCO's."""
+def benchmark_of(name: str) -> str:
+    """Whose rules measure a data set, from its name alone: coco, lvis, voc, cityscapes or, of pixels, semantic."""
     whole = name.partition("@")[0]
-    return whole in VOC_SETS or whole in LVIS_NAMES or (is_cityscapes(name) and masks)
+    families = {
+        "cityscapes": is_cityscapes(name),
+        "semantic": is_semantic(name),
+        "voc": whole in VOC_SETS,
+        "lvis": whole in LVIS_NAMES,
+    }
+    return next((family for family, member in families.items() if member), "coco")
+
+
+def measure_of(name: str, masks: bool) -> str:
+    """Whose rules measure detections with or without masks, a file of `evaluation/`: Cityscapes' are for masks."""
+    benchmark = benchmark_of(name)
+    return "coco" if benchmark == "cityscapes" and not masks else benchmark
 
 
 def folder_name(name: str) -> str:
@@ -91,7 +129,7 @@ def folder_name(name: str) -> str:
 
 
 def find_dataset(name: str) -> DatasetPaths:
-    """The paths of a dataset, both of them known to exist.
+    """A data set by its name; its files are known to exist.
 
     Args:
         name: `coco_2017_train`, `voc_2007_test` and their kin, or FOO_SPLIT; any of them with @PART behind it
@@ -109,10 +147,10 @@ def find_dataset(name: str) -> DatasetPaths:
         parts = parts[masks:]
     for part in parts:
         check_part(part, name, objects=not is_semantic(whole))  # before anything is read for it
-    paths = DatasetPaths(name, *find_path(whole)) if is_path(name) else _find_whole(whole, masks)
+    dataset = DatasetPaths(name, *find_path(whole)) if is_path(name) else _find_whole(whole, masks)
     for part in parts:
-        paths = paths._replace(annotations=part_of(paths.annotations, part, name), derived=True)
-    return paths._replace(name=name)
+        dataset = replace(dataset, annotations=part_of(dataset.annotations, part, name), derived=True)
+    return replace(dataset, name=name, benchmark=benchmark_of(name))
 
 
 def _find_whole(name: str, masks: bool) -> DatasetPaths:
@@ -120,10 +158,12 @@ def _find_whole(name: str, masks: bool) -> DatasetPaths:
     if is_cityscapes(name):
         split, folder = name.removeprefix(PREFIX), root / "cityscapes"
         annotations = cityscapes_annotations(folder, split, from_polygons=not masks)
-        return DatasetPaths(name, folder / "leftImg8bit" / split, annotations, derived=True)
+        images = folder / "leftImg8bit" / split
+        return DatasetPaths(name, images, annotations, derived=True, secret=split == "test")
     if is_semantic(name):
         split, folder = name.removeprefix(SEMANTIC), root / "cityscapes"
-        return DatasetPaths(name, folder / "leftImg8bit" / split, semantic_annotations(folder, split), derived=True)
+        images, annotations = folder / "leftImg8bit" / split, semantic_annotations(folder, split)
+        return DatasetPaths(name, images, annotations, derived=True, task="pixels", secret=split == "test")
     if name in VOC_SETS:
         return DatasetPaths(name, *voc_annotations(name, root))
     if name in _COCO:
@@ -142,11 +182,11 @@ def _find_whole(name: str, masks: bool) -> DatasetPaths:
     return _existing(DatasetPaths(name, folder / images, folder / "annotations" / f"{annotations}.json"), root)
 
 
-def _existing(paths: DatasetPaths, root: Path) -> DatasetPaths:
-    for path, there in ((paths.annotations, Path.is_file), (paths.images, Path.is_dir)):
+def _existing(dataset: DatasetPaths, root: Path) -> DatasetPaths:
+    for path, there in ((dataset.annotations, Path.is_file), (dataset.images, Path.is_dir)):
         if not there(path):
             raise UserError(
-                f"Dataset '{paths.name}' needs {path}, which does not exist; put it there or set DETECTRON2_DATASETS "
-                f"to the folder that holds the datasets (now '{root}')."
+                f"Dataset '{dataset.name}' needs {path}, which does not exist; put it there or set "
+                f"DETECTRON2_DATASETS to the folder that holds the datasets (now '{root}')."
             )
-    return paths
+    return dataset

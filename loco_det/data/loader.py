@@ -20,7 +20,7 @@ import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch.utils.data import DataLoader, Dataset
 
-from loco_det.data.catalog import find_dataset
+from loco_det.data.catalog import DatasetPaths, find_dataset
 from loco_det.data.classes import category_ids, check_training_classes
 from loco_det.data.coco import CocoDataset, load_coco
 from loco_det.data.mapper import DetectionMapper, ProposalsOfImage, sample_rng
@@ -75,7 +75,7 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0, proposals: Precomputed
     total, processes = cfg.SOLVER.IMS_PER_BATCH, world_size()
     if total < 1 or total % processes:
         raise UserError(f"SOLVER.IMS_PER_BATCH is {total}, which {processes} processes cannot share equally.")
-    datasets = [_load(cfg, name, train=True) for name in cfg.DATASETS.TRAIN]
+    datasets = [_load(cfg, find_dataset(name), train=True) for name in cfg.DATASETS.TRAIN]
     check_training_classes(cfg, cfg.DATASETS.TRAIN)
     chosen = [_trainable(cfg, dataset) for dataset in datasets]
     seed = _shared_seed(cfg.SEED)
@@ -91,7 +91,7 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0, proposals: Precomputed
 
 
 def build_test_loader(
-    cfg: CfgNode, dataset_name: str, proposals: Mapping[str, ProposalsOfImage] | None = None
+    cfg: CfgNode, dataset: DatasetPaths, proposals: Mapping[str, ProposalsOfImage] | None = None
 ) -> Loader:
     """Each image of a data set once, one a batch, divided over the processes in runs of neighbours.
 
@@ -100,12 +100,12 @@ def build_test_loader(
     Raises:
         UserError: the data set cannot be used or does not fit the configuration.
     """
-    dataset = _load(cfg, dataset_name, train=False)
-    share = np.array_split(np.arange(len(dataset)), world_size())[rank()]
+    annotated = _load(cfg, dataset, train=False)
+    share = np.array_split(np.arange(len(annotated)), world_size())[rank()]
     mapper = DetectionMapper(cfg, train=False)
     known = None if proposals is None else [proposals]
-    samples = _Samples([dataset], [np.arange(len(dataset))], mapper, None, known)
-    return _loader(cfg, [dataset], samples, [[(i, i)] for i in share.tolist()])
+    samples = _Samples([annotated], [np.arange(len(annotated))], mapper, None, known)
+    return _loader(cfg, [annotated], samples, [[(i, i)] for i in share.tolist()])
 
 
 class _Samples(Dataset):
@@ -217,16 +217,16 @@ def repeat_factors(images: np.ndarray, labels: np.ndarray, count: int, threshold
     return torch.from_numpy(result).float()
 
 
-def _load(cfg: CfgNode, name: str, train: bool) -> CocoDataset:
-    semantic = check_kind(cfg, name)
-    dataset = load_coco(find_dataset(name), need_annotations=train and not semantic)
+def _load(cfg: CfgNode, dataset: DatasetPaths, train: bool) -> CocoDataset:
+    check_kind(cfg, dataset.name)
+    annotated = load_coco(dataset, need_annotations=train and not dataset.is_pixels)
     if not train:
-        category_ids(cfg, name)
-    return dataset
+        category_ids(cfg, dataset.name)
+    return annotated
 
 
-def check_kind(cfg: CfgNode, name: str) -> bool:
-    """Whether a data set has pixel labels; UserError if MODEL.META_ARCHITECTURE is not made for what it has."""
+def check_kind(cfg: CfgNode, name: str) -> None:
+    """Refuse, with UserError, a data set whose kind of labels MODEL.META_ARCHITECTURE is not made for."""
     semantic = is_semantic(name)
     if semantic != (cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor"):
         wanted = "SemanticSegmentor" if semantic else "GeneralizedRCNN"
@@ -234,13 +234,12 @@ def check_kind(cfg: CfgNode, name: str) -> bool:
             f"data set {name} has {'pixel labels' if semantic else 'objects and no pixel labels'}, and "
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; set it to {wanted}, or name another data set."
         )
-    return semantic
 
 
 def _trainable(cfg: CfgNode, dataset: CocoDataset) -> np.ndarray:
     """The images to train on: with DATALOADER.FILTER_EMPTY_ANNOTATIONS those with an object that is no crowd."""
     rows = np.arange(len(dataset))
-    if is_semantic(dataset.paths.name):
+    if dataset.paths.is_pixels:
         log.info("%s: %d images with labels of %d classes", dataset.paths.name, len(rows), len(dataset.class_names))
         return rows
     image, _, crowd = dataset.objects()

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     if args.num_gpus < 1:
         raise UserError(f"--num-gpus is {args.num_gpus}; give at least 1, which without a GPU means one CPU process.")
     # Again in every process, but here it is known who set what.
-    if choose_engine(args.engine, tell=False).NAME == "torchvision":
+    if choose_engine(args.engine, tell=False).name == "torchvision":
         check_honoured(cfg, collect_settings(args.config_file, args.opts))
     options = {"engine": args.engine, "eval_only": args.eval_only, "resume": args.resume, "evaluator": args.evaluator}
     options.update(fast=not args.exact, feature_cache=args.feature_cache)

@@ -1,7 +1,7 @@
 """The engine that is Detectron2: its model, its data pipeline. The only file that imports it, and only when called.
 
-See `engine_torchvision` for what each function answers. `model`, losses, anchors, sampling, mapper and inference
-are Detectron2's own; loop, solver (tested equal), checkpoints and evaluation are this package's.
+`engine.Engine` documents the methods. Model, losses, anchors, sampling, mapper, inference are Detectron2's own; loop,
+solver (tested equal), checkpoints and evaluation are this package's.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
-from loco_det.data.catalog import LVIS_NAMES, find_dataset
-from loco_det.data.index import load_index
-from loco_det.data.semantic import CLASSES, IGNORED, is_semantic, label_file, to_classes
+from loco_det.data.catalog import DatasetPaths, find_dataset
+from loco_det.data.semantic import CLASSES, IGNORED, label_file, to_classes
+from loco_det.detection.engine import Batch
 from loco_det.detection.schema import check_task
 from loco_det.errors import UserError
 from loco_det.processes import leave_stopping_to_parent
 from loco_det.structures import Instances
 
-NAME = "detectron2"
 _registered: dict[str, tuple[str, str]] = {}
 
 
@@ -46,52 +45,52 @@ def version() -> str:
     return detectron2.__version__
 
 
-def check(cfg: CfgNode) -> None:
-    """Every key of the tree is Detectron2's, and it judges most values itself; here only what runs are made for."""
-    check_task(cfg)
+class Detectron2Engine:
+    """See `engine.Engine`."""
 
+    name = "detectron2"
 
-def build_model(cfg: CfgNode) -> nn.Module:
-    from detectron2.modeling import build_model
+    def check(self, cfg: CfgNode) -> None:
+        """Every key of the tree is Detectron2's, and it judges most values itself; here only what runs are made for."""
+        check_task(cfg)
 
-    return build_model(_native(cfg))
+    def build_model(self, cfg: CfgNode) -> nn.Module:
+        from detectron2.modeling import build_model
 
+        return build_model(_native(cfg))
 
-def train_batches(cfg: CfgNode, start: int) -> Iterable[list[dict[str, Any]]]:
-    """Detectron2's loader begins its order of images anew at every start; `start` is not used, as in Detectron2."""
-    from detectron2.data import DatasetMapper, build_detection_train_loader
+    def train_batches(self, cfg: CfgNode, start: int) -> Iterable[Batch]:
+        """Detectron2's loader begins its order of images anew at every start; `start` is not used, as in Detectron2."""
+        from detectron2.data import DatasetMapper, build_detection_train_loader
 
-    for name in cfg.DATASETS.TRAIN:
-        _register(name)
-    native = _native(cfg)
-    mapper = DatasetMapper(native, is_train=True)
-    if any(map(is_semantic, cfg.DATASETS.TRAIN)):
-        mapper = _SemanticMapper(mapper)
-    return build_detection_train_loader(native, mapper=_WorkersMapper(mapper))
+        datasets = [find_dataset(name) for name in cfg.DATASETS.TRAIN]
+        for dataset in datasets:
+            _register(dataset)
+        native = _native(cfg)
+        mapper = DatasetMapper(native, is_train=True)
+        if any(dataset.is_pixels for dataset in datasets):
+            mapper = _SemanticMapper(mapper)
+        return build_detection_train_loader(native, mapper=_WorkersMapper(mapper))
 
+    def test_batches(self, cfg: CfgNode, dataset: DatasetPaths) -> Iterable[Batch]:
+        from detectron2.data import build_detection_test_loader
 
-def test_batches(cfg: CfgNode, dataset: str) -> Iterable[list[dict[str, Any]]]:
-    from detectron2.data import build_detection_test_loader
+        _register(dataset)
+        return build_detection_test_loader(_native(cfg), dataset.name)
 
-    _register(dataset)
-    return build_detection_test_loader(_native(cfg), dataset)
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        from detectron2.utils.events import EventStorage
 
+        with EventStorage():  # its heads write statistics to one
+            return model(batch)
 
-def losses(model: nn.Module, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
-    from detectron2.utils.events import EventStorage
+    def predict(self, model: nn.Module, batch: Batch) -> list[Instances] | list[Tensor]:
+        return [output["sem_seg"] if "sem_seg" in output else _instances(output) for output in model(batch)]
 
-    with EventStorage():  # its heads write statistics to one
-        return model(batch)
+    def augment(self, cfg: CfgNode, model: nn.Module) -> nn.Module:
+        from detectron2.modeling import GeneralizedRCNNWithTTA
 
-
-def predict(model: nn.Module, batch: list[dict[str, Any]]) -> list[Instances] | list[Tensor]:
-    return [output["sem_seg"] if "sem_seg" in output else _instances(output) for output in model(batch)]
-
-
-def augment(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    from detectron2.modeling import GeneralizedRCNNWithTTA
-
-    return GeneralizedRCNNWithTTA(_native(cfg), model)
+        return GeneralizedRCNNWithTTA(_native(cfg), model)
 
 
 def _instances(output: dict[str, Any]) -> Instances:
@@ -142,41 +141,39 @@ class _SemanticMapper:
         return {**sample, "sem_seg": torch.from_numpy(classes).long()}
 
 
-def _semantic_records(name: str) -> list[dict[str, Any]]:
+def _semantic_records(dataset: DatasetPaths) -> list[dict[str, Any]]:
     """What Detectron2 trains on and tests, of a data set with pixel labels."""
-    paths = find_dataset(name)
-    index = load_index(paths.annotations)
+    index = dataset.index
     columns = zip(index.image_id.tolist(), index.file_name.tolist(), index.height.tolist(), index.width.tolist())
-    images = [(number, str(paths.images / file), height, width) for number, file, height, width in columns]
+    images = [(number, str(dataset.images / file), height, width) for number, file, height, width in columns]
     return [
         {"image_id": i, "file_name": file, "height": h, "width": w, "sem_seg_file_name": str(label_file(file))}
         for i, file, h, w in images
     ]
 
 
-def _register(name: str) -> None:
+def _register(dataset: DatasetPaths) -> None:
     """Tell Detectron2 of a NAME_SPLIT data set that it does not know."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.data.datasets import register_coco_instances
 
-    paths = find_dataset(name)
-    places = str(paths.annotations), str(paths.images)
+    name, places = dataset.name, (str(dataset.annotations), str(dataset.images))
     if _registered.get(name) == places:
         return
     whole, at, _ = name.partition("@")
-    if whole in LVIS_NAMES and (at or importlib.util.find_spec("lvis") is None):
+    if dataset.benchmark == "lvis" and (at or importlib.util.find_spec("lvis") is None):
         raise UserError(
             f"Detectron2 reads {whole} by lvis-api, which must be installed, and only whole; use --engine torchvision."
         )
     if name in DatasetCatalog.list():
         own = MetadataCatalog.get(name)
         elsewhere = own.get("evaluator_type") == "coco" and own.json_file != places[0]
-        if name not in _registered and not paths.derived and not elsewhere:
+        if name not in _registered and not dataset.derived and not elsewhere:
             return  # its own, below the DETECTRON2_DATASETS of when it was imported
         DatasetCatalog.remove(name)  # the same name below another DETECTRON2_DATASETS, or in another format
         MetadataCatalog.remove(name)
-    if is_semantic(name):
-        DatasetCatalog.register(name, functools.partial(_semantic_records, name))
+    if dataset.is_pixels:
+        DatasetCatalog.register(name, functools.partial(_semantic_records, dataset))
         MetadataCatalog.get(name).set(stuff_classes=list(CLASSES), ignore_label=IGNORED)
     else:
         register_coco_instances(name, {}, *places)

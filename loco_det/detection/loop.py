@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import median
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from torch import nn
 from loco_det.backbone import tensors_hash
 from loco_det.detection import precise_bn, solver
 from loco_det.detection.checkpoint import Checkpointer
+from loco_det.detection.engine import Engine
 from loco_det.detection.inference import evaluate, flatten
 from loco_det.errors import UserError
 from loco_det.metrics import append_metrics, trim_metrics
@@ -39,7 +39,7 @@ class Run:
     """One training run in one process; `wrapped` is `model`, or its distributed wrapper."""
 
     cfg: CfgNode
-    engine: ModuleType
+    engine: Engine
     model: nn.Module
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer

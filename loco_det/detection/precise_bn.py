@@ -7,12 +7,12 @@ when it runs and on which batches is as in detectron2/engine/hooks.py `PreciseBN
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from loco_det.detection.engine import Engine
 from loco_det.detection.fvcore_nn import get_bn_modules, update_bn_stats
 from loco_det.runtime import Progress, log
 
@@ -25,7 +25,7 @@ def is_due(cfg: CfgNode, iteration: int) -> bool:
     return done == cfg.SOLVER.MAX_ITER or (period > 0 and done % period == 0)
 
 
-def recompute(cfg: CfgNode, engine: ModuleType, model: nn.Module, iteration: int) -> None:
+def recompute(cfg: CfgNode, engine: Engine, model: nn.Module, iteration: int) -> None:
     """Replace the statistics of every BatchNorm in training by their mean over TEST.PRECISE_BN.NUM_ITER batches.
 
     The batches are those of a training loader of its own, each time the next ones, so that a resumed run takes the
@@ -62,7 +62,7 @@ def _without_workers(cfg: CfgNode) -> CfgNode:
 class _Losses(nn.Module):
     """What fvcore calls with each batch."""
 
-    def __init__(self, engine: ModuleType, model: nn.Module) -> None:
+    def __init__(self, engine: Engine, model: nn.Module) -> None:
         super().__init__()
         self.engine, self.model = engine, model
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,8 @@ from loco_det.data import loader
 from loco_det.data.classes import check_training_classes, missing_classes
 from loco_det.detection import engine_d2, solver
 from loco_det.detection.checkpoint import Checkpointer, read_last
+from loco_det.detection.engine import Engine
+from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.feature_cache import check_cacheable, use_cache
 from loco_det.detection.inference import check_evaluator, check_expected, evaluate_finally, flatten
 from loco_det.detection.loop import Run, check_frozen, frozen_hashes, train
@@ -77,11 +78,11 @@ def train_net(
     module.check(cfg)
     check_evaluator(cfg, evaluator)
     if feature_cache is not None:
-        check_cacheable(cfg, module.NAME)
+        check_cacheable(cfg, module.name)
     drawn = cfg.SEED < 0
     cfg = _prepare(cfg, eval_only)
     model = module.build_model(cfg)
-    with fast_arithmetic(fast and module is not engine_d2):  # which is Detectron2's numbers, its optimiser's too
+    with fast_arithmetic(fast and module.name != "detectron2"):  # which is Detectron2's numbers, its optimiser's too
         if eval_only:
             _load_for_evaluation(model, cfg, module, resume)
             if feature_cache is not None:
@@ -101,8 +102,8 @@ def train_net(
     return results
 
 
-def choose_engine(name: str, tell: bool = True) -> ModuleType:
-    """The engine's module; see `engine_torchvision` for its functions. With `tell` the log says which it is.
+def choose_engine(name: str, tell: bool = True) -> Engine:
+    """The engine called `name`; with `tell` the log says which it is.
 
     Raises:
         UserError: an unknown name, or Detectron2 is asked for and not installed.
@@ -112,13 +113,11 @@ def choose_engine(name: str, tell: bool = True) -> ModuleType:
     if name == "detectron2" and not engine_d2.installed():
         raise UserError("Detectron2 is not installed here; use --engine torchvision, or install it (docs/engines.md).")
     if name == "detectron2" or (name == "auto" and engine_d2.installed()):
-        module, why = engine_d2, "it is installed"
+        module, why = engine_d2.Detectron2Engine(), "it is installed"
     else:
-        from loco_det.detection import engine_torchvision
-
-        module, why = engine_torchvision, "Detectron2 is not installed"
+        module, why = TorchvisionEngine(), "Detectron2 is not installed"
     if tell:
-        log.info("engine: %s%s", module.NAME, f" ({why})" if name == "auto" else "")
+        log.info("engine: %s%s", module.name, f" ({why})" if name == "auto" else "")
     return module
 
 
@@ -199,17 +198,17 @@ def _common_seed(seed: int) -> int:
     return int(drawn)
 
 
-def _load_for_evaluation(model: nn.Module, cfg: CfgNode, engine: ModuleType, resume: bool) -> None:
+def _load_for_evaluation(model: nn.Module, cfg: CfgNode, engine: Engine, resume: bool) -> None:
     last = read_last(cfg.OUTPUT_DIR) if resume else None
     if last is not None:
         apply_weights(model, last, cfg)
         return
     if not cfg.MODEL.WEIGHTS:
         raise UserError("MODEL.WEIGHTS is empty, so there is nothing to evaluate; give a detector's checkpoint.")
-    write_record(cfg, engine.NAME, load_weights(model, cfg))
+    write_record(cfg, engine.name, load_weights(model, cfg))
 
 
-def start_run(cfg: CfgNode, engine: ModuleType, model: nn.Module, resume: bool, drawn: bool) -> Run:
+def start_run(cfg: CfgNode, engine: Engine, model: nn.Module, resume: bool, drawn: bool) -> Run:
     """Weights, optimiser and schedule, from MODEL.WEIGHTS or, with `resume`, from the last checkpoint.
 
     `drawn`: the configuration gave no SEED.
@@ -218,12 +217,12 @@ def start_run(cfg: CfgNode, engine: ModuleType, model: nn.Module, resume: bool, 
     if resume and last is None:
         log.info("nothing to resume in %s: starting from MODEL.WEIGHTS", cfg.OUTPUT_DIR)
     if last is None:
-        write_record(cfg, engine.NAME, load_weights(model, cfg))
+        write_record(cfg, engine.name, load_weights(model, cfg))
     device = torch.device(cfg.MODEL.DEVICE)
     optimizer = solver.build_optimizer(cfg, model)
     schedule = solver.build_schedule(cfg, optimizer)
     scaler = solver.grad_scaler(cfg, device)
-    note = {"version": __version__, "engine": engine.NAME, "seed": cfg.SEED}
+    note = {"version": __version__, "engine": engine.name, "seed": cfg.SEED}
     checkpointer = Checkpointer(cfg, model, optimizer, schedule, scaler, note)
     start = 0
     if last is not None:

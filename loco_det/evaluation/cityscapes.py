@@ -26,13 +26,36 @@ from pycocotools import mask as coco_mask
 from loco_det.data.cityscapes import CLASSES, VOID, read_instance_ids
 from loco_det.data.index import CocoIndex, load_index
 from loco_det.errors import UserError
+from loco_det.evaluation import coco
 from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
-from loco_det.runtime import Progress, atomic_write
+from loco_det.runtime import Progress, atomic_write, log
 from loco_det.structures import rle_lengths
 
 OVERLAPS = np.arange(0.5, 1.0, 0.05)  # the official array, rounding and all
 MIN_PIXELS = 100
 OFFICIAL = "cityscapesscripts"
+
+
+class Measure(coco.Measure):
+    """Cityscapes' AP of masks; of the test split, whose truth is secret, a zip to submit."""
+
+    evaluators = (coco.EVALUATORS[0], OFFICIAL)
+
+    @property
+    def rules(self) -> str:
+        return OFFICIAL if self.evaluator == OFFICIAL else "loco_det"
+
+    def evaluate(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+        if not self.dataset.secret:
+            return super().evaluate(results)
+        file = self.folder / "cityscapes_submission.zip"
+        write_submission(self.dataset.annotations, self.dataset.images, results, file)
+        log.info("%s: its truth is secret; %s can be submitted to cityscapes-dataset.com", self.dataset.name, file)
+        return {}
+
+    def numbers(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+        official = self.evaluator == OFFICIAL
+        return evaluate_cityscapes(self.dataset.annotations, self.dataset.images, results, official=official)
 
 
 def evaluate_cityscapes(

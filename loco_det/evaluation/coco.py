@@ -22,10 +22,11 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from loco_det.data.catalog import DatasetPaths
 from loco_det.data.index import CocoIndex
 from loco_det.errors import UserError
 from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
-from loco_det.runtime import atomic_write
+from loco_det.runtime import atomic_write, log
 from loco_det.structures import Instances
 
 EVALUATORS = ("hotcoco", "pycocotools")
@@ -187,6 +188,43 @@ def _summarise(precision: np.ndarray, categories: list[tuple[int, str]]) -> dict
 def _percent(precision: np.ndarray) -> float:
     defined = precision[precision > -1]  # one dimension: the same order of summation whatever the memory layout
     return float(np.mean(defined) * 100) if defined.size else math.nan
+
+
+class Measure:
+    """COCO's AP of boxes, and of masks where the model has them; see `evaluation/measure.py`."""
+
+    evaluators: tuple[str, ...] = EVALUATORS
+    rules = ""  # who judges, where it is not the evaluator
+
+    def __init__(
+        self,
+        dataset: DatasetPaths,
+        folder: Path,
+        *,
+        masks: bool,
+        category_ids: tuple[int | None, ...],
+        evaluator: str,
+    ) -> None:
+        self.dataset, self.folder, self.category_ids, self.evaluator = dataset, folder, category_ids, evaluator
+        self.iou_types = ("bbox", "segm") if masks else ("bbox",)
+
+    def collect(self, image_id: int, file_name: str, found: Instances) -> list[dict[str, Any]]:
+        """COCO results; those of a class that the data set does not have are left out."""
+        results = instances_to_coco(found, image_id, self.category_ids)
+        return [result for result in results if result["category_id"] is not None]
+
+    def write(self, results: list[dict[str, Any]]) -> None:
+        file = write_results(self.folder.parent, results, self.folder.name)
+        log.info("%s: %d detections written to %s", self.dataset.name, len(results), file)
+
+    def evaluate(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+        numbers = self.numbers(results)
+        judge = self.rules or self.evaluator
+        log.info("%s, by %s:\n%s", self.dataset.name, judge, format_results(numbers))
+        return numbers
+
+    def numbers(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+        return evaluate_coco(self.dataset.annotations, results, self.iou_types, evaluator=self.evaluator)
 
 
 # --- predictions in, files and tables out -----------------------------------------------------------------------

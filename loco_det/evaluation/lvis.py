@@ -16,11 +16,22 @@ from typing import Any
 import hotcoco
 
 from loco_det.errors import UserError
+from loco_det.evaluation import coco
 from loco_det.evaluation.coco_checks import check_results, read_ground_truth
 
 MAX_DETECTIONS = 300  # of an image, over all classes
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
 _SHAPE = {"bbox": "bbox", "segm": "segmentation"}
+
+
+class Measure(coco.Measure):
+    """LVIS's AP of boxes, and of masks where the model has them."""
+
+    evaluators = (coco.EVALUATORS[0],)
+    rules = "the rules of LVIS"
+
+    def numbers(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+        return evaluate_lvis(self.dataset.annotations, results, self.iou_types)
 
 
 def evaluate_lvis(

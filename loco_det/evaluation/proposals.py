@@ -9,14 +9,17 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torchvision.ops import box_iou
 
+from loco_det.data.catalog import DatasetPaths
+from loco_det.evaluation.coco import EVALUATORS
 from loco_det.evaluation.coco_checks import read_ground_truth
-from loco_det.runtime import atomic_write
+from loco_det.runtime import atomic_write, log
+from loco_det.structures import Instances
 
 AREAS = {"": (0.0, 1e5**2), "s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, 1e5**2)}
 LIMITS = (100, 1000)
@@ -28,6 +31,28 @@ class Proposals(NamedTuple):
     image_id: int
     boxes: torch.Tensor
     logits: torch.Tensor
+
+
+class Measure:
+    """Average recall of a proposal network's boxes."""
+
+    evaluators = EVALUATORS
+
+    def __init__(self, dataset: DatasetPaths, folder: Path, **_: Any) -> None:
+        self.dataset, self.folder = dataset, folder
+
+    def collect(self, image_id: int, file_name: str, found: Instances) -> list[Proposals]:
+        return [Proposals(image_id, found.boxes.float().cpu(), found.scores.float().cpu())]
+
+    def write(self, results: list[Proposals]) -> None:
+        results.sort(key=lambda proposals: proposals.image_id)
+        file = write_proposals(self.folder.parent, results)
+        log.info("%s: proposals of %d images written to %s", self.dataset.name, len(results), file)
+
+    def evaluate(self, results: list[Proposals]) -> dict[str, dict[str, float]]:
+        numbers = evaluate_proposals(self.dataset.annotations, results)
+        log.info("%s: %s", self.dataset.name, ", ".join(f"{k} {v:.3f}" for k, v in numbers["box_proposals"].items()))
+        return numbers
 
 
 def evaluate_proposals(annotations: str | Path, proposals: Sequence[Proposals]) -> dict[str, dict[str, float]]:

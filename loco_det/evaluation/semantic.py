@@ -20,12 +20,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
+from torch import Tensor
 
+from loco_det.data.catalog import DatasetPaths
 from loco_det.data.cityscapes import opened_map, read_instance_ids
 from loco_det.data.semantic import CLASSES, IGNORED, LABEL_IDS, label_file, read_labels
 from loco_det.errors import UserError
 from loco_det.evaluation.cityscapes import OFFICIAL, official_module
-from loco_det.runtime import Progress, atomic_write
+from loco_det.evaluation.coco import EVALUATORS
+from loco_det.runtime import Progress, atomic_write, log
 
 # Source of both tables: helpers/labels.py and the evaluation itself; a test compares them.
 CATEGORIES = {
@@ -44,6 +47,34 @@ INSTANCE_PIXELS = {
 }  # fmt: skip
 _CLASS_OF = np.full(256, IGNORED, np.uint8)  # by label id
 _CLASS_OF[LABEL_IDS] = np.arange(len(CLASSES))
+
+
+class Measure:
+    """Cityscapes' scores of pixel labels; of the test split, whose truth is secret, a zip to submit."""
+
+    evaluators = (EVALUATORS[0], OFFICIAL)
+
+    def __init__(self, dataset: DatasetPaths, folder: Path, *, evaluator: str, **_: Any) -> None:
+        self.dataset, self.folder, self.evaluator = dataset, folder / "sem_seg", evaluator
+
+    def collect(self, image_id: int, file_name: str, found: Tensor) -> list[str]:
+        """Writes the labels of (K, H, W) logits; gives the image's name."""
+        write_prediction(self.folder, file_name, found.argmax(0).cpu().numpy())
+        return [file_name]
+
+    def write(self, results: list[str]) -> None:
+        log.info("%s: labels of %d images written to %s", self.dataset.name, len(results), self.folder)
+
+    def evaluate(self, results: list[str]) -> dict[str, dict[str, float]]:
+        images = [self.dataset.images / file for file in self.dataset.index.file_name.tolist()]
+        if self.dataset.secret:
+            file = self.folder.parent / "cityscapes_submission.zip"
+            write_submission(images, self.folder, file)
+            log.info("%s: its truth is secret; %s can be submitted to cityscapes-dataset.com", self.dataset.name, file)
+            return {}
+        numbers = evaluate_semantic(images, self.folder, official=self.evaluator == OFFICIAL)
+        log.info("%s: %s", self.dataset.name, ", ".join(f"{k} {v:.3f}" for k, v in numbers["sem_seg"].items()))
+        return numbers
 
 
 def prediction_file(folder: Path, image: str | Path) -> Path:

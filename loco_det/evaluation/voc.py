@@ -15,9 +15,26 @@ from typing import Any
 
 import numpy as np
 
+from loco_det.evaluation import coco
 from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
 
 THRESHOLDS = tuple(percent / 100.0 for percent in range(50, 100, 5))
+
+
+class Measure(coco.Measure):
+    """VOC's AP of boxes, by the rules of the data set's year."""
+
+    evaluators = (coco.EVALUATORS[0],)
+
+    @property
+    def rules(self) -> str:
+        return f"the rules of VOC {2007 if self._is_2007() else 2012}"
+
+    def numbers(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+        return evaluate_voc(self.dataset.annotations, results, eleven_points=self._is_2007())
+
+    def _is_2007(self) -> bool:
+        return self.dataset.name.startswith("voc_2007")
 
 
 def evaluate_voc(

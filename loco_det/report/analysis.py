@@ -20,7 +20,7 @@ import hotcoco
 import msgspec
 import numpy as np
 
-from loco_det.data.catalog import find_dataset, has_own_measure
+from loco_det.data.catalog import find_dataset, measure_of
 from loco_det.data.cityscapes import is_cityscapes
 from loco_det.data.index import load_index
 from loco_det.errors import UserError
@@ -153,7 +153,7 @@ def take_apart(run: DetectorRun) -> Taken | str:
         return "it was tested on several data sets, which are not taken apart, so no errors, curves, intervals"
     if run.is_segmentor or (run.config["MODEL.MASK_ON"] and is_cityscapes(run.config["DATASETS.TEST"][0])):
         return _count_pixels(run)
-    own = [name for name in run.config["DATASETS.TEST"] if has_own_measure(name, run.config["MODEL.MASK_ON"])]
+    own = [name for name in run.config["DATASETS.TEST"] if measure_of(name, run.config["MODEL.MASK_ON"]) != "coco"]
     if own:
         return f"{own[0]} has a measure of its own, which is not taken apart, so no errors, curves, intervals"
     if not run.results.is_file():

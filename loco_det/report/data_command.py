@@ -91,7 +91,9 @@ def run(args: argparse.Namespace) -> int:
     pictures = _pictures(args, asked, checked, out)
     answer = {
         "loco_det": __version__,
-        "data": args.path if asked.paths is None else {k: str(v) for k, v in asked.paths._asdict().items()},
+        "data": args.path
+        if asked.paths is None
+        else {k: str(getattr(asked.paths, k)) for k in ("name", "images", "annotations", "derived")},
         "ok": not checked.stops,
         "counts": checked.counts,
         "defects": [defect._asdict() for defect in checked.defects],

@@ -1,0 +1,48 @@
+"""What is measured of a model on one data set. Each file of this folder that has a class `Measure` is one; its name is
+what `loco_det.data.catalog.measure_of` gives for a data set.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, Protocol
+
+from loco_det.data.catalog import DatasetPaths
+
+Results = dict[str, dict[str, float]]
+
+
+class Measure(Protocol):
+    """Collects what a model finds, image by image, writes it down and judges it.
+
+    Attributes:
+        evaluators: what --evaluator may name; the first is what stands there if nothing is said.
+    """
+
+    evaluators: tuple[str, ...]
+
+    def __init__(
+        self,
+        dataset: DatasetPaths,
+        folder: Path,
+        *,
+        masks: bool,
+        category_ids: tuple[int | None, ...],
+        evaluator: str,
+    ) -> None:
+        """`folder` is for files, `category_ids` the data set's id of each of the model's classes, if it has it."""
+
+    def collect(self, image_id: int, file_name: str, found: Any) -> list[Any]:
+        """What is kept of one image, ready to travel between processes; `found` is what the engine's predict gave."""
+
+    def write(self, results: list[Any]) -> None:
+        """Write what all images gave into the folder; called on the main process alone, as is `evaluate`."""
+
+    def evaluate(self, results: list[Any]) -> Results:
+        """{task: {metric: percent}}; {} where the truth is secret."""
+
+
+def measure_class(name: str) -> type[Measure]:
+    """The class `Measure` of `evaluation/NAME.py`."""
+    return importlib.import_module(f"loco_det.evaluation.{name}").Measure
