@@ -9,6 +9,8 @@ import base64
 import io
 import json
 import os
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -789,6 +791,91 @@ def test_pycocotools_reads_what_comes_out(tmp_path):
     coco = COCO(str(tmp_path / "out" / "annotations" / "train.json"))
     (annotation,) = coco.loadAnns(coco.getAnnIds(catIds=[2]))
     assert coco.annToMask(annotation).shape == (30, 40)
+
+
+def made(root: Path, kind: str) -> Path:
+    """A small source of a format; the file of it that is going to be damaged."""
+    box = region("rect", {"l": "c"}, x=1, y=2, width=3, height=4)
+    if kind == "yolo":
+        yolo(root)
+        return root / "labels" / "train" / "a.txt"
+    if kind == "png":
+        image(root / "images" / "a.png")
+        (root / "masks").mkdir()
+        Image.fromarray(np.eye(30, 40, dtype=np.uint8)).save(root / "masks" / "a.png")
+        return root / "masks" / "a.png"
+    image(root / "images" / "Train" / "a.jpg")
+    if kind == "voc":
+        turned = "<robndbox><cx>9</cx><cy>9</cy><w>4</w><h>5</h><angle>0.3</angle></robndbox>"
+        voc(root / "a.xml", thing("x", (1, 1, 5, 5), "<difficult>0</difficult>"), thing("z", None, turned))
+    elif kind == "cvat":
+        write(root / "a.xml", CVAT)
+    elif kind == "labelme":
+        mask = png(np.eye(3))
+        shapes = [drawn("d", "circle", [9, 9], [9, 12], group=1), drawn("m", "mask", [3, 4], [5, 6], mask=mask)]
+        labelme(root / "a.json", drawn("c", "polygon", [1, 2], [11, 2], [11, 12], group=1), *shapes)
+    elif kind == "via":
+        curve = region("ellipse", {"l": "c"}, cx=9, cy=9, rx=3, ry=4, theta=0.3)
+        write(root / "a.json", {"a.jpg1": {"filename": "a.jpg", "size": 1, "regions": [box, curve]}})
+    else:
+        results = [result("rectanglelabels", x=1, y=2, width=30, height=40, rotation=3), result("labels", "cat", "r")]
+        write(root / "a.json", [{"data": {"image": "/data/upload/a.jpg"}, "annotations": [{"result": results}]}])
+    return next(path for path in root.glob("a.*"))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_damaged_file_is_read_or_refused_and_never_a_bug(tmp_path, kind):
+    """Values exchanged for others, bytes cut out and changed, the end cut off: a result or one sentence."""
+    rng, file = random.Random(0), made(tmp_path, kind)
+    whole = file.read_bytes()
+    assert convert_annotations(tmp_path).summary["format"] == kind
+    others = [
+        b"null",
+        b"[]",
+        b"{}",
+        b"NaN",
+        b"-1",
+        b"1e400",
+        b'""',
+        b"true",
+        b"9" * 30,
+        b"\xff",
+        b"<x/>",
+        b"[[1]]",
+        b"-",
+    ]
+    sentences = []
+    for _ in range(80):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            values = list(re.finditer(rb'[0-9.]+|"[^"]*"|\[[^\[\]]*\]|null|<[^>]*>', data)) or [re.match(b"", data)]
+            start, end = rng.choice(values).span()
+            how = rng.random()
+            if how < 0.7:
+                data[start:end] = rng.choice(others)
+            elif how < 0.8:
+                del data[end:]
+            elif how < 0.9:
+                del data[start : start + 9]
+            else:
+                data[start : start + 1] = bytes([rng.randrange(256)])
+        file.write_bytes(data)
+        try:
+            convert_annotations(tmp_path, kind)
+        except UserError as error:
+            sentences.append(str(error))
+    assert sentences
+    assert not [sentence for sentence in sentences if "\n" in sentence]
+
+
+def test_a_class_that_is_not_declared_comes_behind_the_others(tmp_path):
+    image(tmp_path / "a.jpg")
+    boxes_of = "".join(f'<box label="{name}" xtl="1" ytl="2" xbr="6" ybr="8"/>' for name in ("wolf", "cat"))
+    labels = "<meta><job><labels><label><name>cat</name></label></labels></job></meta>"
+    write(tmp_path / "a.xml", f'<annotations>{labels}<image name="a.jpg">{boxes_of}</image></annotations>')
+    converted = convert_annotations(tmp_path)
+    assert converted.summary["classes"] == ["cat", "wolf"]
+    assert "a class that is not declared is put behind those that are" in reasons(converted, "notes")
 
 
 def test_every_format_is_tried_here() -> None:

@@ -22,6 +22,7 @@ from loco_det.data.derived import derived_file, files_digest
 from loco_det.data.formats.conversion import VERSION, Converted, convert_annotations, recognise
 from loco_det.data.formats.files import Tree
 from loco_det.data.formats.summary import lines
+from loco_det.data.index import load_index
 from loco_det.data.subsets import is_part
 from loco_det.errors import UserError
 from loco_det.runtime import log
@@ -72,7 +73,7 @@ def find_path(whole: str) -> Place:
         raise UserError(f"DATASETS: '{whole}': there is no folder {source}; correct the path.")
     for file in (source / name for name in COCO_FILES):
         if split is None and file.is_file() and _may_be_coco(file):
-            return Place(source, file, False)
+            return Place(_default_images(file), file, False)
     return _converted(whole, source, None, split)
 
 
@@ -112,19 +113,10 @@ def _may_be_coco(file: Path) -> bool:
 
 def _default_images(file: Path) -> Path:
     """The folder of the file, or `images` in it if the file's first image is there and not beside the file."""
-
-    class Image(msgspec.Struct):
-        file_name: str = ""
-
-    class Listed(msgspec.Struct):
-        images: list[Image] = []
-
-    try:
-        names = [image.file_name for image in msgspec.json.decode(file.read_bytes(), type=Listed).images[:1]]
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return file.parent  # whoever loads the file says what is wrong with it
+    names = load_index(file).file_name
     inside = file.parent / "images"
-    return inside if names and not (file.parent / names[0]).is_file() and (inside / names[0]).is_file() else file.parent
+    beside = not len(names) or (file.parent / names[0]).is_file() or not (inside / names[0]).is_file()
+    return file.parent if beside else inside
 
 
 # --- other formats -----------------------------------------------------------------------------------------------

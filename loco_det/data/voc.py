@@ -81,7 +81,7 @@ def _as_coco(folder: Path, file_ids: list[str]) -> dict[str, Any]:
 def _as_annotation(found: ElementTree.Element) -> dict[str, Any]:
     name = found.findtext("name", "")
     if name not in CLASSES:
-        raise ValueError(f"there is no class '{name}'")
+        raise ValueError(f"there is no class '{name}'; name a folder of other classes by its path, as ./VOC2007@train")
     # Pixels count from 1 and both ends are inside: xmin 1, xmax W is the whole width.
     x0, y0, x1, y1 = (float(found.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax"))
     width, height = x1 - (x0 - 1), y1 - (y0 - 1)

@@ -143,11 +143,20 @@ def convert_annotations(source: Path, kind: str = "auto", images: Path | None = 
     kept = {id(picture): list(_judged(tree, picture, summary)) for picture in pictures}
     if not any(kept.values()):
         raise UserError(f"{source}: not one object came over as {kind}{_first_reason(summary)}.")
-    names = summary.classes or sorted({each.label for objects in kept.values() for each in objects})
+    names = _classes(kept.values(), summary)
     pictures.sort(key=lambda picture: str(picture.image))
     folder = Path(os.path.commonpath([picture.image.parent for picture in pictures]))
     splits = _content(tree, pictures, kept, names, folder, kind)
     return Converted(splits, folder, _plain(source, kind, folder, splits, names, summary))
+
+
+def _classes(kept: Iterable[list[Found]], summary: Summary) -> list[str]:
+    """The declared classes, then those that objects have besides, in alphabetical order."""
+    counts = Counter(each.label for objects in kept for each in objects)
+    others = sorted(set(counts) - set(summary.classes))
+    for label in others if summary.classes else ():
+        summary.notes.add("a class that is not declared is put behind those that are", label, counts[label])
+    return [*summary.classes, *others]
 
 
 def _existing(source: Path) -> Path:

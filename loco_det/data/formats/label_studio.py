@@ -79,18 +79,18 @@ def _image(tree: Tree, path: Path, data: Any) -> tuple[str, Path | None]:
 
 
 def _objects(results: list[Any], size: Size, name: str, summary: Summary) -> Iterator[Found]:
-    labels = {r.get("id"): r for r in results if isinstance(r, dict) and r.get("type") == "labels"}
+    labels = {str(r.get("id")): r for r in results if isinstance(r, dict) and r.get("type") == "labels"}
     for k, result in enumerate(results):
         where = f"result[{k}]"
-        kind = result.get("type") if isinstance(result, dict) else None
+        kind = str(result.get("type")) if isinstance(result, dict) else ""
         if kind in _NO_SHAPE or (kind == "labels" and _shape_of(results, result)):
             continue  # says something of the image, or the class of the shape with the same id
         try:
             value = result.get("value") if isinstance(result, dict) else None
-            if not isinstance(value, dict) or not isinstance(kind, str):
+            if not isinstance(value, dict) or not kind:
                 raise BadShape("it has no type or no value")
             shape = kind.removesuffix("labels")
-            label = _label(kind, value, labels.get(result.get("id")))
+            label = _label(kind, value, labels.get(str(result.get("id"))))
             found = _shape(f"{where} ({label})", label, shape, value, size)
         except BadShape as error:
             summary.objects.add(str(error), f"{name}: {where}")
