@@ -22,7 +22,7 @@ from loco_det.data.coco import Record, Segmentations, decode_segmentation
 from loco_det.data.images import decode_exactly, decode_image, read_file
 from loco_det.data.index import CocoIndex, doubled_ids
 from loco_det.data.semantic import IGNORED, is_semantic, label_file, read_labels
-from loco_det.data.sources import Source
+from loco_det.data.source import Source
 from loco_det.data.twoview import loader_of
 from loco_det.errors import UserError
 from loco_det.runtime import Progress

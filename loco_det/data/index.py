@@ -37,6 +37,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 import numpy as np
 
+from loco_det.data.packed import PackedStrings
 from loco_det.errors import UserError
 from loco_det.processes import leave_stopping_to_parent
 from loco_det.runtime import atomic_write, log, usable_cores
@@ -50,34 +51,6 @@ _LARGE = 1 << 26  # bytes of JSON from which on several processes read
 _MOST_PARTS = 4
 # A file changed so shortly before it was looked at can change again without another time stamp.
 _SETTLED_NS = 2_000_000_000
-
-
-class PackedStrings:
-    """Many strings in one array.
-
-    Attributes:
-        data: (total,) uint8, UTF-8.
-        offsets: (count + 1,) int64, where each string starts.
-    """
-
-    def __init__(self, data: np.ndarray, offsets: np.ndarray):
-        self.data, self.offsets = data, offsets
-
-    @classmethod
-    def pack(cls, strings: Sequence[str]) -> PackedStrings:
-        encoded = [s.encode() for s in strings]
-        data = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        return cls(data, np.cumsum([0, *map(len, encoded)], dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, i: int) -> str:
-        return self.data[self.offsets[i] : self.offsets[i + 1]].tobytes().decode()
-
-    def tolist(self) -> list[str]:
-        text, ends = self.data.tobytes(), self.offsets.tolist()
-        return [text[a:b].decode() for a, b in pairwise(ends)]
 
 
 class Stamp(NamedTuple):

@@ -19,7 +19,8 @@ from loco_det.data.check import Checked, check_coco, check_source, finite_boxes
 from loco_det.data.coco import CocoDataset
 from loco_det.data.index import load_index
 from loco_det.data.semantic import is_semantic
-from loco_det.data.sources import Source, open_source
+from loco_det.data.source import Source
+from loco_det.data.sources import open_source
 from loco_det.data.views import PRESETS, view_config
 from loco_det.errors import UserError
 from loco_det.report.contact_sheet import annotated_sheet, two_view_sheet
