@@ -24,7 +24,7 @@ from loco_det.data.catalog import find_dataset
 from loco_det.data.coco import CocoDataset, load_coco
 from loco_det.data.mapper import DetectionMapper, ProposalsOfImage, sample_rng
 from loco_det.data.semantic import is_semantic
-from loco_det.errors import UserError
+from loco_det.errors import UserError, raising
 from loco_det.processes import leave_stopping_to_parent
 from loco_det.runtime import log, rank, usable_cores, world_size
 
@@ -49,11 +49,7 @@ class Loader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        for batch in self.batches:
-            for sample in batch:
-                if isinstance(sample, UserError):
-                    raise sample
-            yield batch
+        return raising(self.batches)
 
 
 def build_train_loader(cfg: CfgNode, start_iter: int = 0, proposals: Precomputed | None = None) -> Loader:
@@ -110,8 +106,7 @@ def build_test_loader(
 
 
 class _Samples(Dataset):
-    """Mapped samples by (position in the stream, image number); bad data comes back as the UserError itself, since
-    an exception that leaves a worker process reaches the user as a traceback."""
+    """Mapped samples by (position in the stream, image number), or the UserError of a bad one, for `raising`."""
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from loco_det.data.images import decode_image
 from loco_det.data.twoview import loader_of
 from loco_det.data.views import crop_resize, draw_view, finish_view, view_config, view_draws
-from loco_det.errors import UserError
+from loco_det.errors import UserError, raising
 from loco_det.evaluation.probes.backbones import Backbone
 from loco_det.evaluation.probes.features import Extractor
 from loco_det.evaluation.probes.images import LabelledImages
@@ -144,10 +144,7 @@ class _Requests:
 
 
 def _batches(train: LabelledImages, size: int, recipe: FineTuning, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in loader_of(_Augmented(train, size, recipe.seed), _Requests(len(train), recipe), workers, False):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    return raising(loader_of(_Augmented(train, size, recipe.seed), _Requests(len(train), recipe), workers, False))
 
 
 @torch.no_grad()
