@@ -148,7 +148,7 @@ def test_boxes_without_area_are_counted_in_one_line(tmp_path, caplog, monkeypatc
     [
         ("", ["whole JSON"]),
         (json.dumps(CONTENT)[:-50], ["whole JSON"]),
-        (b'{"categories": [{"id": 1, "name": "\xff"}]}', ["UTF-8"]),
+        (b'{"images": [], "categories": [{"id": 1, "name": "\xff"}]}', ["UTF-8"]),
         ("[]", ["COCO instances"]),
         ({"images": []}, ["categories"]),
         ({"images": [], "categories": CONTENT["categories"]}, ["no images"]),
@@ -161,10 +161,10 @@ def test_boxes_without_area_are_counted_in_one_line(tmp_path, caplog, monkeypatc
         (changed(annotations__2__bbox=[1, 2, 3]), ["bbox", "(id 3)"]),
         (changed(annotations__2__bbox=None), ["bbox", "(id 3)"]),
         (changed(annotations__2__bbox=[1e300, 0, 1, 1]), ["annotation id 3", "finite"]),
-        (changed(annotations__2__image_id="9"), ["image_id", "(id 3)"]),
+        (changed(annotations__2__image_id="nine"), ["image_id", "(id 3)"]),
         (changed(annotations__2__ignore=1), ["annotation id 3", "ignore"]),
         (changed(images__1__height=0), ["image id 4", "30 x 0"]),
-        (changed(images__1__width="30"), ["width", "(id 4)"]),
+        (changed(images__1__width="wide"), ["width", "(id 4)"]),
         (changed(images__1__file_name="gone.jpg"), ["'gone.jpg'", "image id 4", "val"]),
     ],
 )

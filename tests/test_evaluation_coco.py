@@ -353,7 +353,7 @@ def first(**changes: Any) -> dict[str, Any]:
         (json.dumps(first(id=2)), "twice under 'annotations'"),
         (json.dumps(first(id=-1)), "id -1 under 'annotations'"),
         (json.dumps(first(id=2**54)), f"id {2**54} under 'annotations'"),
-        (json.dumps(first(bbox=[1, 2])), r"annotations\[0\]\.bbox"),
+        (json.dumps(first(bbox=[1, 2])), r"bbox is not four numbers, the first \(id 1\)"),
         (json.dumps(first(segmentation=[])), "annotation 1 has no segmentation.*boxes only"),
         (json.dumps(first(segmentation=[[1, 2, 3, 4]])), "annotation 1 has no segmentation"),
         (json.dumps(first(area=float("nan"))).replace('"area": NaN, ', ""), "annotation 1 has no area"),

@@ -19,9 +19,9 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from loco_det.data.index import CocoIndex, doubled_ids, load_index, no_garbage_collection
+from loco_det.data.index import CocoIndex, doubled_ids, load_index
 from loco_det.errors import UserError
-from loco_det.runtime import log
+from loco_det.runtime import log, no_garbage_collection
 
 _LARGEST_ID = 2**53  # hotcoco's ids are unsigned and travel in float64 columns
 _Box = tuple[float, float, float, float]  # x, y, width, height in pixels
