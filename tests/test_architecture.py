@@ -27,7 +27,8 @@ BASE = NO_MODELS | {"loco_det.backbone", "loco_det.fused", "loco_det.names", "lo
 MAY_IMPORT = {
     "loco_det": BASE,
     "loco_det.data": NO_MODELS,
-    "loco_det.evaluation": NO_MODELS | {"loco_det.data.index", "loco_det.data.cityscapes", "loco_det.data.semantic"},
+    "loco_det.evaluation": NO_MODELS
+    | {f"loco_det.data.{name}" for name in ("index", "rules", "segmentation", "cityscapes", "semantic")},
     "loco_det.evaluation.probes": BASE | {"loco_det.data", "loco_det.evaluation", "loco_det.convert"},
     "loco_det.convert": BASE | {"loco_det.data.images"},
     "loco_det.report": BASE | {"loco_det.data", "loco_det.evaluation"},

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from loco_det.data.coco_json import MALFORMED, TOO_FEW_POINTS, parse
+from loco_det.data.coco_json import MALFORMED, parse
 from loco_det.data.lenient import rewritten
 from loco_det.data.packed import PackedStrings
 from loco_det.errors import UserError
@@ -146,11 +146,6 @@ class CocoIndex:
         return (self.copy or self.file).path
 
     @property
-    def has_shape(self) -> np.ndarray:
-        """(A,) bool: False for polygons of which none has three points."""
-        return self.shape != TOO_FEW_POINTS
-
-    @property
     def file_name(self) -> PackedStrings:
         """The I file names."""
         return PackedStrings(self.name_data, self.name_offsets)
@@ -223,14 +218,6 @@ def _renewed(cache: Path, path: Path) -> CocoIndex:
 @functools.cache  # once in a process
 def _tell(path: Path, copy: Path, notes: str) -> None:
     log.warning("%s is not written as COCO writes its files, and was read as %s: %s", path, copy, notes)
-
-
-def doubled_ids(ids: np.ndarray) -> np.ndarray:
-    """Those that occur more than once, ascending."""
-    if (np.diff(ids) > 0).all():  # as files are written, and no sorting
-        return ids[:0]
-    ids = np.sort(ids)
-    return np.unique(ids[1:][ids[1:] == ids[:-1]])
 
 
 def _load_same(path: Path, sha256: str) -> CocoIndex:

@@ -215,7 +215,8 @@ def repeat_factors(images: np.ndarray, labels: np.ndarray, count: int, threshold
 
 def _load(cfg: CfgNode, name: str, train: bool) -> CocoDataset:
     semantic = check_kind(cfg, name)
-    dataset = load_coco(find_dataset(name), need_annotations=train and not semantic)
+    masks = ("polygon" if cfg.INPUT.MASK_FORMAT == "polygon" else "bitmask") if cfg.MODEL.MASK_ON else ""
+    dataset = load_coco(find_dataset(name), need_annotations=train and not semantic, masks=masks)
     check_classes(cfg, name, len(dataset.class_names))
     return dataset
 
@@ -252,8 +253,6 @@ def _trainable(cfg: CfgNode, dataset: CocoDataset) -> np.ndarray:
     image, _, crowd = dataset.objects()
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         rows = np.unique(image[~crowd])
-    if not len(rows):
-        raise UserError(f"{dataset.paths.annotations} has no image with an object that is not a crowd.")
     log.info(
         "%s: %d of %d images, %d objects of %d classes",
         *(dataset.paths.name, len(rows), len(dataset), (~crowd).sum(), len(dataset.class_names)),

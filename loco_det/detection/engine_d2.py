@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from loco_det.data.catalog import LVIS_NAMES, find_dataset
+from loco_det.data.coco import readable_annotations
 from loco_det.data.index import load_index
 from loco_det.data.semantic import CLASSES, IGNORED, is_semantic, label_file, to_classes
 from loco_det.detection.schema import check_task
@@ -160,7 +161,7 @@ def _register(name: str) -> None:
     from detectron2.data.datasets import register_coco_instances
 
     paths = find_dataset(name)
-    places = str(paths.annotations), str(paths.images)
+    places = str(readable_annotations(paths)), str(paths.images)
     if _registered.get(name) == places:
         return
     whole, at, _ = name.partition("@")

@@ -15,12 +15,15 @@ from torch import nn
 
 from loco_det.data.catalog import LVIS_NAMES, DatasetPaths, find_dataset, has_own_measure
 from loco_det.data.cityscapes import is_cityscapes
+from loco_det.data.coco import load_coco
 from loco_det.data.index import load_index
+from loco_det.data.rules import Use, warn
 from loco_det.data.semantic import is_semantic
 from loco_det.data.voc import VOC_SETS, image_number
 from loco_det.errors import UserError
 from loco_det.evaluation.cityscapes import OFFICIAL, evaluate_cityscapes, write_submission
 from loco_det.evaluation.coco import EVALUATORS, evaluate_coco, format_results, instances_to_coco, write_results
+from loco_det.evaluation.coco_checks import read_ground_truth
 from loco_det.evaluation.lvis import evaluate_lvis
 from loco_det.evaluation.proposals import Proposals, evaluate_proposals, write_proposals
 from loco_det.evaluation.semantic import evaluate_semantic, write_prediction
@@ -156,6 +159,25 @@ def check_evaluator(cfg: CfgNode, evaluator: str) -> None:
         if evaluator not in (*known, EVALUATORS[0]):  # the first is what stands there if nothing is said
             remedy = " or ".join(known if known == EVALUATORS else (*known, "nothing"))
             raise UserError(f"--evaluator {evaluator} does not measure {name}; give {remedy}.")
+
+
+def check_truth(cfg: CfgNode, *, files: bool) -> None:
+    """Judge each data set of DATASETS.TEST as its evaluation will, before hours are spent.
+
+    Args:
+        files: look for the image files, too, and whether their annotations can be run on.
+
+    Raises:
+        UserError: what the evaluation would raise.
+    """
+    masks = cfg.MODEL.MASK_ON and cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    for name in cfg.DATASETS.TEST:
+        paths = find_dataset(name)
+        if files:
+            load_coco(paths, need_annotations=False)
+        if is_semantic(name) or (is_cityscapes(name) and paths.images.name == "test"):  # whose truth is secret
+            continue
+        warn(read_ground_truth(paths.annotations, ("bbox", "segm") if masks else ("bbox",)).index, Use("train"))
 
 
 def _evaluate_proposals(cfg: CfgNode, model: nn.Module, engine: ModuleType, name: str, output_dir: Path) -> Results:
