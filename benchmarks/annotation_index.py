@@ -8,8 +8,7 @@ The file is made up: 118,287 images, 860,001 annotations in no order, polygons o
 - pycocotools: `COCO(path)`, which does not look for images.
 
 Memory is the peak of the resident set less what it was before loading, after the imports (`process_mib` is the peak
-itself; torch alone is most of it). A first load cuts a large file into parts for several processes: added is what the
-largest of these grew by, times their number. A worker's memory is what one more process of a DataLoader that goes
+itself; torch alone is most of it). A worker's memory is what one more process of a DataLoader that goes
 through the data set, segmentations included, costs the machine: proportional set sizes (PSS) of all processes with
 four workers less those with two, halved, so that what processes share counts once.
 
@@ -35,7 +34,6 @@ from _common import parser, report
 IMAGES, ANNOTATIONS, CLASSES = 118_287, 860_001, 80
 H, W = 480, 640
 MIB = 2**20
-HELPERS = min(4, len(os.sched_getaffinity(0)))  # processes that a first load starts at most
 
 
 # --- the made-up file -------------------------------------------------------------------------------------------
@@ -122,8 +120,7 @@ def measure_load(side: str, folder: Path) -> dict[str, float]:
     found = load()
     seconds = time.perf_counter() - start
     assert len(found.imgs if side == "pycocotools" else found) > 0
-    helper = max(0.0, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024 - before) * HELPERS
-    return {"s": seconds, "mib": peak() - before + helper, "process_mib": peak()}
+    return {"s": seconds, "mib": peak() - before, "process_mib": peak()}
 
 
 class Walk:

@@ -1,6 +1,11 @@
-"""The one exception for bad input, and the status of a command that was interrupted."""
+"""The one exception for bad input, how it leaves a loader's workers, and the status of an interrupted command."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+_Batch = TypeVar("_Batch")
 
 INTERRUPTED = 130  # as a shell reports SIGINT
 _CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
@@ -12,6 +17,21 @@ class UserError(Exception):
     The message is one sentence that names the file, key or tensor and says what to do. The command line
     prints it and exits with status 2; everything else that is raised is a bug and keeps its traceback.
     """
+
+
+def raising(batches: Iterable[_Batch | UserError]) -> Iterator[_Batch]:
+    """The batches of a loader whose data set returns its UserErrors, as a batch or as a sample in a list of them.
+
+    A DataLoader would wrap one that is raised in a worker in the worker's traceback.
+
+    Raises:
+        UserError: the first that comes.
+    """
+    for batch in batches:
+        for part in batch if isinstance(batch, list) else (batch,):
+            if isinstance(part, UserError):
+                raise part
+        yield batch
 
 
 def out_of_memory(error: BaseException) -> UserError | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import json
 import logging
 import os
@@ -238,6 +239,18 @@ def write_json(path: str | Path, value: Any) -> None:
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=1)
         file.write("\n")
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Building a million small objects makes the collector walk them over and over: most of the loading time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 # --- seeds, device ----------------------------------------------------------------------------------------------

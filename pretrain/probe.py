@@ -17,7 +17,8 @@ from torch import Tensor
 
 from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD
 from loco_det.backbone import ResNet
-from loco_det.data.sources import Source, open_source
+from loco_det.data.source import Source
+from loco_det.data.sources import open_source
 from loco_det.data.subsets import share_of_each_class
 from loco_det.data.twoview import build_plain_loader
 from loco_det.data.views import normalise

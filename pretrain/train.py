@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD, backbone_tensors, describe, save_backbone
 from loco_det.backbone import BLOCKS, STEM_CHANNELS, ResNet, measure_batchnorm, narrow
-from loco_det.data.sources import Source, open_source
+from loco_det.data.source import Source
+from loco_det.data.sources import open_source
 from loco_det.data.twoview import TwoViewLoader, TwoViews, build_two_view_loader
 from loco_det.data.views import normalise
 from loco_det.errors import UserError

@@ -14,9 +14,9 @@ from view_cases import encode, photograph, two_views
 
 from loco_det.cli import main
 from loco_det.data.catalog import DatasetPaths
-from loco_det.data.check import LEFT_OUT, NOTE, STOPS, annotation_defects
 from loco_det.data.coco import load_coco
 from loco_det.data.index import load_index
+from loco_det.data.rules import EFFECTS, LEFT_OUT, NOTE, STOPS, Use, findings
 from loco_det.data.views import view_config
 from loco_det.errors import UserError
 
@@ -295,7 +295,8 @@ def test_against_a_loop_over_random_boxes(tmp_path):
     content = sound()
     boxes = np.round(rng.uniform(-30, 70, (300, 4)), 1).tolist()
     content["annotations"] = [annotation(i, int(rng.integers(1, 6)), bbox=box) for i, box in enumerate(boxes)]
-    defects = {d.kind: d.count for d in annotation_defects(load_index(write(tmp_path, content).annotations))}
+    index = load_index(write(tmp_path, content).annotations)
+    defects = {found.rule.name: len(found.rows) for found in findings(index, Use("train"), EFFECTS)}
     flat = outside = beyond = 0
     for entry in content["annotations"]:
         x, y, w, h = entry["bbox"]

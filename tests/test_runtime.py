@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from loco_det import runtime
-from loco_det.errors import UserError
+from loco_det.errors import UserError, raising
 from loco_det.runtime import (
     Progress,
     atomic_write,
@@ -449,3 +450,17 @@ print(next(line.split()[1] for line in Path("/proc/self/status").read_text().spl
         for limit in ("-1", str(2**28))
     )
     assert kept - limited > 2**28
+
+
+# --- errors that a loader's workers return ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("as_sample", [True, False])
+def test_an_error_that_a_worker_returns_is_raised_once_it_comes_up(workers, as_sample):
+    error = UserError("7.jpg: not a readable image")
+    batches = [[1, 2], [3, error] if as_sample else error, [5, 6]]
+    come = raising(DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=lambda batch: batch))
+    assert next(come) == [1, 2]
+    with pytest.raises(UserError, match=r"^7\.jpg: not a readable image$"):
+        next(come)

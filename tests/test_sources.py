@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loco_det.data.sources import Source, ZipSource, open_source
+from loco_det.data.packed import PackedStrings
+from loco_det.data.source import Source
+from loco_det.data.sources import ZipSource, open_source
 from loco_det.errors import UserError
 
 FILES = [
@@ -317,3 +319,14 @@ def test_zip64_and_comments(tmp_path):
     source = open_source(path)
     assert isinstance(source, ZipSource)
     assert source.read(0) == data
+
+
+def test_packed_names_are_those_that_went_in():
+    names = ["", "a.jpg", "ü/日本.png", os.fsdecode(b"not utf-8 \xff.jpg"), "\ud800", ""]
+    packed_names = PackedStrings.pack(names)
+    assert list(packed_names) == packed_names.tolist() == list(pickle.loads(pickle.dumps(packed_names))) == names
+    assert [packed_names[-i] for i in range(1, 7)] == names[::-1]
+    for beyond in (6, -7):
+        with pytest.raises(IndexError):
+            packed_names[beyond]
+    assert PackedStrings.pack([]).tolist() == []

@@ -12,7 +12,8 @@ from view_cases import encode, photograph
 
 from loco_det.data.images import decode_image
 from loco_det.data.indexed import TORCHVISION, DatasetSource
-from loco_det.data.sources import Source, open_source
+from loco_det.data.source import Source
+from loco_det.data.sources import open_source
 from loco_det.data.twoview import build_plain_loader
 from loco_det.errors import UserError
 

@@ -1,7 +1,7 @@
 """What is wrong with a data set, found before a training meets it: every image decoded, every annotation looked at.
 
 A defect stops a training (it would be refused, or an image could not be read), or is left out by it, or is only worth
-knowing. What stops and what is left out is what `data/coco.py` and `data/mapper.py` do, which Detectron2 does too.
+knowing. Annotations are judged by the rules that loading a training set follows (`rules.py`).
 
 Shape legend: I images, A annotations, as in data/index.py.
 """
@@ -18,28 +18,34 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from loco_det.data.catalog import DatasetPaths
-from loco_det.data.coco import Record, Segmentations, decode_segmentation
+from loco_det.data.coco import match_files
+from loco_det.data.coco_json import NO_MASK, RLE
 from loco_det.data.images import decode_exactly, decode_image, read_file
-from loco_det.data.index import CocoIndex, doubled_ids
+from loco_det.data.index import CocoIndex
+from loco_det.data.rules import COMPUTED, EFFECTS, LEFT_OUT, NOTE, STOPS, Use, findings, kept, objects
 from loco_det.data.semantic import IGNORED, is_semantic, label_file, read_labels
-from loco_det.data.sources import Source
+from loco_det.data.source import Source
 from loco_det.data.twoview import loader_of
 from loco_det.errors import UserError
 from loco_det.runtime import Progress
 
-STOPS, LEFT_OUT, NOTE = "stops training", "left out", "note"
 _EXAMPLES = 5
 _CHUNK = 32  # images that a worker takes at a time
-_BEYOND = 1.0  # pixels that a box may reach over the border; files round
 
 
 class Defect(NamedTuple):
-    """One kind of defect: how many there are, what a training does about it, and where the first few stand."""
+    """One kind of defect: how many there are, what a training does about it, and where the first few stand.
+
+    Attributes:
+        effect: one of `rules.EFFECTS`.
+        remedy: what to do about it, if there is more to say than to correct it.
+    """
 
     kind: str
     count: int
     effect: str
     examples: list[str]
+    remedy: str = ""
 
 
 class Look(NamedTuple):
@@ -94,11 +100,24 @@ def check_source(source: Source, *, workers: int, max_bad_share: float) -> Check
     return Checked(counts, classes, _found(defects), np.array([look.size is not None for look in looks], bool))
 
 
-def check_coco(paths: DatasetPaths, index: CocoIndex, *, workers: int) -> Checked:
-    """Look at every annotation, and read and decode every image that the file lists."""
-    names = index.file_name.tolist()
+def masks_of(index: CocoIndex) -> str:
+    """The INPUT.MASK_FORMAT that a training on a file's masks needs; empty if its objects have none."""
+    shapes = index.shape[objects(index)]
+    if (shapes == RLE).any():
+        return "bitmask"
+    return "polygon" if (shapes != NO_MASK).any() else ""
+
+
+def check_coco(paths: DatasetPaths, index: CocoIndex, *, workers: int, masks: str = "") -> Checked:
+    """Look at every annotation, and read and decode every image that the file lists.
+
+    Args:
+        masks: judge as a training with this INPUT.MASK_FORMAT would; empty: as one on boxes alone.
+    """
+    names, absent, renamed = match_files(paths, index)
     files = [os.path.join(paths.images, name) for name in names]
-    there = np.array([os.path.isfile(file) for file in files], bool)
+    there = np.ones(len(files), bool)
+    there[absent] = False
     looks = [Look(None, "", b"", 0)] * len(files)
     present = np.flatnonzero(there)
     found = _in_workers(_Files([files[i] for i in present]), len(present), workers, "images")
@@ -125,11 +144,14 @@ def check_coco(paths: DatasetPaths, index: CocoIndex, *, workers: int) -> Checke
         defects.append(_defect("unusable labels", problems, STOPS))
         counts = {"images": len(files), "classes": len(classes), **_sizes(looks)}
         return Checked(counts, classes, _found(defects), readable)
-    defects += annotation_defects(index, minival="minival" in paths.annotations.name)
-    first, last = index.first[0], index.first[-1]
-    usable = int(_kept(index)[first:last].sum())
-    if not usable:
-        defects.append(Defect("no usable annotation at all", 1, STOPS, []))
+    taken = [f"'{index.file_name[i]}' is taken for '{names[i]}'" for i in renamed[:_EXAMPLES]]
+    defects.append(Defect("file name that is not the file's", len(renamed), COMPUTED, taken))
+    defects += [Defect(kind, count, COMPUTED, []) for kind, count in index.notes.items()]
+    for found in findings(index, Use("train", masks), EFFECTS, deep=True):
+        defects.append(
+            Defect(found.rule.name, len(found.rows), found.effect, found.examples(_EXAMPLES), found.rule.remedy)
+        )
+    usable = int(kept(index)[: index.first[-1]].sum())
     annotated = np.diff(index.first) > 0
     found = Counter(index.annotation_category.tolist())
     counts = {
@@ -155,129 +177,12 @@ def _check_labels(files: list[str], index: CocoIndex, workers: int) -> tuple[lis
     return problems, dict(zip(index.category_names, images.tolist()))
 
 
-def annotation_defects(index: CocoIndex, minival: bool = False) -> list[Defect]:
-    """Every kind of defect in an annotation file by itself, those not found with a count of 0.
-
-    Args:
-        minival: the file is one of COCO 2014's minival files, which double some annotation ids and are let pass.
-    """
-    ids, image, box = index.annotation_id, index.annotation_image, index.bbox
-    x, y, w, h = box.T
-    listed = np.isin(image, index.image_id)
-    row = np.searchsorted(index.image_id, image[listed])
-    height, width = np.full(len(ids), np.inf), np.full(len(ids), np.inf)
-    height[listed], width[listed] = index.height[row], index.width[row]
-    finite = finite_boxes(index)
-    area = finite & (w > 0) & (h > 0)
-    with np.errstate(over="ignore"):
-        right, bottom = x + w, y + h
-    outside = area & ((x >= width) | (y >= height) | (right <= 0) | (bottom <= 0))
-    beyond = (
-        area & ~outside & ((x < -_BEYOND) | (y < -_BEYOND) | (right > width + _BEYOND) | (bottom > height + _BEYOND))
-    )
-
-    def of(mask: np.ndarray) -> list[str]:
-        return _Lazy(
-            np.flatnonzero(mask), lambda k: f"annotation id {ids[k]} of image id {image[k]}: box {_box(box[k])}"
-        )
-
-    def doubled(values: np.ndarray, what: str) -> list[str]:
-        return [f"{what} id {value}" for value in doubled_ids(values)]
-
-    keys = np.column_stack([image, index.annotation_category, box])[finite & ~index.crowd]
-    again = np.zeros(len(ids), bool)
-    if len(keys):
-        _, where, counts = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
-        again[finite & ~index.crowd] = (counts > 1)[where.reshape(-1)]
-    names = Counter(index.category_names)
-    used = np.isin(index.category_id, index.annotation_category)
-    small = np.flatnonzero((index.height <= 0) | (index.width <= 0))
-    return [
-        _defect("image id that occurs twice", doubled(index.image_id, "image"), STOPS),
-        _defect("category id that occurs twice", doubled(index.category_id, "category"), STOPS),
-        _defect("annotation id that occurs twice", doubled(ids, "annotation"), NOTE if minival else STOPS),
-        _defect("image without a size", [f"image id {index.image_id[i]}" for i in small], STOPS),
-        _defect(
-            "annotation of a category that is not listed",
-            of(~np.isin(index.annotation_category, index.category_id)),
-            STOPS,
-        ),
-        _defect("annotation with the key 'ignore'", of(index.ignore), STOPS),
-        _defect("box that is not finite", of(~finite), STOPS),
-        _defect("malformed segmentation", _malformed(index), STOPS),
-        _defect("annotation of an image that is not listed", of(~listed), LEFT_OUT),
-        _defect("box without area", of(finite & ~area), LEFT_OUT),
-        _defect("polygons of fewer than three points", of(~index.has_shape), LEFT_OUT),
-        _defect("box outside its image", of(outside), NOTE),
-        _defect("box that reaches beyond its image", of(beyond), NOTE),
-        _defect("annotation with the box and category of another", of(again), NOTE),
-        _defect("annotation whose 'area' is 0 or less", of(index.area <= 0), NOTE),
-        _defect("category name that occurs twice", [name for name, count in names.items() if count > 1], NOTE),
-        _defect("category without annotations", [n for n, u in zip(index.category_names, used) if not u], NOTE),
-    ]
-
-
-def finite_boxes(index: CocoIndex) -> np.ndarray:
-    """(A,) bool: the corners are finite in float32, as a training computes them."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        box = index.bbox.astype(np.float32)
-        return np.isfinite(box[:, :2] + box[:, 2:]).all(1) & np.isfinite(box).all(1)
-
-
-class _Lazy(Sequence[str]):
-    """Texts that are made only when they are looked at: there may be a million of them."""
-
-    def __init__(self, rows: np.ndarray, text: Any) -> None:
-        self.rows, self.text = rows, text
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: Any) -> Any:
-        return [self.text(k) for k in self.rows[i]] if isinstance(i, slice) else self.text(self.rows[i])
-
-
-def _box(box: np.ndarray) -> str:
-    return "[" + ", ".join(f"{value:.6g}" for value in box) + "]"
-
-
-def _malformed(index: CocoIndex) -> list[str]:
-    """Every segmentation decoded, an image at a time."""
-    found, names = [], index.file_name
-    with Progress(len(index.image_id), "segmentations", unit="images") as progress:
-        for i in range(len(index.image_id)):
-            rows = np.arange(index.first[i], index.first[i + 1])
-            record = Record(
-                names[i],
-                int(index.image_id[i]),
-                int(index.height[i]),
-                int(index.width[i]),
-                index.bbox[rows],
-                rows,
-                index.crowd[rows],
-                index.annotation_id[rows],
-                Segmentations(index, rows),
-            )
-            for k in range(len(rows)):
-                try:
-                    decode_segmentation(record, k)
-                except UserError as error:
-                    found.append(str(error))
-            progress.advance()
-    return found
-
-
-def _kept(index: CocoIndex) -> np.ndarray:
-    return (index.bbox[:, 2:] > 0).all(1) & index.has_shape
-
-
 def _defect(kind: str, examples: Sequence[str], effect: str) -> Defect:
     return Defect(kind, len(examples), effect, list(examples[:_EXAMPLES]))
 
 
 def _found(defects: list[Defect]) -> list[Defect]:
-    order = (STOPS, LEFT_OUT, NOTE)
-    return sorted((d for d in defects if d.count), key=lambda defect: order.index(defect.effect))
+    return sorted((d for d in defects if d.count), key=lambda defect: EFFECTS.index(defect.effect))
 
 
 # --- reading every image ----------------------------------------------------------------------------------------

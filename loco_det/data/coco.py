@@ -8,31 +8,27 @@ Shape legend: I images sorted by id, A annotations that are kept, grouped by ima
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from loco_det.data.catalog import DatasetPaths
-from loco_det.data.index import CocoIndex, doubled_ids, load_index
+from loco_det.data.derived import derived_file
+from loco_det.data.index import CocoIndex, load_index
+from loco_det.data.packed import PackedStrings
+from loco_det.data.rules import LEFT_OUT, RUN, Use, corners, findings, kept, refuse, warn
+from loco_det.data.segmentation import Segmentation, decode
 from loco_det.errors import UserError
 from loco_det.runtime import log
-from loco_det.structures import rle_lengths
-
-
-class Rle(msgspec.Struct, gc=False):
-    """A run-length encoded mask, compressed (str) or not (run lengths down the columns)."""
-
-    size: tuple[int, int]  # height, width
-    counts: str | list[int]
-
-
-FARTHEST = 100_000  # pixels; a rasteriser takes memory for every pixel of an outline, inside the image or not
-_polygons_or_rle = msgspec.json.Decoder(list[list[float]] | Rle | None)
 
 
 class Segmentations(Sequence[bytes]):
@@ -68,6 +64,7 @@ class CocoDataset:
 
     paths: DatasetPaths
     index: CocoIndex
+    file_name: PackedStrings  # the images, below paths.images
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -85,13 +82,13 @@ class CocoDataset:
     def __getitem__(self, i: int) -> Record:
         index = self.index
         rows = np.arange(index.first[i], index.first[i + 1])
-        rows = rows[_is_kept(index, rows)]
+        rows = rows[kept(index, rows)]
         return Record(
-            os.path.join(self.paths.images, index.file_name[i]),
+            os.path.join(self.paths.images, self.file_name[i]),
             int(index.image_id[i]),
             int(index.height[i]),
             int(index.width[i]),
-            _corners(index.bbox[rows]),
+            corners(index.bbox[rows]),
             _classes(index, rows),
             index.crowd[rows],
             index.annotation_id[rows],
@@ -104,140 +101,138 @@ class CocoDataset:
     def objects(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of every annotation the image number, the class and whether it is a crowd: (A,) int64, int64, bool."""
         index = self.index
-        rows = np.flatnonzero(_is_kept(index, slice(0, int(index.first[-1]))))
+        rows = np.flatnonzero(kept(index, slice(0, int(index.first[-1]))))
         image = np.repeat(np.arange(len(self)), np.diff(index.first))
         return image[rows], _classes(index, rows), index.crowd[rows]
-
-
-def _is_kept(index: CocoIndex, rows: np.ndarray | slice) -> np.ndarray:
-    return (index.bbox[rows, 2:] > 0).all(1) & index.has_shape[rows]
 
 
 def _classes(index: CocoIndex, rows: np.ndarray) -> np.ndarray:
     return np.searchsorted(index.category_id, index.annotation_category[rows])
 
 
-def _corners(bbox: np.ndarray) -> np.ndarray:
-    # float32 before x + w: Detectron2 adds in float32, and a box is equal only if the rounding is.
-    with np.errstate(over="ignore"):
-        box = bbox.astype(np.float32)
-        box[:, 2:] += box[:, :2]
-    return box
-
-
-def load_coco(paths: DatasetPaths, *, need_annotations: bool = True) -> CocoDataset:
+def load_coco(paths: DatasetPaths, *, need_annotations: bool = True, masks: str = "") -> CocoDataset:
     """Read and check an instances file.
 
     Args:
-        need_annotations: refuse a file without a single usable annotation; False for sets that are only run on.
+        need_annotations: it is to be learned from; False for sets that are only run on.
+        masks: INPUT.MASK_FORMAT where masks are learned, too.
 
     Raises:
-        UserError: the file is unreadable or malformed, an id is doubled, a category unknown, a size or a box not
-            usable, or an image listed but absent.
+        UserError: the file is unreadable or malformed, a rule of `rules.py` stops its use, or an image is listed and
+            not there.
     """
     index = load_index(paths.annotations)
-    path = paths.annotations
-    if not len(index.image_id) or not len(index.category_id):
-        raise UserError(f"{path} lists no {'categories' if len(index.image_id) else 'images'}; is it the right file?")
-    _refuse_defects(paths, index)
-    _refuse_absent(paths, index)
-    dataset = CocoDataset(paths, index)
-    kept = _count_kept(dataset)
-    if need_annotations and not kept:
-        raise UserError(f"{path} has no usable annotation for its images, so there is nothing to learn from it.")
-    return dataset
-
-
-def _count_kept(dataset: CocoDataset) -> int:
-    """How many annotations are kept; says so if some are not."""
-    index = dataset.index
-    total, listed = len(index.annotation_id), int(index.first[-1])
-    kept = int(_is_kept(index, slice(0, listed)).sum())
-    if kept < total:
-        flat = total - int((index.bbox[:, 2:] > 0).all(1).sum())
-        log.warning(
-            "%s: left out %d of %d annotations (%d of images not listed, %d with a box without area, "
-            "%d with polygons of fewer than three points).",
-            *(dataset.paths.annotations, total - kept, total, total - listed, flat, (~index.has_shape).sum()),
-        )
-    return kept
-
-
-def decode_segmentation(record: Record, k: int) -> list[np.ndarray] | dict[str, Any] | None:
-    """The segmentation of annotation k of an image.
-
-    Returns:
-        Polygons as flat float64 arrays x0, y0, x1, y1, ... in pixels, those of fewer than three points left out; or
-        an RLE as pycocotools takes it; or None if there is none.
-
-    Raises:
-        UserError: it is neither, a polygon leaves every image, or the RLE is not one of the image's pixels.
-    """
-    encoded = record.segmentations[k]
-    where = f"{record.file_name}: the segmentation of annotation id {record.annotation_ids[k]}"
-    try:
-        found = _polygons_or_rle.decode(encoded) if encoded else None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{where} is neither a list of polygons nor an RLE ({error}).") from None
-    if not found:
-        return None
-    if isinstance(found, list):
-        polygons = [np.array(p, dtype=np.float64) for p in found if len(p) >= 6 and len(p) % 2 == 0]
-        if any(np.abs(p).max() > FARTHEST for p in polygons):
-            raise UserError(f"{where} has a point more than {FARTHEST:,} pixels away.")
-        return polygons
-    rle: dict[str, Any] = {"size": list(found.size), "counts": found.counts}
-    if found.size != (record.height, record.width):
-        raise UserError(f"{where} has size {rle['size']}, the image {[record.height, record.width]}.")
-    # pycocotools would leave what runs do not cover as it finds it in memory.
-    runs = found.counts
-    if isinstance(runs, str):
-        try:
-            runs = rle_lengths(runs.encode(errors="surrogatepass")).tolist()
-        except ValueError:
-            runs = []
-    if not runs or sum(runs) != record.height * record.width or min(runs) < 0:
-        raise UserError(f"{where} has run lengths that do not add up to the image.")
-    return coco_mask.frPyObjects(rle, *rle["size"]) if isinstance(found.counts, list) else rle
-
-
-def _refuse_defects(paths: DatasetPaths, index: CocoIndex) -> None:
-    path = paths.annotations
-    # The public minival files of COCO 2014 double a few annotation ids; Detectron2 lets them pass too.
-    annotation_id = index.annotation_id[:0] if "minival" in path.name else index.annotation_id
-    for what, ids in (("image", index.image_id), ("category", index.category_id), ("annotation", annotation_id)):
-        if len(doubled := doubled_ids(ids)):
-            times = (ids == doubled[0]).sum()
-            raise UserError(
-                f"{path}: {what} id {doubled[0]} occurs {times} times ({len(doubled)} such ids); ids must be unique."
-            )
-    for i in np.flatnonzero((index.height <= 0) | (index.width <= 0))[:1]:
-        size = f"{index.width[i]} x {index.height[i]}"
-        raise UserError(f"{path}: image id {index.image_id[i]} is {size}; correct its size.")
-    category = index.annotation_category
-    for k in np.flatnonzero(~np.isin(category, index.category_id))[:1]:
-        raise UserError(
-            f"{path}: annotation id {index.annotation_id[k]} has category_id {category[k]}, not in 'categories'."
-        )
-    for k in np.flatnonzero(index.ignore)[:1]:
-        raise UserError(
-            f"{path}: annotation id {index.annotation_id[k]} has 'ignore'; use 'iscrowd' for regions to leave out."
-        )
-    for k in np.flatnonzero(~np.isfinite(_corners(index.bbox)).all(1))[:1]:
-        raise UserError(f"{path}: annotation id {index.annotation_id[k]} has a box that is not finite.")
-
-
-def _refuse_absent(paths: DatasetPaths, index: CocoIndex) -> None:
-    try:
-        # One listing instead of one stat an image: a second instead of minutes on a network disk.
-        present = set(os.listdir(paths.images))
-    except OSError as error:
-        raise UserError(f"{paths.images} cannot be listed: {error.strerror}.") from None
-    names = index.file_name.tolist()
-    absent = [i for i, name in enumerate(names) if name not in present and not (paths.images / name).is_file()]
+    use = Use("train", masks) if need_annotations else RUN
+    refuse(index, use)
+    names, absent, renamed = match_files(paths, index)
     if absent:
         raise UserError(
             f"{paths.annotations} lists '{names[absent[0]]}' (image id {index.image_id[absent[0]]}) and "
             f"{len(absent) - 1} other images that are not in {paths.images}; complete the folder or remove them from "
             "the file."
         )
+    if renamed:
+        log.warning(
+            "%s: %d file names are not those of the files in %s; the first, '%s', is taken for '%s'.",
+            *(index.path, len(renamed), paths.images, index.file_name[renamed[0]], names[renamed[0]]),
+        )
+    _tell_left_out(index, use)
+    warn(index, use)
+    return CocoDataset(paths, index, names)
+
+
+def _tell_left_out(index: CocoIndex, use: Use) -> None:
+    total, used = len(index.annotation_id), int(kept(index)[: index.first[-1]].sum())
+    if used < total:
+        kinds = [f"{len(found.rows)} x {found.rule.name}" for found in findings(index, use, (LEFT_OUT,))]
+        log.warning("%s: left out %d of %d annotations (%s).", index.path, total - used, total, ", ".join(kinds))
+
+
+def decode_segmentation(record: Record, k: int) -> Segmentation:
+    """The segmentation of annotation k of an image; see `segmentation.decode`.
+
+    Raises:
+        UserError: it is malformed.
+    """
+    where = f"{record.file_name}: the segmentation of annotation id {record.annotation_ids[k]}"
+    return decode(record.segmentations[k], record.height, record.width, where)
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+class Matched(NamedTuple):
+    """The files of a set's images.
+
+    Attributes:
+        names: as they are called, below the folder of images.
+        absent: images that have no file.
+        renamed: images whose file is called otherwise than the annotation file says.
+    """
+
+    names: PackedStrings
+    absent: list[int]
+    renamed: list[int]
+
+
+def match_files(paths: DatasetPaths, index: CocoIndex) -> Matched:
+    """Find the files of the images that are listed.
+
+    A name that is no file's is read as one that was written elsewhere: with backslashes, %20, a drive, a URL or
+    folders in front. It must lead to one file and no other name there.
+
+    Raises:
+        UserError: the folder cannot be listed.
+    """
+    try:
+        # One listing instead of one stat an image: a second instead of minutes on a network disk.
+        present = set(os.listdir(paths.images))
+    except OSError as error:
+        raise UserError(f"{paths.images} cannot be listed: {error.strerror}.") from None
+
+    def is_there(name: str) -> bool:
+        return name in present or os.path.isfile(os.path.join(paths.images, name))
+
+    names = index.file_name.tolist()
+    lost = [i for i, name in enumerate(names) if not is_there(name)]
+    if not lost:
+        return Matched(index.file_name, [], [])
+    meant = {i: next(filter(is_there, _spellings(names[i])), None) for i in lost}
+    claims = Counter(names) + Counter(name for name in meant.values() if name)
+    found = {i: name for i, name in meant.items() if name and claims[name] == 1}
+    matched = PackedStrings.pack([found.get(i, name) for i, name in enumerate(names)])
+    return Matched(matched, [i for i in lost if i not in found], list(found))
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """What a file may be called that another machine calls `name`, the longest first."""
+    below = name.replace("\\", "/").strip()
+    if "://" in below:
+        below = urlsplit(below).path
+    for text in dict.fromkeys((below, unquote(below))):
+        parts = [part for part in text.split("/") if part not in ("", ".")]
+        if parts and ".." not in parts:
+            yield from ("/".join(parts[k:]) for k in range(len(parts)))
+
+
+def readable_annotations(paths: DatasetPaths) -> Path:
+    """The annotation file, or for one that only this package reads, or whose file names are no files', a copy that
+    every reader of COCO files takes.
+
+    Raises:
+        UserError: as `load_index` and `match_files`.
+    """
+    index = load_index(paths.annotations)
+    names, _, renamed = match_files(paths, index)
+    if not renamed:
+        return index.readable
+    by_id = dict(zip(index.image_id.tolist(), names.tolist()))
+
+    def make() -> bytes:
+        content = msgspec.json.decode(index.readable.read_bytes(), type=dict[str, msgspec.Raw])
+        images = msgspec.json.decode(content["images"], type=list[dict[str, Any]])
+        renamed = [image | {"file_name": by_id[image["id"]]} for image in images]
+        return msgspec.json.encode(content | {"images": renamed})
+
+    facts = {"format": 1, "sha256": index.file.sha256, "names": hashlib.sha256(names.data.tobytes()).hexdigest()}
+    return derived_file(re.sub(r"[^\w.@+-]", "_", paths.name)[-100:], facts, make)

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from loco_det.data.images import pil_rgb, read_file
-from loco_det.data.sources import Source
+from loco_det.data.source import Source
 from loco_det.errors import UserError
 
 # torchvision's classes that a configuration may name, and which of their images are for training.

@@ -25,7 +25,7 @@ from loco_det.data.classes import category_ids, check_training_classes
 from loco_det.data.coco import CocoDataset, load_coco
 from loco_det.data.mapper import DetectionMapper, ProposalsOfImage, sample_rng
 from loco_det.data.semantic import is_semantic
-from loco_det.errors import UserError
+from loco_det.errors import UserError, raising
 from loco_det.processes import leave_stopping_to_parent
 from loco_det.runtime import log, rank, usable_cores, world_size
 
@@ -50,11 +50,7 @@ class Loader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        for batch in self.batches:
-            for sample in batch:
-                if isinstance(sample, UserError):
-                    raise sample
-            yield batch
+        return raising(self.batches)
 
 
 def build_train_loader(cfg: CfgNode, start_iter: int = 0, proposals: Precomputed | None = None) -> Loader:
@@ -109,8 +105,7 @@ def build_test_loader(
 
 
 class _Samples(Dataset):
-    """Mapped samples by (position in the stream, image number); bad data comes back as the UserError itself, since
-    an exception that leaves a worker process reaches the user as a traceback."""
+    """Mapped samples by (position in the stream, image number), or the UserError of a bad one, for `raising`."""
 
     def __init__(
         self,
@@ -219,7 +214,8 @@ def repeat_factors(images: np.ndarray, labels: np.ndarray, count: int, threshold
 
 def _load(cfg: CfgNode, dataset: DatasetPaths, train: bool) -> CocoDataset:
     check_kind(cfg, dataset.name)
-    annotated = load_coco(dataset, need_annotations=train and not dataset.is_pixels)
+    masks = ("polygon" if cfg.INPUT.MASK_FORMAT == "polygon" else "bitmask") if cfg.MODEL.MASK_ON else ""
+    annotated = load_coco(dataset, need_annotations=train and not dataset.is_pixels, masks=masks)
     if not train:
         category_ids(cfg, dataset.name)
     return annotated
@@ -245,8 +241,6 @@ def _trainable(cfg: CfgNode, dataset: CocoDataset) -> np.ndarray:
     image, _, crowd = dataset.objects()
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         rows = np.unique(image[~crowd])
-    if not len(rows):
-        raise UserError(f"{dataset.paths.annotations} has no image with an object that is not a crowd.")
     log.info(
         "%s: %d of %d images, %d objects of %d classes",
         *(dataset.paths.name, len(rows), len(dataset), (~crowd).sum(), len(dataset.class_names)),

@@ -23,72 +23,19 @@ import os
 import threading
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
 
-from loco_det.data.images import read_file
+from loco_det.data.indexed import open_huggingface, open_torchvision
+from loco_det.data.source import SUFFIXES, Source
+from loco_det.data.tar import open_tar
 from loco_det.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 FORMATS = ("auto", "folder", "flat", "list", "zip", "tar", "huggingface")
 _LOCAL_HEADER = 30  # bytes before the name; PKWARE APPNOTE 4.3.7
-
-
-class _Names(Sequence[str]):
-    """Strings in two arrays: a million Python strings would be copied into every worker as their counts change."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        self._bytes = b"".join(encoded)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> str:  # type: ignore[override]
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._bytes[start : self._ends[index]])
-
-
-class Source:
-    """Encoded images by number; safe to share with forked and spawned workers.
-
-    Attributes:
-        root: what the user named, for messages.
-        classes: class names, sorted; empty where images have no labels.
-        containers: the files that hold the images; empty where every image is a file of its own.
-    """
-
-    containers: Sequence[str] = ()
-
-    def __init__(self, root: str, names: Sequence[str], labels: Sequence[str] | None) -> None:
-        self.root = root
-        self._names = _Names(names)
-        self.classes = sorted(set(labels)) if labels else []
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        self._labels = np.array([numbers[label] for label in labels], np.int32) if labels else None
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, index: int) -> str:
-        """The image's name as the user would look for it."""
-        return str(Path(self.root) / self._names[index])
-
-    def label(self, index: int) -> int | None:
-        """Position in `classes`, or None where there are no labels."""
-        return None if self._labels is None else int(self._labels[index])
-
-    def read(self, index: int) -> bytes:
-        """The encoded image.
-
-        Raises:
-            UserError: it cannot be read; names it.
-        """
-        return read_file(self.name(index))
 
 
 class ZipSource(Source):
@@ -149,12 +96,8 @@ def open_source(path: str | Path, format: str = "auto") -> Source:
     file, _, inner = str(path).partition("!")
     root = Path(file if file.lower().endswith(".zip") else path)
     if format == "tar" or (format == "auto" and _holds_shards(root)):
-        from loco_det.data.tar import open_tar  # it builds on this module
-
         return open_tar(str(path), root)
     if format.startswith("torchvision:") or format == "huggingface" or (format == "auto" and is_huggingface(root)):
-        from loco_det.data.indexed import open_huggingface, open_torchvision
-
         named = format.removeprefix("torchvision:")
         return open_torchvision(named, root) if named != format else open_huggingface(root)
     if not root.exists():

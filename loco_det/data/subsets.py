@@ -28,6 +28,7 @@ import msgspec
 import numpy as np
 
 from loco_det.data.derived import derived_file, files_digest
+from loco_det.data.index import load_index
 from loco_det.errors import UserError
 
 _SHARE = re.compile(r"(\d+(?:\.\d+)?(?:e-\d+)?)pct_seed(\d+)")  # part_name writes a tiny share as 1e-07
@@ -195,7 +196,7 @@ def _classes(listed: _Listed, names: list[str], name: str) -> Kept:
 
 def _written(path: Path, choose: Callable[[_Listed], Kept], name: str) -> bytes:
     try:
-        content = path.read_bytes()
+        content = load_index(path).readable.read_bytes()
         listed, file = msgspec.json.decode(content, type=_Listed), msgspec.json.decode(content, type=_File)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error

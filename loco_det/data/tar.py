@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from loco_det.data.index import cache_folder
-from loco_det.data.sources import SUFFIXES, Source
+from loco_det.data.source import SUFFIXES, Source
 from loco_det.data.views import stream
 from loco_det.errors import UserError
 from loco_det.runtime import Progress, atomic_write

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from loco_det.data.catalog import DatasetPaths, find_dataset
+from loco_det.data.coco import readable_annotations
 from loco_det.data.semantic import CLASSES, IGNORED, label_file, to_classes
 from loco_det.detection.engine import Batch
 from loco_det.detection.schema import check_task
@@ -157,7 +158,7 @@ def _register(dataset: DatasetPaths) -> None:
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.data.datasets import register_coco_instances
 
-    name, places = dataset.name, (str(dataset.annotations), str(dataset.images))
+    name, places = dataset.name, (str(readable_annotations(dataset)), str(dataset.images))
     if _registered.get(name) == places:
         return
     whole, at, _ = name.partition("@")

@@ -14,10 +14,13 @@ from torch import nn
 
 from loco_det.data.catalog import DatasetPaths, find_dataset, folder_name, measure_of
 from loco_det.data.classes import category_ids
+from loco_det.data.coco import load_coco
+from loco_det.data.rules import Use, warn
 from loco_det.data.voc import image_number
 from loco_det.detection.engine import Engine
 from loco_det.errors import UserError
 from loco_det.evaluation.coco import EVALUATORS
+from loco_det.evaluation.coco_checks import read_ground_truth
 from loco_det.evaluation.measure import Measure, measure_class
 from loco_det.runtime import Progress, barrier, is_main, log, world_size
 
@@ -112,6 +115,24 @@ def check_evaluator(cfg: CfgNode, evaluator: str) -> None:
         if evaluator not in (default, *others):
             known = EVALUATORS if (default, *others) == EVALUATORS else (*others, "nothing")
             raise UserError(f"--evaluator {evaluator} does not measure {name}; give {' or '.join(known)}.")
+
+
+def check_truth(cfg: CfgNode, *, files: bool) -> None:
+    """Judge each data set of DATASETS.TEST as its evaluation will, before hours are spent.
+
+    Args:
+        files: look for the image files, too, and whether their annotations can be run on.
+
+    Raises:
+        UserError: what the evaluation would raise.
+    """
+    masks = cfg.MODEL.MASK_ON and cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    for dataset in map(find_dataset, cfg.DATASETS.TEST):
+        if files:
+            load_coco(dataset, need_annotations=False)
+        if not dataset.is_pixels and not dataset.secret:
+            truth = read_ground_truth(dataset.annotations, ("bbox", "segm") if masks else ("bbox",))
+            warn(truth.index, Use("train"))
 
 
 def run_everywhere(model: nn.Module, engine: Engine, batches: Any, measure: Measure) -> list[Any]:

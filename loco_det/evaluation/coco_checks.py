@@ -8,9 +8,10 @@ Shape legend: N results, H x W an image's size in pixels.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
@@ -19,11 +20,12 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from loco_det.data.index import CocoIndex, doubled_ids, load_index, no_garbage_collection
+from loco_det.data.index import CocoIndex, load_index
+from loco_det.data.rules import EVALUATE, refuse
+from loco_det.data.segmentation import decode, mask_area
 from loco_det.errors import UserError
-from loco_det.runtime import log
+from loco_det.runtime import log, no_garbage_collection
 
-_LARGEST_ID = 2**53  # hotcoco's ids are unsigned and travel in float64 columns
 _Box = tuple[float, float, float, float]  # x, y, width, height in pixels
 _Polygon = Annotated[list[float], msgspec.Meta(min_length=6)]  # four numbers would be a box to pycocotools
 
@@ -68,31 +70,41 @@ class GroundTruth:
 def read_ground_truth(annotations: str | Path, iou_types: Sequence[str]) -> GroundTruth:
     """Read and check an annotation file for an evaluation of `iou_types` ("bbox", "segm").
 
-    A missing `iscrowd` means 0. Annotations of unlisted images or categories do not count, as in pycocotools.
+    A missing `iscrowd` means 0; a missing area is computed, which is said. Annotations of unlisted images or
+    categories do not count, as in pycocotools.
 
     Raises:
-        UserError: the file is missing, is no COCO annotation file, has nothing to measure against, has an id twice,
-            or an object without an area or (for "segm") a usable mask.
+        UserError: the file is missing, is no COCO annotation file, a rule of `data/rules.py` stops an evaluation, or
+            (for "segm") an object has no usable mask.
     """
     index = load_index(annotations)
-    path = index.path
-    ids = {"images": index.image_id, "categories": index.category_id, "annotations": index.annotation_id}
-    for key, column in ids.items():
-        if not len(column):
-            raise UserError(f"{path} lists no {key}, so there is nothing to measure against; use an annotated set.")
-        if len(doubled := doubled_ids(column)):
-            raise UserError(f"{path} has id {doubled[0]} twice under '{key}'; number them uniquely.")
-        if column.min() < 0 or column.max() > _LARGEST_ID:
-            wrong = column.min() if column.min() < 0 else column.max()
-            raise UserError(f"{path} has id {wrong} under '{key}'; ids must be from 0 to 2^53.")
-    for k in np.flatnonzero(np.isnan(index.area))[:1]:
-        raise UserError(f"{path}: annotation {index.annotation_id[k]} has no area; AP by size needs it.")
+    refuse(index, EVALUATE)
+    index = _with_areas(index)
     rows = np.flatnonzero(np.isin(index.annotation_category[: index.first[-1]], index.category_id))
     masks = _read_masks(index, rows) if "segm" in iou_types else None
     if (index.annotation_id == 0).any():
         log.warning("%s has annotation id 0, whose matches pycocotools (and Detectron2) count as misses;"
-                    " here they count as matches.", path)  # fmt: skip
+                    " here they count as matches.", index.path)  # fmt: skip
     return GroundTruth(index, rows, masks)
+
+
+def _with_areas(index: CocoIndex) -> CocoIndex:
+    """The index with the area of every annotation: where the file says none, its mask's or else its box's."""
+    missing = np.flatnonzero(np.isnan(index.area))
+    if not len(missing):
+        return index
+    log.warning("%s: %d of %d annotations have no area; theirs are those of their masks, or of their boxes where they "
+                "have no mask", index.path, len(missing), len(index.area))  # fmt: skip
+    area = index.area.copy()
+    owner = np.searchsorted(index.first, missing, "right") - 1
+    for row, i, text in zip(missing.tolist(), owner.tolist(), index.segmentations(missing)):
+        found = None
+        if i < len(index.image_id):
+            size = int(index.height[i]), int(index.width[i])
+            with contextlib.suppress(UserError):  # a malformed mask is refused where masks are measured
+                found = mask_area(decode(text, *size, ""), *size)
+        area[row] = index.bbox[row, 2] * index.bbox[row, 3] if found is None else found
+    return replace(index, area=area, mapped=False)
 
 
 def _read_masks(index: CocoIndex, rows: np.ndarray) -> list[Any]:

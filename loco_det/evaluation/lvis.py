@@ -52,9 +52,10 @@ def evaluate_lvis(
     Raises:
         UserError: as `read_ground_truth` and `check_results`, or the file is not LVIS's.
     """
-    check_results(results, read_ground_truth(annotations, iou_types), iou_types)
+    checked = read_ground_truth(annotations, iou_types)
+    check_results(results, checked, iou_types)
     try:
-        truth = hotcoco.LVIS(str(annotations))
+        truth = hotcoco.LVIS(str(checked.index.readable))
     except (ValueError, OSError) as error:
         raise UserError(f"{annotations} is no LVIS annotation file ({error}); take an intact copy.") from error
     if not any(image.get("neg_category_ids") for image in truth.load_imgs(truth.get_img_ids())):

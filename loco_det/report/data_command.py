@@ -15,14 +15,16 @@ from rich.table import Table
 
 from loco_det import __version__
 from loco_det.data.catalog import COCO_NAMES, DatasetPaths, find_dataset, folder_name
-from loco_det.data.check import Checked, check_coco, check_source, finite_boxes
-from loco_det.data.coco import CocoDataset
+from loco_det.data.check import Checked, check_coco, check_source, masks_of
+from loco_det.data.coco import CocoDataset, match_files
 from loco_det.data.formats.conversion import FORMATS, convert_annotations, write_conversion
 from loco_det.data.formats.summary import lines
-from loco_det.data.index import load_index
+from loco_det.data.index import CocoIndex, load_index
 from loco_det.data.paths import is_annotated, is_path
+from loco_det.data.rules import SUSPECT, finite_boxes
 from loco_det.data.semantic import is_semantic
-from loco_det.data.sources import Source, open_source
+from loco_det.data.source import Source
+from loco_det.data.sources import open_source
 from loco_det.data.views import PRESETS, view_config
 from loco_det.errors import UserError
 from loco_det.report.contact_sheet import annotated_sheet, two_view_sheet
@@ -32,6 +34,7 @@ from loco_det.runtime import write_json
 PAIRS, ANNOTATED = 10, 12  # images on the sheets
 BARS, BAR_WIDTH = 20, 30  # classes in the text; characters of the longest bar
 PLOTTED = 100  # classes in histogram.png
+MASKS = ("auto", "polygon", "bitmask", "none")
 
 
 class Asked(NamedTuple):
@@ -67,6 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="reading processes (default: 4)")
     parser.add_argument("--size", type=int, default=224, metavar="PIXELS", help="of a view on the sheet (default: 224)")
     parser.add_argument("--preset", choices=PRESETS, default="simclr", help="the views' augmentation")
+    judged = "judge for this INPUT.MASK_FORMAT, or for boxes alone (default: what the file's masks need)"
+    parser.add_argument("--masks", choices=MASKS, default="auto", help=judged)
     parser.add_argument("--max-bad-share", type=float, default=0.01, metavar="SHARE", help="as DATA.MAX_BAD_SHARE")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of which images are drawn, and their views")
 
@@ -83,11 +88,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"data check takes one PATH; give {args.to} as --out {args.to} if the pictures belong there.")
     asked = _asked(args)
     out = args.out or Path("output") / "data_check" / folder_name(asked.name)
+    masks = ""
     if asked.paths is None:
         checked = check_source(asked.source, workers=args.workers, max_bad_share=args.max_bad_share)
     else:
         index = load_index(asked.paths.annotations)
-        checked = check_coco(asked.paths, index, workers=args.workers)
+        masks = _masks(args.masks, asked, index)
+        checked = check_coco(asked.paths, index, workers=args.workers, masks=masks)
     pictures = _pictures(args, asked, checked, out)
     answer = {
         "loco_det": __version__,
@@ -95,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         if asked.paths is None
         else {k: str(getattr(asked.paths, k)) for k in ("name", "images", "annotations", "derived")},
         "ok": not checked.stops,
+        "masks": masks,
         "counts": checked.counts,
         "defects": [defect._asdict() for defect in checked.defects],
         "classes": checked.classes,
@@ -104,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(answer, indent=1))
     else:
-        _print(asked, checked, [out / "check.json", *pictures])
+        _print(asked, checked, masks, [out / "check.json", *pictures])
     return 1 if checked.stops else 0
 
 
@@ -123,6 +131,13 @@ def _asked(args: argparse.Namespace) -> Asked:
         name = args.path if is_path(args.path) else f"./{args.path}"
         return Asked(name, None, find_dataset(name))
     return Asked(Path(args.path).stem or "data", open_source(args.path, args.format), None)
+
+
+def _masks(asked_for: str, asked: Asked, index: CocoIndex) -> str:
+    """INPUT.MASK_FORMAT of the training to judge for; empty for one on boxes or pixel labels."""
+    if is_semantic(asked.name) or asked_for == "none":
+        return ""
+    return masks_of(index) if asked_for == "auto" else asked_for
 
 
 def _is_name(text: str) -> bool:
@@ -183,9 +198,10 @@ def _pictures(args: argparse.Namespace, asked: Asked, checked: Checked, out: Pat
         images = [(asked.source.read(int(i)), asked.source.name(int(i))) for i in chosen]
     else:
         index = load_index(asked.paths.annotations)
-        files = [asked.paths.images / index.file_name[int(i)] for i in chosen]
+        names = match_files(asked.paths, index).names
+        files = [asked.paths.images / names[int(i)] for i in chosen]
         images = [(file.read_bytes(), str(file)) for file in files]
-        written += _annotated(CocoDataset(asked.paths, index), readable, rng, out)
+        written += _annotated(CocoDataset(asked.paths, index, names), readable, rng, out)
     written.append(out / "two_views.png")
     two_view_sheet(images, config, args.seed, written[-1])
     return written
@@ -224,7 +240,7 @@ def _histogram(classes: dict[str, int], unit: str, out: Path) -> None:
     save_figure(figure, out)
 
 
-def _print(asked: Asked, checked: Checked, files: list[Path]) -> None:
+def _print(asked: Asked, checked: Checked, masks: str, files: list[Path]) -> None:
     console = _console()
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in checked.counts.items():
@@ -235,14 +251,20 @@ def _print(asked: Asked, checked: Checked, files: list[Path]) -> None:
         _print_classes(console, checked.classes)
     console.print()
     for defect in checked.defects:
-        console.print(f"{defect.effect}: {defect.count} x {defect.kind}")
+        remedy = f"; {defect.remedy}" if defect.remedy else ""
+        console.print(f"{defect.effect}: {defect.count} x {defect.kind}{remedy}")
         for example in defect.examples:
             console.print(f"    {example}")
     for file in files:
         console.print(f"wrote {file}")
     kinds = len(checked.stops)
     verdict = f"{kinds} kind{'s' * (kinds != 1)} of defect would stop it" if kinds else "nothing stands against it"
-    console.print(f"{'NOT ' * bool(kinds)}OK to train on {asked.name}: {verdict}")
+    if not kinds and any(defect.effect == SUSPECT for defect in checked.defects):
+        verdict = f"nothing stops it, but look at what is {SUSPECT}"
+    how = ""
+    if asked.paths is not None and not is_semantic(asked.name):
+        how = f" with masks (INPUT.MASK_FORMAT {masks})" if masks else " with boxes alone (MODEL.MASK_ON False)"
+    console.print(f"{'NOT ' * bool(kinds)}OK to train on {asked.name}{how}: {verdict}")
 
 
 def _worded(value: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from loco_det.convert.load import load_tensors
-from loco_det.data.sources import Source
+from loco_det.data.source import Source
 from loco_det.errors import UserError
 
 _TEN = [f"data_batch_{i}" for i in range(1, 6)]

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from loco_det.data.images import decode_image
 from loco_det.data.twoview import loader_of
 from loco_det.data.views import crop_resize, draw_view, finish_view, view_config, view_draws
-from loco_det.errors import UserError
+from loco_det.errors import UserError, raising
 from loco_det.evaluation.probes.images import LabelledImages
 
 VIEWS = "random crops (8 to 100 % of the area) and flips, anew in each epoch"
@@ -38,17 +38,14 @@ def crop_batches(
         drop_last: leave out what fills no batch.
         workers: loading processes.
 
-    Yields:
+    Returns:
         (B, 3, S, S) uint8 RGB and (B,) int64 labels.
 
     Raises:
         UserError: an image cannot be read.
     """
     requests = _Requests(len(images), epochs, batch, seed, drop_last)
-    for part in loader_of(_Crops(images, size, seed), requests, workers, False):
-        if isinstance(part, UserError):
-            raise part
-        yield part
+    return raising(loader_of(_Crops(images, size, seed), requests, workers, False))
 
 
 class _Crops(Dataset):

@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from loco_det.data.sources import Source, open_source
+from loco_det.data.source import Source
+from loco_det.data.sources import open_source
 from loco_det.data.subsets import share_of_each_class
 from loco_det.errors import UserError
 from loco_det.evaluation.probes.cifar import is_cifar, open_cifar
