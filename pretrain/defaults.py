@@ -12,9 +12,9 @@ def get_cfg() -> CfgNode:
             "METHOD": "loco",  # loco | gim | simclr, each a list of units; random: no training, BN statistics only
             "UNITS": [],  # [[first, last], ...] stage names; overrides METHOD's list
             "BACKBONE": {
-                "NAME": "resnet50",  # resnet18 | 34 | 50 | 101 | 152
+                "NAME": "resnet50",  # resnet18 | 34 | 50 | 101 | 152 | presnet50
                 "STEM": "imagenet",  # imagenet: 7x7 stride 2 and pool; cifar: 3x3 stride 1
-                "WIDTH": 64,  # channels of the stem, all others in proportion; below 64 with STEM cifar alone
+                "WIDTH": 64,  # 64 is the whole width; all channels in proportion; below 64 with STEM cifar alone
                 "NORM": "BN",  # BN | SyncBN (statistics over all GPUs)
             },
             "DECODER": {
