@@ -26,12 +26,12 @@ from matplotlib.patches import Patch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from loco_det.runtime import keep_freed_memory
-from pretrain.loco import METHODS, LocalTrainer, Unit, split_backbone
+from pretrain.loco import LocalTrainer, Unit, method_units, split_backbone
 from pretrain.memory import SavedBytes
 from pretrain.train import LAYOUT, Learner
 
 TITLES = {"simclr": "SimCLR, end to end", "gim": "Greedy InfoMax", "loco": "LoCo"}
-STAGES = [first for first, _ in METHODS["gim"]]
+STAGES = ["res2", "res3", "res4", "res5"]
 COLOURS = {  # they differ in lightness too
     "forward": "#9ecae1",
     "loss": "#fdd049",
@@ -44,8 +44,8 @@ def record(method: str, x: torch.Tensor) -> dict[str, object]:
     """What a step of `method` did when, after one to warm up."""
     torch.manual_seed(0)
     learner = Learner(configuration(method, 0, "none"))
-    stages, units = split_backbone(learner.backbone, METHODS["gim"] + METHODS[method])
-    units = units[len(METHODS["gim"]) :]  # the first ones were for their borders only
+    stages, units = split_backbone(learner.backbone, method_units("gim", STAGES) + method_units(method, STAGES))
+    units = units[len(STAGES) :]  # the first ones were for their borders only
     losses = [partial(learner.loss, i) for i in range(len(units))]
     trainer = LocalTrainer([stage.module for stage in stages], units, losses)
     trainer.step(x)

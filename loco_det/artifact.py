@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loco_det import __version__
-from loco_det.backbone import ResNet, tensors_hash
+from loco_det.backbone import StagedBackbone, tensors_hash
 from loco_det.errors import UserError
 from loco_det.names import to_torchvision
+from loco_det.presnet import PRESNET
 from loco_det.runtime import atomic_write
 
 FORMAT = 1
@@ -33,7 +34,7 @@ class Stage(msgspec.Struct, frozen=True):
     """One stage's output: channels, and input pixels per output pixel."""
 
     channels: int
-    stride: int
+    stride: int | float  # not whole where maps are interpolated (loco_det/presnet.py)
 
 
 class Manifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -61,11 +62,11 @@ class Manifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     proof: dict[str, Any] = {}
 
 
-def describe(backbone: ResNet, *, stem: str, method: str, **fields: Any) -> Manifest:
+def describe(backbone: StagedBackbone, *, stem: str, method: str, **fields: Any) -> Manifest:
     """The manifest of a pretrained `backbone`; `fields` are any of the manifest's others."""
     stages = {name: Stage(backbone.channels[name], backbone.strides[name]) for name in backbone.stage_names}
     return Manifest(
-        architecture=f"resnet{backbone.depth}",
+        architecture=backbone.architecture,
         depth=backbone.depth,
         stem=stem,
         stages=stages,
@@ -74,7 +75,7 @@ def describe(backbone: ResNet, *, stem: str, method: str, **fields: Any) -> Mani
     )
 
 
-def backbone_tensors(backbone: ResNet) -> dict[str, Tensor]:
+def backbone_tensors(backbone: StagedBackbone) -> dict[str, Tensor]:
     """The backbone's tensors under torchvision's names, on the CPU, in float32; counters left out."""
     return {
         to_torchvision(name): tensor.detach().to("cpu", torch.float32).contiguous()
@@ -127,6 +128,15 @@ def check_hash(path: str | Path, tensors: dict[str, Tensor], manifest: Manifest)
     """Raise UserError unless `tensors` (torchvision's names) are those that the manifest was written for."""
     if tensors_hash(tensors.items()) != manifest.tensors_sha256:
         raise UserError(f"{path}: its tensors do not match the sha256 in its manifest; take an intact copy")
+
+
+def require_resnet(path: str | Path, manifest: Manifest) -> None:
+    """Raise UserError if the backbone is none that Detectron2's, torchvision's or timm's ResNet could hold."""
+    if manifest.architecture == PRESNET:
+        raise UserError(
+            f"{path}: is a Progressive ResNet-50 ({PRESNET}), which no ResNet of Detectron2, torchvision or timm can "
+            "hold; look at it with loco-det probe, or pretrain with BACKBONE.NAME resnet50 to detect with it"
+        )
 
 
 def decode_manifest(text: str | bytes, path: str | Path) -> Manifest:

@@ -199,12 +199,34 @@ def stage_strides(stem: str = "imagenet") -> dict[str, int]:
     return {name: first * 2 ** max(0, i - 1) for i, name in enumerate(STAGES)}
 
 
-class ResNet(nn.Module):
-    """A ResNet of `depth` 18, 34, 50, 101 or 152 up to and including `last_stage`.
+class StagedBackbone(nn.Module):
+    """What every backbone here is: a child `stem`, and each stage a child that is an `nn.Sequential` of blocks, so that
+    a training method can run any part of it alone.
 
-    Children are `stem` and `res2`..`last_stage`; each stage is an `nn.Sequential` of blocks, so a training method
-    can run any part of it alone.
+    Attributes:
+        architecture: its name, "resnet50" say.
+        depth: layers with weights, as the name counts them.
+        stage_names: of its children in order, from "stem" on.
+        channels: of each stage's output.
+        strides: pixels of the input per pixel of each stage's output; not whole where maps are interpolated.
     """
+
+    architecture: str
+    depth: int
+    stage_names: tuple[str, ...]
+    channels: dict[str, int]
+    strides: dict[str, float]
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) -> every stage's output by name, (B, channels[name], H / strides[name], ...), rounded."""
+        outputs = {}
+        for name in self.stage_names:
+            x = outputs[name] = getattr(self, name)(x)
+        return outputs
+
+
+class ResNet(StagedBackbone):
+    """A ResNet of `depth` 18, 34, 50, 101 or 152 up to and including `last_stage`: `stem`, `res2`..`last_stage`."""
 
     def __init__(
         self,
@@ -221,7 +243,7 @@ class ResNet(nn.Module):
         last_stage: str = "res5",
     ) -> None:
         super().__init__()
-        self.depth = depth
+        self.architecture, self.depth = f"resnet{depth}", depth
         self.stage_names = STAGES[: STAGES.index(last_stage) + 1]
         channels = stage_channels(depth, res2_out_channels, stem_channels)
         self.channels = {name: channels[name] for name in self.stage_names}
@@ -243,13 +265,6 @@ class ResNet(nn.Module):
                 dilation=res5_dilation if name == "res5" else 1,
             )
             self.add_module(name, stage)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) -> every stage's output by name, (B, channels[name], H / strides[name], ...)."""
-        outputs = {}
-        for name in self.stage_names:
-            x = outputs[name] = getattr(self, name)(x)
-        return outputs
 
 
 def narrow(depth: int, width: int) -> dict[str, int]:

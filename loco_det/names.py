@@ -1,7 +1,8 @@
 """The one table of ResNet tensor names: torchvision's on one side, Detectron2's on the other.
 
 Rows are (torchvision pattern, Detectron2 pattern) with {n} standing for a number; a stage's number differs by
-one between the two (layer1 is res2). The table is a bijection and serves both directions.
+one between the two (layer1 is res2). The table is a bijection and serves both directions. It goes on to layer6 and
+res7 for the backbone of six stages, loco_det/presnet.py, which neither library has.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def _pattern(row: str, stages: str) -> re.Pattern[str]:
     return re.compile(regex + r"\." + _LEAVES)
 
 
-_TORCHVISION = [(_pattern(tv, "[1-4]"), d2) for tv, d2 in _ROWS]
-_DETECTRON2 = [(_pattern(d2, "[2-5]"), tv) for tv, d2 in _ROWS]
+_TORCHVISION = [(_pattern(tv, "[1-6]"), d2) for tv, d2 in _ROWS]
+_DETECTRON2 = [(_pattern(d2, "[2-7]"), tv) for tv, d2 in _ROWS]
 
 
 def to_detectron2(name: str) -> str:

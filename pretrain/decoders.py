@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loco_det.backbone import BasicBlock, Bottleneck, ResNet, initialise
+from loco_det.backbone import BasicBlock, Bottleneck, StagedBackbone, initialise
 from loco_det.errors import UserError
 
 CONVS = ("blocks", "stage", "full")
@@ -66,7 +66,7 @@ class Decoder(nn.Module):
         return self.mlp(total / (x.shape[2] * x.shape[3]))
 
 
-def build_decoder(settings: dict[str, Any], backbone: ResNet, stage: str, norm: str = "BN") -> Decoder:
+def build_decoder(settings: dict[str, Any], backbone: StagedBackbone, stage: str, norm: str = "BN") -> Decoder:
     """The decoder that the keys of DECODER describe, for a unit that ends in `stage`, "res3" say.
 
     `CONV` chooses what stands before the pool:
@@ -74,7 +74,8 @@ def build_decoder(settings: dict[str, Any], backbone: ResNet, stage: str, norm: 
     - "blocks": `CONV_BLOCKS` residual blocks, the first of which halves the map if `DOWNSAMPLE`;
     - "stage": the architecture of the backbone's next stage, with fresh weights. The last stage has no next one: it
       gets as many blocks as it has itself, the first of which halves the map (not stated in the paper);
-    - "full": as many blocks as the whole backbone has, halving where its stages do (their channels are not stated).
+    - "full": as many blocks as the whole backbone has, halving where its stages shrink the map (their channels are
+      not stated).
 
     Raises:
         UserError: naming the key that cannot be.
@@ -120,7 +121,7 @@ def _block(channels: int, stride: int, bottleneck: bool, norm: str) -> nn.Module
 
 
 def _ends_in_bottleneck(stage: nn.Module) -> bool:
-    return isinstance(list(stage.children())[-1], Bottleneck)
+    return not isinstance(list(stage.children())[-1], BasicBlock)
 
 
 def _norm1d(norm: str, width: int) -> nn.Module:

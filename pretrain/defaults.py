@@ -16,9 +16,9 @@ def get_cfg() -> CfgNode:
                 "PENALTY": 0.0,  # soft: times the sum of squared differences of each copy to the backbone; 0: not tied
             },
             "BACKBONE": {
-                "NAME": "resnet50",  # resnet18 | 34 | 50 | 101 | 152
+                "NAME": "resnet50",  # resnet18 | 34 | 50 | 101 | 152 | presnet50
                 "STEM": "imagenet",  # imagenet: 7x7 stride 2 and pool; cifar: 3x3 stride 1
-                "WIDTH": 64,  # channels of the stem, all others in proportion; below 64 with STEM cifar alone
+                "WIDTH": 64,  # 64 is the whole width; all channels in proportion; below 64 with STEM cifar alone
                 "NORM": "BN",  # BN | SyncBN (statistics over all GPUs)
             },
             "DECODER": {

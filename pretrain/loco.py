@@ -10,6 +10,8 @@ its decoder, and the first of the upper one, whose loss it carries back to the u
     loco     [res2 res3] [res3 res4] [res4 res5]        each inner stage stands in two units (the paper's figure 1)
     loco_res2  [res2] and loco's                        a loss after every stage (the paper's training curves)
 
+These are the four stages of a ResNet; a backbone of any other number has the same units over its own stages.
+
 Shape legend: B images, two views each, so stages run on a batch of 2B; D numbers in an embedding.
 
 **The step.** Each stage is forwarded once, from a detached input, so that autograd's graph ends at its borders. As
@@ -35,26 +37,33 @@ Every forward, loss and pass carries its name into a profiler's trace; benchmark
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from loco_det.backbone import ResNet
+from loco_det.backbone import StagedBackbone
 from loco_det.errors import UserError
 
-METHODS = {
-    "simclr": [["res2", "res5"]],
-    "gim": [["res2", "res2"], ["res3", "res3"], ["res4", "res4"], ["res5", "res5"]],
-    "loco": [["res2", "res3"], ["res3", "res4"], ["res4", "res5"]],
-    "loco_res2": [["res2", "res2"], ["res2", "res3"], ["res3", "res4"], ["res4", "res5"]],
-}
+METHODS = ("simclr", "gim", "loco", "loco_res2")
 
 
 # --- units ------------------------------------------------------------------------------------------------------
+
+
+def method_units(method: str, stages: Sequence[str]) -> list[list[str]]:
+    """The [first, last] stage names of each unit of `method`, one of METHODS, over `stages`: res2 and those above."""
+    neighbours = [list(pair) for pair in pairwise(stages)]
+    return {
+        "simclr": [[stages[0], stages[-1]]],
+        "gim": [[stage, stage] for stage in stages],
+        "loco": neighbours,
+        "loco_res2": [[stages[0], stages[0]], *neighbours],
+    }[method]
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class Stage:
 
 
 def split_backbone(
-    backbone: ResNet, units: list[list[str]], recompute: str | list[str] | None = None
+    backbone: StagedBackbone, units: list[list[str]], recompute: str | list[str] | None = None
 ) -> tuple[list[Stage], list[Unit]]:
     """Cut the backbone into stages at the borders of `units` and at every block that is recomputed.
 
@@ -155,7 +164,7 @@ def _stage_of(block: int, starts: list[int]) -> int:
     return max(i for i, start in enumerate(starts) if start <= block)
 
 
-def _stage(blocks: list[tuple[str, nn.Module]], backbone: ResNet, recompute: bool) -> Stage:
+def _stage(blocks: list[tuple[str, nn.Module]], backbone: StagedBackbone, recompute: bool) -> Stage:
     names = [name for name, _ in blocks]
     ends_in = names[-1].split(".")[0]
     name = names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"

@@ -10,7 +10,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from loco_det.backbone import ResNet
+from loco_det.backbone import StagedBackbone
 from loco_det.metrics import append_metrics
 from loco_det.runtime import log, reduce_mean
 from pretrain.loss import embedding_health
@@ -54,7 +54,12 @@ class Monitor:
     """Turns a step into the numbers on the progress bar and, every LOG_PERIOD steps, a line of metrics.json."""
 
     def __init__(
-        self, cfg: CfgNode, backbone: ResNet, labels: list[str], embeddings: dict[int, Tensor], stopwatch: Stopwatch
+        self,
+        cfg: CfgNode,
+        backbone: StagedBackbone,
+        labels: list[str],
+        embeddings: dict[int, Tensor],
+        stopwatch: Stopwatch,
     ) -> None:
         self.cfg, self.backbone, self.labels, self.embeddings = cfg, backbone, labels, embeddings
         self.stopwatch = stopwatch
@@ -104,7 +109,7 @@ class Monitor:
                 )
 
 
-def stage_norms(backbone: ResNet, norms: dict[nn.Parameter, Tensor]) -> dict[str, Tensor]:
+def stage_norms(backbone: StagedBackbone, norms: dict[nn.Parameter, Tensor]) -> dict[str, Tensor]:
     """Euclidean norm of each stage's gradient from its tensors' norms: {"grad_norm/stem": scalar, ...}."""
     found = {}
     for name in backbone.stage_names:

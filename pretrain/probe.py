@@ -16,7 +16,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD
-from loco_det.backbone import ResNet
+from loco_det.backbone import StagedBackbone
 from loco_det.data.source import Source
 from loco_det.data.sources import open_source
 from loco_det.data.subsets import share_of_each_class
@@ -80,7 +80,7 @@ class KnnProbe:
         return self.active and (done % (self.cfg.KNN.PERIOD * steps_per_epoch) == 0 or done == total)
 
     @torch.no_grad()
-    def __call__(self, backbone: ResNet) -> dict[str, float]:
+    def __call__(self, backbone: StagedBackbone) -> dict[str, float]:
         """{"knn/res2": percent right, ...}; unreadable images are left out."""
         training = backbone.training
         backbone.eval()
@@ -117,7 +117,9 @@ class KnnProbe:
         most = self.cfg.KNN.IMAGES
         return index if len(index) <= most else self._share(source, index, most / len(index))
 
-    def _features(self, backbone: ResNet, source: Source, index: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
+    def _features(
+        self, backbone: StagedBackbone, source: Source, index: np.ndarray
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Every stage's (N, C) float32 features and (N,) labels; processes share the work and all get the result."""
         loader = build_plain_loader(
             source,

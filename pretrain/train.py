@@ -15,13 +15,14 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD, backbone_tensors, describe, save_backbone
-from loco_det.backbone import BLOCKS, STEM_CHANNELS, ResNet, measure_batchnorm, narrow
+from loco_det.backbone import BLOCKS, STEM_CHANNELS, ResNet, StagedBackbone, measure_batchnorm, narrow
 from loco_det.data.source import Source
 from loco_det.data.sources import open_source
 from loco_det.data.twoview import TwoViewLoader, TwoViews, build_two_view_loader
 from loco_det.data.views import normalise
 from loco_det.errors import UserError
 from loco_det.metrics import trim_metrics
+from loco_det.presnet import PRESNET, PResNet
 from loco_det.processes import StopSignal
 from loco_det.runtime import (
     Progress,
@@ -40,7 +41,7 @@ from pretrain.average import GradientAverage
 from pretrain.checkpoint import latest_checkpoint, save_checkpoint
 from pretrain.compiling import stage_compiler
 from pretrain.decoders import build_decoder
-from pretrain.loco import METHODS, LocalTrainer, split_backbone
+from pretrain.loco import METHODS, LocalTrainer, method_units, split_backbone
 from pretrain.loss import nt_xent
 from pretrain.monitor import Monitor, Stopwatch
 from pretrain.optim import build_optimizer, learning_rate
@@ -75,8 +76,9 @@ class Learner(nn.Module):
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
         self.backbone = build_backbone(cfg)
-        self.stages, self.units = split_backbone(self.backbone, unit_names(cfg), cfg.SOLVER.RECOMPUTE)
-        self.unit_labels = [f"{first}-{last}" for first, last in unit_names(cfg)]
+        names = unit_names(cfg, self.backbone)
+        self.stages, self.units = split_backbone(self.backbone, names, cfg.SOLVER.RECOMPUTE)
+        self.unit_labels = [f"{first}-{last}" for first, last in names]
         self.decoders = nn.ModuleList(
             build_decoder(cfg.DECODER, self.backbone, self.stages[unit.last].ends_in, cfg.BACKBONE.NORM)
             for unit in self.units
@@ -102,35 +104,39 @@ class Learner(nn.Module):
         return nt_xent(z, self.temperature, self.chunk)
 
 
-def build_backbone(cfg: CfgNode) -> ResNet:
-    """The ResNet that BACKBONE.* describes.
+def build_backbone(cfg: CfgNode) -> StagedBackbone:
+    """The network that BACKBONE.* describes.
 
     Raises:
         UserError: a name, stem or norm that there is not.
     """
-    names = {f"resnet{depth}": depth for depth in BLOCKS}
+    names = {**{f"resnet{depth}": depth for depth in BLOCKS}, PRESNET: 50}
     if cfg.BACKBONE.NAME not in names:
         raise UserError(f"BACKBONE.NAME is {cfg.BACKBONE.NAME!r}; use one of {', '.join(names)}")
     if cfg.BACKBONE.STEM not in ("imagenet", "cifar"):
         raise UserError(f"BACKBONE.STEM is {cfg.BACKBONE.STEM!r}; use imagenet or cifar")
     if cfg.BACKBONE.NORM not in ("BN", "SyncBN"):
         raise UserError(f"BACKBONE.NORM is {cfg.BACKBONE.NORM!r}; use BN or SyncBN")
-    depth, width, stem = names[cfg.BACKBONE.NAME], cfg.BACKBONE.WIDTH, cfg.BACKBONE.STEM
+    depth, width, stem, norm = names[cfg.BACKBONE.NAME], cfg.BACKBONE.WIDTH, cfg.BACKBONE.STEM, cfg.BACKBONE.NORM
     if not 1 <= width <= STEM_CHANNELS or (width < STEM_CHANNELS and stem != "cifar"):
         raise UserError(
             f"BACKBONE.WIDTH is {width} with BACKBONE.STEM {stem}; use {STEM_CHANNELS}, or 1 to {STEM_CHANNELS} with "
             "STEM cifar (detectors are built for the whole width)"
         )
-    return sync_anywhere(ResNet(depth, stem=stem, norm=cfg.BACKBONE.NORM, **narrow(depth, width)))
+    if cfg.BACKBONE.NAME != PRESNET:
+        return sync_anywhere(ResNet(depth, stem=stem, norm=norm, **narrow(depth, width)))
+    if width % 8:
+        raise UserError(f"BACKBONE.WIDTH is {width} with BACKBONE.NAME {PRESNET}; use a multiple of 8")
+    return sync_anywhere(PResNet(stem=stem, norm=norm, stem_channels=width // 2))
 
 
-def unit_names(cfg: CfgNode) -> list[list[str]]:
+def unit_names(cfg: CfgNode, backbone: StagedBackbone) -> list[list[str]]:
     """The [first, last] stage names of the units that UNITS, else METHOD, asks for."""
     if cfg.UNITS:
         return [list(unit) if isinstance(unit, (list, tuple)) else unit for unit in cfg.UNITS]
     if cfg.METHOD not in METHODS:
         raise UserError(f"METHOD is {cfg.METHOD!r}; use one of {', '.join(METHODS)} or random, or set UNITS")
-    return METHODS[cfg.METHOD]
+    return method_units(cfg.METHOD, backbone.stage_names[1:])
 
 
 def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None) -> Path:
@@ -177,7 +183,7 @@ def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None) -
     learner = Learner(cfg).to(device)
     seed_everything(cfg.SEED)
     step = _train(cfg, learner, loader, source, device, resume)
-    return write_backbone(cfg, learner.backbone, unit_names(cfg), source, step)
+    return write_backbone(cfg, learner.backbone, unit_names(cfg, learner.backbone), source, step)
 
 
 def _train(
@@ -302,7 +308,7 @@ def _check_finite(losses: list[Tensor], learner: Learner, step: int, indices: Te
             )
 
 
-def measure_statistics(backbone: ResNet, loader: TwoViewLoader, device: torch.device) -> None:
+def measure_statistics(backbone: StagedBackbone, loader: TwoViewLoader, device: torch.device) -> None:
     """METHOD random: BatchNorm's statistics over up to 50 batches."""
     batches = loader.batches(0)
     count = min(RANDOM_BATCHES, loader.steps_per_epoch)
@@ -368,7 +374,7 @@ def _restore(cfg: CfgNode, state: dict[str, object], images: int) -> int:
     return values["step"]
 
 
-def write_backbone(cfg: CfgNode, backbone: ResNet, units: list[list[str]], source: Source, step: int) -> Path:
+def write_backbone(cfg: CfgNode, backbone: StagedBackbone, units: list[list[str]], source: Source, step: int) -> Path:
     """OUTPUT_DIR/backbone.safetensors with its manifest; returns its path."""
     path = Path(cfg.OUTPUT_DIR) / "backbone.safetensors"
     if is_main():

@@ -9,11 +9,12 @@ from torch import nn
 
 from loco_det.backbone import ResNet
 from pretrain.decoders import Decoder, residual_blocks
-from pretrain.loco import METHODS, split_backbone
+from pretrain.loco import METHODS, method_units, split_backbone
 from pretrain.loss import nt_xent
 
+STAGES = ["res2", "res3", "res4", "res5"]
 UNIT_LISTS = {
-    **METHODS,
+    **{method: method_units(method, STAGES) for method in METHODS},
     "nested": [["res2", "res5"], ["res3", "res4"]],
     "wide overlaps": [["res2", "res4"], ["res3", "res5"]],
     "same start": [["res2", "res3"], ["res2", "res5"], ["res3", "res5"]],

@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 FIRST = ("", ".errors", ".structures", ".runtime", ".processes", ".metrics", ".config")
 NO_MODELS = {f"loco_det{name}" for name in FIRST}
-BASE = NO_MODELS | {"loco_det.backbone", "loco_det.fused", "loco_det.names", "loco_det.artifact"}
+BASE = NO_MODELS | {"loco_det.backbone", "loco_det.fused", "loco_det.names", "loco_det.artifact", "loco_det.presnet"}
 # What the modules of each room may import of this project besides their own room; docs/architecture.md says why.
 MAY_IMPORT = {
     "loco_det": BASE,

@@ -72,6 +72,7 @@ def test_names_are_a_bijection_over_every_tensor_of_torchvision(name: str) -> No
         ("layer3.22.bn1.num_batches_tracked", "res4.22.conv1.norm.num_batches_tracked"),
         ("layer1.0.downsample.0.weight", "res2.0.shortcut.weight"),
         ("layer4.0.downsample.1.running_mean", "res5.0.shortcut.norm.running_mean"),
+        ("layer6.2.conv3.weight", "res7.2.conv3.weight"),  # PResNet-50's, which neither library has
     ],
 )
 def test_names_as_the_two_libraries_write_them(torchvision_name: str, detectron2_name: str) -> None:
@@ -87,7 +88,7 @@ REFUSED = [
     "conv1.weight\n",
     "module.conv1.weight",
     "layer0.0.conv1.weight",
-    "layer5.0.conv1.weight",
+    "layer7.0.conv1.weight",
     "layer1.00.conv1.weight",
     "layer01.0.conv1.weight",
     "layer1.-1.conv1.weight",
@@ -106,7 +107,7 @@ def test_other_names_are_refused_by_name(name: str) -> None:
         to_detectron2(name)
 
 
-@pytest.mark.parametrize("name", ["res1.0.conv1.weight", "res6.0.conv1.weight", "conv1.weight", "stem.fc.weight"])
+@pytest.mark.parametrize("name", ["res1.0.conv1.weight", "res8.0.conv1.weight", "conv1.weight", "stem.fc.weight"])
 def test_other_detectron2_names_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="not a Detectron2 ResNet backbone tensor"):
         to_torchvision(name)

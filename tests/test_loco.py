@@ -14,7 +14,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from loco_det.errors import UserError
-from pretrain.loco import METHODS, LocalTrainer, Unit, plan_passes
+from pretrain.loco import LocalTrainer, Unit, plan_passes
 from pretrain.memory import SavedBytes
 
 
@@ -105,7 +105,7 @@ def test_recomputing_changes_no_bit_of_losses_gradients_and_statistics(name: str
 
 def bytes_kept(method: str, recompute: str | None) -> int:
     """The most that is saved for backward at any time of a step, each storage once."""
-    _, stages, units, decoders, losses = build(METHODS[method], recompute=recompute)
+    _, stages, units, decoders, losses = build(UNIT_LISTS[method], recompute=recompute)
     kept = [k for k, stage in enumerate(stages) if stage.recompute]
     trainer = LocalTrainer([s.module for s in stages], units, losses, recompute=kept)
     weights = [p for module in (*(stage.module for stage in stages), decoders) for p in module.parameters()]
@@ -139,11 +139,11 @@ def test_local_learning_and_recomputing_keep_less() -> None:
 
 def test_one_unit_over_everything_is_end_to_end_simclr() -> None:
     x = torch.randn(6, 3, 16, 16, dtype=torch.float64)
-    backbone, stages, units, decoders, losses = build(METHODS["simclr"])
+    backbone, stages, units, decoders, losses = build(UNIT_LISTS["simclr"])
     assert (len(stages), units) == (1, [Unit(0, 0)])
     LocalTrainer([s.module for s in stages], units, losses).step(x)
     got = gradients(backbone, decoders)
-    backbone, _, _, decoders, losses = build(METHODS["simclr"])
+    backbone, _, _, decoders, losses = build(UNIT_LISTS["simclr"])
     losses[0](backbone(x)["res5"]).backward()
     for want, have in zip(gradients(backbone, decoders), got):
         torch.testing.assert_close(have, want, rtol=0, atol=0)
@@ -151,7 +151,7 @@ def test_one_unit_over_everything_is_end_to_end_simclr() -> None:
 
 @pytest.mark.parametrize(("method", "loss", "reached"), [("gim", 2, {4}), ("loco", 1, {3, 4}), ("loco", 2, {4, 5})])
 def test_a_stage_outside_a_unit_gets_exactly_nothing_from_it(method: str, loss: int, reached: set[int]) -> None:
-    backbone, stages, units, _, losses = build(METHODS[method])
+    backbone, stages, units, _, losses = build(UNIT_LISTS[method])
     only = [f if i == loss else (lambda h: h.sum() * 0) for i, f in enumerate(losses)]
     LocalTrainer([s.module for s in stages], units, only).step(torch.randn(6, 3, 16, 16, dtype=torch.float64))
     for name in ("stem", "res2", "res3", "res4", "res5"):
@@ -161,9 +161,9 @@ def test_a_stage_outside_a_unit_gets_exactly_nothing_from_it(method: str, loss: 
 
 def test_batch_statistics_are_updated_once() -> None:
     x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
-    backbone, stages, units, _, losses = build(METHODS["loco"])
+    backbone, stages, units, _, losses = build(UNIT_LISTS["loco"])
     LocalTrainer([s.module for s in stages], units, losses).step(x)
-    other, *_ = build(METHODS["loco"])
+    other, *_ = build(UNIT_LISTS["loco"])
     other(x)
     for (name, got), want in zip(backbone.state_dict().items(), other.state_dict().values()):
         if "running" in name or "tracked" in name:
@@ -175,7 +175,7 @@ def test_batch_statistics_are_updated_once() -> None:
     [("simclr", [3], [0]), ("gim", [3, 3, 3, 3], [0, 1, 2, 3]), ("loco", [3, 4, 4, 3], [1, 2, 3, 3])],
 )
 def test_the_plan_is_minimal_and_early(method: str, costs: list[int], final_after: list[int]) -> None:
-    _, stages, units, _, _ = build(METHODS[method])
+    _, stages, units, _, _ = build(UNIT_LISTS[method])
     plan = plan_passes(units, len(stages))
     assert [1 + sum(1 + p.weights for p in passes) for passes in plan] == costs
     assert [passes[-1].when for passes in plan] == final_after
@@ -183,7 +183,7 @@ def test_the_plan_is_minimal_and_early(method: str, costs: list[int], final_afte
 
 def test_a_trace_shows_every_forward_loss_and_pass_by_name_and_no_other() -> None:
     """Also that each pass of the plan is run once, as soon as its last loss is known."""
-    _, stages, units, _, losses = build(METHODS["loco"])
+    _, stages, units, _, losses = build(UNIT_LISTS["loco"])
     trainer = LocalTrainer([s.module for s in stages], units, losses)
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         trainer.step(torch.randn(4, 3, 16, 16, dtype=torch.float64))
@@ -206,7 +206,7 @@ def test_a_trace_shows_every_forward_loss_and_pass_by_name_and_no_other() -> Non
 
 
 def test_gradients_are_final_when_on_final_says_so() -> None:
-    _, stages, units, _, losses = build(METHODS["loco"])
+    _, stages, units, _, losses = build(UNIT_LISTS["loco"])
     seen: dict[int, list[torch.Tensor]] = {}
     trainer = LocalTrainer(
         [s.module for s in stages], units, losses, lambda k: seen.update({k: gradients(stages[k].module)})
@@ -219,7 +219,7 @@ def test_gradients_are_final_when_on_final_says_so() -> None:
 
 
 def test_a_stage_lets_go_of_its_output_when_its_gradients_are_final() -> None:
-    _, stages, units, _, losses = build(METHODS["loco"])
+    _, stages, units, _, losses = build(UNIT_LISTS["loco"])
     outputs: dict[int, weakref.ref] = {}
     for k, stage in enumerate(stages):
         stage.module.register_forward_hook(lambda *values, k=k: outputs.update({k: weakref.ref(values[-1])}))
@@ -234,7 +234,7 @@ def test_a_stage_lets_go_of_its_output_when_its_gradients_are_final() -> None:
 
 
 def test_on_start_comes_before_the_forward_that_needs_the_weights() -> None:
-    _, stages, units, _, losses = build(METHODS["loco"])
+    _, stages, units, _, losses = build(UNIT_LISTS["loco"])
     calls: list[tuple[str, int]] = []
     for k, stage in enumerate(stages):
         stage.module.register_forward_pre_hook(lambda *_, k=k: calls.append(("forward", k)))
@@ -255,7 +255,7 @@ def test_scale_multiplies_every_gradient() -> None:
     x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
     results = []
     for scale in (None, lambda loss: loss * 8):
-        backbone, stages, units, decoders, losses = build(METHODS["loco"])
+        backbone, stages, units, decoders, losses = build(UNIT_LISTS["loco"])
         LocalTrainer([s.module for s in stages], units, losses).step(x, scale=scale)
         results.append(gradients(backbone, decoders))
     for one, eight in zip(*results):
@@ -266,7 +266,7 @@ def test_frozen_weights_get_no_gradient_and_the_others_get_theirs() -> None:
     x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
     results = []
     for frozen in (False, True):
-        backbone, stages, units, decoders, losses = build(METHODS["loco"])
+        backbone, stages, units, decoders, losses = build(UNIT_LISTS["loco"])
         backbone.res3[0].requires_grad_(not frozen)
         LocalTrainer([s.module for s in stages], units, losses).step(x)
         assert all((p.grad is None) == frozen for p in backbone.res3[0].parameters())
@@ -314,10 +314,10 @@ def test_units_that_cannot_be(units: list, message: str) -> None:
     ],
 )
 def test_what_is_recomputed_is_cut_into_the_blocks_that_were_named(recompute: object, blocks: list[str]) -> None:
-    _, stages, _, _, _ = build(METHODS["loco"], recompute=recompute)
+    _, stages, _, _, _ = build(UNIT_LISTS["loco"], recompute=recompute)
     assert [stage.name for stage in stages if stage.recompute] == blocks
 
 
 def test_stages_to_recompute_that_are_not_there() -> None:
     with pytest.raises(UserError, match=r"SOLVER.RECOMPUTE: 'second' is not in this backbone"):
-        build(METHODS["loco"], recompute="second")
+        build(UNIT_LISTS["loco"], recompute="second")

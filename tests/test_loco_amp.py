@@ -9,7 +9,7 @@ import torch
 from loco_cases import UNIT_LISTS, build, gradients, obvious_step
 from torch import nn
 
-from pretrain.loco import METHODS, LocalTrainer
+from pretrain.loco import LocalTrainer
 
 
 def half_works(dtype: torch.dtype) -> bool:
@@ -59,7 +59,7 @@ def test_recomputing_in_half_precision_changes_no_bit() -> None:
         pytest.skip("no bfloat16 convolutions on this CPU")
     results = []
     for recompute in ("none", "all"):
-        stages, units, losses, everything = small(METHODS["loco"], recompute)
+        stages, units, losses, everything = small(UNIT_LISTS["loco"], recompute)
         kept = [k for k, stage in enumerate(stages) if stage.recompute]
         trainer = LocalTrainer([s.module for s in stages], units, losses, recompute=kept)
         values = trainer.step(images(), autocast=partial(torch.autocast, "cpu", torch.bfloat16))
@@ -70,7 +70,7 @@ def test_recomputing_in_half_precision_changes_no_bit() -> None:
 
 def test_half_precision_is_used() -> None:
     dtypes = set()
-    stages, units, losses, _ = small(METHODS["loco"])
+    stages, units, losses, _ = small(UNIT_LISTS["loco"])
     watched = [lambda h, loss=loss: dtypes.add(h.dtype) or loss(h) for loss in losses]
     trainer = LocalTrainer([s.module for s in stages], units, watched)
     trainer.step(images(), autocast=partial(torch.autocast, "cpu", torch.bfloat16))
@@ -78,7 +78,7 @@ def test_half_precision_is_used() -> None:
 
 
 def test_an_overflow_in_one_unit_skips_the_step_for_all_and_halves_the_scale() -> None:
-    stages, units, losses, everything = small(METHODS["loco"])
+    stages, units, losses, everything = small(UNIT_LISTS["loco"])
     overflowing = [losses[0], lambda h: losses[1](h) * 1e37, losses[2]]  # finite, but not when scaled
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)
     optimizer = torch.optim.SGD(everything.parameters(), lr=0.1)
@@ -106,7 +106,7 @@ def test_scaling_leaves_the_step_that_is_taken_unchanged() -> None:
     """A scale that is a power of two is exact, so training with it is training without it."""
     results = []
     for enabled in (False, True):
-        stages, units, losses, everything = small(METHODS["loco"])
+        stages, units, losses, everything = small(UNIT_LISTS["loco"])
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=enabled)
         optimizer = torch.optim.SGD(everything.parameters(), lr=0.1)
         LocalTrainer([s.module for s in stages], units, losses).step(images(), scale=scaler.scale)

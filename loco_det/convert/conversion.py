@@ -13,8 +13,16 @@ import msgspec
 import torch
 from torch import Tensor
 
-from loco_det.artifact import HEADER_KEY, Manifest, Stage, check_hash, decode_manifest, load_backbone
-from loco_det.backbone import ResNet, narrow, stage_channels, stage_strides, tensors_hash
+from loco_det.artifact import (
+    HEADER_KEY,
+    Manifest,
+    Stage,
+    check_hash,
+    decode_manifest,
+    load_backbone,
+    require_resnet,
+)
+from loco_det.backbone import ResNet, StagedBackbone, narrow, stage_channels, stage_strides, tensors_hash
 from loco_det.config import collect_settings
 from loco_det.convert.account import Account, take_account
 from loco_det.convert.architecture import Architecture, checked_tensors, recognise
@@ -25,6 +33,7 @@ from loco_det.convert.sources import Pixels, Triple
 from loco_det.convert.stored import Stored
 from loco_det.errors import UserError
 from loco_det.names import to_detectron2
+from loco_det.presnet import PRESNET, PResNet
 from loco_det.runtime import atomic_write
 
 
@@ -115,10 +124,10 @@ def load_any_backbone(
     pixel_std: Triple | None = None,
     stride_in_1x1: bool | None = None,
     d2_config: str | Path | None = None,
-) -> tuple[ResNet, Manifest]:
+) -> tuple[StagedBackbone, Manifest]:
     """The backbone of any checkpoint that `convert` reads, as a network in evaluation mode, and what it expects.
 
-    Our own backbones with the CIFAR stem, which have no place in a detector, are read too.
+    Our own backbones that have no place in a detector are read too: those with the CIFAR stem, and PResNet-50.
 
     Args:
         path, branch, channel_order, pixel_mean, pixel_std, stride_in_1x1, d2_config: as `convert`'s.
@@ -136,20 +145,29 @@ def load_any_backbone(
     given = _given(channel_order, pixel_mean, pixel_std, stride_in_1x1, d2_config)
     if path.is_file() and HEADER_KEY in safetensors_metadata(path):
         tensors, manifest = load_backbone(path)
-        if manifest.stem == "cifar":
+        if manifest.stem == "cifar" or manifest.architecture == PRESNET:
             account = Account("", "", Architecture(manifest.depth), len(tensors), tensors, {}, {})
             _stated(path, account, manifest, None, *given)
-            width = manifest.stages["stem"].channels
-            shape = {"stride_in_1x1": manifest.stride_in_1x1, **narrow(manifest.depth, width)}
-            model = ResNet(manifest.depth, stem="cifar", norm=norm, **shape)
-            return _filled(path, model, tensors), manifest
+            return _filled(path, _described(path, manifest, norm), tensors), manifest
     account, manifest, known = _read(path, branch)
     account.pixels = _stated(path, account, manifest, known, *given)
     model = account.architecture.build(stride_in_1x1=account.pixels.stride_in_1x1, norm=norm)
     return _filled(path, model, account.converted), manifest or _describe(account)
 
 
-def _filled(path: Path, model: ResNet, tensors: dict[str, Tensor]) -> ResNet:
+def _described(path: Path, manifest: Manifest, norm: str) -> StagedBackbone:
+    """The network that a manifest of our own describes, with fresh weights: PResNet-50 or a ResNet with CIFAR stem."""
+    width = manifest.stages["stem"].channels
+    if manifest.architecture == PRESNET:
+        try:
+            return PResNet(stem=manifest.stem, norm=norm, stem_channels=width)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+    shape = {"stride_in_1x1": manifest.stride_in_1x1, **narrow(manifest.depth, width)}
+    return ResNet(manifest.depth, stem="cifar", norm=norm, **shape)
+
+
+def _filled(path: Path, model: StagedBackbone, tensors: dict[str, Tensor]) -> StagedBackbone:
     """`model` in evaluation mode with all of `tensors` (torchvision's names) and no others."""
     counters = {name: t for name, t in model.state_dict().items() if name.endswith("num_batches_tracked")}
     try:
@@ -197,6 +215,7 @@ def _read(path: Path, branch: str | None) -> tuple[Account, Manifest | None, Pix
     header = safetensors_metadata(path).get(HEADER_KEY)
     if header is not None:
         manifest = decode_manifest(header, path)
+        require_resnet(path, manifest)
         architecture = recognise(path, loaded)
         tensors = checked_tensors(path, loaded, architecture)
         check_hash(path, tensors, manifest)

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from loco_det.artifact import HEADER_KEY, decode_manifest
+from loco_det.artifact import HEADER_KEY, Manifest, decode_manifest, require_resnet
 from loco_det.convert.account import take_account
 from loco_det.convert.load import file_kind, open_tensors, safetensors_metadata
 from loco_det.convert.sources import Candidate, Pixels, candidates, flatten
@@ -107,11 +107,11 @@ def inspect(path: str | Path) -> Report:
     opened = open_tensors(path)
     tensors = dict(flatten(path, opened))
     header = safetensors_metadata(path).get(HEADER_KEY) or opened.get(HEADER_KEY)
-    manifest = json.loads(msgspec.json.encode(decode_manifest(header, path))) if isinstance(header, str) else {}
+    manifest = decode_manifest(header, path) if isinstance(header, str) else None
     found = candidates(path, tensors)
-    backbones = [_backbone(path, opened, candidate) for candidate in found]
+    backbones = [_backbone(path, opened, candidate, manifest) for candidate in found]
     if manifest and len(backbones) == 1:
-        backbones[0]["source"] = f"loco_det ({manifest['method']})"
+        backbones[0]["source"] = f"loco_det ({manifest.method})"
     problem = ""
     if not backbones:
         try:
@@ -119,15 +119,18 @@ def inspect(path: str | Path) -> Report:
         except UserError as error:
             problem = str(error)
     says = dict(list(_sayings(opened))[:MAX_SAYINGS])
+    said = json.loads(msgspec.json.encode(manifest)) if manifest else {}
     return Report(
-        str(path), file_kind(path), path.stat().st_size, says, manifest, backbones, problem, _groups(tensors, found)
+        str(path), file_kind(path), path.stat().st_size, says, said, backbones, problem, _groups(tensors, found)
     )
 
 
-def _backbone(path: Path, opened: dict[str, Any], candidate: Candidate) -> dict[str, Any]:
+def _backbone(path: Path, opened: dict[str, Any], candidate: Candidate, manifest: Manifest | None) -> dict[str, Any]:
     name = candidate.source.name if candidate.source else "unknown code base"
     found: dict[str, Any] = {"source": name, "branch": candidate.branch, "prefix": candidate.prefix}
     try:
+        if manifest:
+            require_resnet(path, manifest)
         account, _ = take_account(path, opened, candidate.prefix, read=False)
     except UserError as error:
         return {**found, "problem": str(error)}

@@ -16,7 +16,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from loco_det.artifact import Manifest, decode_manifest, load_backbone
+from loco_det.artifact import Manifest, decode_manifest, load_backbone, require_resnet
 from loco_det.convert import load_checkpoint
 from loco_det.errors import UserError
 from loco_det.names import to_detectron2
@@ -80,7 +80,7 @@ def read_weights(path: str | Path) -> Weights:
     Nothing in the file is executed.
 
     Raises:
-        UserError: a URL, a missing or damaged file, or names that are not Detectron2's.
+        UserError: a URL, a missing or damaged file, names that are not Detectron2's, or a backbone that is no ResNet.
     """
     text = str(path)
     if "://" in text:
@@ -93,6 +93,7 @@ def read_weights(path: str | Path) -> Weights:
         raise UserError(f"MODEL.WEIGHTS {path} does not exist; pretrain and convert a backbone, or correct the path.")
     if path.suffix == ".safetensors":
         tensors, manifest = load_backbone(path)
+        require_resnet(path, manifest)
         return Weights(path, {to_detectron2(name): tensor for name, tensor in tensors.items()}, manifest)
     state = load_checkpoint(path)
     tensors = state.pop("model")

@@ -157,7 +157,8 @@ def stages(backbones: dict[str, dict[str, Any]], label: str, colours: dict[str, 
     """Top-1 accuracy after each stage, with its interval where there is one."""
 
     def draw(axes: Axes) -> None:
-        names = [s for s in ("stem", "res2", "res3", "res4", "res5") if any(s in found for found in backbones.values())]
+        known = ("stem", *(f"res{number}" for number in range(2, 8)))
+        names = [stage for stage in known if any(stage in found for found in backbones.values())]
         for name, found in backbones.items():
             present = [s for s in names if s in found]
             places, values = [names.index(s) for s in present], [found[s]["top1"] for s in present]

@@ -2,9 +2,9 @@
 
 | BACKBONE | |
 |---|---|
-| a file | anything that `loco-det convert` reads, and our own backbones with the CIFAR stem |
+| a file | anything that `loco-det convert` reads, and all of our own backbones |
 | `timm:NAME` | timm's model with its pretrained weights, from the local cache or the hub |
-| `random:resnet50`, `random:resnet18-cifar` | our ResNet untrained, BatchNorm measured on training images |
+| `random:resnet50`, `random:presnet50-cifar` | our network untrained, BatchNorm measured on training images |
 | `random:timm:NAME` | timm's model untrained; BatchNorm likewise |
 
 Shape legend: B images of S x S pixels; a stage's output is (B, C, H, W).
@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from loco_det.backbone import BLOCKS, STAGES, ResNet, measure_batchnorm, tensors
 from loco_det.convert import load_any_backbone
 from loco_det.data.views import normalise
 from loco_det.errors import UserError
+from loco_det.presnet import PRESNET, PResNet
 
 _BY_STRIDE = {2: "stem", 4: "res2", 8: "res3", 16: "res4", 32: "res5"}
 
@@ -121,12 +123,13 @@ def load_backbone_for_probe(name: str, *, seed: int = 0, image_size: int | None 
 
 
 def _random(name: str, rest: str) -> Backbone:
-    models = {f"resnet{depth}{suffix}": (depth, stem) for depth in BLOCKS for suffix, stem in _STEMS.items()}
+    networks = {**{f"resnet{depth}": partial(ResNet, depth) for depth in BLOCKS}, PRESNET: PResNet}
+    models = {f"{network}{suffix}": (network, stem) for network in networks for suffix, stem in _STEMS.items()}
     if rest not in models:
         raise UserError(f"backbone {name!r}: {rest!r} is unknown; use random: with one of {', '.join(models)}")
-    depth, stem = models[rest]
-    model = ResNet(depth, stem=stem).eval()
-    facts = {"architecture": f"resnet{depth}", "stem": stem, "source": "random"}
+    network, stem = models[rest]
+    model = networks[network](stem=stem).eval()
+    facts = {"architecture": network, "stem": stem, "source": "random"}
     size = 32 if stem == "cifar" else 224
     return Backbone(name, model, model.channels, "RGB", IMAGENET_MEAN, IMAGENET_STD, size, untrained=True, facts=facts)
 
