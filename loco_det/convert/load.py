@@ -134,9 +134,9 @@ def _pages(path: Path) -> mmap.mmap:
     """The file's pages; who writes to them does not change the file."""
     if re.match(r"\w+:/", str(path)):
         raise UserError(f"{path}: is a URL; download the file and give its path")
-    if (path / ".metadata").is_file() or path.suffix == ".distcp":
-        raise UserError(f"{path}: {_DISTRIBUTED.format(path if path.is_dir() else path.parent)}")
     try:
+        if (path / ".metadata").is_file() or path.suffix == ".distcp":
+            raise UserError(f"{path}: {_DISTRIBUTED.format(path if path.is_dir() else path.parent)}")
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path}: cannot be read (is no regular file); give a weights file")
