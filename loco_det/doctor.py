@@ -316,7 +316,7 @@ def _weights(cfg: Any, path: str) -> Check:
     apply_weights(build_model(cfg), weights, cfg)
     kind = "backbone" if weights.is_backbone else "detector"
     if weights.is_backbone and weights.manifest is None:
-        advice = "check INPUT.FORMAT and PIXEL_MEAN/STD by hand, or convert it with tools/convert_to_d2.py"
+        advice = "check INPUT.FORMAT and PIXEL_MEAN/STD by hand, or convert it with loco-det convert"
         return Check("weights", "note", f"{kind} {path} fits, but does not say what pixels it expects", advice)
     return Check("weights", "ok", f"{kind} {path} fits the config")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from loco_det.convert.load import left_out, load_tensors
 from loco_det.errors import UserError
 from loco_det.runtime import atomic_write
 
@@ -44,9 +44,9 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         return None
     before = f"resume from {paths[-2].name}" if len(paths) > 1 else "start again"
     try:
-        state = torch.load(paths[-1], map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{paths[-1]}: damaged ({type(error).__name__}); delete it to {before}") from error
-    if not isinstance(state, dict) or not state.keys() >= KEYS:
+        state = load_tensors(paths[-1])
+    except UserError as error:
+        raise UserError(f"{error}; or delete it to {before}") from error
+    if not state.keys() >= KEYS or left_out(state):
         raise UserError(f"{paths[-1]}: not a training state of loco-det pretrain; move it away to {before}")
     return paths[-1], state

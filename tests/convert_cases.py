@@ -56,6 +56,89 @@ class Reduce:
         return self.call
 
 
+class Begotten:
+    """Pickles as an object whose making takes arguments by name (NEWOBJ_EX), and makes a folder."""
+
+    def __new__(cls, *, folder: str) -> Begotten:
+        os.mkdir(folder)
+        made = super().__new__(cls)
+        made.folder = folder
+        return made
+
+    def __getnewargs_ex__(self) -> tuple:
+        return (), {"folder": self.folder}
+
+    def __getstate__(self) -> None:
+        return None
+
+
+class Stateful:
+    """Pickles as an object that makes a folder when it is given its state (BUILD)."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __setstate__(self, state: dict) -> None:
+        os.mkdir(state["folder"])
+
+
+class _Items:
+    """Pickles as an empty container of `kind` that is given items, which make a folder."""
+
+    def __init__(self, kind: type, folder: str) -> None:
+        self.call = (
+            (kind, (), None, iter([folder]), None) if kind is List else (kind, (), None, None, iter([(folder, 0)]))
+        )
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+class List(list):
+    def append(self, folder: str) -> None:
+        os.mkdir(folder)
+
+    def extend(self, folders: list[str]) -> None:
+        os.mkdir(next(iter(folders)))
+
+
+class Dict(dict):
+    def __setitem__(self, folder: str, _: object) -> None:
+        os.mkdir(folder)
+
+
+def begotten(folder: str) -> Begotten:
+    """One whose folder is yet to be made."""
+    made = object.__new__(Begotten)
+    made.folder = folder
+    return made
+
+
+TRAPS = {
+    "reduce": lambda folder: Reduce(os.mkdir, folder),
+    "newobj_ex": begotten,
+    "build": Stateful,
+    "append": lambda folder: _Items(List, folder),
+    "setitem": lambda folder: _Items(Dict, folder),
+    "nested": lambda folder: [[{"a": ({"b": Reduce(os.mkdir, folder)},)}]],
+    "chain": lambda folder: Reduce(getattr, Reduce(__import__, "os"), "mkdir"),
+    "called": lambda folder: Reduce(list, Reduce(map, os.mkdir, [folder])),
+}
+"""Way to run code -> what, when it is unpickled, makes the folder of that name or reaches for what could."""
+
+
+def raw_traps(folder: Path) -> dict[str, bytes]:
+    """Ways to make `folder` that no pickler writes, as instructions that leave one thing on the stack."""
+    name, path = _name("os", "mkdir"), _text(str(folder))
+    return {
+        "inst": b"(" + path + b"ios\nmkdir\n",
+        "obj": b"(" + name + path + b"o",
+        "stack_global": _text("os") + _text("mkdir") + b"\x93" + path + b"\x85R",
+        "renamed": _name("posix", "mkdir") + path + b"\x85R",
+        "memo": name + b"q\x070" + b"h\x07" + path + b"\x85R",
+    }
+
+
 def _raw(*parts: bytes) -> bytes:
     return b"\x80\x04" + b"".join(parts) + b"."
 
@@ -109,6 +192,10 @@ def pickles_that_run(canary: Path) -> dict[str, bytes]:
         "rebuild_type": Reduce(torch._utils._rebuild_sparse_tensor, os.system, (touch,)),
     }
     found = {name: pickle.dumps(value, protocol=4) for name, value in calls.items()}
+    found["extension_2"] = _raw(b"\x83\x01\x00")
+    found["extension_4"] = _raw(b"\x84\x01\x00\x00\x00")
+    found["buffer"] = _raw(b"\x97")
+    found["module_persid"] = _raw(_text("module"), _name("os", "system"), b"\x86Q")
     found["protocol_0"] = pickle.dumps(evil, protocol=0)
     found["protocol_2"] = pickle.dumps(evil, protocol=2)
     found["inst"] = b"(S'" + touch.encode() + b"'\nios\nsystem\n."
@@ -144,6 +231,11 @@ def pickles_that_swell() -> dict[str, bytes]:
     )
     encode = _name("_codecs", "encode") + b"h\x00" + _text("latin1") + b"\x86R"
     return {
+        "names": _raw(_text("x" * 500_000), b"q\x000h\x00h\x00\x930" * 100_000, b"N"),
+        "line": b"c" + b"x" * 500_000 + b"\ny\n" + b"0c" + b"z" * 500_000 + b"\ny\n.",
+        "order": _raw(_dtype(b"X" + struct.pack("<I", 300_000) + b"<" * 300_000), _array_of(b"h\x05") * 300),
+        "code": _raw(_dtype(_text("<"), "f" * 300_000), _array_of(b"h\x05") * 300),
+        "bytearray8": _raw(b"\x96" + struct.pack("<Q", 2**36)),
         "bytearray": _raw(_name("builtins", "bytearray"), b"\x8a\x05" + (10**11).to_bytes(5, "little"), b"\x85R"),
         "bytes": _raw(_name("builtins", "bytes"), b"\x8a\x05" + (10**11).to_bytes(5, "little"), b"\x85R"),
         "memo_index": _raw(b"N", b"r" + struct.pack("<I", 2**32 - 1)),
@@ -170,6 +262,18 @@ def pickles_that_swell() -> dict[str, bytes]:
     }
 
 
+def _dtype(order: bytes, code: str = "f4") -> bytes:
+    """numpy's dtype of `code`, with the instructions `order` for its byte order, in memo 5."""
+    head = _name("numpy", "dtype") + _text(code) + b"\x85Rq\x05"
+    return head + b"(K\x03" + order + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb0"
+
+
+def _array_of(dtype: bytes) -> bytes:
+    """An array of no elements, dropped again."""
+    make = _name("numpy.core.multiarray", "_reconstruct") + b")R"
+    return make + b"(K\x01K\x00\x85" + dtype + b"\x89C\x00tb0"
+
+
 def torch_zip(content: bytes, storages: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED) -> bytes:
     """A file like torch.save's round the pickle `content`."""
     buffer = io.BytesIO()
@@ -182,11 +286,11 @@ def torch_zip(content: bytes, storages: dict[str, bytes] | None = None, compress
     return buffer.getvalue()
 
 
-def torch_legacy(content: bytes) -> bytes:
-    """A file as torch before 1.6 wrote it round the pickle `content`, without storages."""
+def torch_legacy(content: bytes, storages: bytes = b"\x80\x02].") -> bytes:
+    """A file as torch before 1.6 wrote it round the pickle `content`, `storages` behind it."""
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
     parts = (0x1950A86A20F9469CFC6C, 1001, system)
-    return b"".join(pickle.dumps(part, protocol=2) for part in parts) + content + pickle.dumps([], protocol=2)
+    return b"".join(pickle.dumps(part, protocol=2) for part in parts) + content + storages
 
 
 def torch_legacy_of(tensor: Tensor, views: int) -> bytes:
@@ -360,6 +464,9 @@ def hostile_files(folder: Path, canary: Path) -> list[Path]:
     files.update({f"{name}.safetensors.index.json": content for name, content in indexes_that_lie().items()})
     files.update({f"ours-{name}.safetensors": content for name, content in manifests_that_lie().items()})
     files.update({f"{name}.pth": content for name, content in crowds().items()})
+    huge = struct.pack("<q", 2**30)
+    files["legacy-short.pt"] = torch_legacy(_tensor(2**30, 0, (2**30,), (1,)), pickle.dumps(["0"]) + huge)
+    files["zip-repeats.pth"] = torch_zip(_tensor(16, 0, (2**28,), (0,)))
     files["legacy-copies.pt"] = torch_legacy_of(torch.zeros(2**18), views=3000)
     files.update(
         {

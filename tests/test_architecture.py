@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "loco_det.convert": BASE | {"loco_det.data.images"},
     "loco_det.report": BASE | {"loco_det.data", "loco_det.evaluation"},
     "loco_det.detection": BASE | {"loco_det.data", "loco_det.evaluation", "loco_det.convert"},
-    "pretrain": BASE | {"loco_det.data", "loco_det.evaluation.knn"},
+    "pretrain": BASE | {"loco_det.data", "loco_det.evaluation.knn", "loco_det.convert.load"},
     "loco_det.doctor": BASE | {"loco_det.data", "loco_det.evaluation", "loco_det.convert", "loco_det.detection"},
     "loco_det.quickstart": BASE
     | {f"loco_det.{room}" for room in ("data", "evaluation", "convert", "detection", "report")},

@@ -1,6 +1,6 @@
 """Mutated input through every parser: it loads, or is refused in one sentence; nothing else may be raised.
 
-The suite lets hypothesis make a few hundred inputs. The long search makes its own, several times as many a second:
+The suite tries a few of a fixed seed for each parser, the long search as many as one likes:
 
     python tests/test_convert_fuzz.py --examples 100000 [--seed 0] [--parser zip ...]
 
@@ -27,17 +27,14 @@ import pytest
 import safetensors.torch
 import torch
 from convert_cases import detectron_pkl, torch_zip
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from loco_det.artifact import HEADER_KEY, Manifest, Stage, decode_manifest
 from loco_det.config import collect_settings
 from loco_det.convert.architecture import Architecture
 from loco_det.convert.export import yaml_text
 from loco_det.convert.inspect import inspect
-from loco_det.convert.load import load_tensors, open_tensors
+from loco_det.convert.load import in_memory, load_tensors, open_tensors
 from loco_det.convert.sources import flatten
-from loco_det.convert.stored import in_memory
 from loco_det.errors import UserError
 
 TENSORS = {"conv1.weight": torch.arange(12.0).reshape(3, 4), "bn1.bias": torch.ones(3)}
@@ -147,17 +144,19 @@ def test_the_unchanged_input_is_taken(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in PARSERS if name not in ("yaml", "manifest", "index")])
-def test_truncated_at_every_offset(tmp_path: Path, name: str) -> None:
-    """Every byte of what describes the tensors, and every byte of the rest."""
+def test_truncated(tmp_path: Path, name: str) -> None:
+    """At some 200 places all over the file, and at each of its last bytes."""
     parser = PARSERS[name]
-    taken = [cut for cut in range(len(parser.good)) if outcome(tmp_path, parser, parser.good[:cut])]
+    size = len(parser.good)
+    cuts = {*range(0, size, 1 + size // 200), *range(size - 40, size)}
+    taken = [cut for cut in sorted(cuts) if outcome(tmp_path, parser, parser.good[:cut])]
     assert not taken
 
 
 @pytest.mark.parametrize("name", ["yaml", "manifest", "index"])
 def test_truncated_text(tmp_path: Path, name: str) -> None:
     safetensors.torch.save_file(TENSORS, tmp_path / "s.safetensors")
-    for cut in range(len(PARSERS[name].good)):
+    for cut in range(0, len(PARSERS[name].good), 3):
         outcome(tmp_path, PARSERS[name], PARSERS[name].good[:cut])
 
 
@@ -165,7 +164,6 @@ TEXT = [b"{", b"}", b"[", b"]", b'"', b":", b",", b"null", b"NaN", b"1e999", b"-
 CODES = [b"\x80", b"(", b")", b"R", b"b", b"h\x00", b"q\x00", b"}", b"\x93", b"\x8e", b"\x8a\x09", b".", b"0", b"2"]
 NUMBERS = [b"\xff" * 8, b"\0" * 8, b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"18446744073709551615"]
 PIECES = TEXT + CODES + NUMBERS
-EDITS = st.tuples(st.floats(0, 1), st.binary(max_size=9) | st.sampled_from(PIECES), st.integers(0, 9))
 
 
 def edited(content: bytes, edits: list[tuple[float, bytes, int]]) -> bytes:
@@ -177,18 +175,8 @@ def edited(content: bytes, edits: list[tuple[float, bytes, int]]) -> bytes:
 
 
 @pytest.mark.parametrize("name", PARSERS)
-@settings(
-    max_examples=100,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-@given(edits=st.lists(EDITS, min_size=1, max_size=6))
-def test_mutated_input_is_taken_or_refused(folder: Path, name: str, edits: list[tuple[float, bytes, int]]) -> None:
-    started = time.monotonic()
-    outcome(folder, PARSERS[name], edited(PARSERS[name].good, edits))
-    assert time.monotonic() - started < 10
+def test_mutated_input_is_taken_or_refused(folder: Path, name: str) -> None:
+    search(name, 60, 0, folder)
 
 
 def test_a_manifest_of_any_text(folder: Path) -> None:

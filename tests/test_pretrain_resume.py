@@ -208,7 +208,7 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
     torch.save(
         {**dict.fromkeys(checkpoint.KEYS, 0), "learner": Trap(tmp_path / "sprung")}, tmp_path / "checkpoint_1.pth"
     )
-    with pytest.raises(UserError, match=r"checkpoint_1.pth: damaged \(UnpicklingError\)"):
+    with pytest.raises(UserError, match=r"checkpoint_1.pth: not a training state"):
         latest_checkpoint(tmp_path)
     assert not (tmp_path / "sprung").exists()
 

@@ -159,7 +159,7 @@ def test_a_cifar_stem_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
-        ("detectron2://ImageNetPretrained/MSRA/R-50.pkl", ["detectron2://", "download", "convert_to_d2.py"]),
+        ("detectron2://ImageNetPretrained/MSRA/R-50.pkl", ["detectron2://", "download", "loco-det convert"]),
         ("https://dl.example.org/x.pkl", ["https://", "download"]),
         ("nowhere.pkl", ["nowhere.pkl", "does not exist"]),
     ],
@@ -173,7 +173,7 @@ def test_what_is_no_local_file_is_refused(weights, words):
 
 def test_torchvision_names_are_sent_to_the_converter(tmp_path):
     torch.save({"layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "r.pth")
-    with pytest.raises(UserError, match=r"layer1.0.conv1.weight.*convert_to_d2.py"):
+    with pytest.raises(UserError, match=r"layer1.0.conv1.weight.*loco-det convert .*r.pth backbone.pkl"):
         read_weights(tmp_path / "r.pth")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loco_det.convert.architecture import Architecture, check_shapes, checked_tensors, recognise
+from loco_det.convert.load import AnyTensor, left_out
 from loco_det.convert.namings import NAMINGS
 from loco_det.convert.sources import (
     COUNTERS,
@@ -22,10 +23,10 @@ from loco_det.convert.sources import (
     choose,
     flatten,
 )
-from loco_det.convert.stored import AnyTensor
 from loco_det.errors import UserError
 from loco_det.names import to_detectron2
 
+MAX_NAMES = 8  # of kinds of objects left out, shown
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1  # of every source here, and Detectron2's; no file says them
 NEW_IN_DETECTOR = (
     ("feature pyramid (FPN models)", "backbone.fpn_lateral2-5, backbone.fpn_output2-5"),
@@ -47,6 +48,7 @@ class Account:
         converted: torchvision's name -> tensor.
         keys: torchvision's name -> where the tensor stood in the file.
         dropped: reason -> keys.
+        left_out: name of what is no plain data, and so was not made -> keys.
         made: torchvision's names of the statistics that were added where norms only scale and shift.
         prefix, naming: where the backbone stood in the file, and which of `NAMINGS` its names are.
         timm: whether its network may be timm's.
@@ -62,6 +64,7 @@ class Account:
     keys: dict[str, str]
     dropped: dict[str, list[str]]
     made: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
     prefix: str = ""
     naming: str = "torchvision"
     timm: bool = False
@@ -80,6 +83,7 @@ class Account:
             "converted": {name: self.keys.get(name, name) for name in self.converted if name not in self.made},
             "added": self.made,
             "dropped": self.dropped,
+            "left_out": self.left_out,
             "new": dict(NEW_IN_DETECTOR),
             "proof": self.proof,
         }
@@ -104,6 +108,7 @@ class Account:
             ),
             ("dropped", f"{dropped:4d}"),
             *((f"  {len(keys):4d}", f"{why} ({_shown(keys)})") for why, keys in self.dropped.items()),
+            *([("left out", left_out_text(self.left_out))] if self.left_out else []),
             *(("new" if i == 0 else "", f"{what}: {names}") for i, (what, names) in enumerate(NEW_IN_DETECTOR)),
         ]
         lines = [f"{label:<10} {text}" for label, text in rows]
@@ -116,6 +121,13 @@ class Account:
                 numbers = (f"{c['max_abs']:15.2e} {c['relative']:9.2e}" for c in cells)
                 lines.append(f"{stage:10} {' '.join(numbers)}")
         return lines
+
+
+def left_out_text(found: dict[str, list[str]]) -> str:
+    """For people: what `load.left_out` found."""
+    names = ", ".join(f"{len(keys)} {name}" for name, keys in list(found.items())[:MAX_NAMES])
+    more = f" and {len(found) - MAX_NAMES} more kinds" if len(found) > MAX_NAMES else ""
+    return f"{sum(map(len, found.values())):4d} settings that are no plain data, unexecuted ({names}{more})"
 
 
 def _shown(keys: list[str]) -> str:
@@ -134,8 +146,18 @@ def take_account(
     """
     original = _moved(path, dict(flatten(path, loaded)))
     tensors = {key: tensor for key, (_, tensor) in original.items()}
+    objects = left_out(loaded)
+    if objects and not tensors:
+        raise UserError(
+            f"{path}: holds no tensors, but objects that are not read ({next(iter(objects))}); save the model's "
+            "state_dict: torch.save(model.state_dict(), 'weights.pth')"
+        )
     chosen = choose(path, tensors, branch)
     others = {c.prefix: c.branch or c.prefix for c in candidates(path, tensors) if c != chosen}
+    for kind, places in objects.items():
+        for key in places:
+            if _place(key, chosen, others)[0] is not None:
+                raise UserError(f"{path}: {key!r} is a {kind}, not a plain tensor; save it as one, in float32")
     found: dict[str, AnyTensor] = {}
     keys: dict[str, str] = {}
     dropped: dict[str, list[str]] = {}
@@ -156,7 +178,7 @@ def take_account(
     check = checked_tensors if read else check_shapes
     converted = check(path, found, architecture, lambda name: keys.get(name, f"{chosen.prefix}{name}"))
     source = chosen.source.name if chosen.source else "unknown code base"
-    account = Account(source, chosen.branch, architecture, len(tensors), converted, keys, dropped, list(made))
+    account = Account(source, chosen.branch, architecture, len(tensors), converted, keys, dropped, list(made), objects)
     account.prefix, account.naming = chosen.prefix, chosen.naming
     account.timm = chosen.source is not None and chosen.source.timm
     return account, chosen

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loco_det.backbone import BLOCKS, STEM_CHANNELS, ResNet, stage_channels
-from loco_det.convert.stored import AnyTensor, in_memory
+from loco_det.convert.load import AnyTensor, in_memory
 from loco_det.errors import UserError
 from loco_det.names import to_torchvision
 

@@ -27,10 +27,9 @@ from loco_det.config import collect_settings
 from loco_det.convert.account import Account, take_account
 from loco_det.convert.architecture import Architecture, checked_tensors, recognise
 from loco_det.convert.export import WRITERS, is_fragment, yaml_text
-from loco_det.convert.load import load_tensors, open_tensors, safetensors_metadata
+from loco_det.convert.load import check_sums, in_memory, load_tensors, open_tensors, safetensors_metadata
 from loco_det.convert.prove import prove
 from loco_det.convert.sources import Pixels, Triple
-from loco_det.convert.stored import Stored
 from loco_det.errors import UserError
 from loco_det.names import to_detectron2
 from loco_det.presnet import PRESNET, PResNet
@@ -100,7 +99,9 @@ def convert(
         manifest = msgspec.structs.replace(manifest, proof=account.proof)
         write(file, tensors, manifest)
         written = _tensors_in(file.name)
-        if written.keys() != tensors.keys() or any(not torch.equal(written[n].read(), t) for n, t in tensors.items()):
+        if written.keys() != tensors.keys() or any(
+            not torch.equal(in_memory(written[n]), t) for n, t in tensors.items()
+        ):
             raise UserError(f"{output}: the disk gave back other bytes than were written; choose another disk")
     if for_detectron2:
         with atomic_write(fragment, "w") as file:
@@ -108,7 +109,7 @@ def convert(
     return account
 
 
-def _tensors_in(path: str) -> dict[str, Stored]:
+def _tensors_in(path: str) -> dict[str, Tensor]:
     """The tensors of a file that `convert` wrote, still in it."""
     opened = open_tensors(path)
     return opened["model"] if isinstance(opened.get("model"), dict) else opened
@@ -201,17 +202,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     loaded = load_tensors(path)
     checkpoint = loaded if isinstance(loaded.get("model"), dict) else {"model": loaded}
+    remedy = f"give a detector's checkpoint, or convert a backbone: loco-det convert {path} backbone.pkl"
     for name, value in checkpoint["model"].items():
         if not isinstance(value, Tensor) or not isinstance(name, str):
-            raise UserError(f"{path}: {name!r:.100} is no tensor of a model; give a detector's checkpoint")
+            raise UserError(f"{path}: {name!r:.100} is no tensor of a model; {remedy}")
     if not checkpoint["model"]:
-        raise UserError(f"{path}: holds no tensors; give a detector's checkpoint")
+        raise UserError(f"{path}: holds no tensors; {remedy}")
     return checkpoint
 
 
 def _read(path: Path, branch: str | None) -> tuple[Account, Manifest | None, Pixels | None]:
     """The account of a file, its manifest if it is ours, and the pixels that its source is known to expect."""
     loaded = open_tensors(path)
+    check_sums(path)
     header = safetensors_metadata(path).get(HEADER_KEY)
     if header is not None:
         manifest = decode_manifest(header, path)

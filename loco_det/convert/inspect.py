@@ -13,10 +13,9 @@ from typing import Any
 import msgspec
 
 from loco_det.artifact import HEADER_KEY, Manifest, decode_manifest, require_resnet
-from loco_det.convert.account import take_account
-from loco_det.convert.load import file_kind, open_tensors, safetensors_metadata
+from loco_det.convert.account import left_out_text, take_account
+from loco_det.convert.load import AnyTensor, file_kind, left_out, open_tensors, safetensors_metadata
 from loco_det.convert.sources import Candidate, Pixels, candidates, flatten
-from loco_det.convert.stored import AnyTensor
 from loco_det.errors import UserError
 
 MAX_ROWS = 60
@@ -32,6 +31,7 @@ class Report:
         kind: of file, as `load.file_kind` names it.
         size: its bytes.
         says: plain values that it holds beside tensors, by their place: epoch, arch, learning rate.
+        left_out: name of what is no plain data, and so was not made -> keys.
         manifest: what our own file says of itself, as plain data; empty for any other file.
         backbones: one record for each backbone that could be converted: source, branch, prefix, architecture, pixels,
             converted, dropped {reason: count}; where it cannot be, "problem" has the sentence that `convert` would say.
@@ -43,6 +43,7 @@ class Report:
     kind: str
     size: int
     says: dict[str, Any]
+    left_out: dict[str, list[str]]
     manifest: dict[str, Any]
     backbones: list[dict[str, Any]]
     problem: str
@@ -58,6 +59,7 @@ class Report:
         rows = [
             ("file", f"{self.file}: {self.kind}, {self.size:,} bytes, {tensors} tensors, {values:,} values"),
             *(("says" if i == 0 else "", f"{k} {v!r}") for i, (k, v) in enumerate(self.says.items())),
+            *([("left out", left_out_text(self.left_out).strip())] if self.left_out else []),
             *self._manifest_rows(),
             *([("backbone", f"none: {self.problem}")] if self.problem else []),
         ]
@@ -121,7 +123,15 @@ def inspect(path: str | Path) -> Report:
     says = dict(list(_sayings(opened))[:MAX_SAYINGS])
     said = json.loads(msgspec.json.encode(manifest)) if manifest else {}
     return Report(
-        str(path), file_kind(path), path.stat().st_size, says, said, backbones, problem, _groups(tensors, found)
+        file=str(path),
+        kind=file_kind(path),
+        size=path.stat().st_size,
+        says=says,
+        left_out=left_out(opened),
+        manifest=said,
+        backbones=backbones,
+        problem=problem,
+        groups=_groups(tensors, found),
     )
 
 

@@ -24,7 +24,7 @@ from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from loco_det.backbone import BLOCKS, STAGES
 from loco_det.convert.architecture import Architecture
-from loco_det.convert.stored import AnyTensor, in_memory
+from loco_det.convert.load import AnyTensor, in_memory
 from loco_det.data.images import read_image
 from loco_det.errors import UserError
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD
 from loco_det.convert.architecture import refuse_small_stem
+from loco_det.convert.load import AnyTensor, Stored, in_memory
 from loco_det.convert.namings import NAMINGS
-from loco_det.convert.stored import AnyTensor, Stored, in_memory
 from loco_det.errors import UserError
 
 MAX_ITEMS = 1_000_000

@@ -1,297 +1,330 @@
-"""A pickle reader that runs nothing: it interprets the instructions itself and knows only plain data and arrays.
+"""Reads a pickle as plain data: Python's own unpickler, with an allow-list of what a name may stand for.
 
-`pickle.load` calls whatever a file names. Here a name is only ever a word, answered from the table in `builders`
-or refused; nothing is imported. No size in the file is believed before the bytes for it were seen, and what is
-copied is charged against what was read, so memory stays within a small multiple of the file's size. Long runs of
-bytes, which are the weights, are passed over and stay in the file.
+`pickle.load` imports and calls whatever a file names. Here nothing is imported. A name on the list is answered by a
+function of this module that trusts none of its arguments; any other becomes a `LeftOut`, and what the file calls with
+it, sets on it or puts into it is dropped. Tensors and long runs of bytes stay in the file, as views of its pages.
+
+The machine is CPython's `pickle._Unpickler` (Lib/pickle.py), the one in Python. The one in C hashes nested tuples
+until the process crashes, allocates a memo as long as the largest index in the file, and copies every byte.
 """
 
 from __future__ import annotations
 
-import pickletools
+import math
+import mmap
+import pickle
 import re
-import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
-from loco_det.convert.builders import (
-    BUILDERS,
-    INERT,
-    Array,
-    DType,
-    Name,
-    Record,
-    Refused,
-    admitted,
-    array,
-    finished,
-    key,
-    set_items,
-)
-from loco_det.convert.stored import Span
+import numpy as np
+import torch
+from torch import Tensor
 
-MAX_INSTRUCTIONS = 2_000_000  # a ResNet-152 with its optimizer state takes about 30,000
 LONG = 4096  # bytes, from which on data stay in the file
-SLACK = 2**16  # copies allowed beyond what was read
-
-MALFORMED = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
-"""What damaged bytes make a parser raise."""
+MAX_NAME = 256  # letters
+MAX_DIMENSIONS = 16
+SLACK = 2**16  # letters and items that may be copied beyond the length of what was read
+_NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")  # numpy's codes of the dtypes that torch has
 
 
-@dataclass
-class _Machine:
-    """The pickle virtual machine, less everything that calls."""
-
-    persistent: Callable[[Any], Any]
-    stack: list[Any] = field(default_factory=list)
-    marks: list[list[Any]] = field(default_factory=list)
-    memo: dict[int, Any] = field(default_factory=dict)
-    position: int = 0
-    copied: int = 0
-
-    def pop_mark(self) -> list[Any]:
-        items, self.stack = self.stack, self.marks.pop()
-        return items
-
-    def charge(self, *values: Any) -> None:
-        """Count what building from `values` may copy: a short file must not copy one long value many times."""
-        self.copied += sum(len(v) for v in values if isinstance(v, str | list | tuple | dict | set | frozenset))
-        if self.copied > self.position + SLACK:
-            raise Refused("copies the same data many times over")
+class Refused(Exception):
+    """The file asks for what plain data never needs; the message completes "FILE ..."."""
 
 
-def read_pickle(
-    stream: Any,
-    persistent: Callable[[Any], Any] | None = None,
-    span: Callable[[int, int], Span] | None = None,
-    instructions: int = MAX_INSTRUCTIONS,
-) -> Any:
-    """One pickle of at most so many `instructions` from `stream`, a file with read, readline, tell and seek, which is
-    left just behind it.
+@dataclass(frozen=True)
+class LeftOut:
+    """What stands in place of anything that is not plain data: only its name, and nothing of it was run."""
 
-    `persistent` answers persistent ids, which torch uses for storages. `span` gives the bytes at (start, size) of
-    `stream`; without it they are copied. Containers come back as dict, list, tuple and set; numpy's arrays as
-    `Array`; `TensorView` stands for torch's tensors.
+    name: str
+
+    def _drop(self, *_: Any) -> None:
+        """What a pickle puts into it."""
+
+    append = extend = add = __setitem__ = _drop
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(eq=False)
+class Built:
+    """What pickle makes first and fills later: a numpy array, or numpy's dtype as its code."""
+
+    value: np.ndarray | LeftOut | str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """`size` bytes of a mapped file from `start`, and the dtype that their class names."""
+
+    data: mmap.mmap
+    start: int
+    size: int
+    dtype: torch.dtype
+
+
+Storages = Callable[[str, torch.dtype, int], Storage | LeftOut]
+"""(key, dtype, number of elements) -> where the file has torch's storage of that key."""
+
+
+def read_pickle(data: mmap.mmap, storages: Storages | None = None) -> Any:
+    """The pickle at the place of `data`, which is left just behind it.
+
+    Returns:
+        Nested dict, list, tuple and set of text, numbers, bytes (`LONG` ones as a uint8 array over the file's pages),
+        torch.dtype, tensors over the file's pages, `Built` with an array, functions of the list, and `LeftOut`.
 
     Raises:
-        Refused: the pickle names anything but plain data and arrays.
-        MALFORMED: damaged.
+        Refused: the file asks for what plain data never needs.
+        ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
+            struct.error, pickle.UnpicklingError: damaged.
     """
-    machine = _Machine(persistent or _no_persistent)
-    for count, (name, argument, position) in enumerate(_instructions(stream, span)):
-        if count > instructions:
-            raise Refused(f"has more than {instructions:,} pickle instructions")
-        machine.position = position
-        if name == "STOP":
-            break
-        if name in _PUSH_ARGUMENT:
-            machine.stack.append(bytes(argument) if isinstance(argument, bytearray) else argument)
-        elif name in _OPERATIONS:
-            _OPERATIONS[name](machine, argument)
-        else:
-            raise Refused(f"uses the pickle instruction {name}, which plain data never needs")
-    return machine.stack.pop()
+    return _Unpickler(data, storages).load()
 
 
-def _instructions(stream: Any, span: Callable[[int, int], Span] | None) -> Iterator[tuple[str, Any, int]]:
-    """(name, argument, place) of every instruction, endlessly: the reader stops at STOP."""
-    while True:
-        position = stream.tell()
-        code = stream.read(1).decode("latin1")
-        if code not in pickletools.code2op:
-            raise ValueError(f"no pickle instruction {code!r}" if code else "a pickle without its end")
-        opcode = pickletools.code2op[code]
-        argument = None
-        if opcode.arg is not None:
-            argument = span and opcode.name in _DATA and _in_place(stream, _DATA[opcode.name], span)
-            argument = argument or opcode.arg.reader(stream)
-        yield opcode.name, argument, position
+class _Instructions(dict):
+    """Code -> what it does. What is missing is damage, or reaches for what is outside the pickle."""
+
+    def __missing__(self, code: int) -> None:
+        raise pickle.UnpicklingError(f"no plain data has the pickle instruction {bytes([code])!r}")
 
 
-def _in_place(stream: Any, length: str, span: Callable[[int, int], Span]) -> Span | None:
-    """The bytes whose length stands next in `stream`, passed over; None, and nothing read, if they are short."""
-    start = stream.tell()
-    head = stream.read(struct.calcsize(length))
-    (size,) = struct.unpack(length, head)
-    if size < LONG:
-        stream.seek(start)
-        return None
-    stream.seek(size, 1)  # a ValueError where the file ends before
-    return span(start + len(head), size)
+class _Unpickler(pickle._Unpickler):
+    def __init__(self, data: mmap.mmap, storages: Storages | None) -> None:
+        super().__init__(data)
+        self.data, self.readline, self.storages, self.copied = data, data.readline, storages, 0
+        self.left_out: dict[str, LeftOut] = {}
+
+    def load(self) -> Any:
+        """As pickle's, less the reading ahead."""
+        self.metastack, self.stack, self.proto = [], [], 0
+        self.append, take, dispatch = self.stack.append, self.data.read, self.dispatch
+        try:
+            while True:
+                dispatch[take(1)[0]](self)
+        except pickle._Stop as stop:
+            return stop.value
+
+    def read(self, size: int) -> bytes | np.ndarray:
+        """The next bytes; what is long is not read but given as an array over the file's pages."""
+        if size < LONG:
+            return self.data.read(size)
+        start = self.data.tell()
+        self.data.seek(size, 1)  # a ValueError where the file ends before
+        return np.frombuffer(self.data, np.uint8, size, start)
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What the file gets for a name: nothing is looked up but the list."""
+        if len(module) + len(name) > MAX_NAME:
+            raise Refused(f"has a name of {len(module) + len(name):,} letters")
+        full = f"{module}.{name}".replace("__builtin__.", "builtins.").replace("numpy._core.", "numpy.core.")
+        shown = "".join(c if c.isprintable() else "?" for c in full)
+        return _NAMES.get(full) or self.left_out.setdefault(shown, LeftOut(shown))
+
+    def persistent_load(self, reference: Any) -> Storage | LeftOut:
+        """The storage of torch's ("storage", class, key, location, number of elements[, None])."""
+        if (
+            self.storages is None
+            or not isinstance(reference, tuple)
+            or reference[:1] not in (("storage",), ("module",))
+        ):
+            raise Refused("refers to data outside the file (a persistent id)")
+        if isinstance(reference[1], LeftOut):  # an unknown storage, or the class of a whole module
+            return reference[1]
+        _, dtype, key, _, numel, *view = reference
+        whole = isinstance(dtype, torch.dtype) and isinstance(key, str) and type(numel) is int and numel >= 0
+        if not whole or any(v is not None for v in view):
+            raise ValueError("a storage without class, key or size")
+        return self.storages(key, dtype, numel)
+
+    def _decode_string(self, value: bytes | np.ndarray) -> str | np.ndarray:
+        """Python 2's text, which is an array's data where it is long."""
+        return value if isinstance(value, np.ndarray) else value.decode("latin1")
+
+    def _instantiate(self, function: Any, arguments: Any) -> None:
+        if isinstance(function, FunctionType):  # of the list: there are no others here
+            self.copied += sum(len(a) for a in arguments if isinstance(a, str | list | tuple | dict | set | frozenset))
+            if self.copied > self.data.tell() + SLACK:
+                raise Refused("copies the same data many times over")
+            function = function(*arguments)
+        elif not isinstance(function, LeftOut):
+            raise Refused(f"calls a {type(function).__name__}")
+        self.append(function)
+
+    def load_reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        self._instantiate(function, arguments)
+
+    def load_newobj_ex(self) -> None:
+        self.stack.pop()  # arguments by name, which nothing on the list has
+        self.load_reduce()
+
+    def load_build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Built) and isinstance(target.value, str):
+            target.value = f"{state[1]}{target.value}" if state[1] in ("<", ">", "|", "=") else "?"
+        elif isinstance(target, Built):
+            _version, shape, dtype, fortran, data = state
+            target.value = _array(data, dtype, shape, "F" if fortran else "C").value
+        elif not isinstance(target, dict | LeftOut):  # an OrderedDict's attributes (torch's `_metadata`) are not needed
+            raise Refused(f"sets attributes of a {type(target).__name__}")
 
 
-def _no_persistent(_: Any) -> Any:
-    raise Refused("refers to data outside the pickle (a persistent id)")
+def _hashing(code: bytes, keys: slice) -> Callable[[_Unpickler], None]:
+    """pickle's own instruction, once it is certain that those of the stack may be keys."""
+    load = pickle._Unpickler.dispatch[code[0]]
+
+    def checked(machine: _Unpickler) -> None:
+        for value in machine.stack[keys]:
+            _key(value)
+        load(machine)
+
+    return checked
 
 
-def _mark(m: _Machine, _: Any) -> None:
-    m.marks.append(m.stack)
-    m.stack = []
+_CHANGED = {
+    pickle.REDUCE: _Unpickler.load_reduce,
+    pickle.NEWOBJ: _Unpickler.load_reduce,
+    pickle.NEWOBJ_EX: _Unpickler.load_newobj_ex,
+    pickle.BUILD: _Unpickler.load_build,
+    pickle.BYTEARRAY8: pickle._Unpickler.load_binbytes8,  # which allocates nothing before it has read
+    pickle.FRAME: lambda machine: machine.read(8),  # how much to read ahead
+    pickle.SETITEM: _hashing(pickle.SETITEM, slice(-2, -1)),
+    pickle.SETITEMS: _hashing(pickle.SETITEMS, slice(None, None, 2)),
+    pickle.DICT: _hashing(pickle.DICT, slice(None, None, 2)),
+    pickle.FROZENSET: _hashing(pickle.FROZENSET, slice(None)),
+    pickle.ADDITEMS: _hashing(pickle.ADDITEMS, slice(None)),
+}
+_OUTSIDE = (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)
+_Unpickler.dispatch = _Instructions(pickle._Unpickler.dispatch)
+_Unpickler.dispatch.update({code[0]: load for code, load in _CHANGED.items()})
+for _code in _OUTSIDE:
+    del _Unpickler.dispatch[_code[0]]
 
 
-def _put(m: _Machine, index: int | None) -> None:
-    m.memo[len(m.memo) if index is None else index] = m.stack[-1]
+# What the names on the list make ------------------------------------------------------------------------------------
 
 
-def _append(m: _Machine, _: Any) -> None:
-    value = m.stack.pop()
-    _top(m, list).append(value)
+def _key(value: Any) -> Hashable:
+    """`value` if it may be a dictionary's key or a set's member: hashing deeper tuples could overflow the stack."""
+    for member in value if isinstance(value, tuple) else (value,):
+        if not isinstance(member, str | int | float | bytes | LeftOut | None):
+            raise Refused(f"uses a {type(member).__name__} as a dictionary key or set member")
+        if isinstance(member, int) and member.bit_length() > 64:
+            raise Refused("uses a number beyond 64 bits as a dictionary key or set member")
+    return value
 
 
-def _appends(m: _Machine, _: Any) -> None:
-    items = m.pop_mark()
-    _top(m, list).extend(items)
+def _pairs(items: Any = ()) -> dict:
+    return {_key(key): value for key, value in (items.items() if isinstance(items, dict) else items)}
 
 
-def _setitem(m: _Machine, _: Any) -> None:
-    value, name = m.stack.pop(), m.stack.pop()
-    set_items(_top(m, dict), [name, value])
+def _members(items: Any = ()) -> frozenset:
+    return frozenset(map(_key, items))
 
 
-def _setitems(m: _Machine, _: Any) -> None:
-    items = m.pop_mark()
-    set_items(_top(m, dict), items)
+def _bytes(data: Any = b"") -> Any:
+    if not isinstance(data, bytes | np.ndarray):  # bytes(n) would allocate whatever the file asks for
+        raise Refused("makes bytes of something that is not bytes")
+    return data
 
 
-def _additems(m: _Machine, _: Any) -> None:
-    items = m.pop_mark()
-    _top(m, set).update(key(item) for item in items)
+def _encode(text: Any, encoding: Any) -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise Refused(f"encodes text as {encoding!r:.30}")
+    return text.encode("latin1")
 
 
-def _top(m: _Machine, kind: type) -> Any:
-    top = m.stack[-1]
-    if isinstance(top, Record):  # a settings library's own list or dict: what is in it is not needed
-        return kind()
-    if type(top) is not kind:
-        raise ValueError(f"{kind.__name__} items for a {type(top).__name__}")
-    return top
+def _integers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, tuple | list) or any(type(v) is not int or not 0 <= v < 2**40 for v in values):
+        raise ValueError("a shape or stride that is no tuple of sizes")
+    if len(values) > MAX_DIMENSIONS:
+        raise ValueError(f"a shape of {len(values)} dimensions")
+    return tuple(values)
 
 
-def _dict(m: _Machine, _: Any) -> None:
-    target: dict = {}
-    set_items(target, m.pop_mark())
-    m.stack.append(target)
+def _tensor(
+    storage: Any, offset: Any, shape: Any, stride: Any, dtype: Any = None, negated: Any = None
+) -> Tensor | LeftOut:
+    """The view of a storage, once it is certain in exact integers that it lies inside; numbers count elements."""
+    if isinstance(storage, LeftOut):
+        return storage
+    if negated or storage.dtype in _QUANTISED.values():  # or conjugated: it is not what is stored
+        return LeftOut("tensor that is no plain one")
+    dtype = dtype or storage.dtype
+    shape, stride, (offset,) = _integers(shape), _integers(stride), _integers([offset])
+    if len(shape) != len(stride):
+        raise ValueError("a tensor with other dimensions than strides")
+    extent = sum((n - 1) * step for n, step in zip(shape, stride)) + 1 if math.prod(shape) else 0
+    if (offset + extent) * dtype.itemsize > storage.size:
+        raise ValueError(f"a tensor of shape {list(shape)} that does not fit its {storage.size} stored bytes")
+    if not extent:
+        return torch.empty(shape, dtype=dtype)
+    start = storage.start + offset * dtype.itemsize
+    return torch.frombuffer(storage.data, dtype=dtype, count=extent, offset=start).as_strided(shape, stride)
 
 
-def _tuple_of(count: int) -> Callable[[_Machine, Any], None]:
-    def build(m: _Machine, _: Any) -> None:
-        items = tuple(m.stack[-count:])
-        if len(items) != count:
-            raise ValueError("a tuple of too few items")
-        m.stack[-count:] = [items]
-
-    return build
-
-
-def _push(make: Callable[[], Any]) -> Callable[[_Machine, Any], None]:
-    return lambda m, _: m.stack.append(make())
+def _array(data: Any, dtype: Any, shape: Any, order: Any = "C") -> Built:
+    """A numpy array over `data`: bytes of the file, or the text that Python 3 makes of them for Python 2."""
+    code = dtype.value if isinstance(dtype, Built) else dtype
+    if not _NUMBERS.fullmatch(code):
+        return Built(LeftOut("numpy.ndarray of no numbers"))
+    flat = np.frombuffer(data.encode("latin1") if isinstance(data, str) else data, np.dtype(code))
+    shape = _integers((shape,) if type(shape) is int else shape)
+    if math.prod(shape) != flat.size:
+        raise ValueError(f"an array of shape {list(shape)} with {flat.nbytes} stored bytes")
+    return Built(flat.reshape(shape, order="F" if order == "F" else "C"))
 
 
-def _from_mark(make: Callable[[list], Any]) -> Callable[[_Machine, Any], None]:
-    def build(m: _Machine, _: Any) -> None:
-        made = make(m.pop_mark())  # before the stack is looked up: it is another one afterwards
-        m.stack.append(made)
-
-    return build
+def _scalar(dtype: Any, data: Any) -> Any:
+    value = _array(data, dtype, ()).value
+    return value if isinstance(value, LeftOut) else value.item()
 
 
-def _get(m: _Machine, index: int) -> None:
-    m.stack.append(m.memo[index])
-
-
-def _global(m: _Machine, argument: str | None) -> None:
-    if argument is None:  # STACK_GLOBAL
-        name, module = m.stack.pop(), m.stack.pop()
-    else:
-        module, _, name = argument.partition(" ")
-    if not isinstance(module, str) or not isinstance(name, str):
-        raise ValueError("a global whose name is not text")
-    full = f"{module}.{name}".replace("__builtin__.", "builtins.").replace("numpy._core.", "numpy.core.")
-    if not admitted(full):
-        raise Refused(f"asks for {full[:80]!r}, which is no plain data")
-    m.stack.append(Name(full))
-
-
-def _reduce(m: _Machine, _: Any) -> None:
-    arguments, function = m.stack.pop(), m.stack.pop()
-    if not isinstance(function, Name) or not isinstance(arguments, tuple):
-        raise Refused("calls something that is not the name of a plain type")
-    if function.name in BUILDERS:
-        m.charge(*arguments)
-        m.stack.append(BUILDERS[function.name](*(finished(a) for a in arguments)))
-    elif INERT.fullmatch(function.name):
-        m.stack.append(Record(function.name))
-    else:
-        raise Refused(f"calls {function.name}")
-
-
-def _build(m: _Machine, _: Any) -> None:
-    state, target = m.stack.pop(), m.stack[-1]
-    if isinstance(target, Array):
-        _version, shape, dtype, fortran, data = state
-        m.charge(data)
-        target.value = array(data, dtype, shape, "F" if fortran else "C")
-    elif isinstance(target, DType):
-        target.order = state[1]
-    elif type(target) is not dict and not isinstance(target, Record):
-        # An OrderedDict's own attributes (torch's `_metadata`) and a settings object's are not needed.
-        raise Refused(f"sets attributes of a {type(target).__name__}")
-
-
-_DATA = {"BINSTRING": "<i", "BINBYTES": "<I", "BINBYTES8": "<Q", "BYTEARRAY8": "<Q"}
-"""Instructions that carry data -> how the length before them is written."""
-_PUSH = re.compile(
-    r"(BIN)?INT[12]?|LONG[14]?|(BIN)?FLOAT|(SHORT_)?(BIN)?STRING|(SHORT_)?(BIN)?UNICODE8?|(SHORT_)?BINBYTES8?|BYTEARRAY8"
-)
-_PUSH_ARGUMENT = frozenset(code.name for code in pickletools.opcodes if _PUSH.fullmatch(code.name))
-_OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
-    "PROTO": lambda m, _: None,
-    "FRAME": lambda m, _: None,
-    "NONE": _push(lambda: None),
-    "NEWTRUE": _push(lambda: True),
-    "NEWFALSE": _push(lambda: False),
-    "EMPTY_LIST": _push(list),
-    "EMPTY_DICT": _push(dict),
-    "EMPTY_TUPLE": _push(tuple),
-    "EMPTY_SET": _push(set),
-    "MARK": _mark,
-    "POP": lambda m, _: m.stack.pop(),
-    "POP_MARK": lambda m, _: m.pop_mark(),
-    "DUP": lambda m, _: m.stack.append(m.stack[-1]),
-    "PUT": _put,
-    "BINPUT": _put,
-    "LONG_BINPUT": _put,
-    "MEMOIZE": _put,
-    "GET": _get,
-    "BINGET": _get,
-    "LONG_BINGET": _get,
-    "LIST": _from_mark(list),
-    "TUPLE": _from_mark(tuple),
-    "FROZENSET": _from_mark(lambda items: frozenset(key(item) for item in items)),
-    "DICT": _dict,
-    "TUPLE1": _tuple_of(1),
-    "TUPLE2": _tuple_of(2),
-    "TUPLE3": _tuple_of(3),
-    "APPEND": _append,
-    "APPENDS": _appends,
-    "SETITEM": _setitem,
-    "SETITEMS": _setitems,
-    "ADDITEMS": _additems,
-    "GLOBAL": _global,
-    "STACK_GLOBAL": _global,
-    "REDUCE": _reduce,
-    "NEWOBJ": _reduce,
-    "BUILD": _build,
-    "BINPERSID": lambda m, _: m.stack.append(m.persistent(m.stack.pop())),
+_STORAGES = {
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+    "ComplexFloat": torch.complex64,
+    "ComplexDouble": torch.complex128,
+}
+_QUANTISED = {"QInt8": torch.qint8, "QUInt8": torch.quint8, "QInt32": torch.qint32}
+_NEWER = (torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2)
+_NAMES: dict[str, Callable[..., Any] | torch.dtype] = {
+    **{str(dtype): dtype for dtype in (*_STORAGES.values(), *_NEWER)},
+    **{
+        f"torch.{place}{kind}Storage": dtype
+        for kind, dtype in (_STORAGES | _QUANTISED).items()
+        for place in ("", "cuda.")
+    },
+    "torch.storage.UntypedStorage": torch.uint8,  # counted in bytes
+    "torch.Size": lambda values=(): _integers(values),
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": lambda s, o, n, t, _grad, _hooks, neg=None: _tensor(s, o, n, t, None, neg),
+    "torch._utils._rebuild_tensor_v3": lambda s, o, n, t, _grad, _hooks, kind, neg=None: _tensor(s, o, n, t, kind, neg),
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    "numpy.dtype": lambda code, *_: Built(code if isinstance(code, str) and len(code) < 4 else "?"),
+    "numpy.ndarray": lambda shape, dtype, data: _array(data, dtype, shape),
+    "numpy.core.multiarray._reconstruct": lambda *_: Built(),
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy.core.numeric._frombuffer": _array,
+    "collections.OrderedDict": _pairs,
+    "collections.Counter": _pairs,
+    "collections.defaultdict": lambda _factory=None, items=(): _pairs(items),
+    "builtins.set": lambda items=(): set(_members(items)),
+    "builtins.frozenset": _members,
+    "builtins.bytes": _bytes,
+    "builtins.bytearray": _bytes,
+    "_codecs.encode": _encode,
 }

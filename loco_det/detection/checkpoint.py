@@ -16,6 +16,7 @@ from fvcore.common.checkpoint import PeriodicCheckpointer
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from loco_det.convert.load import left_out
 from loco_det.detection.solver import Schedule
 from loco_det.detection.weights import Weights, apply_weights, pixel_facts, read_weights
 from loco_det.errors import UserError
@@ -99,7 +100,10 @@ def training_state(weights: Weights) -> dict[str, Any]:
         state.update({key: inner[key] for key in ("optimizer", "grad_scaler") if key in inner})
         state["scheduler"] = trainer.get("hooks", {}).get("LRScheduler")
         state["iteration"] = trainer.get("iteration")
-    lacking = [key for key in ("optimizer", "scheduler", "iteration") if state.get(key) is None]
+    kinds = {"optimizer": dict, "scheduler": dict, "iteration": int}
+    lacking = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
+    if not lacking and left_out({key: state[key] for key in kinds}):
+        raise UserError(f"{weights.path}: has objects in its training state; start anew with it as MODEL.WEIGHTS.")
     if lacking:
         raise UserError(f"{weights.path}: has no {lacking[0]} to resume from; start anew with it as MODEL.WEIGHTS.")
     return state

@@ -12,16 +12,13 @@ from typing import Any
 import numpy as np
 from fvcore.common.config import CfgNode
 
-from loco_det.convert.builders import Refused, finished
-from loco_det.convert.stored import in_memory
-from loco_det.convert.unpickle import MALFORMED, read_pickle
+from loco_det.convert.load import load_tensors
 from loco_det.data.mapper import ProposalsOfImage
 from loco_det.errors import UserError
 from loco_det.runtime import log
 
 OLD_NAMES = {"indexes": "ids", "scores": "objectness_logits"}
 XYXY, XYWH = 0, 1  # of Detectron2's BoxMode, in pixels
-MAX_INSTRUCTIONS = 20_000_000  # COCO's 118,287 training images take about 6 million
 
 
 def load_proposals(cfg: CfgNode, split: str) -> list[dict[str, ProposalsOfImage]] | None:
@@ -49,35 +46,24 @@ def read_proposals(path: str | Path) -> dict[str, ProposalsOfImage]:
     """
     if "://" in str(path):
         raise UserError(f"DATASETS: the proposals {path} are not a file; download them and give the path.")
-    try:
-        with Path(path).expanduser().open("rb") as file:
-            content = read_pickle(file, instructions=MAX_INSTRUCTIONS)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); write proposals with an RPN alone.") from error
-    except Refused as error:
-        raise UserError(f"{path}: {error}; nothing of it was run, give a box_proposals.pkl.") from error
-    except MALFORMED as error:
-        raise UserError(f"{path}: is damaged or no pickle ({error}); give a box_proposals.pkl.") from error
-    proposals = _by_image(path, content)
+    proposals = _by_image(path, load_tensors(Path(path).expanduser()))
     log.info("proposals of %d images from %s", len(proposals), path)
     return proposals
 
 
-def _by_image(path: str | Path, content: Any) -> dict[str, ProposalsOfImage]:
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no dictionary of proposals; give a box_proposals.pkl.")
+def _by_image(path: str | Path, content: dict[str, Any]) -> dict[str, ProposalsOfImage]:
     content = {OLD_NAMES.get(name, name): value for name, value in content.items()}
     columns = [content.get(name) for name in ("ids", "boxes", "objectness_logits")]
     mode = content.get("bbox_mode", XYXY)
-    lengths = {len(column) for column in columns if isinstance(column, (list, tuple, np.ndarray))}
-    if len(lengths) != 1 or not all(hasattr(column, "__len__") for column in columns) or mode not in (XYXY, XYWH):
+    lists = [column for column in columns if isinstance(column, list | tuple)]
+    if len(lists) != 3 or len(set(map(len, lists))) != 1 or mode not in (XYXY, XYWH):
         raise UserError(
             f"{path}: must hold lists 'ids', 'boxes' and 'objectness_logits' of equal length and bbox_mode 0 or 1; "
             "give a box_proposals.pkl."
         )
     found = {}
     for image_id, boxes, logits in zip(*columns):
-        boxes, logits = (np.asarray(in_memory(finished(values))) for values in (boxes, logits))
+        boxes, logits = (np.asarray(values) for values in (boxes, logits))
         if boxes.ndim != 2 or boxes.shape[1:] != (4,) or logits.shape != boxes.shape[:1]:
             raise UserError(
                 f"{path}: image {image_id} has boxes {boxes.shape} and logits {logits.shape}; they must be (P, 4) and "

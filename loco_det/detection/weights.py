@@ -85,8 +85,8 @@ def read_weights(path: str | Path) -> Weights:
     text = str(path)
     if "://" in text:
         raise UserError(
-            f"MODEL.WEIGHTS {text} is not a file; download it, convert it with tools/convert_to_d2.py if it is not "
-            "loco_det's or Detectron2's own, and give the path."
+            f"MODEL.WEIGHTS {text} is not a file; download it, convert it if it is not loco_det's or Detectron2's own "
+            "(loco-det convert FILE backbone.pkl), and give the path."
         )
     path = Path(path).expanduser()
     if not path.is_file():
@@ -103,10 +103,16 @@ def read_weights(path: str | Path) -> Weights:
         weights.manifest = decode_manifest(note, path)
     elif isinstance(note, dict):
         weights.pixels = note.get("pixels")
+    if any(name.startswith("backbone.body.") for name in tensors):
+        raise UserError(
+            f"{path}: is a detector of torchvision's, whose heads are no Detectron2's; take its backbone: "
+            f"loco-det convert {path} backbone.pkl --branch backbone.body."
+        )
     if not weights.is_backbone and not any(name.startswith(PREFIXES) for name in tensors):
         name = next(iter(tensors))
         raise UserError(
-            f"{path}: tensor {name!r} has no name of Detectron2's; convert the file with tools/convert_to_d2.py first."
+            f"{path}: tensor {name!r} has no name of Detectron2's; convert the file and give the result as "
+            f"MODEL.WEIGHTS: loco-det convert {path} backbone.pkl"
         )
     return weights
 
