@@ -16,7 +16,7 @@ from loco_det.cli import main
 from loco_det.data.catalog import DatasetPaths
 from loco_det.data.coco import load_coco
 from loco_det.data.index import load_index
-from loco_det.data.rules import EFFECTS, LEFT_OUT, NOTE, STOPS, Use, findings
+from loco_det.data.rules import COMPUTED, EFFECTS, LEFT_OUT, NOTE, STOPS, SUSPECT, Use, findings
 from loco_det.data.views import view_config
 from loco_det.errors import UserError
 
@@ -88,7 +88,7 @@ def test_a_sound_image_set(folder, capsys):
     assert answer["counts"]["short side"] == {"least": 40, "median": 42, "most": 45}
     assert [Path(picture).name for picture in answer["pictures"]] == ["histogram.png", "two_views.png"]
     text = capsys.readouterr().out
-    assert "OK to train on images" in text
+    assert "OK to pretrain on the images of images" in text
     assert "####" in text
 
 
@@ -280,6 +280,77 @@ def test_a_set_without_a_usable_annotation(tmp_path):
     status, answer = check("pets_val")
     assert status == 1
     assert kinds(answer)["no usable annotation at all"] == (1, STOPS)
+
+
+def test_the_verdict_names_the_keys_that_it_holds_for(tmp_path, capsys):
+    def verdict(*arguments: str) -> tuple[int, str]:
+        status, _ = check("pets_val", *arguments)
+        return status, capsys.readouterr().out
+
+    content = sound()
+    write(tmp_path, content)
+    assert verdict()[1].endswith(
+        "OK to train on pets_val with masks (INPUT.MASK_FORMAT polygon): nothing stands against it\n"
+    )
+    content["annotations"][0]["segmentation"] = rle([100, 50, 2250])
+    write(tmp_path, content)
+    status, text = verdict()
+    assert status == 0
+    assert "\nOK to train on pets_val with masks (INPUT.MASK_FORMAT bitmask)" in text
+    status, text = verdict("--masks", "polygon")
+    assert status == 1
+    assert "stops training: 1 x object whose mask is an RLE and not polygons; set INPUT.MASK_FORMAT bitmask" in text
+    assert "\nNOT OK to train on pets_val with masks (INPUT.MASK_FORMAT polygon)" in text
+    del content["annotations"][1]["segmentation"]
+    write(tmp_path, content)
+    status, text = verdict()
+    assert status == 1
+    assert "1 x object without a mask; give it one, or set MODEL.MASK_ON False" in text
+    status, text = verdict("--masks", "none")
+    assert status == 0
+    assert "\nOK to train on pets_val with boxes alone (MODEL.MASK_ON False)" in text
+
+
+def test_all_crowds_are_nothing_to_learn_from(tmp_path):
+    content = sound()
+    for entry in content["annotations"]:
+        entry["iscrowd"] = 1
+    write(tmp_path, content)
+    status, answer = check("pets_val")
+    assert status == 1
+    assert kinds(answer) == {"no object that is not a crowd": (1, STOPS)}
+
+
+def test_what_is_probably_wrong_is_said_in_the_verdict(tmp_path, capsys):
+    content = sound()
+    for entry in content["annotations"]:
+        entry["bbox"] = [side / 60 for side in entry["bbox"]]
+    write(tmp_path, content)
+    status, answer = check("pets_val")
+    assert status == 0
+    assert kinds(answer)["box in units of the image and not in pixels"] == (6, SUSPECT)
+    text = capsys.readouterr().out
+    assert "probably wrong: 6 x box in units of the image and not in pixels; multiply x and width" in text
+    assert "but look at what is probably wrong" in text
+
+
+def test_what_is_read_otherwise_than_it_stands_is_counted(tmp_path):
+    content = sound()
+    for image in content["images"]:
+        image.update(id=str(image["id"]), file_name="val\\" + image["file_name"])
+    for entry in content["annotations"][:2]:
+        entry["area"] = None
+    write(tmp_path, content)
+    status, answer = check("pets_val")
+    assert status == 0
+    assert kinds(answer) == {
+        "image whose id is text": (4, COMPUTED),
+        "file name that is not the file's": (4, COMPUTED),
+        "annotation whose area is null": (2, COMPUTED),
+        "annotation without an area": (2, COMPUTED),
+    }
+    assert answer["classes"] == {"cat": 3, "dog": 3}
+    assert [Path(p).name for p in answer["pictures"]] == ["histogram.png", "annotated.png", "two_views.png"]
 
 
 def test_a_file_that_is_no_annotation_file_is_bad_input(tmp_path, capsys):

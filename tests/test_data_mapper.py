@@ -494,3 +494,11 @@ def test_resize_keeps_the_long_side_within_the_limit():
             assert sides[1] <= longest
             assert sides[0] == short or sides[1] == longest
             assert abs(resize.new_width / resize.new_height - w / h) < 0.1 * w / h
+
+
+def test_resize_leaves_a_pixel_of_the_thinnest_image():
+    for h, w in [(1, 3000), (3000, 1), (2, 100_000)]:
+        resize = resize_short_side(h, w, 800, 1333)
+        assert min(resize.new_height, resize.new_width) == 1
+        assert max(resize.new_height, resize.new_width) == 1333
+        assert resize.image(np.zeros((h, w, 3), np.uint8)).shape == (resize.new_height, resize.new_width, 3)

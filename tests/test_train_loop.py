@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_detection import tiny_cfg, write_tiny
 
 from loco_det.config import load_config
@@ -281,3 +285,64 @@ def test_metrics_of_an_earlier_run_are_dropped(data, tmp_path, monkeypatch):
     (tmp_path / "metrics.json").write_text("\n".join([*stale, '{"iteration": 7, "tot']) + "\n")
     train_net(tiny_cfg(tmp_path, SOLVER__MAX_ITER=1), engine="torchvision")
     assert all(line.get("total_loss", 0) >= 0 for line in metrics(tmp_path))
+
+
+# --- what is judged before the first step -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def odd_data(tmp_path, monkeypatch) -> Path:
+    """The tiny data sets, to be spoiled; their annotation folder."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(write_tiny(tmp_path / "data")))
+    return tmp_path / "data" / "tiny" / "annotations"
+
+
+def change(path: Path, spoil: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    spoil(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda c: c["annotations"][3].pop("segmentation"), "annotation 4 has no segmentation"),
+        (lambda c: c["annotations"].clear(), "no annotations at all"),
+        (lambda c: c["images"][2].update(file_name="gone.png"), "gone.png"),
+        (lambda c: c["annotations"][3].update(id=1), "annotation id that occurs twice"),
+    ],
+)
+def test_a_test_set_that_no_evaluation_takes_stops_a_run_before_its_first_step(odd_data, tmp_path, spoil, words):
+    change(odd_data / "instances_val.json", spoil)
+    with pytest.raises(UserError, match=words):
+        train_net(tiny_cfg(tmp_path / "out"), engine="torchvision")
+    assert not list((tmp_path / "out").glob("metrics.json"))
+    assert not list((tmp_path / "out").glob("*.pth"))
+
+
+def test_sets_without_areas_with_odd_spellings_and_a_line_of_pixels_train_to_their_ap(odd_data, tmp_path):
+    clean = train_net(tiny_cfg(tmp_path / "clean"), engine="torchvision")
+
+    def odd(content: dict[str, Any]) -> None:
+        for image in content["images"]:
+            image.update(id=str(image["id"]), width=float(image["width"]), file_name=f"C:\\x\\{image['file_name']}")
+        for entry in content["annotations"]:
+            entry.update(image_id=float(entry["image_id"]), iscrowd=None, bbox=list(map(str, entry["bbox"])))
+            del entry["area"]
+
+    for split in ("train", "val"):
+        change(odd_data / f"instances_{split}.json", odd)
+    found = train_net(tiny_cfg(tmp_path / "odd"), engine="torchvision")
+    assert found["bbox"].keys() == clean["bbox"].keys()
+    np.testing.assert_equal(found, clean)
+
+    def line(content: dict[str, Any]) -> None:
+        content["images"].append({"id": "99", "file_name": "line.png", "width": 3000, "height": 1})
+        extra = {"id": 99, "image_id": "99", "bbox": [5, 0, 900, 1], "segmentation": [[5, 0, 905, 0, 905, 1, 5, 1]]}
+        content["annotations"].append({**content["annotations"][0], **extra})
+
+    for split in ("train", "val"):
+        change(odd_data / f"instances_{split}.json", line)
+        Image.new("RGB", (3000, 1)).save(odd_data.parent / split / "line.png")
+    found = train_net(tiny_cfg(tmp_path / "line"), engine="torchvision")
+    assert found["bbox"].keys() == clean["bbox"].keys()

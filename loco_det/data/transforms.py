@@ -115,13 +115,13 @@ def draw_transforms(cfg: Any, height: int, width: int, rng: np.random.RandomStat
 
 
 def resize_short_side(height: int, width: int, short: int, longest: int) -> Resize:
-    """Scaled so that the short side is `short` pixels, or less where the long side would exceed `longest`."""
+    """Scaled to a short side of `short` pixels, or less where the long side would exceed `longest`, but not 0."""
     scale = short * 1.0 / min(height, width)
     new_height, new_width = (short, scale * width) if height < width else (scale * height, short)
     if max(new_height, new_width) > longest:
         scale = longest * 1.0 / max(new_height, new_width)
         new_height, new_width = new_height * scale, new_width * scale
-    return Resize(height, width, int(new_height + 0.5), int(new_width + 0.5))
+    return Resize(height, width, max(1, int(new_height + 0.5)), max(1, int(new_width + 0.5)))
 
 
 def check_input(cfg: Any) -> None:

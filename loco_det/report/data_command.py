@@ -261,10 +261,12 @@ def _print(asked: Asked, checked: Checked, masks: str, files: list[Path]) -> Non
     verdict = f"{kinds} kind{'s' * (kinds != 1)} of defect would stop it" if kinds else "nothing stands against it"
     if not kinds and any(defect.effect == SUSPECT for defect in checked.defects):
         verdict = f"nothing stops it, but look at what is {SUSPECT}"
-    how = ""
-    if asked.paths is not None and not is_semantic(asked.name):
-        how = f" with masks (INPUT.MASK_FORMAT {masks})" if masks else " with boxes alone (MODEL.MASK_ON False)"
-    console.print(f"{'NOT ' * bool(kinds)}OK to train on {asked.name}{how}: {verdict}")
+    what = f"train on {asked.name}"
+    if asked.paths is None:
+        what = f"pretrain on the images of {asked.name}"
+    elif not is_semantic(asked.name):
+        what += f" with masks (INPUT.MASK_FORMAT {masks})" if masks else " with boxes alone (MODEL.MASK_ON False)"
+    console.print(f"{'NOT ' * bool(kinds)}OK to {what}: {verdict}")
 
 
 def _worded(value: Any) -> str:
