@@ -126,6 +126,16 @@ def test_one_file_imports_detectron2_and_only_when_called() -> None:
     assert not any(i.startswith("detectron2") for i in imports("loco_det.detection.engine_d2", at_import=True))
 
 
+def test_the_locks_of_posix_are_taken_for_granted() -> None:
+    """Half of the project cannot run without fcntl, so no part of it makes provision for that."""
+    knows = {m for m in FILES if "fcntl" in set(imports(m))}
+    top = {
+        m for m in FILES if any(ast.unparse(node) == "import fcntl" for node in ast.parse(FILES[m].read_text()).body)
+    }
+    assert knows == top >= {"loco_det.data.index", "loco_det.data.derived", "loco_det.sweep"}
+    assert "Operating System :: POSIX" in PROJECT["project"]["classifiers"]
+
+
 def test_there_is_no_circle() -> None:
     TopologicalSorter({m: {i for i in imports(m, at_import=True) if i in FILES and i != m} for m in FILES}).prepare()
 
