@@ -18,6 +18,7 @@ from fvcore.common.config import CfgNode
 
 from loco_det import __version__
 from loco_det.data.catalog import find_dataset
+from loco_det.data.index import load_index
 from loco_det.detection.weights import Weights
 from loco_det.runtime import is_main, world_size, write_json
 
@@ -38,13 +39,13 @@ def write_record(cfg: CfgNode, engine: str, weights: Weights | None) -> None:
     found = None
     if weights is not None:
         said = {} if weights.manifest is None else {k: getattr(weights.manifest, k) for k in _OF_MANIFEST}
-        found = {**_file(weights.path), **said}
+        found = {**_file(weights.path, _sha256(weights.path)), **said}
     record = {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "engine": engine,
         "seed": cfg.SEED,
         "weights": found,
-        "datasets": {name: _file(find_dataset(name).annotations) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)},
+        "datasets": {name: _annotations(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)},
         "environment": environment(torch.device(cfg.MODEL.DEVICE)),
     }
     write_json(Path(cfg.OUTPUT_DIR) / "run.json", record)
@@ -70,9 +71,19 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _file(path: Path) -> dict[str, Any]:
+def _annotations(name: str) -> dict[str, Any]:
+    """The annotation file of a data set, by the hash that its index was made with."""
+    path = find_dataset(name).annotations
+    return _file(path, load_index(path).file.sha256)
+
+
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return {"path": str(path.absolute()), "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return digest.hexdigest()
+
+
+def _file(path: Path, sha256: str) -> dict[str, Any]:
+    return {"path": str(path.absolute()), "bytes": path.stat().st_size, "sha256": sha256}
