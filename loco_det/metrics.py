@@ -18,6 +18,7 @@ from loco_det.runtime import atomic_write, is_main, is_quiet, log, os_errors
 
 _event_files: dict[str, Any] = {}  # TensorBoard's writers of the runs in this process, by folder
 _wandb_runs: dict[str, Any] = {}  # W&B's, likewise
+_noted: set[str] = set()  # the folders whose note names the W&B run above
 
 
 def append_metrics(output_dir: str | Path, values: dict[str, Any]) -> None:
@@ -42,7 +43,7 @@ def append_metrics(output_dir: str | Path, values: dict[str, Any]) -> None:
     run = _wandb_runs.get(_key(output_dir))
     if run is not None and "iteration" in values:
         run.log(numbers)
-        _note_wandb_run(output_dir, run)
+        _note_wandb_run(output_dir, run.id)
     elif run is not None:
         run.summary.update(numbers)
 
@@ -127,6 +128,7 @@ def wandb_run(cfg: CfgNode, project: str | None, resume: bool = False) -> Iterat
         status = 0
     finally:
         del _wandb_runs[folder]
+        _noted.discard(folder)
         run.finish(exit_code=status)
 
 
@@ -167,8 +169,9 @@ def _noted_wandb_run(folder: str | Path) -> str | None:
     return note.read_text().strip() if note.is_file() else None
 
 
-def _note_wandb_run(folder: str | Path, run: Any) -> None:
+def _note_wandb_run(folder: str | Path, run_id: str) -> None:
     """Keep its id for `resume` once it has an iteration: a run that fails before, or only evaluates, is not kept."""
-    if _noted_wandb_run(folder) != run.id:
+    if _key(folder) not in _noted:
         with atomic_write(_wandb_note(folder), "w") as file:
-            file.write(run.id + "\n")
+            file.write(run_id + "\n")
+        _noted.add(_key(folder))

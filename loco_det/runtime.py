@@ -264,6 +264,18 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def common_seed(seed: int) -> int:
+    """`seed`, or for a negative one a number drawn for this run, the same in all processes."""
+    if seed >= 0:
+        return seed
+    drawn = torch.tensor(np.random.SeedSequence().generate_state(1)[0] % 2**31, dtype=torch.int64)
+    if world_size() > 1:
+        drawn = drawn.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.broadcast(drawn, 0)
+    log.info("SEED is %d: this run drew %d; set it to draw the same again", seed, int(drawn))
+    return int(drawn)
+
+
 def keep_freed_memory(limit: int = -1) -> None:
     """Let this process keep large blocks that it frees, where the C library is glibc; elsewhere nothing changes.
 

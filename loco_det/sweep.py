@@ -12,6 +12,7 @@ from its last checkpoint, one that failed is tried again by the next sweep.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import statistics
@@ -255,10 +256,6 @@ def _train(command: list[str], output: IO[Any], lock: IO[Any]) -> int:
 
 
 def _locked(file: Any) -> bool:
-    try:
-        import fcntl
-    except ImportError:
-        return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

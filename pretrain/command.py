@@ -38,11 +38,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _worker(cfg: CfgNode, resume: bool, wandb: str | None) -> Path:
-    setup_logging(cfg.OUTPUT_DIR)  # so that log.txt says which W&B run it is
+    setup_logging(cfg.OUTPUT_DIR)
     with wandb_run(cfg, wandb, resume):
         return pretrain(cfg, resume)
 
 
 def pretrain_file(config: str, overrides: list[str]) -> Path:
     """Train in this process what a YAML file and overrides describe; returns its backbone.safetensors."""
-    return pretrain(load_config(get_cfg(), config, overrides))
+    cfg = load_config(get_cfg(), config, overrides)
+    setup_logging(cfg.OUTPUT_DIR)
+    return pretrain(cfg)

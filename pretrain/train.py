@@ -34,7 +34,6 @@ from loco_det.runtime import (
     reduce_mean,
     resolve_device,
     seed_everything,
-    setup_logging,
     world_size,
 )
 from pretrain.average import GradientAverage
@@ -153,7 +152,6 @@ def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None) -
     Raises:
         UserError: unusable configuration or data, a loss that is not finite, a stop by signal (after saving).
     """
-    setup_logging(cfg.OUTPUT_DIR)
     device = resolve_device(cfg.DEVICE)
     if device.type == "cpu":
         keep_freed_memory()

@@ -132,6 +132,16 @@ def test_there_is_no_circle_not_even_through_imports_inside_functions() -> None:
     TopologicalSorter({m: {i for i in imports(m) if i in FILES and i != m} for m in FILES}).prepare()
 
 
+def test_the_locks_of_posix_are_taken_for_granted() -> None:
+    """Half of the project cannot run without fcntl, so no part of it makes provision for that."""
+    knows = {m for m in FILES if "fcntl" in set(imports(m))}
+    top = {
+        m for m in FILES if any(ast.unparse(node) == "import fcntl" for node in ast.parse(FILES[m].read_text()).body)
+    }
+    assert knows == top >= {"loco_det.data.index", "loco_det.data.derived", "loco_det.sweep"}
+    assert "Operating System :: POSIX" in PROJECT["project"]["classifiers"]
+
+
 def test_dependencies_are_those_that_are_imported() -> None:
     declared = {re.match(r"[\w-]+", line).group() for line in PROJECT["project"]["dependencies"]}
     roots = {i.partition(".")[0] for m in FILES for i in imports(m) if not is_ours(i)}

@@ -14,10 +14,12 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 from test_data_mapper import assert_instances_equal
 
+from loco_det import runtime
 from loco_det.data import loader as module
 from loco_det.data.catalog import find_dataset
 from loco_det.data.loader import Loader, TrainingStream, build_test_loader, build_train_loader, repeat_factors
 from loco_det.data.mapper import sample_rng
+from loco_det.detection import train
 from loco_det.detection.schema import get_cfg
 from loco_det.errors import UserError
 
@@ -184,6 +186,15 @@ def test_seed_0_is_a_seed_and_a_negative_one_is_none(root):
         tuple(s["image_id"] for b in take(build_train_loader(config("SEED", -1)), 8) for s in b) for _ in range(3)
     }
     assert len(orders) > 1
+
+
+def test_a_seed_is_drawn_in_one_way(root, monkeypatch):
+    make(root, "made")
+    assert module.common_seed is train.common_seed is runtime.common_seed
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "common_seed", {-1: 7}.get)
+        drawn = take(build_train_loader(config("SEED", -1)), 4)
+    assert_same(drawn, take(build_train_loader(config("SEED", 7)), 4))
 
 
 def test_images_without_objects_are_left_out_unless_wanted(root):

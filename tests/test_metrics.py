@@ -16,6 +16,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
+from loco_det import metrics
 from loco_det.cli import run_job
 from loco_det.config import load_config
 from loco_det.errors import UserError
@@ -222,6 +223,18 @@ def test_resume_goes_on_in_the_last_wandb_run_that_trained(tmp_path: Path, wandb
     assert wandb.started == ["1", "2", "3", "1", "1", "4", "4"]
     assert wandb.lines == [("1", training), ("2", evaluation), ("1", training), ("1", evaluation), ("4", training),
                            ("4", training)]  # fmt: skip
+
+
+def test_the_note_of_a_wandb_run_is_read_once(tmp_path: Path, wandb: Wandb, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, touched = load_config(get_cfg(), "", ["OUTPUT_DIR", str(tmp_path)]), []
+    note = metrics._wandb_note
+    monkeypatch.setattr(metrics, "_wandb_note", lambda folder: touched.append(folder) or note(folder))
+    with wandb_run(cfg, "backbones", resume=True):
+        touched.clear()
+        for iteration in range(4):
+            append_metrics(tmp_path, {"iteration": iteration})
+        assert len(touched) == 1
+    assert note(tmp_path).read_text() == "1\n"
 
 
 def test_a_pretraining_without_images_leaves_no_wandb_run_to_go_on_in(tmp_path: Path, wandb: Wandb) -> None:

@@ -28,8 +28,10 @@ from loco_det.data.sources import open_source
 from loco_det.data.twoview import TwoViews, build_two_view_loader
 from loco_det.errors import UserError
 from loco_det.names import to_detectron2
+from loco_det.runtime import log
 from pretrain import train
 from pretrain.checkpoint import latest_checkpoint
+from pretrain.command import pretrain_file
 from pretrain.decoders import Decoder
 from pretrain.defaults import get_cfg
 from pretrain.monitor import stage_norms
@@ -396,13 +398,22 @@ def test_a_loss_that_is_not_finite_stops_with_unit_step_and_files(images: Path, 
         pretrain(config(images, tmp_path, SOLVER__BASE_LR=1e30))
 
 
+def test_the_library_leaves_the_log_to_the_command(images: Path, tmp_path: Path) -> None:
+    handlers = list(log.handlers)
+    pretrain(config(images, tmp_path / "a", METHOD="random"))
+    assert log.handlers == handlers
+    assert not (tmp_path / "a" / "log.txt").exists()
+    pretrain_file("", overrides(images, tmp_path / "b", METHOD="random"))
+    assert (tmp_path / "b" / "log.txt").read_text().count("wrote ") == 1
+
+
 def test_a_collapse_is_warned_of_once(images: Path, tmp_path: Path) -> None:
     """At a rate of 0 nothing collapses; embeddings that are all alike do."""
-    pretrain(config(images, tmp_path / "a", SOLVER__BASE_LR=0.0))
+    pretrain_file("", overrides(images, tmp_path / "a", SOLVER__BASE_LR=0.0))
     assert "collapsed" not in (tmp_path / "a" / "log.txt").read_text()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Decoder, "forward", lambda self, x: self.mlp(x.mean((2, 3))) * 1e-4 + 1)
-        pretrain(config(images, tmp_path / "b"))
+        pretrain_file("", overrides(images, tmp_path / "b"))
     text = (tmp_path / "b" / "log.txt").read_text()
     assert text.count("the embeddings of unit res2-res3 have collapsed (std 0.0") == 1
     assert text.count("collapsed") == 1
@@ -485,7 +496,7 @@ def test_the_scaler_of_fp16_changes_nothing_where_nothing_overflows(
     """In float32, for half precision takes minutes on a CPU; scales are powers of two."""
     plain = pretrain(config(images, tmp_path / "a", SOLVER__STEP_EARLY=False))
     monkeypatch.setattr(train, "_autocast", lambda *_: nullcontext)
-    scaled = pretrain(config(images, tmp_path / "b", SOLVER__AMP="fp16", CHECKPOINT_PERIOD=1))
+    scaled = pretrain_file("", overrides(images, tmp_path / "b", SOLVER__AMP="fp16", CHECKPOINT_PERIOD=1))
     assert trace(tmp_path / "a") == trace(tmp_path / "b")
     assert load_backbone(plain)[1].tensors_sha256 == load_backbone(scaled)[1].tensors_sha256
     assert latest_checkpoint(tmp_path / "b")[1]["scaler"]["_growth_tracker"] == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -17,7 +18,8 @@ from tiny_detection import tiny_cfg, write_tiny
 
 from loco_det.config import load_config
 from loco_det.data.catalog import find_dataset
-from loco_det.detection import command, engine_d2, loop, solver
+from loco_det.data.index import load_index
+from loco_det.detection import command, engine_d2, loop, record, solver
 from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.schema import get_cfg
 from loco_det.detection.train import choose_engine, train_net
@@ -176,6 +178,24 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"at iteration 0 loss_mask = nan; lower SOLVER.BASE_LR"):
         train_net(tiny_cfg(tmp_path), engine="torchvision")
     assert not (tmp_path / "last_checkpoint").exists()
+
+
+def test_the_record_takes_the_hash_that_the_index_knows(tmp_path, monkeypatch):
+    cfg, opened = tiny_cfg(tmp_path), []
+    paths = {name: find_dataset(name).annotations for name in ("tiny_train", "tiny_val")}
+    for path in paths.values():
+        load_index(path)
+    monkeypatch.setattr(record, "open", lambda path, mode: opened.append(path), raising=False)
+    record.write_record(cfg, "torchvision", None)
+    found = json.loads((tmp_path / "run.json").read_text())["datasets"]
+    assert opened == []
+    for name, path in paths.items():
+        content = path.read_bytes()
+        assert found[name] == {
+            "path": str(path.absolute()),
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
 
 
 def test_a_negative_seed_is_drawn_and_kept_for_the_resume(tmp_path):

@@ -7,6 +7,7 @@ it depends on. Where several processes want it, one makes it and the others wait
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -17,11 +18,6 @@ from typing import Any
 from loco_det.data.index import cache_folder
 from loco_det.errors import UserError
 from loco_det.runtime import atomic_write
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: several processes then each make it, and the last one's stays
-    fcntl = None  # type: ignore[assignment]
 
 
 def derived_file(name: str, facts: dict[str, Any], make: Callable[[], bytes]) -> Path:
@@ -52,9 +48,8 @@ def _alone(path: Path) -> Iterator[None]:
             f"{path.parent}: cannot be written ({error.strerror}); set LOCO_DET_CACHE to a folder that can"
         ) from error
     with file:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks: as without fcntl
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks: each process makes it, and the last one stays
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -10,13 +10,11 @@ samplers (data/samplers/distributed_sampler.py) for the same seed.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,7 +25,7 @@ from loco_det.data.mapper import DetectionMapper, ProposalsOfImage, sample_rng
 from loco_det.data.semantic import is_semantic
 from loco_det.errors import UserError, raising
 from loco_det.processes import leave_stopping_to_parent
-from loco_det.runtime import log, rank, usable_cores, world_size
+from loco_det.runtime import common_seed, log, rank, usable_cores, world_size
 
 Precomputed = Sequence[Mapping[str, ProposalsOfImage]]
 
@@ -74,7 +72,7 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0, proposals: Precomputed
     datasets = [_load(cfg, find_dataset(name), train=True) for name in cfg.DATASETS.TRAIN]
     check_training_classes(cfg, cfg.DATASETS.TRAIN)
     chosen = [_trainable(cfg, dataset) for dataset in datasets]
-    seed = _shared_seed(cfg.SEED)
+    seed = common_seed(cfg.SEED)
     batches = _TrainBatches(
         stream=_sampler(cfg, datasets, chosen, seed),
         wide=np.concatenate([(d.index.width > d.index.height)[rows] for d, rows in zip(datasets, chosen)]),
@@ -267,17 +265,6 @@ def _sampler(cfg: CfgNode, datasets: list[CocoDataset], chosen: list[np.ndarray]
         before += len(rows)
     settings = cfg.DATALOADER.REPEAT_THRESHOLD, cfg.DATALOADER.REPEAT_SQRT
     return TrainingStream(count, seed, repeat_factors(np.concatenate(images), np.concatenate(labels), count, *settings))
-
-
-def _shared_seed(seed: int) -> int:
-    """SEED itself, or, if negative, a number that no one chose but all processes share."""
-    if seed >= 0:
-        return seed
-    drawn = [int.from_bytes(os.urandom(4), "little")]
-    if world_size() > 1:
-        dist.broadcast_object_list(drawn)
-    log.info("training samples are drawn from seed %d; set SEED to resume exactly", drawn[0])
-    return drawn[0]
 
 
 def _loader(cfg: CfgNode, datasets: list[CocoDataset], samples: _Samples, batches: Any) -> Loader:

@@ -38,7 +38,7 @@ def write_record(cfg: CfgNode, engine: str, weights: Weights | None) -> None:
     found = None
     if weights is not None:
         said = {} if weights.manifest is None else {k: getattr(weights.manifest, k) for k in _OF_MANIFEST}
-        found = {**_file(weights.path), **said}
+        found = {**_file(weights.path, _sha256(weights.path)), **said}
     record = {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "engine": engine,
@@ -71,13 +71,18 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _data_set(name: str) -> dict[str, Any]:
-    paths = find_dataset(name)
-    return {**_file(paths.annotations), "images": str(paths.images.absolute())}
+    """A data set's files; of the annotations the hash that their index was made with."""
+    dataset = find_dataset(name)
+    return {**_file(dataset.annotations, dataset.index.file.sha256), "images": str(dataset.images.absolute())}
 
 
-def _file(path: Path) -> dict[str, Any]:
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return {"path": str(path.absolute()), "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return digest.hexdigest()
+
+
+def _file(path: Path, sha256: str) -> dict[str, Any]:
+    return {"path": str(path.absolute()), "bytes": path.stat().st_size, "sha256": sha256}

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch import nn
 
@@ -35,6 +33,7 @@ from loco_det.processes import averaged
 from loco_det.runtime import (
     atomic_write,
     barrier,
+    common_seed,
     is_main,
     keep_freed_memory,
     log,
@@ -140,7 +139,7 @@ def _prepare(cfg: CfgNode, eval_only: bool) -> CfgNode:
             file.write(cfg.dump())
     barrier()
     cfg = solver.scale_to_world_size(cfg, world_size())
-    cfg = _with(cfg, **{"MODEL.DEVICE": str(detector_device(cfg.MODEL.DEVICE)), "SEED": _common_seed(cfg.SEED)})
+    cfg = _with(cfg, **{"MODEL.DEVICE": str(detector_device(cfg.MODEL.DEVICE)), "SEED": common_seed(cfg.SEED)})
     if cfg.MODEL.DEVICE == "cpu" and not eval_only:
         keep_freed_memory()
     if cfg.MODEL.DEVICE.startswith("cuda"):
@@ -186,18 +185,6 @@ def detector_device(name: str) -> torch.device:
         log.warning("MODEL.DEVICE is cuda and this machine has no usable GPU: running on the CPU")
         name = "cpu"
     return resolve_device(name)
-
-
-def _common_seed(seed: int) -> int:
-    """SEED, or for a negative one a number drawn for this run, the same in all processes."""
-    if seed >= 0:
-        return seed
-    drawn = torch.tensor(np.random.SeedSequence().generate_state(1)[0] % 2**31, dtype=torch.int64)
-    if world_size() > 1:
-        drawn = drawn.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.broadcast(drawn, 0)
-    log.info("SEED is %d: this run drew %d", seed, int(drawn))
-    return int(drawn)
 
 
 def _load_for_evaluation(model: nn.Module, cfg: CfgNode, engine: Engine, resume: bool) -> None:
