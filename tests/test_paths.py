@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_detection import overrides, tiny_cfg, write_tiny
 
 from loco_det.cli import main
-from loco_det.data.catalog import find_dataset, folder_name
+from loco_det.data.catalog import DatasetPaths, find_dataset, folder_name
 from loco_det.data.coco import load_coco
 from loco_det.data.paths import is_path, split_parts
 from loco_det.detection import inference, record
@@ -101,7 +101,7 @@ def test_an_annotation_file_and_a_folder():
     file = coco(Path("my@cells/labels.json"), ["a.jpg"])
     name = "./my@cells/labels.json@my@cells/images"
     paths = find_dataset(name)
-    assert paths == (name, Path("my@cells/images"), file, False)
+    assert paths == DatasetPaths(name, Path("my@cells/images"), file)
     assert len(load_coco(paths)) == 1
     part = find_dataset(f"{name}@classes_dog")
     assert part.derived
@@ -130,7 +130,7 @@ def test_roboflows_folders():
         image(Path(f"robo/{split}/a.jpg"))
         coco(Path(f"robo/{split}/_annotations.coco.json"), ["a.jpg"])
     paths = find_dataset("robo/valid")
-    assert paths == ("robo/valid", Path("robo/valid"), Path("robo/valid/_annotations.coco.json"), False)
+    assert paths == DatasetPaths("robo/valid", Path("robo/valid"), Path("robo/valid/_annotations.coco.json"))
     assert len(load_coco(find_dataset("robo/train@10pct_seed0"))) == 1
 
 
@@ -287,7 +287,7 @@ def perfect_engine(name: str, model_classes: list[str]) -> SimpleNamespace:
             )
         return found
 
-    batches = [[{"image_id": record.image_id}] for record in dataset]
+    batches = [[{"image_id": record.image_id, "file_name": ""}] for record in dataset]
     return SimpleNamespace(test_batches=lambda cfg, name: batches, predict=predict)
 
 
@@ -304,9 +304,9 @@ def test_a_test_set_is_measured_by_the_names_of_its_classes(tmp_path, names, cap
         check_classes(cfg, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     assert any("has no category for red" in line for line in caplog.messages) == (names == ["green"])
     engine = perfect_engine(name, ["red", "green"])
-    found = inference._evaluate_one(cfg, torch.nn.Identity(), engine, name, tmp_path / "out", "pycocotools", "x")
+    found = inference.evaluate(cfg, torch.nn.Identity(), engine, "pycocotools")
     assert found["bbox"]["AP"] == pytest.approx(100)
-    results = json.loads((tmp_path / "out" / "x" / "coco_instances_results.json").read_text())
+    results = json.loads((tmp_path / "out" / "inference" / "coco_instances_results.json").read_text())
     assert {r["category_id"] for r in results} == set(labels)
 
 

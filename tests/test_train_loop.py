@@ -182,19 +182,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch):
 
 def test_the_record_takes_the_hash_that_the_index_knows(tmp_path, monkeypatch):
     cfg, opened = tiny_cfg(tmp_path), []
-    paths = {name: find_dataset(name).annotations for name in ("tiny_train", "tiny_val")}
-    for path in paths.values():
-        load_index(path)
+    sets = {name: find_dataset(name) for name in ("tiny_train", "tiny_val")}
+    for dataset in sets.values():
+        load_index(dataset.annotations)
     monkeypatch.setattr(record, "open", lambda path, mode: opened.append(path), raising=False)
     record.write_record(cfg, "torchvision", None)
     found = json.loads((tmp_path / "run.json").read_text())["datasets"]
     assert opened == []
-    for name, path in paths.items():
-        content = path.read_bytes()
+    for name, dataset in sets.items():
+        content = dataset.annotations.read_bytes()
         assert found[name] == {
-            "path": str(path.absolute()),
+            "path": str(dataset.annotations.absolute()),
             "bytes": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
+            "images": str(dataset.images.absolute()),
         }
 
 
