@@ -283,8 +283,15 @@ def test_links_in_a_circle_are_walked_once_and_hidden_files_not_at_all(tmp_path)
     write(tmp_path / "._a.xml", "not xml")
     write(tmp_path / "__MACOSX" / "a.xml", "not xml")
     (tmp_path / "loop").symlink_to(tmp_path)
+    image(tmp_path / "one" / "b.jpg")
+    image(tmp_path.parent / f"{tmp_path.name}-elsewhere" / "c.jpg")
+    (tmp_path / "two").symlink_to(tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    (tmp_path / "two" / "down").symlink_to(tmp_path / "one")
+    (tmp_path / "one" / "up").symlink_to(tmp_path / "two")
     os.mkfifo(tmp_path / "pipe.xml")
-    assert list(boxes(convert_annotations(tmp_path))) == ["a.jpg"]
+    converted = convert_annotations(tmp_path)
+    assert list(boxes(converted)) == ["a.jpg"]
+    assert reasons(converted, "images_left_out") == {"no annotation names it": 2}  # b.jpg and c.jpg, each once
 
 
 # --- YOLO --------------------------------------------------------------------------------------------------------
