@@ -161,19 +161,23 @@ def check_evaluator(cfg: CfgNode, evaluator: str) -> None:
             raise UserError(f"--evaluator {evaluator} does not measure {name}; give {remedy}.")
 
 
-def check_truth(cfg: CfgNode, *, files: bool) -> None:
+def check_data(cfg: CfgNode, *, own_reader: bool) -> None:
     """Judge each data set of DATASETS.TEST as its evaluation will, before hours are spent.
 
     Args:
-        files: look for the image files, too, and whether their annotations can be run on.
+        own_reader: this package reads the images and says of DATASETS.TRAIN what is probably wrong; else it is said
+            here.
 
     Raises:
         UserError: what the evaluation would raise.
     """
     masks = cfg.MODEL.MASK_ON and cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    if not own_reader:
+        for name in cfg.DATASETS.TRAIN:
+            warn(load_index(find_dataset(name).annotations), Use("train"))
     for name in cfg.DATASETS.TEST:
         paths = find_dataset(name)
-        if files:
+        if own_reader:
             load_coco(paths, need_annotations=False)
         if is_semantic(name) or (is_cityscapes(name) and paths.images.name == "test"):  # whose truth is secret
             continue
