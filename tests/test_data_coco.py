@@ -204,6 +204,8 @@ def test_a_set_to_run_on_may_have_no_annotations(tmp_path):
         ({"size": [40, 50], "counts": "5\u00e9"}, "add up"),
         ([[1, 1, 9, 1, 9, 1e9]], "100,000 pixels"),  # drawn, it would take gigabytes
         ([[1, 1, 9, 1, 9, -1e300]], "100,000 pixels"),
+        ([[1, 1, 99_999, 2] * 3000], "1,000,000 pixels"),
+        ([[1, 1, 99_999, 2, 1, 3]] * 6, "1,000,000 pixels"),
     ],
 )
 def test_bad_segmentation_is_named_when_it_is_used(tmp_path, segmentation, word):
@@ -212,6 +214,12 @@ def test_bad_segmentation_is_named_when_it_is_used(tmp_path, segmentation, word)
         decode_segmentation(dataset[2], 0)
     assert word in str(caught.value)
     assert "b.jpg" in str(caught.value)
+
+
+def test_a_long_outline_within_the_limit_is_no_error(tmp_path):
+    comb = [[float(v) for x in range(0, 9000, 2) for v in (x, 0, x, 100, x + 1, 100, x + 1, 0)]]  # 909,000 pixels
+    dataset = load_coco(write(tmp_path, changed(annotations__0__segmentation=comb)))
+    assert [p.tolist() for p in decode_segmentation(dataset[2], 0)] == comb
 
 
 def test_run_lengths_in_pycocotools_text_are_those_of_the_mask():

@@ -194,7 +194,7 @@ def match_files(paths: DatasetPaths, index: CocoIndex) -> Matched:
         return name in present or os.path.isfile(os.path.join(paths.images, name))
 
     names = index.file_name.tolist()
-    lost = [i for i, name in enumerate(names) if not is_there(name)]
+    lost = [i for i, name in enumerate(names) if name not in present and not is_there(name)]
     if not lost:
         return Matched(index.file_name, [], [])
     meant = {i: next(filter(is_there, _spellings(names[i])), None) for i in lost}

@@ -116,8 +116,10 @@ def _standard(text: bytes, account: _Account) -> bytes:
         return text
     except RecursionError:
         raise account.no_json("it is nested too deep") from None
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return _without_nan(text, account)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        if b"NaN" in text or b"Infinity" in text:
+            return _without_nan(text, account)
+        raise account.no_json(error) from None
     return text
 
 

@@ -30,7 +30,7 @@ FILE, IMAGES, CATEGORIES, ANNOTATIONS = "file", "image", "category", "annotation
 
 _LARGEST_ID = 2**53  # hotcoco's ids are unsigned and travel in float64 columns
 _BEYOND = 1.0  # pixels that a box may reach over the border; files round
-_SAMPLE = 1000  # polygons that are compared with their boxes
+_SAMPLE = 300  # polygons that are compared with their boxes
 _MOST = 0.5  # share of the boxes from which on it is the file that is wrong
 _OVERLAP = 0.1  # IoU of a box with its polygon's, below which it is another object's
 
@@ -126,7 +126,7 @@ def warn(index: CocoIndex, use: Use) -> None:
 
 def kept(index: CocoIndex, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
     """(n,) bool of some annotations: those that a training and its data set keep."""
-    return (index.bbox[rows, 2:] > 0).all(1) & (index.shape[rows] != TOO_FEW_POINTS)
+    return (index.bbox[rows, 2] > 0) & (index.bbox[rows, 3] > 0) & (index.shape[rows] != TOO_FEW_POINTS)
 
 
 def corners(bbox: np.ndarray) -> np.ndarray:
@@ -138,9 +138,14 @@ def corners(bbox: np.ndarray) -> np.ndarray:
     return box
 
 
+def _all(columns: np.ndarray) -> np.ndarray:
+    """(n,) of (n, 4) bool: `all(1)`, ten times as fast."""
+    return columns[:, 0] & columns[:, 1] & columns[:, 2] & columns[:, 3]
+
+
 def finite_boxes(index: CocoIndex) -> np.ndarray:
     """(A,) bool: the corners are finite in float32, as a training computes them."""
-    return np.isfinite(corners(index.bbox)).all(1)
+    return _all(np.isfinite(corners(index.bbox)))
 
 
 def objects(index: CocoIndex) -> np.ndarray:
@@ -161,9 +166,9 @@ def _sizes(index: CocoIndex) -> tuple[np.ndarray, np.ndarray]:
 
 def _repeated(ids: np.ndarray) -> np.ndarray:
     """(n,) bool: occurs before."""
-    again = np.zeros(len(ids), bool)
-    if not (np.diff(ids) > 0).all():  # as files are written, and no sorting
-        order = np.argsort(ids, kind="stable")
+    again, ascending = np.zeros(len(ids), bool), np.sort(ids)
+    if (ascending[1:] == ascending[:-1]).any():
+        order = np.argsort(ids, kind="stable")  # much slower
         again[order[1:]] = ids[order[1:]] == ids[order[:-1]]
     return again
 
@@ -219,7 +224,7 @@ def _in_units(index: CocoIndex) -> np.ndarray:
     """Boxes whose numbers are shares of the image and not pixels."""
     looked_at = objects(index)
     height, width = _sizes(index)
-    inside = ((index.bbox >= 0) & (index.bbox <= 1 + 1e-3)).all(1)
+    inside = _all((index.bbox >= 0) & (index.bbox <= 1 + 1e-3))
     return _if_most(looked_at & inside & (np.minimum(height, width) > 2), looked_at)
 
 
@@ -418,7 +423,7 @@ RULES: Sequence[Rule] = (
         train=SUSPECT,
     ),
     Rule(
-        f"box far from its polygon, of up to {_SAMPLE:,} compared",
+        f"box far from its polygon, of up to {_SAMPLE} compared",
         ANNOTATIONS,
         _far_from_polygon,
         "see which of the two is right and in pixels",
@@ -436,7 +441,7 @@ RULES: Sequence[Rule] = (
     Rule(
         "box without area",
         ANNOTATIONS,
-        lambda f: finite_boxes(f) & ~(f.bbox[:, 2:] > 0).all(1),
+        lambda f: finite_boxes(f) & ~((f.bbox[:, 2] > 0) & (f.bbox[:, 3] > 0)),
         "correct its width and height or remove it",
         train=LEFT_OUT,
         run=LEFT_OUT,

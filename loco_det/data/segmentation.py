@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -11,7 +12,9 @@ from pycocotools import mask as coco_mask
 from loco_det.errors import UserError
 from loco_det.structures import rle_lengths
 
-FARTHEST = 100_000  # pixels; a rasteriser takes memory for every pixel of an outline, inside the image or not
+# A rasteriser takes 200 bytes for every pixel of an outline, inside the image or not, and crashes where it gets none.
+FARTHEST = 100_000  # pixels from the origin
+LONGEST = 1_000_000  # pixels of all outlines of a mask
 
 Segmentation = list[np.ndarray] | dict[str, Any] | None  # polygons, or an RLE as pycocotools takes it
 
@@ -39,7 +42,7 @@ def decode(encoded: bytes, height: int, width: int, where: str) -> Segmentation:
         an RLE as pycocotools takes it; or None if there is none.
 
     Raises:
-        UserError: it is neither, a polygon leaves every image, or the RLE is not one of the image's pixels.
+        UserError: it is neither, or an RLE that is not one of the image's pixels; or as `check_outlines`.
     """
     try:
         found = _polygons_or_rle.decode(encoded) if encoded else None
@@ -49,8 +52,7 @@ def decode(encoded: bytes, height: int, width: int, where: str) -> Segmentation:
         return None
     if isinstance(found, list):
         polygons = [np.array(p, dtype=np.float64) for p in found if len(p) >= 6 and len(p) % 2 == 0]
-        if any(np.abs(p).max() > FARTHEST for p in polygons):
-            raise UserError(f"{where} has a point more than {FARTHEST:,} pixels away.")
+        check_outlines(polygons, where)
         return polygons
     rle: dict[str, Any] = {"size": list(found.size), "counts": found.counts}
     if found.size != (height, width):
@@ -65,6 +67,29 @@ def decode(encoded: bytes, height: int, width: int, where: str) -> Segmentation:
     if not runs or sum(runs) != height * width or min(runs) < 0:
         raise UserError(f"{where} has run lengths that do not add up to the image.")
     return coco_mask.frPyObjects(rle, *rle["size"]) if isinstance(found.counts, list) else rle
+
+
+def check_outlines(polygons: Sequence[np.ndarray], where: str) -> None:
+    """Raises UserError for what a rasteriser would take gigabytes for.
+
+    Args:
+        polygons: flat float64 arrays x0, y0, x1, y1, ... in pixels.
+        where: what they are, for messages.
+    """
+    most = 0.0
+    for p in polygons:
+        low, high = p.min(), p.max()
+        if not max(-low, high) <= FARTHEST:
+            raise UserError(f"{where} has a point more than {FARTHEST:,} pixels away.")
+        most += len(p) / 2 * (high - low)
+    if most > LONGEST and sum(map(_outline, polygons)) > LONGEST:
+        raise UserError(f"{where} has an outline of more than {LONGEST:,} pixels.")
+
+
+def _outline(polygon: np.ndarray) -> float:
+    """Its length in pixels, diagonals counted as their longer side, as a rasteriser steps along it."""
+    points = polygon[: len(polygon) // 2 * 2].reshape(-1, 2)
+    return np.abs(points - np.roll(points, -1, 0)).max(1).sum()
 
 
 def mask_area(segmentation: Segmentation, height: int, width: int) -> float | None:

@@ -117,18 +117,22 @@ def check_evaluator(cfg: CfgNode, evaluator: str) -> None:
             raise UserError(f"--evaluator {evaluator} does not measure {name}; give {' or '.join(known)}.")
 
 
-def check_truth(cfg: CfgNode, *, files: bool) -> None:
+def check_data(cfg: CfgNode, *, own_reader: bool) -> None:
     """Judge each data set of DATASETS.TEST as its evaluation will, before hours are spent.
 
     Args:
-        files: look for the image files, too, and whether their annotations can be run on.
+        own_reader: this package reads the images and says of DATASETS.TRAIN what is probably wrong; else it is said
+            here.
 
     Raises:
         UserError: what the evaluation would raise.
     """
     masks = cfg.MODEL.MASK_ON and cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    if not own_reader:
+        for name in cfg.DATASETS.TRAIN:
+            warn(find_dataset(name).index, Use("train"))
     for dataset in map(find_dataset, cfg.DATASETS.TEST):
-        if files:
+        if own_reader:
             load_coco(dataset, need_annotations=False)
         if not dataset.is_pixels and not dataset.secret:
             truth = read_ground_truth(dataset.annotations, ("bbox", "segm") if masks else ("bbox",))

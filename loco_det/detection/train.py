@@ -22,7 +22,7 @@ from loco_det.detection.checkpoint import Checkpointer, read_last
 from loco_det.detection.engine import Engine
 from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.feature_cache import check_cacheable, use_cache
-from loco_det.detection.inference import check_evaluator, check_expected, check_truth, evaluate_finally, flatten
+from loco_det.detection.inference import check_data, check_evaluator, check_expected, evaluate_finally, flatten
 from loco_det.detection.loop import Run, check_frozen, frozen_hashes, train
 from loco_det.detection.record import write_record
 from loco_det.detection.weights import apply_weights, load_weights
@@ -81,7 +81,7 @@ def train_net(
     drawn = cfg.SEED < 0
     cfg = _prepare(cfg, eval_only)
     if not eval_only:
-        check_truth(cfg, files=module is not engine_d2)
+        check_data(cfg, own_reader=module is not engine_d2)
     model = module.build_model(cfg)
     with fast_arithmetic(fast and module.name != "detectron2"):  # which is Detectron2's numbers, its optimiser's too
         if eval_only:

@@ -22,7 +22,7 @@ import numpy as np
 
 from loco_det.data.index import CocoIndex, load_index
 from loco_det.data.rules import EVALUATE, refuse
-from loco_det.data.segmentation import decode, mask_area
+from loco_det.data.segmentation import check_outlines, decode, mask_area
 from loco_det.errors import UserError
 from loco_det.runtime import log, no_garbage_collection
 
@@ -119,7 +119,10 @@ def _read_masks(index: CocoIndex, rows: np.ndarray) -> list[Any]:
         raise UserError(f"{path}: {which} has no segmentation that can be evaluated: {error}; {remedy}.") from error
     owner = np.repeat(np.arange(len(index.image_id)), np.diff(index.first))
     for k, mask in enumerate(masks):
-        if isinstance(mask, _AnyRle):
+        if isinstance(mask, list):
+            which = f"{path}: the mask of annotation {index.annotation_id[rows[k]]}"
+            check_outlines([np.array(polygon) for polygon in mask], which)
+        else:
             i = owner[rows[k]]
             size = (index.height[i], index.width[i])
             if mask.size != size:
