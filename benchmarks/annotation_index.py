@@ -94,10 +94,10 @@ def peak() -> float:
 
 
 def load_ours(folder: Path) -> Any:
-    from loco_det.data.catalog import DatasetPaths
+    from loco_det.data.catalog import Dataset
     from loco_det.data.coco import load_coco
 
-    paths = DatasetPaths("made_up", folder / "images", folder / "instances.json")
+    paths = Dataset("made_up", folder / "images", folder / "instances.json")
     return lambda: load_coco(paths)
 
 

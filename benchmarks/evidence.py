@@ -21,10 +21,10 @@ import fcntl
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -244,11 +244,11 @@ def losses(metrics: Path) -> dict[str, list[list[float]]]:
 
 
 class Commands:
-    """Runs loco-det, remembers what was run and for how long; what is there already is not made again."""
+    """Runs loco-det, remembers what was run and its processor time; what is there already is not made again."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.done: list[tuple[str, float]] = []  # command, seconds
+        self.done: list[tuple[str, float]] = []  # command, seconds of processor time
 
     def run(self, made: Path, *words: object) -> None:
         """Run `loco-det WORDS`, which makes the file `made`."""
@@ -258,13 +258,19 @@ class Commands:
         if not made.exists():
             made.parent.mkdir(parents=True, exist_ok=True)
             log.info(text)
-            begun = time.monotonic()
+            begun = processor_seconds()
             try:
                 subprocess.run([sys.executable, "-m", "loco_det.cli", *map(str, words)], check=True, cwd=ROOT)
             finally:  # a run that is stopped and resumed counts whole
-                spent += time.monotonic() - begun
+                spent += processor_seconds() - begun
                 clock.write_text(f"{spent:.1f}")
         self.done.append((text, spent))
+
+
+def processor_seconds() -> float:
+    """What all commands run so far have used: other work on the machine does not show."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 from view_cases import encode, photograph, two_views
 
 from loco_det.cli import main
-from loco_det.data.catalog import DatasetPaths
+from loco_det.data.catalog import Dataset
 from loco_det.data.coco import load_coco
 from loco_det.data.index import load_index
 from loco_det.data.rules import COMPUTED, EFFECTS, LEFT_OUT, NOTE, STOPS, SUSPECT, Use, findings
@@ -53,10 +53,10 @@ def sound() -> dict[str, Any]:
     }
 
 
-def write(tmp_path: Path, content: dict[str, Any]) -> DatasetPaths:
+def write(tmp_path: Path, content: dict[str, Any]) -> Dataset:
     """As the data set pets_val."""
     root = tmp_path / "datasets" / "pets"
-    paths = DatasetPaths("pets_val", root / "val", root / "annotations" / "instances_val.json")
+    paths = Dataset("pets_val", root / "val", root / "annotations" / "instances_val.json")
     paths.images.mkdir(parents=True, exist_ok=True)
     paths.annotations.parent.mkdir(exist_ok=True)
     for i in range(1, 5):

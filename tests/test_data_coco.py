@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from loco_det.data.catalog import COCO_NAMES, DatasetPaths, find_dataset, measure_of
+from loco_det.data.catalog import COCO_NAMES, Dataset, find_dataset, measure_of
 from loco_det.data.coco import CocoDataset, decode_segmentation, load_coco
 from loco_det.errors import UserError
 from loco_det.structures import rle_lengths
@@ -42,8 +42,8 @@ CONTENT = {
 }
 
 
-def write(folder: Path, content: dict | str | bytes) -> DatasetPaths:
-    paths = DatasetPaths("made_val", folder / "val", folder / "instances.json")
+def write(folder: Path, content: dict | str | bytes) -> Dataset:
+    paths = Dataset("made_val", folder / "val", folder / "instances.json")
     (paths.images / "sub").mkdir(parents=True, exist_ok=True)
     for name in ("a.jpg", "b.jpg", "sub/ü.jpg"):
         (paths.images / name).touch()
@@ -292,7 +292,7 @@ def test_cocos_names_mean_detectron2s_places(tmp_path, monkeypatch):
         (folder / "annotations" / file).touch()
     assert set(COCO_NAMES) == set(PUBLIC)
     for name, (images, file) in PUBLIC.items():
-        assert find_dataset(name) == DatasetPaths(name, folder / images, folder / "annotations" / file)
+        assert find_dataset(name) == Dataset(name, folder / images, folder / "annotations" / file)
 
 
 def test_a_benchmarks_own_measure_is_that_of_its_parts():

@@ -15,7 +15,7 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from loco_det.data.catalog import DatasetPaths, find_dataset
+from loco_det.data.catalog import Dataset, find_dataset
 from loco_det.data.coco import CocoDataset, decode_segmentation, load_coco
 from loco_det.data.mapper import DetectionMapper, sample_rng
 from loco_det.data.masks import rasterize
@@ -68,7 +68,7 @@ def make_dataset(folder: Path, rle: bool = False) -> CocoDataset:
         "annotations": annotations,
         "categories": [{"id": c, "name": f"c{c}"} for c in (1, 2, 3)],
     }
-    paths = DatasetPaths("made_train", folder / "train", folder / "instances.json")
+    paths = Dataset("made_train", folder / "train", folder / "instances.json")
     paths.annotations.write_text(json.dumps(content))
     return load_coco(paths)
 

@@ -4,6 +4,7 @@ right numbers; the rows have the switches of the paper's configurations."""
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def test_tables_have_means_intervals_and_differences_seed_by_seed(cells) -> None
     assert "| GIM | 3 | 36.0 [36.0, 36.0] | 37.0 [37.0, 37.0] |" in text
     assert "- GIM against SimCLR, end to end, last stage, seed by seed: linear -5.0 [-7.5, -2.5], knn -5.0" in text
     assert "- GIM: res3 5.00, res5 4.50" in text
-    assert "6 runs took 3.0 hours of one thread each, the longest 30 minutes" in text
+    assert "6 runs took 3.0 hours of processor time together, one thread each, the longest 30 minutes" in text
     assert "| GIM | 30.0 | 31.3 |  |" in text
     assert "loco-det pretrain simclr 0" in text
     assert "## What was not run" in text
@@ -116,6 +117,14 @@ def test_the_lists_share_no_image_and_have_the_same_number_of_each_class(tmp_pat
     before = train
     evidence.write_lists(tmp_path / "set/train", tmp_path)
     assert (tmp_path / "train.txt").read_text().split("\n")[:-1] == before
+
+
+def test_only_the_commands_processor_time_counts(tmp_path: Path) -> None:
+    before = evidence.processor_seconds()
+    subprocess.run([sys.executable, "-c", "import time; time.sleep(0.3)"], check=True)
+    idle = evidence.processor_seconds() - before
+    subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
+    assert 0 < idle < evidence.processor_seconds() - before
 
 
 def test_a_cell_is_made_once_and_by_one_process(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_detection import overrides, tiny_cfg, write_tiny
 
 from loco_det.cli import main
-from loco_det.data.catalog import DatasetPaths, find_dataset, folder_name
+from loco_det.data.catalog import Dataset, find_dataset, folder_name
 from loco_det.data.coco import load_coco
 from loco_det.data.paths import is_path, split_parts
 from loco_det.detection import inference, record
@@ -101,7 +101,7 @@ def test_an_annotation_file_and_a_folder():
     file = coco(Path("my@cells/labels.json"), ["a.jpg"])
     name = "./my@cells/labels.json@my@cells/images"
     paths = find_dataset(name)
-    assert paths == DatasetPaths(name, Path("my@cells/images"), file)
+    assert paths == Dataset(name, Path("my@cells/images"), file)
     assert len(load_coco(paths)) == 1
     part = find_dataset(f"{name}@classes_dog")
     assert part.derived
@@ -130,7 +130,7 @@ def test_roboflows_folders():
         image(Path(f"robo/{split}/a.jpg"))
         coco(Path(f"robo/{split}/_annotations.coco.json"), ["a.jpg"])
     paths = find_dataset("robo/valid")
-    assert paths == DatasetPaths("robo/valid", Path("robo/valid"), Path("robo/valid/_annotations.coco.json"))
+    assert paths == Dataset("robo/valid", Path("robo/valid"), Path("robo/valid/_annotations.coco.json"))
     assert len(load_coco(find_dataset("robo/train@10pct_seed0"))) == 1
 
 

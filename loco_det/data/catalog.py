@@ -51,7 +51,7 @@ LVIS_NAMES = ("lvis_v1_train", "lvis_v1_val")
 
 
 @dataclass(frozen=True)
-class DatasetPaths:
+class Dataset:
     """A data set: resolved once from its name, then handed on.
 
     Attributes:
@@ -128,7 +128,7 @@ def folder_name(name: str) -> str:
     return f"{end}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
 
 
-def find_dataset(name: str) -> DatasetPaths:
+def find_dataset(name: str) -> Dataset:
     """A data set by its name; its files are known to exist.
 
     Args:
@@ -147,29 +147,29 @@ def find_dataset(name: str) -> DatasetPaths:
         parts = parts[masks:]
     for part in parts:
         check_part(part, name, objects=not is_semantic(whole))  # before anything is read for it
-    dataset = DatasetPaths(name, *find_path(whole)) if is_path(name) else _find_whole(whole, masks)
+    dataset = Dataset(name, *find_path(whole)) if is_path(name) else _find_whole(whole, masks)
     for part in parts:
         dataset = replace(dataset, annotations=part_of(dataset.annotations, part, name), derived=True)
     return replace(dataset, name=name, benchmark=benchmark_of(name))
 
 
-def _find_whole(name: str, masks: bool) -> DatasetPaths:
+def _find_whole(name: str, masks: bool) -> Dataset:
     root = datasets_root()
     if is_cityscapes(name):
         split, folder = name.removeprefix(PREFIX), root / "cityscapes"
         annotations = cityscapes_annotations(folder, split, from_polygons=not masks)
         images = folder / "leftImg8bit" / split
-        return DatasetPaths(name, images, annotations, derived=True, secret=split == "test")
+        return Dataset(name, images, annotations, derived=True, secret=split == "test")
     if is_semantic(name):
         split, folder = name.removeprefix(SEMANTIC), root / "cityscapes"
         images, annotations = folder / "leftImg8bit" / split, semantic_annotations(folder, split)
-        return DatasetPaths(name, images, annotations, derived=True, task="pixels", secret=split == "test")
+        return Dataset(name, images, annotations, derived=True, task="pixels", secret=split == "test")
     if name in VOC_SETS:
-        return DatasetPaths(name, *voc_annotations(name, root))
+        return Dataset(name, *voc_annotations(name, root))
     if name in _COCO:
         folder, (images, annotations) = root / "coco", _COCO[name]
     elif name in LVIS_NAMES:
-        return _existing(DatasetPaths(name, root / "coco", root / "lvis" / f"{name}.json"), root)
+        return _existing(Dataset(name, root / "coco", root / "lvis" / f"{name}.json"), root)
     else:
         stem, _, split = name.rpartition("_")
         if not stem or not split:
@@ -179,10 +179,10 @@ def _find_whole(name: str, masks: bool) -> DatasetPaths:
                 f"in it, ./{name}, or is FILE.json@FOLDER."
             )
         folder, images, annotations = root / stem, split, f"instances_{split}"
-    return _existing(DatasetPaths(name, folder / images, folder / "annotations" / f"{annotations}.json"), root)
+    return _existing(Dataset(name, folder / images, folder / "annotations" / f"{annotations}.json"), root)
 
 
-def _existing(dataset: DatasetPaths, root: Path) -> DatasetPaths:
+def _existing(dataset: Dataset, root: Path) -> Dataset:
     for path, there in ((dataset.annotations, Path.is_file), (dataset.images, Path.is_dir)):
         if not there(path):
             raise UserError(

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset
+from torch.utils import data as torch_data
 
-from loco_det.data.catalog import DatasetPaths
+from loco_det.data.catalog import Dataset
 from loco_det.data.coco import match_files
 from loco_det.data.coco_json import NO_MASK, RLE
 from loco_det.data.images import decode_exactly, decode_image, read_file
@@ -108,7 +108,7 @@ def masks_of(index: CocoIndex) -> str:
     return "polygon" if (shapes != NO_MASK).any() else ""
 
 
-def check_coco(paths: DatasetPaths, index: CocoIndex, *, workers: int, masks: str = "") -> Checked:
+def check_coco(paths: Dataset, index: CocoIndex, *, workers: int, masks: str = "") -> Checked:
     """Look at every annotation, and read and decode every image that the file lists.
 
     Args:
@@ -188,7 +188,7 @@ def _found(defects: list[Defect]) -> list[Defect]:
 # --- reading every image ----------------------------------------------------------------------------------------
 
 
-class _Chunks(Dataset):
+class _Chunks(torch_data.Dataset):
     """Chunks of numbers -> what there is to say of each, with one reading of every file."""
 
     def __getitem__(self, images: Sequence[int]) -> list[Any]:

@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 import numpy as np
 
-from loco_det.data.catalog import DatasetPaths
+from loco_det.data.catalog import Dataset
 from loco_det.data.derived import derived_file
 from loco_det.data.index import CocoIndex, load_index
 from loco_det.data.packed import PackedStrings
@@ -62,7 +62,7 @@ class Record(NamedTuple):
 class CocoDataset:
     """`dataset[i]` is the `Record` of image i."""
 
-    paths: DatasetPaths
+    paths: Dataset
     index: CocoIndex
     file_name: PackedStrings  # the images, below paths.images
 
@@ -110,7 +110,7 @@ def _classes(index: CocoIndex, rows: np.ndarray) -> np.ndarray:
     return np.searchsorted(index.category_id, index.annotation_category[rows])
 
 
-def load_coco(paths: DatasetPaths, *, need_annotations: bool = True, masks: str = "") -> CocoDataset:
+def load_coco(paths: Dataset, *, need_annotations: bool = True, masks: str = "") -> CocoDataset:
     """Read and check an instances file.
 
     Args:
@@ -175,7 +175,7 @@ class Matched(NamedTuple):
     renamed: list[int]
 
 
-def match_files(paths: DatasetPaths, index: CocoIndex) -> Matched:
+def match_files(paths: Dataset, index: CocoIndex) -> Matched:
     """Find the files of the images that are listed.
 
     A name that is no file's is read as one that was written elsewhere: with backslashes, %20, a drive, a URL or
@@ -215,7 +215,7 @@ def _spellings(name: str) -> Iterator[str]:
             yield from ("/".join(parts[k:]) for k in range(len(parts)))
 
 
-def readable_annotations(paths: DatasetPaths) -> Path:
+def readable_annotations(paths: Dataset) -> Path:
     """The annotation file, or for one that only this package reads, or whose file names are no files', a copy that
     every reader of COCO files takes.
 

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from torch.utils.data import DataLoader, Dataset
+from torch.utils import data as torch_data
+from torch.utils.data import DataLoader
 
-from loco_det.data.catalog import DatasetPaths, find_dataset
+from loco_det.data.catalog import Dataset, find_dataset
 from loco_det.data.classes import category_ids, check_training_classes
 from loco_det.data.coco import CocoDataset, load_coco
 from loco_det.data.mapper import DetectionMapper, ProposalsOfImage, sample_rng
@@ -85,7 +86,7 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0, proposals: Precomputed
 
 
 def build_test_loader(
-    cfg: CfgNode, dataset: DatasetPaths, proposals: Mapping[str, ProposalsOfImage] | None = None
+    cfg: CfgNode, dataset: Dataset, proposals: Mapping[str, ProposalsOfImage] | None = None
 ) -> Loader:
     """Each image of a data set once, one a batch, divided over the processes in runs of neighbours.
 
@@ -102,7 +103,7 @@ def build_test_loader(
     return _loader(cfg, [annotated], samples, [[(i, i)] for i in share.tolist()])
 
 
-class _Samples(Dataset):
+class _Samples(torch_data.Dataset):
     """Mapped samples by (position in the stream, image number), or the UserError of a bad one, for `raising`."""
 
     def __init__(
@@ -210,7 +211,7 @@ def repeat_factors(images: np.ndarray, labels: np.ndarray, count: int, threshold
     return torch.from_numpy(result).float()
 
 
-def _load(cfg: CfgNode, dataset: DatasetPaths, train: bool) -> CocoDataset:
+def _load(cfg: CfgNode, dataset: Dataset, train: bool) -> CocoDataset:
     check_kind(cfg, dataset.name)
     masks = ("polygon" if cfg.INPUT.MASK_FORMAT == "polygon" else "bitmask") if cfg.MODEL.MASK_ON else ""
     annotated = load_coco(dataset, need_annotations=train and not dataset.is_pixels, masks=masks)

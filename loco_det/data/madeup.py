@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from loco_det.data.catalog import DatasetPaths
+from loco_det.data.catalog import Dataset
 from loco_det.errors import UserError
 
 SHAPES = ("disc", "star", "cross")
@@ -48,7 +48,7 @@ class Grain(NamedTuple):
 
 def make_shapes_dataset(
     root: str | Path, train: int = 400, val: int = 100, size: int = 128, seed: int = 0
-) -> dict[str, DatasetPaths]:
+) -> dict[str, Dataset]:
     """Draw the set below ROOT/shapes, where `find_dataset` expects shapes_train and shapes_val.
 
     The same arguments give the same pixels. A set that is already there with the same arguments is kept.
@@ -70,7 +70,7 @@ def make_shapes_dataset(
     root = Path(root)
     folder = root / "shapes"
     paths = {
-        f"shapes_{split}": DatasetPaths(
+        f"shapes_{split}": Dataset(
             f"shapes_{split}", folder / split, folder / "annotations" / f"instances_{split}.json"
         )
         for split in ("train", "val")

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from loco_det.data.catalog import DatasetPaths
+from loco_det.data.catalog import Dataset
 from loco_det.structures import Instances
 
 Batch = list[dict[str, Any]]
@@ -34,7 +34,7 @@ class Engine(Protocol):
     def train_batches(self, cfg: CfgNode, start: int) -> Iterable[Batch]:
         """Endless batches of this process's share of SOLVER.IMS_PER_BATCH, from iteration `start` on."""
 
-    def test_batches(self, cfg: CfgNode, dataset: DatasetPaths) -> Iterable[Batch]:
+    def test_batches(self, cfg: CfgNode, dataset: Dataset) -> Iterable[Batch]:
         """This process's share of a data set's images, each once; it has a length."""
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:

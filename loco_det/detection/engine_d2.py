@@ -17,7 +17,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
-from loco_det.data.catalog import DatasetPaths, find_dataset
+from loco_det.data.catalog import Dataset, find_dataset
 from loco_det.data.coco import readable_annotations
 from loco_det.data.semantic import CLASSES, IGNORED, label_file, to_classes
 from loco_det.detection.engine import Batch
@@ -73,7 +73,7 @@ class Detectron2Engine:
             mapper = _SemanticMapper(mapper)
         return build_detection_train_loader(native, mapper=_WorkersMapper(mapper))
 
-    def test_batches(self, cfg: CfgNode, dataset: DatasetPaths) -> Iterable[Batch]:
+    def test_batches(self, cfg: CfgNode, dataset: Dataset) -> Iterable[Batch]:
         from detectron2.data import build_detection_test_loader
 
         _register(dataset)
@@ -142,7 +142,7 @@ class _SemanticMapper:
         return {**sample, "sem_seg": torch.from_numpy(classes).long()}
 
 
-def _semantic_records(dataset: DatasetPaths) -> list[dict[str, Any]]:
+def _semantic_records(dataset: Dataset) -> list[dict[str, Any]]:
     """What Detectron2 trains on and tests, of a data set with pixel labels."""
     index = dataset.index
     columns = zip(index.image_id.tolist(), index.file_name.tolist(), index.height.tolist(), index.width.tolist())
@@ -153,7 +153,7 @@ def _semantic_records(dataset: DatasetPaths) -> list[dict[str, Any]]:
     ]
 
 
-def _register(dataset: DatasetPaths) -> None:
+def _register(dataset: Dataset) -> None:
     """Tell Detectron2 of a NAME_SPLIT data set that it does not know."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.data.datasets import register_coco_instances

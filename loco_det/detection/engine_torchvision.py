@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from loco_det.data.catalog import DatasetPaths
+from loco_det.data.catalog import Dataset
 from loco_det.data.loader import build_test_loader, build_train_loader
 from loco_det.detection import rcnn
 from loco_det.detection.augmented import AugmentedRCNN
@@ -31,7 +31,7 @@ class TorchvisionEngine:
     def train_batches(self, cfg: CfgNode, start: int) -> Iterable[Batch]:
         return build_train_loader(cfg, start_iter=start, proposals=load_proposals(cfg, "TRAIN"))
 
-    def test_batches(self, cfg: CfgNode, dataset: DatasetPaths) -> Iterable[Batch]:
+    def test_batches(self, cfg: CfgNode, dataset: Dataset) -> Iterable[Batch]:
         proposals = load_proposals(cfg, "TEST")
         return build_test_loader(cfg, dataset, proposals and proposals[list(cfg.DATASETS.TEST).index(dataset.name)])
 

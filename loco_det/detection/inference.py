@@ -12,7 +12,7 @@ import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from loco_det.data.catalog import DatasetPaths, find_dataset, folder_name, measure_of
+from loco_det.data.catalog import Dataset, find_dataset, folder_name, measure_of
 from loco_det.data.classes import category_ids
 from loco_det.data.coco import load_coco
 from loco_det.data.rules import Use, warn
@@ -91,7 +91,7 @@ def _evaluate_all(cfg: CfgNode, model: nn.Module, engine: Engine, evaluator: str
     return results
 
 
-def build_measure(cfg: CfgNode, dataset: DatasetPaths, evaluator: str, folder: Path) -> Measure:
+def build_measure(cfg: CfgNode, dataset: Dataset, evaluator: str, folder: Path) -> Measure:
     """What judges the model that `cfg` describes on a data set; its files go to `folder`."""
     kind = _measure_class(cfg, dataset.name)
     ids = category_ids(cfg, dataset.name)

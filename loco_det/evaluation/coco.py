@@ -22,7 +22,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from loco_det.data.catalog import DatasetPaths
+from loco_det.data.catalog import Dataset
 from loco_det.data.index import CocoIndex
 from loco_det.errors import UserError
 from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
@@ -198,7 +198,7 @@ class Measure:
 
     def __init__(
         self,
-        dataset: DatasetPaths,
+        dataset: Dataset,
         folder: Path,
         *,
         masks: bool,

@@ -8,7 +8,7 @@ import importlib
 from pathlib import Path
 from typing import Any, Protocol
 
-from loco_det.data.catalog import DatasetPaths
+from loco_det.data.catalog import Dataset
 
 Results = dict[str, dict[str, float]]
 
@@ -24,7 +24,7 @@ class Measure(Protocol):
 
     def __init__(
         self,
-        dataset: DatasetPaths,
+        dataset: Dataset,
         folder: Path,
         *,
         masks: bool,

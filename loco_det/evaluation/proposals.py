@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
-from loco_det.data.catalog import DatasetPaths
+from loco_det.data.catalog import Dataset
 from loco_det.evaluation.coco import EVALUATORS
 from loco_det.evaluation.coco_checks import read_ground_truth
 from loco_det.runtime import atomic_write, log
@@ -38,7 +38,7 @@ class Measure:
 
     evaluators = EVALUATORS
 
-    def __init__(self, dataset: DatasetPaths, folder: Path, **_: Any) -> None:
+    def __init__(self, dataset: Dataset, folder: Path, **_: Any) -> None:
         self.dataset, self.folder = dataset, folder
 
     def collect(self, image_id: int, file_name: str, found: Instances) -> list[Proposals]:

@@ -22,7 +22,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from loco_det.data.catalog import DatasetPaths
+from loco_det.data.catalog import Dataset
 from loco_det.data.cityscapes import opened_map, read_instance_ids
 from loco_det.data.semantic import CLASSES, IGNORED, LABEL_IDS, label_file, read_labels
 from loco_det.errors import UserError
@@ -54,7 +54,7 @@ class Measure:
 
     evaluators = (EVALUATORS[0], OFFICIAL)
 
-    def __init__(self, dataset: DatasetPaths, folder: Path, *, evaluator: str, **_: Any) -> None:
+    def __init__(self, dataset: Dataset, folder: Path, *, evaluator: str, **_: Any) -> None:
         self.dataset, self.folder, self.evaluator = dataset, folder / "sem_seg", evaluator
 
     def collect(self, image_id: int, file_name: str, found: Tensor) -> list[str]:

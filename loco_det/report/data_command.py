@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loco_det import __version__
-from loco_det.data.catalog import COCO_NAMES, DatasetPaths, find_dataset, folder_name
+from loco_det.data.catalog import COCO_NAMES, Dataset, find_dataset, folder_name
 from loco_det.data.check import Checked, check_coco, check_source, masks_of
 from loco_det.data.coco import CocoDataset, match_files
 from loco_det.data.formats.conversion import FORMATS, convert_annotations, write_conversion
@@ -42,7 +42,7 @@ class Asked(NamedTuple):
 
     name: str
     source: Source | None
-    paths: DatasetPaths | None
+    paths: Dataset | None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,7 +123,7 @@ def _asked(args: argparse.Namespace) -> Asked:
             if not there:
                 raise UserError(f"{path}: not there; --annotations FILE goes with PATH, the folder of its images")
         name = args.annotations.stem
-        return Asked(name, None, DatasetPaths(name, folder, args.annotations))
+        return Asked(name, None, Dataset(name, folder, args.annotations))
     place = Path(args.path.partition("!")[0])
     if args.path in COCO_NAMES or (not place.exists() and _is_name(args.path)):
         return Asked(args.path, None, find_dataset(args.path))

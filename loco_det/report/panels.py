@@ -11,7 +11,7 @@ import cv2
 import msgspec
 import numpy as np
 
-from loco_det.data.catalog import DatasetPaths, find_dataset
+from loco_det.data.catalog import Dataset, find_dataset
 from loco_det.data.coco import CocoDataset, Record, load_coco
 from loco_det.data.images import read_image
 from loco_det.data.semantic import IGNORED, label_file, read_labels
@@ -105,7 +105,7 @@ def _draw(pixels: np.ndarray, what: np.ndarray | list[Shape], names: Sequence[st
     return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode("ascii")
 
 
-def _paths(run: DetectorRun) -> DatasetPaths:
+def _paths(run: DetectorRun) -> Dataset:
     """The run's test set.
 
     Raises:
@@ -128,7 +128,7 @@ def _paths(run: DetectorRun) -> DatasetPaths:
     )
     if not images.is_dir():
         raise UserError(f"the images of {name} are not there; set DETECTRON2_DATASETS")
-    return DatasetPaths(name, images, annotations)
+    return Dataset(name, images, annotations)
 
 
 def _spread(filled: Sequence[int], count: int) -> list[int]:
