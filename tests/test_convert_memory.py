@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +124,19 @@ def test_views_of_every_kind_are_mapped_and_copied_whole(tmp_path: Path) -> None
                 assert torch.equal(found.to(wide), tensor.to(wide))
             for tensor in dict(flatten("c.pth", load_tensors(tmp_path / "c.pth"))).values():
                 assert tensor.data_ptr() % tensor.dtype.itemsize == 0
+
+
+@pytest.mark.parametrize("modern", [True, False])
+def test_what_was_read_goes_with_its_last_name(tmp_path: Path, modern: bool) -> None:
+    """And not when the garbage collector comes by: a checkpoint is gigabytes."""
+    torch.save({"a": [torch.zeros(5)]}, tmp_path / "c.pth", _use_new_zipfile_serialization=modern)
+    gc.collect()
+    gc.disable()
+    try:
+        gone = [weakref.ref(read(tmp_path / "c.pth")["a"][0]) for read in (open_tensors, load_tensors)]
+        assert [found() for found in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_arrays_of_any_byte_order_and_layout(tmp_path: Path) -> None:

@@ -331,24 +331,20 @@ def _plain(data: mmap.mmap, content: Any) -> Any:
     return _mapped(content, leaf)
 
 
-def _mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
+def _mapped(value: Any, leaf: Callable[[Any], Any], done: dict[int, Any] | None = None, depth: int = 0) -> Any:
     """Nested containers with `leaf` of all that is neither container nor plain; what is shared stays shared."""
-    done: dict[int, Any] = {}
-
-    def convert(item: Any, depth: int) -> Any:
-        if isinstance(item, str | int | float | bytes | None):
-            return item
-        if id(item) not in done:
-            if depth > MAX_DEPTH:
-                raise Refused(f"nests containers more than {MAX_DEPTH} deep, or in a circle")
-            done[id(item)] = build(item, depth + 1)
-        return done[id(item)]
-
-    def build(item: Any, depth: int) -> Any:
-        if isinstance(item, dict):
-            return {key: convert(value, depth) for key, value in item.items()}
-        if isinstance(item, list | tuple):
-            return type(item)(convert(value, depth) for value in item)
-        return leaf(item)
-
-    return convert(value, 0)
+    done = {} if done is None else done
+    if isinstance(value, str | int | float | bytes | None):
+        return value
+    if id(value) in done:
+        return done[id(value)]
+    if depth > MAX_DEPTH:
+        raise Refused(f"nests containers more than {MAX_DEPTH} deep, or in a circle")
+    if isinstance(value, dict):
+        made = {key: _mapped(item, leaf, done, depth + 1) for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        made = type(value)(_mapped(item, leaf, done, depth + 1) for item in value)
+    else:
+        made = leaf(value)
+    done[id(value)] = made
+    return made
