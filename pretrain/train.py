@@ -56,6 +56,7 @@ FREE_KEYS = (
     "CHECKPOINT_PERIOD",
     "DATA.NUM_WORKERS",
     "DATA.PATH",
+    "AUGMENT.DEVICE",
     "SOLVER.RECOMPUTE",
     "SOLVER.COMPILE",
     "SOLVER.STEP_EARLY",
@@ -162,7 +163,7 @@ def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None) -
         _write_config(cfg)
         backbone = build_backbone(cfg).to(device, memory_format=LAYOUT)
         seed_everything(cfg.SEED)
-        measure_statistics(backbone, loader, device)
+        measure_statistics(backbone, loader)
         return write_backbone(cfg, backbone, [], source, step=0)
     learner = Learner(cfg).to(device)
     seed_everything(cfg.SEED)
@@ -198,7 +199,7 @@ def _train(
     with StopSignal() as stop, Progress(total, "pretrain", start, unit="it") as progress:
         for step in range(start, total):
             batch = next(batches)
-            x = _input(batch, device)
+            x = _input(batch)
             stepping.lr = schedule(step / total)
             done = step + 1
             probing = probe.due(done, loader.steps_per_epoch, total)
@@ -264,11 +265,9 @@ def _stopped(stop: StopSignal, device: torch.device) -> bool:
     return reduce_mean({"stop": flag})["stop"] > 0
 
 
-def _input(batch: TwoViews, device: torch.device) -> Tensor:
-    """(2b, 3, S, S) float32 on the device: the first view of every image, then the second."""
-    both = torch.cat([batch.first, batch.second]).to(device, non_blocking=True)
-    x = normalise(both, IMAGENET_MEAN, IMAGENET_STD)
-    return x.contiguous(memory_format=LAYOUT)
+def _input(batch: TwoViews) -> Tensor:
+    """(2b, 3, S, S) float32 on the device of the views: the first view of every image, then the second."""
+    return normalise(batch.views.flatten(0, 1), IMAGENET_MEAN, IMAGENET_STD, LAYOUT)
 
 
 def _autocast(cfg: CfgNode, device: torch.device) -> Callable[[], object]:
@@ -290,7 +289,7 @@ def _check_finite(losses: list[Tensor], learner: Learner, step: int, indices: Te
             )
 
 
-def measure_statistics(backbone: ResNet, loader: TwoViewLoader, device: torch.device) -> None:
+def measure_statistics(backbone: ResNet, loader: TwoViewLoader) -> None:
     """METHOD random: BatchNorm's statistics over up to 50 batches."""
     batches = loader.batches(0)
     count = min(RANDOM_BATCHES, loader.steps_per_epoch)
@@ -298,7 +297,7 @@ def measure_statistics(backbone: ResNet, loader: TwoViewLoader, device: torch.de
 
         def inputs() -> Iterator[Tensor]:
             for _ in range(count):
-                yield _input(next(batches), device)
+                yield _input(next(batches))
                 progress.advance()
 
         measure_batchnorm(backbone, inputs())

@@ -134,7 +134,7 @@ def test_each_step_has_its_rate_and_a_run_its_epochs(images: Path, tmp_path: Pat
 
 def test_images_are_normalised_first_views_first_and_channels_last(images: Path, tmp_path: Path) -> None:
     views = torch.randint(0, 256, (2, 4, 3, 8, 8), dtype=torch.uint8)
-    x = train._input(TwoViews(*views, torch.arange(4)), torch.device("cpu"))
+    x = train._input(TwoViews(views, torch.arange(4)))
     assert x.is_contiguous(memory_format=torch.channels_last)
     mean, std = (np.array(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     np.testing.assert_allclose(x.numpy(), (views.flatten(0, 1).numpy() - mean) / std, rtol=1e-5, atol=1e-5)
@@ -200,7 +200,7 @@ def test_random_measures_batch_statistics_and_trains_nothing(images: Path, tmp_p
     loader = build_two_view_loader(config(images, tmp_path), open_source(images))
     means = []
     for batch, _ in zip(loader.batches(0), range(loader.steps_per_epoch)):
-        x = train._input(batch, torch.device("cpu"))
+        x = train._input(batch)
         means.append(F.conv2d(x, fresh["stem.conv1.weight"], stride=2, padding=3).mean((0, 2, 3)))
     torch.testing.assert_close(random["bn1.running_mean"], torch.stack(means).mean(0), rtol=1e-4, atol=1e-5)
     assert (manifest.method, manifest.step, manifest.units) == ("random", 0, [])
@@ -227,6 +227,17 @@ def test_recompute_trains_the_same_and_a_run_may_change_it(images: Path, tmp_pat
     again = pretrain(config(images, tmp_path / "b", SOLVER__RECOMPUTE="[res2, res5]"), resume=True)
     assert trace(tmp_path / "a") == trace(tmp_path / "b")
     assert load_backbone(kept)[1].tensors_sha256 == load_backbone(again)[1].tensors_sha256
+
+
+def test_a_run_may_be_augmented_elsewhere_from_some_step_on(images: Path, tmp_path: Path) -> None:
+    pretrain(config(images, tmp_path / "a"))
+    pretrain(config(images, tmp_path / "b", CHECKPOINT_PERIOD=2))
+    (tmp_path / "b" / "checkpoint_00000003.pth").unlink()
+    pretrain(config(images, tmp_path / "b", AUGMENT__DEVICE="auto"), resume=True)
+    for own, other in zip(trace(tmp_path / "a"), trace(tmp_path / "b"), strict=True):
+        assert own["loss/res4-res5"] == pytest.approx(other["loss/res4-res5"], abs=0.05)
+    assert trace(tmp_path / "a")[:2] == trace(tmp_path / "b")[:2]
+    assert trace(tmp_path / "a")[2] != trace(tmp_path / "b")[2]  # a blur rounds otherwise
 
 
 def test_tar_shards_resume_to_the_same_bits(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +298,15 @@ def test_resume_needs_the_same_configuration(images: Path, tmp_path: Path) -> No
 
 
 def test_a_run_may_change_where_and_how_fast_it_goes_and_nothing_else(images: Path, tmp_path: Path) -> None:
-    free = {"OUTPUT_DIR", "DEVICE", "LOG_PERIOD", "CHECKPOINT_PERIOD", "DATA.NUM_WORKERS", "DATA.PATH"}
+    free = {
+        "OUTPUT_DIR",
+        "DEVICE",
+        "LOG_PERIOD",
+        "CHECKPOINT_PERIOD",
+        "DATA.NUM_WORKERS",
+        "DATA.PATH",
+        "AUGMENT.DEVICE",
+    }
     free |= {"SOLVER.RECOMPUTE", "SOLVER.COMPILE", "SOLVER.STEP_EARLY"}
     free |= {f"KNN.{key}" for key in get_cfg().KNN}
 
