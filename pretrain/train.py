@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -21,7 +20,7 @@ from loco_det.data.twoview import TwoViewLoader, TwoViews, build_two_view_loader
 from loco_det.data.views import normalise
 from loco_det.errors import UserError
 from loco_det.metrics import trim_metrics
-from loco_det.processes import StopSignal
+from loco_det.processes import CommonStop, StopSignal
 from loco_det.runtime import (
     Progress,
     atomic_write,
@@ -29,7 +28,6 @@ from loco_det.runtime import (
     is_main,
     keep_freed_memory,
     log,
-    reduce_mean,
     resolve_device,
     seed_everything,
     world_size,
@@ -40,7 +38,7 @@ from pretrain.compiling import stage_compiler
 from pretrain.decoders import build_decoder
 from pretrain.loco import METHODS, LocalTrainer, split_backbone
 from pretrain.loss import nt_xent
-from pretrain.monitor import Monitor, Stopwatch
+from pretrain.monitor import Monitor, Stopwatch, UnreadLosses
 from pretrain.optim import build_optimizer, learning_rate
 from pretrain.probe import KnnProbe
 from pretrain.stepping import Stepping
@@ -195,29 +193,34 @@ def _train(
     probe = KnnProbe(cfg, source, device, LAYOUT, _autocast(cfg, device))
     waited = Stopwatch()
     monitor = Monitor(cfg, learner.backbone, learner.unit_labels, learner.embeddings, waited)
+    unread = UnreadLosses(learner.unit_labels, source)
     batches = waited.through(loader.batches(start))
     with StopSignal() as stop, Progress(total, "pretrain", start, unit="it") as progress:
+        told_to_stop = CommonStop(stop)
         for step in range(start, total):
             batch = next(batches)
-            x = _input(batch)
             stepping.lr = schedule(step / total)
             done = step + 1
             probing = probe.due(done, loader.steps_per_epoch, total)
-            stepping.observe = monitor.see_gradients if monitor.due(step) or probing else None
+            looking = monitor.due(step) or probing
+            stepping.observe = monitor.see_gradients if looking else None
             losses = trainer.step(
-                x, autocast=_autocast(cfg, device), scale=scaler.scale if scaler.is_enabled() else None
+                _input(batch), autocast=_autocast(cfg, device), scale=scaler.scale if scaler.is_enabled() else None
             )
-            _check_finite(losses, learner, step, batch.index, source)
-            if monitor.due(step) or probing or not stepping.early:
+            unread.add(step, losses, batch.index)
+            if looking:
+                unread.read()
+            if looking or not stepping.early:
                 stepping.finish()
             with waited.paused():
                 found = probe(learner.backbone) if probing else {}
             progress.advance(**monitor(step, losses, stepping.lr, found))
-            stopped = _stopped(stop, device)
+            stopped = done < total and told_to_stop()
             if done % cfg.CHECKPOINT_PERIOD == 0 or done == total or stopped:
+                unread.read()
                 stepping.finish()
                 _save(cfg, state, done, len(source))
-            if stopped and done < total:
+            if stopped:
                 by = stop.received or "a signal"
                 raise UserError(f"stopped by {by} after step {done}; --resume continues from there")
     return total
@@ -259,12 +262,6 @@ def local_trainer(
     )
 
 
-def _stopped(stop: StopSignal, device: torch.device) -> bool:
-    """Whether any process was told to stop; all must leave after the same step or the others wait for ever."""
-    flag = torch.tensor(float(stop.received is not None), device=device)
-    return reduce_mean({"stop": flag})["stop"] > 0
-
-
 def _input(batch: TwoViews) -> Tensor:
     """(2b, 3, S, S) float32 on the device of the views: the first view of every image, then the second."""
     return normalise(batch.views.flatten(0, 1), IMAGENET_MEAN, IMAGENET_STD, LAYOUT)
@@ -277,16 +274,6 @@ def _autocast(cfg: CfgNode, device: torch.device) -> Callable[[], object]:
     if cfg.SOLVER.AMP not in types:
         raise UserError(f"SOLVER.AMP is {cfg.SOLVER.AMP!r}; use none, bf16 or fp16")
     return lambda: torch.autocast(device.type, types[cfg.SOLVER.AMP])
-
-
-def _check_finite(losses: list[Tensor], learner: Learner, step: int, indices: Tensor, source: Source) -> None:
-    for label, loss in zip(learner.unit_labels, torch.stack(losses).tolist()):
-        if not math.isfinite(loss):
-            names = ", ".join(source.name(i) for i in indices[:4].tolist())
-            raise UserError(
-                f"the loss of unit {label} is {loss} at step {step} (images {names}, ...); start again with a lower "
-                "SOLVER.BASE_LR, a higher LOSS.TEMPERATURE or SOLVER.AMP none; nothing of this step was saved"
-            )
 
 
 def measure_statistics(backbone: ResNet, loader: TwoViewLoader) -> None:
@@ -326,6 +313,7 @@ def _write_config(cfg: CfgNode) -> None:
 
 
 def _save(cfg: CfgNode, state: dict[str, object], step: int, images: int) -> None:
+    barrier()  # until every process has found its losses finite
     if is_main():
         values = {name: part.state_dict() for name, part in state.items()}
         facts = {"step": step, "images": images, "config_hash": config_hash(cfg)}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import tarfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD, load_backbone
 from loco_det.backbone import ResNet
@@ -34,6 +35,7 @@ from pretrain.checkpoint import latest_checkpoint
 from pretrain.command import pretrain_file
 from pretrain.decoders import Decoder
 from pretrain.defaults import get_cfg
+from pretrain.loss import nt_xent
 from pretrain.monitor import stage_norms
 from pretrain.train import Learner, local_trainer, pretrain
 
@@ -359,7 +361,7 @@ def test_a_run_begun_anew_is_resumed_and_not_the_one_before(images: Path, tmp_pa
     pretrain(config(images, tmp_path, CHECKPOINT_PERIOD=1))
     again = config(images, tmp_path, CHECKPOINT_PERIOD=1, SEED=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_check_finite", lambda *values: 1 / (1 - values[2]))  # it fails after one step
+        patch.setattr(train.UnreadLosses, "add", lambda self, step, *_: 1 / (1 - step))  # it fails after one step
         with pytest.raises(ZeroDivisionError):
             pretrain(again)
     assert [path.name for path in tmp_path.glob("checkpoint_*")] == ["checkpoint_00000001.pth"]
@@ -402,14 +404,84 @@ def test_a_signal_in_the_last_step_changes_nothing(
 def test_the_first_unit_whose_loss_is_not_finite_is_named(
     unit: int, value: float, images: Path, tmp_path: Path
 ) -> None:
-    learner = SimpleNamespace(unit_labels=["low", "middle", "high"])
-    source = open_source(images)
-    losses = [torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)]
-    train._check_finite(losses, learner, 7, torch.tensor([5, 2]), source)
-    losses[unit] = torch.tensor(value)
-    message = rf"loss of unit {learner.unit_labels[unit]} is {value} at step 7 \(images .*05.png, .*02.png, \.\.\.\)"
+    labels, finite = ["low", "middle", "high"], [torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)]
+    broken = [torch.tensor(value) if k == unit else loss for k, loss in enumerate(finite)]
+    unread = train.UnreadLosses(labels, open_source(images))
+    unread.read()
+    unread.add(5, finite, torch.tensor([0, 1]))
+    unread.read()
+    unread.add(6, finite, torch.tensor([3, 4]))
+    unread.add(7, broken, torch.tensor([5, 2]))
+    unread.add(8, [torch.tensor(float("nan"))] * 3, torch.tensor([1, 9]))
+    message = rf"loss of unit {labels[unit]} is {value} at step 7 \(images \S*05.png, \S*02.png, \.\.\.\)"
     with pytest.raises(UserError, match=message):
-        train._check_finite(losses, learner, 7, torch.tensor([5, 2]), source)
+        unread.read()
+
+
+@pytest.mark.parametrize("periods", [{"LOG_PERIOD": 4}, {"LOG_PERIOD": 99, "CHECKPOINT_PERIOD": 5}])
+def test_a_loss_that_is_read_late_is_told_of_as_if_at_once_and_never_saved(
+    periods: dict[str, int], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Infinite in the second unit in the third step alone, of which neither line nor checkpoint is due."""
+    calls = []
+
+    def broken(z: torch.Tensor, *options: object) -> torch.Tensor:
+        calls.append(len(z))
+        return nt_xent(z, *options) * (float("inf") if len(calls) == 3 * 2 + 2 else 1)
+
+    monkeypatch.setattr(train, "nt_xent", broken)
+    cfg = config(images, tmp_path, SOLVER__MAX_STEPS=9, SOLVER__BASE_LR=0.0, **periods)
+    source = open_source(images)
+    batch = next(build_two_view_loader(cfg, source).batches(2))
+    names = ", ".join(source.name(i) for i in batch.index.tolist())
+    with pytest.raises(UserError, match=rf"unit res3-res4 is inf at step 2 \(images {re.escape(names)}, "):
+        pretrain(cfg)
+    assert not list(tmp_path.glob("checkpoint_*"))
+    assert [line["iteration"] for line in trace(tmp_path)] == [0]
+
+
+class Reads(TorchDispatchMode):
+    """Counts in each step how often the host asks for a tensor's value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = [0]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.steps[-1] += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_nothing_is_read_from_the_device_in_a_step_without_a_line(
+    amp: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGD, since AdamW reads its step counts, which lie on the host."""
+    reads, advance, shown = Reads(), train.Progress.advance, []
+
+    def counted(self, n: int = 1, **fields: float) -> None:
+        shown.append(fields)
+        reads.steps.append(0)  # what is left of this step counts with the next
+        advance(self, n, **fields)
+
+    monkeypatch.setattr(train.Progress, "advance", counted)
+    tolist = torch.Tensor.tolist
+
+    def told(tensor: torch.Tensor) -> object:
+        reads.steps[-1] += 1
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", told)
+    sgd = {"SOLVER__OPTIMIZER": "sgd", "SOLVER__AMP": amp, "SOLVER__MAX_STEPS": 9, "LOG_PERIOD": 4}
+    cfg = config(images, tmp_path, **sgd)
+    with reads:
+        pretrain(cfg)
+    per_step = reads.steps[:9]
+    assert [count > 0 for count in per_step] == [step in (0, 3, 7) for step in range(9)]
+    lines = trace(tmp_path)
+    for step, fields in enumerate(shown):  # the bar shows the last line
+        line = max((line for line in lines if line["iteration"] <= step), key=lambda line: line["iteration"])
+        assert fields.items() >= {k: v for k, v in line.items() if k.startswith("loss/")}.items()
 
 
 def test_a_loss_that_is_not_finite_stops_with_unit_step_and_files(images: Path, tmp_path: Path) -> None:
