@@ -56,6 +56,31 @@ class StopSignal:
             raise KeyboardInterrupt
 
 
+class CommonStop:
+    """Asked once a step by every process: whether one of them was told to stop. All get the same answer.
+
+    Processes tell each other through a group on their hosts, and learn in a step what was told up to the step before:
+    nobody waits, neither for a device nor for a process that is a little behind.
+    """
+
+    def __init__(self, stop: StopSignal) -> None:
+        self.stop = stop
+        self.group = dist.new_group(backend="gloo") if runtime.world_size() > 1 else None
+        self.told: tuple[torch.Tensor, dist.Work] | None = None
+
+    def __call__(self) -> bool:
+        told = self.stop.received is not None
+        if self.group is None:
+            return told
+        before = self.told
+        flag = torch.tensor([float(told)])
+        self.told = flag, dist.all_reduce(flag, group=self.group, async_op=True)
+        if before is None:
+            return False
+        before[1].wait()
+        return bool(before[0] > 0)
+
+
 def leave_stopping_to_parent(_: int = 0) -> None:
     """Fit a worker process for signals that go to a whole job: its parent needs it until the state is saved.
 

@@ -42,6 +42,7 @@ def get_cfg() -> CfgNode:
                 "MAX_BAD_SHARE": 0.01,  # unreadable images are skipped and reported up to this share
             },
             "AUGMENT": {
+                "DEVICE": "workers",  # workers | auto (the run's) | cpu | cuda: there whole batches are augmented
                 "PRESET": "simclr",  # simclr | mocov2; a key below that is set replaces the preset's value
                 "CROP_SCALE": [],
                 "FLIP_PROB": -1.0,

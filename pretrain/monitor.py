@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,14 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det.backbone import StagedBackbone
+from loco_det.data.source import Source
+from loco_det.errors import UserError
 from loco_det.metrics import append_metrics
 from loco_det.runtime import log, reduce_mean
 from pretrain.loss import embedding_health
 
 MIN_STD = 0.05  # of the embeddings, where 1 is spread over the sphere; below it the training has collapsed
+NAMED_IMAGES = 4  # of a step whose loss is not finite
 HEALTH_IMAGES = 128  # pairs that alignment and uniformity are computed from; their cost grows with the square
 
 
@@ -50,6 +54,43 @@ class Stopwatch:
         return result
 
 
+class UnreadLosses:
+    """Losses that stay on the device until they are asked for, since the host would wait there for each of them.
+
+    Args:
+        labels: the units'.
+        source: of the images, for their names.
+    """
+
+    def __init__(self, labels: list[str], source: Source) -> None:
+        self.labels, self.source = labels, source
+        self.steps: list[tuple[int, Tensor]] = []  # step, the first of its images
+        self.losses: list[Tensor] = []  # of all these steps, those of a step in the order of the labels
+
+    def add(self, step: int, losses: list[Tensor], indices: Tensor) -> None:
+        """A step's loss of each unit, scalars, and the (b,) images that it saw."""
+        self.steps.append((step, indices[:NAMED_IMAGES].clone()))
+        self.losses += losses
+
+    def read(self) -> None:
+        """Look at all that were added since the last time.
+
+        Raises:
+            UserError: one is not finite; names its unit, the step where that was so first, and the images.
+        """
+        values = torch.stack(self.losses).view(len(self.steps), -1).tolist() if self.steps else []
+        for (step, indices), losses in zip(self.steps, values):
+            for label, loss in zip(self.labels, losses):
+                if not math.isfinite(loss):
+                    names = ", ".join(self.source.name(i) for i in indices.tolist())
+                    raise UserError(
+                        f"the loss of unit {label} is {loss} at step {step} (images {names}, ...); start again with a "
+                        "lower SOLVER.BASE_LR, a higher LOSS.TEMPERATURE or SOLVER.AMP none; nothing of this step was "
+                        "saved"
+                    )
+        self.steps, self.losses = [], []
+
+
 class Monitor:
     """Turns a step into the numbers on the progress bar and, every LOG_PERIOD steps, a line of metrics.json."""
 
@@ -65,7 +106,7 @@ class Monitor:
         self.stopwatch = stopwatch
         self.norms: dict[nn.Parameter, Tensor] = {}
         self.steps = 0
-        self.rate = 0.0  # images a second, between the last two lines
+        self.shown: dict[str, float] = {}  # what the progress bar shows between two lines
         self.warned = False
 
     def due(self, step: int) -> bool:
@@ -78,23 +119,28 @@ class Monitor:
         self.norms.update({p: p.grad.norm() for p in parameters if p.grad is not None})
 
     def __call__(self, step: int, losses: list[Tensor], lr: float, found: dict[str, float]) -> dict[str, float]:
-        """Count the step, and write a line if it is due or if there is something else that was `found`."""
+        """Count the step, and write a line if it is due or if there is something else that was `found`.
+
+        Returns:
+            The losses and images a second of the last line; between two lines nothing is read from the device.
+        """
         self.steps += 1
-        values = {f"loss/{label}": loss for label, loss in zip(self.labels, losses)}
         if not self.due(step) and not found:
-            return {**{label: loss.item() for label, loss in values.items()}, "img/s": self.rate}
+            return self.shown
+        values = {f"loss/{label}": loss for label, loss in zip(self.labels, losses)}
         for i, label in enumerate(self.labels):
             first, second = self.embeddings[i].chunk(2)
             few = torch.cat([first[:HEALTH_IMAGES], second[:HEALTH_IMAGES]])
             values.update({f"{name}/{label}": value for name, value in embedding_health(few).items()})
         means = reduce_mean({**values, **stage_norms(self.backbone, self.norms)})
         seconds, waiting = self.stopwatch.lap()
-        self.rate = self.steps * self.cfg.SOLVER.BATCH_SIZE / seconds
+        rate = self.steps * self.cfg.SOLVER.BATCH_SIZE / seconds
         self.steps = 0
-        extra = {"lr": lr, "images_per_second": self.rate, "data_wait_share": waiting / seconds}
+        extra = {"lr": lr, "images_per_second": rate, "data_wait_share": waiting / seconds}
         append_metrics(self.cfg.OUTPUT_DIR, {"iteration": step, **means, **extra, **found})
         self._warn_of_collapse(means, step)
-        return {**{k: v for k, v in means.items() if k.startswith("loss/")}, "img/s": self.rate}
+        self.shown = {**{k: v for k, v in means.items() if k.startswith("loss/")}, "img/s": rate}
+        return self.shown
 
     def _warn_of_collapse(self, means: dict[str, float], step: int) -> None:
         for label in self.labels:

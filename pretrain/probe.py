@@ -135,9 +135,9 @@ class KnnProbe:
         for batch in loader:
             if not len(batch.labels):
                 continue
-            x = normalise(batch.images.to(self.device), IMAGENET_MEAN, IMAGENET_STD)
+            x = normalise(batch.images.to(self.device), IMAGENET_MEAN, IMAGENET_STD, self.memory_format)
             with self.autocast():
-                outputs = backbone(x.contiguous(memory_format=self.memory_format))
+                outputs = backbone(x)
             for name, found in parts.items():
                 found.append(outputs[name].float().mean((2, 3)))
             labels.append(numbers[batch.labels].to(self.device))

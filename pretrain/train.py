@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -23,7 +22,7 @@ from loco_det.data.views import normalise
 from loco_det.errors import UserError
 from loco_det.metrics import trim_metrics
 from loco_det.presnet import PRESNET, PResNet
-from loco_det.processes import StopSignal
+from loco_det.processes import CommonStop, StopSignal
 from loco_det.runtime import (
     Progress,
     atomic_write,
@@ -31,7 +30,6 @@ from loco_det.runtime import (
     is_main,
     keep_freed_memory,
     log,
-    reduce_mean,
     resolve_device,
     seed_everything,
     world_size,
@@ -42,7 +40,7 @@ from pretrain.compiling import stage_compiler
 from pretrain.decoders import build_decoder
 from pretrain.loco import METHODS, LocalTrainer, method_units, split_backbone
 from pretrain.loss import nt_xent
-from pretrain.monitor import Monitor, Stopwatch
+from pretrain.monitor import Monitor, Stopwatch, UnreadLosses
 from pretrain.optim import build_optimizer, learning_rate
 from pretrain.probe import KnnProbe
 from pretrain.sharing import SoftTrainer, UpperTrainer, check_sharing, private_copies
@@ -59,6 +57,7 @@ FREE_KEYS = (
     "CHECKPOINT_PERIOD",
     "DATA.NUM_WORKERS",
     "DATA.PATH",
+    "AUGMENT.DEVICE",
     "SOLVER.RECOMPUTE",
     "SOLVER.COMPILE",
     "SOLVER.STEP_EARLY",
@@ -176,7 +175,7 @@ def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None) -
         _write_config(cfg)
         backbone = build_backbone(cfg).to(device, memory_format=LAYOUT)
         seed_everything(cfg.SEED)
-        measure_statistics(backbone, loader, device)
+        measure_statistics(backbone, loader)
         return write_backbone(cfg, backbone, [], source, step=0)
     learner = Learner(cfg).to(device)
     seed_everything(cfg.SEED)
@@ -208,29 +207,34 @@ def _train(
     probe = KnnProbe(cfg, source, device, LAYOUT, _autocast(cfg, device))
     waited = Stopwatch()
     monitor = Monitor(cfg, learner.backbone, learner.unit_labels, learner.embeddings, waited)
+    unread = UnreadLosses(learner.unit_labels, source)
     batches = waited.through(loader.batches(start))
     with StopSignal() as stop, Progress(total, "pretrain", start, unit="it") as progress:
+        told_to_stop = CommonStop(stop)
         for step in range(start, total):
             batch = next(batches)
-            x = _input(batch, device)
             stepping.lr = schedule(step / total)
             done = step + 1
             probing = probe.due(done, loader.steps_per_epoch, total)
-            stepping.observe = monitor.see_gradients if monitor.due(step) or probing else None
+            looking = monitor.due(step) or probing
+            stepping.observe = monitor.see_gradients if looking else None
             losses = trainer.step(
-                x, autocast=_autocast(cfg, device), scale=scaler.scale if scaler.is_enabled() else None
+                _input(batch), autocast=_autocast(cfg, device), scale=scaler.scale if scaler.is_enabled() else None
             )
-            _check_finite(losses, learner, step, batch.index, source)
-            if monitor.due(step) or probing or not stepping.early:
+            unread.add(step, losses, batch.index)
+            if looking:
+                unread.read()
+            if looking or not stepping.early:
                 stepping.finish()
             with waited.paused():
                 found = probe(learner.backbone) if probing else {}
             progress.advance(**monitor(step, losses, stepping.lr, found))
-            stopped = _stopped(stop, device)
+            stopped = done < total and told_to_stop()
             if done % cfg.CHECKPOINT_PERIOD == 0 or done == total or stopped:
+                unread.read()
                 stepping.finish()
                 _save(cfg, state, done, len(source))
-            if stopped and done < total:
+            if stopped:
                 by = stop.received or "a signal"
                 raise UserError(f"stopped by {by} after step {done}; --resume continues from there")
     return total
@@ -274,17 +278,9 @@ def local_trainer(
     return trainer(stages, learner.units, losses, on_final=final, recompute=recompute, on_start=ready)
 
 
-def _stopped(stop: StopSignal, device: torch.device) -> bool:
-    """Whether any process was told to stop; all must leave after the same step or the others wait for ever."""
-    flag = torch.tensor(float(stop.received is not None), device=device)
-    return reduce_mean({"stop": flag})["stop"] > 0
-
-
-def _input(batch: TwoViews, device: torch.device) -> Tensor:
-    """(2b, 3, S, S) float32 on the device: the first view of every image, then the second."""
-    both = torch.cat([batch.first, batch.second]).to(device, non_blocking=True)
-    x = normalise(both, IMAGENET_MEAN, IMAGENET_STD)
-    return x.contiguous(memory_format=LAYOUT)
+def _input(batch: TwoViews) -> Tensor:
+    """(2b, 3, S, S) float32 on the device of the views: the first view of every image, then the second."""
+    return normalise(batch.views.flatten(0, 1), IMAGENET_MEAN, IMAGENET_STD, LAYOUT)
 
 
 def _autocast(cfg: CfgNode, device: torch.device) -> Callable[[], object]:
@@ -296,17 +292,7 @@ def _autocast(cfg: CfgNode, device: torch.device) -> Callable[[], object]:
     return lambda: torch.autocast(device.type, types[cfg.SOLVER.AMP])
 
 
-def _check_finite(losses: list[Tensor], learner: Learner, step: int, indices: Tensor, source: Source) -> None:
-    for label, loss in zip(learner.unit_labels, torch.stack(losses).tolist()):
-        if not math.isfinite(loss):
-            names = ", ".join(source.name(i) for i in indices[:4].tolist())
-            raise UserError(
-                f"the loss of unit {label} is {loss} at step {step} (images {names}, ...); start again with a lower "
-                "SOLVER.BASE_LR, a higher LOSS.TEMPERATURE or SOLVER.AMP none; nothing of this step was saved"
-            )
-
-
-def measure_statistics(backbone: StagedBackbone, loader: TwoViewLoader, device: torch.device) -> None:
+def measure_statistics(backbone: StagedBackbone, loader: TwoViewLoader) -> None:
     """METHOD random: BatchNorm's statistics over up to 50 batches."""
     batches = loader.batches(0)
     count = min(RANDOM_BATCHES, loader.steps_per_epoch)
@@ -314,7 +300,7 @@ def measure_statistics(backbone: StagedBackbone, loader: TwoViewLoader, device: 
 
         def inputs() -> Iterator[Tensor]:
             for _ in range(count):
-                yield _input(next(batches), device)
+                yield _input(next(batches))
                 progress.advance()
 
         measure_batchnorm(backbone, inputs())
@@ -343,6 +329,7 @@ def _write_config(cfg: CfgNode) -> None:
 
 
 def _save(cfg: CfgNode, state: dict[str, object], step: int, images: int) -> None:
+    barrier()  # until every process has found its losses finite
     if is_main():
         values = {name: part.state_dict() for name, part in state.items()}
         facts = {"step": step, "images": images, "config_hash": config_hash(cfg)}

@@ -134,17 +134,18 @@ def worker(settings: list[str], labelled: str, folder: str) -> None:
     for method in UNITS:
         pretrain(configuration(settings, f"{folder}/{method}", method))
         pretrain(configuration([*settings, *REAL], f"{folder}/real_{method}", method))
-    (Path(folder) / f"stopped{rank()}").write_text(stopped_run(configuration(settings, f"{folder}/stopped", "loco")))
+    stopped = configuration([*settings, "SOLVER.MAX_STEPS", "5"], f"{folder}/stopped", "loco")
+    (Path(folder) / f"stopped{rank()}").write_text(stopped_run(stopped))
 
 
 def stopped_run(cfg: CfgNode) -> str:
-    """What a run says in this process when only process 1 gets a signal."""
+    """What a run says in this process when only process 1 gets a signal, in its second step."""
     original = train.Monitor.__call__
 
-    def interrupted(self, *args):
-        if rank() == 1:
+    def interrupted(self, step, *args):
+        if (rank(), step) == (1, 1):
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args)
+        return original(self, step, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Monitor, "__call__", interrupted)
@@ -282,9 +283,10 @@ def test_rows_are_gathered_though_one_process_has_none(two: Path) -> None:
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(two: Path) -> None:
-    assert (two / "stopped0").read_text().startswith("stopped by a signal after step 1;")
-    assert (two / "stopped1").read_text().startswith("stopped by SIGTERM after step 1;")
-    assert len(list((two / "stopped").glob("checkpoint_00000001.pth"))) == 1
+    """The one after that in which the signal came: by then the other process has heard of it."""
+    assert (two / "stopped0").read_text().startswith("stopped by a signal after step 3;")
+    assert (two / "stopped1").read_text().startswith("stopped by SIGTERM after step 3;")
+    assert [path.name for path in (two / "stopped").glob("checkpoint_*")] == ["checkpoint_00000003.pth"]
 
 
 def test_alone_it_is_torch_batchnorm_and_statistics_can_be_kept() -> None:

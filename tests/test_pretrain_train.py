@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import tarfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD, load_backbone
 from loco_det.backbone import ResNet
@@ -34,6 +35,7 @@ from pretrain.checkpoint import latest_checkpoint
 from pretrain.command import pretrain_file
 from pretrain.decoders import Decoder
 from pretrain.defaults import get_cfg
+from pretrain.loss import nt_xent
 from pretrain.monitor import stage_norms
 from pretrain.train import Learner, local_trainer, pretrain
 
@@ -134,7 +136,7 @@ def test_each_step_has_its_rate_and_a_run_its_epochs(images: Path, tmp_path: Pat
 
 def test_images_are_normalised_first_views_first_and_channels_last(images: Path, tmp_path: Path) -> None:
     views = torch.randint(0, 256, (2, 4, 3, 8, 8), dtype=torch.uint8)
-    x = train._input(TwoViews(*views, torch.arange(4)), torch.device("cpu"))
+    x = train._input(TwoViews(views, torch.arange(4)))
     assert x.is_contiguous(memory_format=torch.channels_last)
     mean, std = (np.array(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     np.testing.assert_allclose(x.numpy(), (views.flatten(0, 1).numpy() - mean) / std, rtol=1e-5, atol=1e-5)
@@ -200,7 +202,7 @@ def test_random_measures_batch_statistics_and_trains_nothing(images: Path, tmp_p
     loader = build_two_view_loader(config(images, tmp_path), open_source(images))
     means = []
     for batch, _ in zip(loader.batches(0), range(loader.steps_per_epoch)):
-        x = train._input(batch, torch.device("cpu"))
+        x = train._input(batch)
         means.append(F.conv2d(x, fresh["stem.conv1.weight"], stride=2, padding=3).mean((0, 2, 3)))
     torch.testing.assert_close(random["bn1.running_mean"], torch.stack(means).mean(0), rtol=1e-4, atol=1e-5)
     assert (manifest.method, manifest.step, manifest.units) == ("random", 0, [])
@@ -227,6 +229,17 @@ def test_recompute_trains_the_same_and_a_run_may_change_it(images: Path, tmp_pat
     again = pretrain(config(images, tmp_path / "b", SOLVER__RECOMPUTE="[res2, res5]"), resume=True)
     assert trace(tmp_path / "a") == trace(tmp_path / "b")
     assert load_backbone(kept)[1].tensors_sha256 == load_backbone(again)[1].tensors_sha256
+
+
+def test_a_run_may_be_augmented_elsewhere_from_some_step_on(images: Path, tmp_path: Path) -> None:
+    pretrain(config(images, tmp_path / "a"))
+    pretrain(config(images, tmp_path / "b", CHECKPOINT_PERIOD=2))
+    (tmp_path / "b" / "checkpoint_00000003.pth").unlink()
+    pretrain(config(images, tmp_path / "b", AUGMENT__DEVICE="auto"), resume=True)
+    for own, other in zip(trace(tmp_path / "a"), trace(tmp_path / "b"), strict=True):
+        assert own["loss/res4-res5"] == pytest.approx(other["loss/res4-res5"], abs=0.05)
+    assert trace(tmp_path / "a")[:2] == trace(tmp_path / "b")[:2]
+    assert trace(tmp_path / "a")[2] != trace(tmp_path / "b")[2]  # a blur rounds otherwise
 
 
 def test_tar_shards_resume_to_the_same_bits(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +300,15 @@ def test_resume_needs_the_same_configuration(images: Path, tmp_path: Path) -> No
 
 
 def test_a_run_may_change_where_and_how_fast_it_goes_and_nothing_else(images: Path, tmp_path: Path) -> None:
-    free = {"OUTPUT_DIR", "DEVICE", "LOG_PERIOD", "CHECKPOINT_PERIOD", "DATA.NUM_WORKERS", "DATA.PATH"}
+    free = {
+        "OUTPUT_DIR",
+        "DEVICE",
+        "LOG_PERIOD",
+        "CHECKPOINT_PERIOD",
+        "DATA.NUM_WORKERS",
+        "DATA.PATH",
+        "AUGMENT.DEVICE",
+    }
     free |= {"SOLVER.RECOMPUTE", "SOLVER.COMPILE", "SOLVER.STEP_EARLY"}
     free |= {f"KNN.{key}" for key in get_cfg().KNN}
 
@@ -340,7 +361,7 @@ def test_a_run_begun_anew_is_resumed_and_not_the_one_before(images: Path, tmp_pa
     pretrain(config(images, tmp_path, CHECKPOINT_PERIOD=1))
     again = config(images, tmp_path, CHECKPOINT_PERIOD=1, SEED=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_check_finite", lambda *values: 1 / (1 - values[2]))  # it fails after one step
+        patch.setattr(train.UnreadLosses, "add", lambda self, step, *_: 1 / (1 - step))  # it fails after one step
         with pytest.raises(ZeroDivisionError):
             pretrain(again)
     assert [path.name for path in tmp_path.glob("checkpoint_*")] == ["checkpoint_00000001.pth"]
@@ -383,14 +404,84 @@ def test_a_signal_in_the_last_step_changes_nothing(
 def test_the_first_unit_whose_loss_is_not_finite_is_named(
     unit: int, value: float, images: Path, tmp_path: Path
 ) -> None:
-    learner = SimpleNamespace(unit_labels=["low", "middle", "high"])
-    source = open_source(images)
-    losses = [torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)]
-    train._check_finite(losses, learner, 7, torch.tensor([5, 2]), source)
-    losses[unit] = torch.tensor(value)
-    message = rf"loss of unit {learner.unit_labels[unit]} is {value} at step 7 \(images .*05.png, .*02.png, \.\.\.\)"
+    labels, finite = ["low", "middle", "high"], [torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)]
+    broken = [torch.tensor(value) if k == unit else loss for k, loss in enumerate(finite)]
+    unread = train.UnreadLosses(labels, open_source(images))
+    unread.read()
+    unread.add(5, finite, torch.tensor([0, 1]))
+    unread.read()
+    unread.add(6, finite, torch.tensor([3, 4]))
+    unread.add(7, broken, torch.tensor([5, 2]))
+    unread.add(8, [torch.tensor(float("nan"))] * 3, torch.tensor([1, 9]))
+    message = rf"loss of unit {labels[unit]} is {value} at step 7 \(images \S*05.png, \S*02.png, \.\.\.\)"
     with pytest.raises(UserError, match=message):
-        train._check_finite(losses, learner, 7, torch.tensor([5, 2]), source)
+        unread.read()
+
+
+@pytest.mark.parametrize("periods", [{"LOG_PERIOD": 4}, {"LOG_PERIOD": 99, "CHECKPOINT_PERIOD": 5}])
+def test_a_loss_that_is_read_late_is_told_of_as_if_at_once_and_never_saved(
+    periods: dict[str, int], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Infinite in the second unit in the third step alone, of which neither line nor checkpoint is due."""
+    calls = []
+
+    def broken(z: torch.Tensor, *options: object) -> torch.Tensor:
+        calls.append(len(z))
+        return nt_xent(z, *options) * (float("inf") if len(calls) == 3 * 2 + 2 else 1)
+
+    monkeypatch.setattr(train, "nt_xent", broken)
+    cfg = config(images, tmp_path, SOLVER__MAX_STEPS=9, SOLVER__BASE_LR=0.0, **periods)
+    source = open_source(images)
+    batch = next(build_two_view_loader(cfg, source).batches(2))
+    names = ", ".join(source.name(i) for i in batch.index.tolist())
+    with pytest.raises(UserError, match=rf"unit res3-res4 is inf at step 2 \(images {re.escape(names)}, "):
+        pretrain(cfg)
+    assert not list(tmp_path.glob("checkpoint_*"))
+    assert [line["iteration"] for line in trace(tmp_path)] == [0]
+
+
+class Reads(TorchDispatchMode):
+    """Counts in each step how often the host asks for a tensor's value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = [0]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.steps[-1] += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_nothing_is_read_from_the_device_in_a_step_without_a_line(
+    amp: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGD, since AdamW reads its step counts, which lie on the host."""
+    reads, advance, shown = Reads(), train.Progress.advance, []
+
+    def counted(self, n: int = 1, **fields: float) -> None:
+        shown.append(fields)
+        reads.steps.append(0)  # what is left of this step counts with the next
+        advance(self, n, **fields)
+
+    monkeypatch.setattr(train.Progress, "advance", counted)
+    tolist = torch.Tensor.tolist
+
+    def told(tensor: torch.Tensor) -> object:
+        reads.steps[-1] += 1
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", told)
+    sgd = {"SOLVER__OPTIMIZER": "sgd", "SOLVER__AMP": amp, "SOLVER__MAX_STEPS": 9, "LOG_PERIOD": 4}
+    cfg = config(images, tmp_path, **sgd)
+    with reads:
+        pretrain(cfg)
+    per_step = reads.steps[:9]
+    assert [count > 0 for count in per_step] == [step in (0, 3, 7) for step in range(9)]
+    lines = trace(tmp_path)
+    for step, fields in enumerate(shown):  # the bar shows the last line
+        line = max((line for line in lines if line["iteration"] <= step), key=lambda line: line["iteration"])
+        assert fields.items() >= {k: v for k, v in line.items() if k.startswith("loss/")}.items()
 
 
 def test_a_loss_that_is_not_finite_stops_with_unit_step_and_files(images: Path, tmp_path: Path) -> None:

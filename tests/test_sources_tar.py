@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from view_cases import SIZE, assert_same, config, encode, photograph, steps, two_views
+from view_cases import AUGMENTED, SIZE, assert_same, config, encode, photograph, steps, two_views
 
-from loco_det.data import tar, twoview
+from loco_det.data import tar
+from loco_det.data.batches import TwoViews, joined
 from loco_det.data.sources import open_source
 from loco_det.data.tar import buffered_order
-from loco_det.data.twoview import TwoViews, build_plain_loader, build_two_view_loader
+from loco_det.data.twoview import build_plain_loader, build_two_view_loader
 from loco_det.data.views import view_config
 from loco_det.errors import UserError
 from loco_det.evaluation.probes.features import images_digest
@@ -117,8 +118,8 @@ def test_a_batch_is_the_two_views_of_its_images(shards):
     for step, batch in enumerate(steps(shards, 6)):
         for row, index in enumerate(batch.index.tolist()):
             first, second = two_views(source.read(index), "x", view_config(SIZE, {}), 5, step // 4, index)
-            np.testing.assert_array_equal(batch.first[row].permute(1, 2, 0), first)
-            np.testing.assert_array_equal(batch.second[row].permute(1, 2, 0), second)
+            np.testing.assert_array_equal(batch.views[0, row].permute(1, 2, 0), first)
+            np.testing.assert_array_equal(batch.views[1, row].permute(1, 2, 0), second)
 
 
 def test_an_epoch_shows_every_image_at_most_once_and_drops_the_rest(shards):
@@ -131,9 +132,10 @@ def test_an_epoch_shows_every_image_at_most_once_and_drops_the_rest(shards):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_workers_change_nothing(shards, workers, monkeypatch):
+@pytest.mark.parametrize("where", AUGMENTED)
+def test_workers_change_nothing(shards, workers, where, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    assert_same(steps(shards, 6, DATA__NUM_WORKERS=workers), steps(shards, 6))
+    assert_same(steps(shards, 6, DATA__NUM_WORKERS=workers, **where), steps(shards, 6, **where))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -141,8 +143,8 @@ def test_ranks_split_the_same_batch(shards, world_size):
     whole = steps(shards, 6)
     parts = [steps(shards, 6, rank=rank, world_size=world_size) for rank in range(world_size)]
     for all_images, *shares in zip(whole, *parts):
-        for name in TwoViews._fields:
-            assert torch.equal(getattr(all_images, name), torch.cat([getattr(share, name) for share in shares]))
+        assert torch.equal(all_images.views, torch.cat([share.views for share in shares], 1))
+        assert torch.equal(all_images.index, torch.cat([share.index for share in shares]))
 
 
 def test_more_ranks_than_shards_still_show_every_image_at_most_once(shards):
@@ -154,8 +156,9 @@ def test_more_ranks_than_shards_still_show_every_image_at_most_once(shards):
 
 @pytest.mark.parametrize("start", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resuming_is_starting_there(shards, start, workers):
-    assert_same(steps(shards, 9 - start, start, DATA__NUM_WORKERS=workers), steps(shards, 9)[start:])
+@pytest.mark.parametrize("where", AUGMENTED)
+def test_resuming_is_starting_there(shards, start, workers, where):
+    assert_same(steps(shards, 9 - start, start, DATA__NUM_WORKERS=workers, **where), steps(shards, 9, **where)[start:])
 
 
 def test_resuming_neither_decodes_nor_opens_what_is_over(shards, monkeypatch):
@@ -237,18 +240,18 @@ def test_unreadable_images_are_replaced_by_a_neighbour_and_counted(shards):
 
 def test_a_step_of_several_workers_is_all_of_their_parts():
     """Their images in order, every unreadable one, and the error of whichever met one."""
-    parts = [
-        (TwoViews(*(torch.full((2, 1), 10 * k + field) for field in range(3))), [(k, f"bad {k}")]) for k in range(3)
-    ]
-    views, bad = twoview._joined(parts)
-    assert [column.flatten().tolist() for column in views] == [
-        [0, 0, 10, 10, 20, 20],
-        [1, 1, 11, 11, 21, 21],
-        [2, 2, 12, 12, 22, 22],
-    ]
+    parts = []
+    for k in range(3):
+        views = torch.arange(2 * (k + 1) * 3, dtype=torch.uint8).view(2, k + 1, 3, 1, 1) + 50 * k
+        parts.append((TwoViews(views, torch.arange(k + 1) + 10 * k), [(k, f"bad {k}")]))
+    (views, index), bad = joined(parts, pin=False)
+    assert views[:, :, 0].flatten(1).tolist() == [[0, 50, 53, 100, 103, 106], [3, 56, 59, 109, 112, 115]]
+    assert views.is_contiguous()
+    assert index.tolist() == [0, 10, 11, 20, 21, 22]
     assert bad == [(0, "bad 0"), (1, "bad 1"), (2, "bad 2")]
+    assert joined(parts[:1], pin=False)[0].views is parts[0][0].views
     error = UserError("a damaged shard")
-    assert twoview._joined([*parts, error]) is twoview._joined([error]) is error
+    assert joined([*parts, error], pin=False) is joined([error], pin=False) is error
 
 
 def test_all_runs_together_hold_no_more_than_the_shuffle_buffer(shards, monkeypatch):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torchvision.transforms import v2
-from view_cases import SIZE, assert_same, config, encode, photograph, steps, two_views
+from view_cases import AUGMENTED, SIZE, assert_same, config, encode, photograph, steps, two_views
 
 from loco_det.data import tar, twoview
 from loco_det.data.sources import open_source
-from loco_det.data.twoview import TwoViewLoader, TwoViews, build_plain_loader, build_two_view_loader, epoch_order
+from loco_det.data.twoview import TwoViewLoader, build_plain_loader, build_two_view_loader, epoch_order
 from loco_det.data.views import view_config
 from loco_det.errors import UserError
 
@@ -33,13 +33,13 @@ def folder(tmp_path: Path) -> Path:
 def test_a_batch_is_the_two_views_of_its_images(folder):
     (batch,) = steps(folder, 1)
     source = open_source(folder)
-    assert batch.first.shape == batch.second.shape == (8, 3, SIZE, SIZE)
-    assert batch.first.dtype == torch.uint8
+    assert batch.views.shape == (2, 8, 3, SIZE, SIZE)
+    assert batch.views.dtype == torch.uint8
     assert batch.index.dtype == torch.int64
     for row, index in enumerate(batch.index.tolist()):
         first, second = two_views(source.read(index), "x", view_config(SIZE, {}), 5, 0, index)
-        np.testing.assert_array_equal(batch.first[row].permute(1, 2, 0), first)
-        np.testing.assert_array_equal(batch.second[row].permute(1, 2, 0), second)
+        np.testing.assert_array_equal(batch.views[0, row].permute(1, 2, 0), first)
+        np.testing.assert_array_equal(batch.views[1, row].permute(1, 2, 0), second)
 
 
 def test_a_batch_of_any_epoch_and_size_is_the_two_views_of_its_images(folder):
@@ -48,8 +48,8 @@ def test_a_batch_of_any_epoch_and_size_is_the_two_views_of_its_images(folder):
     for epoch, batch in enumerate(steps(folder, 3, SOLVER__BATCH_SIZE=20)):
         for row, index in enumerate(batch.index.tolist()):
             expected = two_views(source.read(index), "x", view_config(SIZE, {}), 5, epoch, index)
-            np.testing.assert_array_equal(batch.first[row].permute(1, 2, 0), expected[0])
-            np.testing.assert_array_equal(batch.second[row].permute(1, 2, 0), expected[1])
+            np.testing.assert_array_equal(batch.views[0, row].permute(1, 2, 0), expected[0])
+            np.testing.assert_array_equal(batch.views[1, row].permute(1, 2, 0), expected[1])
 
 
 def test_orders_and_views_share_no_random_numbers():
@@ -78,25 +78,28 @@ def test_order_is_uniform():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(folder, workers, monkeypatch):
+@pytest.mark.parametrize("where", AUGMENTED)
+def test_workers_change_nothing(folder, workers, where, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    assert_same(steps(folder, 5, DATA__NUM_WORKERS=workers), steps(folder, 5))
+    assert_same(steps(folder, 5, DATA__NUM_WORKERS=workers, **where), steps(folder, 5, **where))
 
 
-def test_ranks_split_the_same_batch(folder):
-    whole = steps(folder, 5)
-    parts = [steps(folder, 5, rank=rank, world_size=2) for rank in range(2)]
+@pytest.mark.parametrize("where", AUGMENTED)
+def test_ranks_split_the_same_batch(folder, where):
+    whole = steps(folder, 5, **where)
+    parts = [steps(folder, 5, rank=rank, world_size=2, **where) for rank in range(2)]
     for all_images, *halves in zip(whole, *parts):
-        for name in TwoViews._fields:
-            assert torch.equal(getattr(all_images, name), torch.cat([getattr(half, name) for half in halves]))
+        assert torch.equal(all_images.views, torch.cat([half.views for half in halves], 1))
+        assert torch.equal(all_images.index, torch.cat([half.index for half in halves]))
     for rank in range(2):
         loader = build_two_view_loader(config(folder), open_source(folder), rank=rank, world_size=2)
         assert loader.steps_per_epoch == IMAGES // 8
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 5])
-def test_resuming_is_starting_there(folder, start):
-    assert_same(steps(folder, 7 - start, start), steps(folder, 7)[start:])
+@pytest.mark.parametrize("where", AUGMENTED)
+def test_resuming_is_starting_there(folder, start, where):
+    assert_same(steps(folder, 7 - start, start, **where), steps(folder, 7, **where)[start:])
 
 
 def test_a_loader_can_start_again(folder):
@@ -128,9 +131,10 @@ def damage(folder: Path, *numbers: int) -> list[str]:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_images_are_named_once_and_replaced(folder, workers, caplog):
+@pytest.mark.parametrize("where", AUGMENTED)
+def test_unreadable_images_are_named_once_and_replaced(folder, workers, where, caplog):
     names = damage(folder, 4, 6, 9)  # 4 and 6 are neighbours in class order
-    cfg = config(folder, DATA__MAX_BAD_SHARE=0.2, DATA__NUM_WORKERS=workers)
+    cfg = config(folder, DATA__MAX_BAD_SHARE=0.2, DATA__NUM_WORKERS=workers, **where)
     source = open_source(folder)
     loader = build_two_view_loader(cfg, source)
     with caplog.at_level(logging.WARNING, "loco_det"):
@@ -141,7 +145,7 @@ def test_unreadable_images_are_named_once_and_replaced(folder, workers, caplog):
         assert sum(name in record.message for record in caplog.records) == 1
     used = torch.cat([batch.index for batch in batches]).tolist()
     assert not {Path(source.name(i)).name for i in used} & set(names)
-    assert_same(batches, steps(folder, 24, DATA__MAX_BAD_SHARE=0.2))  # the same ones in their place every time
+    assert_same(batches, steps(folder, 24, DATA__MAX_BAD_SHARE=0.2, **where))  # the same ones in their place every time
 
 
 def test_many_unreadable_images_do_not_flood_the_log(tmp_path, caplog):
@@ -163,21 +167,24 @@ def test_a_substitute_is_not_a_copy_of_its_own_views(folder):
     for batch in steps(folder, 20, DATA__MAX_BAD_SHARE=0.2, SOLVER__BATCH_SIZE=23):
         rows = (batch.index == bad + 1).nonzero().flatten().tolist()
         assert len(rows) == 2
-        assert not torch.equal(batch.first[rows[0]], batch.first[rows[1]])
+        assert not torch.equal(batch.views[0, rows[0]], batch.views[0, rows[1]])
 
 
-def test_a_substitute_of_another_size_has_the_views_of_itself(tmp_path):
+@pytest.mark.parametrize("where", AUGMENTED)
+def test_a_substitute_of_another_size_has_the_views_of_itself(tmp_path, where):
     """What was drawn ahead for the image that breaks off does not hold for its neighbour."""
     whole = encode(photograph(200, 300))
     (tmp_path / "0.jpg").write_bytes(whole[: len(whole) - 99])
     (tmp_path / "1.jpg").write_bytes(encode(photograph(298, 199, seed=1)))
     source = open_source(tmp_path)
-    (batch,) = steps(tmp_path, 1, DATA__MAX_BAD_SHARE=0.5, SOLVER__BATCH_SIZE=2)  # one of two: no more than half
+    changes = {"DATA__MAX_BAD_SHARE": 0.5, "SOLVER__BATCH_SIZE": 2}  # one of two: no more than half
+    (batch,) = steps(tmp_path, 1, **changes, **where)
+    bound = 0 if where == AUGMENTED[0] else 2
     assert batch.index.tolist() == [1, 1]
     for row, index in enumerate(epoch_order(2, 5, 0).tolist()):
         expected = two_views(source.read(1), "x", view_config(SIZE, {}), 5, 0, index)
-        np.testing.assert_array_equal(batch.first[row].permute(1, 2, 0), expected[0])
-        np.testing.assert_array_equal(batch.second[row].permute(1, 2, 0), expected[1])
+        assert np.abs(batch.views[0, row].permute(1, 2, 0).numpy().astype(int) - expected[0]).max() <= bound
+        assert np.abs(batch.views[1, row].permute(1, 2, 0).numpy().astype(int) - expected[1]).max() <= bound
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -190,10 +197,11 @@ def test_too_many_unreadable_images_end_the_run(folder, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_set_of_unreadable_images_ends_at_once(folder, workers):
+@pytest.mark.parametrize("where", AUGMENTED)
+def test_a_set_of_unreadable_images_ends_at_once(folder, workers, where):
     damage(folder, *range(IMAGES))
     with pytest.raises(UserError, match="not a readable image"):
-        steps(folder, 1, DATA__MAX_BAD_SHARE=1.0, DATA__NUM_WORKERS=workers)
+        steps(folder, 1, DATA__MAX_BAD_SHARE=1.0, DATA__NUM_WORKERS=workers, **where)
 
 
 def test_share_zero_tolerates_none(folder):
@@ -314,4 +322,4 @@ def test_real_zip_of_photographs(real_coco, tmp_path):
         for path in sorted((real_coco / "coco" / "val2017").glob("*.jpg"))[:8]:
             archive.write(path, f"val2017/{path.name}")
     (batch,) = steps(tmp_path / "coco.zip", 1, DATA__IMAGE_SIZE=64, DATA__NUM_WORKERS=1)
-    assert batch.first.float().std() > 20
+    assert batch.views[0].float().std() > 20

@@ -181,6 +181,20 @@ def test_normalise_equals_torchvision(device):
     torch.testing.assert_close(ours.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_normalise_gives_the_layout_that_was_asked_for(device):
+    """The same numbers; on the device that is no CPU nothing but shapes is computed."""
+    images = torch.randint(0, 256, (3, 3, 6, 5), dtype=torch.uint8, device=device)
+    plain, last = (
+        normalise(images, (100, 110, 120), (50, 60, 70), layout)
+        for layout in (torch.contiguous_format, torch.channels_last)
+    )
+    assert plain.is_contiguous()
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert last.shape == plain.shape == images.shape
+    assert device == "meta" or torch.equal(plain, last)
+
+
 @pytest.mark.parametrize("shift", [-0.5, -0.31, -0.2, -1 / 12, -0.01, 1 / 12, 0.1, 1 / 6, 0.2, 0.25, 0.43])
 def test_hue_of_every_fifth_colour(shift):
     """Every sextant, its borders and all greys, against torchvision and against colorsys in float64."""

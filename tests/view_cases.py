@@ -15,6 +15,7 @@ from loco_det.data.sources import open_source
 from loco_det.data.twoview import TwoViews, build_two_view_loader
 
 SIZE = 24  # of the loaders' views
+AUGMENTED = ({"AUGMENT__DEVICE": "workers"}, {"AUGMENT__DEVICE": "cpu"})  # where that happens
 
 
 def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -69,7 +70,7 @@ def config(path: object, **changes) -> CfgNode:
                 "MAX_BAD_SHARE": 0.01,
                 "SHUFFLE_BUFFER": 12,
             },
-            "AUGMENT": {"PRESET": "simclr"},
+            "AUGMENT": {"DEVICE": "workers", "PRESET": "simclr"},
             "SOLVER": {"BATCH_SIZE": 8},
             "SEED": 5,
             "DEVICE": "cpu",

@@ -1,7 +1,7 @@
 """Batches of images: two views of each, endless and resumable, for pretraining; one plain view, in order, for probes.
 
-Shape legend: B images in this process's batch, S the view's side; images are uint8 RGB, (B, 3, S, S), for
-`views.normalise` on the device.
+Shape legend: B images in this process's batch, S the view's side; views are uint8 RGB, (2, B, 3, S, S), and plain
+images (B, 3, S, S), for `views.normalise` on the device.
 
 Step t of a run is batch t % steps_per_epoch of epoch t // steps_per_epoch. What it holds is a function of (data, seed,
 t) alone: workers only decide who computes it, ranks split the same global batch among them, and resuming is starting
@@ -11,8 +11,9 @@ at t. Workers run on over the end of an epoch, so that small sets are not slowed
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -22,14 +23,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from loco_det import runtime
+from loco_det.data.batched_views import packed
+from loco_det.data.batches import Answer, TwoViews, deliver_decoded, deliver_views, delivered, joined
 from loco_det.data.images import decode_image
 from loco_det.data.sources import Source
 from loco_det.data.tar import TarSource
 from loco_det.data.views import (
     Ahead,
     ViewConfig,
-    ViewParams,
     crop_resize,
+    decode_and_draw,
     draw_ahead,
     finish_view,
     stream,
@@ -43,19 +46,7 @@ _TOGETHER = 16  # images whose crops are held before they are augmented
 _SUBSTITUTES = 100  # images tried in place of an unreadable one before giving up
 _BAD_NAMED = 20  # unreadable images named in the log, one line each; later ones at every power of two
 _ORDER_STREAM = 2**63  # a counter that no image index reaches
-
-
-class TwoViews(NamedTuple):
-    """One step's images of this process."""
-
-    first: Tensor  # (B, 3, S, S) uint8
-    second: Tensor  # (B, 3, S, S) uint8
-    index: Tensor  # (B,) int64, the image in the source that was really used
-
-
-# What a worker gives for a step: the views and the unreadable images met, or the error that ends the run. Errors are
-# returned because a DataLoader would wrap one that is raised in a worker in its traceback.
-Answer = tuple[TwoViews, list[tuple[int, str]]] | UserError
+T = TypeVar("T")
 
 
 class PlainBatch(NamedTuple):
@@ -66,7 +57,7 @@ class PlainBatch(NamedTuple):
     index: Tensor  # (B,) int64
 
 
-class TwoViewDataset(Dataset):
+class _AnswerDataset(Dataset):
     """(epoch, image indices) -> Answer."""
 
     def __init__(self, source: Source, config: ViewConfig, seed: int) -> None:
@@ -74,10 +65,60 @@ class TwoViewDataset(Dataset):
 
     def __getitem__(self, request: tuple[int, Sequence[int]]) -> Answer:
         epoch, indices = request
-        return self.views(epoch, ((int(index), None) for index in indices), len(indices))
+        try:
+            return self.answer(epoch, ((int(index), None) for index in indices), len(indices))
+        except UserError as error:
+            return error
 
-    def views(self, epoch: int, images: Iterable[tuple[int, bytes | None]], count: int) -> Answer:
-        """The views of `count` images, each given by its index and, if they have been read already, its bytes."""
+    def answer(self, epoch: int, images: Iterable[tuple[int, bytes | None]], count: int) -> Answer:
+        """What is made of `count` images, each given by its index and, if they have been read already, its bytes.
+
+        Raises:
+            UserError: an image cannot be read, nor any of those that could take its place.
+        """
+        raise NotImplementedError
+
+    def _readable(
+        self,
+        make: Callable[..., T],
+        epoch: int,
+        index: int,
+        data: bytes | None,
+        ahead: Ahead | None,
+        used: list[int],
+        bad: list[tuple[int, str]],
+    ) -> T:
+        """What `make` gives of an image or else of the next readable one; `used` gets its index.
+
+        Raises:
+            UserError: there is none.
+        """
+        for image in ((index + substitute) % len(self.source) for substitute in range(_SUBSTITUTES)):
+            try:
+                data = self.source.read(image) if data is None else data
+                # Drawn as the image that was wanted, else a neighbour would come twice with the same views.
+                made = make(data, self.source.name(image), self.config, self.seed, epoch, index, ahead)
+                used.append(image)
+                return made
+            except UserError as error:
+                bad.append((image, str(error)))
+                data = ahead = None
+        raise UserError(f"{bad[-1][1]} (as were the {_SUBSTITUTES - 1} images before it)")
+
+
+class DecodedDataset(_AnswerDataset):
+    """Its answers are decoded images, for `batched_views.make_views`."""
+
+    def answer(self, epoch: int, images: Iterable[tuple[int, bytes | None]], count: int) -> Answer:
+        used, bad = [], []
+        decoded = [self._readable(decode_and_draw, epoch, *image, None, used, bad) for image in images]
+        return packed(decoded, used), bad
+
+
+class TwoViewDataset(_AnswerDataset):
+    """Its answers are finished views."""
+
+    def answer(self, epoch: int, images: Iterable[tuple[int, bytes | None]], count: int) -> Answer:
         size, images = self.config.size, iter(images)
         views = torch.empty(2, count, 3, size, size, dtype=torch.uint8)
         used, bad, row = [], [], 0
@@ -85,48 +126,23 @@ class TwoViewDataset(Dataset):
         # the interpreter nor the code of the augmentations, and all that follows takes half as long again.
         while group := list(islice(images, _TOGETHER)):
             ahead = [self._drawn(epoch, index, data) for index, data in group]
-            cropped = []
-            for (index, _), (data, known) in zip(group, ahead):
-                crops = self._crops(epoch, index, data, known, used, bad)
-                if crops is None:
-                    return UserError(f"{bad[-1][1]} (as were the {_SUBSTITUTES - 1} images before it)")
-                cropped.append(crops)
+            cropped = [
+                self._readable(two_crops, epoch, index, data, known, used, bad)
+                for (index, _), (data, known) in zip(group, ahead)
+            ]
             for crops, pair in cropped:
                 for crop, params, planes in zip(crops, pair, views.numpy()[:, row]):
                     finish_view(crop, params, planes)
                 row += 1
-        first, second = views
-        return TwoViews(first, second, torch.tensor(used)), bad
+        return TwoViews(views, torch.tensor(used)), bad
 
     def _drawn(self, epoch: int, index: int, data: bytes | None) -> tuple[bytes | None, Ahead | None]:
-        """The image's bytes and its views' parameters, as far as both are to be had; `_crops` says why they are not."""
+        """An image's bytes and its views' parameters, as far as both are to be had; `_readable` says what is wrong."""
         try:
             data = self.source.read(index) if data is None else data
         except UserError:
             return None, None
         return data, draw_ahead(data, self.config, self.seed, epoch, index)
-
-    def _crops(
-        self,
-        epoch: int,
-        index: int,
-        data: bytes | None,
-        ahead: Ahead | None,
-        used: list[int],
-        bad: list[tuple[int, str]],
-    ) -> tuple[list[np.ndarray], list[ViewParams]] | None:
-        """The crops of an image or else of the next readable one; `used` gets its index. None if there is none."""
-        for image in ((index + substitute) % len(self.source) for substitute in range(_SUBSTITUTES)):
-            try:
-                data = self.source.read(image) if data is None else data
-                # Drawn as the image that was wanted, else a neighbour would come twice with the same views.
-                crops = two_crops(data, self.source.name(image), self.config, self.seed, epoch, index, ahead)
-                used.append(image)
-                return crops
-            except UserError as error:
-                bad.append((image, str(error)))
-                data = ahead = None
-        return None
 
 
 class _Steps:
@@ -162,7 +178,7 @@ class TarViews(IterableDataset):
     """
 
     def __init__(
-        self, dataset: TwoViewDataset, batch: int, buffer: int, rank: int, world_size: int, start: int = 0
+        self, dataset: _AnswerDataset, batch: int, buffer: int, rank: int, world_size: int, start: int = 0
     ) -> None:
         self.dataset, self.start = dataset, start
         self.source: TarSource = dataset.source
@@ -182,8 +198,8 @@ class TarViews(IterableDataset):
                 runs = [self._run(int(number), epoch, position) for number in own]
             images = (next(run) for run in runs for _ in range(self.share))
             try:
-                yield self.dataset.views(epoch, images, self.share * len(own))
-            except UserError as error:  # from the shards
+                yield self.dataset.answer(epoch, images, self.share * len(own))
+            except UserError as error:
                 yield error
             step += 1
 
@@ -197,15 +213,6 @@ class TarViews(IterableDataset):
             epoch=epoch,
             first=position * self.share,
         )
-
-
-def _joined(parts: Sequence[Answer]) -> Answer:
-    """One step out of what several workers made of it."""
-    errors = [part for part in parts if isinstance(part, UserError)]
-    if errors or len(parts) == 1:
-        return errors[0] if errors else parts[0]
-    views = TwoViews(*(torch.cat(columns) for columns in zip(*(views for views, _ in parts))))
-    return views, [image for _, bad in parts for image in bad]
 
 
 class TwoViewLoader:
@@ -254,7 +261,7 @@ class TwoViewLoader:
 def build_two_view_loader(
     cfg: CfgNode, source: Source, *, rank: int | None = None, world_size: int | None = None
 ) -> TwoViewLoader:
-    """The loader that AUGMENT.*, DATA.*, SOLVER.BATCH_SIZE, SEED and DEVICE describe.
+    """The loader that AUGMENT.*, DATA.*, SOLVER.BATCH_SIZE, SEED and DEVICE describe; its views are on that device.
 
     Args:
         cfg: a pretraining configuration; SOLVER.BATCH_SIZE counts the images of all ranks.
@@ -272,18 +279,34 @@ def build_two_view_loader(
         raise UserError(f"SOLVER.BATCH_SIZE is {batch} but DATA.PATH {source.root} has {len(source)} images; lower it")
     if not 0 <= cfg.DATA.MAX_BAD_SHARE <= 1:
         raise UserError(f"DATA.MAX_BAD_SHARE is {cfg.DATA.MAX_BAD_SHARE}; use a share from 0 to 1")
-    dataset = TwoViewDataset(source, view_config(cfg.DATA.IMAGE_SIZE, cfg.AUGMENT), cfg.SEED)
-    pin_memory = runtime.resolve_device(cfg.DEVICE).type == "cuda"
-    place = (rank, world_size)
+    device = runtime.resolve_device(cfg.DEVICE)
+    makes = _augmenting_device(cfg.AUGMENT.DEVICE, device)
+    config = view_config(cfg.DATA.IMAGE_SIZE, {k: v for k, v in cfg.AUGMENT.items() if k != "DEVICE"})
+    dataset = (TwoViewDataset if makes is None else DecodedDataset)(source, config, cfg.SEED)
+    pin = (makes or device).type == "cuda"
+    share, place, workers = batch // world_size, (rank, world_size), cfg.DATA.NUM_WORKERS
     if isinstance(source, TarSource):
-        answers = _tar_answers(dataset, batch // world_size, cfg.DATA.SHUFFLE_BUFFER, place, cfg.DATA.NUM_WORKERS)
+        answers = _tar_answers(dataset, share, cfg.DATA.SHUFFLE_BUFFER, place, workers, pin)
     else:
-        answers = _answers(dataset, batch // world_size, place, cfg.DATA.NUM_WORKERS, pin_memory)
-    return TwoViewLoader(source, len(source) // batch, cfg.DATA.MAX_BAD_SHARE, answers)
+        answers = _answers(dataset, share, place, workers, pin)
+    deliver = partial(deliver_views, device=device)
+    if makes is not None:
+        deliver = partial(deliver_decoded, device=device, makes=makes, size=config.size)
+    return TwoViewLoader(
+        source, len(source) // batch, cfg.DATA.MAX_BAD_SHARE, lambda start: delivered(answers(start), device, deliver)
+    )
+
+
+def _augmenting_device(name: str, device: torch.device) -> torch.device | None:
+    """Where AUGMENT.DEVICE says that whole batches are augmented for a run on `device`; None: in the workers."""
+    devices = {"workers": None, "auto": device, device.type: device, str(device): device, "cpu": torch.device("cpu")}
+    if name not in devices:
+        raise UserError(f"AUGMENT.DEVICE is {name!r} and the run is on {device}; use workers, auto or cpu")
+    return devices[name]
 
 
 def _answers(
-    dataset: TwoViewDataset, batch: int, place: tuple[int, int], num_workers: int, pin_memory: bool
+    dataset: _AnswerDataset, batch: int, place: tuple[int, int], num_workers: int, pin_memory: bool
 ) -> Callable[[int], Iterator[Answer]]:
     steps = _Steps(len(dataset.source), batch, dataset.seed, *place)
     loader = loader_of(dataset, steps, num_workers, pin_memory)
@@ -296,7 +319,7 @@ def _answers(
 
 
 def _tar_answers(
-    dataset: TwoViewDataset, batch: int, buffer: int, place: tuple[int, int], num_workers: int
+    dataset: _AnswerDataset, batch: int, buffer: int, place: tuple[int, int], num_workers: int, pin_memory: bool
 ) -> Callable[[int], Iterator[Answer]]:
     if buffer < 1:
         raise UserError(f"DATA.SHUFFLE_BUFFER is {buffer}; use a number of images, such as 4096, or 1 for none")
@@ -306,7 +329,7 @@ def _tar_answers(
         loader = loader_of(views, None, min(num_workers, len(views.own)), False)
         parts = iter(loader)
         while True:  # the workers take turns, each with its runs' part of the same step
-            yield _joined([next(parts) for _ in range(max(1, loader.num_workers))])
+            yield joined([next(parts) for _ in range(max(1, loader.num_workers))], pin_memory)
 
     return answers
 

@@ -15,6 +15,7 @@ memory and the bus, and the one pass that makes floats of them runs on the devic
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,15 +47,15 @@ KEYS = ("PRESET", "CROP_SCALE", "JITTER", *_SHARED)
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height
 _CROP_ATTEMPTS = 10
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 # torchvision, as PIL, cuts blended values off where OpenCV rounds them: less half a level they agree. A little less
 # than half, so that whole numbers stay what they are.
-_CUT = -0.499
+CUT = -0.499
 # Affine maps (3, 4) of a pixel: itself, its luma cut off as torchvision cuts it, one, and nothing but the cut.
 _COLOUR = np.eye(3, 4, dtype=np.float32)
-_GREY = np.tile(np.float32([*_LUMA, _CUT]), (3, 1))
+_GREY = np.tile(np.float32([*LUMA, CUT]), (3, 1))
 _ONE = np.float32([[0, 0, 0, 1]])
-_OFFSET = _CUT * _ONE
+_OFFSET = CUT * _ONE
 _MOST_DRAWS = 2 * _CROP_ATTEMPTS + 2 + 15
 
 
@@ -226,6 +227,27 @@ def two_crops(
 ) -> tuple[list[np.ndarray], list[ViewParams]]:
     """Both views' resized crops, (S, S, 3) uint8, and all their parameters; `finish_view` does the rest of these.
 
+    Args:
+        ahead: what `draw_ahead` gave, if it was asked.
+
+    Raises:
+        UserError: the image cannot be decoded; names it.
+    """
+    image, crops, pair = decode_and_draw(data, name, config, seed, epoch, index, ahead)
+    return [crop_resize(image, crop, config.size) for crop in crops], pair
+
+
+def decode_and_draw(
+    data: bytes,
+    name: str,
+    config: ViewConfig,
+    seed: int,
+    epoch: int,
+    index: int,
+    ahead: Ahead | None = None,
+) -> tuple[np.ndarray, list[tuple[int, int, int, int]], list[ViewParams]]:
+    """(h, w, 3) uint8 decoded image, both views' crops of it (top, left, height, width), and all their parameters.
+
     The image is decoded once, and a JPEG at 1/2, 1/4 or 1/8 if each crop still has S pixels on either side; the crops'
     borders then lie on the nearest coarse pixel.
 
@@ -245,7 +267,7 @@ def two_crops(
         if reduce > 1 and (image.shape[:2] != _coarse(size, reduce) or reduction(pair, config.size) < reduce):
             reduce, image = 1, decode_image(data, name)
             pair = _draw_pair(config, image.shape[:2], seed, epoch, index)
-    return [crop_resize(image, _reduced(params.crop, reduce, image.shape), config.size) for params in pair], pair
+    return image, [_reduced(params.crop, reduce, image.shape) for params in pair], pair
 
 
 def _draw_pair(config: ViewConfig, size: tuple[int, int], seed: int, epoch: int, index: int) -> list[ViewParams]:
@@ -302,13 +324,13 @@ def crop_resize(image: np.ndarray, crop: tuple[int, int, int, int], size: int) -
 
 def brightness(view: np.ndarray, factor: float) -> np.ndarray:
     """`factor` >= 0 times every value."""
-    return cv2.convertScaleAbs(view, alpha=factor, beta=_CUT)
+    return cv2.convertScaleAbs(view, alpha=factor, beta=CUT)
 
 
 def contrast(view: np.ndarray, factor: float) -> np.ndarray:
     """Away from (factor > 1) or towards the view's mean luma."""
-    mean = sum(weight * value for weight, value in zip(_LUMA, cv2.mean(view)))
-    return cv2.transform(view, factor * _COLOUR + ((1 - factor) * (mean + _CUT)) * _ONE + _OFFSET)
+    mean = sum(weight * value for weight, value in zip(LUMA, cv2.mean(view)))
+    return cv2.transform(view, factor * _COLOUR + ((1 - factor) * (mean + CUT)) * _ONE + _OFFSET)
 
 
 def saturation(view: np.ndarray, factor: float) -> np.ndarray:
@@ -365,15 +387,40 @@ def solarize(view: np.ndarray) -> np.ndarray:
     return np.minimum(view, ~view)
 
 
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(B, 3, S, S) uint8 -> float32 on the same device, (x - mean) / std with both in 0-255 units."""
-    shift, scale = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
+def normalise(
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """(B, 3, S, S) uint8 -> float32 on the same device, (x - mean) / std with both in 0-255 units.
+
+    Args:
+        memory_format: of the result, torch.contiguous_format or torch.channels_last.
+    """
     if images.device.type != "cpu":
-        return images.to(torch.float32).sub_(shift).div_(scale)
-    # In one pass over each plane: three passes over floats would wait for memory, a tenth of the time of two views.
-    result = torch.empty(images.shape)
+        shift, scale = (_of_channels(tuple(values), images.device) for values in (mean, std))
+        return images.to(torch.float32, memory_format=memory_format).sub_(shift).div_(scale)
+    # In one pass over each image: several passes over floats would wait for memory, a tenth of the time of two views.
+    result = torch.empty(images.shape, memory_format=memory_format)
     factors = [(1 / s, -m / s) for m, s in zip(mean, std)]
-    for pixels, floats in zip(images.numpy(), result.numpy()):
-        for plane, (factor, offset), place in zip(pixels, factors, floats):
-            cv2.addWeighted(plane, factor, plane, 0, offset, dst=place, dtype=cv2.CV_32F)
+    if memory_format == torch.contiguous_format:
+        for pixels, floats in zip(images.numpy(), result.numpy()):
+            _normalise_planes(pixels, factors, floats)
+        return result
+    planes = np.empty(images.shape[1:], np.float32)
+    for pixels, floats in zip(images.numpy(), result.permute(0, 2, 3, 1).numpy()):
+        _normalise_planes(pixels, factors, planes)
+        cv2.merge(list(planes), dst=floats)
     return result
+
+
+def _normalise_planes(pixels: np.ndarray, factors: Sequence[tuple[float, float]], out: np.ndarray) -> None:
+    for plane, (factor, offset), place in zip(pixels, factors, out):
+        cv2.addWeighted(plane, factor, plane, 0, offset, dst=place, dtype=cv2.CV_32F)
+
+
+@functools.cache
+def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1) on the device, kept there: sending them anew for every batch would make the host wait."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)

@@ -1,0 +1,188 @@
+"""Views of whole batches against `views.py`, which makes them one by one with the same parameters."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from view_cases import encode, photograph, two_views, view
+
+from loco_det.data import batched_views
+from loco_det.data.batched_views import Decoded, join_decoded, make_views, packed
+from loco_det.data.views import ViewParams, decode_and_draw, view_config
+
+NOTHING = ViewParams(crop=(0, 0, 0, 0), flip=False, jitter=(), gray=False, blur_sigma=0.0, solarize=False)
+OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+
+
+def changed(**changes: object) -> ViewParams:
+    return ViewParams(**{**vars(NOTHING), **changes})
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def batch(images: list[np.ndarray], params: list[ViewParams]) -> Decoded:
+    """Both views of an image have the same parameters."""
+    return packed([(image, [p.crop] * 2, [p] * 2) for image, p in zip(images, params)], list(range(len(images))))
+
+
+def assert_close(images: list[np.ndarray], params: list[ViewParams], size: int, levels: int, equal: float) -> None:
+    """No value is further than `levels` from the one of `views.py`, and at least the share `equal` is the same."""
+    decoded = batch(images, params)
+    made = make_views(decoded.pixels, decoded.params, size)
+    assert made.shape == (2, len(images), 3, size, size)
+    assert made.dtype == torch.uint8
+    assert made.is_contiguous()
+    assert torch.equal(made[0], made[1])
+    expected = np.stack([view(image, p, size) for image, p in zip(images, params)])
+    difference = np.abs(made[0].permute(0, 2, 3, 1).numpy().astype(int) - expected)
+    assert difference.max() <= levels, [params[k] for k in np.unique(np.nonzero(difference > levels)[0])]
+    assert (difference == 0).mean() >= equal
+
+
+@pytest.mark.parametrize(
+    ("size", "low", "high"), [(32, 32, 33), (24, 30, 200), (96, 40, 240), (224, 180, 500), (1, 1, 5), (3, 1, 9)]
+)
+def test_crops_of_any_size_and_flips(size: int, low: int, high: int) -> None:
+    """Enlarged, shrunk, one of both, up to the image's borders, of images that are not alike in size."""
+    rng = np.random.default_rng(size)
+    images, params = [], []
+    for k in range(12):
+        height, width = rng.integers(low, high, 2)
+        h, w = (height, width) if k == 0 else (rng.integers(1, height + 1), rng.integers(1, width + 1))
+        top, left = ((height - h) * (k % 3) // 2, (width - w) * (k // 3 % 3) // 2)
+        images.append(noise(height, width, k))
+        params.append(changed(crop=(int(top), int(left), int(h), int(w)), flip=k % 2 == 1))
+    assert_close(images, params, size, levels=1, equal=0.9999)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_colour_operations(operation: str) -> None:
+    factors = np.linspace(-0.5, 0.5, 41) if operation == "hue" else np.linspace(0, 2, 41)
+    images = [noise(40, 40, k) if k % 2 else photograph(40, 40, k) for k in range(len(factors))]
+    params = [changed(crop=(0, 0, 40, 40), jitter=((operation, float(factor)),)) for factor in factors]
+    assert_close(images, params, 40, levels=1, equal=0.9999)
+
+
+def test_grey_and_solarize() -> None:
+    whole = {"crop": (0, 0, 48, 48)}
+    params = [changed(**whole, gray=True), changed(**whole, solarize=True), changed(**whole, gray=True, solarize=True)]
+    assert_close([noise(48, 48, k) for k in range(3)], params, 48, levels=0, equal=1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 40])
+def test_blur_reaches_over_the_border_of_small_views(size: int) -> None:
+    sigmas = [0.1, 0.3, 0.33, 0.34, 0.9, 1.0, 1.3, 2.0, 4.5]
+    images = [noise(size, size, k) for k in range(len(sigmas))] + [np.full((size, size, 3), 255, np.uint8)]
+    params = [changed(crop=(0, 0, size, size), blur_sigma=sigma) for sigma in [*sigmas, 2.0]]
+    assert_close(images, params, size, levels=1, equal=0.97)
+
+
+def test_every_order_of_the_colour_operations() -> None:
+    rng, orders = np.random.default_rng(0), list(itertools.permutations(OPERATIONS))
+    images, params = [], []
+    for k, order in enumerate(orders * 2):
+        factors = {name: rng.uniform(-0.2, 0.2) if name == "hue" else rng.uniform(0.2, 1.8) for name in order}
+        present = order if k < len(orders) else order[: k % 4]  # strengths of 0 leave operations out
+        images.append(photograph(50, 60, k))
+        params.append(changed(crop=(3, 5, 40, 50), jitter=tuple((name, float(factors[name])) for name in present)))
+    assert_close(images, params, 32, levels=2, equal=0.999)
+
+
+REAL = [
+    (32, "JPEG", 160, (32, 33)),
+    (64, "PNG", 30, (40, 200)),
+    (224, "JPEG", 10, (240, 641)),  # decoded at a half and a quarter too
+    (224, "PNG", 6, (200, 641)),
+]
+
+
+def drawn(size: int, kind: str, count: int, sides: tuple[int, int]) -> tuple[list[bytes], Decoded]:
+    rng = np.random.default_rng(size)
+    images = [(noise if k % 3 == 0 else photograph)(*rng.integers(*sides, 2), k) for k in range(count)]
+    files = [encode(image, kind) for image in images]
+    config = view_config(size, {"SOLARIZE_PROB": 0.2})
+    made = [decode_and_draw(data, "x", config, 5, 3, 100 + k) for k, data in enumerate(files)]
+    return files, packed(made, list(range(count)))
+
+
+@pytest.mark.parametrize(("size", "kind", "count", "sides"), REAL)
+def test_drawn_views_are_those_of_one_image_at_a_time(size: int, kind: str, count: int, sides: tuple[int, int]) -> None:
+    """The same draws, and at most 2 levels after all operations; all but the blur mostly agree to the bit."""
+    files, decoded = drawn(size, kind, count, sides)
+    made = make_views(decoded.pixels, decoded.params, size).permute(0, 1, 3, 4, 2).numpy().astype(int)
+    config = view_config(size, {"SOLARIZE_PROB": 0.2})
+    expected = np.stack([two_views(data, "x", config, 5, 3, 100 + k) for k, data in enumerate(files)], 1)
+    difference = np.abs(made - expected)
+    assert difference.max() <= 2
+    assert (difference > 0).mean() < 0.015
+    blurred = decoded.params[:, :, batched_views._SIGMA].numpy() > 0
+    assert 0 < blurred.mean() < 1
+    assert (difference[~blurred] > 0).mean() < 1e-4
+
+
+def test_a_view_does_not_depend_on_the_batch_it_is_made_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit: alone, in another order, beside a larger image, and with few images' floats at a time."""
+    _, decoded = drawn(48, "PNG", 16, (40, 120))
+    whole = make_views(decoded.pixels, decoded.params, 48)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(make_views(decoded.pixels[order], decoded.params[:, order], 48), whole[:, order])
+    for k in (0, 7):
+        alone = make_views(decoded.pixels[k : k + 1], decoded.params[:, k : k + 1], 48)
+        assert torch.equal(alone[:, 0], whole[:, k])
+    padded = torch.nn.functional.pad(decoded.pixels, (0, 0, 0, 77, 0, 31), value=255)  # what is there means nothing
+    assert torch.equal(make_views(padded, decoded.params, 48), whole)
+    monkeypatch.setattr(batched_views, "_AT_ONCE", 3 * 120 * 120 * 5)
+    assert torch.equal(make_views(decoded.pixels, decoded.params, 48), whole)
+
+
+def test_sums_are_exact_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In double precision every product is the same whole number, so no order of summation can matter."""
+    product, largest = torch.bmm, []
+
+    def in_double(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        exact, found = product(a.double(), b.double()), product(a, b)
+        assert torch.equal(found.double(), exact)
+        largest.append(float(exact.max()))
+        return found
+
+    monkeypatch.setattr(torch, "bmm", in_double)
+    for size, low, high in ((224, 100, 640), (8, 300, 640)):
+        params = [changed(crop=(0, 0, low, low), blur_sigma=2.0), changed(crop=(0, 0, high, high), blur_sigma=5.0)]
+        decoded = batch([np.full((high, high, 3), 255, np.uint8), noise(high, high)], params)
+        make_views(decoded.pixels, decoded.params, size)
+    assert len(largest) == 2 * 2 + 2 + 2 * 1 + 2
+    assert 2**20 < max(largest) < 2**24
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_host_asks_nothing_of_the_device() -> None:
+    """No value and no number of elements: either would make it wait for all that the device has still to do."""
+    _, decoded = drawn(32, "PNG", 16, (20, 60))
+    with Calls() as calls:
+        make_views(decoded.pixels, decoded.params, 32)
+    assert "bmm" in calls.names
+    assert not {"_local_scalar_dense", "nonzero", "masked_select", "unique"} & set(calls.names)
+
+
+def test_parts_are_joined_to_what_one_worker_would_have_made() -> None:
+    _, decoded = drawn(32, "PNG", 9, (20, 60))
+    parts = [Decoded(decoded.pixels[a:b], decoded.params[:, a:b], decoded.index[a:b]) for a, b in ((0, 4), (4, 9))]
+    parts[0] = parts[0]._replace(pixels=parts[0].pixels[:, :, :60].clone())
+    joined = join_decoded(parts, pin=False)
+    assert torch.equal(joined.index, decoded.index)
+    assert torch.equal(make_views(joined.pixels, joined.params, 32), make_views(decoded.pixels, decoded.params, 32))
