@@ -224,9 +224,23 @@ def test_every_key_that_is_not_used_stays(tmp_path):
     content["images"][0] |= extra
     content["categories"][0]["frequency"] = "r"
     content["more"] = {"deep": [[]]}
-    again = json.loads(load_index(saved(tmp_path, content)).readable.read_bytes())
+    index = load_index(saved(tmp_path, content))
+    assert index.notes == {"image whose id is a decimal number": 1}
+    again = json.loads(index.readable.read_bytes())
     assert again["images"][0] == content["images"][0] | {"id": 1}
     assert again == content
+
+
+def test_ids_that_are_numbered_anew_meet_whatever_their_spelling(tmp_path):
+    content = clean(images=3)
+    each("images", id=dict(zip([i["id"] for i in content["images"]], ["b", 7, "10"])).get)(content)
+    for entry, image in zip(content["annotations"], [7.0, "7", 7, "b", "10", 10, "elsewhere", 10.0]):
+        entry["image_id"] = image
+    del content["annotations"][8:]
+    index = load_index(saved(tmp_path, content))
+    assert index.image_id.tolist() == [1, 2, 3]  # "10", "7", "b"
+    assert np.diff(index.first).tolist() == [3, 3, 1]
+    assert index.annotation_image.tolist() == [1, 1, 1, 2, 2, 2, 3, 4]
 
 
 # --- against pycocotools ----------------------------------------------------------------------------------------

@@ -147,10 +147,9 @@ def check_coco(paths: Dataset, index: CocoIndex, *, workers: int, masks: str = "
     taken = [f"'{index.file_name[i]}' is taken for '{names[i]}'" for i in renamed[:_EXAMPLES]]
     defects.append(Defect("file name that is not the file's", len(renamed), COMPUTED, taken))
     defects += [Defect(kind, count, COMPUTED, []) for kind, count in index.notes.items()]
-    for found in findings(index, Use("train", masks), EFFECTS, deep=True):
-        defects.append(
-            Defect(found.rule.name, len(found.rows), found.effect, found.examples(_EXAMPLES), found.rule.remedy)
-        )
+    for finding in findings(index, Use("train", masks), EFFECTS, deep=True):
+        examples = finding.examples(_EXAMPLES)
+        defects.append(Defect(finding.rule.name, len(finding.rows), finding.effect, examples, finding.rule.remedy))
     usable = int(kept(index)[: index.first[-1]].sum())
     annotated = np.diff(index.first) > 0
     found = Counter(index.annotation_category.tolist())
