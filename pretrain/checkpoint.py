@@ -46,7 +46,10 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     try:
         state = load_tensors(paths[-1])
     except UserError as error:
-        raise UserError(f"{error}; or delete it to {before}") from error
+        reason = str(error).removeprefix(f"{paths[-1]}: ").partition(";")[0]
+        raise UserError(
+            f"{paths[-1]}: damaged, or not a training state of loco-det pretrain ({reason}); delete it to {before}"
+        ) from error
     if not state.keys() >= KEYS or left_out(state):
         raise UserError(f"{paths[-1]}: not a training state of loco-det pretrain; move it away to {before}")
     return paths[-1], state
