@@ -160,7 +160,7 @@ def _linear(start: Tensor, length: Tensor, size: int, extent: int) -> tuple[Tens
     before = place.floor()
     share = place - before
     last = length - 1
-    first = (old == before.clamp(min=0).minimum(last)) * torch.round((1 - share) * 2048)
+    first = (old == before.clamp(min=0)) * torch.round((1 - share) * 2048)
     return first, (old == (before + 1).minimum(last)) * torch.round(share * 2048)
 
 
