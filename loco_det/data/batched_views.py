@@ -28,7 +28,7 @@ from torch import Tensor
 from loco_det.data.views import CUT, LUMA, ViewParams
 
 _OPERATIONS = ("brightness", "contrast", "saturation", "hue")
-# Columns of the parameters: four places of (operation or -1) and their four factors stand between the crop and these.
+# Columns of the parameters: the crop, four operations (or -1) in their order, their four factors, the rest.
 _PLACE, _FACTOR = 4, 8
 _FLIP, _GRAY, _SIGMA, _SOLARIZE = 12, 13, 14, 15
 _AT_ONCE = 2**25  # pixel values of decoded images that are floats at the same time
@@ -282,15 +282,16 @@ def _gray(x: Tensor, _: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    weights = _parts(_gaussian(sigma.float().view(-1, 1), x.shape[1]))
+    weights = _parts(_gaussian(sigma.view(-1, 1), x.shape[1]))
     x = _whole(*_by_columns(x, weights).chunk(2, 3), _BLUR_BITS - _BLUR_KEPT)
     return _whole(*_by_rows(x, weights).chunk(2, 1), _BLUR_BITS + _BLUR_KEPT).clamp_(0, 255)
 
 
 def _gaussian(sigma: Tensor, size: int) -> Tensor:
     """(n, S, S) whole-number weights in 2^-16 for (n, 1) deviations, cut off and mirrored as in `views.blur`."""
-    distance = torch.arange(2 * size, dtype=torch.float32, device=sigma.device)
+    distance = torch.arange(2 * size, dtype=sigma.dtype, device=sigma.device)
     curve = torch.exp(-((distance / sigma) ** 2) / 2) * (distance <= torch.ceil(3 * sigma).clamp(max=size - 1))
+    curve = (curve * 2**20).round_().float()  # whole, so that their sum is exact too
     curve[:, -1] = 0
     place = torch.arange(size, device=sigma.device)
     total, nothing = place + place[:, None], torch.full((size, size), 2 * size - 1, device=sigma.device)
