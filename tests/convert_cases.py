@@ -314,6 +314,29 @@ def _tensor(
     return _raw(b"}", _text("conv1.weight"), _name("torch._utils", "_rebuild_tensor_v2"), arguments, b"Rs")
 
 
+def _tensors_abused() -> dict[str, bytes]:
+    """Pickles that use a tensor of a billion numbers, all of them one, as something else: torch would fill it, copy it,
+    or make of it a billion tensors."""
+    tensor = _tensor(16, 0, (2**30,), (0,)).partition(_text("conv1.weight"))[2][:-2]
+    ordered, make = _name("collections", "OrderedDict"), _name("numpy.core.multiarray", "_reconstruct") + b")R"
+    return {
+        name: _raw(content)
+        for name, content in {
+            "append": tensor + b"Na",
+            "appends": tensor + b"(Ne",
+            "setitem": tensor + b"NK\x01s",
+            "setitems": tensor + b"(NK\x01u",
+            "additems": tensor + b"(K\x01\x90",
+            "build": make + tensor + b"b",
+            "arguments": ordered + tensor + b"R",
+            "pairs": ordered + tensor + b"\x85R",
+            "pair": ordered + b"]" + tensor + b"a\x85R",
+            "members": _name("builtins", "frozenset") + tensor + b"\x85R",
+            "array": _name("numpy", "ndarray") + b"K\x01\x85" + _text("<f4") + tensor + b"\x87R",
+        }.items()
+    }
+
+
 def _numbers(values: tuple) -> bytes:
     return b"(" + b"".join(map(_number, values)) + b"t"
 
@@ -328,6 +351,8 @@ def tensors_that_lie() -> dict[str, bytes]:
         "size": torch_zip(_tensor(16, 0, (10**12,), (1,))),
         "numel": torch_zip(_tensor(2**40, 0, (2**40,), (1,))),
         "stride_0": torch_zip(_tensor(16, 0, (10**9, 10**9), (0, 0))),
+        "stride_0_wrap": torch_zip(_tensor(16, 0, (2**39, 2**39), (0, 0))),
+        **{f"{name}_a_tensor": torch_zip(content) for name, content in _tensors_abused().items()},
         "overflow": torch_zip(_tensor(16, 0, (2**32, 2**32), (2**32, 2**32))),
         "wrap": torch_zip(_tensor(16, 0, (2,), (2**62,))),
         "offset": torch_zip(_tensor(16, 2**62, (1,), (1,))),

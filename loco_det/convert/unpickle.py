@@ -26,6 +26,7 @@ from torch import Tensor
 LONG = 4096  # bytes, from which on data stay in the file
 MAX_NAME = 256  # letters
 MAX_DIMENSIONS = 16
+MAX_NUMBERS = 2**48  # of a tensor: their bytes can still be counted in 64 bits
 SLACK = 2**16  # letters and items that may be copied beyond the length of what was read
 _NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")  # numpy's codes of the dtypes that torch has
 
@@ -126,11 +127,8 @@ class _Unpickler(pickle._Unpickler):
 
     def persistent_load(self, reference: Any) -> Storage | LeftOut:
         """The storage of torch's ("storage", class, key, location, number of elements[, None])."""
-        if (
-            self.storages is None
-            or not isinstance(reference, tuple)
-            or reference[:1] not in (("storage",), ("module",))
-        ):
+        known = isinstance(reference, tuple) and reference[:1] in (("storage",), ("module",))
+        if self.storages is None or not known:
             raise Refused("refers to data outside the file (a persistent id)")
         if isinstance(reference[1], LeftOut):  # an unknown storage, or the class of a whole module
             return reference[1]
@@ -145,6 +143,8 @@ class _Unpickler(pickle._Unpickler):
         return value if isinstance(value, np.ndarray) else value.decode("latin1")
 
     def _instantiate(self, function: Any, arguments: Any) -> None:
+        if not isinstance(arguments, tuple | list):
+            raise ValueError(f"a {type(arguments).__name__} for arguments")
         if isinstance(function, FunctionType):  # of the list: there are no others here
             self.copied += sum(len(a) for a in arguments if isinstance(a, str | list | tuple | dict | set | frozenset))
             if self.copied > self.data.tell() + SLACK:
@@ -164,6 +164,8 @@ class _Unpickler(pickle._Unpickler):
 
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Built) and not isinstance(state, tuple):
+            raise ValueError(f"a {type(state).__name__} for an array's state")
         if isinstance(target, Built) and isinstance(target.value, str):
             target.value = f"{state[1]}{target.value}" if state[1] in ("<", ">", "|", "=") else "?"
         elif isinstance(target, Built):
@@ -173,18 +175,26 @@ class _Unpickler(pickle._Unpickler):
             raise Refused(f"sets attributes of a {type(target).__name__}")
 
 
-def _hashing(code: bytes, keys: slice) -> Callable[[_Unpickler], None]:
-    """pickle's own instruction, once it is certain that those of the stack may be keys."""
+def _filling(code: bytes, keys: slice, kind: type | None = None, target: int = 0) -> Callable[[_Unpickler], None]:
+    """pickle's own instruction, once `keys` of the stack may be keys and what it fills is a `kind`: not a tensor.
+
+    That stands at `target` of the stack, or before the mark.
+    """
     load = pickle._Unpickler.dispatch[code[0]]
 
     def checked(machine: _Unpickler) -> None:
         for value in machine.stack[keys]:
             _key(value)
+        if kind is not None:
+            filled = machine.stack[target] if target else machine.metastack[-1][-1]
+            if not isinstance(filled, (kind, LeftOut)):
+                raise ValueError(f"items of a {kind.__name__} for a {type(filled).__name__}")
         load(machine)
 
     return checked
 
 
+_ALL, _EVERY_OTHER, _NONE = slice(None), slice(None, None, 2), slice(0)
 _CHANGED = {
     pickle.REDUCE: _Unpickler.load_reduce,
     pickle.NEWOBJ: _Unpickler.load_reduce,
@@ -192,11 +202,13 @@ _CHANGED = {
     pickle.BUILD: _Unpickler.load_build,
     pickle.BYTEARRAY8: pickle._Unpickler.load_binbytes8,  # which allocates nothing before it has read
     pickle.FRAME: lambda machine: machine.read(8),  # how much to read ahead
-    pickle.SETITEM: _hashing(pickle.SETITEM, slice(-2, -1)),
-    pickle.SETITEMS: _hashing(pickle.SETITEMS, slice(None, None, 2)),
-    pickle.DICT: _hashing(pickle.DICT, slice(None, None, 2)),
-    pickle.FROZENSET: _hashing(pickle.FROZENSET, slice(None)),
-    pickle.ADDITEMS: _hashing(pickle.ADDITEMS, slice(None)),
+    pickle.APPEND: _filling(pickle.APPEND, _NONE, list, -2),
+    pickle.APPENDS: _filling(pickle.APPENDS, _NONE, list),
+    pickle.SETITEM: _filling(pickle.SETITEM, slice(-2, -1), dict, -3),
+    pickle.SETITEMS: _filling(pickle.SETITEMS, _EVERY_OTHER, dict),
+    pickle.ADDITEMS: _filling(pickle.ADDITEMS, _ALL, set),
+    pickle.FROZENSET: _filling(pickle.FROZENSET, _ALL),
+    pickle.DICT: _filling(pickle.DICT, _EVERY_OTHER),
 }
 _OUTSIDE = (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)
 _Unpickler.dispatch = _Instructions(pickle._Unpickler.dispatch)
@@ -219,10 +231,15 @@ def _key(value: Any) -> Hashable:
 
 
 def _pairs(items: Any = ()) -> dict:
-    return {_key(key): value for key, value in (items.items() if isinstance(items, dict) else items)}
+    pairs = [*items.items()] if isinstance(items, dict) else items
+    if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) for pair in pairs):
+        raise ValueError("a dictionary of no pairs")
+    return {_key(key): value for key, value in pairs}
 
 
 def _members(items: Any = ()) -> frozenset:
+    if not isinstance(items, list | tuple | set | frozenset):
+        raise ValueError(f"a set of the members of a {type(items).__name__}")
     return frozenset(map(_key, items))
 
 
@@ -256,9 +273,10 @@ def _tensor(
         return LeftOut("tensor that is no plain one")
     dtype = dtype or storage.dtype
     shape, stride, (offset,) = _integers(shape), _integers(stride), _integers([offset])
-    if len(shape) != len(stride):
-        raise ValueError("a tensor with other dimensions than strides")
-    extent = sum((n - 1) * step for n, step in zip(shape, stride)) + 1 if math.prod(shape) else 0
+    count = math.prod(shape)
+    if len(shape) != len(stride) or count > MAX_NUMBERS:
+        raise ValueError(f"a tensor of shape {list(shape)} and strides {list(stride)}")
+    extent = sum((n - 1) * step for n, step in zip(shape, stride)) + 1 if count else 0
     if (offset + extent) * dtype.itemsize > storage.size:
         raise ValueError(f"a tensor of shape {list(shape)} that does not fit its {storage.size} stored bytes")
     if not extent:
