@@ -333,7 +333,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_works(images: Path, tm
     pretrain(config(images, tmp_path, CHECKPOINT_PERIOD=2))
     newest = tmp_path / "checkpoint_00000003.pth"
     newest.write_bytes(newest.read_bytes()[:-2000])
-    with pytest.raises(UserError, match=r"checkpoint_00000003.pth: is damaged.*resume from checkpoint_00000002.pth"):
+    with pytest.raises(UserError, match=r"checkpoint_00000003.pth: damaged.*resume from checkpoint_00000002.pth"):
         pretrain(config(images, tmp_path, CHECKPOINT_PERIOD=2), resume=True)
     newest.unlink()
     pretrain(config(images, tmp_path, CHECKPOINT_PERIOD=2), resume=True)
