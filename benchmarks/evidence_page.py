@@ -79,13 +79,13 @@ def read_rates(folder: Path) -> dict[str, dict[float, float]]:
 
 
 def short_table(cells: dict[str, list[dict[str, Any]]]) -> str:
-    """README's: linear and nearest neighbours on the last stage."""
+    """README's: linear and nearest neighbours on the last stage; nothing where no row has been run."""
     lines = ["| pretraining | linear | kNN |", "|---|--:|--:|"]
     for row in dict.fromkeys(row for rows in TABLES.values() for row in rows):
         if row in cells and ROWS[row].network == "r18":
             figures = (number(top1(cells[row], protocol, last(cells[row]))) for protocol in ("linear", "knn"))
             lines.append(f"| {WORDS[row]} | {' | '.join(figures)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
 def with_table(text: str, table: str) -> str:
