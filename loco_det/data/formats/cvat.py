@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from loco_det.data.formats.files import Tree, Unreadable, read_xml
+from loco_det.data.formats.files import Tree
 from loco_det.data.formats.objects import (
     CURVE_POINTS,
     BadShape,
@@ -41,16 +41,8 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
     Raises:
         UserError: a file "for video".
     """
-    for path in tree.with_suffix(*SUFFIXES):
+    for path, root in summary.documents(tree, tree.with_suffix(*SUFFIXES), ROOT_ELEMENT):
         name = tree.name(path)
-        try:
-            root = read_xml(path)
-        except Unreadable as error:
-            summary.broken.append((str(path), str(error)))
-            continue
-        if root.tag != ROOT_ELEMENT:
-            summary.notes.add(f"an XML file whose root element is <{root.tag}>, not <{ROOT_ELEMENT}>", name)
-            continue
         if root.find("track") is not None:
             raise UserError(f"{path} has <track>, as 'CVAT for video'; export it as 'CVAT for images 1.1'.")
         for found in root.iterfind("meta/*/labels/label/name"):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loco_det.data.formats.files import IMAGE_SUFFIXES, Size, Tree, Unreadable, read_json
+from loco_det.data.formats.files import IMAGE_SUFFIXES, Size, Tree, read_json
 from loco_det.data.formats.objects import CURVE_POINTS, BadShape, Found, Picture, ellipse, extent, number, polygon
 from loco_det.data.formats.splits import split_of_folder
 from loco_det.data.formats.summary import Summary
@@ -31,12 +31,7 @@ def is_label_studio(content: Any) -> bool:
 
 def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
     """The pictures of every export below the tree's root."""
-    for path in tree.with_suffix(*SUFFIXES):
-        try:
-            content = read_json(path)
-        except Unreadable as error:
-            summary.broken.append((str(path), str(error)))
-            continue
+    for path, content in summary.readable(tree.with_suffix(*SUFFIXES), read_json):
         if not is_label_studio(content):
             summary.notes.add("a JSON file that is not Label Studio's", tree.name(path))
             continue

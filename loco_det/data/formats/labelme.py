@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from loco_det.data.formats.files import Size, Tree, Unreadable, read_json
+from loco_det.data.formats.files import Size, Tree, read_json
 from loco_det.data.formats.objects import (
     CURVE_POINTS,
     BadShape,
@@ -41,13 +41,8 @@ def is_labelme(content: Any) -> bool:
 
 def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
     """The pictures of every LabelMe file below the tree's root."""
-    for path in tree.with_suffix(*SUFFIXES):
+    for path, content in summary.readable(tree.with_suffix(*SUFFIXES), read_json):
         name = tree.name(path)
-        try:
-            content = read_json(path)
-        except Unreadable as error:
-            summary.broken.append((str(path), str(error)))
-            continue
         if not is_labelme(content):
             summary.notes.add("a JSON file without 'shapes' and 'imagePath' is not LabelMe's", name)
             continue

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from xml.etree import ElementTree
 
+from loco_det.data.formats.files import Tree, Unreadable, read_xml
 from loco_det.errors import UserError
 
 EXAMPLES = 5
+Content = TypeVar("Content")
 
 
 @dataclass
@@ -52,6 +55,24 @@ class Summary:
             self.objects.add("its image is left out", where, objects)
         if image is not None:
             self.seen.add(image)
+
+    def readable(self, paths: Iterable[Path], read: Callable[[Path], Content]) -> Iterator[tuple[Path, Content]]:
+        """Each file with what `read` makes of it; those that it cannot read are counted as broken."""
+        for path in paths:
+            try:
+                content = read(path)
+            except Unreadable as error:
+                self.broken.append((str(path), str(error)))
+                continue
+            yield path, content
+
+    def documents(self, tree: Tree, paths: Iterable[Path], tag: str) -> Iterator[tuple[Path, ElementTree.Element]]:
+        """Each XML file whose root element is <tag>, with that element; others are noted."""
+        for path, root in self.readable(paths, read_xml):
+            if root.tag == tag:
+                yield path, root
+            else:
+                self.notes.add(f"an XML file whose root element is <{root.tag}>, not <{tag}>", tree.name(path))
 
     def refuse_broken(self, what: str) -> None:
         """A damaged file means a damaged copy, and an AP on what is left of it would not say so."""

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from loco_det.data.formats.files import Tree, Unreadable, read_json
+from loco_det.data.formats.files import Tree, read_json
 from loco_det.data.formats.objects import CURVE_POINTS, BadShape, Box, Found, Picture, ellipse, extent, number, polygon
 from loco_det.data.formats.splits import split_of_folder
 from loco_det.data.formats.summary import Summary
@@ -35,12 +35,7 @@ def is_via(content: Any) -> bool:
 def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
     """The pictures of every VIA file below the tree's root."""
     contents = []
-    for path in tree.with_suffix(*SUFFIXES):
-        try:
-            content = read_json(path)
-        except Unreadable as error:
-            summary.broken.append((str(path), str(error)))
-            continue
+    for path, content in summary.readable(tree.with_suffix(*SUFFIXES), read_json):
         if is_via(content):
             contents.append((path, list(content.get("_via_img_metadata", content).values())))
         else:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-from loco_det.data.formats.files import IMAGE_SUFFIXES, Tree, Unreadable, read_text, read_xml
+from loco_det.data.formats.files import IMAGE_SUFFIXES, Tree, Unreadable, read_text
 from loco_det.data.formats.objects import BadShape, Box, Found, Picture, extent, number, polygon, rectangle
 from loco_det.data.formats.splits import split_of_folder
 from loco_det.data.formats.summary import Summary
@@ -31,16 +31,8 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
     """The pictures of every XML file below the tree's root."""
     files = tree.with_suffix(".xml")
     splits = _listed_splits(tree, files, summary)
-    for path in files:
+    for path, root in summary.documents(tree, files, ROOT_ELEMENT):
         name = tree.name(path)
-        try:
-            root = read_xml(path)
-        except Unreadable as error:
-            summary.broken.append((str(path), str(error)))
-            continue
-        if root.tag != ROOT_ELEMENT:
-            summary.notes.add(f"an XML file whose root element is <{root.tag}>, not <{ROOT_ELEMENT}>", name)
-            continue
         said, count = root.findtext("filename") or "", len(root.findall("object"))
         image = tree.find_stem(path.stem, path.parent) or tree.find(said, path.parent)
         if image is None:
