@@ -21,7 +21,7 @@ from loco_det.detection.engine import Engine
 from loco_det.errors import UserError
 from loco_det.evaluation.coco import EVALUATORS
 from loco_det.evaluation.coco_checks import read_ground_truth
-from loco_det.evaluation.measure import Measure, measure_class
+from loco_det.evaluation.measure import Measure, Subject, measure_class
 from loco_det.runtime import Progress, barrier, is_main, log, world_size
 
 
@@ -94,8 +94,7 @@ def _evaluate_all(cfg: CfgNode, model: nn.Module, engine: Engine, evaluator: str
 def build_measure(cfg: CfgNode, dataset: Dataset, evaluator: str, folder: Path) -> Measure:
     """What judges the model that `cfg` describes on a data set; its files go to `folder`."""
     kind = _measure_class(cfg, dataset.name)
-    ids = category_ids(cfg, dataset.name)
-    return kind(dataset, folder, masks=cfg.MODEL.MASK_ON, category_ids=ids, evaluator=evaluator)
+    return kind(Subject(dataset, folder, cfg.MODEL.MASK_ON, category_ids(cfg, dataset.name), evaluator))
 
 
 def _measure_class(cfg: CfgNode, name: str) -> type[Measure]:

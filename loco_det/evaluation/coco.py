@@ -22,10 +22,10 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from loco_det.data.catalog import Dataset
 from loco_det.data.index import CocoIndex
 from loco_det.errors import UserError
 from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
+from loco_det.evaluation.measure import Subject
 from loco_det.runtime import atomic_write, log
 from loco_det.structures import Instances
 
@@ -196,17 +196,10 @@ class Measure:
     evaluators: tuple[str, ...] = EVALUATORS
     rules = ""  # who judges, where it is not the evaluator
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        folder: Path,
-        *,
-        masks: bool,
-        category_ids: tuple[int | None, ...],
-        evaluator: str,
-    ) -> None:
-        self.dataset, self.folder, self.category_ids, self.evaluator = dataset, folder, category_ids, evaluator
-        self.iou_types = ("bbox", "segm") if masks else ("bbox",)
+    def __init__(self, subject: Subject) -> None:
+        self.dataset, self.folder, self.evaluator = subject.dataset, subject.folder, subject.evaluator
+        self.category_ids = subject.category_ids
+        self.iou_types = ("bbox", "segm") if subject.masks else ("bbox",)
 
     def collect(self, image_id: int, file_name: str, found: Instances) -> list[dict[str, Any]]:
         """COCO results; those of a class that the data set does not have are left out."""

@@ -5,12 +5,31 @@ what `loco_det.data.catalog.measure_of` gives for a data set.
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from loco_det.data.catalog import Dataset
 
 Results = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, and where its files go.
+
+    Attributes:
+        folder: for files.
+        masks: the model has them.
+        category_ids: the data set's id of each of the model's classes; None for one that it does not have.
+        evaluator: one of the measure's `evaluators`.
+    """
+
+    dataset: Dataset
+    folder: Path
+    masks: bool
+    category_ids: tuple[int | None, ...]
+    evaluator: str
 
 
 class Measure(Protocol):
@@ -22,16 +41,7 @@ class Measure(Protocol):
 
     evaluators: tuple[str, ...]
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        folder: Path,
-        *,
-        masks: bool,
-        category_ids: tuple[int | None, ...],
-        evaluator: str,
-    ) -> None:
-        """`folder` is for files, `category_ids` the data set's id of each of the model's classes, if it has it."""
+    def __init__(self, subject: Subject) -> None: ...
 
     def collect(self, image_id: int, file_name: str, found: Any) -> list[Any]:
         """What is kept of one image, ready to travel between processes; `found` is what the engine's predict gave."""

@@ -9,15 +9,15 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torchvision.ops import box_iou
 
-from loco_det.data.catalog import Dataset
 from loco_det.evaluation.coco import EVALUATORS
 from loco_det.evaluation.coco_checks import read_ground_truth
+from loco_det.evaluation.measure import Subject
 from loco_det.runtime import atomic_write, log
 from loco_det.structures import Instances
 
@@ -38,8 +38,8 @@ class Measure:
 
     evaluators = EVALUATORS
 
-    def __init__(self, dataset: Dataset, folder: Path, **_: Any) -> None:
-        self.dataset, self.folder = dataset, folder
+    def __init__(self, subject: Subject) -> None:
+        self.dataset, self.folder = subject.dataset, subject.folder
 
     def collect(self, image_id: int, file_name: str, found: Instances) -> list[Proposals]:
         return [Proposals(image_id, found.boxes.float().cpu(), found.scores.float().cpu())]

@@ -22,12 +22,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from loco_det.data.catalog import Dataset
 from loco_det.data.cityscapes import opened_map, read_instance_ids
 from loco_det.data.semantic import CLASSES, IGNORED, LABEL_IDS, label_file, read_labels
 from loco_det.errors import UserError
 from loco_det.evaluation.cityscapes import OFFICIAL, official_module
 from loco_det.evaluation.coco import EVALUATORS
+from loco_det.evaluation.measure import Subject
 from loco_det.runtime import Progress, atomic_write, log
 
 # Source of both tables: helpers/labels.py and the evaluation itself; a test compares them.
@@ -54,8 +54,9 @@ class Measure:
 
     evaluators = (EVALUATORS[0], OFFICIAL)
 
-    def __init__(self, dataset: Dataset, folder: Path, *, evaluator: str, **_: Any) -> None:
-        self.dataset, self.folder, self.evaluator = dataset, folder / "sem_seg", evaluator
+    def __init__(self, subject: Subject) -> None:
+        self.dataset, self.evaluator = subject.dataset, subject.evaluator
+        self.folder = subject.folder / "sem_seg"
 
     def collect(self, image_id: int, file_name: str, found: Tensor) -> list[str]:
         """Writes the labels of (K, H, W) logits; gives the image's name."""
