@@ -9,6 +9,7 @@ with; every hidden linear layer is followed by BatchNorm and ReLU.
 from __future__ import annotations
 
 import copy
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -86,6 +87,8 @@ def build_decoder(settings: dict[str, Any], backbone: StagedBackbone, stage: str
         raise UserError(f"DECODER.CONV is {kind!r}; use one of {', '.join(CONVS)}")
     if blocks < 0:
         raise UserError(f"DECODER.CONV_BLOCKS is {blocks}; use 0 or more")
+    if not settings["DOWNSAMPLE"] and not blocks:
+        raise UserError("DECODER.DOWNSAMPLE False is for the blocks that DECODER.CONV_BLOCKS counts; leave it True")
     if kind != "blocks" and blocks:
         raise UserError(f"DECODER.CONV {kind} counts its blocks itself; set DECODER.CONV_BLOCKS 0, not {blocks}")
     later = backbone.stage_names[backbone.stage_names.index(stage) + 1 :]
@@ -94,11 +97,12 @@ def build_decoder(settings: dict[str, Any], backbone: StagedBackbone, stage: str
         initialise(conv)
         channels = backbone.channels[later[0]]
     else:
-        stages = [len(getattr(backbone, name)) for name in backbone.stage_names[1:]]
-        halved = {0} if kind == "stage" or settings["DOWNSAMPLE"] else set()
-        count = {"blocks": blocks, "stage": stages[-1], "full": sum(stages)}[kind]
-        if kind == "full":
-            halved = {sum(stages[:i]) for i in range(1, len(stages))}
+        depths = [len(getattr(backbone, name)) for name in backbone.stage_names[1:]]
+        count, halved = {
+            "blocks": (blocks, {0} if settings["DOWNSAMPLE"] else set()),
+            "stage": (depths[-1], {0}),
+            "full": (sum(depths), set(accumulate(depths[:-1]))),
+        }[kind]
         conv = residual_blocks(
             channels, count, halved, bottleneck=_ends_in_bottleneck(getattr(backbone, stage)), norm=norm
         )

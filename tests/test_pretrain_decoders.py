@@ -103,6 +103,8 @@ def test_conv_full_is_as_deep_as_the_backbone(stage: str, side: int) -> None:
         ({"CONV": "deep"}, "DECODER.CONV"),
         ({"CONV": "stage", "CONV_BLOCKS": 1}, "DECODER.CONV_BLOCKS 0"),
         ({"CONV_BLOCKS": -1}, "DECODER.CONV_BLOCKS"),
+        ({"DOWNSAMPLE": False}, "DECODER.DOWNSAMPLE False"),
+        ({"CONV": "full", "DOWNSAMPLE": False}, "DECODER.DOWNSAMPLE False"),
         ({"MLP_LAYERS": 5}, "DECODER.MLP_LAYERS"),
         ({"OUT_DIM": 0}, "DECODER.OUT_DIM"),
     ],
