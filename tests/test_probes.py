@@ -40,17 +40,14 @@ def write_images(folder: Path, count: int, seed: int = 0, classes: tuple[str, ..
     return folder
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of train/ and val/."""
-    root = tmp_path_factory.mktemp("images")
-    write_images(root / "train", 12, seed=0)
-    write_images(root / "val", 5, seed=1)
+def write_splits(root: Path, train: int, val: int) -> Path:
+    """A folder of train/ and val/, so many images of each class."""
+    write_images(root / "train", train, seed=0)
+    write_images(root / "val", val, seed=1)
     return root
 
 
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_artifact(folder: Path) -> Path:
     """A ResNet-18 with the CIFAR stem as pretraining writes it, every tensor random."""
     torch.manual_seed(1)
     model = ResNet(18, stem="cifar")
@@ -59,10 +56,20 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 2)
-    path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
+    path = folder / "backbone.safetensors"
     manifest = describe(model, stem="cifar", method="loco", config={"DATA": {"IMAGE_SIZE": SIDE}})
     save_backbone(path, backbone_tensors(model), manifest)
     return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_splits(tmp_path_factory.mktemp("images"), 12, 5)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_artifact(tmp_path_factory.mktemp("backbone"))
 
 
 def probe(backbone: object, data: Path | str, out: Path, *options: object) -> dict:

@@ -9,10 +9,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from test_probes import COLOURS, SIDE, write_images
+from test_probes import COLOURS, SIDE, write_artifact, write_images, write_splits
 
-from loco_det.artifact import backbone_tensors, describe, save_backbone
-from loco_det.backbone import ResNet
 from loco_det.cli import main
 from loco_det.data.images import decode_image
 from loco_det.errors import UserError
@@ -30,20 +28,12 @@ RESNET = {"stem": 64, "res2": 64, "res3": 128, "res4": 256, "res5": 512}
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(1)
-    model = ResNet(18, stem="cifar")
-    path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
-    manifest = describe(model, stem="cifar", method="loco", config={"DATA": {"IMAGE_SIZE": SIDE}})
-    save_backbone(path, backbone_tensors(model), manifest)
-    return path
+    return write_artifact(tmp_path_factory.mktemp("backbone"))
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("images")
-    write_images(root / "train", 7, seed=0)
-    write_images(root / "val", 5, seed=1)
-    return root
+    return write_splits(tmp_path_factory.mktemp("images"), 7, 5)
 
 
 def extractor_of(artifact: Path) -> Extractor:

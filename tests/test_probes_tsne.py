@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_probes import COLOURS, SIDE, write_images
+from test_probes import COLOURS, SIDE, write_artifact, write_splits
 
 from loco_det.artifact import backbone_tensors, describe, save_backbone
 from loco_det.backbone import ResNet
@@ -25,20 +25,12 @@ needs_sklearn = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, 
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(1)
-    model = ResNet(18, stem="cifar")
-    path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
-    manifest = describe(model, stem="cifar", method="loco", config={"DATA": {"IMAGE_SIZE": SIDE}})
-    save_backbone(path, backbone_tensors(model), manifest)
-    return path
+    return write_artifact(tmp_path_factory.mktemp("backbone"))
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("images")
-    write_images(root / "train", 4, seed=0)
-    write_images(root / "val", 8, seed=1)
-    return root
+    return write_splits(tmp_path_factory.mktemp("images"), 4, 8)
 
 
 def run(artifact: Path, images: Path, *options: object) -> int:
