@@ -4,8 +4,8 @@
     python benchmarks/evidence.py run   --cifar cifar10.zip --out output/evidence
     python benchmarks/evidence_page.py
 
-`rates` chooses each row's learning rate on images that are held out of the training images, `run` pretrains every row
-with every seed and probes it on CIFAR-10's test images; evidence_page.py writes docs/results.md, its pictures and
+`rates` chooses each method's learning rate on images that are held out of the training images, `run` pretrains every
+row with every seed and probes it on CIFAR-10's test images; evidence_page.py writes docs/results.md, its pictures and
 README's table. Each cell is made by the commands that a user would give. One JSON a cell lies in
 benchmarks/results/evidence/, and a cell that has one is not made again. Several processes may work at once, on cells of
 their own; a run that was stopped goes on where it was.
@@ -39,7 +39,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout it stands in, installed or not
 
 from loco_det.detection.record import environment
-from loco_det.runtime import log, setup_logging, write_json
+from loco_det.runtime import atomic_write, log, setup_logging, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
@@ -58,21 +58,22 @@ class Row:
 
     network: str  # r18 | presnet
     config: str
+    rate_of: str  # the row whose learning rate it has
     units: list[list[str]] | None = None  # instead of the configuration's
 
 
 ROWS = {
-    "simclr": Row("r18", "simclr_r50"),
-    "gim": Row("r18", "gim_r50"),
-    "gim_conv": Row("r18", "gim_conv_r50_100ep"),
-    "loco_mlp": Row("r18", "loco_mlp_r50_100ep"),
-    "loco": Row("r18", "loco_r50"),
-    "loco_res2": Row("r18", "loco_res2_r50"),
-    "gim_blocks": Row("r18", "gim_r50", [[block, block] for block in BLOCKS]),
-    "loco_blocks": Row("r18", "loco_r50", [list(pair) for pair in pairwise(BLOCKS)]),
-    "simclr_presnet": Row("presnet", "simclr_r50"),
-    "gim_presnet": Row("presnet", "gim_r50"),
-    "loco_presnet": Row("presnet", "loco_r50"),
+    "simclr": Row("r18", "simclr_r50", "simclr"),
+    "gim": Row("r18", "gim_r50", "gim"),
+    "gim_conv": Row("r18", "gim_conv_r50_100ep", "gim"),
+    "loco_mlp": Row("r18", "loco_mlp_r50_100ep", "loco"),
+    "loco": Row("r18", "loco_r50", "loco"),
+    "loco_res2": Row("r18", "loco_res2_r50", "loco"),
+    "gim_blocks": Row("r18", "gim_r50", "gim", [[block, block] for block in BLOCKS]),
+    "loco_blocks": Row("r18", "loco_r50", "loco", [list(pair) for pair in pairwise(BLOCKS)]),
+    "simclr_presnet": Row("presnet", "simclr_r50", "simclr_presnet"),
+    "gim_presnet": Row("presnet", "gim_r50", "gim_presnet"),
+    "loco_presnet": Row("presnet", "loco_r50", "loco_presnet"),
 }
 SWITCHES = ("METHOD", "UNITS", "DECODER", "SHARING")
 
@@ -83,7 +84,7 @@ def main() -> None:
     args.out = args.out.resolve()
     images = unpacked(args.cifar, args.out)
     if args.job == "rates":
-        choose_rates(args, images)
+        choose_rates(args)
     else:
         measure(args, images)
 
@@ -121,9 +122,11 @@ def switches(row: Row) -> dict[str, Any]:
 
 def unpacked(archive: Path, out: Path) -> Path:
     """The folder with train and test, the archive's only one; beside it the lists train.txt and held_out.txt."""
-    with zipfile.ZipFile(archive) as file:
+    out.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(archive) as file, open(out / ".unpacking.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         (top,) = {name.partition("/")[0] for name in file.namelist()}
-        if not (out / "held_out.txt").is_file():
+        if not (out / "held_out.txt").is_file():  # the last that is written
             file.extractall(out)
             write_lists(out / top / "train", out)
     return out / top
@@ -140,15 +143,16 @@ def write_lists(train: Path, out: Path) -> None:
         for list_name, chosen in (("held_out.txt", files[:held]), ("train.txt", files[held : held + kept])):
             lines[list_name] += [f"{train.relative_to(out) / name / file}\t{name}" for file in chosen]
     for list_name, content in lines.items():
-        (out / list_name).write_text("\n".join(content) + "\n")
+        with atomic_write(out / list_name, "w") as file:
+            file.write("\n".join(content) + "\n")
 
 
 # --- cells ------------------------------------------------------------------------------------------------------
 
 
-def choose_rates(args: argparse.Namespace, images: Path) -> None:
-    """Pretrain every row briefly with each rate; what counts is the ridge probe of the last stage, held out images."""
-    for name in args.rows:
+def choose_rates(args: argparse.Namespace) -> None:
+    """Pretrain each method briefly with each rate; what counts is the ridge probe of the last stage, held out images."""
+    for name in dict.fromkeys(ROWS[name].rate_of for name in args.rows):
         for rate in RATES:
             made = RESULTS / f"rate_{name}_{rate:g}.json"
             with claimed(made, args.out) as mine:
@@ -190,7 +194,7 @@ def measure(args: argparse.Namespace, images: Path) -> None:
 
 def cell(name: str, seed: int, out: Path, images: Path) -> dict[str, Any]:
     """Pretrain and probe; everything that the page says of it."""
-    folder, row, rate = out / f"{name}_{seed}", ROWS[name], best_rate(name)
+    folder, row, rate = out / f"{name}_{seed}", ROWS[name], best_rate(ROWS[name].rate_of)
     commands = Commands(out)
     backbone = pretrain(commands, row, folder, rate, seed)
     probes = {}
@@ -276,7 +280,6 @@ def processor_seconds() -> float:
 @contextmanager
 def claimed(made: Path, out: Path) -> Iterator[bool]:
     """Whether the cell whose file is `made` is for this process to make: not there, and nobody is at it."""
-    out.mkdir(parents=True, exist_ok=True)
     with open(out / f".{made.stem}.lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
