@@ -151,7 +151,7 @@ def write_lists(train: Path, out: Path) -> None:
 
 
 def choose_rates(args: argparse.Namespace) -> None:
-    """Pretrain each method briefly with each rate; what counts is the ridge probe of the last stage, held out images."""
+    """Pretrain each method briefly with each rate, then probe its last stage by ridge on the images held out."""
     for name in dict.fromkeys(ROWS[name].rate_of for name in args.rows):
         for rate in RATES:
             made = RESULTS / f"rate_{name}_{rate:g}.json"
