@@ -90,8 +90,8 @@ class Stem(nn.Module):
         return F.max_pool2d(x, 3, stride=2, padding=1) if self.pool else x
 
 
-class _Residual(nn.Module):
-    """What the two kinds of block share: (B, C, H, W) -> (B, out, H / stride, W / stride)."""
+class Residual(nn.Module):
+    """What every kind of block shares: (B, C, H, W) -> (B, out, H / stride, W / stride)."""
 
     shortcut: nn.Module | None
 
@@ -101,7 +101,7 @@ class _Residual(nn.Module):
         return x if self.shortcut is None else self.shortcut(x)
 
 
-class BasicBlock(_Residual):
+class BasicBlock(Residual):
     """Two 3x3 convolutions (depth 18 and 34)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: str, dilation: int = 1) -> None:
@@ -116,7 +116,7 @@ class BasicBlock(_Residual):
         return self.conv2(out, relu=True, add=self.beside(x))
 
 
-class Bottleneck(_Residual):
+class Bottleneck(Residual):
     """1x1, 3x3, 1x1 convolutions (depth 50 and up); MSRA's weights put the stride in the first 1x1."""
 
     def __init__(

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loco_det.backbone import BasicBlock, Conv2d, StagedBackbone, Stem
+from loco_det.backbone import BasicBlock, Conv2d, Residual, StagedBackbone, Stem
 from loco_det.errors import UserError
 
 PRESNET = "presnet50"  # its name: BACKBONE.NAME, a manifest's architecture
@@ -93,7 +93,7 @@ class PBasicBlock(BasicBlock):
         return super().forward(self.resize(x))
 
 
-class PBottleneck(nn.Module):
+class PBottleneck(Residual):
     """1x1 on the map as it comes; 3x3, 1x1 and the shortcut on the resized one."""
 
     def __init__(
@@ -108,8 +108,7 @@ class PBottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv2(self.resize(self.conv1(x, relu=True)), relu=True)
-        x = self.resize(x)
-        return self.conv3(out, relu=True, add=x if self.shortcut is None else self.shortcut(x))
+        return self.conv3(out, relu=True, add=self.beside(self.resize(x)))
 
 
 class PResNet(StagedBackbone):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import deform_conv2d
 
-from loco_det.backbone import Bottleneck, Conv2d
+from loco_det.backbone import Bottleneck, Conv2d, Residual
 
 OFFSETS = 2 * 3 * 3  # y and x of each of the kernel's nine points
 
@@ -37,7 +37,7 @@ class DeformConv2d(nn.Module):
         return self.norm(out.to(x.dtype))
 
 
-class DeformBottleneck(nn.Module):
+class DeformBottleneck(Residual):
     """A bottleneck whose 3x3 convolution is deformable; at first all offsets are zero and nothing is deformed.
 
     Args:
@@ -61,7 +61,7 @@ class DeformBottleneck(nn.Module):
         out = F.relu_(self.conv1(x))
         out = F.relu_(self.conv2(out, self.conv2_offset(out)))
         out = self.conv3(out)
-        out += x if self.shortcut is None else self.shortcut(x)
+        out += self.beside(x)
         return F.relu_(out)
 
 
