@@ -84,7 +84,6 @@ class Stage:
     name: str
     module: nn.Sequential
     ends_in: str  # the backbone's stage that its last block belongs to, "res3" say
-    channels: int
     recompute: bool
 
 
@@ -128,7 +127,7 @@ def split_backbone(
             raise UserError(f"UNITS: no unit trains {name}; add one that covers it")
     starts = {0} | {first for first, _ in spans} | {last + 1 for _, last in spans}
     starts = sorted((starts | again | {block + 1 for block in again}) - {len(blocks)})
-    stages = [_stage(blocks[a:b], backbone, a in again) for a, b in zip(starts, [*starts[1:], len(blocks)])]
+    stages = [_stage(blocks[a:b], a in again) for a, b in zip(starts, [*starts[1:], len(blocks)])]
     return stages, [Unit(starts.index(first), _stage_of(last, starts)) for first, last in spans]
 
 
@@ -164,11 +163,11 @@ def _stage_of(block: int, starts: list[int]) -> int:
     return max(i for i, start in enumerate(starts) if start <= block)
 
 
-def _stage(blocks: list[tuple[str, nn.Module]], backbone: StagedBackbone, recompute: bool) -> Stage:
+def _stage(blocks: list[tuple[str, nn.Module]], recompute: bool) -> Stage:
     names = [name for name, _ in blocks]
     ends_in = names[-1].split(".")[0]
     name = names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
-    return Stage(name, nn.Sequential(*(block for _, block in blocks)), ends_in, backbone.channels[ends_in], recompute)
+    return Stage(name, nn.Sequential(*(block for _, block in blocks)), ends_in, recompute)
 
 
 # --- one step ---------------------------------------------------------------------------------------------------

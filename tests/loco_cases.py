@@ -31,7 +31,7 @@ def build(units: list[list[str]], recompute: str | list[str] | None = None, dept
     stages, spans = split_backbone(backbone, units, recompute)
     decoders = nn.ModuleList(
         Decoder(channels, residual_blocks(channels, 1, {0}), mlp_layers=2, hidden_dim=16, out_dim=8)
-        for channels in (stages[u.last].channels for u in spans)
+        for channels in (backbone.channels[stages[u.last].ends_in] for u in spans)
     ).double()
     losses = [lambda h, d=d: nt_xent(d(h), 0.2) for d in decoders]
     return backbone, stages, spans, decoders, losses
