@@ -3,7 +3,7 @@
 The paper's LoCo has one residual block that halves the map before the pooling; its SimCLR and GIM have the MLP alone,
 and its ablations try other depths. Any method can have any decoder here. Not stated in the paper, and so this
 software's choice: the blocks keep the unit's channels and are of the kind (basic or bottleneck) that the unit ends
-with; every hidden linear layer is followed by BatchNorm and ReLU.
+with, where that is the stem the first stage's; every hidden linear layer is followed by BatchNorm and ReLU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from loco_det.backbone import BasicBlock, Bottleneck, StagedBackbone, initialise
 from loco_det.errors import UserError
+from loco_det.presnet import PBottleneck
 
 CONVS = ("blocks", "stage", "full")
 
@@ -103,9 +104,7 @@ def build_decoder(settings: dict[str, Any], backbone: StagedBackbone, stage: str
             "stage": (depths[-1], {0}),
             "full": (sum(depths), set(accumulate(depths[:-1]))),
         }[kind]
-        conv = residual_blocks(
-            channels, count, halved, bottleneck=_ends_in_bottleneck(getattr(backbone, stage)), norm=norm
-        )
+        conv = residual_blocks(channels, count, halved, bottleneck=_ends_in_bottleneck(backbone, stage), norm=norm)
     sizes = {key: settings[key.upper()] for key in ("mlp_layers", "hidden_dim", "out_dim")}
     return Decoder(channels, conv, **sizes, norm=norm)
 
@@ -120,12 +119,14 @@ def residual_blocks(
 def _block(channels: int, stride: int, bottleneck: bool, norm: str) -> nn.Module:
     if not bottleneck:
         return BasicBlock(channels, channels, stride, norm)
-    middle = channels // 4
+    middle = max(1, channels // 4)
     return Bottleneck(channels, channels, stride, norm, middle=middle, groups=1, stride_in_1x1=False, dilation=1)
 
 
-def _ends_in_bottleneck(stage: nn.Module) -> bool:
-    return not isinstance(list(stage.children())[-1], BasicBlock)
+def _ends_in_bottleneck(backbone: StagedBackbone, stage: str) -> bool:
+    """Whether the stage's last block is one; the stem has no block, and the first stage's stands for it."""
+    blocks = getattr(backbone, backbone.stage_names[1] if stage == "stem" else stage)
+    return isinstance(blocks[-1], (Bottleneck, PBottleneck))
 
 
 def _norm1d(norm: str, width: int) -> nn.Module:

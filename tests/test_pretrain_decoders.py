@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loco_det.backbone import BasicBlock, Bottleneck, ResNet
+from loco_det.backbone import BasicBlock, Bottleneck, ResNet, narrow
 from loco_det.errors import UserError
+from loco_det.presnet import PResNet
 from pretrain.decoders import Decoder, build_decoder, residual_blocks
 from pretrain.defaults import get_cfg
 
@@ -54,6 +55,29 @@ def test_conv_blocks_are_of_the_units_kind_and_the_first_halves_the_map(depth, k
         x = block(x)
         assert x.shape[2:] == (side, side)
     assert x.shape[1] == ResNet(depth).channels["res4"] == decoder.mlp[0].in_features
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: ResNet(18), BasicBlock),
+        (lambda: ResNet(50), Bottleneck),
+        (lambda: PResNet(stem_channels=4), BasicBlock),
+    ],
+)
+def test_a_unit_of_the_stem_alone_has_the_first_stages_blocks(make, kind) -> None:
+    backbone = make()
+    decoder = build_decoder(settings(CONV_BLOCKS=1), backbone, "stem")
+    assert [type(block) for block in decoder.blocks] == [kind]
+    assert decoder(torch.randn(2, backbone.channels["stem"], 8, 8)).shape == (2, 8)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+@pytest.mark.parametrize("stage", ["stem", "res2", "res5"])
+def test_no_network_is_too_narrow_for_a_bottleneck(width: int, stage: str) -> None:
+    backbone = ResNet(50, stem="cifar", **narrow(50, width))
+    decoder = build_decoder(settings(CONV_BLOCKS=2), backbone, stage)
+    assert decoder(torch.randn(2, backbone.channels[stage], 8, 8)).shape == (2, 8)
 
 
 @pytest.mark.parametrize("depth", [18, 50])
