@@ -26,7 +26,7 @@ class Decoder(nn.Module):
     """Residual blocks, global average pool, MLP: (2B, C, H, W) -> (2B, out_dim).
 
     Args:
-        channels: of what the pool sees: C, unless `blocks` change it.
+        channels: that are pooled: C, unless `blocks` change it.
         blocks: what comes before the pool; `residual_blocks` makes the usual ones.
         mlp_layers: 1 to 4 linear layers; every hidden one is followed by BatchNorm and ReLU, as in SimCLR's code.
         hidden_dim: width of the hidden layers; 0 means `channels`.

@@ -26,7 +26,7 @@ def get_cfg() -> CfgNode:
                 "CONV_BLOCKS": 0,  # residual blocks before the pool
                 "DOWNSAMPLE": True,  # the first of them halves the map
                 "MLP_LAYERS": 2,  # 1 to 4
-                "HIDDEN_DIM": 2048,  # 0: as many as the unit's last stage has channels
+                "HIDDEN_DIM": 2048,  # 0: as many as the channels that are pooled
                 "OUT_DIM": 128,
             },
             "LOSS": {

@@ -104,6 +104,12 @@ def test_conv_stage_is_the_next_stage_with_weights_of_its_own(depth: int) -> Non
             assert torch.equal(backbone.state_dict()[name], before[name])
 
 
+@pytest.mark.parametrize(("conv", "width"), [("blocks", 128), ("full", 128), ("stage", 256)])
+def test_hidden_layers_without_a_width_are_as_wide_as_what_is_pooled(conv: str, width: int) -> None:
+    decoder = build_decoder(settings(CONV=conv, HIDDEN_DIM=0), ResNet(18), "res3")
+    assert (decoder.mlp[0].in_features, decoder.mlp[0].out_features) == (width, width)
+
+
 def test_the_last_stage_has_as_many_blocks_as_itself_for_a_next_stage() -> None:
     decoder = build_decoder(settings(CONV="stage"), ResNet(50), "res5")
     x = torch.randn(1, 2048, 7, 7)
