@@ -8,12 +8,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from loco_det.artifact import load_backbone
 from loco_det.config import load_config
 from pretrain.defaults import get_cfg
 from pretrain.paper import ROWS, table
-from pretrain.train import pretrain
+from pretrain.train import build_backbone, pretrain, unit_names
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "pretrain"
@@ -28,6 +29,43 @@ SMALL = {
     "SOLVER.AMP": "none",
     "LOG_PERIOD": 1,
     "DEVICE": "cpu",
+}
+# What the paper says of each of its rows, written by hand: method; units; layers before the pool, how many blocks,
+# whether the first of them halves the map (None: there are none); linear layers; what a stage of two units learns from,
+# and the factor of soft's penalty.
+END_TO_END, APART = [["res2", "res5"]], [["res2", "res2"], ["res3", "res3"], ["res4", "res4"], ["res5", "res5"]]
+PAIRS = [["res2", "res3"], ["res3", "res4"], ["res4", "res5"]]
+ONE_BLOCK = [["res2", "res3.0"], ["res3", "res4.0"], ["res4", "res5.0"], ["res5", "res5"]]
+TWO_BLOCKS = [["res2", "res3.1"], ["res3", "res4.1"], ["res4", "res5.1"], ["res5", "res5"]]
+SIX_APART = [["res2", "res2"], ["res3", "res3"], ["res4", "res4"], ["res5", "res5"], ["res6", "res6"], ["res7", "res7"]]
+SIX_PAIRS = [["res2", "res3"], ["res3", "res4"], ["res4", "res5"], ["res5", "res6"], ["res6", "res7"]]
+STATED = {
+    "simclr_r50": ("simclr", END_TO_END, "blocks", 0, None, 2, "hard", 0),
+    "gim_r50": ("gim", APART, "blocks", 0, None, 2, "hard", 0),
+    "loco_r50": ("loco", PAIRS, "blocks", 1, True, 2, "hard", 0),
+    "loco_res2_r50": ("loco_res2", [["res2", "res2"], *PAIRS], "blocks", 1, True, 2, "hard", 0),
+    "simclr_r50_100ep": ("simclr", END_TO_END, "blocks", 0, None, 2, "hard", 0),
+    "gim_r50_100ep": ("gim", APART, "blocks", 0, None, 2, "hard", 0),
+    "loco_mlp_r50_100ep": ("loco", PAIRS, "blocks", 0, None, 2, "hard", 0),
+    "simclr_conv_r50_100ep": ("simclr", END_TO_END, "blocks", 1, True, 2, "hard", 0),
+    "gim_conv_nods_r50_100ep": ("gim", APART, "blocks", 1, False, 2, "hard", 0),
+    "gim_conv_r50_100ep": ("gim", APART, "blocks", 1, True, 2, "hard", 0),
+    "gim_2conv_r50_100ep": ("gim", APART, "blocks", 2, True, 2, "hard", 0),
+    "gim_stage_r50_100ep": ("gim", APART, "stage", 0, None, 2, "hard", 0),
+    "gim_full_r50_100ep": ("gim", APART, "full", 0, None, 2, "hard", 0),
+    "simclr_mlp4_r50_100ep": ("simclr", END_TO_END, "blocks", 0, None, 4, "hard", 0),
+    "gim_mlp4_r50_100ep": ("gim", APART, "blocks", 0, None, 4, "hard", 0),
+    "loco_r50_100ep": ("loco", PAIRS, "blocks", 1, True, 2, "hard", 0),
+    "loco_mlp4_r50_100ep": ("loco", PAIRS, "blocks", 1, True, 4, "hard", 0),
+    "loco_upper_r50_100ep": ("loco", PAIRS, "blocks", 1, True, 2, "upper", 0),
+    "loco_soft_1e-4_r50_100ep": ("loco", PAIRS, "blocks", 1, True, 2, "soft", 1e-4),
+    "loco_soft_1e-3_r50_100ep": ("loco", PAIRS, "blocks", 1, True, 2, "soft", 1e-3),
+    "loco_soft_1e-2_r50_100ep": ("loco", PAIRS, "blocks", 1, True, 2, "soft", 1e-2),
+    "loco_share1block_r50_100ep": ("loco", ONE_BLOCK, "blocks", 1, True, 2, "hard", 0),
+    "loco_share2blocks_r50_100ep": ("loco", TWO_BLOCKS, "blocks", 1, True, 2, "hard", 0),
+    "simclr_presnet50_100ep": ("simclr", [["res2", "res7"]], "blocks", 0, None, 2, "hard", 0),
+    "gim_presnet50_100ep": ("gim", SIX_APART, "blocks", 0, None, 2, "hard", 0),
+    "loco_presnet50_100ep": ("loco", SIX_PAIRS, "blocks", 1, True, 2, "hard", 0),
 }
 LOSSES = {"simclr": 1, "gim": 4, "loco": 3, "loco_res2": 4, "loco_share1block": 4, "loco_share2blocks": 4}
 
@@ -68,6 +106,17 @@ def test_the_header_says_the_papers_figure_and_the_schedule_is_its(row) -> None:
     peak = cfg.SOLVER.BASE_LR * cfg.SOLVER.BATCH_SIZE / 256
     assert peak == pytest.approx(4.8)
     assert (cfg.DECODER.OUT_DIM, cfg.DATA.IMAGE_SIZE) == (128, 224)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.config)
+def test_units_decoder_and_sharing_are_the_papers(row) -> None:
+    cfg = load_config(get_cfg(), CONFIGS / f"{row.config}.yaml")
+    with torch.device("meta"):
+        units = unit_names(cfg, build_backbone(cfg))
+    decoder = (cfg.DECODER.CONV, cfg.DECODER.CONV_BLOCKS, cfg.DECODER.DOWNSAMPLE if cfg.DECODER.CONV_BLOCKS else None)
+    found = (cfg.METHOD, units, *decoder, cfg.DECODER.MLP_LAYERS, cfg.SHARING.MODE, cfg.SHARING.PENALTY)
+    assert found == STATED[row.config]
+    assert (cfg.BACKBONE.NAME == "presnet50") == ("presnet50" in row.config)
 
 
 def test_every_recipe_is_a_row_and_the_page_shows_them() -> None:
