@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -31,12 +31,12 @@ from loco_det.data.tar import TarSource
 from loco_det.data.views import (
     Ahead,
     ViewConfig,
+    ViewParams,
     crop_resize,
     decode_and_draw,
     draw_ahead,
     finish_view,
     stream,
-    two_crops,
     view_config,
 )
 from loco_det.errors import UserError
@@ -46,7 +46,6 @@ _TOGETHER = 16  # images whose crops are held before they are augmented
 _SUBSTITUTES = 100  # images tried in place of an unreadable one before giving up
 _BAD_NAMED = 20  # unreadable images named in the log, one line each; later ones at every power of two
 _ORDER_STREAM = 2**63  # a counter that no image index reaches
-T = TypeVar("T")
 
 
 class PlainBatch(NamedTuple):
@@ -78,17 +77,16 @@ class _AnswerDataset(Dataset):
         """
         raise NotImplementedError
 
-    def _readable(
+    def _decoded(
         self,
-        make: Callable[..., T],
         epoch: int,
         index: int,
         data: bytes | None,
         ahead: Ahead | None,
         used: list[int],
         bad: list[tuple[int, str]],
-    ) -> T:
-        """What `make` gives of an image or else of the next readable one; `used` gets its index.
+    ) -> tuple[np.ndarray, list[tuple[int, int, int, int]], list[ViewParams]]:
+        """What `decode_and_draw` gives of an image or else of the next readable one; `used` gets its index.
 
         Raises:
             UserError: there is none.
@@ -97,7 +95,7 @@ class _AnswerDataset(Dataset):
             try:
                 data = self.source.read(image) if data is None else data
                 # Drawn as the image that was wanted, else a neighbour would come twice with the same views.
-                made = make(data, self.source.name(image), self.config, self.seed, epoch, index, ahead)
+                made = decode_and_draw(data, self.source.name(image), self.config, self.seed, epoch, index, ahead)
                 used.append(image)
                 return made
             except UserError as error:
@@ -111,7 +109,7 @@ class DecodedDataset(_AnswerDataset):
 
     def answer(self, epoch: int, images: Iterable[tuple[int, bytes | None]], count: int) -> Answer:
         used, bad = [], []
-        decoded = [self._readable(decode_and_draw, epoch, *image, None, used, bad) for image in images]
+        decoded = [self._decoded(epoch, *image, None, used, bad) for image in images]
         return packed(decoded, used), bad
 
 
@@ -127,7 +125,7 @@ class TwoViewDataset(_AnswerDataset):
         while group := list(islice(images, _TOGETHER)):
             ahead = [self._drawn(epoch, index, data) for index, data in group]
             cropped = [
-                self._readable(two_crops, epoch, index, data, known, used, bad)
+                self._cropped(*self._decoded(epoch, index, data, known, used, bad))
                 for (index, _), (data, known) in zip(group, ahead)
             ]
             for crops, pair in cropped:
@@ -136,8 +134,14 @@ class TwoViewDataset(_AnswerDataset):
                 row += 1
         return TwoViews(views, torch.tensor(used)), bad
 
+    def _cropped(
+        self, image: np.ndarray, crops: list[tuple[int, int, int, int]], pair: list[ViewParams]
+    ) -> tuple[list[np.ndarray], list[ViewParams]]:
+        """The resized crops in the image's place, which is not held any longer."""
+        return [crop_resize(image, crop, self.config.size) for crop in crops], pair
+
     def _drawn(self, epoch: int, index: int, data: bytes | None) -> tuple[bytes | None, Ahead | None]:
-        """An image's bytes and its views' parameters, as far as both are to be had; `_readable` says what is wrong."""
+        """An image's bytes and its views' parameters, as far as both are to be had; `_decoded` says what is wrong."""
         try:
             data = self.source.read(index) if data is None else data
         except UserError:

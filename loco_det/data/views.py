@@ -199,8 +199,9 @@ def two_views(data: bytes, name: str, config: ViewConfig, seed: int, epoch: int,
     Raises:
         UserError: the image cannot be decoded; names it.
     """
-    for crop, params, planes in zip(*two_crops(data, name, config, seed, epoch, index), out):
-        finish_view(crop, params, planes)
+    image, crops, pair = decode_and_draw(data, name, config, seed, epoch, index)
+    for crop, params, planes in zip(crops, pair, out):
+        finish_view(crop_resize(image, crop, config.size), params, planes)
 
 
 class Ahead(NamedTuple):
@@ -214,27 +215,6 @@ def draw_ahead(data: bytes, config: ViewConfig, seed: int, epoch: int, index: in
     """Both views' parameters, if the size of the image is known without decoding it."""
     size = jpeg_size(data)
     return Ahead(size, None if size is None else _draw_pair(config, size, seed, epoch, index))
-
-
-def two_crops(
-    data: bytes,
-    name: str,
-    config: ViewConfig,
-    seed: int,
-    epoch: int,
-    index: int,
-    ahead: Ahead | None = None,
-) -> tuple[list[np.ndarray], list[ViewParams]]:
-    """Both views' resized crops, (S, S, 3) uint8, and all their parameters; `finish_view` does the rest of these.
-
-    Args:
-        ahead: what `draw_ahead` gave, if it was asked.
-
-    Raises:
-        UserError: the image cannot be decoded; names it.
-    """
-    image, crops, pair = decode_and_draw(data, name, config, seed, epoch, index, ahead)
-    return [crop_resize(image, crop, config.size) for crop in crops], pair
 
 
 def decode_and_draw(
