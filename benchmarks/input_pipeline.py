@@ -172,8 +172,7 @@ def batched_32() -> Side:
     decoded = two_views_of(DecodedDataset)
 
     def run(files: list[bytes]) -> object:
-        images = decoded(files)
-        return make_views(images.pixels, images.params, 32)
+        return make_views(decoded(files), 32)
 
     return run
 

@@ -34,7 +34,7 @@ def batch(images: list[np.ndarray], params: list[ViewParams]) -> Decoded:
 def assert_close(images: list[np.ndarray], params: list[ViewParams], size: int, levels: int, equal: float) -> None:
     """No value is further than `levels` from the one of `views.py`, and at least the share `equal` is the same."""
     decoded = batch(images, params)
-    made = make_views(decoded.pixels, decoded.params, size)
+    made = make_views(decoded, size)
     assert made.shape == (2, len(images), 3, size, size)
     assert made.dtype == torch.uint8
     assert made.is_contiguous()
@@ -115,7 +115,7 @@ def drawn(size: int, kind: str, count: int, sides: tuple[int, int]) -> tuple[lis
 def test_drawn_views_are_those_of_one_image_at_a_time(size: int, kind: str, count: int, sides: tuple[int, int]) -> None:
     """The same draws, and at most 2 levels after all operations; all but the blur mostly agree to the bit."""
     files, decoded = drawn(size, kind, count, sides)
-    made = make_views(decoded.pixels, decoded.params, size).permute(0, 1, 3, 4, 2).numpy().astype(int)
+    made = make_views(decoded, size).permute(0, 1, 3, 4, 2).numpy().astype(int)
     config = view_config(size, {"SOLARIZE_PROB": 0.2})
     expected = np.stack([two_views(data, "x", config, 5, 3, 100 + k) for k, data in enumerate(files)], 1)
     difference = np.abs(made - expected)
@@ -129,16 +129,48 @@ def test_drawn_views_are_those_of_one_image_at_a_time(size: int, kind: str, coun
 def test_a_view_does_not_depend_on_the_batch_it_is_made_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit: alone, in another order, beside a larger image, and with few images' floats at a time."""
     _, decoded = drawn(48, "PNG", 16, (40, 120))
-    whole = make_views(decoded.pixels, decoded.params, 48)
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(make_views(decoded.pixels[order], decoded.params[:, order], 48), whole[:, order])
+    whole = make_views(decoded, 48)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist()
+    assert torch.equal(make_views(chosen(decoded, order), 48), whole[:, order])
     for k in (0, 7):
-        alone = make_views(decoded.pixels[k : k + 1], decoded.params[:, k : k + 1], 48)
-        assert torch.equal(alone[:, 0], whole[:, k])
-    padded = torch.nn.functional.pad(decoded.pixels, (0, 0, 0, 77, 0, 31), value=255)  # what is there means nothing
-    assert torch.equal(make_views(padded, decoded.params, 48), whole)
+        assert torch.equal(make_views(chosen(decoded, [k]), 48)[:, 0], whole[:, k])
+    larger = batch([noise(400, 300)], [changed(crop=(0, 0, 400, 300))])
+    assert torch.equal(make_views(join_decoded([larger, decoded], pin=False), 48)[:, 1:], whole)
     monkeypatch.setattr(batched_views, "_AT_ONCE", 3 * 120 * 120 * 5)
-    assert torch.equal(make_views(decoded.pixels, decoded.params, 48), whole)
+    assert torch.equal(make_views(decoded, 48), whole)
+
+
+def chosen(decoded: Decoded, images: list[int]) -> Decoded:
+    """Of these images alone, in this order."""
+    parts = decoded.pixels.split(decoded.sides.prod(1).tolist())
+    pixels = torch.cat([parts[k] for k in images])
+    return Decoded(pixels, decoded.sides[images], decoded.params[:, images], decoded.index[images])
+
+
+def test_a_large_image_costs_its_own_bytes() -> None:
+    images = [noise(30, 40, k) for k in range(20)] + [noise(900, 50)]
+    decoded = batch(images, [changed(crop=(0, 0, 30, 40))] * 21)
+    assert decoded.pixels.numel() == 20 * 30 * 40 * 3 + 900 * 50 * 3
+    joined = join_decoded([decoded, chosen(decoded, [3])], pin=False)
+    assert joined.pixels.numel() == 21 * 30 * 40 * 3 + 900 * 50 * 3
+
+
+def test_crops_are_padded_to_others_of_about_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is multiplied is a little more than what the crops hold, and at most so much at a time."""
+    rng = np.random.default_rng(0)
+    sides = [(int(h), int(h * rng.uniform(0.8, 1.2))) for h in rng.integers(20, 200, 60)] + [(900, 800)]
+    params = [changed(crop=(2, 1, h, w)) for h, w in sides]
+    decoded = batch([noise(h + 5, w + 9, k) for k, (h, w) in enumerate(sides)], params)
+    most = 3 * 200 * 240 * 4
+    monkeypatch.setattr(batched_views, "_AT_ONCE", most)
+    cut, sizes = batched_views._cut, []
+    monkeypatch.setattr(batched_views, "_cut", lambda *args: sizes.append((x := cut(*args)).numel()) or x)
+    make_views(decoded, 16)
+    assert sorted(sizes)[-2:] == [3 * 900 * 800] * 2  # a crop that is too large comes alone
+    assert max(sorted(sizes)[:-2]) <= most
+    assert len(sizes) < 60
+    own = 2 * 3 * sum(h * w for h, w in sides)
+    assert own < sum(sizes) < 1.5 * own
 
 
 def test_sums_are_exact_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +187,7 @@ def test_sums_are_exact_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     for size, low, high in ((224, 100, 640), (8, 300, 640)):
         params = [changed(crop=(0, 0, low, low), blur_sigma=2.0), changed(crop=(0, 0, high, high), blur_sigma=5.0)]
         decoded = batch([np.full((high, high, 3), 255, np.uint8), noise(high, high)], params)
-        make_views(decoded.pixels, decoded.params, size)
+        make_views(decoded, size)
     assert len(largest) == 2 * 2 + 2 + 2 * 1 + 2
     assert 2**20 < max(largest) < 2**24
 
@@ -174,15 +206,13 @@ def test_the_host_asks_nothing_of_the_device() -> None:
     """No value and no number of elements: either would make it wait for all that the device has still to do."""
     _, decoded = drawn(32, "PNG", 16, (20, 60))
     with Calls() as calls:
-        make_views(decoded.pixels, decoded.params, 32)
+        make_views(decoded, 32)
     assert "bmm" in calls.names
     assert not {"_local_scalar_dense", "nonzero", "masked_select", "unique"} & set(calls.names)
 
 
 def test_parts_are_joined_to_what_one_worker_would_have_made() -> None:
     _, decoded = drawn(32, "PNG", 9, (20, 60))
-    parts = [Decoded(decoded.pixels[a:b], decoded.params[:, a:b], decoded.index[a:b]) for a, b in ((0, 4), (4, 9))]
-    parts[0] = parts[0]._replace(pixels=parts[0].pixels[:, :, :60].clone())
+    parts = [chosen(decoded, list(range(a, b))) for a, b in ((0, 4), (4, 9))]
     joined = join_decoded(parts, pin=False)
-    assert torch.equal(joined.index, decoded.index)
-    assert torch.equal(make_views(joined.pixels, joined.params, 32), make_views(decoded.pixels, decoded.params, 32))
+    assert all(torch.equal(part, whole) for part, whole in zip(joined, decoded, strict=True))

@@ -216,6 +216,7 @@ def test_workers_give_decoded_images_where_batches_are_augmented(folder: Path) -
     dataset = DecodedDataset(open_source(folder), twoview.view_config(SIZE, {}), seed=0)
     decoded, bad = dataset[0, [3, 4]]
     assert isinstance(decoded, Decoded)
-    assert decoded.pixels.shape == (2, 40, 50, 3)
+    assert decoded.pixels.shape == (2 * 40 * 50, 3)
+    assert decoded.sides.tolist() == [[40, 50]] * 2
     assert decoded.index.tolist() == [3, 4]
     assert bad == []

@@ -1,12 +1,15 @@
 """Both views of a whole batch at once, on tensors: the pixels of `views.py`, on any device and in a few large steps.
 
-Shape legend: B images in the batch, n views of some of them, H x W the largest decoded image, S the view's side. While
-they are worked on, views are (n, S, 3, S) float32 tensors of whole numbers from 0 to 255: row, channel, column.
+Shape legend: B images in the batch, P pixels in all of them, n views that are made together, H x W the largest of their
+crops, S the view's side. While they are worked on, views are (n, S, 3, S) float32 tensors of whole numbers from 0 to
+255: row, channel, column.
 
 Workers decode and draw (`views.decode_and_draw`): the random numbers, and what a JPEG is decoded to, are the very ones
-of `views.py`. The rest is done here. A crop is resized by one matrix product along its columns and one along its rows,
-whatever its size; a flip reverses the rows of the first matrix, and a blur is another pair of products. The colour
-operations come in an order of its own for every view: at each place of the order, the views that have the same
+of `views.py`. The rest is done here. Pixels lie one after another, image by image, so that a large image costs its own
+bytes and no more; only the crops that are resized together are padded, to the largest of them, and so that this is
+little, crops of about the same size are. A crop is resized by one matrix product along its columns and one along its
+rows, whatever its size; a flip reverses the rows of the first matrix, and a blur is another pair of products. The
+colour operations come in an order of its own for every view: at each place of the order, the views that have the same
 operation there are taken together.
 
 Weights are fixed-point numbers, in two parts where they have many bits, so that every sum is a whole number below 2^24,
@@ -18,7 +21,7 @@ OpenCV's blur has no such bits, and may differ by 1 level of 255.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +34,7 @@ _OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 # Columns of the parameters: the crop, four operations (or -1) in their order, their four factors, the rest.
 _PLACE, _FACTOR = 4, 8
 _FLIP, _GRAY, _SIGMA, _SOLARIZE = 12, 13, 14, 15
-_AT_ONCE = 2**25  # pixel values of decoded images that are floats at the same time
+_AT_ONCE = 2**25  # values of crops, with their padding, that are floats at the same time
 _PART = 256  # the lower part of a weight of many bits lies below this
 _BLUR_BITS, _BLUR_KEPT = 16, 3  # of a weight; of the fraction of a level between the two products
 
@@ -39,7 +42,8 @@ _BLUR_BITS, _BLUR_KEPT = 16, 3  # of a weight; of the fraction of a level betwee
 class Decoded(NamedTuple):
     """One step's images of this process, decoded, and what is to be done to them."""
 
-    pixels: Tensor  # (B, H, W, 3) uint8 RGB; an image fills its upper left corner, and what is beyond means nothing
+    pixels: Tensor  # (P, 3) uint8 RGB, row by row of each image
+    sides: Tensor  # (B, 2) int64, each image's height and width
     params: Tensor  # (2, B, 16) float64, a `ViewParams` a row; crops are those of the decoded image
     index: Tensor  # (B,) int64, the image in the source that was really used
 
@@ -51,12 +55,10 @@ def packed(
     images: Sequence[tuple[np.ndarray, Sequence[tuple[int, int, int, int]], Sequence[ViewParams]]], index: Sequence[int]
 ) -> Decoded:
     """One batch of what `views.decode_and_draw` gave for each image; `index` says which image of the source it is."""
-    height, width = (max(image.shape[axis] for image, _, _ in images) for axis in (0, 1))
-    pixels = torch.empty(len(images), height, width, 3, dtype=torch.uint8)
-    for place, (image, _, _) in zip(pixels.numpy(), images):
-        place[: image.shape[0], : image.shape[1]] = image
+    pixels = torch.from_numpy(np.concatenate([image.reshape(-1, 3) for image, _, _ in images]))
+    sides = torch.tensor([image.shape[:2] for image, _, _ in images])
     rows = [[_row(crops[view], pair[view]) for _, crops, pair in images] for view in range(2)]
-    return Decoded(pixels, torch.tensor(rows, dtype=torch.float64), torch.tensor(index))
+    return Decoded(pixels, sides, torch.tensor(rows, dtype=torch.float64), torch.tensor(index))
 
 
 def _row(crop: tuple[int, int, int, int], params: ViewParams) -> list[float]:
@@ -68,61 +70,93 @@ def _row(crop: tuple[int, int, int, int], params: ViewParams) -> list[float]:
 
 def join_decoded(parts: Sequence[Decoded], pin: bool) -> Decoded:
     """All parts as one batch, its pixels in pinned memory if asked."""
-    height, width = (max(part.pixels.shape[axis] for part in parts) for axis in (1, 2))
-    counts = [len(part.index) for part in parts]
-    pixels = torch.empty(sum(counts), height, width, 3, dtype=torch.uint8, pin_memory=pin)
-    for place, part in zip(pixels.split(counts), parts):
-        place[:, : part.pixels.shape[1], : part.pixels.shape[2]] = part.pixels
-    return Decoded(pixels, torch.cat([part.params for part in parts], 1), torch.cat([part.index for part in parts]))
+    pixels = torch.empty(sum(len(part.pixels) for part in parts), 3, dtype=torch.uint8, pin_memory=pin)
+    torch.cat([part.pixels for part in parts], out=pixels)
+    sides, params, index = zip(*(part[1:] for part in parts))
+    return Decoded(pixels, torch.cat(sides), torch.cat(params, 1), torch.cat(index))
 
 
 # --- on the device ----------------------------------------------------------------------------------------------
 
 
-def make_views(pixels: Tensor, params: Tensor, size: int, pin: bool = False) -> Tensor:
-    """(2, B, 3, S, S) uint8 views on the device of `pixels`.
+def make_views(decoded: Decoded, size: int, pin: bool = False) -> Tensor:
+    """(2, B, 3, S, S) uint8 views on the device of the pixels.
 
     Args:
-        pixels: (B, H, W, 3) uint8, see `Decoded`.
-        params: (2, B, 16) float64 on the host, which learns from it what views to take together.
+        decoded: its pixels are on any device, the rest on the host, which learns from it what views to take together.
         pin: give them in pinned memory, if that device is the host.
     """
-    device, (count, height, width, _) = pixels.device, pixels.shape
-    params = params.flatten(0, 1)
+    pixels, params = decoded.pixels, decoded.params.flatten(0, 1)
+    device, count = pixels.device, len(params)
     values = _sent(params.float() if device.type == "mps" else params, device)  # which has no float64
-    crops = values[:, [0, 1, 2, 3, _FLIP]]
-    x = torch.empty(2 * count, size, 3, size, device=device)
-    for resize, rows in _groups(device, *_resizings(params.numpy(), size)):
-        for some in rows.split(max(1, _AT_ONCE // (3 * height * width))):
-            floats = pixels.index_select(0, some % count).transpose(2, 3)
-            floats = floats.to(torch.float32, memory_format=torch.contiguous_format)
-            x.index_copy_(0, some, resize(floats, crops[some], size))
+    places = _sent(_places_of_crops(decoded), device)
+    crops = torch.cat([values[:, 2:4], values[:, _FLIP, None]], 1)
+    x = torch.empty(count, size, 3, size, device=device)
+    for (resize, sides), rows in _groups(device, *_resizings(params.numpy(), size)):
+        x.index_copy_(0, rows, resize(_cut(pixels, places[rows], *sides), crops[rows], size))
     for (operation, column), rows in _groups(device, *_changes(params.numpy())):
         x.index_copy_(0, rows, operation(x.index_select(0, rows), values[rows, column].view(-1, 1, 1, 1)))
-    views = torch.empty(2 * count, 3, size, size, dtype=torch.uint8, device=device, pin_memory=pin)
-    return views.copy_(x.transpose(1, 2)).unflatten(0, (2, count))
+    views = torch.empty(count, 3, size, size, dtype=torch.uint8, device=device, pin_memory=pin)
+    return views.copy_(x.transpose(1, 2)).unflatten(0, (2, count // 2))
 
 
-def _resizings(table: np.ndarray, size: int) -> tuple[list[Callable], list[np.ndarray]]:
-    """As `views.crop_resize` decides it."""
-    shrinks = (table[:, 2:4] > size).any(1)
-    return [_enlarged, _shrunk], [~shrinks, shrinks]
+def _places_of_crops(decoded: Decoded) -> Tensor:
+    """(2 B, 4) int64: a crop's first pixel, pixels from one row to the next, its height and width."""
+    top, left, height, width = decoded.params[..., :4].long().unbind(2)
+    stride = decoded.sides[:, 1]
+    areas = decoded.sides.prod(1)
+    first = areas.cumsum(0) - areas + top * stride + left
+    return torch.stack([first, stride.expand_as(first), height, width], 2).flatten(0, 1)
+
+
+def _cut(pixels: Tensor, places: Tensor, height: int, width: int) -> Tensor:
+    """(n, H, 3, W) float32: crops from their upper left corners on, their last row and column repeated beyond."""
+    first, stride, own_height, own_width = places[:, :, None, None].unbind(1)
+    row = torch.arange(height, device=pixels.device).view(-1, 1).minimum(own_height - 1)
+    column = torch.arange(width, device=pixels.device).minimum(own_width - 1)
+    number = first + row * stride + column
+    cut = pixels.index_select(0, number.flatten()).view(*number.shape, 3).transpose(2, 3)
+    return cut.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _resizings(table: np.ndarray, size: int) -> tuple[list[tuple[Callable, tuple[int, int]]], list[np.ndarray]]:
+    """(how `views.crop_resize` resizes, sides of the largest crop) and the rows of the views that are made together."""
+    sides = table[:, 2:4].astype(int)
+    shrinks = (sides > size).any(1)
+    what, rows = [], []
+    for resize, which in ((_enlarged, ~shrinks), (_shrunk, shrinks)):
+        for some in _alike(sides, np.flatnonzero(which)):
+            what.append((resize, tuple(sides[some].max(0).tolist())))
+            rows.append(some)
+    return what, rows
+
+
+def _alike(sides: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows by the area of their crops, in parts that have, padded, at most _AT_ONCE values or are a single crop."""
+    rows = rows[np.argsort(sides[rows].prod(1), kind="stable")]
+    first, largest = 0, (0, 0)
+    for k, own in enumerate(sides[rows].tolist()):
+        largest = (max(largest[0], own[0]), max(largest[1], own[1]))
+        if first < k and 3 * (k + 1 - first) * largest[0] * largest[1] > _AT_ONCE:
+            yield rows[first:k]
+            first, largest = k, tuple(own)
+    if first < len(rows):
+        yield rows[first:]
 
 
 def _changes(table: np.ndarray) -> tuple[list[tuple[Callable, int]], list[np.ndarray]]:
-    """(operation, column of its parameter) in the order of application, and (n,) bool which views have it."""
+    """(operation, column of its parameter) in the order of application, and the rows of the views that have it."""
     jitter = (_brightness, _contrast, _saturation, _hue)
     what = [(jitter[number], _FACTOR + place) for place in range(4) for number in range(4)]
     which = [table[:, _PLACE + place] == number for place in range(4) for number in range(4)]
     for operation, column in ((_gray, _GRAY), (_blur, _SIGMA), (_solarize, _SOLARIZE)):
         what.append((operation, column))
         which.append(table[:, column] > 0)
-    return what, which
+    return what, [np.flatnonzero(chosen) for chosen in which]
 
 
-def _groups(device: torch.device, what: Sequence, which: Sequence[np.ndarray]) -> list[tuple]:
+def _groups(device: torch.device, what: Sequence, rows: Sequence[np.ndarray]) -> list[tuple]:
     """(what, int64 rows on the device) where there are any; the rows of all go there together."""
-    rows = [np.flatnonzero(chosen) for chosen in which]
     parts = _sent(torch.from_numpy(np.concatenate(rows)), device).split([len(some) for some in rows])
     return [(one, part) for one, part in zip(what, parts) if len(part)]
 
@@ -136,26 +170,29 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _enlarged(x: Tensor, crops: Tensor, size: int) -> Tensor:
-    """(n, S, 3, S): crops of (n, H, 3, W) images that are at most S high and wide, as OpenCV enlarges them.
+    """(n, S, 3, S): (n, H, 3, W) crops that are at most S high and wide, as OpenCV enlarges them.
+
+    Args:
+        crops: (n, 3), their heights, widths and whether they are flipped.
 
     OpenCV rounds the sum along the columns down to 1/128 of a level, each of both terms along the rows down to a
     quarter, and their sum to a level.
     """
-    top, left, height, width = crops[:, :4].unsqueeze(2).unsqueeze(3).unbind(1)
-    first, second = _linear(left, width, size, x.shape[3])
-    x = _by_columns(x, _flipped(first + second, crops)).mul_(2**-4).floor_()
-    upper, lower = _by_rows(x, _parts(torch.cat(_linear(top, height, size, x.shape[1]), 1))).chunk(2, 1)
+    height, width, flip = crops[:, :, None, None].unbind(1)
+    first, second = _linear(width, size, x.shape[3])
+    x = _by_columns(x, _flipped(first + second, flip)).mul_(2**-4).floor_()
+    upper, lower = _by_rows(x, _parts(torch.cat(_linear(height, size, x.shape[1]), 1))).chunk(2, 1)
     first, second = lower.div_(_PART).floor_().add_(upper).div_(_PART).floor_().chunk(2, 1)
     return (first + second).add_(2).mul_(2**-2).floor_()
 
 
-def _linear(start: Tensor, length: Tensor, size: int, extent: int) -> tuple[Tensor, Tensor]:
+def _linear(length: Tensor, size: int, extent: int) -> tuple[Tensor, Tensor]:
     """(n, S, extent) weights in 1/2048 of the pixel before each new pixel's middle, and of the one after it.
 
     Args:
-        start, length: (n, 1, 1) where in the extent the crop lies.
+        length: (n, 1, 1), how much of the extent is the crop.
     """
-    new, old, length = _places(start, length, size, extent)
+    new, old, length = _places(length, size, extent)
     place = (length * (2 * new + 1) - size) / (2 * size)  # of whole numbers, so that its error is one rounding
     before = place.floor()
     share = place - before
@@ -165,23 +202,26 @@ def _linear(start: Tensor, length: Tensor, size: int, extent: int) -> tuple[Tens
 
 
 def _shrunk(x: Tensor, crops: Tensor, size: int) -> Tensor:
-    """(n, S, 3, S): crops of (n, H, 3, W) images, antialiased as torch does it, rounded to levels after the columns."""
-    top, left, height, width = crops[:, :4].unsqueeze(2).unsqueeze(3).unbind(1)
-    weights, bits = _triangle(left, width, size, x.shape[3])
-    x = _whole(*_by_columns(x, _parts(_flipped(weights, crops))).chunk(2, 3), bits)
-    weights, bits = _triangle(top, height, size, x.shape[1])
+    """(n, S, 3, S): (n, H, 3, W) crops, antialiased as torch does it, rounded to levels after the columns.
+
+    Arguments as `_enlarged`'s.
+    """
+    height, width, flip = crops[:, :, None, None].unbind(1)
+    weights, bits = _triangle(width, size, x.shape[3])
+    x = _whole(*_by_columns(x, _parts(_flipped(weights, flip))).chunk(2, 3), bits)
+    weights, bits = _triangle(height, size, x.shape[1])
     return _whole(*_by_rows(x, _parts(weights)).chunk(2, 1), bits).clamp_(0, 255)
 
 
-def _triangle(start: Tensor, length: Tensor, size: int, extent: int) -> tuple[Tensor, Tensor]:
+def _triangle(length: Tensor, size: int, extent: int) -> tuple[Tensor, Tensor]:
     """(n, S, extent) whole-number weights, and the (n, 1, 1, 1) number of bits that they sum to 2 to the power of.
 
     The bits are as many as leave the largest weight of a crop below 2^15, up to 22.
     """
-    new, old, whole = _places(start, length, size, extent)
+    new, old, whole = _places(length, size, extent)
     reach = 2 * whole.clamp(min=size)
     weights = (reach - (2 * size * old - whole * (2 * new + 1) + size).abs()).clamp_(min=0)
-    weights = (weights * ((old >= 0) & (old < whole))).to(length.dtype)
+    weights = (weights * (old < whole)).to(length.dtype)
     weights /= weights.sum(2, keepdim=True)
     largest = weights.amax((1, 2), keepdim=True)
     powers = 2.0 ** torch.arange(1, 23, device=weights.device)
@@ -189,14 +229,14 @@ def _triangle(start: Tensor, length: Tensor, size: int, extent: int) -> tuple[Te
     return (weights * 2.0**bits + 0.5).floor_().float(), bits.unsqueeze(3)
 
 
-def _places(start: Tensor, length: Tensor, size: int, extent: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(S, 1) numbers of the new pixels; (n, 1, extent) of the old ones, counted from the crop's start; its length."""
-    new = torch.arange(size, dtype=torch.float32, device=start.device).view(-1, 1)
-    return new, torch.arange(extent, dtype=torch.float32, device=start.device) - start.float(), length.float()
+def _places(length: Tensor, size: int, extent: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(S, 1) numbers of the new pixels; (extent,) of the old ones; the crop's length."""
+    new = torch.arange(size, dtype=torch.float32, device=length.device).view(-1, 1)
+    return new, torch.arange(extent, dtype=torch.float32, device=length.device), length.float()
 
 
-def _flipped(weights: Tensor, crops: Tensor) -> Tensor:
-    return torch.where(crops[:, 4].view(-1, 1, 1) > 0, weights.flip(1), weights)
+def _flipped(weights: Tensor, flip: Tensor) -> Tensor:
+    return torch.where(flip > 0, weights.flip(1), weights)
 
 
 # --- products of whole numbers ----------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def deliver_decoded(answer: Answer, device: torch.device, makes: torch.device, s
     """The views of a worker's decoded images, on the device; they are made on the device `makes`."""
     if isinstance(answer, UserError):
         return answer
-    (pixels, params, index), bad = answer
+    decoded, bad = answer
     pin = (makes.type, device.type) == ("cpu", "cuda")
-    views = make_views(pixels.to(makes, non_blocking=True), params, size, pin)
-    return TwoViews(views.to(device, non_blocking=True), index), bad
+    views = make_views(decoded._replace(pixels=decoded.pixels.to(makes, non_blocking=True)), size, pin)
+    return TwoViews(views.to(device, non_blocking=True), decoded.index), bad
