@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from view_cases import encode, photograph, two_views, view
 
@@ -202,13 +203,46 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_the_host_asks_nothing_of_the_device() -> None:
-    """No value and no number of elements: either would make it wait for all that the device has still to do."""
+class Literals(TorchFunctionMode):
+    """Calls that make a tensor on a device of numbers in Python; a list as an index is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        index = args[1] if getattr(function, "__name__", "") in ("__getitem__", "__setitem__") else ()
+        parts = index if isinstance(index, tuple) else (index,)
+        made = function in (torch.tensor, torch.as_tensor) and (kwargs or {}).get("device") is not None
+        if made or any(isinstance(part, (list, np.ndarray)) for part in parts):
+            self.found.append((function, index))
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_host_asks_nothing_of_the_device_and_does_not_wait_to_tell_it_something() -> None:
+    """A value or a number of elements would make it wait for all that the device has still to do, and so would numbers
+    that come from no pinned memory."""
     _, decoded = drawn(32, "PNG", 16, (20, 60))
-    with Calls() as calls:
-        make_views(decoded, 32)
+    decoded = decoded._replace(pixels=decoded.pixels.to("meta"))  # a device of which nothing can be asked
+    make_views(decoded, 32)  # constants are kept
+    with Calls() as calls, Literals() as literals:
+        made = make_views(decoded, 32)
+    assert (made.device.type, made.shape) == ("meta", (2, 16, 3, 32, 32))
     assert "bmm" in calls.names
     assert not {"_local_scalar_dense", "nonzero", "masked_select", "unique"} & set(calls.names)
+    assert not literals.found
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_s_host_never_waits() -> None:
+    _, decoded = drawn(32, "PNG", 16, (20, 60))
+    there = decoded._replace(pixels=decoded.pixels.cuda())
+    make_views(there, 32)  # constants are kept
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        make_views(there, 32)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_parts_are_joined_to_what_one_worker_would_have_made() -> None:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loco_det.data.views import CUT, LUMA, ViewParams
+from loco_det.data.views import CUT, LUMA, ViewParams, of_channels
 
 _OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 # Columns of the parameters: the crop, four operations (or -1) in their order, their four factors, the rest.
@@ -286,7 +286,7 @@ def _scaled(x: Tensor, factor: Tensor, offset: Tensor | float) -> Tensor:
 
 def _saturation(x: Tensor, factor: Tensor) -> Tensor:
     rest = (1 - factor).float()
-    grey = rest * torch.tensor(LUMA, device=x.device).view(1, 1, 3, 1)
+    grey = rest * of_channels(LUMA, x.device).view(3, 1)
     own, others = ((factor.float() + grey) * 1024).round_(), (grey * 1024).round_()
     offset = ((rest * CUT + CUT + 0.5) * 1024).round_()
     luma = (x * others).sum(2, keepdim=True)
@@ -317,8 +317,8 @@ def _channels(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _gray(x: Tensor, _: Tensor) -> Tensor:
-    weights = torch.tensor([9798.0, 19235.0, 3735.0], device=x.device).view(1, 1, 3, 1)  # LUMA in 15 bits
-    return (x * weights).sum(2, keepdim=True).add_(2**14).mul_(2**-15).floor_().expand_as(x)
+    weights = of_channels((9798.0, 19235.0, 3735.0), x.device)  # LUMA in 15 bits
+    return (x * weights.view(3, 1)).sum(2, keepdim=True).add_(2**14).mul_(2**-15).floor_().expand_as(x)
 
 
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:

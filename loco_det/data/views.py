@@ -379,7 +379,7 @@ def normalise(
         memory_format: of the result, torch.contiguous_format or torch.channels_last.
     """
     if images.device.type != "cpu":
-        shift, scale = (_of_channels(tuple(values), images.device) for values in (mean, std))
+        shift, scale = (of_channels(tuple(values), images.device) for values in (mean, std))
         return images.to(torch.float32, memory_format=memory_format).sub_(shift).div_(scale)
     # In one pass over each image: several passes over floats would wait for memory, a tenth of the time of two views.
     result = torch.empty(images.shape, memory_format=memory_format)
@@ -401,6 +401,6 @@ def _normalise_planes(pixels: np.ndarray, factors: Sequence[tuple[float, float]]
 
 
 @functools.cache
-def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+def of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
     """(3, 1, 1) on the device, kept there: sending them anew for every batch would make the host wait."""
     return torch.tensor(values, device=device).view(-1, 1, 1)
