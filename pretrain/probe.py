@@ -39,7 +39,7 @@ class KnnProbe:
         memory_format: of the network.
 
     Raises:
-        UserError: a KNN.* value that cannot be, or KNN.VAL_PATH has classes that the training images lack.
+        UserError: KNN.VAL_PATH cannot be read, has no classes, or some that the training images lack.
     """
 
     def __init__(
@@ -50,9 +50,6 @@ class KnnProbe:
         memory_format: torch.memory_format,
         autocast: Callable[[], object],
     ) -> None:
-        for key, least in (("PERIOD", 0), ("K", 1), ("IMAGES", 1), ("TEMPERATURE", 1e-6)):
-            if cfg.KNN[key] < least:
-                raise UserError(f"KNN.{key} is {cfg.KNN[key]}; use at least {least:g}")
         self.cfg, self.device, self.memory_format, self.autocast = cfg, device, memory_format, autocast
         self.classes = source.classes
         self.active = cfg.KNN.PERIOD > 0 and len(self.classes) > 1

@@ -35,6 +35,7 @@ from loco_det.runtime import (
     world_size,
 )
 from pretrain.average import GradientAverage
+from pretrain.check import check_numbers
 from pretrain.checkpoint import latest_checkpoint, save_checkpoint
 from pretrain.compiling import stage_compiler
 from pretrain.decoders import build_decoder
@@ -151,26 +152,15 @@ def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None) -
     Raises:
         UserError: unusable configuration or data, a loss that is not finite, a stop by signal (after saving).
     """
+    check_numbers(cfg)
     device = resolve_device(cfg.DEVICE)
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(cfg.SEED)  # the same weights on every process
-    if cfg.SOLVER.BATCH_SIZE < 1 or cfg.SOLVER.BATCH_SIZE % world_size():
+    if cfg.SOLVER.BATCH_SIZE % world_size():
         raise UserError(f"SOLVER.BATCH_SIZE is {cfg.SOLVER.BATCH_SIZE}; use a multiple of {world_size()} processes")
-    solver = cfg.SOLVER
-    least = {"LOG_PERIOD": (cfg.LOG_PERIOD, 1), "CHECKPOINT_PERIOD": (cfg.CHECKPOINT_PERIOD, 1)}
-    least |= {"SOLVER.BASE_LR": (solver.BASE_LR, 0), "SOLVER.WARMUP_EPOCHS": (solver.WARMUP_EPOCHS, 0)}
-    for key, (value, bound) in least.items():
-        if not value >= bound:
-            raise UserError(f"{key} is {value}; use {bound} or more")
     source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT) if source is None else source
     loader = build_two_view_loader(cfg, source)
-    if cfg.LOSS.TEMPERATURE <= 0:
-        raise UserError(f"LOSS.TEMPERATURE is {cfg.LOSS.TEMPERATURE}; use a number above 0, such as 0.1")
-    if cfg.LOSS.CHUNK < 0:
-        raise UserError(f"LOSS.CHUNK is {cfg.LOSS.CHUNK}; use a number of rows, such as 1024, or 0 for all at once")
-    if cfg.SOLVER.EPOCHS < 1 and cfg.SOLVER.MAX_STEPS < 1:
-        raise UserError("SOLVER.EPOCHS and SOLVER.MAX_STEPS are both below 1; set one of them")
     if cfg.METHOD == "random" and not cfg.UNITS:
         _write_config(cfg)
         backbone = build_backbone(cfg).to(device, memory_format=LAYOUT)

@@ -556,6 +556,9 @@ def test_unreadable_images_are_skipped_up_to_the_share(images: Path, tmp_path: P
         ("SOLVER__BASE_LR", -0.1, "SOLVER.BASE_LR is -0.1; use 0 or more"),
         ("SOLVER__WARMUP_EPOCHS", -1.0, "SOLVER.WARMUP_EPOCHS is -1"),
         ("SOLVER__EPOCHS", 0, "SOLVER.EPOCHS"),
+        ("SOLVER__MAX_STEPS", -1, "SOLVER.MAX_STEPS is -1; use 0 or more"),
+        ("SOLVER__MOMENTUM", -1.0, "SOLVER.MOMENTUM is -1.0; use 0 or more"),
+        ("SOLVER__WEIGHT_DECAY", "1e999", "SOLVER.WEIGHT_DECAY is inf; use 1000000000 or less"),
         ("UNITS", "[['res2','res4']]", "no unit trains res5"),
     ],
 )

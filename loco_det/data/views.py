@@ -56,6 +56,7 @@ _COLOUR = np.eye(3, 4, dtype=np.float32)
 _GREY = np.tile(np.float32([*LUMA, CUT]), (3, 1))
 _ONE = np.float32([[0, 0, 0, 1]])
 _OFFSET = CUT * _ONE
+_MOST = 1000.0  # of a jitter's strength and of a blur's pixels; beyond, numbers overflow somewhere
 _MOST_DRAWS = 2 * _CROP_ATTEMPTS + 2 + 15
 
 
@@ -110,7 +111,7 @@ def view_config(size: int, augment: Mapping[str, Any]) -> ViewConfig:
         size=size,
         crop_scale=_range("CROP_SCALE", values["CROP_SCALE"], 1.0),
         jitter=_jitter(values["JITTER"]),
-        blur_sigma=_range("BLUR_SIGMA", values["BLUR_SIGMA"], math.inf),
+        blur_sigma=_range("BLUR_SIGMA", values["BLUR_SIGMA"], _MOST),
         **{key.lower(): float(values[key]) for key in values if key.endswith("_PROB")},
     )
 
@@ -118,8 +119,8 @@ def view_config(size: int, augment: Mapping[str, Any]) -> ViewConfig:
 def _numbers(key: str, value: Any, count: int, low: float, high: float) -> tuple[float, ...]:
     good = isinstance(value, Sequence) and len(value) == count
     if not good or not all(isinstance(v, (int, float)) and low <= v <= high for v in value):
-        bounds = f">= {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-        raise UserError(f"AUGMENT.{key} {value!r} must be {count} number{'s' * (count > 1)} {bounds}; correct it")
+        what = f"{count} number{'s' * (count > 1)} from {low:g} to {high:g}"
+        raise UserError(f"AUGMENT.{key} {value!r} must be {what}; correct it")
     return tuple(float(v) for v in value)
 
 
@@ -131,7 +132,7 @@ def _range(key: str, value: Any, high: float) -> tuple[float, float]:
 
 
 def _jitter(value: Any) -> tuple[float, float, float, float]:
-    brightness, contrast, saturation, hue = _numbers("JITTER", value, 4, 0.0, math.inf)
+    brightness, contrast, saturation, hue = _numbers("JITTER", value, 4, 0.0, _MOST)
     if hue > 0.5:
         raise UserError(f"AUGMENT.JITTER {value!r}: hue is a share of the colour circle; use at most 0.5")
     return brightness, contrast, saturation, hue

@@ -1,0 +1,124 @@
+"""Every number of a pretraining configuration: what can be is let through, all else is one sentence about its key."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fvcore.common.config import CfgNode
+
+from loco_det.config import all_keys, load_config
+from loco_det.data.views import view_config
+from loco_det.errors import UserError
+from pretrain.check import check_numbers
+from pretrain.defaults import get_cfg
+from pretrain.sharing import check_sharing
+from pretrain.train import build_backbone
+
+NAN, INF = float("nan"), float("inf")
+# Least and most that can be; written by hand, not taken from the code.
+COUNTS = {
+    "DECODER.CONV_BLOCKS": (0, 1000),
+    "DECODER.MLP_LAYERS": (1, 4),
+    "DECODER.HIDDEN_DIM": (0, 2**20),
+    "DECODER.OUT_DIM": (1, 2**20),
+    "BACKBONE.WIDTH": (64, 64),  # with the imagenet stem
+    "LOSS.CHUNK": (0, 10**9),
+    "DATA.IMAGE_SIZE": (1, 16384),
+    "DATA.NUM_WORKERS": (0, 10**9),
+    "DATA.SHUFFLE_BUFFER": (1, 10**9),
+    "SOLVER.BATCH_SIZE": (1, 10**9),
+    "SOLVER.EPOCHS": (1, 10**9),  # where MAX_STEPS is 0
+    "SOLVER.MAX_STEPS": (0, 10**9),
+    "KNN.PERIOD": (0, 10**9),
+    "KNN.IMAGES": (1, 10**9),
+    "KNN.K": (1, 10**9),
+    "LOG_PERIOD": (1, 10**9),
+    "CHECKPOINT_PERIOD": (1, 10**9),
+    "SEED": (-(2**63), 2**63 - 1),
+}
+REALS = {  # (values that can be, values that cannot); infinity and nan never can
+    "LOSS.TEMPERATURE": ([0.01, 1.0, 1e9], [-1.0, 0.0, 1e-9, 1e300]),
+    "DATA.MAX_BAD_SHARE": ([0.0, 0.5, 1.0], [-0.1, 1.1, 1e300]),
+    "SOLVER.BASE_LR": ([0.0, 4.8, 100.0], [-0.1, 1e300]),
+    "SOLVER.MOMENTUM": ([0.0, 0.9, 1.0], [-1.0, -0.1, 1.1, 1e300]),
+    "SOLVER.WEIGHT_DECAY": ([0.0, 1e-6, 0.1], [-1e-6, 1e300]),
+    "SOLVER.WARMUP_EPOCHS": ([0.0, 0.5, 10.0], [-1.0, 1e300]),
+    "KNN.TEMPERATURE": ([0.07, 1.0], [-1.0, 0.0, 1e300]),
+    "AUGMENT.FLIP_PROB": ([-1.0, 0.0, 0.5, 1.0], [-0.5, 1.1, 1e300]),  # -1 is unset
+    "AUGMENT.JITTER_PROB": ([-1.0, 0.0, 1.0], [-0.5, 1.1]),
+    "AUGMENT.GRAY_PROB": ([-1.0, 0.0, 1.0], [-0.5, 1.1]),
+    "AUGMENT.BLUR_PROB": ([-1.0, 0.0, 1.0], [-0.5, 1.1]),
+    "AUGMENT.SOLARIZE_PROB": ([-1.0, 0.0, 1.0], [-0.5, 1.1]),
+    "SHARING.PENALTY": ([0.0, 1e-3, 1e300], [-1.0]),
+}
+LISTS = {
+    "AUGMENT.CROP_SCALE": ([[0.2, 1.0]], [[0.0, 1.0], [0.5, 0.2], [0.2, 1.5], [0.2], [NAN, 1.0], [0.2, INF]]),
+    "AUGMENT.JITTER": (
+        [[0.0, 0.0, 0.0, 0.0], [5.0, 1, 1, 0.5]],
+        [[-1, 0, 0, 0], [0, 0, 0, 0.6], [INF, 0, 0, 0], [NAN, 0, 0, 0], [1e300, 0, 0, 0], [1.0]],
+    ),
+    "AUGMENT.BLUR_SIGMA": ([[0.1, 2.0]], [[0.0, 2.0], [2.0, 0.1], [0.1, INF], [0.1, 1e300], [NAN, 2.0]]),
+}
+
+
+def judge(key: str, value: object) -> None:
+    """All that judges a number, and nothing that reads images, trains or writes."""
+    cfg = load_config(get_cfg(), "", ["SHARING.MODE", "soft"] if key == "SHARING.PENALTY" else [])
+    *parents, last = key.split(".")
+    if type(value) is type(at(cfg, key)):  # as from a file, where nan and infinity can be written
+        cfg.defrost()
+        at(cfg, ".".join(parents))[last] = value
+    else:
+        cfg = load_config(cfg, "", [key, str(value)])
+    check_numbers(cfg)
+    check_sharing(cfg.SHARING, recompute=False)
+    if key.startswith("BACKBONE"):
+        with torch.device("meta"):
+            build_backbone(cfg)
+    view_config(cfg.DATA.IMAGE_SIZE, {name: v for name, v in cfg.AUGMENT.items() if name != "DEVICE"})
+
+
+def at(cfg: CfgNode, key: str) -> object:
+    for part in key.split(".") if key else ():
+        cfg = cfg[part]
+    return cfg
+
+
+def refused(key: str, value: object) -> None:
+    with pytest.raises(UserError) as told:
+        judge(key, value)
+    assert key in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_no_number_is_forgotten() -> None:
+    cfg = get_cfg()
+    numbers = {key for key in all_keys(cfg) if type(at(cfg, key)) in (int, float)}
+    assert numbers == COUNTS.keys() | REALS.keys()
+
+
+@pytest.mark.parametrize("key", COUNTS)
+def test_counts(key: str) -> None:
+    least, most = COUNTS[key]
+    for value in (least, most):
+        judge(key, value)
+    for value in (least - 1, most + 1, -(10**30), 10**30, NAN, "many", 0.5):
+        refused(key, value)
+
+
+@pytest.mark.parametrize("key", REALS)
+def test_reals(key: str) -> None:
+    legal, illegal = REALS[key]
+    for value in legal:
+        judge(key, value)
+    for value in (*illegal, NAN, INF, -INF, "many", "[1, 2]"):
+        refused(key, value)
+
+
+@pytest.mark.parametrize("key", LISTS)
+def test_lists(key: str) -> None:
+    legal, illegal = LISTS[key]
+    for value in legal:
+        judge(key, value)
+    for value in (*illegal, 1, "many"):
+        refused(key, value)
