@@ -162,6 +162,7 @@ def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None) -
     source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT) if source is None else source
     loader = build_two_view_loader(cfg, source)
     if cfg.METHOD == "random" and not cfg.UNITS:
+        check_sharing(cfg.SHARING, recompute=False)
         _write_config(cfg)
         backbone = build_backbone(cfg).to(device, memory_format=LAYOUT)
         seed_everything(cfg.SEED)

@@ -557,6 +557,8 @@ def test_stepping_late_or_with_scaled_losses_is_the_same(
         (["SHARING.PENALTY", "0.1"], "SHARING.PENALTY is 0.1 .* SHARING.MODE hard .*; set SHARING.MODE soft or"),
         (["SHARING.MODE", "upper", "SHARING.PENALTY", "1"], "SHARING.PENALTY is 1.0 .* SHARING.MODE upper"),
         (["SHARING.MODE", "soft", "SOLVER.RECOMPUTE", "first"], "SHARING.MODE soft .*; set SOLVER.RECOMPUTE none"),
+        (["METHOD", "random", "SHARING.MODE", "weak"], "SHARING.MODE is 'weak'; use one of hard, upper, soft"),
+        (["METHOD", "random", "SHARING.PENALTY", "0.1"], "SHARING.PENALTY is 0.1 .* SHARING.MODE hard"),
     ],
 )
 def test_bad_values_are_named(keys: list[str], message: str, options: list[str], tmp_path: Path) -> None:
