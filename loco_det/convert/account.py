@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loco_det.convert.architecture import Architecture, check_shapes, checked_tensors, recognise
-from loco_det.convert.load import AnyTensor, left_out
+from loco_det.convert.load import left_out
 from loco_det.convert.namings import NAMINGS
 from loco_det.convert.sources import (
     COUNTERS,
@@ -158,7 +158,7 @@ def take_account(
         for key in places:
             if _place(key, chosen, others)[0] is not None:
                 raise UserError(f"{path}: {key!r} is a {kind}, not a plain tensor; save it as one, in float32")
-    found: dict[str, AnyTensor] = {}
+    found: dict[str, Tensor] = {}
     keys: dict[str, str] = {}
     dropped: dict[str, list[str]] = {}
     for key, (file_key, tensor) in original.items():
@@ -184,7 +184,7 @@ def take_account(
     return account, chosen
 
 
-def _statistics(found: dict[str, AnyTensor]) -> dict[str, Tensor]:
+def _statistics(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Mean 0 and variance 1, as Detectron2 has them, for norms that only scale and shift."""
     scales = [name for name in found if re.search(r"(bn\d|downsample\.1)\.weight$", name)]
     norms = {name.removesuffix("weight"): found[name].shape for name in scales}
@@ -192,10 +192,10 @@ def _statistics(found: dict[str, AnyTensor]) -> dict[str, Tensor]:
     return means | {f"{norm}running_var": torch.ones(shape) for norm, shape in norms.items()}
 
 
-def _moved(path: object, tensors: dict[str, AnyTensor]) -> dict[str, tuple[str, AnyTensor]]:
+def _moved(path: object, tensors: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
     """Key after the rows' moves -> (key in the file, tensor)."""
     moves = [move for source in SOURCES for move in source.moves]
-    found: dict[str, tuple[str, AnyTensor]] = {}
+    found: dict[str, tuple[str, Tensor]] = {}
     for key, tensor in tensors.items():
         new = key
         for pattern, replacement in moves:
