@@ -188,6 +188,23 @@ def test_timm_training_run(tmp_path: Path) -> None:
         assert_converted(take_account(path, loaded, branch)[0], state)
 
 
+@pytest.mark.parametrize("place", ["", "model", "state_dict"])
+def test_torchs_average_of_the_weights(place: str) -> None:
+    average = torch.optim.swa_utils.AveragedModel(resnet())
+    average.update_parameters(resnet(1))
+    average.update_parameters(resnet(2))
+    state = average.state_dict()
+    account, _ = take_account("x", {place: state} if place else state)
+    assert_converted(account, average.module.state_dict())
+    counter = f"{place}:n_averaged" if place else "n_averaged"
+    assert account.dropped["counter of averaged weights"] == [counter]
+
+
+def test_a_counter_of_averages_elsewhere_is_unknown() -> None:
+    with pytest.raises(UserError, match=r"'layer1\.n_averaged' is unknown"):
+        take_account("x", {**resnet().state_dict(), "layer1.n_averaged": torch.tensor(3)})
+
+
 def test_safetensors_of_timm(tmp_path: Path) -> None:
     state = randomised(pytest.importorskip("timm").create_model("resnet18")).state_dict()
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})

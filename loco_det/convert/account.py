@@ -213,7 +213,7 @@ def _place(key: str, chosen: Candidate, others: dict[str, str]) -> tuple[str | N
     if key.startswith(chosen.prefix) and container == chosen.prefix.rpartition(":")[0]:
         rest = key[len(chosen.prefix) :]
         renamed = NAMINGS[chosen.naming][2](rest)
-        reason = _dropped(rest, (COUNTERS, *(source.inside if source else (HEAD,))))
+        reason = _dropped(rest, (*COUNTERS, *(source.inside if source else (HEAD,))))
         if reason is not None:
             return None, reason
         if _is_backbone(renamed):
@@ -225,7 +225,7 @@ def _place(key: str, chosen: Candidate, others: dict[str, str]) -> tuple[str | N
         return None, f"beside the model ({container.split('/')[0] or 'loose tensors'})"
     if source is None and not key.startswith(chosen.prefix):
         return None, "outside the branch"
-    return None, _dropped(name, (COUNTERS, *(source.outside if source else ())))
+    return None, _dropped(name, (*COUNTERS, *(source.outside if source else ())))
 
 
 def _dropped(name: str, rules: Rules) -> str | None:

@@ -313,7 +313,10 @@ SOURCES = (
     ),
 )
 
-COUNTERS = (r"(.+\.)?num_batches_tracked", "batch counters")
+COUNTERS = (
+    (r"(.+\.)?num_batches_tracked", "batch counters"),
+    (r"n_averaged", "counter of averaged weights"),  # of torch's AveragedModel
+)
 REFUSED = (
     (
         r"(.+[.:])?(conv1|backbone\.stem)\.[03]\.weight",
