@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -394,6 +395,14 @@ def test_an_unknown_prefix_is_never_guessed_but_can_be_named() -> None:
     account, _ = take_account("x", file, "net:trunk.")
     assert_converted(account, state)
     assert account.dropped["outside the branch"] == ["net:head.weight"]
+
+
+def test_the_prefix_in_an_advice_can_be_typed_in_a_shell() -> None:
+    file = {"my net": prefixed("trunk.", resnet().state_dict())}
+    with pytest.raises(UserError) as refused:
+        take_account("x", file)
+    *_, option, prefix = shlex.split(str(refused.value))
+    assert (option, take_account("x", file, prefix)[1].prefix) == ("--branch", "my net:trunk.")
 
 
 def test_two_prefixes_are_never_chosen_between() -> None:

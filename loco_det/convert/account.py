@@ -170,8 +170,8 @@ def take_account(
         elif reason is not None:
             dropped.setdefault(reason, []).append(file_key)
         else:
-            where = chosen.source.name if chosen.source else "this"
-            raise UserError(f"{path}: tensor {file_key!r} is unknown in a {where} checkpoint; remove it")
+            where = f"a {chosen.source.name}" if chosen.source else "this"
+            raise UserError(f"{path}: tensor {file_key!r} is unknown in {where} checkpoint; remove it")
     made = _statistics(found) if chosen.source and chosen.source.scale_only else {}
     found |= made
     architecture = recognise(path, found)

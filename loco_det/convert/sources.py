@@ -9,6 +9,7 @@ between: the caller is told their names.
 from __future__ import annotations
 
 import re
+import shlex
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -311,6 +312,13 @@ SOURCES = (
         ),
         pixels=None,
     ),
+    Source(
+        "Sequential ResNet",
+        {"model": r"((state_dict|model):)?(module\.)?"},
+        namings=("children",),
+        inside=((r"9\.(weight|bias)", "classifier"),),
+        pixels=None,
+    ),
 )
 
 COUNTERS = (
@@ -429,7 +437,7 @@ def choose(path: object, tensors: dict[str, Tensor], branch: str | None) -> Cand
     distinct = _distinct(tensors, found)
     chosen = distinct if branch is None else [c for c in found if branch == c.prefix]
     chosen = chosen or [c for c in distinct if branch == c.branch] or [c for c in found if branch == c.branch]
-    choices = " or ".join(f"--branch {c.branch or c.prefix}" for c in distinct)
+    choices = " or ".join(f"--branch {shlex.quote(c.branch or c.prefix)}" for c in distinct)
     if not chosen:
         raise UserError(f"{path}: has no branch {branch!r}; choose {choices}")
     if len(chosen) > 1:
@@ -438,6 +446,6 @@ def choose(path: object, tensors: dict[str, Tensor], branch: str | None) -> Cand
     if chosen[0].source is None and branch is None:
         raise UserError(
             f"{path}: no known code base keeps its backbone under {chosen[0].prefix!r}; "
-            f"if it is the one you mean, say --branch {chosen[0].prefix}"
+            f"if it is the one you mean, say --branch {shlex.quote(chosen[0].prefix)}"
         )
     return chosen[0]
