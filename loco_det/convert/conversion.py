@@ -144,9 +144,11 @@ def load_any_backbone(
     """
     path = Path(path)
     given = _given(channel_order, pixel_mean, pixel_std, stride_in_1x1, d2_config)
-    if path.is_file() and HEADER_KEY in safetensors_metadata(path):
-        tensors, manifest = load_backbone(path)
+    header = safetensors_metadata(path).get(HEADER_KEY) if path.is_file() else None
+    if header is not None:
+        manifest = decode_manifest(header, path)
         if manifest.stem == "cifar" or manifest.architecture == PRESNET:
+            tensors, _ = load_backbone(path)
             account = Account("", "", Architecture(manifest.depth), len(tensors), tensors, {}, {})
             _stated(path, account, manifest, None, *given)
             return _filled(path, _described(path, tensors, manifest, norm), tensors), manifest
