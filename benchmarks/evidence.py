@@ -47,7 +47,7 @@ BLOCKS = [f"res{stage}.{block}" for stage in (2, 3, 4, 5) for block in (0, 1)]  
 SEEDS = (0, 1, 2)
 PRETRAINED = 10_000  # images; the same of each class
 HELD_OUT = 10_000  # a fifth of CIFAR-10's training images, never pretrained on
-RATES = (0.25, 0.5, 1.0)
+RATES = (0.125, 0.25, 0.5, 1.0)
 RATE_EPOCHS = 6
 PROTOCOLS = {"linear": ("--epochs", "30"), "knn": (), "ridge": ()}
 
