@@ -165,6 +165,30 @@ def test_a_changed_file_is_converted_anew():
     assert dataset.class_names == ("cat", "dog", "wolf")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    ["path: ../data\ntrain: images/train", "train: ../data", "train: {cwd}/data", "train: ../data/train.txt"],
+)
+def test_a_file_that_is_added_where_data_yaml_points_is_seen(settings, tmp_path):
+    """The folder lies beside that of the YAML file, so nothing below the source changes."""
+
+    def add(name: str) -> None:
+        image(Path(f"data/images/train/{name}.jpg"))
+        Path("data/labels/train").mkdir(parents=True, exist_ok=True)
+        Path(f"data/labels/train/{name}.txt").write_text("0 0.5 0.5 0.25 0.2\n")
+        with open("data/train.txt", "a") as file:
+            file.write(f"images/train/{name}.jpg\n")
+
+    Path("conf").mkdir()
+    Path("conf/data.yaml").write_text(settings.format(cwd=tmp_path) + "\nnames: [cat]\n")
+    counts = []
+    for name in "abc":
+        add(name)
+        for spelling in ("conf/data.yaml", "./conf"):
+            counts.append(len(load_coco(find_dataset(spelling))))
+    assert counts == [1, 1, 2, 2, 3, 3]
+
+
 def test_files_of_other_formats_with_their_images_elsewhere():
     image(Path("photos/a.jpg"))
     shape = {"name": "rect", "x": 1, "y": 2, "width": 5, "height": 6}

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from loco_det.data.derived import derived_file, files_digest
+from loco_det.data.formats import yolo
 from loco_det.data.formats.conversion import VERSION, Converted, convert_annotations, recognise
 from loco_det.data.formats.files import Tree
 from loco_det.data.formats.summary import lines
@@ -132,6 +133,7 @@ def is_annotated(path: Path) -> bool:
 def _converted(whole: str, source: Path, images: Path | None, split: str | None) -> Place:
     """The COCO file of one split, made where there is none yet; the log tells once what did not come over."""
     tree = Tree(source, images)
+    yolo.add_folders(tree)  # else what a data.yaml names elsewhere could change unnoticed
     facts = {
         "format": VERSION,
         "source": str(tree.source),

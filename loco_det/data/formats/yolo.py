@@ -44,6 +44,25 @@ def find_settings(tree: Tree) -> Path | None:
     return next((path for path in tree.files if path.name in CLASS_LISTS), None)
 
 
+def add_folders(tree: Tree) -> None:
+    """Walk the folders outside the source that its data.yaml names too, so that `tree` has all that is read."""
+    path = find_settings(tree)
+    if path is None or path.suffix.lower() not in SUFFIXES:
+        return
+    try:
+        settings = _read_settings(path)
+    except Unreadable:
+        return  # which is told when it is read
+    root = _root(path, settings)
+    tree.add(root)
+    for _, entry in _entries(settings):
+        place = _place(root, entry)
+        if place.is_dir():
+            tree.add(place)
+        elif _is_list(place):
+            tree.add(place.parent)
+
+
 def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
     """The pictures of every split; `summary.classes` becomes the declared names.
 
@@ -53,6 +72,7 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
     path = find_settings(tree)
     if path is None:
         raise UserError(f"{tree.source} holds no data.yaml with 'names'; name the folder that does, or the file.")
+    add_folders(tree)
     keypoints = False
     try:
         if path.name in CLASS_LISTS:
@@ -126,23 +146,41 @@ def _names(path: Path, settings: dict[str, Any]) -> list[str]:
     return names
 
 
-def _images(tree: Tree, path: Path, settings: dict[str, Any], summary: Summary) -> dict[Path, tuple[str, ...]]:
-    """{image: its splits} in order."""
+def _root(path: Path, settings: dict[str, Any]) -> Path:
+    """The folder that splits are relative to: 'path', or that of the YAML file where 'path' is not here."""
     given = settings.get("path")
-    root = Path(os.path.normpath(path.parent / Path(given).expanduser())) if given and isinstance(given, str) else None
-    if root is not None and not root.is_dir():
-        summary.notes.add("'path' is not a folder here: taken as that of the YAML file", f"{path.name}: {given}")
-    if root is None or not root.is_dir():
-        root = path.parent
-    tree.add(root)
-    found: dict[Path, tuple[str, ...]] = {}
+    root = path.parent / Path(given).expanduser() if given and isinstance(given, str) else path.parent
+    root = Path(os.path.normpath(root))
+    return root if root.is_dir() else path.parent
+
+
+def _entries(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(split, folder or list) for all that the splits name."""
     for split in _SPLITS:
         value = settings.get(split)
-        for entry in value if isinstance(value, list) else [value]:
-            if not entry:
-                continue
-            for image in _entry(tree, root, split, entry, summary):
-                found[image] = tuple(dict.fromkeys((*found.get(image, ()), split)))
+        yield from ((split, entry) for entry in (value if isinstance(value, list) else [value]) if entry)
+
+
+def _place(root: Path, entry: str) -> Path:
+    place = Path(os.path.normpath(root / Path(entry).expanduser()))
+    if not place.exists() and entry.startswith("../"):  # as Roboflow writes it, meaning beside the YAML file
+        place = root / entry.removeprefix("../")
+    return place
+
+
+def _is_list(place: Path) -> bool:
+    return place.suffix == ".txt" and place.is_file()
+
+
+def _images(tree: Tree, path: Path, settings: dict[str, Any], summary: Summary) -> dict[Path, tuple[str, ...]]:
+    """{image: its splits} in order."""
+    root, given = _root(path, settings), settings.get("path")
+    if given and isinstance(given, str) and not (path.parent / Path(given).expanduser()).is_dir():
+        summary.notes.add("'path' is not a folder here: taken as that of the YAML file", f"{path.name}: {given}")
+    found: dict[Path, tuple[str, ...]] = {}
+    for split, entry in _entries(settings):
+        for image in _entry(tree, root, split, entry, summary):
+            found[image] = tuple(dict.fromkeys((*found.get(image, ()), split)))
     if not found:
         raise Unreadable(
             f"none of its splits ({', '.join(s for s in _SPLITS if s in settings) or 'none named'}) is there"
@@ -152,13 +190,10 @@ def _images(tree: Tree, path: Path, settings: dict[str, Any], summary: Summary) 
 
 def _entry(tree: Tree, root: Path, split: str, entry: str, summary: Summary) -> Iterator[Path]:
     """The images of one folder or list that a split names."""
-    place = Path(os.path.normpath(root / Path(entry).expanduser()))
-    if not place.exists() and entry.startswith("../"):  # as Roboflow writes it, meaning beside the YAML file
-        place = root / entry.removeprefix("../")
+    place = _place(root, entry)
     if place.is_dir():
-        tree.add(place)
         yield from tree.images(place)
-    elif place.is_file() and place.suffix == ".txt":
+    elif _is_list(place):
         for line in filter(None, map(str.strip, read_text(place).splitlines())):
             image = tree.find(line, place.parent)
             if image is None:
