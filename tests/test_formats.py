@@ -344,6 +344,16 @@ def test_yolo_beside_its_images_elsewhere_and_by_file(tmp_path):
     assert boxes(convert_annotations(tmp_path / "data"), "val") == {"val/a.jpg": VAL}
 
 
+@pytest.mark.parametrize("split", ["{root}/data/images/train", "../data/images/train", "{root}/data/images", "../data"])
+def test_yolo_labels_of_a_split_that_lies_elsewhere(tmp_path, split):
+    yolo(tmp_path / "data")
+    (tmp_path / "data" / "data.yaml").unlink()
+    (tmp_path / "data" / "images" / "val" / "a.jpg").unlink()
+    file = write(tmp_path / "conf" / "data.yaml", f"train: {split.format(root=tmp_path)}\nnames: [cat, dog]\n")
+    for source in (file, file.parent):
+        assert boxes(convert_annotations(source), "train") == {"a.jpg": TRAIN}
+
+
 def test_yolo_lines_that_cannot_be_read_are_counted(tmp_path):
     yolo(tmp_path)
     lines = [

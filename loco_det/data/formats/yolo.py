@@ -57,9 +57,10 @@ def add_folders(tree: Tree) -> None:
     tree.add(root)
     for _, entry in _entries(settings):
         place = _place(root, entry)
-        if place.is_dir():
-            tree.add(place)
-        elif _is_list(place):
+        for folder in (place, _labels_of(place / "any").parent) if place.is_dir() else ():
+            if folder.is_dir():
+                tree.add(folder)
+        if _is_list(place):
             tree.add(place.parent)
 
 
