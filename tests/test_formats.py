@@ -294,6 +294,101 @@ def test_links_in_a_circle_are_walked_once_and_hidden_files_not_at_all(tmp_path)
     assert reasons(converted, "images_left_out") == {"no annotation names it": 2}  # b.jpg and c.jpg, each once
 
 
+# --- which image an annotation is of ---------------------------------------------------------------------------
+
+
+def owners(converted: Converted) -> dict[str, list[str]]:
+    """{file name: classes}, over all splits."""
+    return {
+        name: [label for label, _ in objects]
+        for split in converted.splits
+        for name, objects in boxes(converted, split).items()
+    }
+
+
+BOX = (1, 1, 9, 9)
+
+
+@pytest.mark.parametrize(
+    ("images", "files"),
+    [
+        (["valid/1.jpg"], ["train/1.xml", "valid/1.xml"]),
+        (["images/valid/1.jpg"], ["labels/train/1.xml", "labels/valid/1.xml"]),
+        (["VOC2012/JPEGImages/1.jpg"], ["VOC2007/Annotations/1.xml", "VOC2012/Annotations/1.xml"]),
+        (["x/2/1.jpg"], ["y/1/1.xml", "y/2/1.xml"]),
+    ],
+)
+def test_an_image_that_is_missing_takes_no_other_files_image(tmp_path, images, files):
+    for name in images:
+        image(tmp_path / name)
+    for name in files:
+        voc(tmp_path / name, thing(name, BOX))
+    converted = convert_annotations(tmp_path)
+    assert owners(converted) == {Path(images[0]).name: [files[1]]}
+    assert reasons(converted, "images_left_out") == {"it is not there": 1}
+
+
+@pytest.mark.parametrize("kind", ["voc", "via", "cvat", "labelme"])
+def test_an_image_of_another_split_is_no_substitute(tmp_path, kind):
+    """Nothing but a file of the other split is called as the image that is missing."""
+    image(tmp_path / "images" / "valid" / "1.jpg")
+    image(tmp_path / "images" / "train" / "2.jpg")
+    for name in ("1", "2"):
+        said, folder = f"../images/train/{name}.jpg", tmp_path / "labels" / "train"
+        if kind == "voc":
+            voc(folder / f"{name}.xml", thing("x", BOX), name=f"{name}.jpg")
+        elif kind == "labelme":
+            labelme(folder / f"{name}.json", drawn("x", "rectangle", [1, 2], [5, 7]), imagePath=f"../{said}")
+        elif kind == "via":
+            there = {} if name == "1" else json.loads((tmp_path / "v.json").read_text())
+            entry = {"filename": said, "regions": [region("rect", {"l": "x"}, x=1, y=2, width=4, height=5)]}
+            write(tmp_path / "v.json", {**there, name: entry})
+        else:
+            box = '<box label="x" xtl="1" ytl="2" xbr="6" ybr="8"/>'
+            elements = "".join(f'<image name="train/{k}.jpg">{box}</image>' for k in "12")
+            write(tmp_path / "a.xml", f"<annotations>{elements}</annotations>")
+    converted = convert_annotations(tmp_path, kind)
+    assert owners(converted) == {"2.jpg": ["x"]}
+    assert reasons(converted, "images_left_out") == {"it is not there": 1, "no annotation names it": 1}
+
+
+def test_what_counts_first_has_the_image_whatever_the_order(tmp_path):
+    """VOC goes by the file's own name, LabelMe by imagePath; the other files name an image that is not theirs."""
+    image(tmp_path / "voc" / "b.jpg")
+    for stem in "abc":
+        voc(tmp_path / "voc" / f"{stem}.xml", thing(stem, BOX), name="b.jpg")
+    assert owners(convert_annotations(tmp_path / "voc")) == {"b.jpg": ["b"]}
+    image(tmp_path / "labelme" / "b.jpg")
+    for stem in "abc":
+        said = "gone.jpg" if stem == "b" else "other.jpg" if stem == "a" else "b.jpg"
+        labelme(tmp_path / "labelme" / f"{stem}.json", drawn(stem, "rectangle", [1, 2], [5, 7]), imagePath=said)
+    converted = convert_annotations(tmp_path / "labelme")
+    assert owners(converted) == {"b.jpg": ["c"]}
+    assert reasons(converted, "images_left_out") == {"it is not there": 2}
+
+
+def test_a_place_that_is_named_counts_more_than_a_name(tmp_path):
+    image(tmp_path / "b" / "1.jpg")
+    entries = [
+        {"filename": said, "regions": [region("rect", {"l": said}, x=1, y=2, width=4, height=5)]}
+        for said in ("a/1.jpg", "C:\\data\\b\\1.jpg", "b/1.jpg", "1.jpg")
+    ]
+    for order in (entries, entries[::-1]):
+        write(tmp_path / "v.json", dict(enumerate(order)))
+        converted = convert_annotations(tmp_path)
+        assert owners(converted) == {"1.jpg": ["b/1.jpg"]}
+        assert reasons(converted, "images_left_out") == {"it is not there": 3}
+
+
+def test_a_yolo_list_does_not_take_the_image_of_another_split(tmp_path):
+    yolo(tmp_path, "train: train.txt\nval: images/val\nnames: [cat, dog]\n")
+    image(tmp_path / "images" / "val" / "only.jpg")
+    write(tmp_path / "train.txt", "./images/train/a.jpg\n./images/train/only.jpg\n")
+    converted = convert_annotations(tmp_path)
+    assert list(boxes(converted, "train")) == ["train/a.jpg"]
+    assert list(boxes(converted, "val")) == ["val/a.jpg", "val/only.jpg"]
+
+
 # --- YOLO --------------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from loco_det.data.formats.summary import Summary
 from loco_det.errors import UserError
 from loco_det.runtime import atomic_write, write_json
 
-VERSION = 1  # of what comes out; raise it when the same files give something else
+VERSION = 2  # of what comes out; raise it when the same files give something else
 MADE_BY = "converted by loco-det"  # begins info.description of every file written here
 _PEEKED = 20  # JSON files that are opened to tell a folder's format
 _BEYOND = 1.0  # pixels that an object may reach over the border without a note; tools round
@@ -173,14 +173,22 @@ def _first_reason(summary: Summary) -> str:
 
 
 def _usable(tree: Tree, pictures: Iterable[Picture], summary: Summary) -> Iterator[Picture]:
-    """The pictures whose image can be read, is of the size that its annotation says, and comes for the first time."""
+    """The pictures whose image can be read, is of the size that its annotation says, and is no other annotation's."""
+    pictures = list(pictures)
+    owners: dict[Path, Picture] = {}
     for picture in pictures:
+        if picture.image not in owners or picture.claim > owners[picture.image].claim:
+            owners[picture.image] = picture
+    for picture in pictures:
+        owner = owners[picture.image]
         size, where = tree.size(picture.image), f"{picture.file}: {tree.name(picture.image)}"
         reason = ""
         if size is None:
             reason = "it cannot be read"
-        elif picture.image in summary.seen:
+        elif picture is not owner and picture.claim == owner.claim:
             reason = "it is annotated a second time"
+        elif picture is not owner:
+            reason, where = "it is not there", f"{where} is that of {owner.file}"
         elif not _is_text(picture.image):
             reason = "its name is no UTF-8"
         elif picture.stated not in (None, size[:2]):

@@ -38,6 +38,7 @@ class Picture(NamedTuple):
     """One image with its objects.
 
     `stated` is the (width, height) that its annotation says and its coordinates are in; None where it says none.
+    `claim` says how sure it is that the annotation is of this image, see `files.Match`.
     """
 
     image: Path
@@ -45,6 +46,7 @@ class Picture(NamedTuple):
     objects: list[Found]
     splits: tuple[str, ...]
     stated: tuple[int, int] | None = None
+    claim: tuple[int, ...] = ()
 
 
 def number(value: Any) -> float:

@@ -196,11 +196,11 @@ def _entry(tree: Tree, root: Path, split: str, entry: str, summary: Summary) -> 
         yield from tree.images(place)
     elif _is_list(place):
         for line in filter(None, map(str.strip, read_text(place).splitlines())):
-            image = tree.find(line, place.parent)
-            if image is None:
+            match = tree.find(line, place.parent)
+            if match is None:
                 summary.images.add("it is listed and not there", f"{place.name}: {line}")
             else:
-                yield image
+                yield match.image
     else:
         summary.notes.add(f"the split '{split}' is not there", entry)
 
