@@ -489,6 +489,11 @@ def test_yolo_poses_come_over_as_boxes(tmp_path):
         ("train: images/train\nnames: {0: cat, 2: dog}\n", ["does not number its 2 classes from 0 on"]),
         ("train: images/train\nnames: {a: cat}\n", ["whole numbers"]),
         ("train: images/train\nnames: cat\n", ["no list of class names"]),
+        ("train: images/train\nnames: [cat, dog, cat]\n", ["data.yaml", "'cat' stands twice, as number 0 and 2"]),
+        ("train: images/train\nnames: {0: cat, 1: dog, 2: dog}\n", ["'dog' stands twice, as number 1 and 2"]),
+        ("train: images/train\nnames:\n  0: cat\n  0: dog\n", ["the key '0' stands twice, again in line 4"]),
+        ("train: images/train\nnames: {0: cat, 00: dog}\n", ["numbers two of its classes alike"]),
+        ("train: images/train\nnames: [cat]\nnames: [dog]\n", ["the key 'names' stands twice", "line 3"]),
         ("train: images/train\nnames: [cat, dog]\nnc: 3\n", ["'nc' is 3 and 'names' has 2"]),
         ("train: images/bare\nnames: [cat, dog]\n", ["not one of its 1 images has a text file", "labels/bare/a.txt"]),
     ],
@@ -501,6 +506,27 @@ def test_a_data_yaml_that_cannot_be_used_is_one_sentence(tmp_path, capsys, yaml,
     assert said.count("\n") == 1
     for word in words:
         assert word in said
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "obj.names"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cat\ndog\ncat\n", "is no list of classes of YOLO: the class 'cat' stands twice, as number 0 and 2"),
+        ("cat\n\ndog\n", "line 2 is empty"),
+        ("cat \r\ndog\r\n\r\n", ""),
+    ],
+)
+def test_a_list_of_classes_numbers_each_once(tmp_path, name, text, words):
+    yolo(tmp_path)
+    (tmp_path / "data.yaml").unlink()
+    (tmp_path / name).write_bytes(text.encode())
+    if not words:
+        assert convert_annotations(tmp_path).summary["classes"] == ["cat", "dog"]
+        return
+    with pytest.raises(UserError, match=words) as caught:
+        convert_annotations(tmp_path, "yolo")
+    assert str(tmp_path / name) in str(caught.value)
 
 
 def test_yaml_tags_and_aliases_make_nothing(tmp_path):

@@ -77,7 +77,7 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
     keypoints = False
     try:
         if path.name in CLASS_LISTS:
-            summary.classes = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+            summary.classes = _listed_names(path)
             images = {image: split_of_folder(image, tree.root) for image in tree.images()}
         else:
             settings = _read_settings(path)
@@ -85,7 +85,8 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
             keypoints = "kpt_shape" in settings
             images = _images(tree, path, settings, summary)
     except Unreadable as error:
-        raise UserError(f"{path} is no data.yaml of YOLO: {error}; correct it.") from None
+        what = "list of classes" if path.name in CLASS_LISTS else "data.yaml"
+        raise UserError(f"{path} is no {what} of YOLO: {error}; correct it.") from None
     labelled = 0
     for image, splits in images.items():
         labels = _labels_of(image)
@@ -113,7 +114,18 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise Unreadable("it is nested too deep") from None
     if not isinstance(root, yaml.MappingNode):
         raise Unreadable("it holds no KEY: VALUE pairs")
-    return {key.value: _plain(value) for key, value in root.value if isinstance(key, yaml.ScalarNode)}
+    return {key: _plain(value) for key, value in _pairs(root).items()}
+
+
+def _pairs(node: yaml.MappingNode) -> dict[str, yaml.Node]:
+    found: dict[str, yaml.Node] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        if key.value in found:
+            raise Unreadable(f"the key '{key.value}' stands twice, again in line {key.start_mark.line + 1}")
+        found[key.value] = value
+    return found
 
 
 def _plain(node: yaml.Node) -> Any:
@@ -121,11 +133,7 @@ def _plain(node: yaml.Node) -> Any:
         return "" if node.tag == "tag:yaml.org,2002:null" else node.value
     if isinstance(node, yaml.SequenceNode):
         return [child.value if isinstance(child, yaml.ScalarNode) else None for child in node.value]
-    return {
-        key.value: value.value if isinstance(value, yaml.ScalarNode) else None
-        for key, value in node.value
-        if isinstance(key, yaml.ScalarNode)
-    }
+    return {key: value.value if isinstance(value, yaml.ScalarNode) else None for key, value in _pairs(node).items()}
 
 
 def _names(path: Path, settings: dict[str, Any]) -> list[str]:
@@ -136,6 +144,8 @@ def _names(path: Path, settings: dict[str, Any]) -> list[str]:
             numbered = {int(key): name for key, name in names.items()}
         except ValueError:
             raise Unreadable("the keys of 'names' are not all whole numbers") from None
+        if len(numbered) < len(names):
+            raise Unreadable("'names' numbers two of its classes alike")
         if sorted(numbered) != list(range(len(numbered))):
             raise Unreadable(f"'names' does not number its {len(numbered)} classes from 0 on without gaps")
         names = [numbered[k] for k in range(len(numbered))]
@@ -144,6 +154,23 @@ def _names(path: Path, settings: dict[str, Any]) -> list[str]:
     count = settings.get("nc")
     if isinstance(count, str) and count.isdigit() and int(count) != len(names):
         raise Unreadable(f"'nc' is {count} and 'names' has {len(names)}")
+    return _distinct(names)
+
+
+def _listed_names(path: Path) -> list[str]:
+    """The class names by number, a line each."""
+    names = [line.strip() for line in read_text(path).rstrip().splitlines()]
+    if not all(names):
+        raise Unreadable(f"line {names.index('') + 1} is empty, so that the numbers of the classes below are not clear")
+    return _distinct(names)
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """As they are; two classes of one name would become one."""
+    first: dict[str, int] = {}
+    for k, name in enumerate(names):
+        if first.setdefault(name, k) != k:
+            raise Unreadable(f"the class '{name}' stands twice, as number {first[name]} and {k}")
     return names
 
 
