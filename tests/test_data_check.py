@@ -122,6 +122,25 @@ def test_every_source_is_checked(folder, tmp_path):
     assert check(tmp_path / "set.txt")[1]["classes"] == {"x": 6}
 
 
+def test_shards_in_braces_are_checked(folder, tmp_path, capsys):
+    import tarfile
+
+    pytest.importorskip("webdataset", reason="the extra `webdataset` is not installed")
+    files = sorted(folder.rglob("*.jpg"))
+    for k in range(2):
+        with tarfile.open(tmp_path / f"train-{k:04}.tar", "w") as archive:
+            for file in files[3 * k : 3 * k + 3]:
+                archive.add(file, file.name)
+    for braces in (f"{tmp_path}/train-{{0000..0001}}.tar", "./train-{0000..0001}.tar", "train-{0000..0001}.tar"):
+        status, answer = check(braces)
+        assert (status, answer["counts"]["images"], answer["data"]) == (0, 6, braces)
+    for gone in ("./train-{0000..0002}.tar", "./gone.tar", "./gone.zip", "./gone.txt"):
+        assert main(["data", "check", gone, "--out", "out"]) == 2
+        said = capsys.readouterr().err
+        assert "DATA.PATH" in said
+        assert said.count("\n") == 1
+
+
 def test_nothing_to_check_is_bad_input(folder, capsys):
     for arguments in (["absent"], ["pets_train"], [folder, "--annotations", "absent.json"], [folder, "--format", "x"]):
         assert main(["data", "check", *map(str, arguments), "--quiet"]) == 2

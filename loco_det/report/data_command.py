@@ -32,6 +32,7 @@ from loco_det.report.plots import save_figure
 from loco_det.runtime import write_json
 
 PAIRS, ANNOTATED = 10, 12  # images on the sheets
+IMAGE_FILES = (".tar", ".zip", ".txt")  # what DATA.PATH takes, besides folders
 BARS, BAR_WIDTH = 20, 30  # classes in the text; characters of the longest bar
 PLOTTED = 100  # classes in histogram.png
 MASKS = ("auto", "polygon", "bitmask", "none")
@@ -127,7 +128,12 @@ def _asked(args: argparse.Namespace) -> Asked:
     place = Path(args.path.partition("!")[0])
     if args.path in COCO_NAMES or (not place.exists() and _is_name(args.path)):
         return Asked(args.path, None, find_dataset(args.path))
-    if args.format == "auto" and ((is_path(args.path) and not place.exists()) or _is_annotated(place)):
+    of_images = place.suffix.lower() in IMAGE_FILES and not place.is_dir()  # shards in braces are no file
+    if (
+        args.format == "auto"
+        and not of_images
+        and ((is_path(args.path) and not place.exists()) or _is_annotated(place))
+    ):
         name = args.path if is_path(args.path) else f"./{args.path}"
         return Asked(name, None, find_dataset(name))
     return Asked(Path(args.path).stem or "data", open_source(args.path, args.format), None)
