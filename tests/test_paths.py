@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import shutil
@@ -241,6 +242,17 @@ def test_data_check_takes_it(name, capsys):
     answer = json.loads(Path("out/check.json").read_text())
     assert answer["classes"] == {"cat": answer["counts"]["images"], "dog": answer["counts"]["images"]}
     assert "OK to train on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.JSON", "x.json.gz", "x.Json.GZ"])
+def test_data_check_takes_every_file_that_training_does(name):
+    image(Path("a.jpg"))
+    content = coco(Path("x.json"), ["a.jpg"]).read_bytes()
+    Path("x.json").unlink()
+    Path(name).write_bytes(gzip.compress(content) if name.lower().endswith("gz") else content)
+    assert len(load_coco(find_dataset(f"./{name}"))) == 1
+    assert main(["data", "check", name, "--workers", "0", "--out", "out", "--quiet"]) == 0
+    assert json.loads(Path("out/check.json").read_text())["classes"] == {"cat": 1, "dog": 1}
 
 
 def test_data_check_says_of_a_folder_what_training_would(capsys):

@@ -124,7 +124,9 @@ def _default_images(file: Path) -> Path:
 
 
 def is_annotated(path: Path) -> bool:
-    """Whether a folder is one of those above, so that its images come with annotations."""
+    """Whether a folder or a file is one of those above, so that its images come with annotations."""
+    if not path.is_dir():
+        return _FILE.fullmatch(path.name) is not None
     if any((path / name).is_file() for name in COCO_FILES):
         return True
     return bool(set(recognise(Tree(path))) - {"coco"})

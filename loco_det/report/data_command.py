@@ -129,11 +129,8 @@ def _asked(args: argparse.Namespace) -> Asked:
     if args.path in COCO_NAMES or (not place.exists() and _is_name(args.path)):
         return Asked(args.path, None, find_dataset(args.path))
     of_images = place.suffix.lower() in IMAGE_FILES and not place.is_dir()  # shards in braces are no file
-    if (
-        args.format == "auto"
-        and not of_images
-        and ((is_path(args.path) and not place.exists()) or _is_annotated(place))
-    ):
+    annotated = is_annotated(place) if place.exists() else is_path(args.path)
+    if args.format == "auto" and annotated and not of_images:
         name = args.path if is_path(args.path) else f"./{args.path}"
         return Asked(name, None, find_dataset(name))
     return Asked(Path(args.path).stem or "data", open_source(args.path, args.format), None)
@@ -148,11 +145,6 @@ def _masks(asked_for: str, asked: Asked, index: CocoIndex) -> str:
 
 def _is_name(text: str) -> bool:
     return "_" in text and not set(text) & set("/\\.{!")
-
-
-def _is_annotated(place: Path) -> bool:
-    """Whether PATH is a data set with annotations: a file that holds them, or a folder with such files."""
-    return is_annotated(place) if place.is_dir() else place.suffix.lower() in (".json", ".xml", ".yaml", ".yml")
 
 
 def _convert(args: argparse.Namespace) -> int:
