@@ -6,6 +6,7 @@ Images are 40 x 30 pixels (width x height) unless a test says otherwise.
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import os
@@ -20,8 +21,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from loco_det.cli import main
-from loco_det.data.formats.conversion import FORMATS, Converted, convert_annotations, recognise
+from loco_det.data.formats.conversion import FORMATS, Converted, convert_annotations
 from loco_det.data.formats.files import Tree
+from loco_det.data.formats.recognition import json_format, recognise
 from loco_det.errors import UserError
 
 SIZE = (40, 30)
@@ -861,6 +863,56 @@ def test_a_mask_in_colours_or_damaged_is_refused(tmp_path):
 
 
 # --- all of them -------------------------------------------------------------------------------------------------
+
+
+LONG = "x" * 100_000  # more than is read of a file's beginning
+COCO_PARTS = {"info": {"version": "1"}, "images": [{"id": 1}], "annotations": [], "categories": [{"id": 1}]}
+TOLD = [
+    (COCO_PARTS, "coco"),
+    ({"version": "1.0", **COCO_PARTS}, "coco"),
+    ({"flags": {}, "version": "1.0", **COCO_PARTS}, "coco"),
+    ({"info": {"filename": "a", "regions": "b"}, **COCO_PARTS}, "coco"),
+    ({"images": [{"filename": "a.jpg", "regions": [], "shapes": []}], "categories": []}, "coco"),
+    ({"annotations": [{"text": LONG}], "images": [], "categories": []}, "coco"),
+    ({"meta": LONG, **COCO_PARTS}, "coco"),
+    ({"licenses": [{"name": f'"images": [{{ \\ {LONG}'}], **COCO_PARTS}, "coco"),
+    ({"version": "5.0", "flags": {}, "shapes": [], "imagePath": "a.jpg"}, "labelme"),
+    ({"imageData": LONG, "shapes": [], "imagePath": "a.jpg"}, "labelme"),
+    ({"version": "5.0", "shapes": [{"label": LONG}], "imagePath": "a.jpg"}, "labelme"),
+    ({"_via_settings": {"text": LONG}, "_via_img_metadata": {}}, "via"),
+    ({"a.jpg1": {"filename": "a.jpg", "regions": []}}, "via"),
+    ({"a.jpg1": {"filename": "a.jpg", "size": 1, "regions": [LONG]}}, "via"),
+    ([{"id": 1, "annotations": [], "data": {}}], "labelstudio"),
+    ([{"id": 1, "annotations": [{"result": LONG}], "data": {}}], "labelstudio"),
+    ([{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}], None),
+    ({"type": "FeatureCollection", "features": []}, None),
+    ({"images": []}, None),
+    ([], None),
+    ({}, None),
+    ("images annotations", None),
+]
+
+
+@pytest.mark.parametrize(("content", "kind"), TOLD)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gzip"])
+def test_the_format_of_a_json_file(tmp_path, content, kind, encoding):
+    text = json.dumps(content, indent=1)
+    path = tmp_path / "a.json"
+    path.write_bytes(gzip.compress(text.encode()) if encoding == "gzip" else text.encode(encoding))
+    beyond = encoding == "gzip" and ("meta" in content or "licenses" in content)  # all keys are read of plain JSON only
+    assert json_format(path) == (None if beyond else kind)
+
+
+def test_a_long_file_is_not_parsed_to_tell_its_format(tmp_path):
+    """What comes after the beginning is no JSON at all, or of another format."""
+    image(tmp_path / "a.jpg")
+    write(tmp_path / "a.json", '{"info": {}, "images": [' + LONG)
+    assert recognise(Tree(tmp_path)) == ["coco"]
+    write(tmp_path / "a.json", '{"version": "5", "shapes": [' + LONG)
+    assert recognise(Tree(tmp_path)) == ["labelme"]
+    (tmp_path / "a.json").unlink()
+    write(tmp_path / "a.xml", "<?xml version='1.0'?><annotations>" + LONG)
+    assert recognise(Tree(tmp_path)) == ["cvat"]
 
 
 def test_two_formats_are_not_guessed_between(tmp_path):

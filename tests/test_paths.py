@@ -126,6 +126,16 @@ def test_the_folder_may_be_left_out_where_it_is_plain(names):
     assert len(load_coco(find_dataset("./export"))) == 1
 
 
+@pytest.mark.parametrize("first", ["version", "flags", "shapes_of_masks", "info"])
+@pytest.mark.parametrize("name", ["cells.json", "_annotations.coco.json", "result.json"])
+def test_a_coco_file_may_begin_with_any_key(first, name):
+    image(Path("d/a.jpg"))
+    file = coco(Path("d") / name, ["a.jpg"])
+    file.write_text(json.dumps({first: "1.0", **json.loads(file.read_text())}))
+    for spelling in (f"d/{name}", f"d/{name}@d"):
+        assert len(load_coco(find_dataset(spelling))) == 1
+
+
 def test_roboflows_folders():
     for split in ("train", "valid"):
         image(Path(f"robo/{split}/a.jpg"))

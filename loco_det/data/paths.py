@@ -20,8 +20,9 @@ import msgspec
 
 from loco_det.data.derived import derived_file, files_digest
 from loco_det.data.formats import yolo
-from loco_det.data.formats.conversion import VERSION, Converted, convert_annotations, recognise
+from loco_det.data.formats.conversion import VERSION, Converted, convert_annotations
 from loco_det.data.formats.files import Tree
+from loco_det.data.formats.recognition import json_format, recognise
 from loco_det.data.formats.summary import lines
 from loco_det.data.index import load_index
 from loco_det.data.subsets import is_part
@@ -30,8 +31,6 @@ from loco_det.runtime import log
 
 _FILE = re.compile(r"(.*?\.(?:json|json\.gz|xml|ya?ml))(?:@(.*))?", re.IGNORECASE | re.DOTALL)
 COCO_FILES = ("_annotations.coco.json", "result.json")  # that stand for the folder they lie in
-_HEAD = 1 << 16  # bytes by which a JSON file is told from COCO's
-_FIRST = re.compile(rb'\s*(\[|\{\s*"(_via_\w+|shapes|version|flags)"|\{\s*"[^"]*"\s*:\s*\{\s*"filename")')
 _told: set[Path] = set()
 
 
@@ -103,13 +102,8 @@ def _of_file(whole: str, file: Path, rest: str | None) -> Place:
 
 
 def _may_be_coco(file: Path) -> bool:
-    """Whether JSON does not begin as another format's; COCO's files are too long to be read twice."""
-    try:
-        with open(file, "rb") as opened:
-            head = opened.read(_HEAD).removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from None
-    return _FIRST.match(head) is None
+    """Whether JSON is COCO's, or nothing that is known, of which COCO's parser says what it lacks."""
+    return json_format(file) in ("coco", None)
 
 
 def _default_images(file: Path) -> Path:

@@ -17,15 +17,15 @@ import msgspec
 
 from loco_det import __version__
 from loco_det.data.formats import cvat, label_studio, labelme, png_masks, via, voc_xml, yolo
-from loco_det.data.formats.files import Tree, Unreadable, read_json, read_xml
+from loco_det.data.formats.files import Tree
 from loco_det.data.formats.objects import FARTHEST, Found, Picture, area, mask_area
+from loco_det.data.formats.recognition import recognise
 from loco_det.data.formats.summary import Summary
 from loco_det.errors import UserError
 from loco_det.runtime import atomic_write, write_json
 
 VERSION = 2  # of what comes out; raise it when the same files give something else
 MADE_BY = "converted by loco-det"  # begins info.description of every file written here
-_PEEKED = 20  # JSON files that are opened to tell a folder's format
 _BEYOND = 1.0  # pixels that an object may reach over the border without a note; tools round
 
 
@@ -54,49 +54,6 @@ class Converted(NamedTuple):
     splits: dict[str, dict[str, Any]]
     images: Path
     summary: dict[str, Any]
-
-
-# --- which format ------------------------------------------------------------------------------------------------
-
-
-def recognise(tree: Tree) -> list[str]:
-    """The formats of `FORMATS`, or "coco", that a folder or file has; several where it holds several, or none."""
-    found = []
-    if any(tree.with_suffix(".xml")):
-        found += _of_xml(tree.with_suffix(".xml"))
-    if yolo.find_settings(tree) if tree.source == tree.root else tree.source.suffix in yolo.SUFFIXES:
-        found.append("yolo")
-    found += _of_json(tree.with_suffix(".json")[:_PEEKED])
-    if not found and tree.source == tree.root and any(png_masks.is_mask(path, tree.root) for path in tree.files):
-        found.append("png")
-    return found
-
-
-def _of_xml(files: list[Path]) -> list[str]:
-    broken = False
-    for path in files:
-        try:
-            tag = read_xml(path).tag
-        except Unreadable:
-            broken = True
-            continue
-        if tag in (voc_xml.ROOT_ELEMENT, cvat.ROOT_ELEMENT):
-            return ["voc" if tag == voc_xml.ROOT_ELEMENT else "cvat"]
-    return ["voc"] if broken else []  # whose reader says what is wrong with the file
-
-
-def _of_json(files: list[Path]) -> list[str]:
-    tests = {"labelme": labelme.is_labelme, "via": via.is_via, "labelstudio": label_studio.is_label_studio}
-    found: set[str] = set()
-    for path in files:
-        try:
-            content = read_json(path)
-        except Unreadable:
-            continue
-        found |= {name for name, test in tests.items() if test(content)}
-        if isinstance(content, dict) and {"images", "annotations"} <= set(content):
-            found.add("coco")
-    return sorted(found - {"coco"}) or sorted(found)
 
 
 def _chosen(tree: Tree, kind: str) -> str:
