@@ -279,6 +279,16 @@ def test_a_file_name_never_leads_out_of_the_source(tmp_path, name):
     assert reasons(converted, "images_left_out") == {"it is not there": 1}
 
 
+@pytest.mark.parametrize(
+    "name", ["http://[x/a.jpg", "s3://[::1/b/a.jpg", "/data/local-files/?d=[x/a.jpg", "//[x/a.jpg"]
+)
+def test_what_looks_like_an_address_and_is_none_is_a_path(tmp_path, name):
+    image(tmp_path / "a.jpg")
+    entry = {"filename": name, "regions": [region("rect", x=1, y=1, width=5, height=5)]}
+    write(tmp_path / "via.json", {"1": entry})
+    assert list(boxes(convert_annotations(tmp_path))) == ["a.jpg"]
+
+
 def test_links_in_a_circle_are_walked_once_and_hidden_files_not_at_all(tmp_path):
     image(tmp_path / "a.jpg")
     voc(tmp_path / "a.xml", thing("x", (1, 1, 5, 5)))
@@ -411,6 +421,8 @@ VAL = [("dog", [0, 0, 20, 30])]
     [
         "train: images/train\nval: images/val\nnames: [cat, dog]\n",
         "path: .\ntrain: ../images/train\nval: images/val\nnames: {1: dog, 0: cat}\nnc: 2\n",
+        "path: ~nosuchuser/x\ntrain: images/train\nval: images/val\nnames: [cat, dog]\n",
+        f"path: {'x' * 300}\ntrain: images/train\nval: images/val\nnames: [cat, dog]\n",
         "path: /nowhere/at/all\ntrain: [images/train]\nval: images/val\ntest:\nnames:\n  0: cat\n  1: dog\n",
         "train: train.txt\nval: images/val\ntest: ../test/images\nnames: ['cat', 'dog']\n",
     ],
@@ -490,6 +502,12 @@ def test_yolo_poses_come_over_as_boxes(tmp_path):
         ("train: nowhere\nnames: [cat, dog]\n", ["data.yaml", "none of its splits (train) is there"]),
         ("train: images/train\nnames: {0: cat, 2: dog}\n", ["does not number its 2 classes from 0 on"]),
         ("train: images/train\nnames: {a: cat}\n", ["whole numbers"]),
+        ("train: {a: b}\nnames: [cat, dog]\n", ["data.yaml", "'train' is no path and no list of paths"]),
+        ("train: images/train\nval: [images/val, [x]]\nnames: [cat, dog]\n", ["'val' is no path and no list of paths"]),
+        ("path: [images]\ntrain: train\nnames: [cat, dog]\n", ["'path' is no path"]),
+        ("train: ~nosuchuser/x\nnames: [cat, dog]\n", ["none of its splits (train) is there"]),
+        (f"train: {'x' * 300}\nnames: [cat, dog]\n", ["none of its splits (train) is there"]),
+        ('train: "a\\0b.txt"\nnames: [cat, dog]\n', ["none of its splits (train) is there"]),
         ("train: images/train\nnames: cat\n", ["no list of class names"]),
         ("train: images/train\nnames: [cat, dog, cat]\n", ["data.yaml", "'cat' stands twice, as number 0 and 2"]),
         ("train: images/train\nnames: {0: cat, 1: dog, 2: dog}\n", ["'dog' stands twice, as number 1 and 2"]),
@@ -813,6 +831,24 @@ def test_cvat(tmp_path):
         "its points are not pairs of numbers": 1,
         "its image is left out": 1,
     }
+
+
+def test_cvat_masks_are_never_larger_than_the_image_that_is_there(tmp_path):
+    """81 terabytes of pixels are stated, of which the mask covers a few."""
+    for name in "ab":
+        image(tmp_path / f"{name}.jpg")
+    mask = '<mask label="d" rle="5,995" left="0" top="0" width="1000" height="1"/>'
+    box = '<box label="d" xtl="1" ytl="1" xbr="5" ybr="5"/>'
+    side = "9000000"
+    elements = (
+        f'<image name="a.jpg" width="{side}" height="{side}">{mask}</image>'
+        f'<image name="b.jpg" width="40" height="30">{box}</image>'
+    )
+    write(tmp_path / "a.xml", f"<annotations>{elements}</annotations>")
+    converted = convert_annotations(tmp_path)
+    assert boxes(converted) == {"b.jpg": [("d", [1, 1, 4, 4])]}
+    assert reasons(converted) == {"its mask is larger than its image": 1}
+    assert reasons(converted, "images_left_out") == {"it has another size": 1}
 
 
 def test_cvat_for_video_is_refused(tmp_path):

@@ -109,6 +109,13 @@ def test_an_annotation_file_and_a_folder():
     assert load_coco(part).class_names == ("dog",)
 
 
+@pytest.mark.parametrize("name", ["http://[x/a.jpg", "s3://bucket/a.jpg", "C:\\x\\a.jpg"])
+def test_file_names_that_other_machines_wrote(name):
+    image(Path("images/a.jpg"))
+    coco(Path("x.json"), [name])
+    assert Path(load_coco(find_dataset("x.json@images"))[0].file_name) == Path("images/a.jpg")
+
+
 def test_a_folder_called_as_a_part_is_reached():
     image(Path("10pct_seed0/a.jpg"))
     coco(Path("x.json"), ["a.jpg"])
@@ -223,6 +230,11 @@ def test_files_of_other_formats_with_their_images_elsewhere():
         ("./pets@test", ["has no split 'test'", "@train, @val"]),
         ("./gone", ["there is no folder gone"]),
         ("gone.json@pets", ["there is no file gone.json"]),
+        ("~nosuchuser/x", ["there is no folder ~nosuchuser/x"]),
+        ("~nosuchuser/x.json", ["there is no file ~nosuchuser/x.json"]),
+        ("x.json@~nosuchuser/x", ["there is no folder ~nosuchuser/x"]),
+        ("./pets/data.yaml@~nosuchuser/x", ["there is no file pets/data.yaml"]),
+        ("./pets@~nosuchuser", ["has no split '~nosuchuser'"]),
         ("x.json@gone", ["there is no folder gone", "FILE.json@FOLDER"]),
         ("./plain", ["plain holds no annotations of a known format"]),
         ("./pets@train@0pct_seed0", ["0pct_seed0"]),

@@ -87,7 +87,7 @@ class Dataset:
 
 def datasets_root() -> Path:
     """The folder under which every dataset is looked for."""
-    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+    return Path(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets")))
 
 
 def present_datasets() -> list[str]:

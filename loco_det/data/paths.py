@@ -12,6 +12,7 @@ folder called 10pct_seed0 is ./10pct_seed0.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,11 @@ def is_path(name: str) -> bool:
     return "/" in head or head.startswith("~") or _FILE.fullmatch(head) is not None
 
 
+def _path(text: str) -> Path:
+    """With ~ and ~user as their homes, or as they stand where there is no such user."""
+    return Path(os.path.expanduser(text))
+
+
 def split_parts(name: str) -> tuple[str, list[str]]:
     """A path without the parts behind it, and these."""
     pieces, parts = name.split("@"), []
@@ -63,12 +69,12 @@ def find_path(whole: str) -> Place:
         UserError: something is not there or is of no known format, or a split must be named.
     """
     found = _FILE.fullmatch(whole)
-    if found and not Path(whole).expanduser().is_dir():
-        return _of_file(whole, Path(found[1]).expanduser(), found[2])
-    source, split = Path(whole).expanduser(), None
+    if found and not _path(whole).is_dir():
+        return _of_file(whole, _path(found[1]), found[2])
+    source, split = _path(whole), None
     if not source.is_dir() and "@" in whole:
         head, _, split = whole.rpartition("@")
-        source = Path(head).expanduser()
+        source = _path(head)
     if not source.is_dir():
         raise UserError(f"DATASETS: '{whole}': there is no folder {source}; correct the path.")
     for file in (source / name for name in COCO_FILES):
@@ -81,7 +87,7 @@ def _of_file(whole: str, file: Path, rest: str | None) -> Place:
     if not file.is_file():
         raise UserError(f"DATASETS: '{whole}': there is no file {file}; correct the path.")
     if file.name.lower().endswith((".json", ".json.gz")) and _may_be_coco(file):
-        images = _default_images(file) if rest is None else Path(rest).expanduser()
+        images = _default_images(file) if rest is None else _path(rest)
         if not images.is_dir():
             raise UserError(
                 f"DATASETS: '{whole}': there is no folder {images}; write FILE.json@FOLDER with the images' folder."
@@ -90,10 +96,10 @@ def _of_file(whole: str, file: Path, rest: str | None) -> Place:
     images, split = None, None
     if rest is not None:
         head, _, tail = rest.rpartition("@")
-        if Path(rest).expanduser().is_dir():
-            images = Path(rest).expanduser()
-        elif head and Path(head).expanduser().is_dir():
-            images, split = Path(head).expanduser(), tail
+        if _path(rest).is_dir():
+            images = _path(rest)
+        elif head and _path(head).is_dir():
+            images, split = _path(head), tail
         elif head or "/" in tail:
             raise UserError(f"DATASETS: '{whole}': there is no folder {head or tail}; correct the path.")
         else:

@@ -56,7 +56,8 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
                 summary.leave_out_image("it is not there", f"{name}: <image name={said!r}>", len(element))
                 continue
             stated = _stated(element)
-            objects = list(_objects(element, stated or tree.size(match.image), f"{name}: {said}", summary))
+            # A mask is as large as the image that is there: the annotation can state any size.
+            objects = list(_objects(element, tree.size(match.image), f"{name}: {said}", summary))
             split = (element.get("subset") or WHOLE,)
             yield Picture(match.image, f"{name}: {said}", objects, split, stated, match.claim)
 

@@ -7,6 +7,7 @@ hidden and what is no regular file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -187,8 +188,9 @@ def _parts(name: str) -> list[str]:
     if "\0" in name:
         return []
     if "?d=" in name or "://" in name:
-        address = urllib.parse.urlsplit(name)
-        name = urllib.parse.parse_qs(address.query).get("d", [urllib.parse.unquote(address.path)])[0]
+        with contextlib.suppress(ValueError):  # no address after all: a path
+            address = urllib.parse.urlsplit(name)
+            name = urllib.parse.parse_qs(address.query).get("d", [urllib.parse.unquote(address.path)])[0]
     name = re.sub(r"^[A-Za-z]:", "", name.strip().replace("\\", "/"))
     return [part for part in name.split("/") if part not in ("", ".")]
 

@@ -51,13 +51,14 @@ def add_folders(tree: Tree) -> None:
         return
     try:
         settings = _read_settings(path)
+        _check_paths(settings)
     except Unreadable:
         return  # which is told when it is read
     root = _root(path, settings)
     tree.add(root)
     for _, entry in _entries(settings):
         place = _place(root, entry)
-        for folder in (place, _labels_of(place / "any").parent) if place.is_dir() else ():
+        for folder in (place, _labels_of(place / "any").parent) if os.path.isdir(place) else ():
             if folder.is_dir():
                 tree.add(folder)
         if _is_list(place):
@@ -81,6 +82,7 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
             images = {image: split_of_folder(image, tree.root) for image in tree.images()}
         else:
             settings = _read_settings(path)
+            _check_paths(settings)
             summary.classes = _names(path, settings)
             keypoints = "kpt_shape" in settings
             images = _images(tree, path, settings, summary)
@@ -115,6 +117,14 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(root, yaml.MappingNode):
         raise Unreadable("it holds no KEY: VALUE pairs")
     return {key: _plain(value) for key, value in _pairs(root).items()}
+
+
+def _check_paths(settings: dict[str, Any]) -> None:
+    for key in ("path", *_SPLITS):
+        value = settings.get(key, "")
+        entries = value if isinstance(value, list) and key != "path" else [value]
+        if not all(isinstance(entry, str) for entry in entries):
+            raise Unreadable(f"'{key}' is no path" + " and no list of paths" * (key != "path"))
 
 
 def _pairs(node: yaml.MappingNode) -> dict[str, yaml.Node]:
@@ -176,10 +186,12 @@ def _distinct(names: list[str]) -> list[str]:
 
 def _root(path: Path, settings: dict[str, Any]) -> Path:
     """The folder that splits are relative to: 'path', or that of the YAML file where 'path' is not here."""
-    given = settings.get("path")
-    root = path.parent / Path(given).expanduser() if given and isinstance(given, str) else path.parent
-    root = Path(os.path.normpath(root))
-    return root if root.is_dir() else path.parent
+    root = _below(path.parent, settings.get("path") or "")
+    return root if os.path.isdir(root) else path.parent
+
+
+def _below(folder: Path, path: str) -> Path:
+    return Path(os.path.normpath(folder / os.path.expanduser(path)))
 
 
 def _entries(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -190,20 +202,20 @@ def _entries(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _place(root: Path, entry: str) -> Path:
-    place = Path(os.path.normpath(root / Path(entry).expanduser()))
-    if not place.exists() and entry.startswith("../"):  # as Roboflow writes it, meaning beside the YAML file
+    place = _below(root, entry)
+    if not os.path.exists(place) and entry.startswith("../"):  # as Roboflow writes it, meaning beside the YAML file
         place = root / entry.removeprefix("../")
     return place
 
 
 def _is_list(place: Path) -> bool:
-    return place.suffix == ".txt" and place.is_file()
+    return place.suffix == ".txt" and os.path.isfile(place)
 
 
 def _images(tree: Tree, path: Path, settings: dict[str, Any], summary: Summary) -> dict[Path, tuple[str, ...]]:
     """{image: its splits} in order."""
     root, given = _root(path, settings), settings.get("path")
-    if given and isinstance(given, str) and not (path.parent / Path(given).expanduser()).is_dir():
+    if given and not os.path.isdir(_below(path.parent, given)):  # os.path, which takes names that no file can have
         summary.notes.add("'path' is not a folder here: taken as that of the YAML file", f"{path.name}: {given}")
     found: dict[Path, tuple[str, ...]] = {}
     for split, entry in _entries(settings):
@@ -219,7 +231,7 @@ def _images(tree: Tree, path: Path, settings: dict[str, Any], summary: Summary) 
 def _entry(tree: Tree, root: Path, split: str, entry: str, summary: Summary) -> Iterator[Path]:
     """The images of one folder or list that a split names."""
     place = _place(root, entry)
-    if place.is_dir():
+    if os.path.isdir(place):
         yield from tree.images(place)
     elif _is_list(place):
         for line in filter(None, map(str.strip, read_text(place).splitlines())):
