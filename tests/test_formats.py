@@ -776,9 +776,23 @@ def test_label_studio(tmp_path):
 
 
 def test_json_min_is_refused(tmp_path):
+    """Its entries are flat: the task's data, the answers under their names in the labelling interface, and these."""
     image(tmp_path / "a.jpg")
-    write(tmp_path / "x.json", [{"data": {"image": "a.jpg"}, "label": []}])
-    with pytest.raises(UserError, match="JSON-MIN"):
+    shape = {"x": 1, "y": 2, "width": 3, "height": 4, "rotation": 0, "rectanglelabels": ["c"]}
+    answer = {**shape, "original_width": 40, "original_height": 30}
+    entry = {"image": "/data/upload/1/a.jpg", "id": 1, "label": [answer], "annotator": 1, "annotation_id": 1}
+    more = {"created_at": "2024-01-01T00:00:00Z", "updated_at": "2024-01-01T00:00:00Z", "lead_time": 2.5}
+    for content in ([{**entry, **more}], [{"kind": "none", **more, "id": 2, "annotator": 1}] * 2000):
+        write(tmp_path / "x.json", content)
+        for kind in ("auto", "labelstudio"):
+            with pytest.raises(UserError, match=r"x.json is Label Studio's JSON-MIN, .* export it as JSON"):
+                convert_annotations(tmp_path, kind)
+
+
+def test_tasks_that_nobody_has_annotated_are_refused(tmp_path):
+    image(tmp_path / "a.jpg")
+    write(tmp_path / "x.json", [{"id": 1, "data": {"image": "a.jpg"}, "predictions": []}])
+    with pytest.raises(UserError, match=r"x.json holds tasks without 'annotations'"):
         convert_annotations(tmp_path)
 
 
@@ -920,6 +934,7 @@ TOLD = [
     ({"a.jpg1": {"filename": "a.jpg", "size": 1, "regions": [LONG]}}, "via"),
     ([{"id": 1, "annotations": [], "data": {}}], "labelstudio"),
     ([{"id": 1, "annotations": [{"result": LONG}], "data": {}}], "labelstudio"),
+    ([{"image": "a.jpg", "id": 1, "label": [], "annotator": 1, "annotation_id": 1}], "labelstudio"),
     ([{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}], None),
     ({"type": "FeatureCollection", "features": []}, None),
     ({"images": []}, None),

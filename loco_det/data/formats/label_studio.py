@@ -21,6 +21,7 @@ from loco_det.errors import UserError
 
 SUFFIXES = (".json",)
 _RESULTS = ("annotations", "completions")  # the latter before version 1.0
+MIN_KEYS = frozenset(("annotator", "annotation_id"))  # of an entry of JSON-MIN
 _UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # what it puts before the name of an uploaded file
 _NO_SHAPE = frozenset(("choices", "textarea", "rating", "number", "relation", "taxonomy", "pairwise", "datetime"))
 
@@ -29,14 +30,27 @@ def is_label_studio(content: Any) -> bool:
     return isinstance(content, list) and bool(content) and all(isinstance(t, dict) and "data" in t for t in content)
 
 
+def is_json_min(content: Any) -> bool:
+    """Whether JSON is Label Studio's short export, which has not what it takes to tell shapes from other answers."""
+    return isinstance(content, list) and any(
+        isinstance(t, dict) and MIN_KEYS & set(t) and "data" not in t for t in content
+    )
+
+
 def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
-    """The pictures of every export below the tree's root."""
+    """The pictures of every export below the tree's root.
+
+    Raises:
+        UserError: an export as JSON-MIN, or of tasks that nobody has annotated.
+    """
     for path, content in summary.readable(tree.with_suffix(*SUFFIXES), read_json):
+        if is_json_min(content):
+            raise UserError(f"{path} is Label Studio's JSON-MIN, which is not read; export it as JSON.")
         if not is_label_studio(content):
             summary.notes.add("a JSON file that is not Label Studio's", tree.name(path))
             continue
         if not any(key in task for task in content for key in _RESULTS):
-            raise UserError(f"{path} holds tasks without 'annotations'; export as JSON, not as JSON-MIN.")
+            raise UserError(f"{path} holds tasks without 'annotations'; export them as JSON when they have some.")
         for k, task in enumerate(content):
             yield from _picture(tree, path, f"{tree.name(path)}: [{k}]", task, summary)
 

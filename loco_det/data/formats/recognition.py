@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import msgspec
 
-from loco_det.data.formats import cvat, png_masks, voc_xml, yolo
+from loco_det.data.formats import cvat, label_studio, png_masks, voc_xml, yolo
 from loco_det.data.formats.files import Tree
 from loco_det.errors import UserError
 
@@ -103,7 +103,8 @@ def _format(opening: str, keys: _Keys) -> str | None:
         return set(names) <= found or (not keys.all and not found.isdisjoint(names))
 
     if opening == "[":
-        return "labelstudio" if has(first, "data") or (not keys.all and has(first, "annotations")) else None
+        tasks = "data" in first or (not keys.all and "annotations" in first)
+        return "labelstudio" if tasks or label_studio.MIN_KEYS & first else None
     if has(own, "images", "annotations") or has(own, "images", "categories"):
         return "coco"
     if any(key.startswith("_via_") for key in own) or has(first, "filename", "regions"):
