@@ -21,7 +21,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from loco_det.cli import main
-from loco_det.data.formats.conversion import FORMATS, Converted, convert_annotations
+from loco_det.data.formats.conversion import FORMATS, Converted, convert_annotations, write_conversion
 from loco_det.data.formats.files import Tree
 from loco_det.data.formats.recognition import json_format, recognise
 from loco_det.errors import UserError
@@ -1022,6 +1022,22 @@ def test_the_command_tells_what_to_type_and_never_writes_over_a_strangers_file(t
     assert main(["data", "convert", "pets", "out"]) == 2
     assert "val.json is there and was not written by a conversion" in capsys.readouterr().err
     assert json.loads(Path("out/annotations/val.json").read_text()) == {"mine": 1}
+
+
+def test_no_two_splits_share_a_file(tmp_path):
+    subsets = ["my split", "split_1", "Split_2", "SPLIT_2", "a/b", "../..", "x" * 300, "Train", "train", "-", "ß", "ss"]
+    for k in range(len(subsets)):
+        image(tmp_path / "src" / f"{k}.jpg")
+    box = '<box label="d" xtl="1" ytl="1" xbr="5" ybr="5"/>'
+    elements = "".join(f'<image name="{k}.jpg" subset="{name}">{box}</image>' for k, name in enumerate(subsets))
+    write(tmp_path / "src" / "a.xml", f"<annotations>{elements}</annotations>")
+    files = write_conversion(convert_annotations(tmp_path / "src"), tmp_path / "out")
+    assert set(files) == set(subsets)
+    assert len({path.name.casefold() for path in files.values()}) == len(subsets)
+    assert {path.parent for path in files.values()} == {tmp_path / "out" / "annotations"}
+    assert files["split_1"].name == "split_1.json"
+    for k, name in enumerate(subsets):
+        assert [entry["file_name"] for entry in json.loads(files[name].read_text())["images"]] == [f"{k}.jpg"]
 
 
 def test_pycocotools_reads_what_comes_out(tmp_path):

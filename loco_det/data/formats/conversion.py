@@ -7,9 +7,11 @@ are the same in every split. Coordinates come over as they are, also where they 
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ from loco_det.runtime import atomic_write, write_json
 
 VERSION = 2  # of what comes out; raise it when the same files give something else
 MADE_BY = "converted by loco-det"  # begins info.description of every file written here
+_PLAIN = re.compile(r"\w[\w-]{,39}")  # what a split's file can be called after it
 _BEYOND = 1.0  # pixels that an object may reach over the border without a note; tools round
 
 
@@ -275,10 +278,8 @@ def write_conversion(converted: Converted, out: Path) -> dict[str, Path]:
     Raises:
         UserError: a file of that name is there which no conversion wrote, or the folder cannot be written.
     """
-    files = {}
-    for split in converted.splits:
-        name = split if split.replace("-", "").replace("_", "").isalnum() else f"split_{len(files) + 1}"
-        files[split] = out / "annotations" / f"{name}.json"
+    names = _file_names(converted.splits)
+    files = {split: out / "annotations" / f"{names[split]}.json" for split in converted.splits}
     for path in files.values():
         if path.exists() and not _is_ours(path):
             raise UserError(f"{path} is there and was not written by a conversion; name another folder for OUT.")
@@ -287,6 +288,16 @@ def write_conversion(converted: Converted, out: Path) -> dict[str, Path]:
             file.write(msgspec.json.encode(converted.splits[split]))
     write_json(out / "conversion.json", converted.summary)
     return files
+
+
+def _file_names(splits: Collection[str]) -> dict[str, str]:
+    """A name for the file of each split, its own where it can be one; no two differ by nothing but case."""
+    names = {split.casefold(): split for split in splits if _PLAIN.fullmatch(split)}
+    numbered = (f"split_{k}" for k in itertools.count(1))
+    for split in splits:
+        if split not in names.values():
+            names[next(name for name in numbered if name not in names)] = split
+    return {split: split if name == split.casefold() else name for name, split in names.items()}
 
 
 def _is_ours(path: Path) -> bool:
