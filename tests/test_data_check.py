@@ -141,6 +141,17 @@ def test_shards_in_braces_are_checked(folder, tmp_path, capsys):
         assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize("form", ["auto", "folder", "flat"])
+@pytest.mark.parametrize("out", ["images/report", "images", "images/cat"])
+def test_its_own_pictures_below_the_images_are_not_checked(folder, out, form):
+    for _ in range(2):
+        arguments = ["images", "--format", form, "--workers", "0", "--out", out, "--quiet"]
+        assert main(["data", "check", *arguments]) == 0
+        answer = json.loads(Path(out, "check.json").read_text())
+        assert answer["counts"]["images"] == 6
+        assert answer["classes"] == ({} if form == "flat" else {"cat": 4, "dog": 2})
+
+
 def test_nothing_to_check_is_bad_input(folder, capsys):
     for arguments in (["absent"], ["pets_train"], [folder, "--annotations", "absent.json"], [folder, "--format", "x"]):
         assert main(["data", "check", *map(str, arguments), "--quiet"]) == 2

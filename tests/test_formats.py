@@ -1040,6 +1040,18 @@ def test_no_two_splits_share_a_file(tmp_path):
         assert [entry["file_name"] for entry in json.loads(files[name].read_text())["images"]] == [f"{k}.jpg"]
 
 
+@pytest.mark.parametrize("out", [".", "out", "images"])
+def test_what_a_conversion_wrote_into_its_source_is_no_part_of_it(tmp_path, out):
+    image(tmp_path / "images" / "a.jpg")
+    labelme(tmp_path / "images" / "a.json", drawn("x", "rectangle", [1, 2], [5, 7]))
+    first = convert_annotations(tmp_path)
+    write_conversion(first, tmp_path / out)
+    assert convert_annotations(tmp_path) == first
+    labelme(tmp_path / out / "annotations" / "b.json", drawn("x", "rectangle", [1, 2], [5, 7]))
+    image(tmp_path / "b.jpg")
+    assert len(annotations(convert_annotations(tmp_path))) == 2  # an owner's own file beside ours is read
+
+
 def test_pycocotools_reads_what_comes_out(tmp_path):
     from pycocotools.coco import COCO
 

@@ -207,6 +207,25 @@ def test_a_file_that_is_added_where_data_yaml_points_is_seen(settings, tmp_path)
     assert counts == [1, 1, 2, 2, 3, 3]
 
 
+@pytest.mark.parametrize("out", ["pets", "pets/report", "pets/JPEGImages"])
+def test_own_output_below_the_source_changes_nothing(out, monkeypatch, caplog):
+    """Neither a check, a conversion, a training's files nor the cache there are data."""
+    voc(Path("pets"))
+    monkeypatch.setenv("LOCO_DET_CACHE", "pets/cache")
+    before = find_dataset("./pets@train").annotations
+    for command in (["check", "./pets@train", "--workers", "0", "--out", out], ["convert", "pets", out]):
+        assert main(["data", *command, "--quiet"]) == 0
+    files = {"config.yaml": "", "run.json": "{}", "log.txt": "", "metrics.json": "{}", "model_final.pth": ""}
+    for name, text in {**files, "inference/coco_instances_results.json": "[]"}.items():
+        path = Path(out) / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert find_dataset("./pets@train").annotations == before
+    assert "left out" not in caplog.text
+    image(Path(out) / "mine.png")
+    assert find_dataset("./pets@train").annotations != before
+
+
 def test_files_of_other_formats_with_their_images_elsewhere():
     image(Path("photos/a.jpg"))
     shape = {"name": "rect", "x": 1, "y": 2, "width": 5, "height": 6}

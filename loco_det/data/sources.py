@@ -30,6 +30,7 @@ from typing import BinaryIO
 import numpy as np
 
 from loco_det.data.indexed import open_huggingface, open_torchvision
+from loco_det.data.own import own_names
 from loco_det.data.source import SUFFIXES, Source
 from loco_det.data.tar import open_tar
 from loco_det.errors import UserError
@@ -129,10 +130,14 @@ def _is_image(name: str) -> bool:
 
 def _open_folder(root: Path, format: str) -> Source:
     names: list[tuple[str, str, str]] = []  # class folder, folder, file: ImageFolder sorts by these
+    outputs = set()  # folders at the top that hold this package's output
     for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        own = own_names(Path(folder), {*folders, *files})
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in own]
         below = os.path.relpath(folder, root)
-        names += [(below.partition(os.sep)[0], below, name) for name in files if _is_image(name)]
+        top = below.partition(os.sep)[0]
+        outputs |= {top} if own and top != "." else own
+        names += [(top, below, name) for name in files if _is_image(name) and name not in own]
     if not names:
         raise UserError(
             f"DATA.PATH {root}: no images in this folder (looked for {' '.join(SUFFIXES)}); correct the path"
@@ -141,7 +146,8 @@ def _open_folder(root: Path, format: str) -> Source:
     paths = [os.path.normpath(os.path.join(below, name)) for _, below, name in names]
     labels = [top for top, _, _ in names]
     if format == "folder":
-        empty = {entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."} - set(labels)
+        empty = {entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."}
+        empty -= {*labels, *outputs}
         if empty:
             raise UserError(
                 f"DATA.PATH {root}: class folder {min(empty)} holds no images; remove it or use DATA.FORMAT flat"

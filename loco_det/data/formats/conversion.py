@@ -23,11 +23,11 @@ from loco_det.data.formats.files import Tree
 from loco_det.data.formats.objects import FARTHEST, Found, Picture, area, mask_area
 from loco_det.data.formats.recognition import recognise
 from loco_det.data.formats.summary import Summary
+from loco_det.data.own import CONVERTED, SUMMARY, is_converted
 from loco_det.errors import UserError
 from loco_det.runtime import atomic_write, write_json
 
 VERSION = 2  # of what comes out; raise it when the same files give something else
-MADE_BY = "converted by loco-det"  # begins info.description of every file written here
 _PLAIN = re.compile(r"\w[\w-]{,39}")  # what a split's file can be called after it
 _BEYOND = 1.0  # pixels that an object may reach over the border without a note; tools round
 
@@ -216,7 +216,7 @@ def _content(
             count += 1
             annotations.append(_annotation(count, image_id, numbers[found.label], found))
         for split in picture.splits:
-            made_by = {"description": f"{MADE_BY} {__version__} from {kind}"}
+            made_by = {"description": f"{CONVERTED} {__version__} from {kind}"}
             content = splits.setdefault(
                 split, {"info": made_by, "images": [], "annotations": [], "categories": categories}
             )
@@ -281,12 +281,12 @@ def write_conversion(converted: Converted, out: Path) -> dict[str, Path]:
     names = _file_names(converted.splits)
     files = {split: out / "annotations" / f"{names[split]}.json" for split in converted.splits}
     for path in files.values():
-        if path.exists() and not _is_ours(path):
+        if path.exists() and not is_converted(path):
             raise UserError(f"{path} is there and was not written by a conversion; name another folder for OUT.")
     for split, path in files.items():
         with atomic_write(path) as file:
             file.write(msgspec.json.encode(converted.splits[split]))
-    write_json(out / "conversion.json", converted.summary)
+    write_json(out / SUMMARY, converted.summary)
     return files
 
 
@@ -298,8 +298,3 @@ def _file_names(splits: Collection[str]) -> dict[str, str]:
         if split not in names.values():
             names[next(name for name in numbered if name not in names)] = split
     return {split: split if name == split.casefold() else name for name, split in names.items()}
-
-
-def _is_ours(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(200).startswith(f'{{"info":{{"description":"{MADE_BY}'.encode())

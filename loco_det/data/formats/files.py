@@ -2,7 +2,7 @@
 
 Only what the walk met is ever opened, so a file name in an annotation cannot lead out of the data set: `../../x.png`
 means an `x.png` inside, or nothing. The walk follows links to folders, each folder once, and passes over what is
-hidden and what is no regular file.
+hidden, what is no regular file, and what this package's commands wrote there.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from xml.etree import ElementTree
 from PIL import Image
 
 from loco_det.data.formats.splits import WHOLE, are_apart, split_of_folder
+from loco_det.data.own import own_names
 from loco_det.errors import UserError
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"),
     *(".pnm", ".avif", ".jp2"),
 )
+_READ = (*IMAGE_SUFFIXES, ".xml", ".json", ".gz", ".yaml", ".yml", ".txt", ".names")  # by some format
 _ORIENTATION = 274  # EXIF's tag; 5 to 8 are turned by a quarter
 _LINE_NUMBER = re.compile(r"line \d+")
 
@@ -56,7 +58,7 @@ class Match(NamedTuple):
 
 
 class Tree:
-    """The files below some folders.
+    """The files below some folders that are of the formats read here, by their suffixes.
 
     Attributes:
         source: what the user named, a folder or a file.
@@ -82,7 +84,7 @@ class Tree:
             return
         self.roots.append(folder)
         for path in sorted(_walk(folder)):
-            if path in self._known:
+            if path in self._known or path.suffix.lower() not in _READ:
                 continue
             self._known.add(path)
             self.files.append(path)
@@ -172,8 +174,9 @@ def _walk(folder: Path) -> Iterable[Path]:
             entries = list(os.scandir(here))
         except OSError as error:
             raise UserError(f"{here} cannot be listed: {error.strerror}.") from None
+        own = own_names(here, {entry.name for entry in entries})
         for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
+            if entry.name.startswith(".") or entry.name == "__MACOSX" or entry.name in own:
                 continue
             if entry.is_dir():
                 if (real := os.path.realpath(entry.path)) not in seen:
