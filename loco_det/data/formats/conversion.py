@@ -20,10 +20,11 @@ import msgspec
 from loco_det import __version__
 from loco_det.data.formats import cvat, label_studio, labelme, png_masks, via, voc_xml, yolo
 from loco_det.data.formats.files import Tree
-from loco_det.data.formats.objects import FARTHEST, Found, Picture, area, mask_area
+from loco_det.data.formats.objects import Found, Picture, area, mask_area
 from loco_det.data.formats.recognition import recognise
 from loco_det.data.formats.summary import Summary
 from loco_det.data.own import CONVERTED, SUMMARY, is_converted
+from loco_det.data.segmentation import FARTHEST
 from loco_det.errors import UserError
 from loco_det.runtime import atomic_write, write_json
 

@@ -15,7 +15,6 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
-FARTHEST = 100_000  # pixels; as data/coco.py refuses it, for a rasteriser takes memory for all of an outline
 CURVE_POINTS = 32  # corners of the polygon that stands for a circle or an ellipse
 
 
@@ -60,13 +59,6 @@ def number(value: Any) -> float:
     if not math.isfinite(result):
         raise BadShape("a coordinate is not finite")
     return result
-
-
-def numbers(values: Any) -> list[float]:
-    """A flat list of finite numbers."""
-    if not isinstance(values, (list, tuple)):
-        raise BadShape("a coordinate is missing")
-    return [number(value) for value in values]
 
 
 def polygon(points: Any) -> list[float]:

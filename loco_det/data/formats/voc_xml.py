@@ -29,7 +29,7 @@ _KNOWN = {*_SHAPES, "name", "pose", "truncated", "difficult", "occluded", "type"
 
 def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
     """The pictures of every XML file below the tree's root."""
-    files = tree.with_suffix(".xml")
+    files = tree.with_suffix(*SUFFIXES)
     splits = _listed_splits(tree, files, summary)
     for path, root in summary.documents(tree, files, ROOT_ELEMENT):
         name = tree.name(path)
