@@ -17,7 +17,9 @@ from PIL import Image
 from tiny_detection import overrides, tiny_cfg, write_tiny
 
 from loco_det.cli import main
+from loco_det.data import classes
 from loco_det.data.catalog import Dataset, find_dataset, folder_name
+from loco_det.data.classes import category_ids
 from loco_det.data.coco import load_coco
 from loco_det.data.paths import is_path, split_parts
 from loco_det.detection import inference, record
@@ -404,6 +406,41 @@ def test_classes_that_do_not_match_are_refused_with_both_lists(tmp_path, names, 
     for word in words:
         assert word in str(caught.value)
     assert "set MODEL.ROI_HEADS.NUM_CLASSES" not in str(caught.value)  # which would only move the contradiction
+
+
+@pytest.mark.parametrize("folder", ["me@work", "a@b@c", "classes_of@classes_red", "plain"])
+def test_classes_are_matched_whatever_the_folders_are_called(tmp_path, folder, monkeypatch):
+    """The test set numbers the classes of the training set in the other order."""
+    monkeypatch.chdir(tmp_path)
+    tiny = write_tiny(tmp_path / "data") / "tiny"
+    train = tmp_path / folder / "t.json"
+    train.parent.mkdir()
+    shutil.copy(tiny / "annotations/instances_train.json", train)
+    test = permuted(
+        tiny / "annotations/instances_val.json", tmp_path / folder / "v.json", {3: 2, 7: 1}, {1: "green", 2: "red"}
+    )
+    for root in (f"{tmp_path}/{folder}", f"./{folder}"):
+        names = f"{root}/{train.name}@{tiny}/train", f"{root}/{test.name}@{tiny}/val"
+        cfg = tiny_cfg(tmp_path / "out", DATASETS__TRAIN=names[:1], DATASETS__TEST=names[1:])
+        assert category_ids(cfg, names[1]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("coco_2017_train", "coco_2017_train@10pct_seed0", True),
+        ("coco_2017_train", "coco_2017_val", False),  # whose files tell
+        ("voc_2007_trainval", "voc_2012_train@10shot_seed0", True),
+        ("lvis_v1_train", "lvis_v1_val", True),
+        ("cityscapes_fine_instance_seg_train@masks", "cityscapes_fine_instance_seg_val", True),
+        ("voc_2007_trainval@classes_cat", "voc_2007_test", False),
+        ("./a@b/x.json@10pct_seed0", "./a@b/x.json", True),
+        ("./a@b/x.json", "./a@c/x.json", False),
+        ("/me@voc_2007_test/x.json", "/me@lvis_v1_val/x.json", False),
+    ],
+)
+def test_sets_that_need_not_be_compared(one, other, same):
+    assert classes._is_of_one_family(one, other) == classes._is_of_one_family(other, one) == same
 
 
 def test_without_the_training_set_the_test_sets_own_order_counts(tmp_path):

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 
 from fvcore.common.config import CfgNode
 
-from loco_det.data.catalog import LVIS_NAMES, find_dataset
-from loco_det.data.cityscapes import is_cityscapes
+from loco_det.data.catalog import benchmark_of, find_dataset
 from loco_det.data.index import load_index
+from loco_det.data.paths import split_parts
 from loco_det.data.semantic import is_semantic
-from loco_det.data.voc import VOC_SETS
 from loco_det.errors import UserError
 
 _SHOWN = 12  # names of a list in a message
@@ -104,11 +103,10 @@ def _trained_classes(cfg: CfgNode, name: str) -> tuple[str, tuple[str, ...]] | N
 
 def _is_of_one_family(one: str, other: str) -> bool:
     """Whether two data sets have the classes of one benchmark; nothing has to be read to know that they agree."""
-    if "@classes_" in one + other:
+    (whole, parts), (other_whole, other_parts) = split_parts(one), split_parts(other)
+    if any(part.startswith("classes_") for part in (*parts, *other_parts)):
         return False
-    heads = one.partition("@")[0], other.partition("@")[0]
-    families = (is_cityscapes, is_semantic, VOC_SETS.__contains__, LVIS_NAMES.__contains__)
-    return heads[0] == heads[1] or any(all(map(family, heads)) for family in families)
+    return whole == other_whole or benchmark_of(one) == benchmark_of(other) != "coco"
 
 
 def _listed(names: Sequence[str]) -> str:
