@@ -101,6 +101,7 @@ def examine_config(config: str, overrides: list[str], weights: str | None = None
     """
     try:
         from loco_det.config import collect_settings, load_config
+        from loco_det.data.catalog import find_dataset
         from loco_det.data.classes import missing_classes
         from loco_det.detection import train
         from loco_det.detection.schema import check_honoured, get_cfg
@@ -116,7 +117,7 @@ def examine_config(config: str, overrides: list[str], weights: str | None = None
 
     def data_set(name: str) -> Check:
         train.check_classes(cfg, *(([name], []) if name in cfg.DATASETS.TRAIN else ([], [name])))
-        missing = missing_classes(cfg, name)
+        missing = missing_classes(cfg, find_dataset(name))
         if missing:
             advice = "AP is over the other classes; is it the right test set?"
             return Check(f"data set {name}", "note", f"has no category for {', '.join(missing)}", advice)

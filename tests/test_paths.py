@@ -21,6 +21,7 @@ from loco_det.data import classes
 from loco_det.data.catalog import Dataset, find_dataset, folder_name
 from loco_det.data.classes import category_ids
 from loco_det.data.coco import load_coco
+from loco_det.data.index import load_index
 from loco_det.data.paths import is_path, split_parts
 from loco_det.detection import inference, record
 from loco_det.detection.train import check_classes
@@ -422,7 +423,7 @@ def test_classes_are_matched_whatever_the_folders_are_called(tmp_path, folder, m
     for root in (f"{tmp_path}/{folder}", f"./{folder}"):
         names = f"{root}/{train.name}@{tiny}/train", f"{root}/{test.name}@{tiny}/val"
         cfg = tiny_cfg(tmp_path / "out", DATASETS__TRAIN=names[:1], DATASETS__TEST=names[1:])
-        assert category_ids(cfg, names[1]) == (2, 1)
+        assert category_ids(cfg, find_dataset(names[1])) == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -441,6 +442,28 @@ def test_classes_are_matched_whatever_the_folders_are_called(tmp_path, folder, m
 )
 def test_sets_that_need_not_be_compared(one, other, same):
     assert classes._is_of_one_family(one, other) == classes._is_of_one_family(other, one) == same
+
+
+def test_a_data_set_that_is_resolved_is_read_once(tmp_path, monkeypatch):
+    root = write_tiny(tmp_path / "datasets")
+    cfg = tiny_cfg(tmp_path / "out", DATASETS__TEST=(f"{root}/tiny/annotations/instances_val.json@{root}/tiny/val",))
+    read: list[str] = []
+
+    def load(path: Path) -> Any:
+        read.append(path.name)
+        return load_index(path)
+
+    train, test = find_dataset(cfg.DATASETS.TRAIN[0]), find_dataset(cfg.DATASETS.TEST[0])
+    monkeypatch.setattr("loco_det.data.catalog.load_index", load)
+    for _ in range(3):
+        classes.check_training_classes(cfg, [train, train])
+        assert classes.category_ids(cfg, train) == (3, 7)
+    assert read == ["instances_train.json"]
+    cfg = tiny_cfg(tmp_path / "out", DATASETS__TRAIN=())
+    for _ in range(3):
+        assert classes.category_ids(cfg, test) == (3, 7)
+        assert classes.missing_classes(cfg, test) == []
+    assert read == ["instances_train.json", "instances_val.json"]
 
 
 def test_without_the_training_set_the_test_sets_own_order_counts(tmp_path):
