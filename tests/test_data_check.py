@@ -141,6 +141,15 @@ def test_shards_in_braces_are_checked(folder, tmp_path, capsys):
         assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "x" * 300 + "_train", "./" + "x" * 300, "x" * 300 + ".json", "x/" + "y" * 300 + ".tar"]
+)
+def test_a_name_that_no_file_can_have_is_bad_input(name, capsys):
+    for arguments in (["check", name], ["check", name, "--annotations", name], ["convert", name, "out"]):
+        assert main(["data", *arguments]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize("form", ["auto", "folder", "flat"])
 @pytest.mark.parametrize("out", ["images/report", "images", "images/cat"])
 def test_its_own_pictures_below_the_images_are_not_checked(folder, out, form):

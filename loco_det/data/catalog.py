@@ -183,7 +183,7 @@ def _find_whole(name: str, masks: bool) -> Dataset:
 
 
 def _existing(dataset: Dataset, root: Path) -> Dataset:
-    for path, there in ((dataset.annotations, Path.is_file), (dataset.images, Path.is_dir)):
+    for path, there in ((dataset.annotations, os.path.isfile), (dataset.images, os.path.isdir)):
         if not there(path):
             raise UserError(
                 f"Dataset '{dataset.name}' needs {path}, which does not exist; put it there or set "

@@ -50,7 +50,10 @@ def is_path(name: str) -> bool:
 
 
 def _path(text: str) -> Path:
-    """With ~ and ~user as their homes, or as they stand where there is no such user."""
+    """With ~ and ~user as their homes, or as they stand where there is no such user.
+
+    Ask os.path whether it is there: a Path raises OSError for a name that is too long.
+    """
     return Path(os.path.expanduser(text))
 
 
@@ -69,13 +72,13 @@ def find_path(whole: str) -> Place:
         UserError: something is not there or is of no known format, or a split must be named.
     """
     found = _FILE.fullmatch(whole)
-    if found and not _path(whole).is_dir():
+    if found and not os.path.isdir(_path(whole)):
         return _of_file(whole, _path(found[1]), found[2])
     source, split = _path(whole), None
-    if not source.is_dir() and "@" in whole:
+    if not os.path.isdir(source) and "@" in whole:
         head, _, split = whole.rpartition("@")
         source = _path(head)
-    if not source.is_dir():
+    if not os.path.isdir(source):
         raise UserError(f"DATASETS: '{whole}': there is no folder {source}; correct the path.")
     for file in (source / name for name in COCO_FILES):
         if split is None and file.is_file() and _may_be_coco(file):
@@ -84,11 +87,11 @@ def find_path(whole: str) -> Place:
 
 
 def _of_file(whole: str, file: Path, rest: str | None) -> Place:
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(f"DATASETS: '{whole}': there is no file {file}; correct the path.")
     if file.name.lower().endswith((".json", ".json.gz")) and _may_be_coco(file):
         images = _default_images(file) if rest is None else _path(rest)
-        if not images.is_dir():
+        if not os.path.isdir(images):
             raise UserError(
                 f"DATASETS: '{whole}': there is no folder {images}; write FILE.json@FOLDER with the images' folder."
             )
@@ -96,9 +99,9 @@ def _of_file(whole: str, file: Path, rest: str | None) -> Place:
     images, split = None, None
     if rest is not None:
         head, _, tail = rest.rpartition("@")
-        if _path(rest).is_dir():
+        if os.path.isdir(_path(rest)):
             images = _path(rest)
-        elif head and _path(head).is_dir():
+        elif head and os.path.isdir(_path(head)):
             images, split = _path(head), tail
         elif head or "/" in tail:
             raise UserError(f"DATASETS: '{whole}': there is no folder {head or tail}; correct the path.")
@@ -125,7 +128,7 @@ def _default_images(file: Path) -> Path:
 
 def is_annotated(path: Path) -> bool:
     """Whether a folder or a file is one of those above, so that its images come with annotations."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return _FILE.fullmatch(path.name) is not None
     if any((path / name).is_file() for name in COCO_FILES):
         return True

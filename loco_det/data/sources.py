@@ -101,14 +101,14 @@ def open_source(path: str | Path, format: str = "auto") -> Source:
     if format.startswith("torchvision:") or format == "huggingface" or (format == "auto" and is_huggingface(root)):
         named = format.removeprefix("torchvision:")
         return open_torchvision(named, root) if named != format else open_huggingface(root)
-    if not root.exists():
+    if not os.path.exists(root):
         raise UserError(f"DATA.PATH {root}: no such file or folder; correct the path")
     wanted = format
     if format == "auto":
         by_suffix = {".zip": "zip", ".txt": "list"}
-        format = "folder or flat" if root.is_dir() else by_suffix.get(root.suffix.lower(), "")
-    if not format or root.is_dir() != (format not in ("zip", "list")):
-        kind = "a folder" if root.is_dir() else "a file"
+        format = "folder or flat" if os.path.isdir(root) else by_suffix.get(root.suffix.lower(), "")
+    if not format or os.path.isdir(root) != (format not in ("zip", "list")):
+        kind = "a folder" if os.path.isdir(root) else "a file"
         raise UserError(f"DATA.PATH {root} is {kind}, which DATA.FORMAT {wanted!r} does not read; change one")
     if format == "zip":
         return _open_zip(root, inner)
@@ -117,11 +117,11 @@ def open_source(path: str | Path, format: str = "auto") -> Source:
 
 def is_huggingface(root: Path) -> bool:
     """Whether `datasets.save_to_disk` wrote this folder."""
-    return any((root / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return any(os.path.isfile(root / name) for name in ("state.json", "dataset_dict.json"))
 
 
 def _holds_shards(root: Path) -> bool:
-    return root.suffix == ".tar" or (root.is_dir() and any(root.glob("*.tar")))
+    return root.suffix == ".tar" or (os.path.isdir(root) and any(root.glob("*.tar")))
 
 
 def _is_image(name: str) -> bool:

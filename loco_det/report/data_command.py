@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,16 +121,16 @@ def run(args: argparse.Namespace) -> int:
 def _asked(args: argparse.Namespace) -> Asked:
     if args.annotations is not None:
         folder = Path(args.path)
-        for path, there in ((folder, folder.is_dir()), (args.annotations, args.annotations.is_file())):
+        for path, there in ((folder, os.path.isdir(folder)), (args.annotations, os.path.isfile(args.annotations))):
             if not there:
                 raise UserError(f"{path}: not there; --annotations FILE goes with PATH, the folder of its images")
         name = args.annotations.stem
         return Asked(name, None, Dataset(name, folder, args.annotations))
     place = Path(args.path.partition("!")[0])
-    if args.path in COCO_NAMES or (not place.exists() and _is_name(args.path)):
+    if args.path in COCO_NAMES or (not os.path.exists(place) and _is_name(args.path)):
         return Asked(args.path, None, find_dataset(args.path))
-    of_images = place.suffix.lower() in IMAGE_FILES and not place.is_dir()  # shards in braces are no file
-    annotated = is_annotated(place) if place.exists() else is_path(args.path)
+    of_images = place.suffix.lower() in IMAGE_FILES and not os.path.isdir(place)  # shards in braces are no file
+    annotated = is_annotated(place) if os.path.exists(place) else is_path(args.path)
     if args.format == "auto" and annotated and not of_images:
         name = args.path if is_path(args.path) else f"./{args.path}"
         return Asked(name, None, find_dataset(name))

@@ -121,7 +121,7 @@ def _classes(kept: Iterable[list[Found]], summary: Summary) -> list[str]:
 
 
 def _existing(source: Path) -> Path:
-    if not (source.is_dir() or source.is_file()):
+    if not (os.path.isdir(source) or os.path.isfile(source)):
         raise UserError(f"{source}: no such folder or file; correct the path.")
     return source
 
