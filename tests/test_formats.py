@@ -711,6 +711,44 @@ def test_via(tmp_path, layout):
     assert "the class is the attribute 'label'; not read: kind" in reasons(converted, "notes")
 
 
+def test_numbers_that_would_overflow_are_counted(tmp_path):
+    image(tmp_path / "a.jpg")
+    huge = 1e308
+    regions = [
+        region("ellipse", cx=9, cy=9, rx=3, ry=4, theta=huge),
+        region("ellipse", cx=9, cy=9, rx=huge, ry=huge),
+        region("polygon", all_points_x=[-huge, huge, 5], all_points_y=[0, huge, 5]),
+        region("rect", x=huge, y=2, width=huge, height=6),
+        region("rect", x=1, y=2, width=5, height=6),
+        region("rect", x=1, y=2, width=10**400, height=6),
+    ]
+    write(tmp_path / "b.json", {"a": {"filename": "a.jpg", "regions": regions}})
+    converted = convert_annotations(tmp_path)
+    assert boxes(converted)["a.jpg"] == [("object", [1, 2, 5, 6])]
+    assert reasons(converted) == {"a number beyond 1e+09": 4, "a coordinate is no number": 1}
+
+
+def test_text_that_is_no_utf_8_is_left_out(tmp_path, capsys):
+    """Half a surrogate pair, as JSON can hold it, and file names of other bytes."""
+    image(tmp_path / "src" / "a.jpg")
+    image(tmp_path / "src" / "b.jpg")
+    os.rename(tmp_path / "src" / "b.jpg", os.fsencode(tmp_path / "src") + b"/\xff.jpg")
+    rect = {"x": 1, "y": 2, "width": 5, "height": 6}
+    regions = [region("rect", {"label": label}, **rect) for label in ("\ud800", "cat")]
+    entries = {"1": {"filename": "\ud800.jpg", "regions": []}, "2": {"filename": "a.jpg", "regions": regions}}
+    write(tmp_path / "src" / "via.json", entries)
+    converted = convert_annotations(tmp_path / "src")
+    assert boxes(converted) == {"a.jpg": [("cat", [1, 2, 5, 6])]}
+    assert reasons(converted) == {"its class has a name that is no UTF-8": 1}
+    assert reasons(converted, "images_left_out") == {"it is not there": 1, "no annotation names it": 1}
+    json.dumps(converted.summary, ensure_ascii=False).encode()
+    for flag in ([], ["--json"]):
+        assert main(["data", "convert", str(tmp_path / "src"), str(tmp_path / "out"), *flag]) == 0
+    yolo(tmp_path / "yolo", 'train: images/train\nnames: [cat, "\\uD800"]\n')
+    with pytest.raises(UserError, match="the name of class 1"):
+        convert_annotations(tmp_path / "yolo")
+
+
 def test_via_without_attributes_has_one_class(tmp_path):
     image(tmp_path / "a.jpg")
     write(tmp_path / "b.json", {"a": {"filename": "a.jpg", "regions": [region("rect", x=1, y=2, width=5, height=6)]}})

@@ -22,7 +22,7 @@ from loco_det.data.formats import cvat, label_studio, labelme, png_masks, via, v
 from loco_det.data.formats.files import Tree
 from loco_det.data.formats.objects import Found, Picture, area, mask_area
 from loco_det.data.formats.recognition import recognise
-from loco_det.data.formats.summary import Summary
+from loco_det.data.formats.summary import Summary, printable
 from loco_det.data.own import CONVERTED, SUMMARY, is_converted
 from loco_det.data.segmentation import FARTHEST
 from loco_det.errors import UserError
@@ -150,7 +150,7 @@ def _usable(tree: Tree, pictures: Iterable[Picture], summary: Summary) -> Iterat
             reason = "it is annotated a second time"
         elif picture is not owner:
             reason, where = "it is not there", f"{where} is that of {owner.file}"
-        elif not _is_text(picture.image):
+        elif not _is_text(str(picture.image)):
             reason = "its name is no UTF-8"
         elif picture.stated not in (None, size[:2]):
             turned = size.turned and picture.stated == (size.height, size.width)
@@ -163,9 +163,9 @@ def _usable(tree: Tree, pictures: Iterable[Picture], summary: Summary) -> Iterat
             yield picture
 
 
-def _is_text(path: Path) -> bool:
+def _is_text(text: str) -> bool:
     try:
-        str(path).encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True
@@ -186,7 +186,9 @@ def _judged(tree: Tree, picture: Picture, summary: Summary) -> Iterator[Found]:
         x0, y0, x1, y1 = found.box
         where = f"{picture.file}: {found.where}"
         values = [*found.box, *(value for outline in found.polygons for value in outline)]
-        if max(map(abs, values)) > FARTHEST:
+        if not _is_text(found.label):
+            reason = "its class has a name that is no UTF-8"
+        elif max(map(abs, values)) > FARTHEST:
             reason = f"a coordinate more than {FARTHEST:,} pixels away"
         elif x1 <= x0 or y1 <= y0 or (found.polygons and not area(found.polygons)):
             reason = "no area"
@@ -259,7 +261,7 @@ def _plain(
         }
     return {
         "loco_det": __version__,
-        "source": str(source),
+        "source": printable(str(source)),
         "format": kind,
         "image_folder": str(folder),
         "classes": names,

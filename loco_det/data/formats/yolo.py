@@ -20,7 +20,7 @@ import yaml
 from loco_det.data.formats.files import Tree, Unreadable, read_text
 from loco_det.data.formats.objects import BadShape, Found, Picture, extent, number, polygon
 from loco_det.data.formats.splits import split_of_folder
-from loco_det.data.formats.summary import Summary
+from loco_det.data.formats.summary import Summary, printable
 from loco_det.errors import UserError
 
 SUFFIXES = (".yaml", ".yml")
@@ -179,6 +179,8 @@ def _distinct(names: list[str]) -> list[str]:
     """As they are; two classes of one name would become one."""
     first: dict[str, int] = {}
     for k, name in enumerate(names):
+        if printable(name) != name:
+            raise Unreadable(f"the name of class {k}, '{printable(name)}', is no UTF-8")
         if first.setdefault(name, k) != k:
             raise Unreadable(f"the class '{name}' stands twice, as number {first[name]} and {k}")
     return names
