@@ -453,6 +453,42 @@ def test_yolo_beside_its_images_elsewhere_and_by_file(tmp_path):
     assert boxes(convert_annotations(tmp_path / "data"), "val") == {"val/a.jpg": VAL}
 
 
+@pytest.mark.parametrize(
+    ("root", "split"),
+    [
+        ("C:\\data\\set", "images\\train"),
+        (".", "C:\\data\\set\\images\\train"),
+        (".", "D:/set/images/train/"),
+        (".", "/content/set/images/train"),
+        (".", "..\\images\\train"),
+        ("", ".\\images\\train\\"),
+        ("", "C:\\lists\\sub\\train.txt"),
+    ],
+)
+def test_yolo_paths_of_another_machine(tmp_path, root, split):
+    yolo(tmp_path, f"path: {root}\r\ntrain: {split}\r\nnames: [cat, dog]\r\n")
+    write(tmp_path / "sub" / "train.txt", "C:\\set\\images\\train\\a.jpg\r\n")
+    assert boxes(convert_annotations(tmp_path), "train") == {"a.jpg": TRAIN}
+
+
+@pytest.mark.parametrize(
+    "split", ["/content/other/train", "C:\\x\\train", "../other/train", "other/train", "'C:'", "\\"]
+)
+def test_a_yolo_split_is_no_other_folder_of_its_last_name(tmp_path, split):
+    yolo(tmp_path, f"train: {split}\nval: images/val\nnames: [cat, dog]\n")
+    image(tmp_path / "train" / "a.jpg")
+    assert list(convert_annotations(tmp_path).splits) == ["val"]
+
+
+@pytest.mark.parametrize(("images", "labels"), [("Images", "Labels"), ("IMAGES", "LABELS"), ("images", "labels")])
+def test_yolo_folders_in_capitals(tmp_path, images, labels):
+    image(tmp_path / images / "train" / "a.JPG")
+    write(tmp_path / labels / "train" / "a.txt", "0 0.5 0.5 0.25 0.2\n")
+    file = write(tmp_path / "data.YAML", f"train: {images}/train\nnames: [cat]\n")
+    for source in (tmp_path, file):
+        assert boxes(convert_annotations(source), "train") == {"a.JPG": TRAIN[:1]}
+
+
 @pytest.mark.parametrize("split", ["{root}/data/images/train", "../data/images/train", "{root}/data/images", "../data"])
 def test_yolo_labels_of_a_split_that_lies_elsewhere(tmp_path, split):
     yolo(tmp_path / "data")

@@ -114,7 +114,9 @@ class Tree:
         if it is alone. All of it once more with %20 and the like decoded.
         """
         decoded = urllib.parse.unquote(name)
-        return self._find(_parts(name), near) or (self._find(_parts(decoded), near) if decoded != name else None)
+        return self._find(path_parts(name), near) or (
+            self._find(path_parts(decoded), near) if decoded != name else None
+        )
 
     def _find(self, parts: list[str], near: Path) -> Match | None:
         if not parts:
@@ -186,7 +188,7 @@ def _walk(folder: Path) -> Iterable[Path]:
                 yield Path(entry.path)
 
 
-def _parts(name: str) -> list[str]:
+def path_parts(name: str) -> list[str]:
     """ "C:\\x\\a.jpg", "file:///x/a%20b.jpg", "/data/local-files/?d=x/a.jpg" -> the parts of the path."""
     if "\0" in name:
         return []

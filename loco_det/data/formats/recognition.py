@@ -32,7 +32,7 @@ def recognise(tree: Tree) -> list[str]:
         UserError: a file cannot be read.
     """
     found = _of_xml(tree.with_suffix(*voc_xml.SUFFIXES))
-    if yolo.find_settings(tree) if tree.source == tree.root else tree.source.suffix in yolo.SUFFIXES:
+    if yolo.find_settings(tree) if tree.source == tree.root else tree.source.suffix.lower() in yolo.SUFFIXES:
         found.append("yolo")
     files = [path for path in tree.with_suffix(".json", ".gz") if path.name.lower().endswith((".json", ".json.gz"))]
     of_json = {name for path in files[:_PEEKED] if (name := json_format(path))}

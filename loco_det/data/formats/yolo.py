@@ -11,13 +11,14 @@ image without a text file has no objects, as in training with YOLO.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from loco_det.data.formats.files import Tree, Unreadable, read_text
+from loco_det.data.formats.files import Tree, Unreadable, path_parts, read_text
 from loco_det.data.formats.objects import BadShape, Found, Picture, extent, number, polygon
 from loco_det.data.formats.splits import split_of_folder
 from loco_det.data.formats.summary import Summary, printable
@@ -26,6 +27,7 @@ from loco_det.errors import UserError
 SUFFIXES = (".yaml", ".yml")
 CLASS_LISTS = ("classes.txt", "obj.names")
 _SPLITS = ("train", "val", "valid", "test")
+_ROOTED = re.compile(r"[/\\]|[A-Za-z]:")
 _BEYOND = 0.01  # of the image's side that a coordinate may lie outside 0 to 1
 
 
@@ -204,10 +206,21 @@ def _entries(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _place(root: Path, entry: str) -> Path:
+    """Where a split's folder or list is, also if it is written for another machine.
+
+    Roboflow's ../ means beside the YAML file. Of a path from a machine's root or drive the longest end of two parts or
+    more that is there counts: its last part alone could be that of another split.
+    """
     place = _below(root, entry)
-    if not os.path.exists(place) and entry.startswith("../"):  # as Roboflow writes it, meaning beside the YAML file
-        place = root / entry.removeprefix("../")
-    return place
+    if os.path.exists(place):
+        return place
+    parts = path_parts(entry)
+    relative = [Path(*parts)] if parts else []
+    if parts[:1] == [".."]:
+        relative.append(Path(*parts[1:]))
+    if _ROOTED.match(entry):
+        relative += [Path(*parts[k:]) for k in range(1, len(parts) - 1)]
+    return next((_below(root, str(path)) for path in relative if os.path.exists(_below(root, str(path)))), place)
 
 
 def _is_list(place: Path) -> bool:
@@ -252,8 +265,8 @@ def _entry(tree: Tree, root: Path, split: str, entry: str, summary: Summary) -> 
 def _labels_of(image: Path) -> Path:
     parts = list(image.with_suffix(".txt").parts)
     for k in range(len(parts) - 2, 0, -1):
-        if parts[k] == "images":
-            parts[k] = "labels"
+        if parts[k].lower() == "images":
+            parts[k] = {"images": "labels", "IMAGES": "LABELS"}.get(parts[k], "Labels")
             break
     return Path(*parts)
 
