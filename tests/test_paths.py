@@ -302,6 +302,23 @@ def test_data_check_takes_every_file_that_training_does(name):
     assert json.loads(Path("out/check.json").read_text())["classes"] == {"cat": 1, "dog": 1}
 
 
+def test_data_check_takes_the_split_of_a_folder_beside_it():
+    voc(Path("pets"))
+    assert main(["data", "check", "pets@val", "--workers", "0", "--out", "out", "--quiet"]) == 0
+    answer = json.loads(Path("out/check.json").read_text())
+    assert (answer["data"]["name"], answer["classes"]) == ("./pets@val", {"cat": 1, "dog": 1})
+
+
+@pytest.mark.parametrize("name", ["pets.zip", "pets.tar.gz", "pets.7z"])
+def test_an_archive_is_to_be_unpacked(name, capsys):
+    Path(name).write_bytes(b"PK\x03\x04")
+    for spelling in (f"./{name}", f"./{name}@train"):
+        with pytest.raises(UserError, match=f"{name} is an archive; unpack it"):
+            find_dataset(spelling)
+    assert main(["data", "convert", name, "out"]) == 2
+    assert f"{name} is an archive; unpack it" in capsys.readouterr().err
+
+
 def test_data_check_says_of_a_folder_what_training_would(capsys):
     voc(Path("pets"))
     assert main(["data", "check", "pets", "--out", "out"]) == 2

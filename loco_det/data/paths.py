@@ -21,7 +21,7 @@ import msgspec
 
 from loco_det.data.derived import derived_file, files_digest
 from loco_det.data.formats import yolo
-from loco_det.data.formats.conversion import VERSION, Converted, convert_annotations
+from loco_det.data.formats.conversion import ARCHIVES, VERSION, Converted, convert_annotations
 from loco_det.data.formats.files import Tree
 from loco_det.data.formats.recognition import json_format, recognise
 from loco_det.data.formats.summary import lines
@@ -78,6 +78,8 @@ def find_path(whole: str) -> Place:
     if not os.path.isdir(source) and "@" in whole:
         head, _, split = whole.rpartition("@")
         source = _path(head)
+    if source.suffix.lower() in ARCHIVES and os.path.isfile(source):
+        raise UserError(f"DATASETS: '{whole}': {source} is an archive; unpack it and name the folder.")
     if not os.path.isdir(source):
         raise UserError(f"DATASETS: '{whole}': there is no folder {source}; correct the path.")
     for file in (source / name for name in COCO_FILES):

@@ -130,7 +130,8 @@ def _asked(args: argparse.Namespace) -> Asked:
     if args.path in COCO_NAMES or (not os.path.exists(place) and _is_name(args.path)):
         return Asked(args.path, None, find_dataset(args.path))
     of_images = place.suffix.lower() in IMAGE_FILES and not os.path.isdir(place)  # shards in braces are no file
-    annotated = is_annotated(place) if os.path.exists(place) else is_path(args.path)
+    folder_of_split = os.path.isdir(args.path.rpartition("@")[0])
+    annotated = is_annotated(place) if os.path.exists(place) else is_path(args.path) or folder_of_split
     if args.format == "auto" and annotated and not of_images:
         name = args.path if is_path(args.path) else f"./{args.path}"
         return Asked(name, None, find_dataset(name))

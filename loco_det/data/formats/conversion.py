@@ -29,6 +29,7 @@ from loco_det.errors import UserError
 from loco_det.runtime import atomic_write, write_json
 
 VERSION = 2  # of what comes out; raise it when the same files give something else
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 _PLAIN = re.compile(r"\w[\w-]{,39}")  # what a split's file can be called after it
 _BEYOND = 1.0  # pixels that an object may reach over the border without a note; tools round
 
@@ -66,6 +67,8 @@ def _chosen(tree: Tree, kind: str) -> str:
             raise UserError(f"--format {kind} is none of auto, {', '.join(FORMATS)}.")
         return kind
     found = recognise(tree)
+    if not found and tree.source.suffix.lower() in ARCHIVES:
+        raise UserError(f"{tree.source} is an archive; unpack it and name the folder.")
     if not found:
         raise UserError(
             f"{tree.source} holds no annotations of a known format ({', '.join(FORMATS)}); name the folder that holds "
