@@ -2,13 +2,17 @@
 
     python benchmarks/evidence.py rates --cifar cifar10.zip --out output/evidence
     python benchmarks/evidence.py run   --cifar cifar10.zip --out output/evidence
+    python benchmarks/evidence.py detect --data BCCD --out output/evidence
     python benchmarks/evidence_page.py
 
-`rates` chooses each method's learning rate on images that are held out of the training images, `run` pretrains every
-row with every seed and probes it on CIFAR-10's test images; evidence_page.py writes docs/results.md, its pictures and
-README's table. Each cell is made by the commands that a user would give. One JSON a cell lies in
-benchmarks/results/evidence/, and a cell that has one is not made again. Several processes may work at once, on cells of
-their own; a run that was stopped goes on where it was.
+`rates` chooses each method's learning rate on images that are held out of the training images. `run` pretrains every
+row with every seed and probes it on CIFAR-10's test images. `detect` pretrains on the training images of a detection
+set in Pascal VOC's folders, trains a detector on the frozen backbone and compares all on the test images.
+evidence_page.py writes docs/results.md, its pictures and README's table.
+
+Each cell is made by the commands that a user would give. One JSON a cell lies in benchmarks/results/evidence/, and a
+cell that has one is not made again. Several processes may work at once, on cells of their own; a run that was stopped
+goes on where it was.
 
 A row's METHOD, UNITS, DECODER and SHARING are those of the paper's configuration of the same name under
 configs/pretrain/; configs/pretrain/evidence_*.yaml hold what all rows share.
@@ -47,8 +51,9 @@ BLOCKS = [f"res{stage}.{block}" for stage in (2, 3, 4, 5) for block in (0, 1)]  
 SEEDS = (0, 1, 2)
 PRETRAINED = 10_000  # images; the same of each class
 HELD_OUT = 10_000  # a fifth of CIFAR-10's training images, never pretrained on
-RATES = (0.25, 0.5, 1.0)
+RATES = (0.125, 0.25, 0.5, 1.0)
 RATE_EPOCHS = 6
+DETECTION_METHODS = ("random", "gim", "simclr", "loco")
 PROTOCOLS = {"linear": ("--epochs", "30"), "knn": (), "ridge": ()}
 
 
@@ -82,6 +87,10 @@ def main() -> None:
     args = arguments().parse_args()
     setup_logging()
     args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.job == "detect":
+        detect(args)
+        return
     images = unpacked(args.cifar, args.out)
     if args.job == "rates":
         choose_rates(args)
@@ -92,12 +101,16 @@ def main() -> None:
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(dest="job", required=True)
-    for name in ("rates", "run"):
+    for name in ("rates", "run", "detect"):
         job = jobs.add_parser(name)
-        job.add_argument("--cifar", type=Path, required=True, help="zip of CIFAR-10 as NAME/{train,test}/CLASS/*.jpg")
         job.add_argument("--out", type=Path, required=True, help="checkpoints, features and backbones")
-        job.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    jobs.choices["run"].add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+        if name != "rates":
+            job.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+        if name != "detect":
+            job.add_argument("--cifar", type=Path, required=True, help="zip of CIFAR-10: NAME/{train,test}/CLASS/*.jpg")
+            job.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    told = "a detection set in Pascal VOC's folders, with ImageSets/Main/{train,test}.txt, of three classes"
+    jobs.choices["detect"].add_argument("--data", type=Path, required=True, help=told)
     return parser
 
 
@@ -122,7 +135,6 @@ def switches(row: Row) -> dict[str, Any]:
 
 def unpacked(archive: Path, out: Path) -> Path:
     """The folder with train and test, the archive's only one; beside it the lists train.txt and held_out.txt."""
-    out.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(archive) as file, open(out / ".unpacking.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (top,) = {name.partition("/")[0] for name in file.namelist()}
@@ -218,10 +230,14 @@ def cell(name: str, seed: int, out: Path, images: Path) -> dict[str, Any]:
 def pretrain(commands: Commands, row: Row, folder: Path, rate: float, seed: int, epochs: int | None = None) -> Path:
     settings = {**switches(row), "SOLVER.BASE_LR": rate, "SEED": seed, "DATA.PATH": commands.out / "train.txt"}
     settings |= {"OUTPUT_DIR": folder, **({"SOLVER.EPOCHS": epochs} if epochs else {})}
-    words = [str(part) for pair in settings.items() for part in pair]
-    config = ROOT / "configs" / "pretrain" / f"evidence_{row.network}.yaml"
-    commands.run(folder / "backbone.safetensors", "pretrain", "--quiet", "--resume", "--config-file", config, *words)
-    return folder / "backbone.safetensors"
+    config, made = ROOT / "configs" / "pretrain" / f"evidence_{row.network}.yaml", folder / "backbone.safetensors"
+    commands.run(made, "pretrain", "--quiet", "--resume", "--config-file", config, *words(settings))
+    return made
+
+
+def words(settings: dict[str, Any]) -> list[str]:
+    """KEY VALUE KEY VALUE ..."""
+    return [str(part) for pair in settings.items() for part in pair]
 
 
 def probe(
@@ -245,6 +261,77 @@ def losses(metrics: Path) -> dict[str, list[list[float]]]:
             mean = statistics.fmean(line[key] for line in some)
             found.setdefault(key.removeprefix("loss/"), []).append([some[-1]["iteration"] + 1, round(mean, 4)])
     return found
+
+
+# --- detection --------------------------------------------------------------------------------------------------
+
+
+def detect(args: argparse.Namespace) -> None:
+    """Pretrain, convert, train and evaluate with every method and seed, then let `report` compare them."""
+    cells = [(method, seed) for seed in args.seeds for method in DETECTION_METHODS]
+    for method, seed in cells:
+        with claimed(found_by(method, seed, args.out), args.out, f"detect_{method}_{seed}") as mine:
+            if mine:
+                detector(method, seed, args)
+    made = RESULTS / "detection.json"
+    with claimed(made, args.out) as mine:
+        if mine and all(found_by(*cell, args.out).is_file() for cell in cells):
+            write_json(made, comparison(cells, args))
+
+
+def found_by(method: str, seed: int, out: Path) -> Path:
+    return out / f"detect_{method}_{seed}" / "detector" / "inference" / "coco_instances_results.json"
+
+
+def detector(method: str, seed: int, args: argparse.Namespace) -> list[tuple[str, float]]:
+    """Everything from the training images to the AP of a detector on the frozen backbone; the commands."""
+    commands, folder = Commands(args.out), args.out / f"detect_{method}_{seed}"
+    images = listed(args.data, args.out)
+    settings = {"METHOD": method, "DATA.PATH": images, "SEED": seed, "OUTPUT_DIR": folder}
+    if method != "loco":
+        settings["DECODER.CONV_BLOCKS"] = 0
+    config = ROOT / "configs" / "pretrain" / "evidence_detection.yaml"
+    backbone, weights = folder / "backbone.safetensors", folder / "backbone.pkl"
+    commands.run(backbone, "pretrain", "--quiet", "--resume", "--config-file", config, *words(settings))
+    commands.run(weights, "convert", "--quiet", backbone, weights)
+    settings = {"MODEL.WEIGHTS": weights, "SEED": seed, "OUTPUT_DIR": folder / "detector"}
+    settings |= {f"DATASETS.{split.upper()}": f"('{args.data}@{split}',)" for split in ("train", "test")}
+    config = ROOT / "configs" / "evidence_detection.yaml"
+    told = ("--quiet", "--resume", "--engine", "torchvision", "--config-file", config)
+    commands.run(found_by(method, seed, args.out), "train", *told, *words(settings))
+    return commands.done
+
+
+def listed(data: Path, out: Path) -> Path:
+    """A file that lists the training images, for pretraining."""
+    path = out / f"{data.name}_train.txt"
+    names = (data / "ImageSets" / "Main" / "train.txt").read_text().split()
+    with atomic_write(path, "w") as file:
+        file.writelines(f"{data / 'JPEGImages' / name}.jpg\n" for name in names)
+    return path
+
+
+def comparison(cells: list[tuple[str, int]], args: argparse.Namespace) -> dict[str, Any]:
+    """AP of every method, mean and interval over seeds, and each seed's paired bootstrap, as `report` gives them."""
+    commands = [detector(*cell, args) for cell in cells]  # nothing is made again
+    last = Commands(args.out)
+    made = args.out / "detect_report" / "report.json"
+    runs = [f"{method}={args.out / f'detect_{method}_{seed}' / 'detector'}" for method, seed in cells]
+    last.run(made, "report", "--quiet", *runs, "--baseline", "random", "--out", made.parent)
+    (experiment,) = json.loads(made.read_text())["experiments"]
+    return {
+        "data": args.data.name,
+        "seeds": args.seeds,
+        "methods": {row["backbone"]: row["numbers"] for row in experiment["backbones"]},
+        "paired": experiment["paired"],
+        "resamples": experiment["resamples"],
+        "environment": environment(torch.device("cpu")),
+        "commands": [*commands[-1], *last.done],
+        "seconds": sum(seconds for some in commands for _, seconds in some),
+    }
+
+
+# --- commands ---------------------------------------------------------------------------------------------------
 
 
 class Commands:
@@ -278,9 +365,13 @@ def processor_seconds() -> float:
 
 
 @contextmanager
-def claimed(made: Path, out: Path) -> Iterator[bool]:
-    """Whether the cell whose file is `made` is for this process to make: not there, and nobody is at it."""
-    with open(out / f".{made.stem}.lock", "w") as file:
+def claimed(made: Path, out: Path, name: str = "") -> Iterator[bool]:
+    """Whether the cell whose file is `made` is for this process to make: not there, and nobody is at it.
+
+    Args:
+        name: of the cell; the file's without it.
+    """
+    with open(out / f".{name or made.stem}.lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -10,13 +10,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from evidence import HELD_OUT, PRETRAINED, RATE_EPOCHS, RATES, RESULTS, ROOT, ROWS
+from evidence import DETECTION_METHODS, HELD_OUT, PRETRAINED, RATE_EPOCHS, RATES, RESULTS, ROOT, ROWS
 from matplotlib.figure import Figure
 
+from loco_det.config import load_config
 from loco_det.report.drawing import COLOURS
 from loco_det.report.plots import save_figure
 from loco_det.report.statistics import summarise
 from loco_det.runtime import atomic_write
+from pretrain.defaults import get_cfg
 
 PAGE = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
@@ -40,6 +42,7 @@ WORDS = {
     "gim_presnet": "GIM",
     "loco_presnet": "LoCo",
 }
+DETECTION_WORDS = {"random": "none", **{method: WORDS[method] for method in DETECTION_METHODS[1:]}}
 
 
 def write_page() -> None:
@@ -50,20 +53,28 @@ def write_page() -> None:
         if present:
             save_figure(curves(present), PAGE.parent / picture(name))
     with atomic_write(PAGE, "w") as file:
-        file.write(page_text(cells, read_rates(RESULTS)))
+        file.write(page())
     text = README.read_text()
     with atomic_write(README, "w") as file:
         file.write(with_table(text, short_table(cells)))
 
 
+def page() -> str:
+    """docs/results.md from the committed figures."""
+    calibration, detection = (read(RESULTS, name) for name in ("calibration", "detection"))
+    return page_text(read_cells(RESULTS), read_rates(RESULTS), calibration, detection)
+
+
 def read_cells(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """{row: its cells in the order of their seeds}."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for file in sorted(folder.glob("*.json")):
-        if not file.name.startswith("rate_"):
-            cell = json.loads(file.read_text())
-            found.setdefault(cell["row"], []).append(cell)
-    return found
+    found = {row: [json.loads(file.read_text()) for file in sorted(folder.glob(f"{row}_[0-9].json"))] for row in ROWS}
+    return {row: cells for row, cells in found.items() if cells}
+
+
+def read(folder: Path, name: str) -> dict[str, Any] | None:
+    """What a file holds; None if it is not there."""
+    file = folder / f"{name}.json"
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def read_rates(folder: Path) -> dict[str, dict[float, float]]:
@@ -96,11 +107,17 @@ def with_table(text: str, table: str) -> str:
 def full_table(rows: tuple[str, ...], cells: dict[str, list[dict[str, Any]]], protocol: str) -> str:
     present = [row for row in rows if row in cells]
     stages = list(cells[present[0]][0]["probes"][protocol])
-    lines = ["| pretraining | seeds | " + " | ".join(stages) + " |", "|---|--:|" + "--:|" * len(stages)]
+    lines = ["| pretraining | seeds | " + " | ".join(stages) + " | minutes |", "|---|--:|" + "--:|" * (len(stages) + 1)]
     for row in present:
-        figures = (number(top1(cells[row], protocol, stage)) for stage in stages)
+        figures = [number(top1(cells[row], protocol, stage)) for stage in stages]
+        figures.append(f"{sum(map(minutes, cells[row])) / len(cells[row]):.0f}")
         lines.append(f"| {WORDS[row]} | {len(cells[row])} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"
+
+
+def minutes(cell: dict[str, Any]) -> float:
+    """Processor time of a cell's commands."""
+    return sum(seconds for _, seconds in cell["commands"]) / 60
 
 
 def top1(cells: list[dict[str, Any]], protocol: str, stage: str) -> list[float]:
@@ -113,7 +130,11 @@ def last(cells: list[dict[str, Any]]) -> str:
 
 def number(values: list[float]) -> str:
     """The mean, and in brackets its 95 % interval where there are several."""
-    found = summarise(values)
+    return spread(summarise(values))
+
+
+def spread(found: dict[str, Any]) -> str:
+    """What `summarise` gave, as a cell of a table."""
     if found["ci95"] is None:
         return f"{found['mean']:.1f}"
     low, high = found["ci95"]
@@ -194,7 +215,12 @@ def final_losses(rows: tuple[str, ...], cells: dict[str, list[dict[str, Any]]]) 
 # --- the page ---------------------------------------------------------------------------------------------------
 
 
-def page_text(cells: dict[str, list[dict[str, Any]]], rates: dict[str, dict[float, float]]) -> str:
+def page_text(
+    cells: dict[str, list[dict[str, Any]]],
+    rates: dict[str, dict[float, float]],
+    calibration: dict[str, Any] | None = None,
+    detection: dict[str, Any] | None = None,
+) -> str:
     """docs/results.md from the figures alone."""
     parts = [HEAD]
     for name, rows in TABLES.items():
@@ -208,25 +234,61 @@ def page_text(cells: dict[str, list[dict[str, Any]]], rates: dict[str, dict[floa
             ]
         parts += [verdicts(rows, cells), f"![Losses of every unit]({picture(name)})\n"]
         parts += ["Losses at the end of training:\n", final_losses(rows, cells)]
-    parts += [how(cells), rates_table(rates), TAIL]
-    return "\n".join(parts)
+    parts += [detection_part(detection), how(cells), rates_table(rates), calibration_part(calibration), TAIL]
+    return "\n".join(part for part in parts if part)
+
+
+def detection_part(found: dict[str, Any] | None) -> str:
+    """Detectors on frozen backbones: AP over seeds, and each seed's paired bootstrap."""
+    if found is None:
+        return ""
+    lines = [
+        "## Frozen detection\n",
+        f"Faster R-CNN with a ResNet-18 that was pretrained on {found['data'].upper()}'s own training images and stays "
+        "frozen; box AP on its test images, percent, mean and 95 % interval over seeds "
+        f"{', '.join(map(str, found['seeds']))}:\n",
+        "| pretraining | AP | AP50 | AP75 |",
+        "|---|--:|--:|--:|",
+    ]
+    for method in DETECTION_METHODS:
+        figures = (spread(found["methods"][method][f"bbox/{name}"]) for name in ("AP", "AP50", "AP75"))
+        lines.append(f"| {DETECTION_WORDS[method]} | {' | '.join(figures)} |")
+    lines.append(
+        f"\nAP minus that of the untrained backbone of the same seed, with the 95 % interval of {found['resamples']:,} "
+        "paired resamples of the test images:\n"
+    )
+    for method in DETECTION_METHODS[1:]:
+        told = [
+            f"seed {one['seed']}: {one['bbox']['AP']['difference']:+.1f} "
+            f"[{one['bbox']['AP']['ci95'][0]:+.1f}, {one['bbox']['AP']['ci95'][1]:+.1f}]"
+            for one in found["paired"]
+            if one["backbone"] == method
+        ]
+        lines.append(f"- {DETECTION_WORDS[method]}: {'; '.join(told)}")
+    lines.append(
+        f"\n{found['seconds'] / 3600:.1f} hours of processor time. Pretraining: "
+        "`configs/pretrain/evidence_detection.yaml`, detector: `configs/evidence_detection.yaml`.\n\n"
+        "```sh\npython benchmarks/evidence.py detect --data BCCD --out output/evidence\n```\n"
+    )
+    return "\n".join(lines)
 
 
 def how(cells: dict[str, list[dict[str, Any]]]) -> str:
     every = [cell for some in cells.values() for cell in some]
     if not every:
         return ""
-    hours = sum(seconds for cell in every for _, seconds in cell["commands"]) / 3600
+    cfg = load_config(get_cfg(), str(ROOT / "configs" / "pretrain" / "evidence_r18.yaml"))
     machine = every[0]["environment"]
-    longest = max(sum(seconds for _, seconds in cell["commands"]) for cell in every) / 60
     return (
         "## How\n\n"
-        f"{PRETRAINED:,} of CIFAR-10's training images, the same of each class, 30 epochs in batches of 128; "
-        "`configs/pretrain/evidence_r18.yaml` and `evidence_presnet.yaml` hold what all rows share. Each row's METHOD, "
-        "UNITS and DECODER are those of the paper's configuration of its name. Probes learn from all 50,000 training "
-        f"images. {len(every)} runs took {hours:.1f} hours of processor time together, one thread each, the longest "
-        f"{longest:.0f} minutes, on {machine['cores']} cores, torch {machine['packages']['torch']}. Intervals are 95 % "
-        "intervals of the mean over seeds (Student's t).\n\n```sh\n"
+        f"{PRETRAINED:,} of CIFAR-10's training images, the same of each class, {cfg.SOLVER.EPOCHS} epochs in batches "
+        f"of {cfg.SOLVER.BATCH_SIZE}; `configs/pretrain/evidence_r18.yaml` and `evidence_presnet.yaml` hold what all "
+        f"rows share. Probes learn from all 50,000 training images. {len(every)} runs took "
+        f"{sum(map(minutes, every)) / 60:.1f} hours of processor time together, one thread each, the longest "
+        f"{max(map(minutes, every)):.0f} minutes, on {machine['cores']} cores, torch {machine['packages']['torch']}. "
+        "Intervals are 95 % intervals of the mean over seeds (Student's t). What each row sets besides:\n\n"
+        + "\n".join(f"- {label(row)}: {told_switches(some[0]['switches'])}" for row, some in cells.items())
+        + "\n\n```sh\n"
         "python benchmarks/evidence.py rates --cifar cifar10.zip --out output/evidence\n"
         "python benchmarks/evidence.py run --cifar cifar10.zip --out output/evidence\n"
         "python benchmarks/evidence_page.py\n```\n\nThe commands of one cell:\n\n```text\n"
@@ -235,18 +297,44 @@ def how(cells: dict[str, list[dict[str, Any]]]) -> str:
     )
 
 
+def label(row: str) -> str:
+    return WORDS[row] + ("" if ROWS[row].network == "r18" else ", Progressive ResNet")
+
+
+def told_switches(switches: dict[str, Any]) -> str:
+    """`KEY value`, ...; units by their first and last block."""
+    units = (
+        {"UNITS": ", ".join("-".join(dict.fromkeys(unit)) for unit in switches["UNITS"])} if "UNITS" in switches else {}
+    )
+    return ", ".join(f"`{key}` {value}" for key, value in {**switches, **units}.items())
+
+
+def calibration_part(found: dict[str, Any] | None) -> str:
+    """The short runs that the set-up was chosen by."""
+    if found is None:
+        return ""
+    epochs = list(next(iter(found["rows"].values())))
+    lines = [
+        "## Calibration\n",
+        f"The set-up was chosen by two short runs ({found['settings']}): {found['what']}.\n",
+        "| pretraining | " + " | ".join(f"epoch {epoch}" for epoch in epochs) + " |",
+        "|---|" + "--:|" * len(epochs),
+    ]
+    lines += [f"| {WORDS[row]} | {' | '.join(f'{v:.1f}' for v in of.values())} |" for row, of in found["rows"].items()]
+    return "\n".join(lines) + "\n"
+
+
 def rates_table(rates: dict[str, dict[float, float]]) -> str:
     lines = [
         "## Learning rates\n",
-        f"Chosen for each row by {RATE_EPOCHS} epochs with seed 100 and the ridge probe of the last stage on "
+        f"Chosen for each method by {RATE_EPOCHS} epochs with seed 100 and the ridge probe of the last stage on "
         f"{HELD_OUT:,} training images that no run pretrains on; the test images take no part. Top-1, percent:\n",
         "| pretraining | " + " | ".join(f"rate {rate:g}" for rate in RATES) + " |",
         "|---|" + "--:|" * len(RATES),
     ]
     for row in (row for row in ROWS if row in rates):
-        network = "" if ROWS[row].network == "r18" else ", Progressive ResNet"
         figures = (f"{rates[row][rate]:.1f}" if rate in rates[row] else "" for rate in RATES)
-        lines.append(f"| {WORDS[row]}{network} | {' | '.join(figures)} |")
+        lines.append(f"| {label(row)} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"
 
 

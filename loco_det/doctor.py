@@ -102,7 +102,8 @@ def examine_config(config: str, overrides: list[str], weights: str | None = None
     try:
         from loco_det.config import collect_settings, load_config
         from loco_det.data.catalog import find_dataset
-        from loco_det.data.classes import missing_classes
+        from loco_det.data.classes import check_training_classes, missing_classes
+        from loco_det.data.loader import check_kind
         from loco_det.detection import train
         from loco_det.detection.schema import check_honoured, get_cfg
     except Exception as error:
@@ -116,7 +117,10 @@ def examine_config(config: str, overrides: list[str], weights: str | None = None
         return Check("config", "ok", f"{config} on the {name} engine")
 
     def data_set(name: str) -> Check:
-        train.check_classes(cfg, *(([name], []) if name in cfg.DATASETS.TRAIN else ([], [name])))
+        check_kind(cfg, name)
+        learned = list(cfg.DATASETS.TRAIN)
+        learned = learned[: learned.index(name) + 1] if name in learned else []
+        check_training_classes(cfg, [find_dataset(training_set) for training_set in learned])
         missing = missing_classes(cfg, find_dataset(name))
         if missing:
             advice = "AP is over the other classes; is it the right test set?"

@@ -464,6 +464,12 @@ def lightning() -> tuple[dict, dict]:
     return file, {"": model.net.state_dict()}
 
 
+def children() -> tuple[dict, dict]:
+    """`nn.Sequential(*model.children())`, whose last child is the classifier."""
+    model = resnet()
+    return nn.Sequential(*model.children()).state_dict(), {"model": model.state_dict()}
+
+
 def timm_run() -> tuple[dict, dict]:
     """A checkpoint of timm's train.py: the model and the average of its weights (see test_timm_training_run)."""
     model, average = resnet(0), resnet(1)
@@ -588,4 +594,5 @@ CASES = [
     Case("torchvision or timm ResNet", "resnet50_a1_in1k.safetensors", "model", timm_plain),
     Case("timm training run", "last.pth.tar", "model ema", timm_run),
     Case("Lightning module", "epoch=99-step=50000.ckpt", "", lightning),
+    Case("Sequential ResNet", "children.pth", "model", children),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -186,6 +187,23 @@ def test_timm_training_run(tmp_path: Path) -> None:
         take_account(path, loaded)
     for branch, state in (("model", model.state_dict()), ("ema", average.module.state_dict())):
         assert_converted(take_account(path, loaded, branch)[0], state)
+
+
+@pytest.mark.parametrize("place", ["", "model", "state_dict"])
+def test_torchs_average_of_the_weights(place: str) -> None:
+    average = torch.optim.swa_utils.AveragedModel(resnet())
+    average.update_parameters(resnet(1))
+    average.update_parameters(resnet(2))
+    state = average.state_dict()
+    account, _ = take_account("x", {place: state} if place else state)
+    assert_converted(account, average.module.state_dict())
+    counter = f"{place}:n_averaged" if place else "n_averaged"
+    assert account.dropped["counter of averaged weights"] == [counter]
+
+
+def test_a_counter_of_averages_elsewhere_is_unknown() -> None:
+    with pytest.raises(UserError, match=r"'layer1\.n_averaged' is unknown"):
+        take_account("x", {**resnet().state_dict(), "layer1.n_averaged": torch.tensor(3)})
 
 
 def test_safetensors_of_timm(tmp_path: Path) -> None:
@@ -377,6 +395,14 @@ def test_an_unknown_prefix_is_never_guessed_but_can_be_named() -> None:
     account, _ = take_account("x", file, "net:trunk.")
     assert_converted(account, state)
     assert account.dropped["outside the branch"] == ["net:head.weight"]
+
+
+def test_the_prefix_in_an_advice_can_be_typed_in_a_shell() -> None:
+    file = {"my net": prefixed("trunk.", resnet().state_dict())}
+    with pytest.raises(UserError) as refused:
+        take_account("x", file)
+    *_, option, prefix = shlex.split(str(refused.value))
+    assert (option, take_account("x", file, prefix)[1].prefix) == ("--branch", "my net:trunk.")
 
 
 def test_two_prefixes_are_never_chosen_between() -> None:

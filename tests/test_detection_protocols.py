@@ -188,14 +188,24 @@ def test_old_and_relative_forms_of_the_file_are_read(tmp_path: Path) -> None:
         ({"bbox_mode": 4}, "bbox_mode 0 or 1"),
         ({"boxes": [np.zeros((5, 3))] * 6}, r"image 1 has boxes \(5, 3\) and logits \(5,\)"),
         ({"boxes": [np.zeros((4, 4))] * 6}, r"image 1 has boxes \(4, 4\) and logits \(5,\)"),
-        ({"boxes": [np.full((5, 4), np.nan)] * 6}, "image 1 has boxes or logits that are not finite"),
-        ({"boxes": [[["a"] * 4] * 5] * 6}, "image 1 has boxes or logits that are not finite"),
-        ({"boxes": [print] * 6}, r"image 1 has boxes \(\) and logits"),
+        ({"boxes": [np.full((5, 4), np.nan)] * 6}, "image 1 has boxes that are no array of finite"),
+        ({"boxes": [[["a"] * 4] * 5] * 6}, "image 1 has boxes that are no array of finite"),
+        ({"boxes": [print] * 6}, "image 1 has boxes that are no array of finite"),
+        ({"boxes": [[[0.0] * 4] * 4 + [[0.0] * 3]] * 6}, r"p\.pkl: image 1 has boxes that are no array of finite"),
+        ({"objectness_logits": [[1.0, 2.0, [3.0]]] * 6}, r"p\.pkl: image 1 has logits that are no array of finite"),
+        ({"bbox_mode": np.zeros(2)}, "bbox_mode 0 or 1"),
     ],
 )
 def test_a_bad_file_of_proposals_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_proposals(write_proposals_of(tmp_path / "p.pkl", changes))
+
+
+def test_proposals_of_a_dtype_that_numpy_lacks_are_refused(tmp_path: Path) -> None:
+    boxes, logits = torch.zeros(5, 4, dtype=torch.bfloat16), torch.zeros(5)
+    torch.save({"ids": [7], "boxes": [boxes], "objectness_logits": [logits]}, tmp_path / "p.pth")
+    with pytest.raises(UserError, match="image 7 has boxes that are no array of finite"):
+        read_proposals(tmp_path / "p.pth")
 
 
 def test_proposals_must_fit_the_data_sets(tmp_path: Path) -> None:

@@ -274,6 +274,30 @@ def test_data_sets_that_are_missing_or_have_other_classes(without_detectron2: No
     assert "MODEL.ROI_HEADS.NUM_CLASSES 7" in check.found
 
 
+def add_data_set(root: Path, name: str, split: str, classes: list[str]) -> None:
+    (root / name / "annotations").mkdir(parents=True)
+    (root / name / split).mkdir()
+    categories = [{"id": i, "name": label} for i, label in enumerate(classes)]
+    content = {"images": [], "annotations": [], "categories": categories}
+    (root / name / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def test_training_sets_are_compared_and_a_missing_class_is_told_once(
+    without_detectron2: None, datasets: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_data_set(datasets, "one", "train", ["cat", "dog"])
+    add_data_set(datasets, "two", "train", ["dog", "cat"])
+    add_data_set(datasets, "few", "val", ["dog"])
+    sets = ["DATASETS.TRAIN", "('one_train', 'two_train')", "DATASETS.TEST", "('few_val',)"]
+    checks = examine_config(CONFIG, [*sets, "MODEL.ROI_HEADS.NUM_CLASSES", "2"])
+    assert named(checks, "data set one_train").status == "ok"
+    other = named(checks, "data set two_train")
+    assert (other.status, "two_train and one_train differ in their classes" in other.found) == ("fail", True)
+    few = named(checks, "data set few_val")
+    assert (few.status, few.found) == ("note", "has no category for cat")
+    assert "no category" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [

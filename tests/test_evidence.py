@@ -26,6 +26,7 @@ def cell(row: str, seed: int, top1: float, losses: dict[str, list[list[float]]])
         "row": row,
         "network": "r18",
         "seed": seed,
+        "switches": evidence.switches(evidence.ROWS[row]),
         "commands": [[f"loco-det pretrain {row} {seed}", 1200.0], ["loco-det probe", 600.0]],
         "environment": {"cores": 2, "packages": {"torch": "9.9"}},
         "probes": {"linear": probe, "knn": probe, "ridge": probe},
@@ -47,20 +48,47 @@ def cells() -> dict[str, list[dict]]:
 def test_tables_have_means_intervals_and_differences_seed_by_seed(cells) -> None:
     text = evidence_page.page_text(cells, {"gim": {0.25: 30.0, 0.5: 31.26}})
     # mean +- 4.3027 / sqrt(3) times the deviation over seeds, which is 1 and 0
-    assert "| SimCLR, end to end | 3 | 41.0 [38.5, 43.5] | 42.0 [39.5, 44.5] |" in text
-    assert "| GIM | 3 | 36.0 [36.0, 36.0] | 37.0 [37.0, 37.0] |" in text
+    assert "| SimCLR, end to end | 3 | 41.0 [38.5, 43.5] | 42.0 [39.5, 44.5] | 30 |" in text
+    assert "| GIM | 3 | 36.0 [36.0, 36.0] | 37.0 [37.0, 37.0] | 30 |" in text
     assert "- GIM against SimCLR, end to end, last stage, seed by seed: linear -5.0 [-7.5, -2.5], knn -5.0" in text
     assert "- GIM: res3 5.00, res5 4.50" in text
     assert "6 runs took 3.0 hours of processor time together, one thread each, the longest 30 minutes" in text
-    assert "| GIM | 30.0 | 31.3 |  |" in text
+    assert "| GIM |  | 30.0 | 31.3 |  |" in text
     assert "loco-det pretrain simclr 0" in text
+    assert "- GIM: `METHOD` gim\n" in text
+    assert "30 epochs in batches of 128;" in " ".join(text.split())
     assert "## What was not run" in text
+
+
+def test_detection_and_calibration_are_told_where_they_were_run(cells) -> None:
+    def numbers(ap: float) -> dict:
+        values = {"bbox/AP": ap, "bbox/AP50": 2 * ap, "bbox/AP75": ap / 2}
+        return {key: {"mean": value, "ci95": [value - 1, value + 1]} for key, value in values.items()}
+
+    paired = [
+        {"backbone": method, "seed": seed, "bbox": {"AP": {"difference": 2.0 + seed, "ci95": [-1.0, 4.0]}}}
+        for method in ("gim", "simclr", "loco")
+        for seed in (0, 1)
+    ]
+    methods = {name: numbers(20.0 + place) for place, name in enumerate(evidence.DETECTION_METHODS)}
+    found = {"data": "bccd", "seeds": [0, 1], "methods": methods, "paired": paired, "resamples": 1000, "seconds": 7200}
+    rows = {"rows": {"simclr": {"5": 33.44, "10": 38.0}}, "what": "kNN", "settings": "batches of 256"}
+    text = evidence_page.page_text(cells, {}, rows, found)
+    assert "| none | 20.0 [19.0, 21.0] | 40.0 [39.0, 41.0] | 10.0 [9.0, 11.0] |" in text
+    assert "| LoCo | 23.0 [22.0, 24.0] |" in text
+    assert "- GIM: seed 0: +2.0 [-1.0, +4.0]; seed 1: +3.0 [-1.0, +4.0]\n" in text
+    assert "1,000 paired resamples" in text
+    assert "2.0 hours" in text
+    assert "| SimCLR, end to end | 33.4 | 38.0 |" in text
+    plain = evidence_page.page_text(cells, {})
+    assert "## Frozen detection" not in plain
+    assert "## Calibration" not in plain
 
 
 def test_a_row_without_seeds_in_common_has_no_difference(cells) -> None:
     cells["gim"] = cells["gim"][:1]
     assert evidence_page.verdicts(("simclr", "gim"), cells) == "\n"
-    assert "| GIM | 1 | 36.0 | 37.0 |" in evidence_page.page_text(cells, {})
+    assert "| GIM | 1 | 36.0 | 37.0 | 30 |" in evidence_page.page_text(cells, {})
 
 
 def test_readmes_table_is_replaced_and_nothing_else(cells) -> None:
@@ -129,6 +157,7 @@ def test_only_the_commands_processor_time_counts(tmp_path: Path) -> None:
 
 def test_a_cell_is_made_once_and_by_one_process(tmp_path: Path) -> None:
     made = tmp_path / "results" / "gim_0.json"
+    (tmp_path / "out").mkdir()
     with evidence.claimed(made, tmp_path / "out") as mine:
         assert mine
         with evidence.claimed(made, tmp_path / "out") as other:
@@ -151,9 +180,9 @@ def test_losses_are_means_of_the_lines_between_two_points(tmp_path: Path) -> Non
 
 
 def test_the_committed_pages_are_what_the_committed_figures_say() -> None:
-    cells, rates = evidence_page.read_cells(evidence.RESULTS), evidence_page.read_rates(evidence.RESULTS)
+    cells = evidence_page.read_cells(evidence.RESULTS)
     told = "write it: python benchmarks/evidence_page.py"
-    assert evidence_page.PAGE.read_text() == evidence_page.page_text(cells, rates), told
+    assert evidence_page.PAGE.read_text() == evidence_page.page(), told
     readme = evidence_page.README.read_text()
     assert readme == evidence_page.with_table(readme, evidence_page.short_table(cells)), told
     assert evidence_page.MARK in readme

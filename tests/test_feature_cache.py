@@ -136,19 +136,27 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(place: Path, tmp_pat
     assert not (tmp_path / "a" / RESULTS).exists()
 
 
+def one_bit_of_a_tensor_changed(path: Path) -> bytes:
+    data = bytearray(path.read_bytes())
+    tensor = max(torch.load(path).values(), key=torch.Tensor.numel)
+    data[data.index(bytes(tensor.untyped_storage().tolist()))] ^= 1
+    return bytes(data)
+
+
 def test_a_damaged_file_is_made_again(
     place: Path, tmp_path: Path, computed: list[tuple[int, ...]], caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = tmp_path / "cache"
     expected = evaluate(place, tmp_path / "a", "a", cache, False)
     whole = {path: path.read_bytes() for path in sorted(cache.glob("*.pt"))}
-    first, second, *_ = whole
+    first, second, third, *_ = whole
     first.write_bytes(whole[first][:-100])
     second.write_bytes(b"")
+    third.write_bytes(one_bit_of_a_tensor_changed(third))
     computed.clear()
     assert evaluate(place, tmp_path / "again", "a", cache, False) == expected
-    assert len(computed) == 2
-    assert f"{first} is damaged" in caplog.text
+    assert len(computed) == 3
+    assert all(f"{path} is damaged" in caplog.text for path in (first, second, third))
     assert {path: path.read_bytes() for path in whole} == whole
 
 

@@ -280,6 +280,37 @@ def test_detectron2_is_asked_for_by_name_only_where_it_is(monkeypatch):
     assert choose_engine("auto").name == "detectron2"
 
 
+def test_with_detectron2_as_reader_a_training_sets_oddities_are_told_before_its_model_is_built(
+    data, tmp_path, monkeypatch, caplog
+):
+    """This package's loader, which would tell them, is not asked then; nor does it look for the test set's images."""
+    content = json.loads(find_dataset("tiny_train").annotations.read_text())
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [value / 1000 for value in annotation["bbox"]]
+    other = tmp_path / "other" / "annotations"
+    other.mkdir(parents=True)
+    (other / "instances_train.json").write_text(json.dumps(content))
+    (other / "instances_val.json").write_bytes(find_dataset("tiny_val").annotations.read_bytes())
+    for split in ("train", "val"):
+        (tmp_path / "other" / split).mkdir()  # without images
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    cfg = tiny_cfg(tmp_path / "out", DATASETS__TRAIN=("other_train",), DATASETS__TEST=("other_val",))
+    monkeypatch.setattr(engine_d2, "installed", lambda: True)
+
+    class Reached(Exception):
+        """The data are judged."""
+
+    def build_model(*_):
+        raise Reached
+
+    monkeypatch.setattr(engine_d2.Detectron2Engine, "build_model", build_model)
+    with pytest.raises(Reached):
+        train_net(cfg, engine="detectron2")
+    assert "box in units of the image" in caplog.text
+    with pytest.raises(UserError, match=r"not in .*other/val"):
+        train_net(cfg, engine="torchvision")
+
+
 def test_two_processes_share_the_work(tmp_path):
     cfg = tiny_cfg(tmp_path, SOLVER__MAX_ITER=2, SOLVER__STEPS=(), SOLVER__CHECKPOINT_PERIOD=1)
     launch(command._worker, 2, cfg, None, EXACT)

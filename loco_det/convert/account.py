@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loco_det.convert.architecture import Architecture, check_shapes, checked_tensors, recognise
-from loco_det.convert.load import AnyTensor, left_out
+from loco_det.convert.load import left_out
 from loco_det.convert.namings import NAMINGS
 from loco_det.convert.sources import (
     COUNTERS,
@@ -158,7 +158,7 @@ def take_account(
         for key in places:
             if _place(key, chosen, others)[0] is not None:
                 raise UserError(f"{path}: {key!r} is a {kind}, not a plain tensor; save it as one, in float32")
-    found: dict[str, AnyTensor] = {}
+    found: dict[str, Tensor] = {}
     keys: dict[str, str] = {}
     dropped: dict[str, list[str]] = {}
     for key, (file_key, tensor) in original.items():
@@ -170,8 +170,8 @@ def take_account(
         elif reason is not None:
             dropped.setdefault(reason, []).append(file_key)
         else:
-            where = chosen.source.name if chosen.source else "this"
-            raise UserError(f"{path}: tensor {file_key!r} is unknown in a {where} checkpoint; remove it")
+            where = f"a {chosen.source.name}" if chosen.source else "this"
+            raise UserError(f"{path}: tensor {file_key!r} is unknown in {where} checkpoint; remove it")
     made = _statistics(found) if chosen.source and chosen.source.scale_only else {}
     found |= made
     architecture = recognise(path, found)
@@ -184,7 +184,7 @@ def take_account(
     return account, chosen
 
 
-def _statistics(found: dict[str, AnyTensor]) -> dict[str, Tensor]:
+def _statistics(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Mean 0 and variance 1, as Detectron2 has them, for norms that only scale and shift."""
     scales = [name for name in found if re.search(r"(bn\d|downsample\.1)\.weight$", name)]
     norms = {name.removesuffix("weight"): found[name].shape for name in scales}
@@ -192,10 +192,10 @@ def _statistics(found: dict[str, AnyTensor]) -> dict[str, Tensor]:
     return means | {f"{norm}running_var": torch.ones(shape) for norm, shape in norms.items()}
 
 
-def _moved(path: object, tensors: dict[str, AnyTensor]) -> dict[str, tuple[str, AnyTensor]]:
+def _moved(path: object, tensors: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
     """Key after the rows' moves -> (key in the file, tensor)."""
     moves = [move for source in SOURCES for move in source.moves]
-    found: dict[str, tuple[str, AnyTensor]] = {}
+    found: dict[str, tuple[str, Tensor]] = {}
     for key, tensor in tensors.items():
         new = key
         for pattern, replacement in moves:
@@ -213,7 +213,7 @@ def _place(key: str, chosen: Candidate, others: dict[str, str]) -> tuple[str | N
     if key.startswith(chosen.prefix) and container == chosen.prefix.rpartition(":")[0]:
         rest = key[len(chosen.prefix) :]
         renamed = NAMINGS[chosen.naming][2](rest)
-        reason = _dropped(rest, (COUNTERS, *(source.inside if source else (HEAD,))))
+        reason = _dropped(rest, (*COUNTERS, *(source.inside if source else (HEAD,))))
         if reason is not None:
             return None, reason
         if _is_backbone(renamed):
@@ -225,7 +225,7 @@ def _place(key: str, chosen: Candidate, others: dict[str, str]) -> tuple[str | N
         return None, f"beside the model ({container.split('/')[0] or 'loose tensors'})"
     if source is None and not key.startswith(chosen.prefix):
         return None, "outside the branch"
-    return None, _dropped(name, (COUNTERS, *(source.outside if source else ())))
+    return None, _dropped(name, (*COUNTERS, *(source.outside if source else ())))
 
 
 def _dropped(name: str, rules: Rules) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loco_det.backbone import BLOCKS, STEM_CHANNELS, ResNet, stage_channels
-from loco_det.convert.load import AnyTensor, in_memory
+from loco_det.convert.load import in_memory
 from loco_det.errors import UserError
 from loco_det.names import to_torchvision
 
@@ -52,7 +52,7 @@ class Architecture:
         )
 
 
-def recognise(path: object, tensors: dict[str, AnyTensor]) -> Architecture:
+def recognise(path: object, tensors: dict[str, Tensor]) -> Architecture:
     """The ResNet that `tensors` (torchvision's names) make up, from block counts and the shapes of stem and block.
 
     Raises:
@@ -93,8 +93,8 @@ def refuse_small_stem(path: object, stem: tuple[int, ...]) -> None:
 
 
 def check_shapes(
-    path: object, tensors: dict[str, AnyTensor], architecture: Architecture, key: Callable[[str], str] = str
-) -> dict[str, AnyTensor]:
+    path: object, tensors: dict[str, Tensor], architecture: Architecture, key: Callable[[str], str] = str
+) -> dict[str, Tensor]:
     """`tensors`, once it is certain that they are the ResNet's, complete, of the right shape and dtype.
 
     `key` gives the name under which the file holds a tensor (torchvision's name).
@@ -125,7 +125,7 @@ def check_shapes(
 
 
 def checked_tensors(
-    path: object, tensors: dict[str, AnyTensor], architecture: Architecture, key: Callable[[str], str] = str
+    path: object, tensors: dict[str, Tensor], architecture: Architecture, key: Callable[[str], str] = str
 ) -> dict[str, Tensor]:
     """`tensors` read into memory after `check_shapes`, every value of them finite.
 

@@ -22,7 +22,7 @@ from loco_det.artifact import (
     load_backbone,
     require_resnet,
 )
-from loco_det.backbone import ResNet, StagedBackbone, narrow, stage_channels, stage_strides, tensors_hash
+from loco_det.backbone import BLOCKS, ResNet, StagedBackbone, narrow, stage_channels, stage_strides, tensors_hash
 from loco_det.config import collect_settings
 from loco_det.convert.account import Account, take_account
 from loco_det.convert.architecture import Architecture, checked_tensors, recognise
@@ -144,27 +144,32 @@ def load_any_backbone(
     """
     path = Path(path)
     given = _given(channel_order, pixel_mean, pixel_std, stride_in_1x1, d2_config)
-    if path.is_file() and HEADER_KEY in safetensors_metadata(path):
-        tensors, manifest = load_backbone(path)
+    header = safetensors_metadata(path).get(HEADER_KEY) if path.is_file() else None
+    if header is not None:
+        manifest = decode_manifest(header, path)
         if manifest.stem == "cifar" or manifest.architecture == PRESNET:
+            tensors, _ = load_backbone(path)
             account = Account("", "", Architecture(manifest.depth), len(tensors), tensors, {}, {})
             _stated(path, account, manifest, None, *given)
-            return _filled(path, _described(path, manifest, norm), tensors), manifest
+            return _filled(path, _described(path, tensors, manifest, norm), tensors), manifest
     account, manifest, known = _read(path, branch)
     account.pixels = _stated(path, account, manifest, known, *given)
     model = account.architecture.build(stride_in_1x1=account.pixels.stride_in_1x1, norm=norm)
     return _filled(path, model, account.converted), manifest or _describe(account)
 
 
-def _described(path: Path, manifest: Manifest, norm: str) -> StagedBackbone:
+def _described(path: Path, tensors: dict[str, Tensor], manifest: Manifest, norm: str) -> StagedBackbone:
     """The network that a manifest of our own describes, with fresh weights: PResNet-50 or a ResNet with CIFAR stem."""
-    width = manifest.stages["stem"].channels
+    stem, weight = manifest.stages.get("stem"), tensors.get("conv1.weight")
+    if manifest.depth not in BLOCKS or stem is None or weight is None or weight.shape[:1] != (stem.channels,):
+        said = f"depth {manifest.depth}, stem {'absent' if stem is None else f'of {stem.channels} channels'}"
+        raise UserError(f"{path}: its tensors are not what its manifest says ({said}); write it again")
     if manifest.architecture == PRESNET:
         try:
-            return PResNet(stem=manifest.stem, norm=norm, stem_channels=width)
+            return PResNet(stem=manifest.stem, norm=norm, stem_channels=stem.channels)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-    shape = {"stride_in_1x1": manifest.stride_in_1x1, **narrow(manifest.depth, width)}
+    shape = {"stride_in_1x1": manifest.stride_in_1x1, **narrow(manifest.depth, stem.channels)}
     return ResNet(manifest.depth, stem="cifar", norm=norm, **shape)
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from torch import Tensor
 
 from loco_det.artifact import HEADER_KEY, Manifest, decode_manifest, require_resnet
 from loco_det.convert.account import left_out_text, take_account
-from loco_det.convert.load import AnyTensor, file_kind, left_out, open_tensors, safetensors_metadata
+from loco_det.convert.load import file_kind, left_out, open_tensors, safetensors_metadata
 from loco_det.convert.sources import Candidate, Pixels, candidates, flatten
 from loco_det.errors import UserError
 
@@ -168,7 +169,7 @@ def _sayings(opened: dict[str, Any], place: str = "", depth: int = 2) -> Iterato
             yield where, value if len(value) <= 60 else f"{value[:57]}..."
 
 
-def _groups(tensors: dict[str, AnyTensor], found: list[Candidate]) -> list[dict[str, Any]]:
+def _groups(tensors: dict[str, Tensor], found: list[Candidate]) -> list[dict[str, Any]]:
     """Tensors by the part of a network, or the dictionary beside it, that they belong to."""
     groups: dict[str, dict[str, Any]] = {}
     prefixes = sorted((candidate.prefix for candidate in found), key=len, reverse=True)

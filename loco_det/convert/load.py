@@ -46,9 +46,6 @@ _OTHER_KINDS = {
 }
 
 
-AnyTensor = Stored = Tensor  # names for one that may still be in its file
-
-
 def load_tensors(path: str | Path) -> dict[str, Any]:
     """As `open_tensors`, for whoever needs all of it: checked by `check_sums`, and at addresses fit for arithmetic.
 

@@ -24,7 +24,7 @@ from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from loco_det.backbone import BLOCKS, STAGES
 from loco_det.convert.architecture import Architecture
-from loco_det.convert.load import AnyTensor, in_memory
+from loco_det.convert.load import in_memory
 from loco_det.data.images import read_image
 from loco_det.errors import UserError
 
@@ -53,7 +53,7 @@ class Witness:
     name: str
     model: nn.Module
     stages: dict[str, str]
-    tensors: Mapping[str, AnyTensor]
+    tensors: Mapping[str, Tensor]
 
 
 def made_image(height: int = 157, width: int = 221) -> np.ndarray:
@@ -137,7 +137,7 @@ def timm_model(architecture: Architecture) -> nn.Module:
     return model.eval()
 
 
-def prove(account: Account, exported: Mapping[str, AnyTensor], image: str | Path | None = None) -> dict[str, Any]:
+def prove(account: Account, exported: Mapping[str, Tensor], image: str | Path | None = None) -> dict[str, Any]:
     """Compare the source of `account` with the result (`exported`, Detectron2's names) stage by stage.
 
     One layer at a time is in memory. Returns {"image", "models", "tolerance", "float64": {stage: {"max_abs",
@@ -168,7 +168,7 @@ def prove(account: Account, exported: Mapping[str, AnyTensor], image: str | Path
 
 
 @torch.no_grad()
-def _stages(model: nn.Module, stages: dict[str, str], tensors: Mapping[str, AnyTensor], x: Tensor) -> dict[str, Tensor]:
+def _stages(model: nn.Module, stages: dict[str, str], tensors: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
     """Every stage's output for `x`, in its dtype."""
     outputs: dict[str, Tensor] = {}
     hooks = [
@@ -185,7 +185,7 @@ def _stages(model: nn.Module, stages: dict[str, str], tensors: Mapping[str, AnyT
 
 
 @contextmanager
-def _lent(model: nn.Module, tensors: Mapping[str, AnyTensor], dtype: torch.dtype) -> Iterator[None]:
+def _lent(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[None]:
     """Give each layer of `model` its tensors for its own forward alone, so that never all are in memory.
 
     Raises:
@@ -208,7 +208,7 @@ def _lent(model: nn.Module, tensors: Mapping[str, AnyTensor], dtype: torch.dtype
         hook.remove()
 
 
-def _lend(slots: dict, name: str, tensor: AnyTensor, dtype: torch.dtype) -> Any:
+def _lend(slots: dict, name: str, tensor: Tensor, dtype: torch.dtype) -> Any:
     def lend(*_: Any) -> None:
         value = in_memory(tensor).to(dtype)
         slots[name] = nn.Parameter(value, requires_grad=False) if isinstance(slots[name], nn.Parameter) else value

@@ -9,6 +9,7 @@ between: the caller is told their names.
 from __future__ import annotations
 
 import re
+import shlex
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD
 from loco_det.convert.architecture import refuse_small_stem
-from loco_det.convert.load import AnyTensor, Stored, in_memory
+from loco_det.convert.load import in_memory
 from loco_det.convert.namings import NAMINGS
 from loco_det.errors import UserError
 
@@ -311,9 +312,19 @@ SOURCES = (
         ),
         pixels=None,
     ),
+    Source(
+        "Sequential ResNet",
+        {"model": r"((state_dict|model):)?(module\.)?"},
+        namings=("children",),
+        inside=((r"9\.(weight|bias)", "classifier"),),
+        pixels=None,
+    ),
 )
 
-COUNTERS = (r"(.+\.)?num_batches_tracked", "batch counters")
+COUNTERS = (
+    (r"(.+\.)?num_batches_tracked", "batch counters"),
+    (r"n_averaged", "counter of averaged weights"),  # of torch's AveragedModel
+)
 REFUSED = (
     (
         r"(.+[.:])?(conv1|backbone\.stem)\.[03]\.weight",
@@ -337,7 +348,7 @@ class Candidate:
     naming: str
 
 
-def flatten(path: object, loaded: dict[str, Any]) -> Iterator[tuple[str, AnyTensor]]:
+def flatten(path: object, loaded: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """(key, tensor) for every tensor in nested plain data, keys as this module's docstring says.
 
     Raises:
@@ -352,7 +363,7 @@ def flatten(path: object, loaded: dict[str, Any]) -> Iterator[tuple[str, AnyTens
         if seen > MAX_ITEMS:  # shared containers can stand for exponentially many
             raise UserError(f"{path}: nests more than {MAX_ITEMS:,} items; save the model's state_dict() alone")
         for name, value in items.items():
-            if isinstance(value, Tensor | Stored):
+            if isinstance(value, Tensor):
                 tensors += 1
                 if tensors > MAX_TENSORS:
                     raise UserError(
@@ -363,7 +374,7 @@ def flatten(path: object, loaded: dict[str, Any]) -> Iterator[tuple[str, AnyTens
                 waiting.append((f"{place}/{name}" if place else str(name), value))
 
 
-def candidates(path: object, tensors: dict[str, AnyTensor]) -> list[Candidate]:
+def candidates(path: object, tensors: dict[str, Tensor]) -> list[Candidate]:
     """Every backbone among `tensors`, in the order of their keys, each with the first row that fits it.
 
     Raises:
@@ -392,9 +403,9 @@ def _identify(prefix: str, naming: str, rows: list[Source]) -> Candidate:
     return Candidate(None, prefix, prefix, naming)
 
 
-def _distinct(tensors: dict[str, AnyTensor], found: list[Candidate]) -> list[Candidate]:
+def _distinct(tensors: dict[str, Tensor], found: list[Candidate]) -> list[Candidate]:
     """`found` less those whose every tensor is that of an earlier one: one backbone saved under two names."""
-    kept: list[tuple[Candidate, dict[str, AnyTensor]]] = []
+    kept: list[tuple[Candidate, dict[str, Tensor]]] = []
     for candidate in found:
         rename = NAMINGS[candidate.naming][2]
         rest = ((k[len(candidate.prefix) :], t) for k, t in tensors.items() if k.startswith(candidate.prefix))
@@ -405,11 +416,11 @@ def _distinct(tensors: dict[str, AnyTensor], found: list[Candidate]) -> list[Can
     return [candidate for candidate, _ in kept]
 
 
-def _same(one: dict[str, AnyTensor], other: dict[str, AnyTensor]) -> bool:
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(in_memory(t), in_memory(other[n])) for n, t in one.items())
 
 
-def choose(path: object, tensors: dict[str, AnyTensor], branch: str | None) -> Candidate:
+def choose(path: object, tensors: dict[str, Tensor], branch: str | None) -> Candidate:
     """The backbone to convert; `branch` is a branch's name or the literal prefix of its keys.
 
     Raises:
@@ -426,7 +437,7 @@ def choose(path: object, tensors: dict[str, AnyTensor], branch: str | None) -> C
     distinct = _distinct(tensors, found)
     chosen = distinct if branch is None else [c for c in found if branch == c.prefix]
     chosen = chosen or [c for c in distinct if branch == c.branch] or [c for c in found if branch == c.branch]
-    choices = " or ".join(f"--branch {c.branch or c.prefix}" for c in distinct)
+    choices = " or ".join(f"--branch {shlex.quote(c.branch or c.prefix)}" for c in distinct)
     if not chosen:
         raise UserError(f"{path}: has no branch {branch!r}; choose {choices}")
     if len(chosen) > 1:
@@ -435,6 +446,6 @@ def choose(path: object, tensors: dict[str, AnyTensor], branch: str | None) -> C
     if chosen[0].source is None and branch is None:
         raise UserError(
             f"{path}: no known code base keeps its backbone under {chosen[0].prefix!r}; "
-            f"if it is the one you mean, say --branch {chosen[0].prefix}"
+            f"if it is the one you mean, say --branch {shlex.quote(chosen[0].prefix)}"
         )
     return chosen[0]

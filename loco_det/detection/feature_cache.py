@@ -9,7 +9,6 @@ computed, bit for bit and in the same layout, in the dtype of the network (float
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from loco_det import __version__
 from loco_det.backbone import tensors_hash
+from loco_det.convert.load import load_tensors
 from loco_det.errors import UserError
 from loco_det.fused import is_fast
 from loco_det.runtime import atomic_write, check_writable, log
@@ -37,7 +37,7 @@ class FeatureCache:
     def __call__(self, x: Tensor, compute: Callable[[Tensor], Features]) -> Features:
         """`compute(x)`, from disk if it is there; x (B, 3, H, W).
 
-        A damaged file is made again. Once one cannot be written, as on a full disk, none is any more.
+        A damaged file (by checksum) is made again. Once one cannot be written, as on a full disk, none is any more.
         """
         path = self.folder / f"{self._key(x)}.pt"
         if path.is_file() and (features := _read(path, x.device)) is not None:
@@ -70,11 +70,13 @@ class FeatureCache:
 
 
 def _read(path: Path, device: torch.device) -> Features | None:
+    """The features in a file, whose checksums are compared; None where it is damaged."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        log.warning("feature cache: %s is damaged (%s) and made again", path, type(error).__name__)
+        features = load_tensors(path)
+    except UserError:
+        log.warning("feature cache: %s is damaged and made again", path)
         return None
+    return {name: tensor.to(device) for name, tensor in features.items()}
 
 
 def check_cacheable(cfg: CfgNode, engine: str) -> None:

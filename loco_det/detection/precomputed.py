@@ -56,24 +56,35 @@ def _by_image(path: str | Path, content: dict[str, Any]) -> dict[str, ProposalsO
     columns = [content.get(name) for name in ("ids", "boxes", "objectness_logits")]
     mode = content.get("bbox_mode", XYXY)
     lists = [column for column in columns if isinstance(column, list | tuple)]
-    if len(lists) != 3 or len(set(map(len, lists))) != 1 or mode not in (XYXY, XYWH):
+    if len(lists) != 3 or len(set(map(len, lists))) != 1 or not isinstance(mode, int) or mode not in (XYXY, XYWH):
         raise UserError(
             f"{path}: must hold lists 'ids', 'boxes' and 'objectness_logits' of equal length and bbox_mode 0 or 1; "
             "give a box_proposals.pkl."
         )
     found = {}
     for image_id, boxes, logits in zip(*columns):
-        boxes, logits = (np.asarray(values) for values in (boxes, logits))
+        boxes, logits = _numbers(path, image_id, "boxes", boxes), _numbers(path, image_id, "logits", logits)
         if boxes.ndim != 2 or boxes.shape[1:] != (4,) or logits.shape != boxes.shape[:1]:
             raise UserError(
                 f"{path}: image {image_id} has boxes {boxes.shape} and logits {logits.shape}; they must be (P, 4) and "
                 "(P,)."
             )
-        if not all(a.dtype.kind in "fiu" and np.isfinite(a).all() for a in (boxes, logits)):
-            raise UserError(f"{path}: image {image_id} has boxes or logits that are not finite numbers.")
         order = logits.argsort()[::-1]  # Detectron2's, for the order among equals
         boxes = boxes[order].astype(np.float32)
         if mode == XYWH:
             boxes[:, 2:] += boxes[:, :2]
         found[str(image_id)] = boxes, logits[order].astype(np.float32)
     return found
+
+
+def _numbers(path: str | Path, image_id: Any, what: str, values: Any) -> np.ndarray:
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError):  # a dtype that numpy lacks, or rows of unequal lengths
+        array = np.array(None)
+    if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+        raise UserError(
+            f"{path}: image {image_id} has {what} that are no array of finite numbers; correct them or write the file "
+            "again."
+        )
+    return array

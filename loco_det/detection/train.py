@@ -82,7 +82,7 @@ def train_net(
     drawn = cfg.SEED < 0
     cfg = _prepare(cfg, eval_only)
     if not eval_only:
-        check_data(cfg, own_reader=module is not engine_d2)
+        check_data(cfg, own_reader=module.name != "detectron2")
     model = module.build_model(cfg)
     with fast_arithmetic(fast and module.name != "detectron2"):  # which is Detectron2's numbers, its optimiser's too
         if eval_only:

@@ -153,6 +153,9 @@ def _convert(args: argparse.Namespace) -> int:
     """Write COCO files of all splits; tell what came over and what did not."""
     if args.to is None:
         raise UserError("data convert takes SRC OUT: what to convert, and the folder for annotations/*.json.")
+    for option, value in (("--annotations", args.annotations), ("--out", args.out)):
+        if value is not None:
+            raise UserError(f"{option} {value} is of data check; data convert takes SRC OUT, so leave it out.")
     converted = convert_annotations(Path(args.path), args.format)
     files = write_conversion(converted, args.to)
     if args.json:
