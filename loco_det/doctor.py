@@ -101,6 +101,7 @@ def examine_config(config: str, overrides: list[str], weights: str | None = None
     """
     try:
         from loco_det.config import collect_settings, load_config
+        from loco_det.data.catalog import find_dataset
         from loco_det.data.classes import check_training_classes, missing_classes
         from loco_det.data.loader import check_kind
         from loco_det.detection import train
@@ -118,8 +119,9 @@ def examine_config(config: str, overrides: list[str], weights: str | None = None
     def data_set(name: str) -> Check:
         check_kind(cfg, name)
         learned = list(cfg.DATASETS.TRAIN)
-        check_training_classes(cfg, learned[: learned.index(name) + 1] if name in learned else [])
-        missing = missing_classes(cfg, name)
+        learned = learned[: learned.index(name) + 1] if name in learned else []
+        check_training_classes(cfg, [find_dataset(training_set) for training_set in learned])
+        missing = missing_classes(cfg, find_dataset(name))
         if missing:
             advice = "AP is over the other classes; is it the right test set?"
             return Check(f"data set {name}", "note", f"has no category for {', '.join(missing)}", advice)

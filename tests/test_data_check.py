@@ -122,6 +122,45 @@ def test_every_source_is_checked(folder, tmp_path):
     assert check(tmp_path / "set.txt")[1]["classes"] == {"x": 6}
 
 
+def test_shards_in_braces_are_checked(folder, tmp_path, capsys):
+    import tarfile
+
+    pytest.importorskip("webdataset", reason="the extra `webdataset` is not installed")
+    files = sorted(folder.rglob("*.jpg"))
+    for k in range(2):
+        with tarfile.open(tmp_path / f"train-{k:04}.tar", "w") as archive:
+            for file in files[3 * k : 3 * k + 3]:
+                archive.add(file, file.name)
+    for braces in (f"{tmp_path}/train-{{0000..0001}}.tar", "./train-{0000..0001}.tar", "train-{0000..0001}.tar"):
+        status, answer = check(braces)
+        assert (status, answer["counts"]["images"], answer["data"]) == (0, 6, braces)
+    for gone in ("./train-{0000..0002}.tar", "./gone.tar", "./gone.zip", "./gone.txt"):
+        assert main(["data", "check", gone, "--out", "out"]) == 2
+        said = capsys.readouterr().err
+        assert "DATA.PATH" in said
+        assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "x" * 300 + "_train", "./" + "x" * 300, "x" * 300 + ".json", "x/" + "y" * 300 + ".tar"]
+)
+def test_a_name_that_no_file_can_have_is_bad_input(name, capsys):
+    for arguments in (["check", name], ["check", name, "--annotations", name], ["convert", name, "out"]):
+        assert main(["data", *arguments]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("form", ["auto", "folder", "flat"])
+@pytest.mark.parametrize("out", ["images/report", "images", "images/cat"])
+def test_its_own_pictures_below_the_images_are_not_checked(folder, out, form):
+    for _ in range(2):
+        arguments = ["images", "--format", form, "--workers", "0", "--out", out, "--quiet"]
+        assert main(["data", "check", *arguments]) == 0
+        answer = json.loads(Path(out, "check.json").read_text())
+        assert answer["counts"]["images"] == 6
+        assert answer["classes"] == ({} if form == "flat" else {"cat": 4, "dog": 2})
+
+
 def test_nothing_to_check_is_bad_input(folder, capsys):
     for arguments in (["absent"], ["pets_train"], [folder, "--annotations", "absent.json"], [folder, "--format", "x"]):
         assert main(["data", "check", *map(str, arguments), "--quiet"]) == 2

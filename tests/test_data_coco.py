@@ -261,7 +261,7 @@ def test_dataset_names(tmp_path, monkeypatch):
     for name in ("coco_2017_train", "my_set_val"):
         with pytest.raises(UserError, match="DETECTRON2_DATASETS"):
             find_dataset(name)
-    for name in ("shapes", "_train", "shapes_"):
+    for name in ("train", "val@10pct_seed0", "shapes", "_train", "shapes_"):
         with pytest.raises(UserError, match="NAME_SPLIT"):
             find_dataset(name)
     monkeypatch.delenv("DETECTRON2_DATASETS")

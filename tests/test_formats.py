@@ -6,6 +6,7 @@ Images are 40 x 30 pixels (width x height) unless a test says otherwise.
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import os
@@ -20,8 +21,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from loco_det.cli import main
-from loco_det.data.formats.conversion import FORMATS, Converted, convert_annotations, recognise
+from loco_det.data.formats.conversion import FORMATS, Converted, convert_annotations, write_conversion
 from loco_det.data.formats.files import Tree
+from loco_det.data.formats.recognition import json_format, recognise
 from loco_det.errors import UserError
 
 SIZE = (40, 30)
@@ -277,6 +279,16 @@ def test_a_file_name_never_leads_out_of_the_source(tmp_path, name):
     assert reasons(converted, "images_left_out") == {"it is not there": 1}
 
 
+@pytest.mark.parametrize(
+    "name", ["http://[x/a.jpg", "s3://[::1/b/a.jpg", "/data/local-files/?d=[x/a.jpg", "//[x/a.jpg"]
+)
+def test_what_looks_like_an_address_and_is_none_is_a_path(tmp_path, name):
+    image(tmp_path / "a.jpg")
+    entry = {"filename": name, "regions": [region("rect", x=1, y=1, width=5, height=5)]}
+    write(tmp_path / "via.json", {"1": entry})
+    assert list(boxes(convert_annotations(tmp_path))) == ["a.jpg"]
+
+
 def test_links_in_a_circle_are_walked_once_and_hidden_files_not_at_all(tmp_path):
     image(tmp_path / "a.jpg")
     voc(tmp_path / "a.xml", thing("x", (1, 1, 5, 5)))
@@ -292,6 +304,101 @@ def test_links_in_a_circle_are_walked_once_and_hidden_files_not_at_all(tmp_path)
     converted = convert_annotations(tmp_path)
     assert list(boxes(converted)) == ["a.jpg"]
     assert reasons(converted, "images_left_out") == {"no annotation names it": 2}  # b.jpg and c.jpg, each once
+
+
+# --- which image an annotation is of ---------------------------------------------------------------------------
+
+
+def owners(converted: Converted) -> dict[str, list[str]]:
+    """{file name: classes}, over all splits."""
+    return {
+        name: [label for label, _ in objects]
+        for split in converted.splits
+        for name, objects in boxes(converted, split).items()
+    }
+
+
+BOX = (1, 1, 9, 9)
+
+
+@pytest.mark.parametrize(
+    ("images", "files"),
+    [
+        (["valid/1.jpg"], ["train/1.xml", "valid/1.xml"]),
+        (["images/valid/1.jpg"], ["labels/train/1.xml", "labels/valid/1.xml"]),
+        (["VOC2012/JPEGImages/1.jpg"], ["VOC2007/Annotations/1.xml", "VOC2012/Annotations/1.xml"]),
+        (["x/2/1.jpg"], ["y/1/1.xml", "y/2/1.xml"]),
+    ],
+)
+def test_an_image_that_is_missing_takes_no_other_files_image(tmp_path, images, files):
+    for name in images:
+        image(tmp_path / name)
+    for name in files:
+        voc(tmp_path / name, thing(name, BOX))
+    converted = convert_annotations(tmp_path)
+    assert owners(converted) == {Path(images[0]).name: [files[1]]}
+    assert reasons(converted, "images_left_out") == {"it is not there": 1}
+
+
+@pytest.mark.parametrize("kind", ["voc", "via", "cvat", "labelme"])
+def test_an_image_of_another_split_is_no_substitute(tmp_path, kind):
+    """Nothing but a file of the other split is called as the image that is missing."""
+    image(tmp_path / "images" / "valid" / "1.jpg")
+    image(tmp_path / "images" / "train" / "2.jpg")
+    for name in ("1", "2"):
+        said, folder = f"../images/train/{name}.jpg", tmp_path / "labels" / "train"
+        if kind == "voc":
+            voc(folder / f"{name}.xml", thing("x", BOX), name=f"{name}.jpg")
+        elif kind == "labelme":
+            labelme(folder / f"{name}.json", drawn("x", "rectangle", [1, 2], [5, 7]), imagePath=f"../{said}")
+        elif kind == "via":
+            there = {} if name == "1" else json.loads((tmp_path / "v.json").read_text())
+            entry = {"filename": said, "regions": [region("rect", {"l": "x"}, x=1, y=2, width=4, height=5)]}
+            write(tmp_path / "v.json", {**there, name: entry})
+        else:
+            box = '<box label="x" xtl="1" ytl="2" xbr="6" ybr="8"/>'
+            elements = "".join(f'<image name="train/{k}.jpg">{box}</image>' for k in "12")
+            write(tmp_path / "a.xml", f"<annotations>{elements}</annotations>")
+    converted = convert_annotations(tmp_path, kind)
+    assert owners(converted) == {"2.jpg": ["x"]}
+    assert reasons(converted, "images_left_out") == {"it is not there": 1, "no annotation names it": 1}
+
+
+def test_what_counts_first_has_the_image_whatever_the_order(tmp_path):
+    """VOC goes by the file's own name, LabelMe by imagePath; the other files name an image that is not theirs."""
+    image(tmp_path / "voc" / "b.jpg")
+    for stem in "abc":
+        voc(tmp_path / "voc" / f"{stem}.xml", thing(stem, BOX), name="b.jpg")
+    assert owners(convert_annotations(tmp_path / "voc")) == {"b.jpg": ["b"]}
+    image(tmp_path / "labelme" / "b.jpg")
+    for stem in "abc":
+        said = "gone.jpg" if stem == "b" else "other.jpg" if stem == "a" else "b.jpg"
+        labelme(tmp_path / "labelme" / f"{stem}.json", drawn(stem, "rectangle", [1, 2], [5, 7]), imagePath=said)
+    converted = convert_annotations(tmp_path / "labelme")
+    assert owners(converted) == {"b.jpg": ["c"]}
+    assert reasons(converted, "images_left_out") == {"it is not there": 2}
+
+
+def test_a_place_that_is_named_counts_more_than_a_name(tmp_path):
+    image(tmp_path / "b" / "1.jpg")
+    entries = [
+        {"filename": said, "regions": [region("rect", {"l": said}, x=1, y=2, width=4, height=5)]}
+        for said in ("a/1.jpg", "C:\\data\\b\\1.jpg", "b/1.jpg", "1.jpg")
+    ]
+    for order in (entries, entries[::-1]):
+        write(tmp_path / "v.json", dict(enumerate(order)))
+        converted = convert_annotations(tmp_path)
+        assert owners(converted) == {"1.jpg": ["b/1.jpg"]}
+        assert reasons(converted, "images_left_out") == {"it is not there": 3}
+
+
+def test_a_yolo_list_does_not_take_the_image_of_another_split(tmp_path):
+    yolo(tmp_path, "train: train.txt\nval: images/val\nnames: [cat, dog]\n")
+    image(tmp_path / "images" / "val" / "only.jpg")
+    write(tmp_path / "train.txt", "./images/train/a.jpg\n./images/train/only.jpg\n")
+    converted = convert_annotations(tmp_path)
+    assert list(boxes(converted, "train")) == ["train/a.jpg"]
+    assert list(boxes(converted, "val")) == ["val/a.jpg", "val/only.jpg"]
 
 
 # --- YOLO --------------------------------------------------------------------------------------------------------
@@ -314,6 +421,8 @@ VAL = [("dog", [0, 0, 20, 30])]
     [
         "train: images/train\nval: images/val\nnames: [cat, dog]\n",
         "path: .\ntrain: ../images/train\nval: images/val\nnames: {1: dog, 0: cat}\nnc: 2\n",
+        "path: ~nosuchuser/x\ntrain: images/train\nval: images/val\nnames: [cat, dog]\n",
+        f"path: {'x' * 300}\ntrain: images/train\nval: images/val\nnames: [cat, dog]\n",
         "path: /nowhere/at/all\ntrain: [images/train]\nval: images/val\ntest:\nnames:\n  0: cat\n  1: dog\n",
         "train: train.txt\nval: images/val\ntest: ../test/images\nnames: ['cat', 'dog']\n",
     ],
@@ -342,6 +451,52 @@ def test_yolo_beside_its_images_elsewhere_and_by_file(tmp_path):
     (tmp_path / "data" / "data.yaml").unlink()
     write(tmp_path / "data" / "classes.txt", "cat\ndog\n")
     assert boxes(convert_annotations(tmp_path / "data"), "val") == {"val/a.jpg": VAL}
+
+
+@pytest.mark.parametrize(
+    ("root", "split"),
+    [
+        ("C:\\data\\set", "images\\train"),
+        (".", "C:\\data\\set\\images\\train"),
+        (".", "D:/set/images/train/"),
+        (".", "/content/set/images/train"),
+        (".", "..\\images\\train"),
+        ("", ".\\images\\train\\"),
+        ("", "C:\\lists\\sub\\train.txt"),
+    ],
+)
+def test_yolo_paths_of_another_machine(tmp_path, root, split):
+    yolo(tmp_path, f"path: {root}\r\ntrain: {split}\r\nnames: [cat, dog]\r\n")
+    write(tmp_path / "sub" / "train.txt", "C:\\set\\images\\train\\a.jpg\r\n")
+    assert boxes(convert_annotations(tmp_path), "train") == {"a.jpg": TRAIN}
+
+
+@pytest.mark.parametrize(
+    "split", ["/content/other/train", "C:\\x\\train", "../other/train", "other/train", "'C:'", "\\"]
+)
+def test_a_yolo_split_is_no_other_folder_of_its_last_name(tmp_path, split):
+    yolo(tmp_path, f"train: {split}\nval: images/val\nnames: [cat, dog]\n")
+    image(tmp_path / "train" / "a.jpg")
+    assert list(convert_annotations(tmp_path).splits) == ["val"]
+
+
+@pytest.mark.parametrize(("images", "labels"), [("Images", "Labels"), ("IMAGES", "LABELS"), ("images", "labels")])
+def test_yolo_folders_in_capitals(tmp_path, images, labels):
+    image(tmp_path / images / "train" / "a.JPG")
+    write(tmp_path / labels / "train" / "a.txt", "0 0.5 0.5 0.25 0.2\n")
+    file = write(tmp_path / "data.YAML", f"train: {images}/train\nnames: [cat]\n")
+    for source in (tmp_path, file):
+        assert boxes(convert_annotations(source), "train") == {"a.JPG": TRAIN[:1]}
+
+
+@pytest.mark.parametrize("split", ["{root}/data/images/train", "../data/images/train", "{root}/data/images", "../data"])
+def test_yolo_labels_of_a_split_that_lies_elsewhere(tmp_path, split):
+    yolo(tmp_path / "data")
+    (tmp_path / "data" / "data.yaml").unlink()
+    (tmp_path / "data" / "images" / "val" / "a.jpg").unlink()
+    file = write(tmp_path / "conf" / "data.yaml", f"train: {split.format(root=tmp_path)}\nnames: [cat, dog]\n")
+    for source in (file, file.parent):
+        assert boxes(convert_annotations(source), "train") == {"a.jpg": TRAIN}
 
 
 def test_yolo_lines_that_cannot_be_read_are_counted(tmp_path):
@@ -383,7 +538,18 @@ def test_yolo_poses_come_over_as_boxes(tmp_path):
         ("train: nowhere\nnames: [cat, dog]\n", ["data.yaml", "none of its splits (train) is there"]),
         ("train: images/train\nnames: {0: cat, 2: dog}\n", ["does not number its 2 classes from 0 on"]),
         ("train: images/train\nnames: {a: cat}\n", ["whole numbers"]),
+        ("train: {a: b}\nnames: [cat, dog]\n", ["data.yaml", "'train' is no path and no list of paths"]),
+        ("train: images/train\nval: [images/val, [x]]\nnames: [cat, dog]\n", ["'val' is no path and no list of paths"]),
+        ("path: [images]\ntrain: train\nnames: [cat, dog]\n", ["'path' is no path"]),
+        ("train: ~nosuchuser/x\nnames: [cat, dog]\n", ["none of its splits (train) is there"]),
+        (f"train: {'x' * 300}\nnames: [cat, dog]\n", ["none of its splits (train) is there"]),
+        ('train: "a\\0b.txt"\nnames: [cat, dog]\n', ["none of its splits (train) is there"]),
         ("train: images/train\nnames: cat\n", ["no list of class names"]),
+        ("train: images/train\nnames: [cat, dog, cat]\n", ["data.yaml", "'cat' stands twice, as number 0 and 2"]),
+        ("train: images/train\nnames: {0: cat, 1: dog, 2: dog}\n", ["'dog' stands twice, as number 1 and 2"]),
+        ("train: images/train\nnames:\n  0: cat\n  0: dog\n", ["the key '0' stands twice, again in line 4"]),
+        ("train: images/train\nnames: {0: cat, 00: dog}\n", ["numbers two of its classes alike"]),
+        ("train: images/train\nnames: [cat]\nnames: [dog]\n", ["the key 'names' stands twice", "line 3"]),
         ("train: images/train\nnames: [cat, dog]\nnc: 3\n", ["'nc' is 3 and 'names' has 2"]),
         ("train: images/bare\nnames: [cat, dog]\n", ["not one of its 1 images has a text file", "labels/bare/a.txt"]),
     ],
@@ -396,6 +562,27 @@ def test_a_data_yaml_that_cannot_be_used_is_one_sentence(tmp_path, capsys, yaml,
     assert said.count("\n") == 1
     for word in words:
         assert word in said
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "obj.names"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cat\ndog\ncat\n", "is no list of classes of YOLO: the class 'cat' stands twice, as number 0 and 2"),
+        ("cat\n\ndog\n", "line 2 is empty"),
+        ("cat \r\ndog\r\n\r\n", ""),
+    ],
+)
+def test_a_list_of_classes_numbers_each_once(tmp_path, name, text, words):
+    yolo(tmp_path)
+    (tmp_path / "data.yaml").unlink()
+    (tmp_path / name).write_bytes(text.encode())
+    if not words:
+        assert convert_annotations(tmp_path).summary["classes"] == ["cat", "dog"]
+        return
+    with pytest.raises(UserError, match=words) as caught:
+        convert_annotations(tmp_path, "yolo")
+    assert str(tmp_path / name) in str(caught.value)
 
 
 def test_yaml_tags_and_aliases_make_nothing(tmp_path):
@@ -560,6 +747,44 @@ def test_via(tmp_path, layout):
     assert "the class is the attribute 'label'; not read: kind" in reasons(converted, "notes")
 
 
+def test_numbers_that_would_overflow_are_counted(tmp_path):
+    image(tmp_path / "a.jpg")
+    huge = 1e308
+    regions = [
+        region("ellipse", cx=9, cy=9, rx=3, ry=4, theta=huge),
+        region("ellipse", cx=9, cy=9, rx=huge, ry=huge),
+        region("polygon", all_points_x=[-huge, huge, 5], all_points_y=[0, huge, 5]),
+        region("rect", x=huge, y=2, width=huge, height=6),
+        region("rect", x=1, y=2, width=5, height=6),
+        region("rect", x=1, y=2, width=10**400, height=6),
+    ]
+    write(tmp_path / "b.json", {"a": {"filename": "a.jpg", "regions": regions}})
+    converted = convert_annotations(tmp_path)
+    assert boxes(converted)["a.jpg"] == [("object", [1, 2, 5, 6])]
+    assert reasons(converted) == {"a number beyond 1e+09": 4, "a coordinate is no number": 1}
+
+
+def test_text_that_is_no_utf_8_is_left_out(tmp_path, capsys):
+    """Half a surrogate pair, as JSON can hold it, and file names of other bytes."""
+    image(tmp_path / "src" / "a.jpg")
+    image(tmp_path / "src" / "b.jpg")
+    os.rename(tmp_path / "src" / "b.jpg", os.fsencode(tmp_path / "src") + b"/\xff.jpg")
+    rect = {"x": 1, "y": 2, "width": 5, "height": 6}
+    regions = [region("rect", {"label": label}, **rect) for label in ("\ud800", "cat")]
+    entries = {"1": {"filename": "\ud800.jpg", "regions": []}, "2": {"filename": "a.jpg", "regions": regions}}
+    write(tmp_path / "src" / "via.json", entries)
+    converted = convert_annotations(tmp_path / "src")
+    assert boxes(converted) == {"a.jpg": [("cat", [1, 2, 5, 6])]}
+    assert reasons(converted) == {"its class has a name that is no UTF-8": 1}
+    assert reasons(converted, "images_left_out") == {"it is not there": 1, "no annotation names it": 1}
+    json.dumps(converted.summary, ensure_ascii=False).encode()
+    for flag in ([], ["--json"]):
+        assert main(["data", "convert", str(tmp_path / "src"), str(tmp_path / "out"), *flag]) == 0
+    yolo(tmp_path / "yolo", 'train: images/train\nnames: [cat, "\\uD800"]\n')
+    with pytest.raises(UserError, match="the name of class 1"):
+        convert_annotations(tmp_path / "yolo")
+
+
 def test_via_without_attributes_has_one_class(tmp_path):
     image(tmp_path / "a.jpg")
     write(tmp_path / "b.json", {"a": {"filename": "a.jpg", "regions": [region("rect", x=1, y=2, width=5, height=6)]}})
@@ -625,9 +850,23 @@ def test_label_studio(tmp_path):
 
 
 def test_json_min_is_refused(tmp_path):
+    """Its entries are flat: the task's data, the answers under their names in the labelling interface, and these."""
     image(tmp_path / "a.jpg")
-    write(tmp_path / "x.json", [{"data": {"image": "a.jpg"}, "label": []}])
-    with pytest.raises(UserError, match="JSON-MIN"):
+    shape = {"x": 1, "y": 2, "width": 3, "height": 4, "rotation": 0, "rectanglelabels": ["c"]}
+    answer = {**shape, "original_width": 40, "original_height": 30}
+    entry = {"image": "/data/upload/1/a.jpg", "id": 1, "label": [answer], "annotator": 1, "annotation_id": 1}
+    more = {"created_at": "2024-01-01T00:00:00Z", "updated_at": "2024-01-01T00:00:00Z", "lead_time": 2.5}
+    for content in ([{**entry, **more}], [{"kind": "none", **more, "id": 2, "annotator": 1}] * 2000):
+        write(tmp_path / "x.json", content)
+        for kind in ("auto", "labelstudio"):
+            with pytest.raises(UserError, match=r"x.json is Label Studio's JSON-MIN, .* export it as JSON"):
+                convert_annotations(tmp_path, kind)
+
+
+def test_tasks_that_nobody_has_annotated_are_refused(tmp_path):
+    image(tmp_path / "a.jpg")
+    write(tmp_path / "x.json", [{"id": 1, "data": {"image": "a.jpg"}, "predictions": []}])
+    with pytest.raises(UserError, match=r"x.json holds tasks without 'annotations'"):
         convert_annotations(tmp_path)
 
 
@@ -682,6 +921,24 @@ def test_cvat(tmp_path):
     }
 
 
+def test_cvat_masks_are_never_larger_than_the_image_that_is_there(tmp_path):
+    """81 terabytes of pixels are stated, of which the mask covers a few."""
+    for name in "ab":
+        image(tmp_path / f"{name}.jpg")
+    mask = '<mask label="d" rle="5,995" left="0" top="0" width="1000" height="1"/>'
+    box = '<box label="d" xtl="1" ytl="1" xbr="5" ybr="5"/>'
+    side = "9000000"
+    elements = (
+        f'<image name="a.jpg" width="{side}" height="{side}">{mask}</image>'
+        f'<image name="b.jpg" width="40" height="30">{box}</image>'
+    )
+    write(tmp_path / "a.xml", f"<annotations>{elements}</annotations>")
+    converted = convert_annotations(tmp_path)
+    assert boxes(converted) == {"b.jpg": [("d", [1, 1, 4, 4])]}
+    assert reasons(converted) == {"its mask is larger than its image": 1}
+    assert reasons(converted, "images_left_out") == {"it has another size": 1}
+
+
 def test_cvat_for_video_is_refused(tmp_path):
     image(tmp_path / "a.jpg")
     write(tmp_path / "annotations.xml", '<annotations><track id="0" label="x"/></annotations>')
@@ -730,6 +987,57 @@ def test_a_mask_in_colours_or_damaged_is_refused(tmp_path):
 
 
 # --- all of them -------------------------------------------------------------------------------------------------
+
+
+LONG = "x" * 100_000  # more than is read of a file's beginning
+COCO_PARTS = {"info": {"version": "1"}, "images": [{"id": 1}], "annotations": [], "categories": [{"id": 1}]}
+TOLD = [
+    (COCO_PARTS, "coco"),
+    ({"version": "1.0", **COCO_PARTS}, "coco"),
+    ({"flags": {}, "version": "1.0", **COCO_PARTS}, "coco"),
+    ({"info": {"filename": "a", "regions": "b"}, **COCO_PARTS}, "coco"),
+    ({"images": [{"filename": "a.jpg", "regions": [], "shapes": []}], "categories": []}, "coco"),
+    ({"annotations": [{"text": LONG}], "images": [], "categories": []}, "coco"),
+    ({"meta": LONG, **COCO_PARTS}, "coco"),
+    ({"licenses": [{"name": f'"images": [{{ \\ {LONG}'}], **COCO_PARTS}, "coco"),
+    ({"version": "5.0", "flags": {}, "shapes": [], "imagePath": "a.jpg"}, "labelme"),
+    ({"imageData": LONG, "shapes": [], "imagePath": "a.jpg"}, "labelme"),
+    ({"version": "5.0", "shapes": [{"label": LONG}], "imagePath": "a.jpg"}, "labelme"),
+    ({"_via_settings": {"text": LONG}, "_via_img_metadata": {}}, "via"),
+    ({"a.jpg1": {"filename": "a.jpg", "regions": []}}, "via"),
+    ({"a.jpg1": {"filename": "a.jpg", "size": 1, "regions": [LONG]}}, "via"),
+    ([{"id": 1, "annotations": [], "data": {}}], "labelstudio"),
+    ([{"id": 1, "annotations": [{"result": LONG}], "data": {}}], "labelstudio"),
+    ([{"image": "a.jpg", "id": 1, "label": [], "annotator": 1, "annotation_id": 1}], "labelstudio"),
+    ([{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}], None),
+    ({"type": "FeatureCollection", "features": []}, None),
+    ({"images": []}, None),
+    ([], None),
+    ({}, None),
+    ("images annotations", None),
+]
+
+
+@pytest.mark.parametrize(("content", "kind"), TOLD)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gzip"])
+def test_the_format_of_a_json_file(tmp_path, content, kind, encoding):
+    text = json.dumps(content, indent=1)
+    path = tmp_path / "a.json"
+    path.write_bytes(gzip.compress(text.encode()) if encoding == "gzip" else text.encode(encoding))
+    beyond = encoding == "gzip" and ("meta" in content or "licenses" in content)  # all keys are read of plain JSON only
+    assert json_format(path) == (None if beyond else kind)
+
+
+def test_a_long_file_is_not_parsed_to_tell_its_format(tmp_path):
+    """What comes after the beginning is no JSON at all, or of another format."""
+    image(tmp_path / "a.jpg")
+    write(tmp_path / "a.json", '{"info": {}, "images": [' + LONG)
+    assert recognise(Tree(tmp_path)) == ["coco"]
+    write(tmp_path / "a.json", '{"version": "5", "shapes": [' + LONG)
+    assert recognise(Tree(tmp_path)) == ["labelme"]
+    (tmp_path / "a.json").unlink()
+    write(tmp_path / "a.xml", "<?xml version='1.0'?><annotations>" + LONG)
+    assert recognise(Tree(tmp_path)) == ["cvat"]
 
 
 def test_two_formats_are_not_guessed_between(tmp_path):
@@ -791,6 +1099,34 @@ def test_the_command_tells_what_to_type_and_never_writes_over_a_strangers_file(t
     assert main(["data", "convert", "pets", "out"]) == 2
     assert "val.json is there and was not written by a conversion" in capsys.readouterr().err
     assert json.loads(Path("out/annotations/val.json").read_text()) == {"mine": 1}
+
+
+def test_no_two_splits_share_a_file(tmp_path):
+    subsets = ["my split", "split_1", "Split_2", "SPLIT_2", "a/b", "../..", "x" * 300, "Train", "train", "-", "ß", "ss"]
+    for k in range(len(subsets)):
+        image(tmp_path / "src" / f"{k}.jpg")
+    box = '<box label="d" xtl="1" ytl="1" xbr="5" ybr="5"/>'
+    elements = "".join(f'<image name="{k}.jpg" subset="{name}">{box}</image>' for k, name in enumerate(subsets))
+    write(tmp_path / "src" / "a.xml", f"<annotations>{elements}</annotations>")
+    files = write_conversion(convert_annotations(tmp_path / "src"), tmp_path / "out")
+    assert set(files) == set(subsets)
+    assert len({path.name.casefold() for path in files.values()}) == len(subsets)
+    assert {path.parent for path in files.values()} == {tmp_path / "out" / "annotations"}
+    assert files["split_1"].name == "split_1.json"
+    for k, name in enumerate(subsets):
+        assert [entry["file_name"] for entry in json.loads(files[name].read_text())["images"]] == [f"{k}.jpg"]
+
+
+@pytest.mark.parametrize("out", [".", "out", "images"])
+def test_what_a_conversion_wrote_into_its_source_is_no_part_of_it(tmp_path, out):
+    image(tmp_path / "images" / "a.jpg")
+    labelme(tmp_path / "images" / "a.json", drawn("x", "rectangle", [1, 2], [5, 7]))
+    first = convert_annotations(tmp_path)
+    write_conversion(first, tmp_path / out)
+    assert convert_annotations(tmp_path) == first
+    labelme(tmp_path / out / "annotations" / "b.json", drawn("x", "rectangle", [1, 2], [5, 7]))
+    image(tmp_path / "b.jpg")
+    assert len(annotations(convert_annotations(tmp_path))) == 2  # an owner's own file beside ours is read
 
 
 def test_pycocotools_reads_what_comes_out(tmp_path):

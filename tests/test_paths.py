@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import shutil
@@ -16,8 +17,11 @@ from PIL import Image
 from tiny_detection import overrides, tiny_cfg, write_tiny
 
 from loco_det.cli import main
+from loco_det.data import classes
 from loco_det.data.catalog import Dataset, find_dataset, folder_name
+from loco_det.data.classes import category_ids
 from loco_det.data.coco import load_coco
+from loco_det.data.index import load_index
 from loco_det.data.paths import is_path, split_parts
 from loco_det.detection import inference, record
 from loco_det.detection.train import check_classes
@@ -108,6 +112,13 @@ def test_an_annotation_file_and_a_folder():
     assert load_coco(part).class_names == ("dog",)
 
 
+@pytest.mark.parametrize("name", ["http://[x/a.jpg", "s3://bucket/a.jpg", "C:\\x\\a.jpg"])
+def test_file_names_that_other_machines_wrote(name):
+    image(Path("images/a.jpg"))
+    coco(Path("x.json"), [name])
+    assert Path(load_coco(find_dataset("x.json@images"))[0].file_name) == Path("images/a.jpg")
+
+
 def test_a_folder_called_as_a_part_is_reached():
     image(Path("10pct_seed0/a.jpg"))
     coco(Path("x.json"), ["a.jpg"])
@@ -123,6 +134,16 @@ def test_the_folder_may_be_left_out_where_it_is_plain(names):
     for name in ("export/result.json", "./export/result.json"):
         assert len(load_coco(find_dataset(name))) == 1
     assert len(load_coco(find_dataset("./export"))) == 1
+
+
+@pytest.mark.parametrize("first", ["version", "flags", "shapes_of_masks", "info"])
+@pytest.mark.parametrize("name", ["cells.json", "_annotations.coco.json", "result.json"])
+def test_a_coco_file_may_begin_with_any_key(first, name):
+    image(Path("d/a.jpg"))
+    file = coco(Path("d") / name, ["a.jpg"])
+    file.write_text(json.dumps({first: "1.0", **json.loads(file.read_text())}))
+    for spelling in (f"d/{name}", f"d/{name}@d"):
+        assert len(load_coco(find_dataset(spelling))) == 1
 
 
 def test_roboflows_folders():
@@ -165,6 +186,49 @@ def test_a_changed_file_is_converted_anew():
     assert dataset.class_names == ("cat", "dog", "wolf")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    ["path: ../data\ntrain: images/train", "train: ../data", "train: {cwd}/data", "train: ../data/train.txt"],
+)
+def test_a_file_that_is_added_where_data_yaml_points_is_seen(settings, tmp_path):
+    """The folder lies beside that of the YAML file, so nothing below the source changes."""
+
+    def add(name: str) -> None:
+        image(Path(f"data/images/train/{name}.jpg"))
+        Path("data/labels/train").mkdir(parents=True, exist_ok=True)
+        Path(f"data/labels/train/{name}.txt").write_text("0 0.5 0.5 0.25 0.2\n")
+        with open("data/train.txt", "a") as file:
+            file.write(f"images/train/{name}.jpg\n")
+
+    Path("conf").mkdir()
+    Path("conf/data.yaml").write_text(settings.format(cwd=tmp_path) + "\nnames: [cat]\n")
+    counts = []
+    for name in "abc":
+        add(name)
+        for spelling in ("conf/data.yaml", "./conf"):
+            counts.append(len(load_coco(find_dataset(spelling))))
+    assert counts == [1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("out", ["pets", "pets/report", "pets/JPEGImages"])
+def test_own_output_below_the_source_changes_nothing(out, monkeypatch, caplog):
+    """Neither a check, a conversion, a training's files nor the cache there are data."""
+    voc(Path("pets"))
+    monkeypatch.setenv("LOCO_DET_CACHE", "pets/cache")
+    before = find_dataset("./pets@train").annotations
+    for command in (["check", "./pets@train", "--workers", "0", "--out", out], ["convert", "pets", out]):
+        assert main(["data", *command, "--quiet"]) == 0
+    files = {"config.yaml": "", "run.json": "{}", "log.txt": "", "metrics.json": "{}", "model_final.pth": ""}
+    for name, text in {**files, "inference/coco_instances_results.json": "[]"}.items():
+        path = Path(out) / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert find_dataset("./pets@train").annotations == before
+    assert "left out" not in caplog.text
+    image(Path(out) / "mine.png")
+    assert find_dataset("./pets@train").annotations != before
+
+
 def test_files_of_other_formats_with_their_images_elsewhere():
     image(Path("photos/a.jpg"))
     shape = {"name": "rect", "x": 1, "y": 2, "width": 5, "height": 6}
@@ -188,6 +252,14 @@ def test_files_of_other_formats_with_their_images_elsewhere():
         ("./pets@test", ["has no split 'test'", "@train, @val"]),
         ("./gone", ["there is no folder gone"]),
         ("gone.json@pets", ["there is no file gone.json"]),
+        ("~nosuchuser/x", ["there is no folder ~nosuchuser/x"]),
+        ("~nosuchuser/x.json", ["there is no file ~nosuchuser/x.json"]),
+        ("./" + "x" * 300, ["there is no folder xxx"]),
+        ("x" * 300 + ".json", ["there is no file xxx"]),
+        ("x.json@" + "x" * 300 + "/y", ["there is no folder xxx"]),
+        ("x.json@~nosuchuser/x", ["there is no folder ~nosuchuser/x"]),
+        ("./pets/data.yaml@~nosuchuser/x", ["there is no file pets/data.yaml"]),
+        ("./pets@~nosuchuser", ["has no split '~nosuchuser'"]),
         ("x.json@gone", ["there is no folder gone", "FILE.json@FOLDER"]),
         ("./plain", ["plain holds no annotations of a known format"]),
         ("./pets@train@0pct_seed0", ["0pct_seed0"]),
@@ -217,6 +289,34 @@ def test_data_check_takes_it(name, capsys):
     answer = json.loads(Path("out/check.json").read_text())
     assert answer["classes"] == {"cat": answer["counts"]["images"], "dog": answer["counts"]["images"]}
     assert "OK to train on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.JSON", "x.json.gz", "x.Json.GZ"])
+def test_data_check_takes_every_file_that_training_does(name):
+    image(Path("a.jpg"))
+    content = coco(Path("x.json"), ["a.jpg"]).read_bytes()
+    Path("x.json").unlink()
+    Path(name).write_bytes(gzip.compress(content) if name.lower().endswith("gz") else content)
+    assert len(load_coco(find_dataset(f"./{name}"))) == 1
+    assert main(["data", "check", name, "--workers", "0", "--out", "out", "--quiet"]) == 0
+    assert json.loads(Path("out/check.json").read_text())["classes"] == {"cat": 1, "dog": 1}
+
+
+def test_data_check_takes_the_split_of_a_folder_beside_it():
+    voc(Path("pets"))
+    assert main(["data", "check", "pets@val", "--workers", "0", "--out", "out", "--quiet"]) == 0
+    answer = json.loads(Path("out/check.json").read_text())
+    assert (answer["data"]["name"], answer["classes"]) == ("./pets@val", {"cat": 1, "dog": 1})
+
+
+@pytest.mark.parametrize("name", ["pets.zip", "pets.tar.gz", "pets.7z"])
+def test_an_archive_is_to_be_unpacked(name, capsys):
+    Path(name).write_bytes(b"PK\x03\x04")
+    for spelling in (f"./{name}", f"./{name}@train"):
+        with pytest.raises(UserError, match=f"{name} is an archive; unpack it"):
+            find_dataset(spelling)
+    assert main(["data", "convert", name, "out"]) == 2
+    assert f"{name} is an archive; unpack it" in capsys.readouterr().err
 
 
 def test_data_check_says_of_a_folder_what_training_would(capsys):
@@ -327,6 +427,63 @@ def test_classes_that_do_not_match_are_refused_with_both_lists(tmp_path, names, 
     for word in words:
         assert word in str(caught.value)
     assert "set MODEL.ROI_HEADS.NUM_CLASSES" not in str(caught.value)  # which would only move the contradiction
+
+
+@pytest.mark.parametrize("folder", ["me@work", "a@b@c", "classes_of@classes_red", "plain"])
+def test_classes_are_matched_whatever_the_folders_are_called(tmp_path, folder, monkeypatch):
+    """The test set numbers the classes of the training set in the other order."""
+    monkeypatch.chdir(tmp_path)
+    tiny = write_tiny(tmp_path / "data") / "tiny"
+    train = tmp_path / folder / "t.json"
+    train.parent.mkdir()
+    shutil.copy(tiny / "annotations/instances_train.json", train)
+    test = permuted(
+        tiny / "annotations/instances_val.json", tmp_path / folder / "v.json", {3: 2, 7: 1}, {1: "green", 2: "red"}
+    )
+    for root in (f"{tmp_path}/{folder}", f"./{folder}"):
+        names = f"{root}/{train.name}@{tiny}/train", f"{root}/{test.name}@{tiny}/val"
+        cfg = tiny_cfg(tmp_path / "out", DATASETS__TRAIN=names[:1], DATASETS__TEST=names[1:])
+        assert category_ids(cfg, find_dataset(names[1])) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("coco_2017_train", "coco_2017_train@10pct_seed0", True),
+        ("coco_2017_train", "coco_2017_val", False),  # whose files tell
+        ("voc_2007_trainval", "voc_2012_train@10shot_seed0", True),
+        ("lvis_v1_train", "lvis_v1_val", True),
+        ("cityscapes_fine_instance_seg_train@masks", "cityscapes_fine_instance_seg_val", True),
+        ("voc_2007_trainval@classes_cat", "voc_2007_test", False),
+        ("./a@b/x.json@10pct_seed0", "./a@b/x.json", True),
+        ("./a@b/x.json", "./a@c/x.json", False),
+        ("/me@voc_2007_test/x.json", "/me@lvis_v1_val/x.json", False),
+    ],
+)
+def test_sets_that_need_not_be_compared(one, other, same):
+    assert classes._is_of_one_family(one, other) == classes._is_of_one_family(other, one) == same
+
+
+def test_a_data_set_that_is_resolved_is_read_once(tmp_path, monkeypatch):
+    root = write_tiny(tmp_path / "datasets")
+    cfg = tiny_cfg(tmp_path / "out", DATASETS__TEST=(f"{root}/tiny/annotations/instances_val.json@{root}/tiny/val",))
+    read: list[str] = []
+
+    def load(path: Path) -> Any:
+        read.append(path.name)
+        return load_index(path)
+
+    train, test = find_dataset(cfg.DATASETS.TRAIN[0]), find_dataset(cfg.DATASETS.TEST[0])
+    monkeypatch.setattr("loco_det.data.catalog.load_index", load)
+    for _ in range(3):
+        classes.check_training_classes(cfg, [train, train])
+        assert classes.category_ids(cfg, train) == (3, 7)
+    assert read == ["instances_train.json"]
+    cfg = tiny_cfg(tmp_path / "out", DATASETS__TRAIN=())
+    for _ in range(3):
+        assert classes.category_ids(cfg, test) == (3, 7)
+        assert classes.missing_classes(cfg, test) == []
+    assert read == ["instances_train.json", "instances_val.json"]
 
 
 def test_without_the_training_set_the_test_sets_own_order_counts(tmp_path):

@@ -87,7 +87,7 @@ class Dataset:
 
 def datasets_root() -> Path:
     """The folder under which every dataset is looked for."""
-    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+    return Path(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets")))
 
 
 def present_datasets() -> list[str]:
@@ -183,7 +183,7 @@ def _find_whole(name: str, masks: bool) -> Dataset:
 
 
 def _existing(dataset: Dataset, root: Path) -> Dataset:
-    for path, there in ((dataset.annotations, Path.is_file), (dataset.images, Path.is_dir)):
+    for path, there in ((dataset.annotations, os.path.isfile), (dataset.images, os.path.isdir)):
         if not there(path):
             raise UserError(
                 f"Dataset '{dataset.name}' needs {path}, which does not exist; put it there or set "

@@ -57,7 +57,7 @@ class Frame(NamedTuple):
 
 def is_cityscapes(name: str) -> bool:
     """Whether a data set's name, without or with an @part, is one of Cityscapes' instance segmentation."""
-    return name.partition("@")[0].removeprefix(PREFIX) in SPLITS
+    return name.startswith(PREFIX) and name.partition("@")[0].removeprefix(PREFIX) in SPLITS
 
 
 def cityscapes_frames(root: Path, split: str) -> list[Frame]:

@@ -10,11 +10,9 @@ from collections.abc import Sequence
 
 from fvcore.common.config import CfgNode
 
-from loco_det.data.catalog import LVIS_NAMES, find_dataset
-from loco_det.data.cityscapes import is_cityscapes
-from loco_det.data.index import load_index
+from loco_det.data.catalog import Dataset, benchmark_of, find_dataset
+from loco_det.data.paths import split_parts
 from loco_det.data.semantic import is_semantic
-from loco_det.data.voc import VOC_SETS
 from loco_det.errors import UserError
 
 _SHOWN = 12  # names of a list in a message
@@ -33,11 +31,11 @@ def check_count(cfg: CfgNode, name: str, classes: int) -> None:
         raise UserError(f"data set {name} has {classes} classes and {key} is {expected}; set {key} {classes}.")
 
 
-def check_training_classes(cfg: CfgNode, training_sets: Sequence[str]) -> None:
+def check_training_classes(cfg: CfgNode, training_sets: Sequence[Dataset]) -> None:
     """Refuse with UserError training sets that do not have the model's number of classes, or differ in them."""
     first: tuple[str, Sequence[str]] | None = None
-    for name in training_sets:
-        names = load_index(find_dataset(name).annotations).category_names
+    for dataset in training_sets:
+        name, names = dataset.name, dataset.index.category_names
         check_count(cfg, name, len(names))
         first = first or (name, names)
         if names != first[1]:
@@ -47,7 +45,7 @@ def check_training_classes(cfg: CfgNode, training_sets: Sequence[str]) -> None:
             )
 
 
-def category_ids(cfg: CfgNode, name: str) -> tuple[int | None, ...]:
+def category_ids(cfg: CfgNode, dataset: Dataset) -> tuple[int | None, ...]:
     """The category id in a test set of every class of the model; None for a class that the set does not have.
 
     The model's classes are those of DATASETS.TRAIN. Where that is not at hand, or has another number of classes than
@@ -57,7 +55,7 @@ def category_ids(cfg: CfgNode, name: str) -> tuple[int | None, ...]:
         UserError: the set has a class that the model does not, or names one twice in another order, or, without
             DATASETS.TRAIN, another number of classes than the model.
     """
-    categories = load_index(find_dataset(name).annotations).categories
+    name, categories = dataset.name, dataset.index.categories
     trained = _trained_classes(cfg, name)
     own = tuple(categories.values())
     if trained is None or own == trained[1]:
@@ -83,10 +81,10 @@ def category_ids(cfg: CfgNode, name: str) -> tuple[int | None, ...]:
     return tuple(ids.get(label) for label in names)
 
 
-def missing_classes(cfg: CfgNode, name: str) -> list[str]:
+def missing_classes(cfg: CfgNode, dataset: Dataset) -> list[str]:
     """The model's classes that a test set does not have, so that nothing is measured of them."""
-    trained = _trained_classes(cfg, name)
-    ids = category_ids(cfg, name)
+    trained = _trained_classes(cfg, dataset.name)
+    ids = category_ids(cfg, dataset)
     return [] if trained is None else [label for label, number in zip(trained[1], ids) if number is None]
 
 
@@ -96,7 +94,7 @@ def _trained_classes(cfg: CfgNode, name: str) -> tuple[str, tuple[str, ...]] | N
         return None
     training_set = cfg.DATASETS.TRAIN[0]
     try:
-        names = load_index(find_dataset(training_set).annotations).category_names
+        names = find_dataset(training_set).index.category_names
     except UserError:
         return None
     return (training_set, names) if len(names) == cfg.MODEL.ROI_HEADS.NUM_CLASSES else None
@@ -104,11 +102,10 @@ def _trained_classes(cfg: CfgNode, name: str) -> tuple[str, tuple[str, ...]] | N
 
 def _is_of_one_family(one: str, other: str) -> bool:
     """Whether two data sets have the classes of one benchmark; nothing has to be read to know that they agree."""
-    if "@classes_" in one + other:
+    (whole, parts), (other_whole, other_parts) = split_parts(one), split_parts(other)
+    if any(part.startswith("classes_") for part in (*parts, *other_parts)):
         return False
-    heads = one.partition("@")[0], other.partition("@")[0]
-    families = (is_cityscapes, is_semantic, VOC_SETS.__contains__, LVIS_NAMES.__contains__)
-    return heads[0] == heads[1] or any(all(map(family, heads)) for family in families)
+    return whole == other_whole or benchmark_of(one) == benchmark_of(other) != "coco"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ Shape legend: I images sorted by id, A annotations that are kept, grouped by ima
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -208,7 +209,8 @@ def _spellings(name: str) -> Iterator[str]:
     """What a file may be called that another machine calls `name`, the longest first."""
     below = name.replace("\\", "/").strip()
     if "://" in below:
-        below = urlsplit(below).path
+        with contextlib.suppress(ValueError):  # no address after all: a path
+            below = urlsplit(below).path
     for text in dict.fromkeys((below, unquote(below))):
         parts = [part for part in text.split("/") if part not in ("", ".")]
         if parts and ".." not in parts:

@@ -176,8 +176,8 @@ _ARRAYS = tuple(f.name for f in fields(CocoIndex) if f.type == "np.ndarray")
 def cache_folder() -> Path:
     """LOCO_DET_CACHE, or loco_det below XDG_CACHE_HOME, or ~/.cache/loco_det."""
     if chosen := os.environ.get("LOCO_DET_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loco_det"
+        return Path(os.path.expanduser(chosen))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "loco_det"
 
 
 def load_index(annotations: str | Path) -> CocoIndex:

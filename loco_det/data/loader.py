@@ -71,7 +71,7 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0, proposals: Precomputed
     if total < 1 or total % processes:
         raise UserError(f"SOLVER.IMS_PER_BATCH is {total}, which {processes} processes cannot share equally.")
     datasets = [_load(cfg, find_dataset(name), train=True) for name in cfg.DATASETS.TRAIN]
-    check_training_classes(cfg, cfg.DATASETS.TRAIN)
+    check_training_classes(cfg, [dataset.paths for dataset in datasets])
     chosen = [_trainable(cfg, dataset) for dataset in datasets]
     seed = common_seed(cfg.SEED)
     batches = _TrainBatches(
@@ -216,7 +216,7 @@ def _load(cfg: CfgNode, dataset: Dataset, train: bool) -> CocoDataset:
     masks = ("polygon" if cfg.INPUT.MASK_FORMAT == "polygon" else "bitmask") if cfg.MODEL.MASK_ON else ""
     annotated = load_coco(dataset, need_annotations=train and not dataset.is_pixels, masks=masks)
     if not train:
-        category_ids(cfg, dataset.name)
+        category_ids(cfg, dataset)
     return annotated
 
 

@@ -12,6 +12,7 @@ folder called 10pct_seed0 is ./10pct_seed0.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +20,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from loco_det.data.derived import derived_file, files_digest
-from loco_det.data.formats.conversion import VERSION, Converted, convert_annotations, recognise
+from loco_det.data.formats import yolo
+from loco_det.data.formats.conversion import ARCHIVES, VERSION, Converted, convert_annotations
 from loco_det.data.formats.files import Tree
+from loco_det.data.formats.recognition import json_format, recognise
 from loco_det.data.formats.summary import lines
 from loco_det.data.index import load_index
 from loco_det.data.subsets import is_part
@@ -29,8 +32,6 @@ from loco_det.runtime import log
 
 _FILE = re.compile(r"(.*?\.(?:json|json\.gz|xml|ya?ml))(?:@(.*))?", re.IGNORECASE | re.DOTALL)
 COCO_FILES = ("_annotations.coco.json", "result.json")  # that stand for the folder they lie in
-_HEAD = 1 << 16  # bytes by which a JSON file is told from COCO's
-_FIRST = re.compile(rb'\s*(\[|\{\s*"(_via_\w+|shapes|version|flags)"|\{\s*"[^"]*"\s*:\s*\{\s*"filename")')
 _told: set[Path] = set()
 
 
@@ -48,6 +49,14 @@ def is_path(name: str) -> bool:
     return "/" in head or head.startswith("~") or _FILE.fullmatch(head) is not None
 
 
+def _path(text: str) -> Path:
+    """With ~ and ~user as their homes, or as they stand where there is no such user.
+
+    Ask os.path whether it is there: a Path raises OSError for a name that is too long.
+    """
+    return Path(os.path.expanduser(text))
+
+
 def split_parts(name: str) -> tuple[str, list[str]]:
     """A path without the parts behind it, and these."""
     pieces, parts = name.split("@"), []
@@ -63,13 +72,15 @@ def find_path(whole: str) -> Place:
         UserError: something is not there or is of no known format, or a split must be named.
     """
     found = _FILE.fullmatch(whole)
-    if found and not Path(whole).expanduser().is_dir():
-        return _of_file(whole, Path(found[1]).expanduser(), found[2])
-    source, split = Path(whole).expanduser(), None
-    if not source.is_dir() and "@" in whole:
+    if found and not os.path.isdir(_path(whole)):
+        return _of_file(whole, _path(found[1]), found[2])
+    source, split = _path(whole), None
+    if not os.path.isdir(source) and "@" in whole:
         head, _, split = whole.rpartition("@")
-        source = Path(head).expanduser()
-    if not source.is_dir():
+        source = _path(head)
+    if source.suffix.lower() in ARCHIVES and os.path.isfile(source):
+        raise UserError(f"DATASETS: '{whole}': {source} is an archive; unpack it and name the folder.")
+    if not os.path.isdir(source):
         raise UserError(f"DATASETS: '{whole}': there is no folder {source}; correct the path.")
     for file in (source / name for name in COCO_FILES):
         if split is None and file.is_file() and _may_be_coco(file):
@@ -78,11 +89,11 @@ def find_path(whole: str) -> Place:
 
 
 def _of_file(whole: str, file: Path, rest: str | None) -> Place:
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(f"DATASETS: '{whole}': there is no file {file}; correct the path.")
     if file.name.lower().endswith((".json", ".json.gz")) and _may_be_coco(file):
-        images = _default_images(file) if rest is None else Path(rest).expanduser()
-        if not images.is_dir():
+        images = _default_images(file) if rest is None else _path(rest)
+        if not os.path.isdir(images):
             raise UserError(
                 f"DATASETS: '{whole}': there is no folder {images}; write FILE.json@FOLDER with the images' folder."
             )
@@ -90,10 +101,10 @@ def _of_file(whole: str, file: Path, rest: str | None) -> Place:
     images, split = None, None
     if rest is not None:
         head, _, tail = rest.rpartition("@")
-        if Path(rest).expanduser().is_dir():
-            images = Path(rest).expanduser()
-        elif head and Path(head).expanduser().is_dir():
-            images, split = Path(head).expanduser(), tail
+        if os.path.isdir(_path(rest)):
+            images = _path(rest)
+        elif head and os.path.isdir(_path(head)):
+            images, split = _path(head), tail
         elif head or "/" in tail:
             raise UserError(f"DATASETS: '{whole}': there is no folder {head or tail}; correct the path.")
         else:
@@ -102,13 +113,8 @@ def _of_file(whole: str, file: Path, rest: str | None) -> Place:
 
 
 def _may_be_coco(file: Path) -> bool:
-    """Whether JSON does not begin as another format's; COCO's files are too long to be read twice."""
-    try:
-        with open(file, "rb") as opened:
-            head = opened.read(_HEAD).removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from None
-    return _FIRST.match(head) is None
+    """Whether JSON is COCO's, or nothing that is known, of which COCO's parser says what it lacks."""
+    return json_format(file) in ("coco", None)
 
 
 def _default_images(file: Path) -> Path:
@@ -123,7 +129,9 @@ def _default_images(file: Path) -> Path:
 
 
 def is_annotated(path: Path) -> bool:
-    """Whether a folder is one of those above, so that its images come with annotations."""
+    """Whether a folder or a file is one of those above, so that its images come with annotations."""
+    if not os.path.isdir(path):
+        return _FILE.fullmatch(path.name) is not None
     if any((path / name).is_file() for name in COCO_FILES):
         return True
     return bool(set(recognise(Tree(path))) - {"coco"})
@@ -132,6 +140,7 @@ def is_annotated(path: Path) -> bool:
 def _converted(whole: str, source: Path, images: Path | None, split: str | None) -> Place:
     """The COCO file of one split, made where there is none yet; the log tells once what did not come over."""
     tree = Tree(source, images)
+    yolo.add_folders(tree)  # else what a data.yaml names elsewhere could change unnoticed
     facts = {
         "format": VERSION,
         "source": str(tree.source),

@@ -30,6 +30,7 @@ from typing import BinaryIO
 import numpy as np
 
 from loco_det.data.indexed import open_huggingface, open_torchvision
+from loco_det.data.own import own_names
 from loco_det.data.source import SUFFIXES, Source
 from loco_det.data.tar import open_tar
 from loco_det.errors import UserError
@@ -100,14 +101,14 @@ def open_source(path: str | Path, format: str = "auto") -> Source:
     if format.startswith("torchvision:") or format == "huggingface" or (format == "auto" and is_huggingface(root)):
         named = format.removeprefix("torchvision:")
         return open_torchvision(named, root) if named != format else open_huggingface(root)
-    if not root.exists():
+    if not os.path.exists(root):
         raise UserError(f"DATA.PATH {root}: no such file or folder; correct the path")
     wanted = format
     if format == "auto":
         by_suffix = {".zip": "zip", ".txt": "list"}
-        format = "folder or flat" if root.is_dir() else by_suffix.get(root.suffix.lower(), "")
-    if not format or root.is_dir() != (format not in ("zip", "list")):
-        kind = "a folder" if root.is_dir() else "a file"
+        format = "folder or flat" if os.path.isdir(root) else by_suffix.get(root.suffix.lower(), "")
+    if not format or os.path.isdir(root) != (format not in ("zip", "list")):
+        kind = "a folder" if os.path.isdir(root) else "a file"
         raise UserError(f"DATA.PATH {root} is {kind}, which DATA.FORMAT {wanted!r} does not read; change one")
     if format == "zip":
         return _open_zip(root, inner)
@@ -116,11 +117,11 @@ def open_source(path: str | Path, format: str = "auto") -> Source:
 
 def is_huggingface(root: Path) -> bool:
     """Whether `datasets.save_to_disk` wrote this folder."""
-    return any((root / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return any(os.path.isfile(root / name) for name in ("state.json", "dataset_dict.json"))
 
 
 def _holds_shards(root: Path) -> bool:
-    return root.suffix == ".tar" or (root.is_dir() and any(root.glob("*.tar")))
+    return root.suffix == ".tar" or (os.path.isdir(root) and any(root.glob("*.tar")))
 
 
 def _is_image(name: str) -> bool:
@@ -129,10 +130,14 @@ def _is_image(name: str) -> bool:
 
 def _open_folder(root: Path, format: str) -> Source:
     names: list[tuple[str, str, str]] = []  # class folder, folder, file: ImageFolder sorts by these
+    outputs = set()  # folders at the top that hold this package's output
     for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        own = own_names(Path(folder), {*folders, *files})
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in own]
         below = os.path.relpath(folder, root)
-        names += [(below.partition(os.sep)[0], below, name) for name in files if _is_image(name)]
+        top = below.partition(os.sep)[0]
+        outputs |= {top} if own and top != "." else own
+        names += [(top, below, name) for name in files if _is_image(name) and name not in own]
     if not names:
         raise UserError(
             f"DATA.PATH {root}: no images in this folder (looked for {' '.join(SUFFIXES)}); correct the path"
@@ -141,7 +146,8 @@ def _open_folder(root: Path, format: str) -> Source:
     paths = [os.path.normpath(os.path.join(below, name)) for _, below, name in names]
     labels = [top for top, _, _ in names]
     if format == "folder":
-        empty = {entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."} - set(labels)
+        empty = {entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."}
+        empty -= {*labels, *outputs}
         if empty:
             raise UserError(
                 f"DATA.PATH {root}: class folder {min(empty)} holds no images; remove it or use DATA.FORMAT flat"

@@ -15,6 +15,7 @@ from every run. Runs, not batches, are dealt to ranks and workers.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import tarfile
 import zipfile
@@ -162,8 +163,8 @@ def open_tar(path: str, root: Path) -> TarSource:
         UserError: no shard there, one that is no plain tar, or no image in them; names the shard.
     """
     _webdataset()
-    shards = sorted(root.glob("*.tar")) if root.is_dir() else [Path(name) for name in expand_braces(path)]
-    missing = [shard for shard in shards if not shard.is_file()]
+    shards = sorted(root.glob("*.tar")) if os.path.isdir(root) else [Path(name) for name in expand_braces(path)]
+    missing = [shard for shard in shards if not os.path.isfile(shard)]
     if missing or not shards:
         what = f"shard {missing[0]} is not there" if missing else "no .tar in this folder"
         raise UserError(f"DATA.PATH {path}: {what}; correct the path")

@@ -94,7 +94,7 @@ def _evaluate_all(cfg: CfgNode, model: nn.Module, engine: Engine, evaluator: str
 def build_measure(cfg: CfgNode, dataset: Dataset, evaluator: str, folder: Path) -> Measure:
     """What judges the model that `cfg` describes on a data set; its files go to `folder`."""
     kind = _measure_class(cfg, dataset.name)
-    return kind(Subject(dataset, folder, cfg.MODEL.MASK_ON, category_ids(cfg, dataset.name), evaluator))
+    return kind(Subject(dataset, folder, cfg.MODEL.MASK_ON, category_ids(cfg, dataset), evaluator))
 
 
 def _measure_class(cfg: CfgNode, name: str) -> type[Measure]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from loco_det import __version__
 from loco_det.data import loader
+from loco_det.data.catalog import find_dataset
 from loco_det.data.classes import check_training_classes, missing_classes
 from loco_det.detection import engine_d2, solver
 from loco_det.detection.checkpoint import Checkpointer, read_last
@@ -172,11 +173,11 @@ def check_classes(cfg: CfgNode, train: Sequence[str], test: Sequence[str]) -> No
     """
     for name in (*train, *test):
         loader.check_kind(cfg, name)
-    check_training_classes(cfg, train)
-    for name in test:
-        missing = missing_classes(cfg, name)
+    check_training_classes(cfg, [find_dataset(name) for name in train])
+    for dataset in map(find_dataset, test):
+        missing = missing_classes(cfg, dataset)
         if missing:
-            log.warning("%s has no category for %s: AP is over the other classes", name, ", ".join(missing))
+            log.warning("%s has no category for %s: AP is over the other classes", dataset.name, ", ".join(missing))
 
 
 def detector_device(name: str) -> torch.device:

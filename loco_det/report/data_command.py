@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from loco_det.report.plots import save_figure
 from loco_det.runtime import write_json
 
 PAIRS, ANNOTATED = 10, 12  # images on the sheets
+IMAGE_FILES = (".tar", ".zip", ".txt")  # what DATA.PATH takes, besides folders
 BARS, BAR_WIDTH = 20, 30  # classes in the text; characters of the longest bar
 PLOTTED = 100  # classes in histogram.png
 MASKS = ("auto", "polygon", "bitmask", "none")
@@ -119,15 +121,18 @@ def run(args: argparse.Namespace) -> int:
 def _asked(args: argparse.Namespace) -> Asked:
     if args.annotations is not None:
         folder = Path(args.path)
-        for path, there in ((folder, folder.is_dir()), (args.annotations, args.annotations.is_file())):
+        for path, there in ((folder, os.path.isdir(folder)), (args.annotations, os.path.isfile(args.annotations))):
             if not there:
                 raise UserError(f"{path}: not there; --annotations FILE goes with PATH, the folder of its images")
         name = args.annotations.stem
         return Asked(name, None, Dataset(name, folder, args.annotations))
     place = Path(args.path.partition("!")[0])
-    if args.path in COCO_NAMES or (not place.exists() and _is_name(args.path)):
+    if args.path in COCO_NAMES or (not os.path.exists(place) and _is_name(args.path)):
         return Asked(args.path, None, find_dataset(args.path))
-    if args.format == "auto" and ((is_path(args.path) and not place.exists()) or _is_annotated(place)):
+    of_images = place.suffix.lower() in IMAGE_FILES and not os.path.isdir(place)  # shards in braces are no file
+    folder_of_split = os.path.isdir(args.path.rpartition("@")[0])
+    annotated = is_annotated(place) if os.path.exists(place) else is_path(args.path) or folder_of_split
+    if args.format == "auto" and annotated and not of_images:
         name = args.path if is_path(args.path) else f"./{args.path}"
         return Asked(name, None, find_dataset(name))
     return Asked(Path(args.path).stem or "data", open_source(args.path, args.format), None)
@@ -142,11 +147,6 @@ def _masks(asked_for: str, asked: Asked, index: CocoIndex) -> str:
 
 def _is_name(text: str) -> bool:
     return "_" in text and not set(text) & set("/\\.{!")
-
-
-def _is_annotated(place: Path) -> bool:
-    """Whether PATH is a data set with annotations: a file that holds them, or a folder with such files."""
-    return is_annotated(place) if place.is_dir() else place.suffix.lower() in (".json", ".xml", ".yaml", ".yml")
 
 
 def _convert(args: argparse.Namespace) -> int:

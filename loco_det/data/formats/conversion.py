@@ -7,9 +7,11 @@ are the same in every split. Coordinates come over as they are, also where they 
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +19,18 @@ import msgspec
 
 from loco_det import __version__
 from loco_det.data.formats import cvat, label_studio, labelme, png_masks, via, voc_xml, yolo
-from loco_det.data.formats.files import Tree, Unreadable, read_json, read_xml
-from loco_det.data.formats.objects import FARTHEST, Found, Picture, area, mask_area
-from loco_det.data.formats.summary import Summary
+from loco_det.data.formats.files import Tree
+from loco_det.data.formats.objects import Found, Picture, area, mask_area
+from loco_det.data.formats.recognition import recognise
+from loco_det.data.formats.summary import Summary, printable
+from loco_det.data.own import CONVERTED, SUMMARY, is_converted
+from loco_det.data.segmentation import FARTHEST
 from loco_det.errors import UserError
 from loco_det.runtime import atomic_write, write_json
 
-VERSION = 1  # of what comes out; raise it when the same files give something else
-MADE_BY = "converted by loco-det"  # begins info.description of every file written here
-_PEEKED = 20  # JSON files that are opened to tell a folder's format
+VERSION = 2  # of what comes out; raise it when the same files give something else
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
+_PLAIN = re.compile(r"\w[\w-]{,39}")  # what a split's file can be called after it
 _BEYOND = 1.0  # pixels that an object may reach over the border without a note; tools round
 
 
@@ -56,55 +61,14 @@ class Converted(NamedTuple):
     summary: dict[str, Any]
 
 
-# --- which format ------------------------------------------------------------------------------------------------
-
-
-def recognise(tree: Tree) -> list[str]:
-    """The formats of `FORMATS`, or "coco", that a folder or file has; several where it holds several, or none."""
-    found = []
-    if any(tree.with_suffix(".xml")):
-        found += _of_xml(tree.with_suffix(".xml"))
-    if yolo.find_settings(tree) if tree.source == tree.root else tree.source.suffix in yolo.SUFFIXES:
-        found.append("yolo")
-    found += _of_json(tree.with_suffix(".json")[:_PEEKED])
-    if not found and tree.source == tree.root and any(png_masks.is_mask(path, tree.root) for path in tree.files):
-        found.append("png")
-    return found
-
-
-def _of_xml(files: list[Path]) -> list[str]:
-    broken = False
-    for path in files:
-        try:
-            tag = read_xml(path).tag
-        except Unreadable:
-            broken = True
-            continue
-        if tag in (voc_xml.ROOT_ELEMENT, cvat.ROOT_ELEMENT):
-            return ["voc" if tag == voc_xml.ROOT_ELEMENT else "cvat"]
-    return ["voc"] if broken else []  # whose reader says what is wrong with the file
-
-
-def _of_json(files: list[Path]) -> list[str]:
-    tests = {"labelme": labelme.is_labelme, "via": via.is_via, "labelstudio": label_studio.is_label_studio}
-    found: set[str] = set()
-    for path in files:
-        try:
-            content = read_json(path)
-        except Unreadable:
-            continue
-        found |= {name for name, test in tests.items() if test(content)}
-        if isinstance(content, dict) and {"images", "annotations"} <= set(content):
-            found.add("coco")
-    return sorted(found - {"coco"}) or sorted(found)
-
-
 def _chosen(tree: Tree, kind: str) -> str:
     if kind != "auto":
         if kind not in FORMATS:
             raise UserError(f"--format {kind} is none of auto, {', '.join(FORMATS)}.")
         return kind
     found = recognise(tree)
+    if not found and tree.source.suffix.lower() in ARCHIVES:
+        raise UserError(f"{tree.source} is an archive; unpack it and name the folder.")
     if not found:
         raise UserError(
             f"{tree.source} holds no annotations of a known format ({', '.join(FORMATS)}); name the folder that holds "
@@ -160,7 +124,7 @@ def _classes(kept: Iterable[list[Found]], summary: Summary) -> list[str]:
 
 
 def _existing(source: Path) -> Path:
-    if not (source.is_dir() or source.is_file()):
+    if not (os.path.isdir(source) or os.path.isfile(source)):
         raise UserError(f"{source}: no such folder or file; correct the path.")
     return source
 
@@ -173,15 +137,23 @@ def _first_reason(summary: Summary) -> str:
 
 
 def _usable(tree: Tree, pictures: Iterable[Picture], summary: Summary) -> Iterator[Picture]:
-    """The pictures whose image can be read, is of the size that its annotation says, and comes for the first time."""
+    """The pictures whose image can be read, is of the size that its annotation says, and is no other annotation's."""
+    pictures = list(pictures)
+    owners: dict[Path, Picture] = {}
     for picture in pictures:
+        if picture.image not in owners or picture.claim > owners[picture.image].claim:
+            owners[picture.image] = picture
+    for picture in pictures:
+        owner = owners[picture.image]
         size, where = tree.size(picture.image), f"{picture.file}: {tree.name(picture.image)}"
         reason = ""
         if size is None:
             reason = "it cannot be read"
-        elif picture.image in summary.seen:
+        elif picture is not owner and picture.claim == owner.claim:
             reason = "it is annotated a second time"
-        elif not _is_text(picture.image):
+        elif picture is not owner:
+            reason, where = "it is not there", f"{where} is that of {owner.file}"
+        elif not _is_text(str(picture.image)):
             reason = "its name is no UTF-8"
         elif picture.stated not in (None, size[:2]):
             turned = size.turned and picture.stated == (size.height, size.width)
@@ -194,9 +166,9 @@ def _usable(tree: Tree, pictures: Iterable[Picture], summary: Summary) -> Iterat
             yield picture
 
 
-def _is_text(path: Path) -> bool:
+def _is_text(text: str) -> bool:
     try:
-        str(path).encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True
@@ -217,7 +189,9 @@ def _judged(tree: Tree, picture: Picture, summary: Summary) -> Iterator[Found]:
         x0, y0, x1, y1 = found.box
         where = f"{picture.file}: {found.where}"
         values = [*found.box, *(value for outline in found.polygons for value in outline)]
-        if max(map(abs, values)) > FARTHEST:
+        if not _is_text(found.label):
+            reason = "its class has a name that is no UTF-8"
+        elif max(map(abs, values)) > FARTHEST:
             reason = f"a coordinate more than {FARTHEST:,} pixels away"
         elif x1 <= x0 or y1 <= y0 or (found.polygons and not area(found.polygons)):
             reason = "no area"
@@ -248,7 +222,7 @@ def _content(
             count += 1
             annotations.append(_annotation(count, image_id, numbers[found.label], found))
         for split in picture.splits:
-            made_by = {"description": f"{MADE_BY} {__version__} from {kind}"}
+            made_by = {"description": f"{CONVERTED} {__version__} from {kind}"}
             content = splits.setdefault(
                 split, {"info": made_by, "images": [], "annotations": [], "categories": categories}
             )
@@ -290,7 +264,7 @@ def _plain(
         }
     return {
         "loco_det": __version__,
-        "source": str(source),
+        "source": printable(str(source)),
         "format": kind,
         "image_folder": str(folder),
         "classes": names,
@@ -310,20 +284,23 @@ def write_conversion(converted: Converted, out: Path) -> dict[str, Path]:
     Raises:
         UserError: a file of that name is there which no conversion wrote, or the folder cannot be written.
     """
-    files = {}
-    for split in converted.splits:
-        name = split if split.replace("-", "").replace("_", "").isalnum() else f"split_{len(files) + 1}"
-        files[split] = out / "annotations" / f"{name}.json"
+    names = _file_names(converted.splits)
+    files = {split: out / "annotations" / f"{names[split]}.json" for split in converted.splits}
     for path in files.values():
-        if path.exists() and not _is_ours(path):
+        if path.exists() and not is_converted(path):
             raise UserError(f"{path} is there and was not written by a conversion; name another folder for OUT.")
     for split, path in files.items():
         with atomic_write(path) as file:
             file.write(msgspec.json.encode(converted.splits[split]))
-    write_json(out / "conversion.json", converted.summary)
+    write_json(out / SUMMARY, converted.summary)
     return files
 
 
-def _is_ours(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(200).startswith(f'{{"info":{{"description":"{MADE_BY}'.encode())
+def _file_names(splits: Collection[str]) -> dict[str, str]:
+    """A name for the file of each split, its own where it can be one; no two differ by nothing but case."""
+    names = {split.casefold(): split for split in splits if _PLAIN.fullmatch(split)}
+    numbered = (f"split_{k}" for k in itertools.count(1))
+    for split in splits:
+        if split not in names.values():
+            names[next(name for name in numbered if name not in names)] = split
+    return {split: split if name == split.casefold() else name for name, split in names.items()}

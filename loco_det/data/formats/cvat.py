@@ -51,13 +51,15 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
                 summary.classes.append(label)
         for element in root.iterfind("image"):
             said = element.get("name", "")
-            image = tree.find(said, path.parent)
-            if image is None:
+            match = tree.find(said, path.parent)
+            if match is None:
                 summary.leave_out_image("it is not there", f"{name}: <image name={said!r}>", len(element))
                 continue
             stated = _stated(element)
-            objects = list(_objects(element, stated or tree.size(image), f"{name}: {said}", summary))
-            yield Picture(image, f"{name}: {said}", objects, (element.get("subset") or WHOLE,), stated)
+            # A mask is as large as the image that is there: the annotation can state any size.
+            objects = list(_objects(element, tree.size(match.image), f"{name}: {said}", summary))
+            split = (element.get("subset") or WHOLE,)
+            yield Picture(match.image, f"{name}: {said}", objects, split, stated, match.claim)
 
 
 def _stated(element: ElementTree.Element) -> tuple[int, int] | None:

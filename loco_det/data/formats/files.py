@@ -2,30 +2,34 @@
 
 Only what the walk met is ever opened, so a file name in an annotation cannot lead out of the data set: `../../x.png`
 means an `x.png` inside, or nothing. The walk follows links to folders, each folder once, and passes over what is
-hidden and what is no regular file.
+hidden, what is no regular file, and what this package's commands wrote there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import urllib.parse
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from PIL import Image
 
+from loco_det.data.formats.splits import WHOLE, are_apart, split_of_folder
+from loco_det.data.own import own_names
 from loco_det.errors import UserError
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"),
     *(".pnm", ".avif", ".jp2"),
 )
+_READ = (*IMAGE_SUFFIXES, ".xml", ".json", ".gz", ".yaml", ".yml", ".txt", ".names")  # by some format
 _ORIENTATION = 274  # EXIF's tag; 5 to 8 are turned by a quarter
 _LINE_NUMBER = re.compile(r"line \d+")
 
@@ -38,8 +42,23 @@ class Size(NamedTuple):
     turned: bool = False
 
 
+class Match(NamedTuple):
+    """An image that an annotation may be of; of several annotations the one with the greatest claim has it.
+
+    A claim starts with 2 for an image in the very place that the annotation says, 1 for one there below another root,
+    0 for one of the same name elsewhere, and then says how much of the folders agrees.
+    """
+
+    image: Path
+    claim: tuple[int, ...]
+
+    def as_second(self) -> Match:
+        """What was looked for because nothing was found by what counts first: weaker than any claim by that."""
+        return Match(self.image, (-1, *self.claim))
+
+
 class Tree:
-    """The files below some folders.
+    """The files below some folders that are of the formats read here, by their suffixes.
 
     Attributes:
         source: what the user named, a folder or a file.
@@ -65,7 +84,7 @@ class Tree:
             return
         self.roots.append(folder)
         for path in sorted(_walk(folder)):
-            if path in self._known:
+            if path in self._known or path.suffix.lower() not in _READ:
                 continue
             self._known.add(path)
             self.files.append(path)
@@ -87,31 +106,56 @@ class Tree:
     def is_file(self, path: Path) -> bool:
         return path in self._known
 
-    def find(self, name: str, near: Path) -> Path | None:
+    def find(self, name: str, near: Path) -> Match | None:
         """The image that an annotation file in the folder `near` calls `name`, or None.
 
-        A path is tried from there and from every root; else its last part is looked for anywhere, and of several the
-        one with the longest common end, then the one nearest, is taken if it is alone. All of it once more with %20
-        and the like decoded.
+        A path is tried from there and from every root; else its last part is looked for anywhere but in splits that
+        `near` or `name` are not in, and of several the one with the longest common end, then the one nearest, is taken
+        if it is alone. All of it once more with %20 and the like decoded.
         """
         decoded = urllib.parse.unquote(name)
-        return self._find(_parts(name), near) or (self._find(_parts(decoded), near) if decoded != name else None)
+        return self._find(path_parts(name), near) or (
+            self._find(path_parts(decoded), near) if decoded != name else None
+        )
 
-    def _find(self, parts: list[str], near: Path) -> Path | None:
+    def _find(self, parts: list[str], near: Path) -> Match | None:
         if not parts:
             return None
         for folder in (near, *self.roots):
             path = Path(os.path.normpath(folder.joinpath(*parts)))
             if path in self._known and path.suffix.lower() in IMAGE_SUFFIXES:
-                return path
+                return Match(path, (2 if folder == near else 1,))
         ends = [part for part in parts if part != ".."]
         candidates = self._by_name.get(ends[-1].lower(), []) if ends else []
         exact = [path for path in candidates if path.name == ends[-1]] or candidates
-        return _best(exact, lambda path: (_common_end(path.parts, ends), _common_start(path, near)))
+        said = split_of_folder(Path(*ends[-3:]), Path())[0] if ends else WHOLE
+        there = [path for path in exact if path.parent == near or not are_apart(self._split(path), said)]
+        return self._best(there, near, lambda path: _common_end(path.parts, ends))
 
-    def find_stem(self, stem: str, near: Path) -> Path | None:
-        """The image of that name without suffix which lies nearest to the folder `near`; None for none or several."""
-        return _best(self._by_stem.get(stem, []), lambda path: _common_start(path, near))
+    def find_stem(self, stem: str, near: Path) -> Match | None:
+        """The image of that name without suffix whose folder is most like `near`; None for none or several."""
+        candidates = self._by_stem.get(stem, [])
+        beside = [path for path in candidates if path.parent == near]
+        if len(beside) == 1:
+            return Match(beside[0], (2,))
+        return self._best(candidates, near, lambda path: _common_end(path.parent.parts, near.parts))
+
+    def _best(self, candidates: list[Path], near: Path, agreement: Callable[[Path], int]) -> Match | None:
+        """The one of the greatest claim, if it is alone and no file of another split than `near`."""
+        split = self._split(near / "any")
+        matches = [
+            Match(path, (0, agreement(path), _common_start(path, near)))
+            for path in candidates
+            if not are_apart(self._split(path), split)
+        ]
+        matches.sort(key=lambda match: match.claim, reverse=True)
+        if len(matches) > 1 and matches[0].claim == matches[1].claim:
+            return None
+        return matches[0] if matches else None
+
+    def _split(self, path: Path) -> str:
+        root = next((root for root in self.roots if root in path.parents), self.root)
+        return split_of_folder(path, root)[0]
 
     def size(self, image: Path) -> Size | None:
         """From the image's header; None where there is none that can be read."""
@@ -132,8 +176,9 @@ def _walk(folder: Path) -> Iterable[Path]:
             entries = list(os.scandir(here))
         except OSError as error:
             raise UserError(f"{here} cannot be listed: {error.strerror}.") from None
+        own = own_names(here, {entry.name for entry in entries})
         for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
+            if entry.name.startswith(".") or entry.name == "__MACOSX" or entry.name in own:
                 continue
             if entry.is_dir():
                 if (real := os.path.realpath(entry.path)) not in seen:
@@ -143,22 +188,16 @@ def _walk(folder: Path) -> Iterable[Path]:
                 yield Path(entry.path)
 
 
-def _parts(name: str) -> list[str]:
+def path_parts(name: str) -> list[str]:
     """ "C:\\x\\a.jpg", "file:///x/a%20b.jpg", "/data/local-files/?d=x/a.jpg" -> the parts of the path."""
     if "\0" in name:
         return []
     if "?d=" in name or "://" in name:
-        address = urllib.parse.urlsplit(name)
-        name = urllib.parse.parse_qs(address.query).get("d", [urllib.parse.unquote(address.path)])[0]
+        with contextlib.suppress(ValueError):  # no address after all: a path
+            address = urllib.parse.urlsplit(name)
+            name = urllib.parse.parse_qs(address.query).get("d", [urllib.parse.unquote(address.path)])[0]
     name = re.sub(r"^[A-Za-z]:", "", name.strip().replace("\\", "/"))
     return [part for part in name.split("/") if part not in ("", ".")]
-
-
-def _best(candidates: list[Path], rank: Any) -> Path | None:
-    ranked = sorted(candidates, key=rank, reverse=True)
-    if len(ranked) > 1 and rank(ranked[0]) == rank(ranked[1]):
-        return None
-    return ranked[0] if ranked else None
 
 
 def _common_end(path: tuple[str, ...], parts: list[str]) -> int:

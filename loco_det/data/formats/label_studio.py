@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loco_det.data.formats.files import IMAGE_SUFFIXES, Size, Tree, read_json
+from loco_det.data.formats.files import IMAGE_SUFFIXES, Match, Size, Tree, read_json
 from loco_det.data.formats.objects import CURVE_POINTS, BadShape, Found, Picture, ellipse, extent, number, polygon
 from loco_det.data.formats.splits import split_of_folder
 from loco_det.data.formats.summary import Summary
@@ -21,6 +21,7 @@ from loco_det.errors import UserError
 
 SUFFIXES = (".json",)
 _RESULTS = ("annotations", "completions")  # the latter before version 1.0
+MIN_KEYS = frozenset(("annotator", "annotation_id"))  # of an entry of JSON-MIN
 _UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # what it puts before the name of an uploaded file
 _NO_SHAPE = frozenset(("choices", "textarea", "rating", "number", "relation", "taxonomy", "pairwise", "datetime"))
 
@@ -29,37 +30,50 @@ def is_label_studio(content: Any) -> bool:
     return isinstance(content, list) and bool(content) and all(isinstance(t, dict) and "data" in t for t in content)
 
 
+def is_json_min(content: Any) -> bool:
+    """Whether JSON is Label Studio's short export, which has not what it takes to tell shapes from other answers."""
+    return isinstance(content, list) and any(
+        isinstance(t, dict) and MIN_KEYS & set(t) and "data" not in t for t in content
+    )
+
+
 def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
-    """The pictures of every export below the tree's root."""
+    """The pictures of every export below the tree's root.
+
+    Raises:
+        UserError: an export as JSON-MIN, or of tasks that nobody has annotated.
+    """
     for path, content in summary.readable(tree.with_suffix(*SUFFIXES), read_json):
+        if is_json_min(content):
+            raise UserError(f"{path} is Label Studio's JSON-MIN, which is not read; export it as JSON.")
         if not is_label_studio(content):
             summary.notes.add("a JSON file that is not Label Studio's", tree.name(path))
             continue
         if not any(key in task for task in content for key in _RESULTS):
-            raise UserError(f"{path} holds tasks without 'annotations'; export as JSON, not as JSON-MIN.")
+            raise UserError(f"{path} holds tasks without 'annotations'; export them as JSON when they have some.")
         for k, task in enumerate(content):
             yield from _picture(tree, path, f"{tree.name(path)}: [{k}]", task, summary)
 
 
 def _picture(tree: Tree, path: Path, name: str, task: dict[str, Any], summary: Summary) -> Iterator[Picture]:
-    said, image = _image(tree, path, task.get("data"))
+    said, match = _image(tree, path, task.get("data"))
     annotations = next((task[key] for key in _RESULTS if isinstance(task.get(key), list)), [])
     done = [a for a in annotations if isinstance(a, dict) and not a.get("was_cancelled")]
     results = [a["result"] if isinstance(a.get("result"), list) else [] for a in done]
-    if image is None:
+    if match is None:
         summary.leave_out_image("it is not there", f"{name}: {said}", len(results[0]) if results else 0)
         return
     if not results:
-        summary.leave_out_image("its task has no annotation", f"{name}: {said}", 0, image)
+        summary.leave_out_image("its task has no annotation", f"{name}: {said}", 0, match.image)
         return
     for other in filter(None, results[1:]):
         summary.objects.add("of another annotation of the same task than the first", name, len(other))
-    size = tree.size(image)
+    size = tree.size(match.image)
     objects = [] if size is None else list(_objects(results[0], size, name, summary))
-    yield Picture(image, name, objects, split_of_folder(image, tree.root))
+    yield Picture(match.image, name, objects, split_of_folder(match.image, tree.root), claim=match.claim)
 
 
-def _image(tree: Tree, path: Path, data: Any) -> tuple[str, Path | None]:
+def _image(tree: Tree, path: Path, data: Any) -> tuple[str, Match | None]:
     """What a task says of its image, and the image."""
     texts = [value for value in data.values() if isinstance(value, str)] if isinstance(data, dict) else []
     named = [text for text in texts if Path(text.partition("&")[0]).suffix.lower() in IMAGE_SUFFIXES]
@@ -68,6 +82,7 @@ def _image(tree: Tree, path: Path, data: Any) -> tuple[str, Path | None]:
         uploaded = _UPLOADED.fullmatch(text.rpartition("/")[2])
         if found is None and uploaded:
             found = tree.find(uploaded[1], path.parent)
+            found = found and found.as_second()
         if found is not None:
             return text, found
     return repr((named or texts or [""])[0]), None

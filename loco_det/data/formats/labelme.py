@@ -47,14 +47,17 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
             summary.notes.add("a JSON file without 'shapes' and 'imagePath' is not LabelMe's", name)
             continue
         said = content["imagePath"] if isinstance(content["imagePath"], str) else ""
-        image = tree.find(said, path.parent) or tree.find_stem(path.stem, path.parent)
-        if image is None:
+        match = tree.find(said, path.parent)
+        if match is None and (alike := tree.find_stem(path.stem, path.parent)):
+            match = alike.as_second()
+        if match is None:
             inside = ", only inside the JSON (imageData)" if content.get("imageData") else ""
             summary.leave_out_image(f"it is not there{inside}", f"{name}: imagePath {said!r}", len(content["shapes"]))
             continue
-        size = tree.size(image)
+        size = tree.size(match.image)
         objects = [] if size is None else list(_objects(content["shapes"], size, name, summary))
-        yield Picture(image, name, objects, split_of_folder(path, tree.root), _stated(content))
+        split = split_of_folder(path, tree.root)
+        yield Picture(match.image, name, objects, split, _stated(content), match.claim)
 
 
 def _stated(content: dict[str, Any]) -> tuple[int, int] | None:

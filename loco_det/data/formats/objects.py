@@ -15,7 +15,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
-FARTHEST = 100_000  # pixels; as data/coco.py refuses it, for a rasteriser takes memory for all of an outline
+_LARGEST = 1e9  # of a coordinate or an angle: arithmetic on such numbers stays finite
 CURVE_POINTS = 32  # corners of the polygon that stands for a circle or an ellipse
 
 
@@ -38,6 +38,7 @@ class Picture(NamedTuple):
     """One image with its objects.
 
     `stated` is the (width, height) that its annotation says and its coordinates are in; None where it says none.
+    `claim` says how sure it is that the annotation is of this image, see `files.Match`.
     """
 
     image: Path
@@ -45,6 +46,7 @@ class Picture(NamedTuple):
     objects: list[Found]
     splits: tuple[str, ...]
     stated: tuple[int, int] | None = None
+    claim: tuple[int, ...] = ()
 
 
 def number(value: Any) -> float:
@@ -57,14 +59,9 @@ def number(value: Any) -> float:
         raise BadShape("a coordinate is no number") from None
     if not math.isfinite(result):
         raise BadShape("a coordinate is not finite")
+    if abs(result) > _LARGEST:
+        raise BadShape(f"a number beyond {_LARGEST:.0e}")
     return result
-
-
-def numbers(values: Any) -> list[float]:
-    """A flat list of finite numbers."""
-    if not isinstance(values, (list, tuple)):
-        raise BadShape("a coordinate is missing")
-    return [number(value) for value in values]
 
 
 def polygon(points: Any) -> list[float]:

@@ -15,6 +15,11 @@ EXAMPLES = 5
 Content = TypeVar("Content")
 
 
+def printable(text: str) -> str:
+    """Text with what no UTF-8 can hold, such as a file name's odd bytes, as escapes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 @dataclass
 class Reasons:
     """Reasons in the order in which they came up, each with a count and its first places."""
@@ -23,7 +28,9 @@ class Reasons:
 
     def add(self, reason: str, where: str, count: int = 1) -> None:
         before, examples = self.found.get(reason, (0, []))
-        self.found[reason] = (before + count, [*examples, where] if len(examples) < EXAMPLES else examples)
+        if len(examples) < EXAMPLES:
+            examples = [*examples, printable(where)]
+        self.found[reason] = (before + count, examples)
 
     def plain(self) -> list[dict[str, Any]]:
         return [{"reason": reason, "count": count, "examples": ex} for reason, (count, ex) in self.found.items()]

@@ -45,12 +45,13 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
         for entry in entries:
             said = entry.get("filename") if isinstance(entry, dict) else None
             name = f"{tree.name(path)}: {said}"
-            image = tree.find(said, path.parent) if isinstance(said, str) else None
-            if image is None:
+            match = tree.find(said, path.parent) if isinstance(said, str) else None
+            if match is None:
                 summary.leave_out_image("it is not there", name, len(_regions(entry)))
                 continue
             objects = list(_objects(_regions(entry), attribute, name, summary))
-            yield Picture(image, name, objects, split_of_folder(image, tree.root))
+            split = split_of_folder(match.image, tree.root)
+            yield Picture(match.image, name, objects, split, claim=match.claim)
 
 
 def _regions(entry: Any) -> list[Any]:

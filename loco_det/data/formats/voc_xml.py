@@ -29,19 +29,22 @@ _KNOWN = {*_SHAPES, "name", "pose", "truncated", "difficult", "occluded", "type"
 
 def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
     """The pictures of every XML file below the tree's root."""
-    files = tree.with_suffix(".xml")
+    files = tree.with_suffix(*SUFFIXES)
     splits = _listed_splits(tree, files, summary)
     for path, root in summary.documents(tree, files, ROOT_ELEMENT):
         name = tree.name(path)
         said, count = root.findtext("filename") or "", len(root.findall("object"))
-        image = tree.find_stem(path.stem, path.parent) or tree.find(said, path.parent)
-        if image is None:
+        match = tree.find_stem(path.stem, path.parent)
+        if match is None and (named := tree.find(said, path.parent)):
+            match = named.as_second()
+        if match is None:
             summary.leave_out_image("it is not there", f"{name}: <filename> {said!r}", count)
         elif splits and path.stem not in splits:
-            summary.leave_out_image("it is in no list of ImageSets/Main", name, count, image)
+            summary.leave_out_image("it is in no list of ImageSets/Main", name, count, match.image)
         else:
             split = splits.get(path.stem) or split_of_folder(path, tree.root)
-            yield Picture(image, name, list(_objects(root, name, summary)), split, _size(root, name, summary))
+            objects, stated = list(_objects(root, name, summary)), _size(root, name, summary)
+            yield Picture(match.image, name, objects, split, stated, match.claim)
 
 
 def _listed_splits(tree: Tree, files: list[Path], summary: Summary) -> dict[str, tuple[str, ...]]:

@@ -11,21 +11,23 @@ image without a text file has no objects, as in training with YOLO.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from loco_det.data.formats.files import Tree, Unreadable, read_text
+from loco_det.data.formats.files import Tree, Unreadable, path_parts, read_text
 from loco_det.data.formats.objects import BadShape, Found, Picture, extent, number, polygon
 from loco_det.data.formats.splits import split_of_folder
-from loco_det.data.formats.summary import Summary
+from loco_det.data.formats.summary import Summary, printable
 from loco_det.errors import UserError
 
 SUFFIXES = (".yaml", ".yml")
 CLASS_LISTS = ("classes.txt", "obj.names")
 _SPLITS = ("train", "val", "valid", "test")
+_ROOTED = re.compile(r"[/\\]|[A-Za-z]:")
 _BEYOND = 0.01  # of the image's side that a coordinate may lie outside 0 to 1
 
 
@@ -44,6 +46,27 @@ def find_settings(tree: Tree) -> Path | None:
     return next((path for path in tree.files if path.name in CLASS_LISTS), None)
 
 
+def add_folders(tree: Tree) -> None:
+    """Walk the folders outside the source that its data.yaml names too, so that `tree` has all that is read."""
+    path = find_settings(tree)
+    if path is None or path.suffix.lower() not in SUFFIXES:
+        return
+    try:
+        settings = _read_settings(path)
+        _check_paths(settings)
+    except Unreadable:
+        return  # which is told when it is read
+    root = _root(path, settings)
+    tree.add(root)
+    for _, entry in _entries(settings):
+        place = _place(root, entry)
+        for folder in (place, _labels_of(place / "any").parent) if os.path.isdir(place) else ():
+            if folder.is_dir():
+                tree.add(folder)
+        if _is_list(place):
+            tree.add(place.parent)
+
+
 def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
     """The pictures of every split; `summary.classes` becomes the declared names.
 
@@ -53,18 +76,21 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
     path = find_settings(tree)
     if path is None:
         raise UserError(f"{tree.source} holds no data.yaml with 'names'; name the folder that does, or the file.")
+    add_folders(tree)
     keypoints = False
     try:
         if path.name in CLASS_LISTS:
-            summary.classes = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+            summary.classes = _listed_names(path)
             images = {image: split_of_folder(image, tree.root) for image in tree.images()}
         else:
             settings = _read_settings(path)
+            _check_paths(settings)
             summary.classes = _names(path, settings)
             keypoints = "kpt_shape" in settings
             images = _images(tree, path, settings, summary)
     except Unreadable as error:
-        raise UserError(f"{path} is no data.yaml of YOLO: {error}; correct it.") from None
+        what = "list of classes" if path.name in CLASS_LISTS else "data.yaml"
+        raise UserError(f"{path} is no {what} of YOLO: {error}; correct it.") from None
     labelled = 0
     for image, splits in images.items():
         labels = _labels_of(image)
@@ -92,7 +118,26 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise Unreadable("it is nested too deep") from None
     if not isinstance(root, yaml.MappingNode):
         raise Unreadable("it holds no KEY: VALUE pairs")
-    return {key.value: _plain(value) for key, value in root.value if isinstance(key, yaml.ScalarNode)}
+    return {key: _plain(value) for key, value in _pairs(root).items()}
+
+
+def _check_paths(settings: dict[str, Any]) -> None:
+    for key in ("path", *_SPLITS):
+        value = settings.get(key, "")
+        entries = value if isinstance(value, list) and key != "path" else [value]
+        if not all(isinstance(entry, str) for entry in entries):
+            raise Unreadable(f"'{key}' is no path" + " and no list of paths" * (key != "path"))
+
+
+def _pairs(node: yaml.MappingNode) -> dict[str, yaml.Node]:
+    found: dict[str, yaml.Node] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        if key.value in found:
+            raise Unreadable(f"the key '{key.value}' stands twice, again in line {key.start_mark.line + 1}")
+        found[key.value] = value
+    return found
 
 
 def _plain(node: yaml.Node) -> Any:
@@ -100,11 +145,7 @@ def _plain(node: yaml.Node) -> Any:
         return "" if node.tag == "tag:yaml.org,2002:null" else node.value
     if isinstance(node, yaml.SequenceNode):
         return [child.value if isinstance(child, yaml.ScalarNode) else None for child in node.value]
-    return {
-        key.value: value.value if isinstance(value, yaml.ScalarNode) else None
-        for key, value in node.value
-        if isinstance(key, yaml.ScalarNode)
-    }
+    return {key: value.value if isinstance(value, yaml.ScalarNode) else None for key, value in _pairs(node).items()}
 
 
 def _names(path: Path, settings: dict[str, Any]) -> list[str]:
@@ -115,6 +156,8 @@ def _names(path: Path, settings: dict[str, Any]) -> list[str]:
             numbered = {int(key): name for key, name in names.items()}
         except ValueError:
             raise Unreadable("the keys of 'names' are not all whole numbers") from None
+        if len(numbered) < len(names):
+            raise Unreadable("'names' numbers two of its classes alike")
         if sorted(numbered) != list(range(len(numbered))):
             raise Unreadable(f"'names' does not number its {len(numbered)} classes from 0 on without gaps")
         names = [numbered[k] for k in range(len(numbered))]
@@ -123,26 +166,76 @@ def _names(path: Path, settings: dict[str, Any]) -> list[str]:
     count = settings.get("nc")
     if isinstance(count, str) and count.isdigit() and int(count) != len(names):
         raise Unreadable(f"'nc' is {count} and 'names' has {len(names)}")
+    return _distinct(names)
+
+
+def _listed_names(path: Path) -> list[str]:
+    """The class names by number, a line each."""
+    names = [line.strip() for line in read_text(path).rstrip().splitlines()]
+    if not all(names):
+        raise Unreadable(f"line {names.index('') + 1} is empty, so that the numbers of the classes below are not clear")
+    return _distinct(names)
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """As they are; two classes of one name would become one."""
+    first: dict[str, int] = {}
+    for k, name in enumerate(names):
+        if printable(name) != name:
+            raise Unreadable(f"the name of class {k}, '{printable(name)}', is no UTF-8")
+        if first.setdefault(name, k) != k:
+            raise Unreadable(f"the class '{name}' stands twice, as number {first[name]} and {k}")
     return names
+
+
+def _root(path: Path, settings: dict[str, Any]) -> Path:
+    """The folder that splits are relative to: 'path', or that of the YAML file where 'path' is not here."""
+    root = _below(path.parent, settings.get("path") or "")
+    return root if os.path.isdir(root) else path.parent
+
+
+def _below(folder: Path, path: str) -> Path:
+    return Path(os.path.normpath(folder / os.path.expanduser(path)))
+
+
+def _entries(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(split, folder or list) for all that the splits name."""
+    for split in _SPLITS:
+        value = settings.get(split)
+        yield from ((split, entry) for entry in (value if isinstance(value, list) else [value]) if entry)
+
+
+def _place(root: Path, entry: str) -> Path:
+    """Where a split's folder or list is, also if it is written for another machine.
+
+    Roboflow's ../ means beside the YAML file. Of a path from a machine's root or drive the longest end of two parts or
+    more that is there counts: its last part alone could be that of another split.
+    """
+    place = _below(root, entry)
+    if os.path.exists(place):
+        return place
+    parts = path_parts(entry)
+    relative = [Path(*parts)] if parts else []
+    if parts[:1] == [".."]:
+        relative.append(Path(*parts[1:]))
+    if _ROOTED.match(entry):
+        relative += [Path(*parts[k:]) for k in range(1, len(parts) - 1)]
+    return next((_below(root, str(path)) for path in relative if os.path.exists(_below(root, str(path)))), place)
+
+
+def _is_list(place: Path) -> bool:
+    return place.suffix == ".txt" and os.path.isfile(place)
 
 
 def _images(tree: Tree, path: Path, settings: dict[str, Any], summary: Summary) -> dict[Path, tuple[str, ...]]:
     """{image: its splits} in order."""
-    given = settings.get("path")
-    root = Path(os.path.normpath(path.parent / Path(given).expanduser())) if given and isinstance(given, str) else None
-    if root is not None and not root.is_dir():
+    root, given = _root(path, settings), settings.get("path")
+    if given and not os.path.isdir(_below(path.parent, given)):  # os.path, which takes names that no file can have
         summary.notes.add("'path' is not a folder here: taken as that of the YAML file", f"{path.name}: {given}")
-    if root is None or not root.is_dir():
-        root = path.parent
-    tree.add(root)
     found: dict[Path, tuple[str, ...]] = {}
-    for split in _SPLITS:
-        value = settings.get(split)
-        for entry in value if isinstance(value, list) else [value]:
-            if not entry:
-                continue
-            for image in _entry(tree, root, split, entry, summary):
-                found[image] = tuple(dict.fromkeys((*found.get(image, ()), split)))
+    for split, entry in _entries(settings):
+        for image in _entry(tree, root, split, entry, summary):
+            found[image] = tuple(dict.fromkeys((*found.get(image, ()), split)))
     if not found:
         raise Unreadable(
             f"none of its splits ({', '.join(s for s in _SPLITS if s in settings) or 'none named'}) is there"
@@ -152,19 +245,16 @@ def _images(tree: Tree, path: Path, settings: dict[str, Any], summary: Summary) 
 
 def _entry(tree: Tree, root: Path, split: str, entry: str, summary: Summary) -> Iterator[Path]:
     """The images of one folder or list that a split names."""
-    place = Path(os.path.normpath(root / Path(entry).expanduser()))
-    if not place.exists() and entry.startswith("../"):  # as Roboflow writes it, meaning beside the YAML file
-        place = root / entry.removeprefix("../")
-    if place.is_dir():
-        tree.add(place)
+    place = _place(root, entry)
+    if os.path.isdir(place):
         yield from tree.images(place)
-    elif place.is_file() and place.suffix == ".txt":
+    elif _is_list(place):
         for line in filter(None, map(str.strip, read_text(place).splitlines())):
-            image = tree.find(line, place.parent)
-            if image is None:
+            match = tree.find(line, place.parent)
+            if match is None:
                 summary.images.add("it is listed and not there", f"{place.name}: {line}")
             else:
-                yield image
+                yield match.image
     else:
         summary.notes.add(f"the split '{split}' is not there", entry)
 
@@ -175,8 +265,8 @@ def _entry(tree: Tree, root: Path, split: str, entry: str, summary: Summary) -> 
 def _labels_of(image: Path) -> Path:
     parts = list(image.with_suffix(".txt").parts)
     for k in range(len(parts) - 2, 0, -1):
-        if parts[k] == "images":
-            parts[k] = "labels"
+        if parts[k].lower() == "images":
+            parts[k] = {"images": "labels", "IMAGES": "LABELS"}.get(parts[k], "Labels")
             break
     return Path(*parts)
 
