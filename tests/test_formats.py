@@ -761,7 +761,7 @@ def test_numbers_that_would_overflow_are_counted(tmp_path):
     write(tmp_path / "b.json", {"a": {"filename": "a.jpg", "regions": regions}})
     converted = convert_annotations(tmp_path)
     assert boxes(converted)["a.jpg"] == [("object", [1, 2, 5, 6])]
-    assert reasons(converted) == {"a number beyond 1e+09": 4, "a coordinate is no number": 1}
+    assert reasons(converted) == {"a number beyond 1e+12": 4, "a coordinate is no number": 1}
 
 
 def test_text_that_is_no_utf_8_is_left_out(tmp_path, capsys):

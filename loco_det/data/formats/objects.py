@@ -15,7 +15,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
-_LARGEST = 1e9  # of a coordinate or an angle: arithmetic on such numbers stays finite
+_LARGEST = 1e12  # of a coordinate or an angle: arithmetic on such numbers stays finite
 CURVE_POINTS = 32  # corners of the polygon that stands for a circle or an ellipse
 
 
