@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout it stands in, installed or not
 
-from loco_det.runtime import write_json
+from loco_det.core.files import write_json
 
 
 def parser(description: str) -> argparse.ArgumentParser:

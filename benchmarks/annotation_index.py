@@ -96,8 +96,8 @@ def peak() -> float:
 
 
 def load_ours(folder: Path) -> Any:
-    from loco_det.data.catalog import Dataset
-    from loco_det.data.coco import load_coco
+    from loco_det.annotations.coco import load_coco
+    from loco_det.annotations.registry import Dataset
 
     paths = Dataset("made_up", folder / "images", folder / "instances.json")
     return lambda: load_coco(paths)

@@ -17,9 +17,10 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from loco_det.data.cityscapes import CLASSES, cityscapes_frames, coco_format
+from loco_det.annotations.cityscapes import CLASSES, cityscapes_frames, coco_format
+from loco_det.core.files import write_json
+from loco_det.core.log import setup_logging
 from loco_det.evaluation.cityscapes import evaluate_cityscapes
-from loco_det.runtime import setup_logging, write_json
 
 HEIGHT, WIDTH = 1024, 2048
 

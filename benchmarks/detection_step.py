@@ -40,18 +40,18 @@ from _common import parser, report
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from loco_det.config import load_config
-from loco_det.data.catalog import find_dataset
-from loco_det.data.coco import load_coco
-from loco_det.data.madeup import make_shapes_dataset
-from loco_det.data.mapper import DetectionMapper, sample_rng
+from loco_det.annotations.coco import load_coco
+from loco_det.annotations.mapper import DetectionMapper, sample_rng
+from loco_det.annotations.registry import find_dataset
+from loco_det.annotations.synthetic import make_shapes_dataset
+from loco_det.backbones.folding import fast_arithmetic
+from loco_det.core.config import load_config
+from loco_det.core.device import keep_freed_memory, resolve_device
+from loco_det.core.errors import UserError
 from loco_det.detection import engine_d2, solver
 from loco_det.detection.engine_d2 import Detectron2Engine
 from loco_det.detection.engine_torchvision import TorchvisionEngine
-from loco_det.detection.schema import get_cfg
-from loco_det.errors import UserError
-from loco_det.fused import fast_arithmetic
-from loco_det.runtime import keep_freed_memory, resolve_device
+from loco_det.detection.keys import get_cfg
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"frozen": "coco_loco_r50.yaml", "finetune": "coco_loco_r50_finetune.yaml"}
@@ -260,7 +260,7 @@ def torchvision_side(job: str, cfg: CfgNode, state: dict[str, torch.Tensor], sam
 
 def bitmaps(masks: Any, image_size: tuple[int, int], whole: torch.Tensor) -> torch.Tensor:
     """(N, H, W) of polygons."""
-    from loco_det.data.masks import rasterize
+    from loco_det.annotations.masks import rasterize
 
     return torch.stack([torch.from_numpy(rasterize(polygons, *image_size)) for polygons in masks.polygons])
 
@@ -269,7 +269,7 @@ def torchvision_names(
     state: dict[str, torch.Tensor], target: dict[str, torch.Tensor], classes: int
 ) -> dict[str, torch.Tensor]:
     """A state_dict under the names of torchvision's MaskRCNN, whose background is class 0 and not the last."""
-    from loco_det.names import to_torchvision
+    from loco_det.backbones.names import to_torchvision
 
     result = copy.copy(target)
     order = torch.tensor([classes, *range(classes)])

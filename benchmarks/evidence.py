@@ -42,8 +42,9 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout it stands in, installed or not
 
-from loco_det.detection.record import environment
-from loco_det.runtime import atomic_write, log, setup_logging, write_json
+from loco_det.core.files import atomic_write, write_json
+from loco_det.core.log import log, setup_logging
+from loco_det.detection.run_record import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"

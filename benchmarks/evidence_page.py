@@ -13,11 +13,11 @@ from typing import Any
 from evidence import DETECTION_METHODS, HELD_OUT, PRETRAINED, RATE_EPOCHS, RATES, RESULTS, ROOT, ROWS
 from matplotlib.figure import Figure
 
-from loco_det.config import load_config
+from loco_det.core.config import load_config
+from loco_det.core.files import atomic_write
 from loco_det.report.drawing import COLOURS
 from loco_det.report.plots import save_figure
 from loco_det.report.statistics import summarise
-from loco_det.runtime import atomic_write
 from pretrain.defaults import get_cfg
 
 PAGE = ROOT / "docs" / "results.md"

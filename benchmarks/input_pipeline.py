@@ -44,11 +44,11 @@ from torchvision import io as tv_io
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD
-from loco_det.data.batched_views import make_views
-from loco_det.data.twoview import DecodedDataset, TwoViewDataset, prepare_worker
-from loco_det.data.views import normalise, view_config
-from loco_det.runtime import keep_freed_memory
+from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD
+from loco_det.core.device import keep_freed_memory
+from loco_det.images.batched_views import make_views
+from loco_det.images.two_views import DecodedDataset, TwoViewDataset, prepare_worker
+from loco_det.images.views import normalise, view_config
 from pretrain.defaults import get_cfg
 from pretrain.train import LAYOUT, Learner, local_trainer
 

@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from loco_det.backbone import ResNet
-from loco_det.runtime import keep_freed_memory, resolve_device
+from loco_det.backbones.resnet import ResNet
+from loco_det.core.device import keep_freed_memory, resolve_device
 from pretrain.compiling import stage_compiler
 from pretrain.defaults import get_cfg
 from pretrain.memory import SavedBytes

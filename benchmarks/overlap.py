@@ -52,8 +52,8 @@ import torch.distributed as dist
 from _common import parser, report
 from torch import Tensor, nn
 
-from loco_det.processes import averaged, launch
-from loco_det.runtime import is_main, rank, world_size
+from loco_det.core.distributed import averaged, is_main, rank, world_size
+from loco_det.core.launch import launch
 from pretrain.average import GradientAverage
 from pretrain.defaults import get_cfg
 from pretrain.optim import build_optimizer

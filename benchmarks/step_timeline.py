@@ -25,7 +25,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from loco_det.runtime import keep_freed_memory
+from loco_det.core.device import keep_freed_memory
 from pretrain.loco import LocalTrainer, Unit, method_units, split_backbone
 from pretrain.memory import SavedBytes
 from pretrain.train import LAYOUT, Learner

@@ -1,126 +1,48 @@
 """The command line: `loco-det COMMAND ...`, and the same jobs behind the files in tools/.
 
-A job is two functions, one that adds its arguments to a parser and one that runs them; each lives with the code
-it starts and is imported only when that job is asked for. What all jobs share is here: `--quiet`, `--debug`, bad
-input as one sentence, the exit status. This is the only file of `loco_det` that knows `pretrain`.
+A job is a file of `loco_det/commands/` with two functions: `add_arguments` adds its arguments to a parser, `run` runs
+them and returns an exit status, None for 0. It is imported only when that job is asked for. What all jobs share is
+here: `--quiet`, `--debug`, bad input as one sentence, the exit status.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 from loco_det import __version__
-from loco_det.errors import INTERRUPTED, UserError, out_of_memory
+from loco_det.core.errors import INTERRUPTED, UserError, out_of_memory
 
 BAD_INPUT = 2  # argparse's own status for arguments that it refuses
 
 
-class Job(NamedTuple):
-    """What a subcommand takes and does; `run` returns an exit status, None for 0."""
-
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int | None]
-    logs: bool = True  # False: it reads --quiet itself and must work where torch does not
-
-
-def _quickstart() -> Job:
-    from loco_det.quickstart import quickstart
-    from pretrain.command import pretrain_file
-
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for data, runs, results")
-        parser.add_argument("--seed", type=int, default=0, metavar="N")
-
-    def run(args: argparse.Namespace) -> None:
-        quickstart(args.out, pretrain=pretrain_file, seed=args.seed)
-
-    return Job(add_arguments, run)
-
-
-def _doctor() -> Job:
-    from loco_det import doctor
-
-    return Job(doctor.add_arguments, doctor.run, logs=False)
-
-
-def _pretrain() -> Job:
-    from pretrain import command
-
-    return Job(command.add_arguments, command.run)
-
-
-def _convert() -> Job:
-    from loco_det.convert import command
-
-    return Job(command.add_arguments, command.run)
-
-
-def _train() -> Job:
-    from loco_det.detection import command
-
-    return Job(command.add_arguments, command.run)
-
-
-def _probe() -> Job:
-    from loco_det.evaluation.probes import command
-
-    return Job(command.add_arguments, command.run)
-
-
-def _report() -> Job:
-    from loco_det.report import command
-
-    return Job(command.add_arguments, command.run)
-
-
-def _data() -> Job:
-    from loco_det.report import data_command
-
-    return Job(data_command.add_arguments, data_command.run)
-
-
-def _predict() -> Job:
-    from loco_det import predict
-
-    return Job(predict.add_arguments, predict.run)
-
-
-def _sweep() -> Job:
-    from loco_det import sweep
-
-    return Job(sweep.add_arguments, sweep.run)
-
-
-# In the order of the help text.
-JOBS: dict[str, tuple[str, Callable[[], Job]]] = {
-    "quickstart": ("make a data set, pretrain on it, convert, detect: the whole road in minutes on a CPU", _quickstart),
-    "doctor": ("check this machine, its data sets and a config with its weights, and say what to do", _doctor),
-    "data": (
-        "`data check PATH`: read a whole data set, say what is wrong; `data convert SRC OUT`: to COCO's format",
-        _data,
-    ),
-    "pretrain": ("pretrain a backbone on unlabelled images with LoCo, GIM or SimCLR", _pretrain),
-    "convert": ("turn a backbone into weights that Detectron2 and `train` read, with proof", _convert),
-    "train": ("train and evaluate Faster or Mask R-CNN on a frozen or fine-tuned backbone", _train),
-    "predict": ("draw what a trained detector or segmentor finds into images and videos; COCO JSON, ONNX", _predict),
-    "probe": ("classify images by a backbone's frozen features, stage by stage", _probe),
-    "sweep": ("train and evaluate every backbone with every seed and share of the images, resumably", _sweep),
-    "report": ("put runs and probes side by side: one page with intervals, errors, curves and pictures", _report),
+# In the order of the help text; each is a file of loco_det/commands/.
+JOBS = {
+    "quickstart": "make a data set, pretrain on it, convert, detect: the whole road in minutes on a CPU",
+    "doctor": "check this machine, its data sets and a config with its weights, and say what to do",
+    "data": "`data check PATH`: read a whole data set, say what is wrong; `data convert SRC OUT`: to COCO's format",
+    "pretrain": "pretrain a backbone on unlabelled images with LoCo, GIM or SimCLR",
+    "convert": "turn a backbone into weights that Detectron2 and `train` read, with proof",
+    "train": "train and evaluate Faster or Mask R-CNN on a frozen or fine-tuned backbone",
+    "predict": "draw what a trained detector or segmentor finds into images and videos; COCO JSON, ONNX",
+    "probe": "classify images by a backbone's frozen features, stage by stage",
+    "sweep": "train and evaluate every backbone with every seed and share of the images, resumably",
+    "report": "put runs and probes side by side: one page with intervals, errors, curves and pictures",
 }
+OWN_LOG = {"doctor"}  # reads --quiet itself: it must work where torch does not
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`loco-det COMMAND ARGUMENTS`; returns the exit status."""
     width = max(map(len, JOBS))
-    commands = "\n".join(f"  {name:<{width}}  {text}" for name, (text, _) in JOBS.items())
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in JOBS.items())
     parser = argparse.ArgumentParser(
         prog="loco-det",
         usage="loco-det [-h] [--version] COMMAND ...",
@@ -150,8 +72,8 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
     """
     try:
         with _sigterm_interrupts():
-            job, args = _parsed(name, argv, prog)
-            return _run(job, args)
+            job = importlib.import_module(f"loco_det.commands.{name}")
+            return _run(job, _parsed(job, name, argv, prog), logs=name not in OWN_LOG)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -170,25 +92,24 @@ def _sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _parsed(name: str, argv: Sequence[str] | None, prog: str | None) -> tuple[Job, argparse.Namespace]:
-    text, load = JOBS[name]
-    job = load()
+def _parsed(job: ModuleType, name: str, argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    text = JOBS[name]
     parser = argparse.ArgumentParser(prog=prog, description=f"{text[0].upper()}{text[1:]}.")
     job.add_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="say only what needs attention")
     parser.add_argument("--debug", action="store_true", help="show a traceback for bad input too")
-    return job, parser.parse_intermixed_args(argv)  # options may stand between KEY and VALUE pairs
+    return parser.parse_intermixed_args(argv)  # options may stand between KEY and VALUE pairs
 
 
-def _run(job: Job, args: argparse.Namespace) -> int:
-    if job.logs:
-        from loco_det.runtime import log_failure, setup_logging
+def _run(job: ModuleType, args: argparse.Namespace, logs: bool) -> int:
+    if logs:
+        from loco_det.core.log import log_failure, setup_logging
 
         setup_logging(quiet=args.quiet)
     try:
         return job.run(args) or 0
     except (Exception, KeyboardInterrupt) as error:
-        if job.logs:
+        if logs:
             log_failure(error)
         told = error if isinstance(error, UserError) else out_of_memory(error)
         if args.debug and (told or isinstance(error, KeyboardInterrupt)):

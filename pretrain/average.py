@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from loco_det.runtime import world_size
+from loco_det.core.distributed import world_size
 
 FULL = 25 * 2**20  # bytes after which a message leaves, as in torch's DistributedDataParallel
 WORTHWHILE = 2**20  # bytes that are sent at the end of a stage; less waits for the next, to save on latencies

@@ -1,14 +1,14 @@
 """The range of every number of a pretraining configuration, judged before any image is looked for.
 
 Numbers that depend on other keys are judged where these are read: BACKBONE.WIDTH (pretrain/train.py), SHARING.PENALTY
-(pretrain/sharing.py) and AUGMENT.* (loco_det/data/views.py).
+(pretrain/sharing.py) and AUGMENT.* (loco_det/images/views.py).
 """
 
 from __future__ import annotations
 
 from fvcore.common.config import CfgNode
 
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
 
 _MOST = 10**9  # of what has no other upper limit; a typing error, infinite, or overflows somewhere
 # Least and most, both included.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from loco_det.convert.load import left_out, load_tensors
-from loco_det.errors import UserError
-from loco_det.runtime import atomic_write
+from loco_det.core.errors import UserError
+from loco_det.core.files import atomic_write
 
 KEPT = 2  # the newest, and the one before in case the newest is lost
 KEYS = {"learner", "optimizer", "scaler", "step", "images", "config_hash"}

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
 
 
 def stage_compiler(device: torch.device, backend: str = "inductor") -> Callable[[nn.Module], nn.Module]:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loco_det.backbone import BasicBlock, Bottleneck, StagedBackbone, initialise
-from loco_det.errors import UserError
-from loco_det.presnet import PBottleneck
+from loco_det.backbones.presnet import PBottleneck
+from loco_det.backbones.resnet import BasicBlock, Bottleneck, StagedBackbone, initialise
+from loco_det.core.errors import UserError
 
 CONVS = ("blocks", "stage", "full")
 

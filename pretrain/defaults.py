@@ -6,7 +6,7 @@ from fvcore.common.config import CfgNode
 
 
 def get_cfg() -> CfgNode:
-    """The tree that `loco_det.config.load_config` merges a YAML file over."""
+    """The tree that `loco_det.core.config.load_config` merges a YAML file over."""
     return CfgNode(
         {
             "METHOD": "loco",  # loco | gim | simclr, each a list of units; random: no training, BN statistics only

@@ -46,8 +46,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from loco_det.backbone import StagedBackbone
-from loco_det.errors import UserError
+from loco_det.backbones.resnet import StagedBackbone
+from loco_det.core.errors import UserError
 
 METHODS = ("simclr", "gim", "loco", "loco_res2")
 

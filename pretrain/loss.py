@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from loco_det.runtime import rank, world_size
+from loco_det.core.distributed import rank, world_size
 
 
 def nt_xent(z: Tensor, temperature: float, chunk: int = 0) -> Tensor:

@@ -11,11 +11,12 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from loco_det.backbone import StagedBackbone
-from loco_det.data.source import Source
-from loco_det.errors import UserError
-from loco_det.metrics import append_metrics
-from loco_det.runtime import log, reduce_mean
+from loco_det.backbones.resnet import StagedBackbone
+from loco_det.core.distributed import reduce_mean
+from loco_det.core.errors import UserError
+from loco_det.core.log import log
+from loco_det.core.metrics import append_metrics
+from loco_det.images.source import Source
 from pretrain.loss import embedding_health
 
 MIN_STD = 0.05  # of the embeddings, where 1 is spread over the sphere; below it the training has collapsed

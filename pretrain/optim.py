@@ -13,7 +13,7 @@ from fvcore.common.param_scheduler import (
 from timm.optim import Lars
 from torch import nn
 
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
 
 
 def build_optimizer(cfg: CfgNode, modules: nn.Module) -> torch.optim.Optimizer:

@@ -15,16 +15,17 @@ import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD
-from loco_det.backbone import StagedBackbone
-from loco_det.data.source import Source
-from loco_det.data.sources import open_source
-from loco_det.data.subsets import share_of_each_class
-from loco_det.data.twoview import build_plain_loader
-from loco_det.data.views import normalise
-from loco_det.errors import UserError
+from loco_det.annotations.subsets import share_of_each_class
+from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD
+from loco_det.backbones.resnet import StagedBackbone
+from loco_det.core.distributed import rank, world_size
+from loco_det.core.errors import UserError
+from loco_det.core.log import log
 from loco_det.evaluation.knn import knn_predict
-from loco_det.runtime import log, rank, world_size
+from loco_det.images.folders import open_source
+from loco_det.images.source import Source
+from loco_det.images.two_views import build_plain_loader
+from loco_det.images.views import normalise
 
 TEST_SHARE = 0.2  # of each class, where KNN.VAL_PATH is empty
 BATCH = 64

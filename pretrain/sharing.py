@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
 from pretrain.loco import LocalTrainer, Pass, Unit, running_statistics_kept
 
 MODES = ("hard", "upper", "soft")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loco_det.runtime import world_size
+from loco_det.core.distributed import world_size
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):

@@ -13,27 +13,20 @@ import yaml
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD, backbone_tensors, describe, save_backbone
-from loco_det.backbone import BLOCKS, STEM_CHANNELS, ResNet, StagedBackbone, measure_batchnorm, narrow
-from loco_det.data.source import Source
-from loco_det.data.sources import open_source
-from loco_det.data.twoview import TwoViewLoader, TwoViews, build_two_view_loader
-from loco_det.data.views import normalise
-from loco_det.errors import UserError
-from loco_det.metrics import trim_metrics
-from loco_det.presnet import PRESNET, PResNet
-from loco_det.processes import CommonStop, StopSignal
-from loco_det.runtime import (
-    Progress,
-    atomic_write,
-    barrier,
-    is_main,
-    keep_freed_memory,
-    log,
-    resolve_device,
-    seed_everything,
-    world_size,
-)
+from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD, backbone_tensors, describe, save_backbone
+from loco_det.backbones.presnet import PRESNET, PResNet
+from loco_det.backbones.resnet import BLOCKS, STEM_CHANNELS, ResNet, StagedBackbone, measure_batchnorm, narrow
+from loco_det.core.device import keep_freed_memory, resolve_device, seed_everything
+from loco_det.core.distributed import barrier, is_main, world_size
+from loco_det.core.errors import UserError
+from loco_det.core.files import atomic_write
+from loco_det.core.launch import CommonStop, StopSignal
+from loco_det.core.log import Progress, log
+from loco_det.core.metrics import trim_metrics
+from loco_det.images.folders import open_source
+from loco_det.images.source import Source
+from loco_det.images.two_views import TwoViewLoader, TwoViews, build_two_view_loader
+from loco_det.images.views import normalise
 from pretrain.average import GradientAverage
 from pretrain.check import check_numbers
 from pretrain.checkpoint import latest_checkpoint, save_checkpoint
@@ -144,7 +137,7 @@ def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None) -
     Args:
         cfg: the frozen configuration.
         resume: continue from the newest checkpoint in OUTPUT_DIR, if there is one.
-        source: the images, where they are not those of DATA.PATH: data/indexed.py makes one of any data set.
+        source: the images, where they are not those of DATA.PATH: images/indexed.py makes one of any data set.
 
     Returns:
         OUTPUT_DIR/backbone.safetensors.

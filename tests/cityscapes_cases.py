@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from loco_det.data.cityscapes import CLASSES, LABELS
+from loco_det.annotations.cityscapes import CLASSES, LABELS
 
 HEIGHT, WIDTH = 96, 160
 

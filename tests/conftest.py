@@ -26,8 +26,8 @@ def _logging_as_before() -> Iterator[None]:
         handler.close()
     log.setLevel(logging.NOTSET)
     log.propagate, log.disabled = True, False
-    if runtime := sys.modules.get("loco_det.runtime"):
-        runtime._quiet = False
+    if log := sys.modules.get("loco_det.core.log"):
+        log._quiet = False
 
 
 @pytest.fixture(scope="session", autouse=True)

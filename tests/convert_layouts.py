@@ -20,9 +20,9 @@ from convert_cases import caffe2_name, detectron_pkl, prefixed, randomised
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from loco_det.artifact import describe, save_backbone
-from loco_det.backbone import ResNet
-from loco_det.names import to_torchvision
+from loco_det.backbones.artifact import describe, save_backbone
+from loco_det.backbones.names import to_torchvision
+from loco_det.backbones.resnet import ResNet
 
 OWN = "our own `backbone.safetensors`"
 RECORDED = Path(__file__).resolve().parent / "recorded_layouts.json"

@@ -183,8 +183,8 @@ def proposals(index: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def our_batch(train: bool) -> list[dict[str, Any]]:
     """The two images as this project's mapper hands them over, originals of twice their size."""
-    from loco_det.data.masks import PolygonMasks
-    from loco_det.structures import Instances
+    from loco_det.annotations.instances import Instances
+    from loco_det.annotations.masks import PolygonMasks
 
     batch = []
     for index, image in enumerate(images()):
@@ -255,8 +255,8 @@ def detectron2_trace(steps: int, *settings: dict[str, Any]) -> tuple[list[dict[s
 def our_trace(steps: int, *settings: dict[str, Any]) -> tuple[list[dict[str, float]], torch.nn.Module]:
     """The same by this project."""
     from loco_det.detection import solver
+    from loco_det.detection.keys import get_cfg
     from loco_det.detection.rcnn import build_model
-    from loco_det.detection.schema import get_cfg
 
     cfg = configure(get_cfg(), _solver(steps), *settings)
     model = formula_weights(build_model(cfg)).train()

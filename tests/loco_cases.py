@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from loco_det.backbone import ResNet
+from loco_det.backbones.resnet import ResNet
 from pretrain.decoders import Decoder, residual_blocks
 from pretrain.loco import METHODS, method_units, split_backbone
 from pretrain.loss import nt_xent

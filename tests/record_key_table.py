@@ -12,8 +12,8 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
-from loco_det.detection.schema import HONOURED, check_honoured, get_cfg, values
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
+from loco_det.detection.keys import SUPPORTED, check_supported, get_cfg, values
 
 STOCK = Path(__file__).parent / "golden" / "stock_configs.json"
 PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
@@ -24,11 +24,11 @@ def table() -> str:
     """One row a key: its default, and what the torchvision engine takes."""
     rows = ["| key | default | torchvision engine takes |", "|---|---|---|"]
     for key, default in sorted(values(get_cfg()).items()):
-        allowed = HONOURED.get(key, ())
+        allowed = SUPPORTED.get(key, ())
         taken = "any" if allowed is None else ", ".join(f"`{value!r}`" for value in allowed) or "only the default"
-        if key in HONOURED:
+        if key in SUPPORTED:
             rows.append(f"| `{key}` | `{default!r}` | {taken} |")
-    rest = ", ".join(f"`{key}`" for key in sorted(values(get_cfg())) if key not in HONOURED)
+    rest = ", ".join(f"`{key}`" for key in sorted(values(get_cfg())) if key not in SUPPORTED)
     return "\n".join([*rows, "", f"Every other key must keep its default: {rest}.", "", *stock_rows()])
 
 
@@ -50,7 +50,7 @@ def stock_rows() -> list[str]:
 def refusal(cfg: CfgNode) -> str | None:
     """Key and value that the torchvision engine refuses a configuration for; None if it honours all."""
     try:
-        check_honoured(cfg)
+        check_supported(cfg)
     except UserError as error:
         key, _, rest = str(error).partition(" is ")
         return f"`{key} {re.split('[,;]', rest)[0]}`"

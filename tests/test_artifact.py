@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from loco_det import __version__
-from loco_det.artifact import (
+from loco_det.backbones.artifact import (
     HEADER_KEY,
     IMAGENET_MEAN,
     Manifest,
@@ -29,9 +29,9 @@ from loco_det.artifact import (
     load_backbone,
     save_backbone,
 )
-from loco_det.backbone import ResNet, tensors_hash
-from loco_det.errors import UserError
-from loco_det.names import to_detectron2
+from loco_det.backbones.names import to_detectron2
+from loco_det.backbones.resnet import ResNet, tensors_hash
+from loco_det.core.errors import UserError
 
 
 def small() -> tuple[dict[str, torch.Tensor], Manifest]:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from loco_det.backbone import (
+from loco_det.backbones.names import to_detectron2, to_torchvision
+from loco_det.backbones.resnet import (
     BLOCKS,
     STAGES,
     FrozenBatchNorm2d,
@@ -23,8 +24,7 @@ from loco_det.backbone import (
     stage_strides,
     tensors_hash,
 )
-from loco_det.errors import UserError
-from loco_det.names import to_detectron2, to_torchvision
+from loco_det.core.errors import UserError
 
 WIDE = {
     "resnext50_32x4d": {"groups": 32, "width_per_group": 4},

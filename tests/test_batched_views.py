@@ -11,9 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from view_cases import encode, photograph, two_views, view
 
-from loco_det.data import batched_views
-from loco_det.data.batched_views import Decoded, join_decoded, make_views, packed
-from loco_det.data.views import ViewParams, decode_and_draw, view_config
+from loco_det.images import batched_views
+from loco_det.images.batched_views import Decoded, join_decoded, make_views, packed
+from loco_det.images.views import ViewParams, decode_and_draw, view_config
 
 NOTHING = ViewParams(crop=(0, 0, 0, 0), flip=False, jitter=(), gray=False, blur_sigma=0.0, solarize=False)
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from view_cases import SIZE, config, encode, photograph
 
-from loco_det.data import batches, twoview
-from loco_det.data.batched_views import Decoded
-from loco_det.data.batches import TwoViews, delivered, joined
-from loco_det.data.sources import open_source
-from loco_det.data.twoview import DecodedDataset, TwoViewDataset, build_two_view_loader
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
+from loco_det.images import batches, two_views
+from loco_det.images.batched_views import Decoded
+from loco_det.images.batches import TwoViews, delivered, joined
+from loco_det.images.folders import open_source
+from loco_det.images.two_views import DecodedDataset, TwoViewDataset, build_two_view_loader
 from pretrain import train
 
 WHOLE = 2 * 8 * 3 * SIZE * SIZE  # values of a batch
@@ -119,7 +119,7 @@ class Gpu:
         patch.setattr(torch.cuda, "current_stream", lambda device: self.current)
         for place in (torch.cuda, getattr(torch, "accelerator", torch.cuda)):  # torch 2.4 has none
             patch.setattr(place, "is_available", lambda: True)
-        patch.setattr(twoview.runtime, "resolve_device", lambda name: GPU)
+        patch.setattr(two_views, "resolve_device", lambda name: GPU)
 
     def log(self, *event: object) -> None:
         self.events.append(event)
@@ -213,7 +213,7 @@ def test_a_device_that_the_run_is_not_on_is_named(name: str, folder: Path) -> No
 
 
 def test_workers_give_decoded_images_where_batches_are_augmented(folder: Path) -> None:
-    dataset = DecodedDataset(open_source(folder), twoview.view_config(SIZE, {}), seed=0)
+    dataset = DecodedDataset(open_source(folder), two_views.view_config(SIZE, {}), seed=0)
     decoded, bad = dataset[0, [3, 4]]
     assert isinstance(decoded, Decoded)
     assert decoded.pixels.shape == (2 * 40 * 50, 3)

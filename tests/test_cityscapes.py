@@ -16,9 +16,8 @@ from cityscapes_cases import HEIGHT, WIDTH, as_result, draw_ids, noisy_results, 
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from loco_det.data import cityscapes
-from loco_det.data.catalog import find_dataset
-from loco_det.data.cityscapes import (
+from loco_det.annotations import cityscapes
+from loco_det.annotations.cityscapes import (
     CLASSES,
     LABELS,
     VOID,
@@ -27,15 +26,16 @@ from loco_det.data.cityscapes import (
     instances_from_masks,
     instances_from_polygons,
 )
-from loco_det.data.coco import decode_segmentation, load_coco
-from loco_det.errors import UserError
+from loco_det.annotations.coco import decode_segmentation, load_coco
+from loco_det.annotations.instances import rle_lengths
+from loco_det.annotations.registry import find_dataset
+from loco_det.core.errors import UserError
 from loco_det.evaluation.cityscapes import (
     cityscapes_outcomes,
     evaluate_cityscapes,
     in_percent,
     write_submission,
 )
-from loco_det.structures import rle_lengths
 
 GROUND_TRUTH = ["gtFine_polygons.json", "gtFine_instanceIds.png", "gtFine_labelIds.png"]
 VAL = "cityscapes_fine_instance_seg_val"

@@ -14,10 +14,10 @@ import pytest
 from cityscapes_cases import noisy_results, write_cityscapes
 from tiny_detection import tiny_cfg
 
+from loco_det.annotations.registry import find_dataset
 from loco_det.cli import run_job
-from loco_det.data.catalog import find_dataset
+from loco_det.core.errors import UserError
 from loco_det.detection.train import train_net
-from loco_det.errors import UserError
 from loco_det.evaluation.cityscapes import cityscapes_outcomes, evaluate_cityscapes, in_percent
 from loco_det.report.analysis import experiments
 from loco_det.report.runs import find_runs

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -20,9 +21,9 @@ import pytest
 import torch
 
 from loco_det import __version__, cli
-from loco_det.cli import JOBS, Job, main, run_job
-from loco_det.errors import UserError
-from pretrain import command
+from loco_det.cli import JOBS, main, run_job
+from loco_det.commands import pretrain as command
+from loco_det.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = {"pretrain": "pretrain_net.py", "convert": "convert_to_d2.py", "train": "train_net.py"}
@@ -39,7 +40,10 @@ def job(monkeypatch: pytest.MonkeyPatch):
     """Installs `run` as the only job, called "work"; returns a function that starts it."""
 
     def install(run, add_arguments=lambda parser: None, logs: bool = False):
-        monkeypatch.setattr(cli, "JOBS", {"work": ("do something", lambda: Job(add_arguments, run, logs))})
+        monkeypatch.setattr(cli, "JOBS", {"work": "do something"})
+        monkeypatch.setattr(cli, "OWN_LOG", set() if logs else {"work"})
+        module = SimpleNamespace(add_arguments=add_arguments, run=run)
+        monkeypatch.setitem(sys.modules, "loco_det.commands.work", module)
         return lambda *argv: run_job("work", list(argv), prog="loco-det work")
 
     return install
@@ -94,10 +98,11 @@ def test_sigterm_interrupts_too_and_only_while_the_job_runs(job, capsys: pytest.
 def test_an_interrupt_during_imports_is_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def load() -> Job:
+    def load(name: str) -> None:
+        assert name == "loco_det.commands.train"
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(JOBS, "train", ("", load))
+    monkeypatch.setattr(importlib, "import_module", load)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -125,7 +130,7 @@ def test_a_bug_is_not_dressed_up_as_bad_input(job) -> None:
 
 
 def test_quiet_reaches_the_log_and_the_job(job, capsys: pytest.CaptureFixture) -> None:
-    from loco_det.runtime import log
+    from loco_det.core.log import log
 
     def talk(args: argparse.Namespace) -> None:
         log.info("detail")
@@ -175,7 +180,7 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "HEAVY []" in done.stdout
-    for name, (text, _) in JOBS.items():
+    for name, text in JOBS.items():
         assert f"  {name} " in done.stdout
         assert text in done.stdout
 
@@ -206,16 +211,9 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture)
     assert "--quiet" in out
 
 
-def test_the_modules_behind_the_commands_are_the_jobs() -> None:
-    modules = {
-        "pretrain": "pretrain.command",
-        "convert": "loco_det.convert.command",
-        "train": "loco_det.detection.command",
-        "doctor": "loco_det.doctor",
-    }
-    for name, module in modules.items():
-        job = JOBS[name][1]()
-        assert job[:2] == (importlib.import_module(module).add_arguments, importlib.import_module(module).run)
+def test_every_file_of_commands_is_a_job() -> None:
+    files = {file.stem for file in (ROOT / "loco_det" / "commands").glob("*.py")} - {"__init__"}
+    assert files == set(JOBS)
 
 
 def test_processes_resume_and_overrides_reach_the_pretraining(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,14 +230,13 @@ def test_processes_resume_and_overrides_reach_the_pretraining(monkeypatch: pytes
     assert runs == [(7, True), (0, False)]
 
 
-def test_quickstart_gets_the_pretraining_handed_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from loco_det import quickstart
-    from pretrain.command import pretrain_file
+def test_quickstart_gets_its_folder_and_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from loco_det.commands import quickstart
 
     calls = []
-    monkeypatch.setattr(quickstart, "quickstart", lambda out, **kwargs: calls.append((out, kwargs)))
+    monkeypatch.setattr(quickstart, "quickstart", lambda *values: calls.append(values))
     assert main(["quickstart", "--out", str(tmp_path), "--seed", "3"]) == 0
-    assert calls == [(tmp_path, {"pretrain": pretrain_file, "seed": 3})]
+    assert calls == [(tmp_path, 3)]
 
 
 # --- bad input to the real commands -----------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import pytest
 import torch
 from loco_cases import gradients
 
-from loco_det.backbone import BasicBlock
-from loco_det.errors import UserError
+from loco_det.backbones.resnet import BasicBlock
+from loco_det.core.errors import UserError
 from pretrain.compiling import stage_compiler
 from pretrain.loco import LocalTrainer, Unit
 

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from fvcore.common.config import CfgNode
 
-from loco_det.config import MAX_NODES, collect_settings, find_config, load_config, read_yaml
-from loco_det.detection.schema import HONOURED, check_honoured, get_cfg, values
-from loco_det.errors import UserError
+from loco_det.core.config import MAX_NODES, collect_settings, find_config, load_config, read_yaml
+from loco_det.core.errors import UserError
+from loco_det.detection.keys import SUPPORTED, check_supported, get_cfg, values
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -231,7 +231,7 @@ def test_get_cfg_gives_independent_copies():
 
 def test_every_honoured_key_exists_and_takes_its_default():
     tree = values(get_cfg())
-    for key, allowed in HONOURED.items():
+    for key, allowed in SUPPORTED.items():
         assert key in tree
         default = list(tree[key]) if isinstance(tree[key], tuple) else tree[key]
         assert allowed is None or default in allowed, key
@@ -239,13 +239,9 @@ def test_every_honoured_key_exists_and_takes_its_default():
 
 def test_every_honoured_key_is_read_somewhere():
     # An option that nobody reads is worse than one that is refused.
-    code = "\n".join(
-        path.read_text()
-        for path in (REPOSITORY / "loco_det").rglob("*.py")
-        if path.name not in ("schema.py", "honoured.py")
-    )
-    fixed = {key for key, allowed in HONOURED.items() if allowed is not None and len(allowed) == 1}
-    unread = [key for key in HONOURED if key not in fixed and key.rpartition(".")[2] not in code]
+    code = "\n".join(path.read_text() for path in (REPOSITORY / "loco_det").rglob("*.py") if path.name != "keys.py")
+    fixed = {key for key, allowed in SUPPORTED.items() if allowed is not None and len(allowed) == 1}
+    unread = [key for key in SUPPORTED if key not in fixed and key.rpartition(".")[2] not in code]
     assert not unread
 
 
@@ -253,11 +249,11 @@ def test_a_key_that_is_not_honoured_is_refused_by_name(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("MODEL:\n  META_ARCHITECTURE: RetinaNet\n")
     with pytest.raises(UserError) as refused:
-        check_honoured(load_config(get_cfg(), path), collect_settings(path))
+        check_supported(load_config(get_cfg(), path), collect_settings(path))
     for word in ("a.yaml, line 2", "MODEL.META_ARCHITECTURE is 'RetinaNet'", "--engine detectron2"):
         assert word in str(refused.value)
     with pytest.raises(UserError, match=r"GLOBAL.HACK is 2.0; Detectron2 knows this key"):
-        check_honoured(load_config(get_cfg(), "", ["GLOBAL.HACK", "2.0"]))
+        check_supported(load_config(get_cfg(), "", ["GLOBAL.HACK", "2.0"]))
     with pytest.raises(UserError, match=r"did you mean MODEL.ROI_HEADS.NUM_CLASSES"):
         load_config(get_cfg(), "", ["MODEL.ROI_HEAD.NUM_CLASSES", "3"])
 
@@ -265,13 +261,13 @@ def test_a_key_that_is_not_honoured_is_refused_by_name(tmp_path):
 def test_the_dumped_tree_passes_and_comes_back(tmp_path):
     (tmp_path / "config.yaml").write_text(get_cfg().dump())
     cfg = load_config(get_cfg(), tmp_path / "config.yaml")
-    check_honoured(cfg)
+    check_supported(cfg)
     assert cfg.dump() == get_cfg().dump()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_is_honoured_and_says_how_to_run_it(path):
-    check_honoured(load_config(get_cfg(), path))
+    check_supported(load_config(get_cfg(), path))
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     if path.name.startswith(("coco_", "voc_", "cityscapes_", "lvis_")):
         assert any(line.startswith("# Command:") and f"configs/{path.name}" in line for line in head)

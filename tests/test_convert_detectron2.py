@@ -10,10 +10,10 @@ import torch
 import torchvision
 from convert_cases import caffe2_name, detectron_pkl, randomised
 
-from loco_det.backbone import ResNet
+from loco_det.backbones.names import to_torchvision
+from loco_det.backbones.resnet import ResNet
 from loco_det.convert import convert, load_backbone_weights, load_checkpoint
-from loco_det.convert.namings import NAMINGS
-from loco_det.names import to_torchvision
+from loco_det.convert.name_patterns import NAMINGS
 
 pytest.importorskip("detectron2")
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,11 +137,11 @@ def test_an_msra_file_is_read_as_detectron2_reads_it(tmp_path: Path) -> None:
 
 
 def test_weights_that_contradict_the_configuration_are_refused_on_this_engine_too(folder: Path) -> None:
-    from loco_det.config import load_config
+    from loco_det.core.config import load_config
+    from loco_det.core.errors import UserError
     from loco_det.detection.engine_d2 import Detectron2Engine
-    from loco_det.detection.schema import get_cfg
+    from loco_det.detection.keys import get_cfg
     from loco_det.detection.weights import load_weights
-    from loco_det.errors import UserError
 
     given = ["MODEL.WEIGHTS", str(folder / "r50.pkl"), "MODEL.DEVICE", "cpu", "INPUT.FORMAT", "BGR"]
     cfg = load_config(get_cfg(), "configs/coco_loco_r50.yaml", given)
@@ -159,9 +159,9 @@ def test_a_detector_goes_to_the_other_engine_and_back_bit_for_bit(tmp_path: Path
     from detectron2.config import get_cfg as stock_cfg
     from detectron2.modeling import build_model as stock_model
 
-    from loco_det.config import load_config
+    from loco_det.core.config import load_config
+    from loco_det.detection.keys import get_cfg
     from loco_det.detection.rcnn import build_model
-    from loco_det.detection.schema import get_cfg
     from loco_det.detection.weights import load_weights
 
     cfg = stock_cfg()

@@ -12,11 +12,11 @@ import torch
 from convert_layouts import CASES, Case, backbone_of, moco
 from test_convert_sources import documented
 
+from loco_det.backbones.names import to_detectron2
 from loco_det.cli import run_job
 from loco_det.convert import inspect as inspection
 from loco_det.convert import load_any_backbone, load_backbone_weights
-from loco_det.errors import UserError
-from loco_det.names import to_detectron2
+from loco_det.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 D2_CONFIG = """

@@ -28,14 +28,14 @@ import safetensors.torch
 import torch
 from convert_cases import detectron_pkl, torch_zip
 
-from loco_det.artifact import HEADER_KEY, Manifest, Stage, decode_manifest
-from loco_det.config import collect_settings
+from loco_det.backbones.artifact import HEADER_KEY, Manifest, Stage, decode_manifest
 from loco_det.convert.architecture import Architecture
 from loco_det.convert.export import yaml_text
 from loco_det.convert.inspect import inspect
 from loco_det.convert.load import in_memory, load_tensors, open_tensors
 from loco_det.convert.sources import flatten
-from loco_det.errors import UserError
+from loco_det.core.config import collect_settings
+from loco_det.core.errors import UserError
 
 TENSORS = {"conv1.weight": torch.arange(12.0).reshape(3, 4), "bn1.bias": torch.ones(3)}
 ARRAYS = {name: tensor.numpy() for name, tensor in TENSORS.items()}

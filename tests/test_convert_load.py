@@ -30,11 +30,11 @@ from convert_cases import TRAPS, Reduce, hostile_files, pickles_that_run, raw_tr
 from torch import nn
 
 from loco_det.convert import load_backbone_weights
-from loco_det.convert.account import take_account
 from loco_det.convert.inspect import inspect
 from loco_det.convert.load import left_out, load_tensors, open_tensors
+from loco_det.convert.report import take_account
 from loco_det.convert.unpickle import LeftOut
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
 
 
 def training_checkpoint() -> dict:
@@ -388,7 +388,7 @@ def test_hostile_files_do_nothing(corpus: Path) -> None:
         "from pathlib import Path\n"
         "from loco_det.convert import load_backbone_weights\n"
         "from loco_det.convert.inspect import inspect\n"
-        "from loco_det.errors import UserError\n"
+        "from loco_det.core.errors import UserError\n"
         "def kibibytes(field):\n"  # not ru_maxrss, which remembers the process that this one was forked from
         "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(field))\n"
         "before = kibibytes('VmRSS')\n"

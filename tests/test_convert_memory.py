@@ -18,11 +18,11 @@ import torch
 import torchvision
 from convert_cases import detectron_pkl, randomised
 
+from loco_det.backbones.names import to_detectron2
 from loco_det.convert import load_backbone_weights
 from loco_det.convert.load import in_memory, load_tensors, open_tensors
 from loco_det.convert.sources import flatten
-from loco_det.errors import UserError
-from loco_det.names import to_detectron2
+from loco_det.core.errors import UserError
 
 MB = 2**20
 HUGE = 96 * MB

@@ -19,16 +19,16 @@ import yaml
 from convert_cases import prefixed, randomised
 from safetensors.torch import load_file
 
-from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD, describe, load_backbone, save_backbone
-from loco_det.backbone import ResNet
+from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD, describe, load_backbone, save_backbone
+from loco_det.backbones.names import to_detectron2, to_torchvision
+from loco_det.backbones.resnet import ResNet
 from loco_det.cli import run_job
 from loco_det.convert import conversion, convert, load_any_backbone, load_backbone_weights
-from loco_det.convert.account import Account
 from loco_det.convert.architecture import Architecture
 from loco_det.convert.export import yaml_text
 from loco_det.convert.prove import TOLERANCE, made_image, prove
-from loco_det.errors import UserError
-from loco_det.names import to_detectron2, to_torchvision
+from loco_det.convert.report import Account
+from loco_det.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 MSRA = {"channel_order": "BGR", "pixel_mean": (103.53, 116.28, 123.675), "pixel_std": (1.0, 1.0, 1.0)}

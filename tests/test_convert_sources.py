@@ -32,16 +32,16 @@ from convert_layouts import (
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from loco_det.artifact import IMAGENET_MEAN, describe, save_backbone
-from loco_det.backbone import ResNet
+from loco_det.backbones.artifact import IMAGENET_MEAN, describe, save_backbone
+from loco_det.backbones.names import to_detectron2, to_torchvision
+from loco_det.backbones.resnet import ResNet
 from loco_det.convert import load_backbone_weights, load_checkpoint
-from loco_det.convert.account import Account, take_account
 from loco_det.convert.inspect import inspect
 from loco_det.convert.load import load_tensors, open_tensors
-from loco_det.convert.namings import NAMINGS
+from loco_det.convert.name_patterns import NAMINGS
+from loco_det.convert.report import Account, take_account
 from loco_det.convert.sources import SOURCES, Pixels, Source
-from loco_det.errors import UserError
-from loco_det.names import to_detectron2, to_torchvision
+from loco_det.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

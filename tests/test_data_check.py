@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from view_cases import encode, photograph, two_views
 
+from loco_det.annotations.coco import load_coco
+from loco_det.annotations.index import load_index
+from loco_det.annotations.registry import Dataset
+from loco_det.annotations.rules import COMPUTED, EFFECTS, LEFT_OUT, NOTE, STOPS, SUSPECT, Use, findings
 from loco_det.cli import main
-from loco_det.data.catalog import Dataset
-from loco_det.data.coco import load_coco
-from loco_det.data.index import load_index
-from loco_det.data.rules import COMPUTED, EFFECTS, LEFT_OUT, NOTE, STOPS, SUSPECT, Use, findings
-from loco_det.data.views import view_config
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
+from loco_det.images.views import view_config
 
 SQUARE = [[2, 2, 12, 2, 12, 12, 2, 12]]
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from loco_det.data.catalog import COCO_NAMES, Dataset, find_dataset, measure_of
-from loco_det.data.coco import CocoDataset, decode_segmentation, load_coco
-from loco_det.errors import UserError
-from loco_det.structures import rle_lengths
+from loco_det.annotations.coco import CocoDataset, decode_segmentation, load_coco
+from loco_det.annotations.instances import rle_lengths
+from loco_det.annotations.registry import COCO_NAMES, Dataset, find_dataset, measure_of
+from loco_det.core.errors import UserError
 
 SQUARE = [[10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]]
 CONTENT = {

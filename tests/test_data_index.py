@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loco_det.data.coco_json import NO_MASK, OTHER, POLYGONS, RLE, TOO_FEW_POINTS
-from loco_det.data.index import CocoIndex, cache_folder, load_index
-from loco_det.errors import UserError
+from loco_det.annotations.coco_json import NO_MASK, OTHER, POLYGONS, RLE, TOO_FEW_POINTS
+from loco_det.annotations.index import CocoIndex, cache_folder, load_index
+from loco_det.core.errors import UserError
 
 SQUARE = [10.0, 10, 30, 10, 30.5, 30, 1e1, 30]
 

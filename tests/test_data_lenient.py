@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from loco_det.data.coco_json import MALFORMED, Content, parse
-from loco_det.data.index import CocoIndex, load_index
-from loco_det.data.lenient import rewritten
-from loco_det.data.subsets import part_of
-from loco_det.errors import UserError
+from loco_det.annotations.coco_json import MALFORMED, Content, parse
+from loco_det.annotations.index import CocoIndex, load_index
+from loco_det.annotations.lenient import rewritten
+from loco_det.annotations.subsets import part_of
+from loco_det.core.errors import UserError
 from loco_det.evaluation.coco import evaluate_coco
 
 H, W = 60, 80

@@ -14,14 +14,14 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 from test_data_mapper import assert_instances_equal
 
-from loco_det import runtime
-from loco_det.data import loader as module
-from loco_det.data.catalog import find_dataset
-from loco_det.data.loader import Loader, TrainingStream, build_test_loader, build_train_loader, repeat_factors
-from loco_det.data.mapper import sample_rng
+from loco_det.annotations import loader as module
+from loco_det.annotations.loader import Loader, TrainingStream, build_test_loader, build_train_loader, repeat_factors
+from loco_det.annotations.mapper import sample_rng
+from loco_det.annotations.registry import find_dataset
+from loco_det.core import device
+from loco_det.core.errors import UserError
 from loco_det.detection import train
-from loco_det.detection.schema import get_cfg
-from loco_det.errors import UserError
+from loco_det.detection.keys import get_cfg
 
 
 def make(root: Path, name: str, count: int = 11, empty: int = 0, crowd: int = 0, classes: int = 3) -> None:
@@ -190,7 +190,7 @@ def test_seed_0_is_a_seed_and_a_negative_one_is_none(root):
 
 def test_a_seed_is_drawn_in_one_way(root, monkeypatch):
     make(root, "made")
-    assert module.common_seed is train.common_seed is runtime.common_seed
+    assert module.common_seed is train.common_seed is device.common_seed
     with monkeypatch.context() as patch:
         patch.setattr(module, "common_seed", {-1: 7}.get)
         drawn = take(build_train_loader(config("SEED", -1)), 4)

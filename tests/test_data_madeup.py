@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from loco_det.data.catalog import find_dataset
-from loco_det.data.coco import load_coco
-from loco_det.data.loader import build_train_loader
-from loco_det.data.madeup import CLASS_NAMES, LEAST_VISIBLE, draw_image, make_shapes_dataset
-from loco_det.detection.schema import get_cfg
-from loco_det.errors import UserError
+from loco_det.annotations.coco import load_coco
+from loco_det.annotations.loader import build_train_loader
+from loco_det.annotations.registry import find_dataset
+from loco_det.annotations.synthetic import CLASS_NAMES, LEAST_VISIBLE, draw_image, make_shapes_dataset
+from loco_det.core.errors import UserError
+from loco_det.detection.keys import get_cfg
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_whole(tmp_path, monkeypatc
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loco_det.data.madeup._annotation", stop)
+    monkeypatch.setattr("loco_det.annotations.synthetic._annotation", stop)
     with pytest.raises(KeyboardInterrupt):
         make_shapes_dataset(tmp_path, train=2, val=1, size=48)
     assert not (tmp_path / "shapes").exists()

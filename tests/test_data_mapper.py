@@ -15,13 +15,13 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from loco_det.data.catalog import Dataset, find_dataset
-from loco_det.data.coco import CocoDataset, decode_segmentation, load_coco
-from loco_det.data.mapper import DetectionMapper, sample_rng
-from loco_det.data.masks import rasterize
-from loco_det.data.transforms import Crop, Flip, resize_short_side
-from loco_det.detection.schema import get_cfg
-from loco_det.errors import UserError
+from loco_det.annotations.coco import CocoDataset, decode_segmentation, load_coco
+from loco_det.annotations.mapper import DetectionMapper, sample_rng
+from loco_det.annotations.masks import rasterize
+from loco_det.annotations.registry import Dataset, find_dataset
+from loco_det.annotations.transforms import Crop, Flip, resize_short_side
+from loco_det.core.errors import UserError
+from loco_det.detection.keys import get_cfg
 
 
 def config(*overrides) -> CfgNode:

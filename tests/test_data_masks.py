@@ -7,7 +7,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from loco_det.data.masks import BitMasks, PolygonMasks, rasterize
+from loco_det.annotations.masks import BitMasks, PolygonMasks, rasterize
 
 
 def star(rng: np.random.Generator, size: float = 60) -> np.ndarray:

@@ -13,13 +13,13 @@ import pytest
 from pycocotools import mask as coco_mask
 from test_data_check import DEFECTS, annotation, rle, sound, write
 
-from loco_det.data.check import STOPS, check_coco, masks_of
-from loco_det.data.coco import load_coco, match_files, readable_annotations
-from loco_det.data.index import load_index
-from loco_det.data.mapper import DetectionMapper, sample_rng
-from loco_det.data.rules import COMPUTED, EFFECTS, LEFT_OUT, RULES, SUSPECT, Use, findings
-from loco_det.detection.schema import get_cfg
-from loco_det.errors import UserError
+from loco_det.annotations.check import STOPS, check_coco, masks_of
+from loco_det.annotations.coco import load_coco, match_files, readable_annotations
+from loco_det.annotations.index import load_index
+from loco_det.annotations.mapper import DetectionMapper, sample_rng
+from loco_det.annotations.rules import COMPUTED, EFFECTS, LEFT_OUT, RULES, SUSPECT, Use, findings
+from loco_det.core.errors import UserError
+from loco_det.detection.keys import get_cfg
 from loco_det.evaluation.coco import evaluate_coco
 
 MASKS = ("", "polygon", "bitmask")

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from loco_det.core.errors import UserError
 from loco_det.detection.anchors import AnchorGenerator, cell_anchors, spread_over_levels
 from loco_det.detection.poolers import RoiPooler, assign_levels
-from loco_det.errors import UserError
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5, 0.3])

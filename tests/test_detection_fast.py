@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torchvision.ops import roi_align
 
-from loco_det.backbone import BLOCKS, Conv2d, ResNet, freeze
+from loco_det.backbones.folding import convolve, fast_arithmetic, is_fast
+from loco_det.backbones.resnet import BLOCKS, Conv2d, ResNet, freeze
 from loco_det.detection import solver
+from loco_det.detection.keys import get_cfg
 from loco_det.detection.masks import MaskHead
 from loco_det.detection.poolers import RoiPooler
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.rpn import RPNHead
-from loco_det.detection.schema import get_cfg
-from loco_det.fused import convolve, fast_arithmetic, is_fast
 
 VARIANTS = {
     "FPN": (cases.FPN,),
@@ -142,7 +142,7 @@ def conv_with(norm: str, frozen: bool) -> Conv2d:
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of a folded convolution, where this machine has both."""
     if not request.param:
-        monkeypatch.setattr("loco_det.fused._onednn_takes", lambda *_: False)
+        monkeypatch.setattr("loco_det.backbones.folding._onednn_takes", lambda *_: False)
 
 
 @pytest.mark.usefixtures("kernel")

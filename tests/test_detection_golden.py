@@ -14,10 +14,10 @@ import pytest
 import torch
 from record_golden import CASES, TRACE, TRACED, first_ones
 
-from loco_det.detection.augmented import AugmentedRCNN
+from loco_det.annotations.instances import Instances
+from loco_det.detection.keys import get_cfg
 from loco_det.detection.rcnn import build_model
-from loco_det.detection.schema import get_cfg
-from loco_det.structures import Instances
+from loco_det.detection.tta import AugmentedRCNN
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "detection.json").read_text())
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from loco_det.data.masks import BitMasks, PolygonMasks
+from loco_det.annotations.masks import BitMasks, PolygonMasks
 from loco_det.detection.masks import (
     _paste_in_chunks,
     _paste_near_boxes,

@@ -10,16 +10,15 @@ import pytest
 import torch
 from fvcore.common.config import CfgNode
 
-from loco_det.backbone import FrozenBatchNorm2d, make_stage
+from loco_det.annotations.instances import Instances
+from loco_det.backbones.resnet import FrozenBatchNorm2d, make_stage
+from loco_det.core.errors import UserError
 from loco_det.detection.fast_rcnn import BoxPredictor
 from loco_det.detection.fpn import build_backbone
-from loco_det.detection.honoured import MODEL_KEYS, lookup
+from loco_det.detection.keys import MODEL_KEYS, get_cfg, lookup
 from loco_det.detection.rcnn import build_model, postprocess
 from loco_det.detection.rpn import RPN
-from loco_det.detection.schema import get_cfg
 from loco_det.detection.weights import load_weights
-from loco_det.errors import UserError
-from loco_det.structures import Instances
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

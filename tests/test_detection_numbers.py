@@ -14,23 +14,23 @@ import numpy as np
 import pytest
 import torch
 
-from loco_det.backbone import Conv2d
-from loco_det.data.loader import repeat_factors
-from loco_det.data.mapper import move_boxes
-from loco_det.data.masks import BitMasks, PolygonMasks, rasterize
-from loco_det.data.transforms import Crop, Flip
+from loco_det.annotations.instances import Instances
+from loco_det.annotations.loader import repeat_factors
+from loco_det.annotations.mapper import move_boxes
+from loco_det.annotations.masks import BitMasks, PolygonMasks, rasterize
+from loco_det.annotations.transforms import Crop, Flip
+from loco_det.backbones.folding import fast_arithmetic
+from loco_det.backbones.resnet import Conv2d
 from loco_det.detection import solver
 from loco_det.detection.boxes import BoxCoder, regression_loss
 from loco_det.detection.deformable import DeformConv2d
 from loco_det.detection.fast_rcnn import BoxPredictor
 from loco_det.detection.fpn import build_backbone
+from loco_det.detection.keys import get_cfg
 from loco_det.detection.masks import paste_masks
 from loco_det.detection.poolers import RoiPooler
 from loco_det.detection.roi_heads import StandardROIHeads
 from loco_det.detection.rpn import RPN
-from loco_det.detection.schema import get_cfg
-from loco_det.fused import fast_arithmetic
-from loco_det.structures import Instances
 
 
 def test_roi_heads_losses() -> None:

@@ -12,9 +12,9 @@ import detection_cases as cases
 import pytest
 import torch
 
-from loco_det.detection.augmented import AugmentedRCNN
+from loco_det.detection.keys import get_cfg
 from loco_det.detection.rcnn import build_model
-from loco_det.detection.schema import get_cfg
+from loco_det.detection.tta import AugmentedRCNN
 
 pytestmark = [
     pytest.mark.detectron2,
@@ -291,8 +291,8 @@ def test_an_image_without_objects_trains_alike(pair: tuple[Any, Any, float]) -> 
 @pytest.mark.parametrize("name", ["coco_loco_r50.yaml", "coco_loco_r50_c4.yaml"])
 def test_real_images_through_both_pipelines(real_coco: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Full-size networks on the files of two COCO images, each engine with its own reader; random weights."""
-    from loco_det.config import load_config
-    from loco_det.data.catalog import find_dataset
+    from loco_det.annotations.registry import find_dataset
+    from loco_det.core.config import load_config
     from loco_det.detection.engine_d2 import Detectron2Engine
     from loco_det.detection.engine_torchvision import TorchvisionEngine
 

@@ -13,18 +13,18 @@ import pytest
 import torch
 from tiny_detection import tiny_cfg
 
-from loco_det.data.catalog import find_dataset
+from loco_det.annotations.registry import find_dataset
+from loco_det.core.errors import UserError
 from loco_det.detection import precise_bn
-from loco_det.detection.augmented import AugmentedRCNN, back, forth
 from loco_det.detection.engine_d2 import Detectron2Engine
 from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.fast_rcnn import select_detections
 from loco_det.detection.inference import check_expected
+from loco_det.detection.keys import check_supported, get_cfg
 from loco_det.detection.precomputed import read_proposals
 from loco_det.detection.rcnn import build_model
-from loco_det.detection.schema import check_honoured, get_cfg
 from loco_det.detection.train import train_net
-from loco_det.errors import UserError
+from loco_det.detection.tta import AugmentedRCNN, back, forth
 from loco_det.evaluation.proposals import Proposals, best_covers, evaluate_proposals
 
 pytestmark = pytest.mark.usefixtures("one_thread", "tiny_data")
@@ -339,7 +339,7 @@ def test_a_run_that_misses_its_expectation_fails(tmp_path: Path) -> None:
     ],
 )
 def test_what_would_fail_after_training_is_refused_before(settings: dict[str, Any], message: str) -> None:
-    for check in (check_honoured, Detectron2Engine().check):
+    for check in (check_supported, Detectron2Engine().check):
         with pytest.raises(UserError, match=message):
             check(cases.configure(get_cfg(), settings))
 

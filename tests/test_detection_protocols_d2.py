@@ -14,11 +14,11 @@ import pytest
 import torch
 from tiny_detection import tiny_cfg
 
-from loco_det.data.mapper import DetectionMapper
-from loco_det.data.transforms import Crop, Flip, Resize
+from loco_det.annotations.mapper import DetectionMapper
+from loco_det.annotations.transforms import Crop, Flip, Resize
 from loco_det.detection import precise_bn
+from loco_det.detection.keys import get_cfg
 from loco_det.detection.rcnn import build_model
-from loco_det.detection.schema import get_cfg
 from loco_det.detection.train import train_net
 from loco_det.evaluation.proposals import Proposals, evaluate_proposals
 

@@ -15,11 +15,11 @@ import torch
 from fvcore.common.config import CfgNode
 from record_stock_configs import flat, form
 
-from loco_det.config import load_config
+from loco_det.core.config import load_config
+from loco_det.core.errors import UserError
 from loco_det.detection import engine_d2
+from loco_det.detection.keys import SUPPORTED, check_supported, get_cfg
 from loco_det.detection.rcnn import build_model
-from loco_det.detection.schema import HONOURED, check_honoured, get_cfg
-from loco_det.errors import UserError
 
 STOCK = json.loads((Path(__file__).parent / "golden" / "stock_configs.json").read_text())
 CONFIGS: dict[str, dict[str, Any]] = STOCK["configs"]
@@ -54,10 +54,10 @@ def test_the_record_says_where_it_comes_from() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_stock_config_is_honoured_or_refused_by_name(name: str) -> None:
     if not reasons(name):
-        check_honoured(configured(name))
+        check_supported(configured(name))
         return
     with pytest.raises(UserError) as refused:
-        check_honoured(configured(name))
+        check_supported(configured(name))
     assert any(f"{key} is " in str(refused.value) for key in reasons(name))
     other_engine = "--engine detectron2" in str(refused.value)
     assert other_engine == (CONFIGS[name]["sets"].get("MODEL.META_ARCHITECTURE") == "RetinaNet")
@@ -82,7 +82,7 @@ def test_every_key_of_a_stock_config_is_in_the_table() -> None:
         for key in [] if reasons(name) else CONFIGS[name]["sets"]:
             used[key].append(name)
     assert len(used) > 60
-    assert {key: names for key, names in used.items() if key not in HONOURED} == {}
+    assert {key: names for key, names in used.items() if key not in SUPPORTED} == {}
 
 
 def test_models_have_the_tensors_of_detectron2() -> None:

@@ -15,12 +15,12 @@ import pytest
 import torch
 import torchvision
 
-from loco_det import doctor
-from loco_det.artifact import backbone_tensors, describe, save_backbone
-from loco_det.backbone import ResNet
+from loco_det.backbones.artifact import backbone_tensors, describe, save_backbone
+from loco_det.backbones.resnet import ResNet
 from loco_det.cli import main
+from loco_det.commands import doctor
+from loco_det.commands.doctor import Check, examine, examine_config
 from loco_det.detection import engine_d2
-from loco_det.doctor import Check, examine, examine_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/coco_loco_r50.yaml"
@@ -370,7 +370,7 @@ def test_syncbn_without_a_second_gpu(without_detectron2: None, gpus, status, mon
 
 def test_json_is_one_object_and_nothing_else(datasets: Path) -> None:
     noisy = (
-        "import os, sys\nimport loco_det.doctor as doctor\nfrom loco_det.cli import main\n"
+        "import os, sys\nimport loco_det.commands.doctor as doctor\nfrom loco_det.cli import main\n"
         "def noise():\n    print('python noise')\n    os.write(1, b'native noise')\n"
         "    return doctor.Check('noise', 'ok', 'x')\n"
         "doctor._opencv = noise\n"

@@ -17,7 +17,8 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from loco_det.errors import UserError
+from loco_det.annotations.instances import Instances
+from loco_det.core.errors import UserError
 from loco_det.evaluation import coco
 from loco_det.evaluation.coco import (
     EVALUATORS,
@@ -26,7 +27,6 @@ from loco_det.evaluation.coco import (
     instances_to_coco,
     write_results,
 )
-from loco_det.structures import Instances
 
 H, W = 90, 120
 CATEGORY_IDS = [9, 2, 5, 30]  # with gaps, not in order; 30 never occurs

@@ -11,11 +11,11 @@ import torch
 from fvcore.common.config import CfgNode
 from tiny_detection import tiny_cfg, write_tiny
 
+from loco_det.core.errors import UserError
 from loco_det.detection import engine_d2, feature_cache
 from loco_det.detection.fpn import Trunk
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.train import train_net
-from loco_det.errors import UserError
 
 RESULTS = Path("inference") / "coco_instances_results.json"
 

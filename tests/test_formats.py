@@ -20,11 +20,11 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from loco_det.annotations.formats.conversion import FORMATS, Converted, convert_annotations, write_conversion
+from loco_det.annotations.formats.files import Tree
+from loco_det.annotations.formats.recognition import json_format, recognise
 from loco_det.cli import main
-from loco_det.data.formats.conversion import FORMATS, Converted, convert_annotations, write_conversion
-from loco_det.data.formats.files import Tree
-from loco_det.data.formats.recognition import json_format, recognise
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
 
 SIZE = (40, 30)
 

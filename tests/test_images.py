@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loco_det.data import images
-from loco_det.data.images import decode_image, jpeg_size, read_image
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
+from loco_det.images import decode
+from loco_det.images.decode import decode_image, jpeg_size, read_image
 
 HEIGHT, WIDTH = 37, 53
 
@@ -136,7 +136,7 @@ def test_bgr_is_rgb_reversed(kind, write):
 def test_an_opencv_without_the_rgb_flag_gives_the_same(order, monkeypatch):
     data = {kind: KINDS[kind]() for kind in ("jpeg", "grey jpeg", "rotated jpeg")}
     expected = {kind: decode_image(data[kind], "x", order, reduce=2) for kind in data}
-    monkeypatch.setattr(images, "_READ_RGB", None)
+    monkeypatch.setattr(decode, "_READ_RGB", None)
     for kind in data:
         np.testing.assert_array_equal(decode_image(data[kind], "x", order, reduce=2), expected[kind])
 
@@ -216,7 +216,7 @@ def test_broken_files_are_refused_by_name_and_quietly(kind, write, capfd):
 @pytest.mark.parametrize("kind", [kind for kind in BROKEN if "jpeg" in kind])
 def test_opencv_is_not_asked_about_a_jpeg_that_breaks_off(kind, monkeypatch):
     """Releases before 5 would fill what is missing with grey and say nothing."""
-    monkeypatch.setattr(images, "_cv2_pixels", lambda *_: pytest.fail("OpenCV was asked"))
+    monkeypatch.setattr(decode, "_cv2_pixels", lambda *_: pytest.fail("OpenCV was asked"))
     with pytest.raises(UserError):
         decode_image(BROKEN[kind](), "cat.jpg")
 

@@ -13,7 +13,7 @@ from loco_cases import UNIT_LISTS, build, gradients, obvious_step
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
 from pretrain.loco import LocalTrainer, Unit, plan_passes
 from pretrain.memory import SavedBytes
 

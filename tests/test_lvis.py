@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 from tiny_detection import tiny_cfg
 
+from loco_det.annotations.coco import load_coco
+from loco_det.annotations.registry import find_dataset
 from loco_det.cli import run_job
-from loco_det.data.catalog import find_dataset
-from loco_det.data.coco import load_coco
+from loco_det.core.errors import UserError
 from loco_det.detection.inference import check_evaluator
 from loco_det.detection.train import train_net
-from loco_det.errors import UserError
 from loco_det.evaluation.lvis import NUMBERS, evaluate_lvis
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "lvis.json").read_text())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loco_det.backbone import Conv2d
+from loco_det.backbones.resnet import Conv2d
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -16,11 +16,11 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from loco_det import metrics
 from loco_det.cli import run_job
-from loco_det.config import load_config
-from loco_det.errors import UserError
-from loco_det.metrics import append_metrics, trim_metrics, wandb_run
+from loco_det.core import metrics
+from loco_det.core.config import load_config
+from loco_det.core.errors import UserError
+from loco_det.core.metrics import append_metrics, trim_metrics, wandb_run
 from pretrain.defaults import get_cfg
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -248,8 +248,8 @@ def test_a_pretraining_without_images_leaves_no_wandb_run_to_go_on_in(tmp_path: 
 
 WITH_WANDB = """
 import sys
-from loco_det.config import load_config
-from loco_det.metrics import append_metrics, wandb_run
+from loco_det.core.config import load_config
+from loco_det.core.metrics import append_metrics, wandb_run
 from pretrain.defaults import get_cfg
 cfg = load_config(get_cfg(), "", ["OUTPUT_DIR", sys.argv[1]])
 with wandb_run(cfg, "backbones"):

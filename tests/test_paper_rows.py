@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from loco_det.artifact import load_backbone
-from loco_det.config import load_config
+from loco_det.backbones.artifact import load_backbone
+from loco_det.core.config import load_config
 from pretrain.defaults import get_cfg
 from pretrain.paper import ROWS, table
 from pretrain.train import build_backbone, pretrain, unit_names

@@ -16,17 +16,17 @@ import torch
 from PIL import Image
 from tiny_detection import overrides, tiny_cfg, write_tiny
 
+from loco_det.annotations import classes
+from loco_det.annotations.classes import category_ids
+from loco_det.annotations.coco import load_coco
+from loco_det.annotations.index import load_index
+from loco_det.annotations.instances import Instances
+from loco_det.annotations.paths import is_path, split_parts
+from loco_det.annotations.registry import Dataset, find_dataset, folder_name
 from loco_det.cli import main
-from loco_det.data import classes
-from loco_det.data.catalog import Dataset, find_dataset, folder_name
-from loco_det.data.classes import category_ids
-from loco_det.data.coco import load_coco
-from loco_det.data.index import load_index
-from loco_det.data.paths import is_path, split_parts
-from loco_det.detection import inference, record
+from loco_det.core.errors import UserError
+from loco_det.detection import inference, run_record
 from loco_det.detection.train import check_classes
-from loco_det.errors import UserError
-from loco_det.structures import Instances
 
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
 
@@ -474,7 +474,7 @@ def test_a_data_set_that_is_resolved_is_read_once(tmp_path, monkeypatch):
         return load_index(path)
 
     train, test = find_dataset(cfg.DATASETS.TRAIN[0]), find_dataset(cfg.DATASETS.TEST[0])
-    monkeypatch.setattr("loco_det.data.catalog.load_index", load)
+    monkeypatch.setattr("loco_det.annotations.registry.load_index", load)
     for _ in range(3):
         classes.check_training_classes(cfg, [train, train])
         assert classes.category_ids(cfg, train) == (3, 7)
@@ -510,5 +510,5 @@ def test_two_training_sets_in_another_order_are_refused(tmp_path):
 def test_the_record_names_annotations_and_images(tmp_path):
     image(tmp_path / "i" / "a.jpg")
     file = coco(tmp_path / "x.json", ["a.jpg"])
-    told = record._data_set(f"{file}@{tmp_path}/i")
+    told = run_record._data_set(f"{file}@{tmp_path}/i")
     assert (told["path"], told["images"]) == (str(file), str(tmp_path / "i"))

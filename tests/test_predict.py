@@ -18,12 +18,12 @@ from tiny_detection import TINY, write_tiny
 from torch import nn
 
 from loco_det.cli import main
-from loco_det.config import load_config
-from loco_det.data.media import find_media, read_ahead, read_frames
+from loco_det.core.config import load_config
+from loco_det.core.errors import UserError
+from loco_det.detection.keys import get_cfg
 from loco_det.detection.onnx import OneImage, check_exportable, export_onnx
 from loco_det.detection.rcnn import build_model
-from loco_det.detection.schema import get_cfg
-from loco_det.errors import UserError
+from loco_det.images.media import find_media, read_ahead, read_frames
 
 CONFIG = "configs/coco_loco_r50.yaml"
 LEFT_OUT = ("MODEL.WEIGHTS", "SEED", "MODEL.ROI_HEADS.SCORE_THRESH_TEST")

@@ -16,9 +16,9 @@ from test_predict import CONFIG, SETTINGS
 from tiny_detection import write_tiny
 
 from loco_det.cli import main
-from loco_det.config import load_config
+from loco_det.core.config import load_config
 from loco_det.detection import engine_d2
-from loco_det.detection.schema import get_cfg
+from loco_det.detection.keys import get_cfg
 
 pytestmark = pytest.mark.detectron2
 pytest.importorskip("detectron2")

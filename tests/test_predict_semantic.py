@@ -15,11 +15,11 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from tiny_detection import TINY
 
+from loco_det.annotations import pixels
 from loco_det.cli import main
-from loco_det.config import load_config
-from loco_det.data import semantic
+from loco_det.core.config import load_config
+from loco_det.detection.keys import get_cfg
 from loco_det.detection.rcnn import build_model
-from loco_det.detection.schema import get_cfg
 from loco_det.detection.train import train_net
 from loco_det.report.drawing import class_colours, draw_labels, draw_legend
 
@@ -75,7 +75,7 @@ def test_the_json_says_what_the_pngs_say(place: Path, tmp_path: Path, monkeypatc
     assert predict(place, tmp_path, val(place), "--no-pictures") == 0
     results = json.loads((tmp_path / "sem_seg_predictions.json").read_text())
     truth = COCO(str(tmp_path / "sem_seg.json"))
-    assert [c["name"] for c in truth.dataset["categories"]] == list(semantic.CLASSES)
+    assert [c["name"] for c in truth.dataset["categories"]] == list(pixels.CLASSES)
     assert len(truth.imgs) == 3
     for image in truth.imgs.values():
         labels = np.array(Image.open(tmp_path / "sem_seg" / f"{image['file_name'].removesuffix('.png')}_pred.png"))
@@ -101,9 +101,9 @@ def test_pictures_are_coloured_over_a_legend(place: Path, tmp_path: Path) -> Non
     assert drawn.shape[1] == own.shape[1]
     assert drawn.shape[0] > own.shape[0]
     legend = {tuple(colour) for colour in drawn[own.shape[0] :].reshape(-1, 3).tolist()}
-    for k, label in enumerate(semantic.LABEL_IDS.tolist()):
-        colour, inside = semantic.COLOURS[k], labels == label
-        assert (colour in legend) == bool(inside.any()), semantic.CLASSES[k]
+    for k, label in enumerate(pixels.LABEL_IDS.tolist()):
+        colour, inside = pixels.COLOURS[k], labels == label
+        assert (colour in legend) == bool(inside.any()), pixels.CLASSES[k]
         expected = 0.4 * own[inside] + 0.6 * np.array(colour)
         assert np.abs(drawn[: own.shape[0]][inside] - expected).max(initial=0) < 1
 

@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from loco_cases import gradients, obvious_step
 from torch import Tensor, nn
 
-from loco_det.artifact import Stage, backbone_tensors, describe, load_backbone, save_backbone
-from loco_det.backbone import BasicBlock, Bottleneck, ResNet, StagedBackbone, narrow
+from loco_det.backbones.artifact import Stage, backbone_tensors, describe, load_backbone, save_backbone
+from loco_det.backbones.presnet import PResNet, Resize
+from loco_det.backbones.resnet import BasicBlock, Bottleneck, ResNet, StagedBackbone, narrow
 from loco_det.cli import main
 from loco_det.convert import convert, load_any_backbone, load_backbone_weights
+from loco_det.core.errors import UserError
 from loco_det.detection.weights import read_weights
-from loco_det.errors import UserError
 from loco_det.evaluation.probes.backbones import load_backbone_for_probe
-from loco_det.presnet import PResNet, Resize
 from loco_det.report import charts
 from pretrain.decoders import build_decoder
 from pretrain.defaults import get_cfg

@@ -6,9 +6,9 @@ import pytest
 import torch
 from fvcore.common.config import CfgNode
 
-from loco_det.config import all_keys, load_config
-from loco_det.data.views import view_config
-from loco_det.errors import UserError
+from loco_det.core.config import all_keys, load_config
+from loco_det.core.errors import UserError
+from loco_det.images.views import view_config
 from pretrain.check import check_numbers
 from pretrain.defaults import get_cfg
 from pretrain.sharing import check_sharing

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loco_det.backbone import BasicBlock, Bottleneck, ResNet, narrow
-from loco_det.errors import UserError
-from loco_det.presnet import PResNet
+from loco_det.backbones.presnet import PResNet
+from loco_det.backbones.resnet import BasicBlock, Bottleneck, ResNet, narrow
+from loco_det.core.errors import UserError
 from pretrain.decoders import Decoder, build_decoder, residual_blocks
 from pretrain.defaults import get_cfg
 

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from loco_det.artifact import load_backbone
-from loco_det.backbone import ResNet
-from loco_det.config import load_config
-from loco_det.data.sources import open_source
-from loco_det.errors import UserError
-from loco_det.processes import launch
-from loco_det.runtime import rank, world_size
+from loco_det.backbones.artifact import load_backbone
+from loco_det.backbones.resnet import ResNet
+from loco_det.core.config import load_config
+from loco_det.core.distributed import rank, world_size
+from loco_det.core.errors import UserError
+from loco_det.core.launch import launch
+from loco_det.images.folders import open_source
 from pretrain import sync_batchnorm, train
 from pretrain.average import GradientAverage
 from pretrain.defaults import get_cfg

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from loco_det.backbone import ResNet
+from loco_det.backbones.resnet import ResNet
 from pretrain import monitor
 from pretrain.defaults import get_cfg
 from pretrain.monitor import HEALTH_IMAGES, Monitor, Stopwatch

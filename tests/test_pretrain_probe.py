@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD, load_backbone
-from loco_det.backbone import ResNet
-from loco_det.config import load_config
-from loco_det.data.sources import open_source
-from loco_det.data.twoview import build_plain_loader
-from loco_det.errors import UserError
+from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD, load_backbone
+from loco_det.backbones.names import to_detectron2
+from loco_det.backbones.resnet import ResNet
+from loco_det.core.config import load_config
+from loco_det.core.errors import UserError
 from loco_det.evaluation.knn import knn_predict
-from loco_det.names import to_detectron2
+from loco_det.images.folders import open_source
+from loco_det.images.two_views import build_plain_loader
 from pretrain.defaults import get_cfg
 from pretrain.probe import KnnProbe
 from pretrain.train import pretrain

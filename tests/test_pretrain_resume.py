@@ -21,10 +21,11 @@ import numpy as np
 import pytest
 import torch
 
-from loco_det import metrics, runtime
-from loco_det.artifact import load_backbone
-from loco_det.config import load_config
-from loco_det.errors import UserError
+from loco_det.backbones.artifact import load_backbone
+from loco_det.core import metrics
+from loco_det.core.config import load_config
+from loco_det.core.errors import UserError
+from loco_det.core.log import setup_logging
 from pretrain import checkpoint, train
 from pretrain.checkpoint import latest_checkpoint, save_checkpoint
 from pretrain.defaults import get_cfg
@@ -130,7 +131,7 @@ def live(folder: Path, output: str, moment: Callable[[], None] | None = None, se
 
 def lives(folder: Path) -> None:
     """Runs in a process of its own, which has made no threads: the whole run, and one that is killed many times."""
-    runtime.setup_logging(quiet=True)
+    setup_logging(quiet=True)
     # Half precision takes minutes on a CPU; a resume must bring back the scaler, here one that is never at rest.
     train._autocast = lambda *_: nullcontext
     torch.amp.GradScaler = partial(

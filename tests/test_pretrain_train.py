@@ -20,19 +20,19 @@ from fvcore.common.config import CfgNode
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD, load_backbone
-from loco_det.backbone import ResNet
-from loco_det.config import load_config
+from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD, load_backbone
+from loco_det.backbones.names import to_detectron2
+from loco_det.backbones.resnet import ResNet
+from loco_det.commands.pretrain import pretrain_file
 from loco_det.convert import load_any_backbone
-from loco_det.data.indexed import DatasetSource
-from loco_det.data.sources import open_source
-from loco_det.data.twoview import TwoViews, build_two_view_loader
-from loco_det.errors import UserError
-from loco_det.names import to_detectron2
-from loco_det.runtime import log
+from loco_det.core.config import load_config
+from loco_det.core.errors import UserError
+from loco_det.core.log import log
+from loco_det.images.folders import open_source
+from loco_det.images.indexed import DatasetSource
+from loco_det.images.two_views import TwoViews, build_two_view_loader
 from pretrain import train
 from pretrain.checkpoint import latest_checkpoint
-from pretrain.command import pretrain_file
 from pretrain.decoders import Decoder
 from pretrain.defaults import get_cfg
 from pretrain.loss import nt_xent

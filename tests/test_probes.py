@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import nn
 
-from loco_det.artifact import backbone_tensors, describe, save_backbone
-from loco_det.backbone import ResNet
+from loco_det.backbones.artifact import backbone_tensors, describe, save_backbone
+from loco_det.backbones.resnet import ResNet
 from loco_det.cli import main
 from loco_det.convert import load_any_backbone
-from loco_det.data.sources import open_source
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
 from loco_det.evaluation.probes.backbones import load_backbone_for_probe
 from loco_det.evaluation.probes.features import Extractor
 from loco_det.evaluation.probes.finetune import FineTuning, batch_size, finetune, predict
 from loco_det.evaluation.probes.images import open_probe_data
 from loco_det.evaluation.probes.ridge import fit_ridge
+from loco_det.images.folders import open_source
 
 COLOURS = {"blue": (200, 40, 40), "green": (40, 200, 40), "red": (40, 40, 200)}  # BGR
 SIDE = 8

@@ -10,8 +10,8 @@ import torch
 from plain_lars import PlainLars
 from torch import Tensor, nn
 
-from loco_det.data.subsets import hashed_order, part_size, share_of_each_class
-from loco_det.errors import UserError
+from loco_det.annotations.subsets import hashed_order, part_size, share_of_each_class
+from loco_det.core.errors import UserError
 from loco_det.evaluation.probes.linear import Recipe, Standard, linear_probe, sweep_steps, train_classifiers
 from loco_det.evaluation.probes.ridge import fit_ridge
 from loco_det.evaluation.probes.scores import bootstrap_interval, top_scores

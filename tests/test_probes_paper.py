@@ -12,13 +12,13 @@ import torch
 from test_probes import COLOURS, SIDE, write_artifact, write_images, write_splits
 
 from loco_det.cli import main
-from loco_det.data.images import decode_image
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
 from loco_det.evaluation.probes.backbones import load_backbone_for_probe
 from loco_det.evaluation.probes.crops import crop_batches, steps_an_epoch
 from loco_det.evaluation.probes.features import Extractor
 from loco_det.evaluation.probes.images import open_probe_data
 from loco_det.evaluation.probes.linear_paper import PaperRecipe, paper_probe, train_linear
+from loco_det.images.decode import decode_image
 from loco_det.report.analysis import probe_curves
 from loco_det.report.runs import find_runs
 

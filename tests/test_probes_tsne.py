@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from test_probes import COLOURS, SIDE, write_artifact, write_splits
 
-from loco_det.artifact import backbone_tensors, describe, save_backbone
-from loco_det.backbone import ResNet
+from loco_det.backbones.artifact import backbone_tensors, describe, save_backbone
+from loco_det.backbones.resnet import ResNet
 from loco_det.cli import main
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
 from loco_det.evaluation.probes.images import open_probe_data
 from loco_det.evaluation.probes.tsne import balanced, compactness, draw, embed
 from loco_det.report.runs import find_runs

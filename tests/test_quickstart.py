@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from loco_det import quickstart
-from loco_det.runtime import log, setup_logging
+from loco_det.commands import quickstart
+from loco_det.core.log import log, setup_logging
 
 METRICS = {kind: {"AP": 1.0, "AP50": 2.0, "AP75": 0.5} for kind in ("bbox", "segm")}
 
@@ -24,6 +24,7 @@ def stubs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("make_shapes_dataset", "convert", "_draw"):
         monkeypatch.setattr(quickstart, name, lambda *args, **kwargs: None)
     monkeypatch.setattr(quickstart, "train_net", train_net)
+    monkeypatch.setattr(quickstart, "pretrain_file", pretrain)
 
 
 def pretrain(config: str, overrides: list[str]) -> Path:
@@ -35,7 +36,7 @@ def pretrain(config: str, overrides: list[str]) -> Path:
 
 def test_each_run_has_its_log_and_the_whole_has_all(stubs: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     setup_logging(quiet=False)
-    quickstart.quickstart(tmp_path, pretrain=pretrain)
+    quickstart.quickstart(tmp_path)
     whole = (tmp_path / "log.txt").read_text().splitlines()
     assert len(whole) == 3 * len(quickstart.METHODS)
     for at, method in enumerate(quickstart.METHODS):
@@ -51,7 +52,7 @@ def test_each_run_has_its_log_and_the_whole_has_all(stubs: None, tmp_path: Path,
 
 def test_quiet_prints_no_table(stubs: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     setup_logging(quiet=True)
-    quickstart.quickstart(tmp_path, pretrain=pretrain)
+    quickstart.quickstart(tmp_path)
     out, err = capsys.readouterr()
     assert out == err == ""
     assert (tmp_path / "results.json").exists()

@@ -19,10 +19,10 @@ from pycocotools.cocoeval import COCOeval
 from tiny_detection import tiny_cfg, write_tiny
 
 from loco_det.cli import main
-from loco_det.errors import UserError
+from loco_det.commands.report import training_series
+from loco_det.core.errors import UserError
 from loco_det.evaluation.coco import evaluate_coco
 from loco_det.report.analysis import experiments, probe_curves
-from loco_det.report.command import training_series
 from loco_det.report.panels import panels
 from loco_det.report.runs import find_runs
 from loco_det.report.statistics import summarise, t95

@@ -15,8 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from loco_det.artifact import describe, save_backbone
-from loco_det.backbone import ResNet
+from loco_det.backbones.artifact import describe, save_backbone
+from loco_det.backbones.resnet import ResNet
 from loco_det.cli import main
 from loco_det.report.charts import colour_of
 from loco_det.report.losses import losses_figure, shade_of, smoothed, unit_losses

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from loco_det.data.madeup import make_shapes_dataset
+from loco_det.annotations.synthetic import make_shapes_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_DETECTOR = [

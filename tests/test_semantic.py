@@ -18,22 +18,22 @@ from cityscapes_cases import write_cityscapes
 from PIL import Image
 from tiny_detection import tiny_cfg
 
-from loco_det import sweep
+from loco_det.annotations import pixels as data
+from loco_det.annotations.cityscapes import read_instance_ids
+from loco_det.annotations.coco import load_coco
+from loco_det.annotations.loader import build_train_loader
+from loco_det.annotations.mapper import DetectionMapper, sample_rng
+from loco_det.annotations.registry import find_dataset
+from loco_det.annotations.transforms import Crop, Resize
 from loco_det.cli import run_job
-from loco_det.config import load_config
-from loco_det.data import semantic as data
-from loco_det.data.catalog import find_dataset
-from loco_det.data.cityscapes import read_instance_ids
-from loco_det.data.coco import load_coco
-from loco_det.data.loader import build_train_loader
-from loco_det.data.mapper import DetectionMapper, sample_rng
-from loco_det.data.transforms import Crop, Resize
+from loco_det.commands import sweep
+from loco_det.commands.doctor import examine_config
+from loco_det.core.config import load_config
+from loco_det.core.errors import UserError
+from loco_det.detection.keys import get_cfg
 from loco_det.detection.rcnn import build_model
-from loco_det.detection.schema import get_cfg
 from loco_det.detection.train import check_classes, train_net
-from loco_det.doctor import examine_config
-from loco_det.errors import UserError
-from loco_det.evaluation import semantic as scores
+from loco_det.evaluation import pixels as scores
 from loco_det.report.analysis import experiments
 from loco_det.report.panels import panels
 from loco_det.report.runs import find_runs

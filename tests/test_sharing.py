@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from loco_cases import UNIT_LISTS, build, gradients, obvious_step
 from torch import Tensor, nn
 
-from loco_det.artifact import load_backbone
-from loco_det.backbone import ResNet
-from loco_det.config import load_config
-from loco_det.errors import UserError
-from loco_det.names import to_detectron2
-from loco_det.processes import launch
-from loco_det.runtime import rank, world_size
+from loco_det.backbones.artifact import load_backbone
+from loco_det.backbones.names import to_detectron2
+from loco_det.backbones.resnet import ResNet
+from loco_det.core.config import load_config
+from loco_det.core.distributed import rank, world_size
+from loco_det.core.errors import UserError
+from loco_det.core.launch import launch
 from pretrain import train
 from pretrain.average import GradientAverage
 from pretrain.checkpoint import latest_checkpoint

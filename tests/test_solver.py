@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from loco_det.config import load_config
+from loco_det.backbones.folding import fast_arithmetic
+from loco_det.core.config import load_config
+from loco_det.core.errors import UserError
 from loco_det.detection import solver
-from loco_det.detection.schema import get_cfg
-from loco_det.errors import UserError
-from loco_det.fused import fast_arithmetic
+from loco_det.detection.keys import get_cfg
 
 SCHEDULES = {
     "multi-step": ["SOLVER.MAX_ITER", "60", "SOLVER.STEPS", "(30, 45)", "SOLVER.WARMUP_ITERS", "10"],

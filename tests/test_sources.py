@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loco_det.data.packed import PackedStrings
-from loco_det.data.source import Source
-from loco_det.data.sources import ZipSource, open_source
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
+from loco_det.images.folders import ZipSource, open_source
+from loco_det.images.packed import PackedStrings
+from loco_det.images.source import Source
 
 FILES = [
     "dog/b.jpg",

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from view_cases import encode, photograph
 
-from loco_det.data.images import decode_image
-from loco_det.data.indexed import TORCHVISION, DatasetSource
-from loco_det.data.source import Source
-from loco_det.data.sources import open_source
-from loco_det.data.twoview import build_plain_loader
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
+from loco_det.images.decode import decode_image
+from loco_det.images.folders import open_source
+from loco_det.images.indexed import TORCHVISION, DatasetSource
+from loco_det.images.source import Source
+from loco_det.images.two_views import build_plain_loader
 
 PIXELS = [photograph(12 + i, 20, seed=i) for i in range(4)]
 KINDS = ["dog", "cat", "dog", "emu"]

@@ -13,15 +13,15 @@ import pytest
 import torch
 from view_cases import AUGMENTED, SIZE, assert_same, config, encode, photograph, steps, two_views
 
-from loco_det.data import tar
-from loco_det.data.batches import TwoViews, joined
-from loco_det.data.sources import open_source
-from loco_det.data.tar import buffered_order
-from loco_det.data.twoview import build_plain_loader, build_two_view_loader
-from loco_det.data.views import view_config
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
 from loco_det.evaluation.probes.features import images_digest
 from loco_det.evaluation.probes.images import LabelledImages
+from loco_det.images import tar
+from loco_det.images.batches import TwoViews, joined
+from loco_det.images.folders import open_source
+from loco_det.images.tar import buffered_order
+from loco_det.images.two_views import build_plain_loader, build_two_view_loader
+from loco_det.images.views import view_config
 
 wds = pytest.importorskip("webdataset", reason="the extra `webdataset` is not installed")
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from tiny_detection import overrides, tiny_cfg, write_tiny
 
+from loco_det.annotations.registry import find_dataset
+from loco_det.annotations.subsets import part_name, part_size
 from loco_det.cli import main
-from loco_det.data.catalog import find_dataset
-from loco_det.data.subsets import part_name, part_size
+from loco_det.core.errors import UserError
 from loco_det.detection.train import train_net
-from loco_det.errors import UserError
 
 NAME = "many_train"
 NUMBER = 300

@@ -16,10 +16,10 @@ import pytest
 import torch
 from tiny_detection import overrides, write_tiny
 
-from loco_det import sweep
-from loco_det.artifact import backbone_tensors, describe, save_backbone
-from loco_det.backbone import ResNet
+from loco_det.backbones.artifact import backbone_tensors, describe, save_backbone
+from loco_det.backbones.resnet import ResNet
 from loco_det.cli import main
+from loco_det.commands import sweep
 
 CONFIG = "configs/coco_loco_r50.yaml"
 # Stands for `train`: counts its calls, fails for seed 2, writes what train writes.

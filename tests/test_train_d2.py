@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_detection import tiny_cfg
 
-from loco_det.data.catalog import find_dataset
+from loco_det.annotations.registry import find_dataset
 from loco_det.detection.checkpoint import last_checkpoint
 from loco_det.detection.engine_d2 import Detectron2Engine
 from loco_det.detection.engine_torchvision import TorchvisionEngine

@@ -16,15 +16,16 @@ import torch
 from PIL import Image
 from tiny_detection import tiny_cfg, write_tiny
 
-from loco_det.config import load_config
-from loco_det.data.catalog import find_dataset
-from loco_det.data.index import load_index
-from loco_det.detection import command, engine_d2, loop, record, solver
+from loco_det.annotations.index import load_index
+from loco_det.annotations.registry import find_dataset
+from loco_det.commands import train as command
+from loco_det.core.config import load_config
+from loco_det.core.errors import UserError
+from loco_det.core.launch import launch
+from loco_det.detection import engine_d2, loop, run_record, solver
 from loco_det.detection.engine_torchvision import TorchvisionEngine
-from loco_det.detection.schema import get_cfg
+from loco_det.detection.keys import get_cfg
 from loco_det.detection.train import choose_engine, train_net
-from loco_det.errors import UserError
-from loco_det.processes import launch
 
 EXACT = {"engine": "torchvision", "eval_only": False, "resume": False, "evaluator": "hotcoco", "fast": False}
 LOSSES = {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"}
@@ -185,8 +186,8 @@ def test_the_record_takes_the_hash_that_the_index_knows(tmp_path, monkeypatch):
     sets = {name: find_dataset(name) for name in ("tiny_train", "tiny_val")}
     for dataset in sets.values():
         load_index(dataset.annotations)
-    monkeypatch.setattr(record, "open", lambda path, mode: opened.append(path), raising=False)
-    record.write_record(cfg, "torchvision", None)
+    monkeypatch.setattr(run_record, "open", lambda path, mode: opened.append(path), raising=False)
+    run_record.write_record(cfg, "torchvision", None)
     found = json.loads((tmp_path / "run.json").read_text())["datasets"]
     assert opened == []
     for name, dataset in sets.items():

@@ -17,11 +17,11 @@ import pytest
 import torch
 from tiny_detection import overrides
 
-from loco_det.artifact import backbone_tensors, describe, save_backbone
-from loco_det.backbone import ResNet
+from loco_det.annotations.synthetic import CLASSES, make_shapes_dataset
+from loco_det.backbones.artifact import backbone_tensors, describe, save_backbone
+from loco_det.backbones.resnet import ResNet
 from loco_det.cli import run_job
 from loco_det.convert import convert
-from loco_det.data.madeup import CLASSES, make_shapes_dataset
 
 REPOSITORY = Path(__file__).parent.parent
 TRAIN_NET = [sys.executable, str(REPOSITORY / "tools" / "train_net.py")]

@@ -8,15 +8,15 @@ import pytest
 import torch
 from tiny_detection import tiny_cfg
 
-from loco_det.artifact import backbone_tensors, describe, save_backbone
-from loco_det.backbone import ResNet
+from loco_det.backbones.artifact import backbone_tensors, describe, save_backbone
+from loco_det.backbones.folding import fast_arithmetic
+from loco_det.backbones.resnet import ResNet
 from loco_det.convert import convert
+from loco_det.core.errors import UserError
 from loco_det.detection.checkpoint import LAST, Checkpointer, last_checkpoint, read_last
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.solver import build_optimizer, build_schedule, grad_scaler
 from loco_det.detection.weights import load_weights, read_weights
-from loco_det.errors import UserError
-from loco_det.fused import fast_arithmetic
 
 C4 = {
     "MODEL__BACKBONE__NAME": "build_resnet_backbone",

@@ -10,17 +10,10 @@ import torch
 from torchvision.transforms import v2
 from view_cases import encode, photograph, two_views, view
 
-from loco_det.data import images, views
-from loco_det.data.images import decode_image
-from loco_det.data.views import (
-    ViewConfig,
-    ViewParams,
-    draw_view,
-    reduction,
-    view_config,
-    view_draws,
-)
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
+from loco_det.images import decode, views
+from loco_det.images.decode import decode_image
+from loco_det.images.views import ViewConfig, ViewParams, draw_view, reduction, view_config, view_draws
 
 SIMCLR = view_config(224, {"PRESET": "simclr"})
 
@@ -334,7 +327,7 @@ def test_a_jpeg_that_opencv_leaves_to_pil_has_the_views_of_the_whole_image(orien
     exif[274] = orientation
     data = encode(photograph(300, 500), exif=exif)
     config = view_config(32, {"CROP_SCALE": (0.5, 1.0)})
-    monkeypatch.setattr(images, "_cv2_pixels", lambda *_: None)
+    monkeypatch.setattr(decode, "_cv2_pixels", lambda *_: None)
     upright = decode_image(data, "x")
     assert upright.shape[:2] == ((300, 500) if orientation == 1 else (500, 300))
     for index in range(4):

@@ -12,11 +12,12 @@ import torch
 from torchvision.transforms import v2
 from view_cases import AUGMENTED, SIZE, assert_same, config, encode, photograph, steps, two_views
 
-from loco_det.data import tar, twoview
-from loco_det.data.sources import open_source
-from loco_det.data.twoview import TwoViewLoader, build_plain_loader, build_two_view_loader, epoch_order
-from loco_det.data.views import view_config
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
+from loco_det.images import tar
+from loco_det.images import two_views as loaders
+from loco_det.images.folders import open_source
+from loco_det.images.two_views import TwoViewLoader, build_plain_loader, build_two_view_loader, epoch_order
+from loco_det.images.views import view_config
 
 IMAGES = 23
 
@@ -53,7 +54,7 @@ def test_a_batch_of_any_epoch_and_size_is_the_two_views_of_its_images(folder):
 
 
 def test_orders_and_views_share_no_random_numbers():
-    orders = [twoview._ORDER_STREAM, tar._SHARDS, *(tar._BUFFER + run for run in range(tar._MOST_RUNS))]
+    orders = [loaders._ORDER_STREAM, tar._SHARDS, *(tar._BUFFER + run for run in range(tar._MOST_RUNS))]
     assert len(set(orders)) == len(orders)
     assert min(orders) >= 2**63  # no image has such an index
     assert max(orders) < 2**64
@@ -268,9 +269,9 @@ def test_plain_images_are_the_middle_of_the_resized_image(tmp_path, height, widt
 
 def test_the_middle_is_the_square_of_whole_pixels_nearest_to_it(monkeypatch):
     crops = []
-    monkeypatch.setattr(twoview, "crop_resize", lambda image, crop, size: crops.append(crop))
+    monkeypatch.setattr(loaders, "crop_resize", lambda image, crop, size: crops.append(crop))
     for height, width in ((256, 341), (99, 120), (500, 333), (3, 1)):
-        twoview.centre(np.zeros((height, width, 3), np.uint8), 224, 256)
+        loaders.centre(np.zeros((height, width, 3), np.uint8), 224, 256)
         top, left, h, w = crops[-1]
         assert h == w
         assert abs(h - max(1, min(height, width) * 224 / 256)) <= 0.5

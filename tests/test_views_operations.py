@@ -8,9 +8,9 @@ import torch
 from torchvision.transforms.v2 import functional as F
 from view_cases import encode, photograph, view
 
-from loco_det.data import views
-from loco_det.data.images import decode_image
-from loco_det.data.views import ViewParams, crop_resize, normalise
+from loco_det.images import views
+from loco_det.images.decode import decode_image
+from loco_det.images.views import ViewParams, crop_resize, normalise
 
 SIZE = 96
 

@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 from tiny_detection import overrides
 
-from loco_det.config import load_config
-from loco_det.data.catalog import find_dataset
-from loco_det.data.coco import load_coco
-from loco_det.data.index import load_index
-from loco_det.data.voc import CLASSES, VOC_SETS, image_number
+from loco_det.annotations.coco import load_coco
+from loco_det.annotations.index import load_index
+from loco_det.annotations.registry import find_dataset
+from loco_det.annotations.voc import CLASSES, VOC_SETS, image_number
+from loco_det.core.config import load_config
+from loco_det.core.errors import UserError
 from loco_det.detection.inference import build_measure
-from loco_det.detection.schema import get_cfg
-from loco_det.errors import UserError
+from loco_det.detection.keys import get_cfg
 from loco_det.evaluation.voc import evaluate_voc
 
 NAMES = ("car", "cat", "person", "tvmonitor")
@@ -154,7 +154,7 @@ def test_changed_xml_files_are_read_again(root):
 def test_a_set_is_made_once(root, monkeypatch):
     write_voc(root, "2007", "test")
     first = find_dataset("voc_2007_test").annotations
-    monkeypatch.setattr("loco_det.data.voc._as_coco", lambda *_: pytest.fail("it was made already"))
+    monkeypatch.setattr("loco_det.annotations.voc._as_coco", lambda *_: pytest.fail("it was made already"))
     assert find_dataset("voc_2007_test").annotations == first
     assert first.parent == root / "cache" / "annotations"
 

@@ -9,8 +9,8 @@ import numpy as np
 from fvcore.common.config import CfgNode
 from PIL import Image
 
-from loco_det.config import load_config
-from loco_det.detection.schema import get_cfg
+from loco_det.core.config import load_config
+from loco_det.detection.keys import get_cfg
 
 # A ResNet-18 Mask R-CNN whose pyramid, heads and numbers of regions are as small as they can be.
 TINY = {

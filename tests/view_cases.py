@@ -10,9 +10,9 @@ import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
 
-from loco_det.data import views
-from loco_det.data.sources import open_source
-from loco_det.data.twoview import TwoViews, build_two_view_loader
+from loco_det.images import views
+from loco_det.images.folders import open_source
+from loco_det.images.two_views import TwoViews, build_two_view_loader
 
 SIZE = 24  # of the loaders' views
 AUGMENTED = ({"AUGMENT__DEVICE": "workers"}, {"AUGMENT__DEVICE": "cpu"})  # where that happens

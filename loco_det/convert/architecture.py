@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loco_det.backbone import BLOCKS, STEM_CHANNELS, ResNet, stage_channels
+from loco_det.backbones.names import to_torchvision
+from loco_det.backbones.resnet import BLOCKS, STEM_CHANNELS, ResNet, stage_channels
 from loco_det.convert.load import in_memory
-from loco_det.errors import UserError
-from loco_det.names import to_torchvision
+from loco_det.core.errors import UserError
 
 _NAMES = {
     (32, 4): "resnext{}_32x4d",

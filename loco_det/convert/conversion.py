@@ -13,7 +13,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from loco_det.artifact import (
+from loco_det.backbones.artifact import (
     HEADER_KEY,
     Manifest,
     Stage,
@@ -22,18 +22,26 @@ from loco_det.artifact import (
     load_backbone,
     require_resnet,
 )
-from loco_det.backbone import BLOCKS, ResNet, StagedBackbone, narrow, stage_channels, stage_strides, tensors_hash
-from loco_det.config import collect_settings
-from loco_det.convert.account import Account, take_account
+from loco_det.backbones.names import to_detectron2
+from loco_det.backbones.presnet import PRESNET, PResNet
+from loco_det.backbones.resnet import (
+    BLOCKS,
+    ResNet,
+    StagedBackbone,
+    narrow,
+    stage_channels,
+    stage_strides,
+    tensors_hash,
+)
 from loco_det.convert.architecture import Architecture, checked_tensors, recognise
 from loco_det.convert.export import WRITERS, is_fragment, yaml_text
 from loco_det.convert.load import check_sums, in_memory, load_tensors, open_tensors, safetensors_metadata
 from loco_det.convert.prove import prove
+from loco_det.convert.report import Account, take_account
 from loco_det.convert.sources import Pixels, Triple
-from loco_det.errors import UserError
-from loco_det.names import to_detectron2
-from loco_det.presnet import PRESNET, PResNet
-from loco_det.runtime import atomic_write
+from loco_det.core.config import collect_settings
+from loco_det.core.errors import UserError
+from loco_det.core.files import atomic_write
 
 
 def convert(

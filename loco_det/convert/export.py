@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loco_det.artifact import HEADER_KEY, Manifest, write_backbone
+from loco_det.backbones.artifact import HEADER_KEY, Manifest, write_backbone
 from loco_det.convert.architecture import Architecture
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from loco_det.artifact import HEADER_KEY, Manifest, decode_manifest, require_resnet
-from loco_det.convert.account import left_out_text, take_account
+from loco_det.backbones.artifact import HEADER_KEY, Manifest, decode_manifest, require_resnet
 from loco_det.convert.load import file_kind, left_out, open_tensors, safetensors_metadata
+from loco_det.convert.report import left_out_text, take_account
 from loco_det.convert.sources import Candidate, Pixels, candidates, flatten
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
 
 MAX_ROWS = 60
 MAX_SAYINGS = 24

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loco_det.convert.unpickle import Built, LeftOut, Refused, Storage, read_pickle
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
 
 MAX_DEPTH = 64
 MAX_HEADER = 25 * 2**20

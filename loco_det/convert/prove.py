@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
-from loco_det.backbone import BLOCKS, STAGES
+from loco_det.backbones.resnet import BLOCKS, STAGES
 from loco_det.convert.architecture import Architecture
 from loco_det.convert.load import in_memory
-from loco_det.data.images import read_image
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
+from loco_det.images.decode import read_image
 
 if TYPE_CHECKING:
-    from loco_det.convert.account import Account
+    from loco_det.convert.report import Account
 
 TOLERANCE = 1e-5
 MAX_SIDE = 160

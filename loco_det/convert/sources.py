@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD
+from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD
 from loco_det.convert.architecture import refuse_small_stem
 from loco_det.convert.load import in_memory
-from loco_det.convert.namings import NAMINGS
-from loco_det.errors import UserError
+from loco_det.convert.name_patterns import NAMINGS
+from loco_det.core.errors import UserError
 
 MAX_ITEMS = 1_000_000
 MAX_TENSORS = 50_000  # a ResNet-152 with its optimizer state has about 1,500

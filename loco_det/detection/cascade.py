@@ -12,6 +12,8 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from loco_det.annotations.instances import Instances
+from loco_det.core.errors import UserError
 from loco_det.detection.boxes import clip, nonempty
 from loco_det.detection.fast_rcnn import BoxHead, BoxPredictor
 from loco_det.detection.roi_heads import (
@@ -24,8 +26,6 @@ from loco_det.detection.roi_heads import (
     box_losses,
     make_sample,
 )
-from loco_det.errors import UserError
-from loco_det.structures import Instances
 
 
 class CascadeROIHeads(StandardROIHeads):

@@ -17,10 +17,12 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det.convert.load import left_out
+from loco_det.core.distributed import is_main
+from loco_det.core.errors import UserError
+from loco_det.core.files import atomic_write
+from loco_det.core.log import log
 from loco_det.detection.solver import Schedule
 from loco_det.detection.weights import Weights, apply_weights, pixel_facts, read_weights
-from loco_det.errors import UserError
-from loco_det.runtime import atomic_write, is_main, log
 
 LAST = "last_checkpoint"
 

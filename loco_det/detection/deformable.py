@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import deform_conv2d
 
-from loco_det.backbone import Bottleneck, Conv2d, Residual
+from loco_det.backbones.resnet import Bottleneck, Conv2d, Residual
 
 OFFSETS = 2 * 3 * 3  # y and x of each of the kernel's nine points
 

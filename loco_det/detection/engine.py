@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from loco_det.data.catalog import Dataset
-from loco_det.structures import Instances
+from loco_det.annotations.instances import Instances
+from loco_det.annotations.registry import Dataset
 
 Batch = list[dict[str, Any]]
 

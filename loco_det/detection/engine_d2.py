@@ -17,14 +17,14 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
-from loco_det.data.catalog import Dataset, find_dataset
-from loco_det.data.coco import readable_annotations
-from loco_det.data.semantic import CLASSES, IGNORED, label_file, to_classes
+from loco_det.annotations.coco import readable_annotations
+from loco_det.annotations.instances import Instances
+from loco_det.annotations.pixels import CLASSES, IGNORED, label_file, to_classes
+from loco_det.annotations.registry import Dataset, find_dataset
+from loco_det.core.errors import UserError
+from loco_det.core.launch import leave_stopping_to_parent
 from loco_det.detection.engine import Batch
-from loco_det.detection.schema import check_task
-from loco_det.errors import UserError
-from loco_det.processes import leave_stopping_to_parent
-from loco_det.structures import Instances
+from loco_det.detection.keys import check_task
 
 _registered: dict[str, tuple[str, str]] = {}
 

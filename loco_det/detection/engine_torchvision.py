@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from loco_det.data.catalog import Dataset
-from loco_det.data.loader import build_test_loader, build_train_loader
+from loco_det.annotations.instances import Instances
+from loco_det.annotations.loader import build_test_loader, build_train_loader
+from loco_det.annotations.registry import Dataset
 from loco_det.detection import rcnn
-from loco_det.detection.augmented import AugmentedRCNN
 from loco_det.detection.engine import Batch
+from loco_det.detection.keys import check_supported
 from loco_det.detection.precomputed import load_proposals
-from loco_det.detection.schema import check_honoured
-from loco_det.structures import Instances
+from loco_det.detection.tta import AugmentedRCNN
 
 
 class TorchvisionEngine:
@@ -23,7 +23,7 @@ class TorchvisionEngine:
     name = "torchvision"
 
     def check(self, cfg: CfgNode) -> None:
-        check_honoured(cfg)
+        check_supported(cfg)
 
     def build_model(self, cfg: CfgNode) -> nn.Module:
         return rcnn.build_model(cfg).to(cfg.MODEL.DEVICE)

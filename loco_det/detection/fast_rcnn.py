@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from loco_det.annotations.instances import Instances
+from loco_det.core.errors import UserError
 from loco_det.detection.boxes import BoxCoder, clip, nms_per_class, regression_loss
 from loco_det.detection.fvcore_nn import c2_msra_fill, c2_xavier_fill
 from loco_det.detection.layers import Conv
-from loco_det.errors import UserError
-from loco_det.structures import Instances
 
 
 class BoxHead(nn.Module):

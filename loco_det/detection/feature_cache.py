@@ -18,11 +18,12 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det import __version__
-from loco_det.backbone import tensors_hash
+from loco_det.backbones.folding import is_fast
+from loco_det.backbones.resnet import tensors_hash
 from loco_det.convert.load import load_tensors
-from loco_det.errors import UserError
-from loco_det.fused import is_fast
-from loco_det.runtime import atomic_write, check_writable, log
+from loco_det.core.errors import UserError
+from loco_det.core.files import atomic_write, check_writable
+from loco_det.core.log import log
 
 Features = dict[str, Tensor]
 

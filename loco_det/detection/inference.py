@@ -12,17 +12,18 @@ import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from loco_det.data.catalog import Dataset, find_dataset, folder_name, measure_of
-from loco_det.data.classes import category_ids
-from loco_det.data.coco import load_coco
-from loco_det.data.rules import Use, warn
-from loco_det.data.voc import image_number
+from loco_det.annotations.classes import category_ids
+from loco_det.annotations.coco import load_coco
+from loco_det.annotations.registry import Dataset, find_dataset, folder_name, measure_of
+from loco_det.annotations.rules import Use, warn
+from loco_det.annotations.voc import image_number
+from loco_det.core.distributed import barrier, is_main, world_size
+from loco_det.core.errors import UserError
+from loco_det.core.log import Progress, log
 from loco_det.detection.engine import Engine
-from loco_det.errors import UserError
 from loco_det.evaluation.coco import EVALUATORS
 from loco_det.evaluation.coco_checks import read_ground_truth
 from loco_det.evaluation.measure import Measure, Subject, measure_class
-from loco_det.runtime import Progress, barrier, is_main, log, world_size
 
 
 def evaluate(cfg: CfgNode, model: nn.Module, engine: Engine, evaluator: str = "hotcoco") -> dict[str, Any]:

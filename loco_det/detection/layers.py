@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from loco_det.backbone import make_norm
-from loco_det.fused import convolve
+from loco_det.backbones.folding import convolve
+from loco_det.backbones.resnet import make_norm
 
 
 class Conv(nn.Conv2d):
     """A stride-1 convolution (B, C, H, W) -> (B, out, H, W) with a bias, or with `.norm` instead of it.
 
     Args:
-        norm: "" or a name that `loco_det.backbone.make_norm` knows.
+        norm: "" or a name that `loco_det.backbones.resnet.make_norm` knows.
         relu: ends in a ReLU.
     """
 

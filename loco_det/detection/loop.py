@@ -21,15 +21,16 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from loco_det.backbone import tensors_hash
+from loco_det.backbones.resnet import tensors_hash
+from loco_det.core.distributed import barrier, rank, reduce_mean
+from loco_det.core.errors import UserError
+from loco_det.core.launch import StopSignal
+from loco_det.core.log import Progress, log
+from loco_det.core.metrics import append_metrics, trim_metrics
 from loco_det.detection import precise_bn, solver
 from loco_det.detection.checkpoint import Checkpointer
 from loco_det.detection.engine import Engine
 from loco_det.detection.inference import evaluate, flatten
-from loco_det.errors import UserError
-from loco_det.metrics import append_metrics, trim_metrics
-from loco_det.processes import StopSignal
-from loco_det.runtime import Progress, barrier, log, rank, reduce_mean
 
 LOG_PERIOD = 20  # iterations between two lines of metrics.json, and the window of their medians
 

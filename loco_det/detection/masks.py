@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from loco_det.backbones.folding import is_fast
 from loco_det.detection.fvcore_nn import c2_msra_fill
 from loco_det.detection.layers import Conv
-from loco_det.fused import is_fast
 
 # Sampled pixels held at a time when all masks of an image are pasted together (not on CPU): 1 GiB of float32.
 PASTE_PIXELS = 2**28

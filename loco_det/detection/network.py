@@ -13,8 +13,8 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from loco_det.core.errors import UserError
 from loco_det.detection.fpn import build_backbone
-from loco_det.errors import UserError
 
 Batch = Sequence[dict[str, Any]]
 

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from loco_det.backbones.folding import fast_arithmetic
+from loco_det.core.errors import UserError
+from loco_det.core.files import os_errors
+from loco_det.core.log import log
 from loco_det.detection.deformable import DeformConv2d
 from loco_det.detection.fast_rcnn import select_detections
 from loco_det.detection.rcnn import GeneralizedRCNN
 from loco_det.detection.roi_heads import Res5ROIHeads, StandardROIHeads
-from loco_det.errors import UserError
-from loco_det.fused import fast_arithmetic
-from loco_det.runtime import log, os_errors
 
 OPSET = 17
 # Largest differences between the file and the model that count as rounding: pixels, score, probability of a pixel.

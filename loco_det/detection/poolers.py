@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torchvision.ops import roi_align, roi_pool
 
+from loco_det.backbones.folding import is_fast
+from loco_det.core.errors import UserError
 from loco_det.detection.boxes import area
 from loco_det.detection.roi_align import roi_align_pyramid
-from loco_det.errors import UserError
-from loco_det.fused import is_fast
 
 POOLER_TYPES = ("ROIAlignV2", "ROIAlign", "ROIPool")
 

@@ -12,9 +12,9 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from loco_det.core.log import Progress, log
 from loco_det.detection.engine import Engine
 from loco_det.detection.fvcore_nn import get_bn_modules, update_bn_stats
-from loco_det.runtime import Progress, log
 
 
 def is_due(cfg: CfgNode, iteration: int) -> bool:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from fvcore.common.config import CfgNode
 
+from loco_det.annotations.mapper import ProposalsOfImage
 from loco_det.convert.load import load_tensors
-from loco_det.data.mapper import ProposalsOfImage
-from loco_det.errors import UserError
-from loco_det.runtime import log
+from loco_det.core.errors import UserError
+from loco_det.core.log import log
 
 OLD_NAMES = {"indexes": "ids", "scores": "objectness_logits"}
 XYXY, XYWH = 0, 1  # of Detectron2's BoxMode, in pixels

@@ -14,14 +14,14 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from loco_det.backbone import make_stage
+from loco_det.annotations.instances import Instances
+from loco_det.backbones.folding import is_fast
+from loco_det.backbones.resnet import make_stage
+from loco_det.core.errors import UserError
 from loco_det.detection.boxes import match, pairwise_iou, sample_labels
 from loco_det.detection.fast_rcnn import BoxHead, BoxPredictor
 from loco_det.detection.masks import MaskHead, mask_loss
 from loco_det.detection.poolers import RoiPooler, with_image
-from loco_det.errors import UserError
-from loco_det.fused import is_fast
-from loco_det.structures import Instances
 
 Features = dict[str, torch.Tensor]
 Maps = Sequence[torch.Tensor]

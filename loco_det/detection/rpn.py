@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from loco_det.annotations.instances import Instances
+from loco_det.backbones.folding import is_fast
+from loco_det.core.errors import UserError
 from loco_det.detection.anchors import AnchorGenerator, spread_over_levels
 from loco_det.detection.boxes import (
     BoxCoder,
@@ -25,9 +28,6 @@ from loco_det.detection.boxes import (
     sample_labels,
 )
 from loco_det.detection.layers import Conv
-from loco_det.errors import UserError
-from loco_det.fused import is_fast
-from loco_det.structures import Instances
 
 
 class RPNHead(nn.Module):

@@ -23,9 +23,9 @@ from fvcore.common.param_scheduler import (
 )
 from torch import Tensor, nn
 
-from loco_det.errors import UserError
-from loco_det.fused import is_fast
-from loco_det.runtime import log
+from loco_det.backbones.folding import is_fast
+from loco_det.core.errors import UserError
+from loco_det.core.log import log
 
 NORMS = (
     nn.modules.batchnorm._BatchNorm,  # BatchNorm1d to 3d and SyncBatchNorm

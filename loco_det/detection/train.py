@@ -15,9 +15,16 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det import __version__
-from loco_det.data import loader
-from loco_det.data.catalog import find_dataset
-from loco_det.data.classes import check_training_classes, missing_classes
+from loco_det.annotations import loader
+from loco_det.annotations.classes import check_training_classes, missing_classes
+from loco_det.annotations.registry import find_dataset
+from loco_det.backbones.folding import fast_arithmetic
+from loco_det.core.device import common_seed, keep_freed_memory, resolve_device, seed_everything
+from loco_det.core.distributed import averaged, barrier, is_main, world_size
+from loco_det.core.errors import UserError
+from loco_det.core.files import atomic_write
+from loco_det.core.log import log
+from loco_det.core.metrics import append_metrics
 from loco_det.detection import engine_d2, solver
 from loco_det.detection.checkpoint import Checkpointer, read_last
 from loco_det.detection.engine import Engine
@@ -25,23 +32,8 @@ from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.feature_cache import check_cacheable, use_cache
 from loco_det.detection.inference import check_data, check_evaluator, check_expected, evaluate_finally, flatten
 from loco_det.detection.loop import Run, check_frozen, frozen_hashes, train
-from loco_det.detection.record import write_record
+from loco_det.detection.run_record import write_record
 from loco_det.detection.weights import apply_weights, load_weights
-from loco_det.errors import UserError
-from loco_det.fused import fast_arithmetic
-from loco_det.metrics import append_metrics
-from loco_det.processes import averaged
-from loco_det.runtime import (
-    atomic_write,
-    barrier,
-    common_seed,
-    is_main,
-    keep_freed_memory,
-    log,
-    resolve_device,
-    seed_everything,
-    world_size,
-)
 
 
 def train_net(
@@ -62,7 +54,7 @@ def train_net(
         eval_only: only evaluate MODEL.WEIGHTS, or with `resume` the last checkpoint.
         resume: go on from OUTPUT_DIR/last_checkpoint if there is one.
         evaluator: "hotcoco" or "pycocotools".
-        fast: let the torchvision engine's numbers differ from Detectron2's by rounding (`loco_det.fused`).
+        fast: let the torchvision engine's numbers differ from Detectron2's by rounding (`loco_det.backbones.folding`).
         feature_cache: keep the frozen backbone's features of test images in this folder.
 
     Returns:

@@ -16,11 +16,11 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from loco_det.artifact import Manifest, decode_manifest, load_backbone, require_resnet
+from loco_det.backbones.artifact import Manifest, decode_manifest, load_backbone, require_resnet
+from loco_det.backbones.names import to_detectron2
 from loco_det.convert import load_checkpoint
-from loco_det.errors import UserError
-from loco_det.names import to_detectron2
-from loco_det.runtime import log
+from loco_det.core.errors import UserError
+from loco_det.core.log import log
 
 STAGE = re.compile(r"(stem|res[2-5])\.")
 # Detectron2 names a detector's ResNet so: under FPN, alone, and as the head of C4.

@@ -23,13 +23,14 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from loco_det.data.cityscapes import CLASSES, VOID, read_instance_ids
-from loco_det.data.index import CocoIndex, load_index
-from loco_det.errors import UserError
+from loco_det.annotations.cityscapes import CLASSES, VOID, read_instance_ids
+from loco_det.annotations.index import CocoIndex, load_index
+from loco_det.annotations.instances import rle_lengths
+from loco_det.core.errors import UserError
+from loco_det.core.files import atomic_write
+from loco_det.core.log import Progress, log
 from loco_det.evaluation import coco
 from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
-from loco_det.runtime import Progress, atomic_write, log
-from loco_det.structures import rle_lengths
 
 OVERLAPS = np.arange(0.5, 1.0, 0.05)  # the official array, rounding and all
 MIN_PIXELS = 100

@@ -22,12 +22,13 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from loco_det.data.index import CocoIndex
-from loco_det.errors import UserError
+from loco_det.annotations.index import CocoIndex
+from loco_det.annotations.instances import Instances
+from loco_det.core.errors import UserError
+from loco_det.core.files import atomic_write
+from loco_det.core.log import log
 from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
 from loco_det.evaluation.measure import Subject
-from loco_det.runtime import atomic_write, log
-from loco_det.structures import Instances
 
 EVALUATORS = ("hotcoco", "pycocotools")
 _RESULT_BATCH = 10_000  # results encoded at a time when they are written

@@ -20,11 +20,12 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from loco_det.data.index import CocoIndex, load_index
-from loco_det.data.rules import EVALUATE, refuse
-from loco_det.data.segmentation import check_outlines, decode, mask_area
-from loco_det.errors import UserError
-from loco_det.runtime import log, no_garbage_collection
+from loco_det.annotations.index import CocoIndex, load_index
+from loco_det.annotations.rules import EVALUATE, refuse
+from loco_det.annotations.segmentation import check_outlines, decode, mask_area
+from loco_det.core.device import no_garbage_collection
+from loco_det.core.errors import UserError
+from loco_det.core.log import log
 
 _Box = tuple[float, float, float, float]  # x, y, width, height in pixels
 _Polygon = Annotated[list[float], msgspec.Meta(min_length=6)]  # four numbers would be a box to pycocotools
@@ -74,8 +75,8 @@ def read_ground_truth(annotations: str | Path, iou_types: Sequence[str]) -> Grou
     categories do not count, as in pycocotools.
 
     Raises:
-        UserError: the file is missing, is no COCO annotation file, a rule of `data/rules.py` stops an evaluation, or
-            (for "segm") an object has no usable mask.
+        UserError: the file is missing, is no COCO annotation file, a rule of `annotations/rules.py` stops an
+            evaluation, or (for "segm") an object has no usable mask.
     """
     index = load_index(annotations)
     refuse(index, EVALUATE)

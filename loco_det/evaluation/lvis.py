@@ -15,7 +15,7 @@ from typing import Any
 
 import hotcoco
 
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
 from loco_det.evaluation import coco
 from loco_det.evaluation.coco_checks import check_results, read_ground_truth
 

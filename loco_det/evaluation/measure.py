@@ -1,5 +1,5 @@
 """What is measured of a model on one data set. Each file of this folder that has a class `Measure` is one; its name is
-what `loco_det.data.catalog.measure_of` gives for a data set.
+what `loco_det.annotations.registry.measure_of` gives for a data set.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from loco_det.data.catalog import Dataset
+from loco_det.annotations.registry import Dataset
 
 Results = dict[str, dict[str, float]]
 

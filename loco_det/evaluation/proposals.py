@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
+from loco_det.annotations.instances import Instances
+from loco_det.core.files import atomic_write
+from loco_det.core.log import log
 from loco_det.evaluation.coco import EVALUATORS
 from loco_det.evaluation.coco_checks import read_ground_truth
 from loco_det.evaluation.measure import Subject
-from loco_det.runtime import atomic_write, log
-from loco_det.structures import Instances
 
 AREAS = {"": (0.0, 1e5**2), "s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, 1e5**2)}
 LIMITS = (100, 1000)

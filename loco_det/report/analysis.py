@@ -8,29 +8,28 @@ have measures of their own, are counted once more likewise, an image at a time, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import hotcoco
 import msgspec
 import numpy as np
 
-from loco_det.data.catalog import find_dataset, measure_of
-from loco_det.data.cityscapes import is_cityscapes
-from loco_det.data.index import load_index
-from loco_det.errors import UserError
+from loco_det.annotations.cityscapes import is_cityscapes
+from loco_det.annotations.index import load_index
+from loco_det.annotations.registry import find_dataset, measure_of
+from loco_det.core.errors import UserError
+from loco_det.core.files import file_sha256
+from loco_det.core.log import Progress, log
 from loco_det.evaluation.cityscapes import cityscapes_outcomes, in_percent
 from loco_det.evaluation.coco import hotcoco_evaluations
 from loco_det.evaluation.coco_checks import check_results, read_ground_truth
-from loco_det.evaluation.semantic import confusion_of, mean_iou, read_pair
+from loco_det.evaluation.pixels import confusion_of, mean_iou, read_pair
 from loco_det.report.runs import DetectorRun, Runs
 from loco_det.report.statistics import summarise
-from loco_det.runtime import Progress, log
 
 SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CURVES = {"0.50": 0, "0.75": 5}  # IoU threshold -> its place among .50:.05:.95
@@ -346,7 +345,7 @@ def inputs(runs: Runs) -> list[dict[str, Any]]:
                 "weights": record.get("weights") or {"path": run.config["MODEL.WEIGHTS"]},
                 "datasets": record.get("datasets"),
                 "environment": record.get("environment"),
-                "config_sha256": _sha256(run.path / "config.yaml"),
+                "config_sha256": file_sha256(run.path / "config.yaml"),
             }
         )
     return found
@@ -357,14 +356,10 @@ def other_inputs(runs: Runs) -> list[dict[str, Any]]:
     found = []
     for run in runs.pretrainings:
         facts = {"run": str(run.path), "backbone": run.backbone, "seed": run.config.get("SEED"), "weights": None}
-        digest = _sha256(run.path / "config.yaml")
+        digest = file_sha256(run.path / "config.yaml")
         found.append({**facts, "sha256": None, "data": run.config.get("DATA.PATH"), "config_sha256": digest})
     for probe in runs.probes:
         facts = {"run": str(probe.path), "backbone": probe.backbone, "seed": probe.content.get("seed")}
         weights = {"weights": probe.facts("backbone").get("name"), "sha256": probe.weights}
         found.append({**facts, **weights, "data": probe.facts("data").get("path"), "config_sha256": None})
     return found
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -8,12 +8,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from loco_det.data.coco import CocoDataset
-from loco_det.data.images import decode_image, read_image
-from loco_det.data.views import ViewConfig, two_views
-from loco_det.errors import UserError
+from loco_det.annotations.coco import CocoDataset
+from loco_det.core.errors import UserError
+from loco_det.core.files import atomic_write
+from loco_det.core.log import log
+from loco_det.images.decode import decode_image, read_image
+from loco_det.images.views import ViewConfig, two_views
 from loco_det.report.drawing import annotated_shapes, draw_instances
-from loco_det.runtime import atomic_write, log
 
 _GAP = 8  # pixels between pictures
 _CAPTION = 18  # pixels of text below one

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from loco_det.data import semantic
-from loco_det.data.coco import Record, decode_segmentation
+from loco_det.annotations import pixels
+from loco_det.annotations.coco import Record, decode_segmentation
 
 # Okabe and Ito's colours, told apart by colour-blind eyes too.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -98,8 +98,8 @@ def draw_legend(names: Sequence[str], colours: np.ndarray, shape: tuple[int, ...
 
 def class_colours(names: Sequence[str]) -> np.ndarray:
     """(K, 3) uint8 RGB: Cityscapes' own for its classes, else the colour map of Pascal VOC, without its black."""
-    if tuple(names) == semantic.CLASSES:
-        return np.array(semantic.COLOURS, np.uint8)
+    if tuple(names) == pixels.CLASSES:
+        return np.array(pixels.COLOURS, np.uint8)
     colours = np.zeros((len(names), 3), np.uint8)
     for label, colour in enumerate(colours, start=1):
         for bit in range(24):  # the bits of the label, three by three, become the colours' bits from the highest down

@@ -11,12 +11,12 @@ import cv2
 import msgspec
 import numpy as np
 
-from loco_det.data.catalog import Dataset, find_dataset
-from loco_det.data.coco import CocoDataset, Record, load_coco
-from loco_det.data.images import read_image
-from loco_det.data.semantic import IGNORED, label_file, read_labels
-from loco_det.errors import UserError
-from loco_det.evaluation.semantic import read_pair
+from loco_det.annotations.coco import CocoDataset, Record, load_coco
+from loco_det.annotations.pixels import IGNORED, label_file, read_labels
+from loco_det.annotations.registry import Dataset, find_dataset
+from loco_det.core.errors import UserError
+from loco_det.evaluation.pixels import read_pair
+from loco_det.images.decode import read_image
 from loco_det.report.drawing import Shape, annotated_shapes, class_colours, detected_shapes, draw_instances, draw_labels
 from loco_det.report.runs import DetectorRun
 

@@ -11,11 +11,11 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from loco_det.data.coco import CocoDataset
-from loco_det.data.images import read_image
-from loco_det.errors import UserError
+from loco_det.annotations.coco import CocoDataset
+from loco_det.core.errors import UserError
+from loco_det.core.files import atomic_write
+from loco_det.images.decode import read_image
 from loco_det.report.drawing import COLOURS, annotated_shapes, detected_shapes, draw_instances
-from loco_det.runtime import atomic_write
 
 PANEL_WIDTH = 460  # pixels that an image is drawn at; what is smaller is enlarged
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from loco_det.artifact import HEADER_KEY, decode_manifest
-from loco_det.config import read_yaml
-from loco_det.data.catalog import find_dataset
-from loco_det.errors import UserError
+from loco_det.annotations.registry import find_dataset
+from loco_det.backbones.artifact import HEADER_KEY, decode_manifest
+from loco_det.core.config import read_yaml
+from loco_det.core.errors import UserError
 
 # Keys in which two runs of one experiment may differ: where it ran, its seed, and what belongs to the backbone.
 _FREE = (

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loco_det.artifact import IMAGENET_MEAN, IMAGENET_STD
-from loco_det.backbone import BLOCKS, STAGES, ResNet, measure_batchnorm, tensors_hash
+from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD
+from loco_det.backbones.presnet import PRESNET, PResNet
+from loco_det.backbones.resnet import BLOCKS, STAGES, ResNet, measure_batchnorm, tensors_hash
 from loco_det.convert import load_any_backbone
-from loco_det.data.views import normalise
-from loco_det.errors import UserError
-from loco_det.presnet import PRESNET, PResNet
+from loco_det.core.errors import UserError
+from loco_det.images.views import normalise
 
 _BY_STRIDE = {2: "stem", 4: "res2", 8: "res3", 16: "res4", 32: "res5"}
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from loco_det.convert.load import load_tensors
-from loco_det.data.source import Source
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
+from loco_det.images.source import Source
 
 _TEN = [f"data_batch_{i}" for i in range(1, 6)]
 # folder: {split: files}, the file of class names and the key in it, label key or label bytes before a row

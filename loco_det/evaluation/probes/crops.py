@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from loco_det.data.images import decode_image
-from loco_det.data.twoview import loader_of
-from loco_det.data.views import crop_resize, draw_view, finish_view, view_config, view_draws
-from loco_det.errors import UserError, raising
+from loco_det.core.errors import UserError, raising
 from loco_det.evaluation.probes.images import LabelledImages
+from loco_det.images.decode import decode_image
+from loco_det.images.two_views import loader_of
+from loco_det.images.views import crop_resize, draw_view, finish_view, view_config, view_draws
 
 VIEWS = "random crops (8 to 100 % of the area) and flips, anew in each epoch"
 CROP_AND_FLIP = {"JITTER_PROB": 0.0, "GRAY_PROB": 0.0, "BLUR_PROB": 0.0}

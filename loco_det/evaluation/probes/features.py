@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loco_det.data.twoview import build_plain_loader
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
+from loco_det.core.files import atomic_write, write_json
+from loco_det.core.log import Progress, log
 from loco_det.evaluation.probes.backbones import Backbone
 from loco_det.evaluation.probes.cifar import CifarSource
 from loco_det.evaluation.probes.images import LabelledImages
-from loco_det.runtime import Progress, atomic_write, log, write_json
+from loco_det.images.two_views import build_plain_loader
 
 FORMAT = 1
 POOLING = "global average"

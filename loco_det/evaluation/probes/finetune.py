@@ -1,6 +1,6 @@
 """The semi-supervised probe: the whole backbone and a linear classifier, fine-tuned on 1 % or 10 % of the labels.
 
-Which images keep their label is the rule of `loco_det.data.subsets`: the lists are fixed by the seed, hold the same
+Which images keep their label is the rule of `annotations/subsets.py`: the lists are fixed by the seed, hold the same
 share of every class, and the smaller lies within the larger. Training sees a random crop (8 to 100 % of the area) and
 a flip, as in SimCLR (arXiv 2002.05709, section 4.3 and appendix B.5); testing the plain view.
 
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
+from loco_det.core.log import Progress
 from loco_det.evaluation.probes.backbones import Backbone
 from loco_det.evaluation.probes.crops import crop_batches, steps_an_epoch
 from loco_det.evaluation.probes.features import Extractor
 from loco_det.evaluation.probes.images import LabelledImages
-from loco_det.runtime import Progress
 
 LARGEST_BATCH, SMALLEST_BATCH, STEPS_AN_EPOCH = 256, 16, 10
 

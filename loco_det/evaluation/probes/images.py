@@ -15,11 +15,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from loco_det.data.source import Source
-from loco_det.data.sources import open_source
-from loco_det.data.subsets import share_of_each_class
-from loco_det.errors import UserError
+from loco_det.annotations.subsets import share_of_each_class
+from loco_det.core.errors import UserError
 from loco_det.evaluation.probes.cifar import is_cifar, open_cifar
+from loco_det.images.folders import open_source
+from loco_det.images.source import Source
 
 TEST_FOLDERS = ("val", "valid", "validation", "test")
 TEST_SHARE = 0.2
@@ -46,7 +46,7 @@ class LabelledImages:
         return [f"{self.source.classes[self.source.label(i)]}/{_last(self.source.name(i))}" for i in self.index]
 
     def part(self, share: float, seed: int) -> LabelledImages:
-        """A share of each class, see `loco_det.data.subsets`; smaller shares lie within larger ones."""
+        """A share of each class, see `loco_det.annotations.subsets`; smaller shares lie within larger ones."""
         return self.take(share_of_each_class(self.labels, self.names(), share, seed))
 
     def take(self, rows: np.ndarray) -> LabelledImages:

@@ -17,8 +17,8 @@ import torch
 from timm.optim import Lars
 from torch import Tensor, nn
 
-from loco_det.data.subsets import share_of_each_class
-from loco_det.errors import UserError
+from loco_det.annotations.subsets import share_of_each_class
+from loco_det.core.errors import UserError
 
 # For batches of 256; features are standardised, so one range fits every stage.
 RATES = {

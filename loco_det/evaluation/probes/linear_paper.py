@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loco_det.errors import UserError
+from loco_det.core.errors import UserError
+from loco_det.core.log import Progress
 from loco_det.evaluation.probes.crops import crop_batches, steps_an_epoch
 from loco_det.evaluation.probes.features import Extractor
 from loco_det.evaluation.probes.images import LabelledImages
-from loco_det.runtime import Progress
 
 INITIAL_STD = 0.01
 

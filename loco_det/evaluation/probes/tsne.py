@@ -19,10 +19,11 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from loco_det.data.subsets import hashed_order
-from loco_det.errors import UserError
+from loco_det.annotations.subsets import hashed_order
+from loco_det.core.errors import UserError
+from loco_det.core.files import atomic_write, check_writable, write_json
+from loco_det.core.log import log
 from loco_det.evaluation.probes.images import LabelledImages
-from loco_det.runtime import atomic_write, check_writable, log, write_json
 
 IMAGES, CLASSES = 500, 10
 PCA_DIMENSIONS = 50  # before t-SNE
@@ -47,7 +48,7 @@ def numbers_of(picture: Path) -> Path:
 def balanced(images: LabelledImages, count: int, seed: int) -> LabelledImages:
     """The same number of images of each of the first 10 classes that have any, `count` together or fewer.
 
-    Which of a class they are is the rule of `loco_det.data.subsets`.
+    Which of a class they are is the rule of `loco_det.annotations.subsets`.
 
     Raises:
         UserError: that would be fewer than two classes, or fewer than two images of each.

@@ -1,0 +1,294 @@
+"""Cityscapes instances from the original folders, in COCO's format.
+
+    ROOT/leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png         images
+    ROOT/gtFine/SPLIT/CITY/NAME_gtFine_polygons.json         outlines, later ones drawn over earlier ones
+    ROOT/gtFine/SPLIT/CITY/NAME_gtFine_instanceIds.png       what the benchmark compares with
+
+Annotations are those of Detectron2's `load_cityscapes_instances` (data/datasets/cityscapes.py): from the polygons by
+default, each without what later ones hide of it, exteriors only; or from the bitmaps, exact to the pixel.
+
+Shape legend: H x W the image's size in pixels, 1024 x 2048 in the original.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from loco_det.annotations.converted import derived_file, files_digest
+from loco_det.core.device import usable_cores
+from loco_det.core.errors import UserError
+from loco_det.core.launch import leave_stopping_to_parent
+from loco_det.core.log import Progress, log
+
+# Source: cityscapesscripts/helpers/labels.py, which a test compares. Ids from 24 to 33 have instances.
+LABELS = {
+    "unlabeled": 0, "ego vehicle": 1, "rectification border": 2, "out of roi": 3, "static": 4, "dynamic": 5,
+    "ground": 6, "road": 7, "sidewalk": 8, "parking": 9, "rail track": 10, "building": 11, "wall": 12, "fence": 13,
+    "guard rail": 14, "bridge": 15, "tunnel": 16, "pole": 17, "polegroup": 18, "traffic light": 19,
+    "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23, "person": 24, "rider": 25, "car": 26,
+    "truck": 27, "bus": 28, "caravan": 29, "trailer": 30, "train": 31, "motorcycle": 32, "bicycle": 33,
+    "license plate": -1,
+}  # fmt: skip
+CLASSES = {24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"}
+# Label ids of pixels that evaluation ignores.
+VOID = (*range(7), 9, 10, 14, 15, 16, 18, 29, 30)
+FIRST_INSTANCE = 24
+SPLITS = ("train", "val", "test")
+PREFIX = "cityscapes_fine_instance_seg_"
+
+
+class Frame(NamedTuple):
+    """The files of one image."""
+
+    image: Path
+    instances: Path
+    polygons: Path
+
+
+def is_cityscapes(name: str) -> bool:
+    """Whether a data set's name, without or with an @part, is one of Cityscapes' instance segmentation."""
+    return name.startswith(PREFIX) and name.partition("@")[0].removeprefix(PREFIX) in SPLITS
+
+
+def cityscapes_frames(root: Path, split: str) -> list[Frame]:
+    """The images of a split and their annotation files, sorted by city and name.
+
+    Raises:
+        UserError: the folders are not there or hold no images.
+    """
+    images, truth = root / "leftImg8bit" / split, root / "gtFine" / split
+    for folder in (images, truth):
+        if not folder.is_dir():
+            raise UserError(
+                f"Data set '{PREFIX}{split}' needs {folder}, which does not exist; unpack leftImg8bit_trainvaltest.zip "
+                f"and gtFine_trainvaltest.zip into {root}, or set DETECTRON2_DATASETS to the folder that holds it."
+            )
+    suffix = "_leftImg8bit.png"
+    frames = []
+    for image in sorted(images.glob(f"*/*{suffix}")):
+        stem = truth / image.parent.name / image.name.removesuffix(suffix)
+        frames.append(Frame(image, Path(f"{stem}_gtFine_instanceIds.png"), Path(f"{stem}_gtFine_polygons.json")))
+    if not frames:
+        raise UserError(f"{images} holds no CITY/*{suffix}; unpack leftImg8bit_trainvaltest.zip into {root}.")
+    return frames
+
+
+def cityscapes_annotations(root: Path, split: str, *, from_polygons: bool = True) -> Path:
+    """A COCO annotation file of a split, made where there is none yet; file names are relative to leftImg8bit/SPLIT.
+
+    Args:
+        from_polygons: from the JSON files; False: exact masks, as RLE, from the instanceIds PNG.
+
+    Raises:
+        UserError: a file is missing or malformed, or shapely is not installed and polygons are asked for.
+    """
+    frames = cityscapes_frames(root, split)
+    if from_polygons:
+        _require_shapely()
+    read = [frame.polygons if from_polygons else frame.instances for frame in frames]
+    facts = {
+        "format": 1,
+        "from_polygons": from_polygons,
+        "images": [str(frame.image.relative_to(root)) for frame in frames],
+        "files": files_digest(read, root),
+    }
+    folder = root / "leftImg8bit" / split
+    kind = "polygons" if from_polygons else "masks"
+    return derived_file(
+        f"{PREFIX}{split}_{kind}", facts, lambda: json.dumps(coco_format(frames, folder, from_polygons)).encode()
+    )
+
+
+def coco_format(frames: list[Frame], folder: Path, from_polygons: bool) -> dict[str, Any]:
+    """The content of a COCO annotation file; `folder` is what the file names are relative to."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    read = instances_from_polygons if from_polygons else instances_from_masks
+    for number, (frame, found) in enumerate(zip(frames, _all(read, frames)), 1):
+        name = frame.image.relative_to(folder).as_posix()
+        images.append({"id": number, "file_name": name, "height": found["height"], "width": found["width"]})
+        for entry in found["annotations"]:
+            x0, y0, x1, y1 = entry["bbox"]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": entry["category_id"],
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": _area(entry["segmentation"], found["height"], found["width"]),
+                    "iscrowd": int(entry["iscrowd"]),
+                    "segmentation": entry["segmentation"],
+                }
+            )
+    categories = [{"id": number, "name": name} for number, name in CLASSES.items()]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _all(read: Any, frames: list[Frame]) -> Any:
+    """`read` of every frame in order; in several processes where there is enough to do."""
+    cores = usable_cores()
+    description = "Cityscapes annotations"
+    with Progress(len(frames), description, unit="images") as progress:
+        if cores == 1 or len(frames) < 100 or "fork" not in multiprocessing.get_all_start_methods():
+            for frame in frames:
+                yield read(frame)
+                progress.advance()
+            return
+        log.info("%s: read once, in %d processes, and kept for later runs", description, cores)
+        fork = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(cores, fork, leave_stopping_to_parent) as pool:
+            for found in pool.map(read, frames, chunksize=8):
+                yield found
+                progress.advance()
+
+
+def _area(segmentation: list[list[float]] | dict[str, Any], height: int, width: int) -> float:
+    if isinstance(segmentation, dict):
+        return float(coco_mask.area({**segmentation, "counts": segmentation["counts"].encode()}))
+    return float(coco_mask.area(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))))
+
+
+# --- polygons ---------------------------------------------------------------------------------------------------
+
+
+def _require_shapely() -> None:
+    try:
+        import shapely  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "reading Cityscapes' polygons needs shapely; run pip install 'loco_det[cityscapes]', or name the data set "
+            "with @masks at its end and set INPUT.MASK_FORMAT bitmask"
+        ) from error
+
+
+def instances_from_polygons(frame: Frame) -> dict[str, Any]:
+    """{"height", "width", "annotations": [{"iscrowd", "category_id", "segmentation", "bbox" XYXY}]} of one image.
+
+    Objects are drawn one over the other, so the last is whole and each earlier one keeps what no later one covers.
+    An outline's corners are pixels and the official rasteriser draws every pixel that it touches, so it is half a
+    pixel wider than the polygon through their centres.
+    """
+    from shapely.geometry import Polygon
+
+    content = _read_polygons(frame.polygons)
+    covered = Polygon()
+    annotations = []
+    for number, entry in reversed(list(enumerate(content["objects"]))):
+        if "deleted" in entry:
+            continue
+        group = entry["label"].endswith("group")
+        name = entry["label"] if entry["label"] in LABELS else entry["label"].removesuffix("group")
+        if name not in LABELS:
+            raise UserError(f"{frame.polygons}: object {number} has the unknown label {entry['label']!r}; correct it")
+        label = LABELS[name]
+        if label < 0:
+            continue
+        try:
+            shape = Polygon(np.asarray(entry["polygon"], dtype="f4") + 0.5).buffer(0.5, quad_segs=4)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{frame.polygons}: object {number} is no polygon ({error}); correct it") from error
+        if label not in CLASSES:
+            covered = covered.union(shape)
+            continue
+        visible = shape.difference(covered)
+        if visible.is_empty:
+            continue
+        covered = covered.union(shape)
+        parts = [part for part in getattr(visible, "geoms", [visible]) if part.geom_type == "Polygon"]
+        annotations.append(
+            {
+                "iscrowd": group,
+                "category_id": label,
+                "segmentation": [[float(v) for point in part.exterior.coords for v in point] for part in parts],
+                "bbox": visible.bounds,
+            }
+        )
+    return {"height": content["imgHeight"], "width": content["imgWidth"], "annotations": annotations}
+
+
+def _read_polygons(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+        sizes = content["imgHeight"], content["imgWidth"]
+        labels = [entry["label"] for entry in content["objects"]]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); complete the data set") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is no Cityscapes polygon file ({error!r}); take an intact copy") from error
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or not all(isinstance(n, str) for n in labels):
+        raise UserError(f"{path}: has no usable size or labels; take an intact copy")
+    return content
+
+
+# --- bitmaps ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def opened_map(path: Path, remedy: str = "take an intact copy") -> Iterator[Image.Image]:
+    """A PNG whose pixels are numbers, opened; its pixels are to be read inside the block.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError) as error:  # by where a PNG is damaged, PIL raises any of them
+        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from error
+
+
+def read_instance_ids(path: Path) -> np.ndarray:
+    """(H, W) int32 of an instanceIds PNG: label id * 1000 + number of an object, label id alone of a group or stuff.
+
+    Raises:
+        UserError: missing or no such image.
+    """
+    with opened_map(path) as image:
+        ids = np.array(image)
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"{path}: is {ids.dtype} of shape {ids.shape}, not a map of instance ids; take an intact copy")
+    return ids.astype(np.int32)
+
+
+def instances_from_masks(frame: Frame, *, to_polygons: bool = False) -> dict[str, Any]:
+    """As `instances_from_polygons`, from the bitmaps; masks as compressed RLE, or as their outer contours."""
+    ids = read_instance_ids(frame.instances)
+    annotations = []
+    for instance in np.unique(ids[ids >= FIRST_INSTANCE]).tolist():
+        label = instance // 1000 if instance >= 1000 else instance
+        if label not in CLASSES:
+            continue
+        mask = np.asfortranarray(ids == instance, dtype=np.uint8)
+        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+        box = columns[0], rows[0], columns[-1], rows[-1]
+        if box[2] <= box[0] or box[3] <= box[1]:
+            continue
+        segmentation: Any
+        if to_polygons:
+            contours = cv2.findContours(mask.copy(), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[-2]
+            segmentation = [contour.reshape(-1).tolist() for contour in contours if len(contour) >= 3]
+            if not segmentation:
+                continue
+        else:
+            encoded = coco_mask.encode(mask)
+            segmentation = {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
+        annotations.append(
+            {
+                "iscrowd": instance < 1000,
+                "category_id": label,
+                "segmentation": segmentation,
+                "bbox": tuple(float(v) for v in box),
+            }
+        )
+    return {"height": ids.shape[0], "width": ids.shape[1], "annotations": annotations}

@@ -1,0 +1,59 @@
+"""COCO annotation files that are made from something else: another format, or a part of a larger file.
+
+Each is made once, whole or not at all, in `cache_folder()/annotations`, under a name that holds the hash of all that
+it depends on. Where several processes want it, one makes it and the others wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from loco_det.core.errors import UserError
+from loco_det.core.files import atomic_write, cache_folder, locked
+
+
+def derived_file(name: str, facts: dict[str, Any], make: Callable[[], bytes]) -> Path:
+    """The file made by `make` from what `facts` describe.
+
+    Args:
+        name: for people who look into the folder.
+        facts: plain data; anything else to depend on must be in it.
+        make: gives the content; called only where there is no such file.
+    """
+    digest = hashlib.sha256(json.dumps([name, facts], sort_keys=True).encode()).hexdigest()[:20]
+    path = cache_folder() / "annotations" / f"{name}-{digest}.json"
+    if not path.is_file():
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(path.with_suffix(".lock")))
+            except OSError as error:
+                raise UserError(
+                    f"{path.parent}: cannot be written ({error.strerror}); set LOCO_DET_CACHE to a folder that can"
+                ) from error
+            if not path.is_file():
+                with atomic_write(path) as file:
+                    file.write(make())
+    return path
+
+
+def files_digest(files: Iterable[Path], root: Path) -> str:
+    """sha256 over names below `root`, sizes and times of change, in the order of `files`; contents are not read.
+
+    Raises:
+        UserError: a file is not there.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            stat = file.stat()
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror}); complete the data set") from error
+        line = f"{os.path.relpath(file, root)} {stat.st_size} {stat.st_mtime_ns}\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

@@ -1,0 +1,315 @@
+"""Annotation files that are not written as COCO writes its own, and whose meaning is plain all the same.
+
+`rewritten` makes a strict file of one, with every key that it had, and counts what it read otherwise than it stands:
+
+| as it stands | as it is read |
+|---|---|
+| compressed by gzip, a byte-order mark, UTF-16 or UTF-32 | plain UTF-8 |
+| NaN, Infinity | null |
+| an id as "7" or 7.0 | 7 |
+| ids of which one is no number, such as a UUID | numbers from 1 on, in the order of the ids as text |
+| height, width, iscrowd, ignore or difficult as "640", 640.0 or true | 640, or 0 or 1 |
+| an area, or one of a bbox's four numbers, as "12.5"; a bbox as "[1, 2, 3, 4]" | the number |
+| iscrowd, ignore or difficult null | 0 |
+| an area that is null or no number | absent |
+| a category's name or a file_name as a number; a category without a name | its text; its id |
+
+The rest is refused in one sentence, with the number of entries of each kind.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from loco_det.core.device import no_garbage_collection
+from loco_det.core.errors import UserError
+
+_GZIP = b"\x1f\x8b"
+_MOST_UNPACKED = 1 << 28  # bytes that a compressed file may always have; above it 100 times its size
+_WHOLE = re.compile(r"\s*([+-]?\d{1,19})(?:\.0*)?\s*")
+_INT64 = range(-(2**63), 2**63)
+_TABLES = {"images": "image", "categories": "category", "annotations": "annotation"}
+
+Entry = dict[str, msgspec.Raw]
+Convert = Callable[[Any], Any]  # returns a sound value itself, None for one to leave out; ValueError: what it is not
+
+_decode_file = msgspec.json.Decoder(Entry).decode
+_decode_entries = msgspec.json.Decoder(list[Entry]).decode
+
+
+def rewritten(text: bytes, path: Path) -> tuple[bytes, dict[str, int]]:
+    """A strict annotation file of `text`.
+
+    Args:
+        path: for messages.
+
+    Returns:
+        The file, and how many entries of which kind are read otherwise than they stand.
+
+    Raises:
+        UserError: it is no JSON, no annotation file, or has entries that mean nothing.
+    """
+    account = _Account(path)
+    try:
+        with no_garbage_collection():
+            file, tables = _tables(_standard(text, account), path)
+            _convert(tables, account)
+            account.close()
+            lists = {key: b"[" + b",\n".join(map(msgspec.json.encode, tables[key])) + b"]" for key in tables}
+            whole = msgspec.json.encode(file | {key: msgspec.Raw(text) for key, text in lists.items()})
+            return whole, dict(account.read)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:  # in a text
+        raise account.no_json(error) from None
+
+
+class _Account:
+    """What was read otherwise than it stands and what cannot be read, by kind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.read: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self.first: dict[str, str] = {}  # of the refused
+
+    def refuse(self, kind: str, entry: str) -> None:
+        self.refused[kind] += 1
+        self.first.setdefault(kind, entry)
+
+    def close(self) -> None:
+        """Raises UserError if something was refused."""
+        if self.refused:
+            kinds = "; ".join(f"{n} x {kind}, the first {self.first[kind]}" for kind, n in self.refused.items())
+            raise UserError(f"{self.path} cannot be read: {kinds}. Correct these entries or remove them.")
+
+    def no_json(self, reason: object) -> UserError:
+        return UserError(f"{self.path} is not a whole JSON file in UTF-8: {reason}; copy or write it again.")
+
+
+# --- the text ---------------------------------------------------------------------------------------------------
+
+
+def _standard(text: bytes, account: _Account) -> bytes:
+    """Standard JSON in UTF-8."""
+    if text[:2] == _GZIP:
+        text = _unpacked(text, account.path)
+        account.read["file compressed by gzip"] += 1
+    encoding = json.detect_encoding(text)
+    if encoding != "utf-8":
+        try:
+            text = text.decode(encoding).encode()
+        except UnicodeError as error:
+            raise account.no_json(error) from None
+        account.read[f"file in {encoding.replace('-sig', ' with a byte-order mark')}"] += 1
+    try:
+        _decode_file(text)
+    except msgspec.ValidationError:  # judged by `_tables`
+        return text
+    except RecursionError:
+        raise account.no_json("it is nested too deep") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        if b"NaN" in text or b"Infinity" in text:
+            return _without_nan(text, account)
+        raise account.no_json(error) from None
+    return text
+
+
+def _unpacked(text: bytes, path: Path) -> bytes:
+    most = max(_MOST_UNPACKED, 100 * len(text))
+    unpack = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    try:
+        whole = unpack.decompress(text, most)
+    except zlib.error as error:
+        raise UserError(f"{path} is not a whole gzip file ({error}); copy it again.") from None
+    if len(whole) == most:
+        raise UserError(f"{path} would unpack to more than {most:,} bytes; unpack it by hand if that is right.")
+    if not unpack.eof or unpack.unused_data:
+        raise UserError(f"{path} is not one whole gzip file; copy it again.")
+    return whole
+
+
+def _without_nan(text: bytes, account: _Account) -> bytes:
+    """What Python reads and the standard does not know: NaN and Infinity, which become null."""
+    constants: Counter[str] = Counter()
+    try:
+        value = json.loads(text, parse_constant=lambda name: constants.update([name]))
+        text = msgspec.json.encode(value)
+    except RecursionError:
+        raise account.no_json("it is nested too deep") from None
+    except ValueError as error:  # half a surrogate pair, too
+        raise account.no_json(error) from None
+    account.read.update({f"{name}, read as null": count for name, count in constants.items()})
+    return text
+
+
+def _tables(text: bytes, path: Path) -> tuple[Entry, dict[str, list[Entry]]]:
+    """The whole file and its three lists."""
+    try:
+        file = _decode_file(text)
+        for key in ("images", "categories"):
+            if key not in file:
+                raise UserError(f"{path} is not a COCO instances file: it has no '{key}'; name the right file.")
+        return file, {key: _decode_entries(file.get(key, b"[]")) for key in _TABLES}
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a COCO instances file: {error}; name the right file.") from None
+
+
+# --- the values -------------------------------------------------------------------------------------------------
+
+
+def _convert(tables: dict[str, list[Entry]], account: _Account) -> None:
+    """Make the keys that are used what the strict parser takes."""
+    image_id, category_id, annotation_id = (_ids(tables[key], what, account) for key, what in _TABLES.items())
+    required: dict[str, dict[str, tuple[Convert, str]]] = {
+        "images": {"height": _WIDE, "width": _WIDE, "id": image_id},  # ids last: messages show them as they stand
+        "categories": {"id": category_id},
+        "annotations": {"image_id": image_id, "category_id": category_id, "bbox": _BOX, "id": annotation_id},
+    }
+    optional = {
+        "images": {"file_name": _TEXT, "coco_url": _TEXT},
+        "categories": {"name": _TEXT},
+        "annotations": {"area": _AREA, "iscrowd": _FLAG, "ignore": _FLAG, "difficult": _FLAG},
+    }
+    for table, what in _TABLES.items():
+        for entry in tables[table]:
+            for key, (convert, wanted) in optional[table].items():
+                if key in entry:
+                    _set(entry, key, convert, wanted, what, account)
+            for key, (convert, wanted) in required[table].items():
+                _set(entry, key, convert, wanted, what, account)
+            if what == "category" and "name" not in entry:
+                entry["name"] = msgspec.Raw(msgspec.json.encode(str(_value(entry, "id"))))
+                account.read["category without a name: its id is taken"] += 1
+
+
+def _set(entry: Entry, key: str, convert: Convert, wanted: str, what: str, account: _Account) -> None:
+    value = _value(entry, key)
+    try:
+        new = convert(value)
+    except ValueError:
+        shown = f"with {value!r:.60}" if key in entry else "has none"
+        account.refuse(f"{what} whose {key} is not {wanted}", f"(id {_value(entry, 'id')!r:.60}) {shown}")
+        return
+    if new is value and new is not None:
+        return
+    if new is None:
+        del entry[key]
+    else:
+        entry[key] = msgspec.Raw(msgspec.json.encode(new))
+    account.read[f"{what} whose {key} is {_kind(value)}"] += 1
+
+
+def _ids(entries: list[Entry], what: str, account: _Account) -> tuple[Convert, str]:
+    """How to convert the ids of a table, and references to them."""
+    values = [_value(entry, "id") for entry in entries]
+    if all(_is_whole(value) or not _is_id(value) for value in values):
+        return _whole, "a whole number"
+    numbers = {text: n for n, text in enumerate(sorted({_id_text(value) for value in values if _is_id(value)}), 1)}
+    account.read[f"{what} ids in whose place stand numbers from 1 on, in the order of the ids as text"] = len(numbers)
+
+    def number(value: Any) -> int:
+        if not _is_id(value):
+            raise ValueError
+        return numbers.setdefault(_id_text(value), len(numbers) + 1)  # one that is not listed has its own
+
+    return number, "a number or a text"
+
+
+def _value(entry: Entry, key: str) -> Any:
+    return msgspec.json.decode(entry[key]) if key in entry else None
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, list):
+        return "a list with text"
+    names = {str: "text", bool: "true or false", int: "a number", float: "a decimal number", type(None): "null"}
+    return names.get(type(value), "an object")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, float, str)) and not isinstance(value, bool)
+
+
+def _id_text(value: str | float) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _is_whole(value: Any) -> bool:
+    try:
+        return _whole(value) is not None
+    except ValueError:
+        return False
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    elif isinstance(value, float) and value.is_integer():
+        number = int(value)
+    elif isinstance(value, str) and (match := _WHOLE.fullmatch(value)):
+        number = int(match[1])
+    else:
+        raise ValueError
+    if number not in _INT64:
+        raise ValueError
+    return number
+
+
+def _flag(value: Any) -> int | None:
+    """0 or 1; a whole number but 0 counts as 1 to every reader."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return int(value.strip().lower() == "true")
+    return _whole(value)
+
+
+def _number(value: Any) -> int | float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError
+    number = value if not isinstance(value, str) else float(value)
+    if abs(number) > sys.float_info.max or not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _box(value: Any) -> list[int | float]:
+    sides = value
+    if isinstance(value, str):
+        sides = value.strip(" []()").replace(",", " ").split()
+    if not isinstance(sides, list) or len(sides) != 4:
+        raise ValueError
+    numbers = [_number(side) for side in sides]
+    return value if all(new is old for new, old in zip(numbers, sides)) else numbers
+
+
+def _area(value: Any) -> int | float | None:
+    try:
+        return _number(value)
+    except ValueError:
+        return None
+
+
+def _text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (list, dict)):
+        raise ValueError
+    return str(value)
+
+
+_WIDE = (_whole, "a whole number")
+_BOX = (_box, "four numbers")
+_AREA = (_area, "a number")
+_FLAG = (_flag, "0 or 1")
+_TEXT = (_text, "text")

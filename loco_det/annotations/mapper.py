@@ -1,0 +1,186 @@
+"""From an annotated image on disk to what the detector trains on.
+
+Equal to Detectron2's default mapper (data/dataset_mapper.py) for the same random draws: the image bit for bit, boxes,
+classes and masks too. One difference is meant: coordinates that a JSON file writes as whole numbers are scaled like
+any others, where Detectron2 cuts off what follows the decimal point.
+
+Shape legend: H x W the image after the transforms, N its annotated objects.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from pycocotools import mask as coco_mask
+
+from loco_det.annotations.coco import Record, decode_segmentation
+from loco_det.annotations.instances import Instances
+from loco_det.annotations.masks import BitMasks, PolygonMasks, rasterize
+from loco_det.annotations.pixels import label_file, read_labels
+from loco_det.annotations.transforms import Transform, check_input, draw_transforms, resize_short_side
+from loco_det.core.errors import UserError
+from loco_det.images.decode import read_image
+
+# Pixels; an object whose box is no wider or higher after the transforms is left out.
+SMALLEST_SIDE = 1e-5
+
+# Boxes (P, 4) float32 XYXY in pixels of the original image and logits (P,) float32, the best first.
+ProposalsOfImage = tuple[np.ndarray, np.ndarray]
+
+
+def sample_rng(seed: int, position: int) -> np.random.RandomState:
+    """The random numbers of one sample, a function of the run's seed and the sample's place in the stream alone.
+
+    RandomState, because its stream is fixed for ever, which Generator's is not, and because Detectron2 draws from
+    one, so that equality is testable.
+    """
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, position])))
+
+
+class DetectionMapper:
+    """Turns a `Record` into the dict that the model takes.
+
+    Args:
+        cfg: Detectron2's keys; INPUT, MODEL.META_ARCHITECTURE, MODEL.MASK_ON and
+            DATASETS.PRECOMPUTED_PROPOSAL_TOPK_* are read.
+        train: with random transforms and "instances", or resized for testing and without.
+
+    Raises:
+        UserError: a value of INPUT means nothing.
+    """
+
+    def __init__(self, cfg: CfgNode, train: bool):
+        check_input(cfg.INPUT)
+        self.input = cfg.INPUT
+        self.with_masks = bool(cfg.MODEL.MASK_ON)
+        self.semantic = cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor"
+        self.train = train
+        limits = cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN, cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST
+        self.most_proposals = limits[0 if train else 1]
+
+    def __call__(
+        self,
+        record: Record,
+        rng: np.random.RandomState | None = None,
+        proposals: ProposalsOfImage | None = None,
+    ) -> dict[str, Any]:
+        """One sample.
+
+        Args:
+            rng: where the random transforms are drawn from; needed for training only.
+            proposals: computed before, in the original image.
+
+        Returns:
+            file_name, image_id, height, width: as in the record, i.e. of the original image.
+            image: (3, H, W) uint8 in INPUT.FORMAT order.
+            instances: training only, `Instances` in pixels of `image` without crowds and empty objects.
+            sem_seg: instead of them for a semantic segmentor, (H, W) int64 classes or IGNORED of annotations/pixels.py.
+            proposals: if given, the best DATASETS.PRECOMPUTED_PROPOSAL_TOPK_{TRAIN,TEST} that are not empty, as
+                `Instances` in pixels of `image` with boxes and scores.
+
+        Raises:
+            UserError: the image is unreadable or of another size, or a segmentation missing or malformed.
+        """
+        image = read_image(record.file_name, self.input.FORMAT)
+        if image.shape[:2] != (record.height, record.width):
+            raise UserError(
+                f"{record.file_name} is {image.shape[1]} x {image.shape[0]} pixels but annotated (image id "
+                f"{record.image_id}) as {record.width} x {record.height}; correct the one or the other."
+            )
+        transforms = self._transforms(record, rng)
+        for transform in transforms:
+            image = transform.image(image)
+        sample: dict[str, Any] = {
+            "file_name": record.file_name,
+            "image_id": record.image_id,
+            "height": record.height,
+            "width": record.width,
+            "image": torch.from_numpy(image.transpose(2, 0, 1).copy()),
+        }
+        if self.train and self.semantic:
+            sample["sem_seg"] = self._labels(record, transforms)
+        elif self.train:
+            sample["instances"] = self._instances(record, transforms, image.shape[:2])
+        if proposals is not None:
+            sample["proposals"] = self._proposals(proposals, transforms, image.shape[:2])
+        return sample
+
+    def _transforms(self, record: Record, rng: np.random.RandomState | None) -> list[Transform]:
+        if self.train:
+            return draw_transforms(self.input, record.height, record.width, rng)
+        if self.input.MIN_SIZE_TEST == 0:
+            return []
+        size = (record.height, record.width, self.input.MIN_SIZE_TEST, self.input.MAX_SIZE_TEST)
+        return [resize_short_side(*size)]
+
+    def _labels(self, record: Record, transforms: list[Transform]) -> torch.Tensor:
+        path = label_file(record.file_name)
+        labels = read_labels(path)
+        if labels.shape != (record.height, record.width):
+            raise UserError(
+                f"{path} has shape {labels.shape} and its image {(record.height, record.width)}; correct it."
+            )
+        for transform in transforms:
+            labels = transform.mask(labels)
+        return torch.from_numpy(labels.astype(np.int64))
+
+    def _instances(self, record: Record, transforms: list[Transform], size: tuple[int, int]) -> Instances:
+        rows = np.flatnonzero(~record.crowd)
+        boxes = move_boxes(record.boxes[rows].astype(np.float64), transforms, size)
+        instances = Instances(
+            size,
+            boxes=torch.from_numpy(boxes).float(),
+            classes=torch.from_numpy(record.classes[rows]),
+        )
+        keep = torch.ones(len(rows), dtype=torch.bool)
+        if self.with_masks:
+            instances.masks = self._masks(record, rows, transforms, size)
+            keep = instances.masks.nonempty()
+            if self.input.CROP.ENABLED:
+                # The cut box of a cut object is not tight: a triangle's tip may lie outside the window.
+                instances.boxes = instances.masks.bounding_boxes()
+        sides = instances.boxes[:, 2:] - instances.boxes[:, :2]
+        return instances[keep & (sides > SMALLEST_SIDE).all(1)]
+
+    def _proposals(self, proposals: ProposalsOfImage, transforms: list[Transform], size: tuple[int, int]) -> Instances:
+        boxes = torch.from_numpy(move_boxes(proposals[0], transforms, size))
+        moved = Instances(size, boxes=boxes, scores=torch.from_numpy(proposals[1]))
+        keep = (boxes[:, 2:] - boxes[:, :2] > 0).all(1).nonzero().squeeze(1)
+        return moved[keep[: self.most_proposals]]
+
+    def _masks(
+        self, record: Record, rows: np.ndarray, transforms: list[Transform], size: tuple[int, int]
+    ) -> PolygonMasks | BitMasks:
+        as_polygons = self.input.MASK_FORMAT == "polygon"
+        masks: list[Any] = []
+        for k in rows:
+            segmentation = decode_segmentation(record, k)
+            which = f"{record.file_name}: annotation id {record.annotation_ids[k]}"
+            if segmentation is None:
+                raise UserError(f"{which} has no segmentation; set MODEL.MASK_ON False to train on boxes alone.")
+            if isinstance(segmentation, list):
+                for transform in transforms:
+                    segmentation = transform.polygons(segmentation)
+                masks.append(segmentation if as_polygons else rasterize(segmentation, *size))
+                continue
+            if as_polygons:
+                raise UserError(f"{which} is an RLE and not a polygon; set INPUT.MASK_FORMAT bitmask.")
+            bitmap = coco_mask.decode(segmentation)
+            for transform in transforms:
+                bitmap = transform.mask(bitmap)
+            masks.append(bitmap.astype(bool))
+        if as_polygons:
+            return PolygonMasks(masks)
+        return BitMasks(torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *size, dtype=torch.bool))
+
+
+def move_boxes(boxes: np.ndarray, transforms: list[Transform], size: tuple[int, int]) -> np.ndarray:
+    """(N, 4) XYXY boxes after the transforms, limited to an image of `size` (H, W); of the dtype they had."""
+    corners = boxes.reshape(-1, 2)
+    for transform in transforms:
+        corners = transform.points(corners)
+    corners = np.clip(corners, 0, np.array(size[::-1], corners.dtype)).reshape(-1, 2, 2)
+    return np.concatenate([corners.min(1), corners.max(1)], 1)

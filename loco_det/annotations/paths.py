@@ -1,0 +1,185 @@
+"""Data sets spelled as paths, and converted on the way where they are not in COCO's format.
+
+    FILE.json[@IMAGES]              a COCO annotation file and its folder of images, which may be left out where it is
+                                    the file's own folder or `images` in it
+    FOLDER                          with _annotations.coco.json (Roboflow) or COCO's result.json (Label Studio) in it
+    SOURCE[@IMAGES][@SPLIT]         a folder or file that `loco-det data convert` reads (`formats/`)
+
+and behind any of them @PART as behind a name (`subsets.py`). What is a path has a / before its first @, or ends there
+in .json, .xml, .yaml or .yml; anything else is a name. What stands behind an @ is a part if it is written as one, so a
+folder called 10pct_seed0 is ./10pct_seed0.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from loco_det.annotations.converted import derived_file, files_digest
+from loco_det.annotations.formats import yolo
+from loco_det.annotations.formats.conversion import ARCHIVES, VERSION, Converted, convert_annotations
+from loco_det.annotations.formats.files import Tree
+from loco_det.annotations.formats.recognition import json_format, recognise
+from loco_det.annotations.formats.summary import lines
+from loco_det.annotations.index import load_index
+from loco_det.annotations.subsets import is_part
+from loco_det.core.errors import UserError
+from loco_det.core.log import log
+
+_FILE = re.compile(r"(.*?\.(?:json|json\.gz|xml|ya?ml))(?:@(.*))?", re.IGNORECASE | re.DOTALL)
+COCO_FILES = ("_annotations.coco.json", "result.json")  # that stand for the folder they lie in
+_told: set[Path] = set()
+
+
+class Place(NamedTuple):
+    """What a path stands for: a folder of images and a COCO file, `derived` if that was made here."""
+
+    images: Path
+    annotations: Path
+    derived: bool
+
+
+def is_path(name: str) -> bool:
+    """Whether a data set's name is a path, without or with anything behind an @."""
+    head = name.partition("@")[0]
+    return "/" in head or head.startswith("~") or _FILE.fullmatch(head) is not None
+
+
+def _path(text: str) -> Path:
+    """With ~ and ~user as their homes, or as they stand where there is no such user.
+
+    Ask os.path whether it is there: a Path raises OSError for a name that is too long.
+    """
+    return Path(os.path.expanduser(text))
+
+
+def split_parts(name: str) -> tuple[str, list[str]]:
+    """A path without the parts behind it, and these."""
+    pieces, parts = name.split("@"), []
+    while len(pieces) > 1 and is_part(pieces[-1]):
+        parts.insert(0, pieces.pop())
+    return "@".join(pieces), parts
+
+
+def find_path(whole: str) -> Place:
+    """The place that a path without parts stands for.
+
+    Raises:
+        UserError: something is not there or is of no known format, or a split must be named.
+    """
+    found = _FILE.fullmatch(whole)
+    if found and not os.path.isdir(_path(whole)):
+        return _of_file(whole, _path(found[1]), found[2])
+    source, split = _path(whole), None
+    if not os.path.isdir(source) and "@" in whole:
+        head, _, split = whole.rpartition("@")
+        source = _path(head)
+    if source.suffix.lower() in ARCHIVES and os.path.isfile(source):
+        raise UserError(f"DATASETS: '{whole}': {source} is an archive; unpack it and name the folder.")
+    if not os.path.isdir(source):
+        raise UserError(f"DATASETS: '{whole}': there is no folder {source}; correct the path.")
+    for file in (source / name for name in COCO_FILES):
+        if split is None and file.is_file() and _may_be_coco(file):
+            return Place(_default_images(file), file, False)
+    return _converted(whole, source, None, split)
+
+
+def _of_file(whole: str, file: Path, rest: str | None) -> Place:
+    if not os.path.isfile(file):
+        raise UserError(f"DATASETS: '{whole}': there is no file {file}; correct the path.")
+    if file.name.lower().endswith((".json", ".json.gz")) and _may_be_coco(file):
+        images = _default_images(file) if rest is None else _path(rest)
+        if not os.path.isdir(images):
+            raise UserError(
+                f"DATASETS: '{whole}': there is no folder {images}; write FILE.json@FOLDER with the images' folder."
+            )
+        return Place(images, file, False)
+    images, split = None, None
+    if rest is not None:
+        head, _, tail = rest.rpartition("@")
+        if os.path.isdir(_path(rest)):
+            images = _path(rest)
+        elif head and os.path.isdir(_path(head)):
+            images, split = _path(head), tail
+        elif head or "/" in tail:
+            raise UserError(f"DATASETS: '{whole}': there is no folder {head or tail}; correct the path.")
+        else:
+            split = tail
+    return _converted(whole, file, images, split)
+
+
+def _may_be_coco(file: Path) -> bool:
+    """Whether JSON is COCO's, or nothing that is known, of which COCO's parser says what it lacks."""
+    return json_format(file) in ("coco", None)
+
+
+def _default_images(file: Path) -> Path:
+    """The folder of the file, or `images` in it if the file's first image is there and not beside the file."""
+    names = load_index(file).file_name
+    inside = file.parent / "images"
+    beside = not len(names) or (file.parent / names[0]).is_file() or not (inside / names[0]).is_file()
+    return file.parent if beside else inside
+
+
+# --- other formats -----------------------------------------------------------------------------------------------
+
+
+def is_annotated(path: Path) -> bool:
+    """Whether a folder or a file is one of those above, so that its images come with annotations."""
+    if not os.path.isdir(path):
+        return _FILE.fullmatch(path.name) is not None
+    if any((path / name).is_file() for name in COCO_FILES):
+        return True
+    return bool(set(recognise(Tree(path))) - {"coco"})
+
+
+def _converted(whole: str, source: Path, images: Path | None, split: str | None) -> Place:
+    """The COCO file of one split, made where there is none yet; the log tells once what did not come over."""
+    tree = Tree(source, images)
+    yolo.add_folders(tree)  # else what a data.yaml names elsewhere could change unnoticed
+    facts = {
+        "format": VERSION,
+        "source": str(tree.source),
+        "images": None if images is None else str(images.absolute()),
+        "files": files_digest(tree.files, tree.root),
+    }
+    made: list[Converted] = []
+
+    def conversion() -> Converted:
+        if not made:
+            made.append(convert_annotations(source, images=images))
+        return made[0]
+
+    title = re.sub(r"[^\w.+-]", "_", source.name)[-60:] or "data"
+    file = derived_file(f"{title}-summary", facts, lambda: msgspec.json.encode(conversion().summary))
+    summary = msgspec.json.decode(file.read_bytes())
+    split = _chosen_split(whole, list(summary["splits"]), split)
+    _tell(source, file, summary)
+    annotations = derived_file(
+        f"{title}-split", {**facts, "split": split}, lambda: msgspec.json.encode(conversion().splits[split])
+    )
+    return Place(Path(summary["image_folder"]), annotations, True)
+
+
+def _chosen_split(whole: str, splits: list[str], split: str | None) -> str:
+    if split is None and len(splits) == 1:
+        return splits[0]
+    if split not in splits:
+        which = "has several splits" if split is None else f"has no split '{split}'"
+        remedy = ", ".join(f"@{name}" for name in splits)
+        raise UserError(f"DATASETS: '{whole}' {which}; put one of {remedy} behind the path.")
+    return split
+
+
+def _tell(source: Path, file: Path, summary: dict[str, Any]) -> None:
+    if file in _told:
+        return
+    _told.add(file)
+    counts = ", ".join(f"{k} {v['images']} images, {v['objects']} objects" for k, v in summary["splits"].items())
+    log.info("%s: %s, read as COCO: %s", source, summary["format"], counts)
+    for line in lines(summary):
+        log.warning("%s: %s", source, line)

@@ -1,0 +1,94 @@
+"""Pascal VOC as COCO-format annotations, made from the XML files of an unpacked VOCdevkit.
+
+    ROOT/VOC2007/{Annotations/*.xml, ImageSets/Main/SPLIT.txt, JPEGImages/*.jpg}
+
+Names, classes, boxes and the training on difficult objects are those of Detectron2 (data/datasets/pascal_voc.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import msgspec
+
+from loco_det.annotations.converted import derived_file, files_digest
+from loco_det.core.errors import UserError
+
+CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
+    *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+# name: (folder below the root, split)
+VOC_SETS = {
+    f"voc_{year}_{split}": (f"VOC{year}", split)
+    for year, splits in (("2007", ("trainval", "train", "val", "test")), ("2012", ("trainval", "train", "val")))
+    for split in splits
+}
+
+
+def image_number(file_id: str | int) -> int:
+    """ "000005" -> 5, "2008_000008" -> 2008000008: VOC's names of images as COCO's ids; a number is one already."""
+    return int(str(file_id).replace("_", ""))
+
+
+def voc_annotations(name: str, root: Path) -> tuple[Path, Path]:
+    """The image folder of one of `VOC_SETS` and its annotations as a COCO file, made where there is none yet.
+
+    Raises:
+        UserError: the set is not there or not whole, an XML file is malformed, or the cache cannot be written.
+    """
+    missing = next((path for path in voc_places(name, root) if not path.exists()), None)
+    if missing:
+        raise UserError(
+            f"Dataset '{name}' needs {missing}, which does not exist; put it there or set DETECTRON2_DATASETS to the "
+            f"folder that holds {VOC_SETS[name][0]} (now '{root}')."
+        )
+    listing, annotations, images = voc_places(name, root)
+    file_ids = listing.read_text().split()
+    files = [listing, *(annotations / f"{file_id}.xml" for file_id in file_ids)]
+    facts = {"format": 1, "files": files_digest(files, annotations.parent)}
+    return images, derived_file(name, facts, lambda: msgspec.json.encode(_as_coco(annotations, file_ids)))
+
+
+def voc_places(name: str, root: Path) -> tuple[Path, Path, Path]:
+    """The list of a set's images, the folder of its XML files and that of its images."""
+    folder, split = root / VOC_SETS[name][0], VOC_SETS[name][1]
+    return folder / "ImageSets" / "Main" / f"{split}.txt", folder / "Annotations", folder / "JPEGImages"
+
+
+def _as_coco(folder: Path, file_ids: list[str]) -> dict[str, Any]:
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for file_id in file_ids:
+        path = folder / f"{file_id}.xml"
+        try:
+            image_id = image_number(file_id)
+            tree = ElementTree.parse(path)
+            size = {side: int(tree.findtext(f"size/{side}", "")) for side in ("height", "width")}
+            objects = [_as_annotation(each) for each in tree.iterfind("object")]
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        except (ElementTree.ParseError, ValueError) as error:
+            raise UserError(f"{path} is not a Pascal VOC annotation: {error}.") from None
+        images.append({"id": image_id, "file_name": f"{file_id}.jpg", **size})
+        annotations += [{"id": len(annotations) + k, "image_id": image_id, **each} for k, each in enumerate(objects, 1)]
+    categories = [{"id": k, "name": name} for k, name in enumerate(CLASSES, 1)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _as_annotation(found: ElementTree.Element) -> dict[str, Any]:
+    name = found.findtext("name", "")
+    if name not in CLASSES:
+        raise ValueError(f"there is no class '{name}'; name a folder of other classes by its path, as ./VOC2007@train")
+    # Pixels count from 1 and both ends are inside: xmin 1, xmax W is the whole width.
+    x0, y0, x1, y1 = (float(found.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax"))
+    width, height = x1 - (x0 - 1), y1 - (y0 - 1)
+    return {
+        "category_id": CLASSES.index(name) + 1,
+        "bbox": [x0 - 1, y0 - 1, width, height],
+        "area": width * height,
+        "iscrowd": 0,
+        "difficult": int(found.findtext("difficult", "0")),
+    }

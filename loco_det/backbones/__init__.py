@@ -1,0 +1,1 @@
+"""Backbones: networks as ordered stages, their tensor names and files."""

@@ -1,0 +1,154 @@
+"""The backbone on disk: `backbone.safetensors`, the only bridge from pretraining to everything else.
+
+Tensors stand under torchvision's names; the header's key "loco_det" holds one JSON manifest that says what they
+are and what pixels they expect. Reading one executes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from loco_det import __version__
+from loco_det.backbones.names import to_torchvision
+from loco_det.backbones.presnet import PRESNET
+from loco_det.backbones.resnet import StagedBackbone, tensors_hash
+from loco_det.core.errors import UserError
+from loco_det.core.files import atomic_write
+
+FORMAT = 1
+HEADER_KEY = "loco_det"
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """One stage's output: channels, and input pixels per output pixel."""
+
+    channels: int
+    stride: int | float  # not whole where maps are interpolated (loco_det/backbones/presnet.py)
+
+
+class Manifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What a backbone file says of itself; `pixel_mean` and `pixel_std` are in 0-255 units, in `channel_order`."""
+
+    format: int = FORMAT
+    architecture: str
+    depth: int
+    stem: str
+    stages: dict[str, Stage]
+    method: str
+    units: list[list[str]] = []
+    decoder: dict[str, Any] = {}
+    channel_order: Literal["RGB", "BGR"] = "RGB"
+    pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
+    pixel_std: tuple[Positive, Positive, Positive] = IMAGENET_STD
+    stride_in_1x1: bool = False
+    config: dict[str, Any] = {}
+    config_hash: str = ""
+    step: int = 0
+    dataset: str = ""
+    images: int = 0
+    loco_det_version: str = __version__
+    tensors_sha256: str = ""
+    proof: dict[str, Any] = {}
+
+
+def describe(backbone: StagedBackbone, *, stem: str, method: str, **fields: Any) -> Manifest:
+    """The manifest of a pretrained `backbone`; `fields` are any of the manifest's others."""
+    stages = {name: Stage(backbone.channels[name], backbone.strides[name]) for name in backbone.stage_names}
+    return Manifest(
+        architecture=backbone.architecture,
+        depth=backbone.depth,
+        stem=stem,
+        stages=stages,
+        method=method,
+        **fields,
+    )
+
+
+def backbone_tensors(backbone: StagedBackbone) -> dict[str, Tensor]:
+    """The backbone's tensors under torchvision's names, on the CPU, in float32; counters left out."""
+    return {
+        to_torchvision(name): tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in backbone.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def save_backbone(path: str | Path, tensors: dict[str, Tensor], manifest: Manifest) -> Manifest:
+    """Write tensors (torchvision names) and manifest to `path`, atomically; returns the manifest as written.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    manifest = msgspec.structs.replace(manifest, tensors_sha256=tensors_hash(tensors.items()))
+    with atomic_write(path) as file:
+        write_backbone(file, tensors, manifest)
+    return manifest
+
+
+def write_backbone(file: IO[bytes], tensors: dict[str, Tensor], manifest: Manifest) -> None:
+    """The artifact's bytes into `file`, an open file that has a name, from its beginning."""
+    header = {HEADER_KEY: msgspec.json.encode(manifest).decode()}  # one key: safetensors writes several in any order
+    save_file(tensors, file.name, metadata=header)  # by name, because it then holds no second copy
+    file.seek(0, os.SEEK_END)
+
+
+def load_backbone(path: str | Path) -> tuple[dict[str, Tensor], Manifest]:
+    """Tensors under torchvision's names, and the manifest, whose hash they are checked against.
+
+    Raises:
+        UserError: no such file, damaged, not a loco_det backbone, of a newer format, or its tensors were changed.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such backbone file; run loco-det pretrain first or correct the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(HEADER_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or not a safetensors file ({error}); write it again") from error
+    if header is None:
+        raise UserError(f"{path}: has no loco_det manifest; it is not a backbone that loco-det wrote")
+    manifest = decode_manifest(header, path)
+    check_hash(path, tensors, manifest)
+    return tensors, manifest
+
+
+def check_hash(path: str | Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
+    """Raise UserError unless `tensors` (torchvision's names) are those that the manifest was written for."""
+    if tensors_hash(tensors.items()) != manifest.tensors_sha256:
+        raise UserError(f"{path}: its tensors do not match the sha256 in its manifest; take an intact copy")
+
+
+def require_resnet(path: str | Path, manifest: Manifest) -> None:
+    """Raise UserError if the backbone is none that Detectron2's, torchvision's or timm's ResNet could hold."""
+    if manifest.architecture == PRESNET:
+        raise UserError(
+            f"{path}: is a Progressive ResNet-50 ({PRESNET}), which no ResNet of Detectron2, torchvision or timm can "
+            "hold; look at it with loco-det probe, or pretrain with BACKBONE.NAME resnet50 to detect with it"
+        )
+
+
+def decode_manifest(text: str | bytes, path: str | Path) -> Manifest:
+    """A manifest from its JSON; `path` is named in errors.
+
+    Raises:
+        UserError: malformed, or written by a newer format.
+    """
+    try:
+        found = msgspec.json.decode(text, type=dict[str, Any]).get("format")
+        if found != FORMAT:
+            raise UserError(f"{path}: manifest format {found!r} is not {FORMAT}; use the loco_det that wrote it")
+        return msgspec.json.decode(text, type=Manifest)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise UserError(f"{path}: its manifest cannot be read ({error}); write the file again") from error

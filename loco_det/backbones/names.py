@@ -1,0 +1,64 @@
+"""The one table of ResNet tensor names: torchvision's on one side, Detectron2's on the other.
+
+Rows are (torchvision pattern, Detectron2 pattern) with {n} standing for a number; a stage's number differs by
+one between the two (layer1 is res2). The table is a bijection and serves both directions. It goes on to layer6 and
+res7 for the backbone of six stages, loco_det/backbones/presnet.py, which neither library has.
+"""
+
+from __future__ import annotations
+
+import re
+
+from loco_det.core.errors import UserError
+
+_ROWS = (
+    ("conv1", "stem.conv1"),
+    ("bn1", "stem.conv1.norm"),
+    ("layer{s}.{b}.conv{k}", "res{s}.{b}.conv{k}"),
+    ("layer{s}.{b}.bn{k}", "res{s}.{b}.conv{k}.norm"),
+    ("layer{s}.{b}.downsample.0", "res{s}.{b}.shortcut"),
+    ("layer{s}.{b}.downsample.1", "res{s}.{b}.shortcut.norm"),
+)
+_LEAVES = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
+# Numbers without leading zeros, or two names of one side would become one of the other.
+_NUMBERS = {"b": "0|[1-9][0-9]{0,2}", "k": "[123]"}
+_STAGE_SHIFT = 1
+
+
+def _pattern(row: str, stages: str) -> re.Pattern[str]:
+    regex = re.escape(row)
+    for letter, numbers in {**_NUMBERS, "s": stages}.items():
+        regex = regex.replace(rf"\{{{letter}\}}", f"(?P<{letter}>{numbers})")
+    return re.compile(regex + r"\." + _LEAVES)
+
+
+_TORCHVISION = [(_pattern(tv, "[1-6]"), d2) for tv, d2 in _ROWS]
+_DETECTRON2 = [(_pattern(d2, "[2-7]"), tv) for tv, d2 in _ROWS]
+
+
+def to_detectron2(name: str) -> str:
+    """Detectron2's name of a torchvision ResNet tensor: `layer1.0.bn1.bias` -> `res2.0.conv1.norm.bias`.
+
+    Raises:
+        UserError: the name is no ResNet tensor's.
+    """
+    return _rename(name, _TORCHVISION, _STAGE_SHIFT, "torchvision")
+
+
+def to_torchvision(name: str) -> str:
+    """torchvision's name of a Detectron2 ResNet tensor, the inverse of `to_detectron2`.
+
+    Raises:
+        UserError: the name is no ResNet tensor's.
+    """
+    return _rename(name, _DETECTRON2, -_STAGE_SHIFT, "Detectron2")
+
+
+def _rename(name: str, table: list[tuple[re.Pattern[str], str]], shift: int, source: str) -> str:
+    for pattern, target in table:
+        if match := pattern.fullmatch(name):
+            numbers = {k: int(v) for k, v in match.groupdict().items()}
+            if "s" in numbers:
+                numbers["s"] += shift
+            return f"{target.format(**numbers)}.{match.group(match.lastindex)}"
+    raise UserError(f"tensor {name!r} is not a {source} ResNet backbone tensor; remove it or name the right source")

@@ -1,0 +1,333 @@
+"""ResNets as a list of stages, under Detectron2's parameter names; freezing, and the hash that proves it.
+
+Shape legend: B images of H x W pixels; `stem` has stride 4 (imagenet) or 1 (cifar), each of res3, res4, res5 halves
+again. The same class is the backbone that is pretrained and the one that the detector reads, so nothing can be
+lost between the two. Arithmetic and initialisation follow Detectron2's modeling/backbone/resnet.py, which for
+`stride_in_1x1=False` is torchvision's ResNet v1.5.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loco_det.backbones.folding import convolve
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+STAGES = ("stem", "res2", "res3", "res4", "res5")
+STEM_CHANNELS = 64
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch normalisation with constant statistics and affine terms, all of them buffers.
+
+    Source: Detectron2 layers/batch_norm.py. Where the input needs a gradient, scale and shift are applied as a
+    product, which keeps one activation less for the backward than `F.batch_norm` does.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        state_dict.pop(prefix + "num_batches_tracked", None)  # counts training steps; means nothing here
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+_NORMS = {
+    "BN": nn.BatchNorm2d,
+    "SyncBN": nn.SyncBatchNorm,
+    "FrozenBN": FrozenBatchNorm2d,
+    "GN": lambda channels: nn.GroupNorm(32, channels),
+}
+
+
+def make_norm(name: str, channels: int) -> nn.Module:
+    """The normalisation that Detectron2 calls `name`: BN, SyncBN, FrozenBN or GN."""
+    return _NORMS[name](channels)
+
+
+class Conv2d(nn.Conv2d):
+    """A bias-free convolution that carries its normalisation as `.norm`, as Detectron2 names it."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, norm: str, **kwargs: int) -> None:
+        dilation = kwargs.get("dilation", 1)
+        super().__init__(inputs, outputs, kernel, padding=dilation * (kernel // 2), bias=False, **kwargs)
+        self.norm = make_norm(norm, outputs)
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor, relu: bool = False, add: Tensor | None = None) -> Tensor:
+        """Convolution and normalisation; then, if asked for, the sum with `add` and a ReLU."""
+        return convolve(self, x, relu=relu, add=add)
+
+
+class Stem(nn.Module):
+    """imagenet: 7x7 stride 2 and a 3x3 max pool of stride 2. cifar: one 3x3 convolution at full resolution."""
+
+    def __init__(self, kind: str, norm: str, channels: int) -> None:
+        super().__init__()
+        self.pool = kind == "imagenet"
+        kernel, stride = (7, 2) if self.pool else (3, 1)
+        self.conv1 = Conv2d(3, channels, kernel, norm, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x, relu=True)
+        return F.max_pool2d(x, 3, stride=2, padding=1) if self.pool else x
+
+
+class Residual(nn.Module):
+    """What every kind of block shares: (B, C, H, W) -> (B, out, H / stride, W / stride)."""
+
+    shortcut: nn.Module | None
+
+    def beside(self, x: Tensor) -> Tensor:
+        """What is added to the last convolution. Computed after those before it, as Detectron2 orders them: where the
+        gradients of block, shortcut and pyramid meet, the order in which they are added shows in the last digit."""
+        return x if self.shortcut is None else self.shortcut(x)
+
+
+class BasicBlock(Residual):
+    """Two 3x3 convolutions (depth 18 and 34)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: str, dilation: int = 1) -> None:
+        super().__init__()
+        new = inputs != outputs or stride != 1
+        self.shortcut = Conv2d(inputs, outputs, 1, norm, stride=stride) if new else None
+        self.conv1 = Conv2d(inputs, outputs, 3, norm, stride=stride, dilation=dilation)
+        self.conv2 = Conv2d(outputs, outputs, 3, norm, dilation=dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(x, relu=True)
+        return self.conv2(out, relu=True, add=self.beside(x))
+
+
+class Bottleneck(Residual):
+    """1x1, 3x3, 1x1 convolutions (depth 50 and up); MSRA's weights put the stride in the first 1x1."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        norm: str,
+        *,
+        middle: int,
+        groups: int,
+        stride_in_1x1: bool,
+        dilation: int,
+    ) -> None:
+        super().__init__()
+        new = inputs != outputs or stride != 1
+        self.shortcut = Conv2d(inputs, outputs, 1, norm, stride=stride) if new else None
+        first, second = (stride, 1) if stride_in_1x1 else (1, stride)
+        self.conv1 = Conv2d(inputs, middle, 1, norm, stride=first)
+        self.conv2 = Conv2d(middle, middle, 3, norm, stride=second, groups=groups, dilation=dilation)
+        self.conv3 = Conv2d(middle, outputs, 1, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv2(self.conv1(x, relu=True), relu=True)
+        return self.conv3(out, relu=True, add=self.beside(x))
+
+
+def make_stage(
+    name: str,
+    depth: int,
+    *,
+    norm: str = "BN",
+    stride_in_1x1: bool = False,
+    groups: int = 1,
+    width_per_group: int = 64,
+    res2_out_channels: int | None = None,
+    stem_channels: int = STEM_CHANNELS,
+    dilation: int = 1,
+) -> nn.Sequential:
+    """One of res2..res5 as a sequence of blocks; with `dilation` 2 the stage keeps its input's resolution.
+
+    Input (B, channels of the stage below, H, W); output `stage_channels(...)[name]` channels at half the size
+    (res2: the same size).
+    """
+    level = STAGES.index(name) - 1
+    channels = stage_channels(depth, res2_out_channels, stem_channels)
+    inputs, outputs = channels[STAGES[level]], channels[name]
+    blocks = []
+    for index in range(BLOCKS[depth][level]):
+        stride = 2 if index == 0 and level > 0 and dilation == 1 else 1
+        if depth < 50:
+            block: nn.Module = BasicBlock(inputs, outputs, stride, norm, dilation)
+        else:
+            block = Bottleneck(
+                inputs,
+                outputs,
+                stride,
+                norm,
+                middle=groups * width_per_group * 2**level,
+                groups=groups,
+                stride_in_1x1=stride_in_1x1,
+                dilation=dilation,
+            )
+        blocks.append(block)
+        inputs = outputs
+    return nn.Sequential(*blocks)
+
+
+def stage_channels(
+    depth: int, res2_out_channels: int | None = None, stem_channels: int = STEM_CHANNELS
+) -> dict[str, int]:
+    """Output channels of every stage, {"stem": 64, "res2": 256, ..., "res5": 2048} for depth 50."""
+    res2 = res2_out_channels or (64 if depth < 50 else 256)
+    return {"stem": stem_channels, **{name: res2 * 2**i for i, name in enumerate(STAGES[1:])}}
+
+
+def stage_strides(stem: str = "imagenet") -> dict[str, int]:
+    """Pixels of the input per pixel of each stage's output."""
+    first = 4 if stem == "imagenet" else 1
+    return {name: first * 2 ** max(0, i - 1) for i, name in enumerate(STAGES)}
+
+
+class StagedBackbone(nn.Module):
+    """What every backbone here is: a child `stem`, and each stage a child that is an `nn.Sequential` of blocks, so that
+    a training method can run any part of it alone.
+
+    Attributes:
+        architecture: its name, "resnet50" say.
+        depth: layers with weights, as the name counts them.
+        stage_names: of its children in order, from "stem" on.
+        channels: of each stage's output.
+        strides: pixels of the input per pixel of each stage's output; not whole where maps are interpolated.
+    """
+
+    architecture: str
+    depth: int
+    stage_names: tuple[str, ...]
+    channels: dict[str, int]
+    strides: dict[str, float]
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) -> every stage's output by name, (B, channels[name], H / strides[name], ...), rounded."""
+        outputs = {}
+        for name in self.stage_names:
+            x = outputs[name] = getattr(self, name)(x)
+        return outputs
+
+
+class ResNet(StagedBackbone):
+    """A ResNet of `depth` 18, 34, 50, 101 or 152 up to and including `last_stage`: `stem`, `res2`..`last_stage`."""
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        stem: str = "imagenet",
+        norm: str = "BN",
+        stride_in_1x1: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        res2_out_channels: int | None = None,
+        stem_channels: int = STEM_CHANNELS,
+        res5_dilation: int = 1,
+        last_stage: str = "res5",
+    ) -> None:
+        super().__init__()
+        self.architecture, self.depth = f"resnet{depth}", depth
+        self.stage_names = STAGES[: STAGES.index(last_stage) + 1]
+        channels = stage_channels(depth, res2_out_channels, stem_channels)
+        self.channels = {name: channels[name] for name in self.stage_names}
+        strides = stage_strides(stem)
+        if res5_dilation == 2:
+            strides["res5"] = strides["res4"]
+        self.strides = {name: strides[name] for name in self.stage_names}
+        self.stem = Stem(stem, norm, stem_channels)
+        for name in self.stage_names[1:]:
+            stage = make_stage(
+                name,
+                depth,
+                norm=norm,
+                stride_in_1x1=stride_in_1x1,
+                groups=groups,
+                width_per_group=width_per_group,
+                res2_out_channels=res2_out_channels,
+                stem_channels=stem_channels,
+                dilation=res5_dilation if name == "res5" else 1,
+            )
+            self.add_module(name, stage)
+
+
+def narrow(depth: int, width: int) -> dict[str, int]:
+    """The options of a `ResNet` whose stem has `width` channels instead of 64 and whose stages shrink with it."""
+    return {
+        "stem_channels": width,
+        "res2_out_channels": width if depth < 50 else 4 * width,
+        "width_per_group": width,
+    }
+
+
+@torch.no_grad()
+def initialise(module: nn.Module) -> None:
+    """Fresh weights as at construction: Kaiming normal for convolutions, 1 and 0 for normalisation."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(part, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
+            part.reset_parameters()
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Take `module` out of training: no parameter asks for a gradient, every BatchNorm becomes a frozen one.
+
+    Source: Detectron2 CNNBlockBase.freeze. Children are replaced in place; a BatchNorm given itself is returned
+    as its frozen replacement.
+    """
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        frozen = FrozenBatchNorm2d(module.num_features, module.eps).to(module.running_mean)  # its device and dtype
+        frozen.load_state_dict(module.state_dict())
+        return frozen
+    for parameter in module.parameters(recurse=False):
+        parameter.requires_grad_(False)
+    for name, child in module.named_children():
+        replacement = freeze(child)
+        if replacement is not child:
+            setattr(module, name, replacement)
+    return module
+
+
+@torch.no_grad()
+def measure_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Give a random model the BatchNorm statistics of the images: plain means over `batches` of (B, 3, H, W).
+
+    Without them activations grow or vanish with depth and "random" would be a degenerate baseline. The model is left
+    in training mode.
+    """
+    norms = [m for m in model.train().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative mean
+    for batch in batches:
+        model(batch)
+    for norm, momentum in zip(norms, before):
+        norm.momentum = momentum
+
+
+def tensors_hash(named: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(named, key=lambda item: item[0]):
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,75 @@
+"""The conversion job: its arguments, and what they start."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from loco_det.convert.conversion import convert
+from loco_det.convert.inspect import inspect
+from loco_det.core.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """INPUT OUTPUT and what a file cannot say of itself."""
+    parser.add_argument("input", metavar="INPUT", help="a .pth, .pt, .tar, .ckpt, .bin, .safetensors or .pkl")
+    parser.add_argument(
+        "output",
+        metavar="OUTPUT",
+        nargs="?",
+        help="what to write: .pkl for Detectron2, with a .yaml of the keys that must agree with it beside it; .pth or "
+        ".safetensors for torchvision and timm",
+    )
+    parser.add_argument("--inspect", action="store_true", help="say what INPUT is and convert nothing")
+    parser.add_argument("--image", help="image for the proof (default: a photograph that comes with matplotlib)")
+    add_input_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print what would be printed as one JSON object")
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a file that is read as a backbone may not say of itself; `stated` makes values of them."""
+    parser.add_argument("--branch", help="which backbone, where the file holds several")
+    parser.add_argument("--channel-order", choices=("RGB", "BGR"), help="what the backbone was trained to see")
+    for name in ("--pixel-mean", "--pixel-std"):
+        parser.add_argument(name, nargs=3, type=float, metavar="X", help="in 0-255 units, in --channel-order")
+    parser.add_argument("--stride-in-1x1", choices=("yes", "no"), help="yes for weights from MSRA (Caffe)")
+    parser.add_argument(
+        "--d2-config", metavar="YAML", help="read order, mean, std and stride from Detectron2's config.yaml of the run"
+    )
+
+
+def stated(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `add_input_arguments`, by the names that `convert` and `load_any_backbone` have for them."""
+    return {
+        "branch": args.branch,
+        "channel_order": args.channel_order,
+        "pixel_mean": args.pixel_mean and tuple(args.pixel_mean),
+        "pixel_std": args.pixel_std and tuple(args.pixel_std),
+        "stride_in_1x1": None if args.stride_in_1x1 is None else args.stride_in_1x1 == "yes",
+        "d2_config": args.d2_config,
+    }
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert, and print the account of every tensor and the numeric proof; or with --inspect only say what it is.
+
+    Raises:
+        UserError: as `convert`, `inspect`, or OUTPUT is given with --inspect or missing without.
+    """
+    if args.inspect:
+        if args.output is not None:
+            raise UserError(f"--inspect writes nothing; leave {args.output} out, or leave --inspect out")
+        report = inspect(args.input)
+        print(json.dumps(report.facts()) if args.json else "\n".join(report.lines()))
+        return
+    if args.output is None:
+        raise UserError(f"{args.input}: give an OUTPUT to convert it to, or --inspect to look at it")
+    account = convert(args.input, args.output, image=args.image, **stated(args))
+    written = [args.output]
+    if args.output.endswith(".pkl"):
+        written.append(f"{args.output.removesuffix('.pkl')}.yaml")
+    if args.json:
+        print(json.dumps({**account.facts(), "written": written}))
+    elif not args.quiet:
+        print("\n".join([*account.lines(), "", f"wrote {' and '.join(written)}"]))

@@ -1,0 +1,288 @@
+"""`loco-det data`: whether a training on a data set may start, with pictures; and any tool's annotations as COCO's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from loco_det import __version__
+from loco_det.annotations.check import Checked, check_coco, check_source, masks_of
+from loco_det.annotations.coco import CocoDataset, match_files
+from loco_det.annotations.formats.conversion import FORMATS, convert_annotations, write_conversion
+from loco_det.annotations.formats.summary import lines
+from loco_det.annotations.index import CocoIndex, load_index
+from loco_det.annotations.paths import is_annotated, is_path
+from loco_det.annotations.pixels import is_semantic
+from loco_det.annotations.registry import COCO_NAMES, Dataset, find_dataset, folder_name
+from loco_det.annotations.rules import SUSPECT, finite_boxes
+from loco_det.core.errors import UserError
+from loco_det.core.files import write_json
+from loco_det.images.folders import open_source
+from loco_det.images.source import Source
+from loco_det.images.views import PRESETS, view_config
+from loco_det.report.contact_sheet import annotated_sheet, two_view_sheet
+from loco_det.report.plots import save_figure
+
+PAIRS, ANNOTATED = 10, 12  # images on the sheets
+IMAGE_FILES = (".tar", ".zip", ".txt")  # what DATA.PATH takes, besides folders
+BARS, BAR_WIDTH = 20, 30  # classes in the text; characters of the longest bar
+PLOTTED = 100  # classes in histogram.png
+MASKS = ("auto", "polygon", "bitmask", "none")
+
+
+class Asked(NamedTuple):
+    """What is to be checked: an image set, or images with their COCO annotations."""
+
+    name: str
+    source: Source | None
+    paths: Dataset | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to check or to convert and where the results go."""
+    parser.add_argument(
+        "action",
+        choices=["check", "convert"],
+        help="check: read everything, say what is wrong, draw what is there; convert: annotations to COCO's format",
+    )
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        help="images as DATA.PATH takes them, or a data set as DATASETS.TRAIN does; of convert a folder or a file",
+    )
+    parser.add_argument("to", nargs="?", type=Path, metavar="OUT", help="convert: the folder for annotations/*.json")
+    parser.add_argument("--annotations", type=Path, metavar="FILE", help="a COCO file on the images in the folder PATH")
+    parser.add_argument(
+        "--format",
+        default="auto",
+        metavar="FORMAT",
+        help=f"of an image set, as DATA.FORMAT; of convert one of auto, {', '.join(FORMATS)}",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for check.json and pictures (output/data_check/NAME)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="reading processes (default: 4)")
+    parser.add_argument("--size", type=int, default=224, metavar="PIXELS", help="of a view on the sheet (default: 224)")
+    parser.add_argument("--preset", choices=PRESETS, default="simclr", help="the views' augmentation")
+    judged = "judge for this INPUT.MASK_FORMAT, or for boxes alone (default: what the file's masks need)"
+    parser.add_argument("--masks", choices=MASKS, default="auto", help=judged)
+    parser.add_argument("--max-bad-share", type=float, default=0.01, metavar="SHARE", help="as DATA.MAX_BAD_SHARE")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of which images are drawn, and their views")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check or convert, and print; returns 0, or 1 if a training on what was checked would stop.
+
+    Raises:
+        UserError: nothing to check or to convert there, or an annotation file that is none.
+    """
+    if args.action == "convert":
+        return _convert(args)
+    if args.to is not None:
+        raise UserError(f"data check takes one PATH; give {args.to} as --out {args.to} if the pictures belong there.")
+    asked = _asked(args)
+    out = args.out or Path("output") / "data_check" / folder_name(asked.name)
+    masks = ""
+    if asked.paths is None:
+        checked = check_source(asked.source, workers=args.workers, max_bad_share=args.max_bad_share)
+    else:
+        index = load_index(asked.paths.annotations)
+        masks = _masks(args.masks, asked, index)
+        checked = check_coco(asked.paths, index, workers=args.workers, masks=masks)
+    pictures = _pictures(args, asked, checked, out)
+    answer = {
+        "loco_det": __version__,
+        "data": args.path
+        if asked.paths is None
+        else {k: str(getattr(asked.paths, k)) for k in ("name", "images", "annotations", "derived")},
+        "ok": not checked.stops,
+        "masks": masks,
+        "counts": checked.counts,
+        "defects": [defect._asdict() for defect in checked.defects],
+        "classes": checked.classes,
+        "pictures": [str(path) for path in pictures],
+    }
+    write_json(out / "check.json", answer)
+    if args.json:
+        print(json.dumps(answer, indent=1))
+    else:
+        _print(asked, checked, masks, [out / "check.json", *pictures])
+    return 1 if checked.stops else 0
+
+
+def _asked(args: argparse.Namespace) -> Asked:
+    if args.annotations is not None:
+        folder = Path(args.path)
+        for path, there in ((folder, os.path.isdir(folder)), (args.annotations, os.path.isfile(args.annotations))):
+            if not there:
+                raise UserError(f"{path}: not there; --annotations FILE goes with PATH, the folder of its images")
+        name = args.annotations.stem
+        return Asked(name, None, Dataset(name, folder, args.annotations))
+    place = Path(args.path.partition("!")[0])
+    if args.path in COCO_NAMES or (not os.path.exists(place) and _is_name(args.path)):
+        return Asked(args.path, None, find_dataset(args.path))
+    of_images = place.suffix.lower() in IMAGE_FILES and not os.path.isdir(place)  # shards in braces are no file
+    folder_of_split = os.path.isdir(args.path.rpartition("@")[0])
+    annotated = is_annotated(place) if os.path.exists(place) else is_path(args.path) or folder_of_split
+    if args.format == "auto" and annotated and not of_images:
+        name = args.path if is_path(args.path) else f"./{args.path}"
+        return Asked(name, None, find_dataset(name))
+    return Asked(Path(args.path).stem or "data", open_source(args.path, args.format), None)
+
+
+def _masks(asked_for: str, asked: Asked, index: CocoIndex) -> str:
+    """INPUT.MASK_FORMAT of the training to judge for; empty for one on boxes or pixel labels."""
+    if is_semantic(asked.name) or asked_for == "none":
+        return ""
+    return masks_of(index) if asked_for == "auto" else asked_for
+
+
+def _is_name(text: str) -> bool:
+    return "_" in text and not set(text) & set("/\\.{!")
+
+
+def _convert(args: argparse.Namespace) -> int:
+    """Write COCO files of all splits; tell what came over and what did not."""
+    if args.to is None:
+        raise UserError("data convert takes SRC OUT: what to convert, and the folder for annotations/*.json.")
+    for option, value in (("--annotations", args.annotations), ("--out", args.out)):
+        if value is not None:
+            raise UserError(f"{option} {value} is of data check; data convert takes SRC OUT, so leave it out.")
+    converted = convert_annotations(Path(args.path), args.format)
+    files = write_conversion(converted, args.to)
+    if args.json:
+        print(json.dumps(converted.summary, indent=1))
+        return 0
+    summary = converted.summary
+    print(f"{args.path}: {summary['format']}, images in {summary['image_folder']}, which stay there")
+    table = Table(box=None, pad_edge=False)
+    for column in ("split", "images", "objects", "with mask", *summary["classes"][:BARS]):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split, counts in summary["splits"].items():
+        each = list(counts["objects_per_class"].values())[:BARS]
+        table.add_row(split, *map(str, (counts["images"], counts["objects"], counts["with_mask"], *each)))
+    _console().print(table)
+    if len(summary["classes"]) > BARS:
+        print(f"... and {len(summary['classes']) - BARS} more classes, in conversion.json")
+    for line in lines(summary):
+        print(line)
+    for split, file in files.items():
+        print(f"{split}: DATASETS.TRAIN \"('{file}@{converted.images}',)\"")
+    print(f"MODEL.ROI_HEADS.NUM_CLASSES {len(summary['classes'])}")
+    return 0
+
+
+def _console() -> Console:
+    return Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False)
+
+
+def _pictures(args: argparse.Namespace, asked: Asked, checked: Checked, out: Path) -> list[Path]:
+    """Draw what can be drawn; the files written."""
+    written = []
+    if checked.classes:
+        written.append(out / "histogram.png")
+        in_images = asked.paths is None or is_semantic(asked.name)
+        _histogram(checked.classes, "images" if in_images else "annotations", written[-1])
+    readable = np.flatnonzero(checked.readable)
+    if not len(readable):
+        return written
+    rng = np.random.default_rng(args.seed)
+    config = view_config(args.size, {"PRESET": args.preset})
+    chosen = np.sort(rng.choice(readable, min(PAIRS, len(readable)), replace=False))
+    if asked.paths is None:
+        images = [(asked.source.read(int(i)), asked.source.name(int(i))) for i in chosen]
+    else:
+        index = load_index(asked.paths.annotations)
+        names = match_files(asked.paths, index).names
+        files = [asked.paths.images / names[int(i)] for i in chosen]
+        images = [(file.read_bytes(), str(file)) for file in files]
+        written += _annotated(CocoDataset(asked.paths, index, names), readable, rng, out)
+    written.append(out / "two_views.png")
+    two_view_sheet(images, config, args.seed, written[-1])
+    return written
+
+
+def _annotated(dataset: CocoDataset, readable: np.ndarray, rng: np.random.Generator, out: Path) -> list[Path]:
+    index = dataset.index
+    drawable = finite_boxes(index) & np.isin(index.annotation_category, index.category_id)
+    before = np.concatenate([[0], np.cumsum(drawable)])
+    whole = before[index.first[1:]] - before[index.first[:-1]] == np.diff(index.first)
+    candidates = readable[(whole & (np.diff(index.first) > 0))[readable]]
+    chosen = np.sort(rng.choice(candidates, min(ANNOTATED, len(candidates)), replace=False))
+    if annotated_sheet(dataset, chosen.tolist(), out / "annotated.png"):
+        return [out / "annotated.png"]
+    return []
+
+
+def _histogram(classes: dict[str, int], unit: str, out: Path) -> None:
+    """Horizontal bars, the most frequent on top; on a logarithmic scale where they differ by more than 50 times."""
+    top = sorted(classes.items(), key=lambda item: -item[1])
+    shown = top if len(top) <= PLOTTED else [*top[: PLOTTED // 2], *top[-PLOTTED // 2 :]]
+    names, values = zip(*shown[::-1])
+    figure = Figure(figsize=(7, 1 + 0.17 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(shown)), values, color="#0072B2", height=0.75)
+    axes.set_yticks(range(len(shown)), [name[:40] for name in names], fontsize=7)
+    axes.set_ylim(-0.6, len(shown) - 0.4)
+    positive = [value for value in values if value]
+    if positive and max(positive) > 50 * min(positive):
+        axes.set_xscale("log")
+        axes.set_xlim(left=max(0.5, min(positive) * 0.5))
+    rest = "" if len(shown) == len(top) else f", the {PLOTTED // 2} most and the {PLOTTED // 2} least frequent"
+    axes.set(xlabel=unit, title=f"{sum(classes.values())} {unit} of {len(classes)} classes{rest}")
+    axes.title.set_fontsize(9)
+    axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, out)
+
+
+def _print(asked: Asked, checked: Checked, masks: str, files: list[Path]) -> None:
+    console = _console()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in checked.counts.items():
+        table.add_row(name, _worded(value))
+    console.print(table)
+    if checked.classes:
+        console.print()
+        _print_classes(console, checked.classes)
+    console.print()
+    for defect in checked.defects:
+        remedy = f"; {defect.remedy}" if defect.remedy else ""
+        console.print(f"{defect.effect}: {defect.count} x {defect.kind}{remedy}")
+        for example in defect.examples:
+            console.print(f"    {example}")
+    for file in files:
+        console.print(f"wrote {file}")
+    kinds = len(checked.stops)
+    verdict = f"{kinds} kind{'s' * (kinds != 1)} of defect would stop it" if kinds else "nothing stands against it"
+    if not kinds and any(defect.effect == SUSPECT for defect in checked.defects):
+        verdict = f"nothing stops it, but look at what is {SUSPECT}"
+    what = f"train on {asked.name}"
+    if asked.paths is None:
+        what = f"pretrain on the images of {asked.name}"
+    elif not is_semantic(asked.name):
+        what += f" with masks (INPUT.MASK_FORMAT {masks})" if masks else " with boxes alone (MODEL.MASK_ON False)"
+    console.print(f"{'NOT ' * bool(kinds)}OK to {what}: {verdict}")
+
+
+def _worded(value: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else f"{value:,}"
+
+
+def _print_classes(console: Console, classes: dict[str, int]) -> None:
+    top = sorted(classes.items(), key=lambda item: -item[1])
+    most = max(1, top[0][1])
+    shown = top if len(top) <= BARS else top[:BARS]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, count in shown:
+        table.add_row(name, f"{count:>8,}", "#" * round(BAR_WIDTH * count / most))
+    console.print(table)
+    if len(top) > len(shown):
+        console.print(f"... and {len(top) - len(shown)} more classes, the rarest {top[-1][0]} with {top[-1][1]:,}")

@@ -1,0 +1,337 @@
+"""`loco-det predict`: a trained detector or segmentor on one's own images, folders and videos; pictures, JSON, ONNX.
+
+DIR gets, for every input, a picture (or a video) of the same name with boxes, masks, classes and scores drawn in, and
+for all of them together coco_instances_results.json, a list of detections as an evaluation writes it, and
+instances.json, which is an annotation file: images, categories and the same detections as annotations.
+
+Of a semantic segmentor the pictures are coloured by class, over a legend; sem_seg/ has the category of every pixel as
+PNG, sem_seg_predictions.json a result for each category of an image, and sem_seg.json is the annotation file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+
+from loco_det.annotations.index import load_index
+from loco_det.annotations.instances import Instances
+from loco_det.annotations.pixels import CLASSES, LABEL_IDS, is_semantic
+from loco_det.annotations.registry import find_dataset
+from loco_det.annotations.transforms import resize_short_side
+from loco_det.backbones.folding import fast_arithmetic
+from loco_det.core.config import collect_settings, load_config
+from loco_det.core.errors import UserError
+from loco_det.core.files import atomic_write, write_json
+from loco_det.core.log import Progress, log, setup_logging
+from loco_det.detection.engine import Engine
+from loco_det.detection.keys import check_supported, get_cfg
+from loco_det.detection.train import choose_engine, detector_device
+from loco_det.detection.weights import load_weights
+from loco_det.evaluation.coco import instances_to_coco
+from loco_det.evaluation.pixels import labels_to_coco, write_labels
+from loco_det.images.media import Frame, Medium, VideoWriter, find_media, read_ahead, read_frames
+from loco_det.report.drawing import Shape, class_colours, draw_instances, draw_labels, draw_legend
+
+AHEAD = 2  # batches that are decoded while one is predicted
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Configuration, weights, inputs and outputs."""
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="images, folders of them, videos")
+    parser.add_argument(
+        "--config-file", required=True, metavar="FILE", help="YAML file that the detector was trained by"
+    )
+    parser.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint of either engine")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for pictures and JSON")
+    parser.add_argument("--score-threshold", type=float, metavar="S", help="least score of a detection (0.5)")
+    parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="images at once (2)")
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="class names: a COCO annotation file, or text lines"
+    )
+    parser.add_argument("--no-pictures", action="store_true", help="write JSON only")
+    parser.add_argument("--engine", choices=("auto", "torchvision", "detectron2"), default="auto")
+    parser.add_argument("--exact", action="store_true", help="torchvision engine: Detectron2's numbers to the last bit")
+    parser.add_argument("--export-onnx", type=Path, metavar="PATH", help="write the detector as ONNX too, and check it")
+    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="overrides of the configuration")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Predict as the arguments say.
+
+    Raises:
+        UserError: bad arguments, configuration or weights; at the end, if an input could not be read.
+    """
+    threshold = 0.5 if args.score_threshold is None else args.score_threshold
+    if not 0 <= threshold <= 1:
+        raise UserError(f"--score-threshold is {args.score_threshold}; a score lies in 0 to 1.")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size is {args.batch_size}; give at least 1.")
+    media, unreadable = find_media(args.inputs)
+    overrides = ["MODEL.WEIGHTS", args.weights, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(threshold)]
+    overrides = [*args.opts, *overrides]
+    cfg = load_config(get_cfg(), args.config_file, overrides)
+    engine = choose_engine("torchvision" if args.export_onnx and args.engine == "auto" else args.engine)
+    if engine.name == "torchvision":
+        check_supported(cfg, collect_settings(args.config_file, overrides))
+    if _is_segmentor(cfg) and (args.score_threshold is not None or args.export_onnx):
+        raise UserError("a SemanticSegmentor takes no --score-threshold (every pixel has a class) nor --export-onnx.")
+    setup_logging(args.out)
+    model, cfg = load_detector(cfg, engine)
+    names = class_names(cfg, args.classes)
+    if args.export_onnx:
+        export(model, cfg, engine, media, args.export_onnx)
+    with fast_arithmetic(not args.exact):
+        predict(model, cfg, engine, media, names, args.out, args.batch_size, not args.no_pictures, unreadable)
+    if unreadable:
+        listed = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
+        raise UserError(
+            f"{len(unreadable)} inputs could not be read and were left out: {listed}; the others are in {args.out}."
+        )
+
+
+def _is_segmentor(cfg: CfgNode) -> bool:
+    return cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor"
+
+
+def load_detector(cfg: CfgNode, engine: Engine) -> tuple[nn.Module, CfgNode]:
+    """The detector or segmentor with MODEL.WEIGHTS, in evaluation mode, and the configuration with the device it is on.
+
+    Raises:
+        UserError: there are no weights or those of a backbone, they do not fit, or the model finds no classes.
+    """
+    if cfg.MODEL.META_ARCHITECTURE not in ("GeneralizedRCNN", "SemanticSegmentor") or cfg.MODEL.LOAD_PROPOSALS:
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} with MODEL.LOAD_PROPOSALS "
+            f"{cfg.MODEL.LOAD_PROPOSALS} finds no objects in an image alone; predict takes a Faster or Mask R-CNN, "
+            "or a SemanticSegmentor."
+        )
+    if not cfg.MODEL.WEIGHTS:
+        raise UserError("no weights: give --weights, a checkpoint of a trained detector.")
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = str(detector_device(cfg.MODEL.DEVICE))
+    cfg.freeze()
+    model = engine.build_model(cfg)
+    weights = load_weights(model, cfg)
+    if weights.is_backbone:
+        raise UserError(f"{weights.path} holds a backbone; train a detector on it and give its checkpoint.")
+    return model.eval(), cfg
+
+
+def class_names(cfg: CfgNode, given: Path | None) -> dict[int, str]:
+    """{category id: name} in the order of the model's classes.
+
+    From `given`, a COCO annotation file or a text file of one name a line (ids from 1); else from the first data set
+    of DATASETS.TRAIN, which numbers the model's classes, and TEST that is on this machine, or has Cityscapes' pixel
+    labels; else "class 1" and so on.
+
+    Raises:
+        UserError: `given` is unreadable or names another number of classes than the model has.
+    """
+    count = (cfg.MODEL.SEM_SEG_HEAD if _is_segmentor(cfg) else cfg.MODEL.ROI_HEADS).NUM_CLASSES
+    if given is not None:
+        names = load_index(given).categories if given.suffix == ".json" else _lines(given)
+        if len(names) != count:
+            raise UserError(f"{given} names {len(names)} classes and the model has {count}; give the right file.")
+        return names
+    for dataset in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        with contextlib.suppress(UserError):
+            if is_semantic(dataset):
+                names = dict(zip(LABEL_IDS.tolist(), CLASSES))
+            else:
+                names = load_index(find_dataset(dataset).annotations).categories
+            if len(names) == count:
+                return names
+    log.warning("no data set of DATASETS is here to name the classes: they are numbered; --classes names them")
+    return {number: f"class {number}" for number in range(1, count + 1)}
+
+
+def _lines(path: Path) -> dict[int, str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error}); give one class name a line.") from error
+    return dict(enumerate(filter(None, map(str.strip, lines)), start=1))
+
+
+# --- prediction -------------------------------------------------------------------------------------------------
+
+
+def predict(
+    model: nn.Module,
+    cfg: CfgNode,
+    engine: Engine,
+    media: Sequence[Medium],
+    names: dict[int, str],
+    out: Path,
+    batch_size: int,
+    draw: bool,
+    unreadable: list[Path],
+) -> None:
+    """Write what is found in all `media` below `out`; appends to `unreadable` what cannot be decoded."""
+    output = (Labels if _is_segmentor(cfg) else Detections)(names, out)
+    images: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    frames = read_ahead(read_frames(media, cfg.INPUT.FORMAT, unreadable), AHEAD * batch_size)
+    total = sum(medium.frames for medium in media)
+    with Pictures(out, output, draw) as pictures, Progress(total, "predict", unit="image") as progress:
+        while batch := list(itertools.islice(frames, batch_size)):
+            for frame, found in zip(batch, detect(model, cfg, engine, [frame.pixels for frame in batch])):
+                images.append(_image(len(images) + 1, frame))
+                results += output.results(found, images[-1])
+                pictures.draw(frame, found, cfg.INPUT.FORMAT)
+            progress.advance(len(batch), found=len(results))
+    write_json(out / output.RESULTS, results)
+    annotations = [_annotation(number, result) for number, result in enumerate(results, start=1)]
+    categories = [{"id": number, "name": name} for number, name in names.items()]
+    write_json(out / output.ANNOTATIONS, {"images": images, "annotations": annotations, "categories": categories})
+    log.info("%d %s in %d images, written to %s", len(results), output.WHAT, len(images), out)
+
+
+@torch.inference_mode()
+def detect(model: nn.Module, cfg: CfgNode, engine: Engine, pixels: Sequence[np.ndarray]) -> list[Any]:
+    """What is found in each (H, W, 3) uint8 image of INPUT.FORMAT order, in that image's pixels.
+
+    Returns:
+        Instances for each image; of a semantic segmentor the classes (H, W) int64 of its pixels.
+    """
+    found = engine.predict(model, [network_input(cfg, image) for image in pixels])
+    return [one.argmax(0).cpu().numpy() if isinstance(one, Tensor) else one for one in found]
+
+
+def network_input(cfg: CfgNode, pixels: np.ndarray) -> dict[str, Any]:
+    """What the test loader makes of an image: resized to INPUT.MIN_SIZE_TEST, (3, H, W)."""
+    height, width = pixels.shape[:2]
+    if cfg.INPUT.MIN_SIZE_TEST:
+        pixels = resize_short_side(height, width, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST).image(pixels)
+    return {"image": torch.from_numpy(pixels.transpose(2, 0, 1).copy()), "height": height, "width": width}
+
+
+def _image(number: int, frame: Frame) -> dict[str, Any]:
+    height, width = frame.pixels.shape[:2]
+    image = {"id": number, "file_name": frame.medium.name, "width": width, "height": height}
+    return {**image, "frame": frame.index} if frame.medium.is_video else image
+
+
+def _annotation(number: int, result: dict[str, Any]) -> dict[str, Any]:
+    """Box and area are those of the mask where the result does not have them, as in pycocotools' loadRes."""
+    mask = result.get("segmentation")
+    box = result["bbox"] if "bbox" in result else coco_mask.toBbox(mask).tolist()
+    area = box[2] * box[3] if mask is None else int(coco_mask.area(mask))
+    return {"id": number, **result, "bbox": box, "area": area, "iscrowd": 0}
+
+
+class Detections:
+    """What is written of a detector's Instances."""
+
+    RESULTS, ANNOTATIONS, WHAT = "coco_instances_results.json", "instances.json", "detections"
+
+    def __init__(self, names: dict[int, str], out: Path) -> None:
+        self.ids, self.names = list(names), list(names.values())
+
+    def results(self, found: Instances, image: dict[str, Any]) -> list[dict[str, Any]]:
+        return instances_to_coco(found, image["id"], self.ids)
+
+    def draw(self, pixels: np.ndarray, found: Instances, is_video: bool) -> np.ndarray:
+        return draw_instances(pixels, shapes(found), self.names)
+
+
+class Labels:
+    """What is written of the classes (H, W) that a semantic segmentor gives to pixels."""
+
+    RESULTS, ANNOTATIONS, WHAT = "sem_seg_predictions.json", "sem_seg.json", "segments"
+
+    def __init__(self, names: dict[int, str], out: Path) -> None:
+        self.names, self.colours = list(names.values()), class_colours(list(names.values()))
+        self.ids = np.array(list(names), np.uint8 if max(names) < 256 else np.uint16)
+        self.out = out / "sem_seg"
+
+    def results(self, found: np.ndarray, image: dict[str, Any]) -> list[dict[str, Any]]:
+        """COCO's for each category of the image; the labels themselves go to a PNG, of a video's frame to its own."""
+        labels = self.ids[found]
+        name = image["file_name"].removesuffix(".png")
+        place = f"{name}/{image['frame']:06d}.png" if "frame" in image else f"{name}_pred.png"
+        write_labels(self.out / place, labels)
+        return labels_to_coco(labels, image)
+
+    def draw(self, pixels: np.ndarray, found: np.ndarray, is_video: bool) -> np.ndarray:
+        """Colours over the classes that are there; below a video over all, for its frames are of one size."""
+        drawn = draw_labels(pixels, found, self.colours)
+        there = np.arange(len(self.names)) if is_video else np.unique(found)
+        legend = draw_legend([self.names[k] for k in there], self.colours[there], drawn.shape)
+        return np.concatenate([drawn, legend])
+
+
+class Pictures:
+    """Draws what was found and writes it below `out`: images one by one, the frames of a video into one file."""
+
+    def __init__(self, out: Path, output: Detections | Labels, on: bool) -> None:
+        self.out, self.output, self.on = out, output, on
+        self.medium: Medium | None = None
+        self.video = contextlib.ExitStack()
+        self.writer: VideoWriter | None = None
+
+    def __enter__(self) -> Pictures:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.video.__exit__(*error)
+
+    def draw(self, frame: Frame, found: Instances | np.ndarray, order: str) -> None:
+        """One image, or the next frame of a video; `order` is that of its channels."""
+        if not self.on:
+            return
+        pixels = frame.pixels if order == "RGB" else np.ascontiguousarray(frame.pixels[:, :, ::-1])
+        drawn = self.output.draw(pixels, found, frame.medium.is_video)
+        if frame.medium.is_video:
+            if frame.medium != self.medium:
+                self.video.close()
+                height, width = drawn.shape[:2]
+                writer = VideoWriter(self._path(frame, (".mp4",)), frame.medium.rate, width, height)
+                self.medium, self.writer = frame.medium, self.video.enter_context(writer)
+            self.writer.write(drawn)
+            return
+        path = self._path(frame, (".jpg", ".jpeg", ".png"))
+        _, encoded = cv2.imencode(path.suffix, drawn[:, :, ::-1])
+        with atomic_write(path) as file:
+            file.write(encoded.tobytes())
+
+    def _path(self, frame: Frame, kinds: Sequence[str]) -> Path:
+        """The input's name, with the first of `kinds` appended if it is none of them."""
+        path = self.out / frame.medium.name
+        return path if path.suffix.lower() in kinds else path.with_name(path.name + kinds[0])
+
+
+def shapes(found: Instances) -> Iterator[Shape]:
+    """Detections as `draw_instances` takes them."""
+    boxes = found.boxes.cpu().clone()
+    boxes[:, 2:] -= boxes[:, :2]
+    masks = [None] * len(found) if found.masks is None else found.masks.cpu().numpy()
+    return map(Shape, found.classes.tolist(), boxes.tolist(), masks, found.scores.tolist())
+
+
+def export(model: nn.Module, cfg: CfgNode, engine: Engine, media: Sequence[Medium], path: Path) -> None:
+    """Write the detector as ONNX for images of the first image's size, and hold it to the model on that image.
+
+    Raises:
+        UserError: the engine or the model cannot be exported, there is no image, or the results differ.
+    """
+    from loco_det.detection.onnx import export_onnx
+
+    if engine.name != "torchvision":
+        raise UserError("--export-onnx needs --engine torchvision, which reads Detectron2's checkpoints too.")
+    first = next(read_frames(media, cfg.INPUT.FORMAT, []), None)
+    if first is None:
+        raise UserError("--export-onnx needs an image that can be read, to take its size and to check the result.")
+    export_onnx(model, network_input(cfg, first.pixels)["image"], path)

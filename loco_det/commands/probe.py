@@ -1,0 +1,310 @@
+"""The probe job: its arguments, the four protocols, and the record of what was done."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from loco_det import __version__
+from loco_det.commands.convert import add_input_arguments, stated
+from loco_det.core.device import resolve_device
+from loco_det.core.errors import UserError
+from loco_det.core.files import cache_folder, check_writable, write_json
+from loco_det.core.log import Progress, log
+from loco_det.evaluation.knn import knn_predict
+from loco_det.evaluation.probes.backbones import choose_stages, load_backbone_for_probe
+from loco_det.evaluation.probes.crops import VIEWS
+from loco_det.evaluation.probes.features import POOLING, Extractor
+from loco_det.evaluation.probes.finetune import FineTuning, batch_size, finetune, predict
+from loco_det.evaluation.probes.images import ProbeData, open_probe_data
+from loco_det.evaluation.probes.linear import RATES, Recipe, Standard, linear_probe, sweep_steps
+from loco_det.evaluation.probes.linear_paper import PaperRecipe, paper_probe
+from loco_det.evaluation.probes.ridge import fit_ridge
+from loco_det.evaluation.probes.scores import top_scores
+from loco_det.evaluation.probes.tsne import CLASSES, IMAGES, balanced, check_tsne, numbers_of, write_tsne
+
+PROTOCOLS = ("linear", "knn", "semi", "ridge")
+RECIPES = ("sweep", "paper")
+# Options of single protocols: a value given to another would be read by nobody.
+_OPTIONS = {
+    "recipe": ("linear",),
+    "optimizer": ("linear",),
+    "rates": ("linear", "semi"),
+    "epochs": ("linear", "semi"),
+    "k": ("knn",),
+    "temperature": ("knn",),
+    "labels": ("semi",),
+}
+_OF_THE_SWEEP = ("optimizer", "rates")  # which the paper's recipe fixes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """BACKBONE, data, protocol and what each protocol can be told."""
+    parser.add_argument("backbone", metavar="BACKBONE", help="a weights file, timm:NAME or random:resnet50")
+    parser.add_argument("--data", required=True, metavar="PATH", help="labelled images: folders, a zip, a list, CIFAR")
+    parser.add_argument("--val", metavar="PATH", help="the test images, where --data does not hold them")
+    parser.add_argument("--protocol", choices=PROTOCOLS, required=True)
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="stem res2 ... (default: all; semi: the last)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
+    parser.add_argument("--image-size", type=int, metavar="N", help="side in pixels (default: the backbone's own)")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="at most about N images of each split")
+    parser.add_argument(
+        "--recipe", choices=RECIPES, help="linear: sweep of learning rates (default) or the paper's own"
+    )
+    parser.add_argument("--optimizer", choices=tuple(RATES), help="linear: sgd (default) or lars")
+    parser.add_argument("--rates", nargs="+", type=float, metavar="LR", help="learning rates for batches of 256")
+    parser.add_argument("--epochs", type=int, metavar="N", help="linear: 100; semi: 60 up to 1 %%, 30 above")
+    parser.add_argument("--k", type=int, metavar="N", help="knn: neighbours (default 20)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="knn: of the weights (default 0.07)")
+    parser.add_argument("--labels", nargs="+", type=float, metavar="PERCENT", help="semi: default 1 10")
+    parser.add_argument("--tsne", type=Path, metavar="PNG", help="write a t-SNE picture of test images' features there")
+    parser.add_argument("--tsne-images", type=int, metavar="N", help=f"in it, of {CLASSES} classes (default {IMAGES})")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N")
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="loading processes")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="of features (default: ~/.cache/loco_det/features)")
+    parser.add_argument("--no-cache", action="store_true", help="keep no features on disk")
+    add_input_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Probe, print one table, and write --json.
+
+    Raises:
+        UserError: bad arguments, images or weights.
+    """
+    if args.json:
+        check_writable(args.json)
+    results = probe(args)
+    if not args.quiet:
+        _print(results)
+    if args.json:
+        write_json(args.json, results)
+
+
+def probe(args: argparse.Namespace) -> dict[str, Any]:
+    """What --json gets; see docs/probes.md for every key."""
+    begun = time.monotonic()
+    _check(args)
+    device = resolve_device(args.device)
+    data = open_probe_data(args.data, args.val, limit=args.limit, seed=args.seed)
+    backbone = load_backbone_for_probe(args.backbone, seed=args.seed, image_size=args.image_size, **stated(args))
+    stages = choose_stages(backbone, args.stages)
+    size = args.image_size or backbone.image_size
+    extractor = Extractor(backbone, size, device, batch=args.batch_size, workers=args.workers, cache=_cache(args))
+    log.info("%s: %d training and %d test images of %d classes (%s)", args.data, len(data.train), len(data.test),
+             len(data.classes), data.split)  # fmt: skip
+    if backbone.untrained:
+        extractor.measure(data.train, args.seed)
+    picture = {"tsne": _tsne(args, extractor, stages[-1], data)} if args.tsne else {}
+    if args.protocol == "semi":
+        found = {stage: _semi(args, extractor, stage, data) for stage in (stages if args.stages else stages[-1:])}
+    elif args.recipe == "paper":
+        found = _paper(args, extractor, stages, data)
+    else:
+        found = _frozen(args, extractor, stages, data)
+    return {
+        "stages": found,
+        **picture,
+        "protocol": args.protocol,
+        **({"recipe": args.recipe or RECIPES[0]} if args.protocol == "linear" else {}),
+        "backbone": {"name": args.backbone, **backbone.facts, "weights_sha256": backbone.weights_hash()},
+        "data": _data_facts(args, data),
+        "features": {
+            "pooling": POOLING,
+            "image_size": size,
+            "views": _views(args),
+            "pixels": {"order": backbone.order, "mean": backbone.mean, "std": backbone.std},
+            "batchnorm": "measured on training images" if backbone.untrained else "as stored",
+        },
+        "seed": args.seed,
+        "device": str(device),
+        "seconds": round(time.monotonic() - begun, 1),
+        "loco_det": __version__,
+    }
+
+
+def _check(args: argparse.Namespace) -> None:
+    for option, protocols in _OPTIONS.items():
+        if getattr(args, option) is not None and args.protocol not in protocols:
+            raise UserError(f"--{option} belongs to --protocol {' and '.join(protocols)}, not {args.protocol}")
+    for option in _OF_THE_SWEEP if args.recipe == "paper" else ():
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option} belongs to --recipe sweep; --recipe paper fixes it, so leave it out")
+    positive = {"image-size": args.image_size, "epochs": args.epochs, "k": args.k, "batch-size": args.batch_size,
+                "temperature": args.temperature, "tsne-images": args.tsne_images}  # fmt: skip
+    for option, value in positive.items():
+        if value is not None and not value > 0:  # nan is neither
+            raise UserError(f"--{option} is {value}; give a number above 0")
+    for option, value in {"limit": args.limit, "seed": args.seed, "workers": args.workers}.items():
+        if value < 0:
+            raise UserError(f"--{option} is {value}; give 0 or more")
+    for rate in args.rates or []:
+        if not 0 < rate < 1e30:
+            raise UserError(f"--rates has {rate}; give learning rates, which are above 0 and seldom above 100")
+    for percent in args.labels or []:
+        if not 0 < percent <= 100:
+            raise UserError(f"--labels has {percent}; give percents above 0, up to 100")
+    if args.tsne:
+        check_tsne(args.tsne)
+    elif args.tsne_images is not None:
+        raise UserError("--tsne-images belongs to --tsne PNG; give both, or neither")
+    if args.tsne and args.json and numbers_of(args.tsne).resolve() == args.json.resolve():
+        raise UserError(
+            f"--json {args.json}: the numbers of --tsne {args.tsne} go there; give one of them another name"
+        )
+    if args.protocol == "semi" and len(args.rates or [0]) > 1:
+        raise UserError("--rates: fine-tuning takes a single learning rate, for no images are held out; give one")
+
+
+def _cache(args: argparse.Namespace) -> Path | None:
+    if args.no_cache:
+        return None
+    return args.cache or cache_folder() / "features"
+
+
+# --- protocols --------------------------------------------------------------------------------------------------
+
+
+def _frozen(args: argparse.Namespace, extractor: Extractor, stages: list[str], data: ProbeData) -> dict[str, Any]:
+    protocol = {"linear": _linear, "knn": _knn, "ridge": _ridge}[args.protocol]
+    train, test = (extractor(half, stages, what) for half, what in ((data.train, "training"), (data.test, "test")))
+    labels, truth = (torch.from_numpy(half.labels) for half in (data.train, data.test))
+    found = {}
+    for stage in stages:
+        device = extractor.device
+        scores, facts = protocol(args, stage, train[stage].to(device), labels.to(device), test[stage].to(device),
+                                 len(data.classes))  # fmt: skip
+        found[stage] = {**top_scores(scores.cpu(), truth, args.seed), "dimensions": train[stage].shape[1], **facts}
+    return found
+
+
+Outcome = tuple[Tensor, dict[str, Any]]
+
+
+def _linear(args: argparse.Namespace, stage: str, train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Outcome:
+    optimizer = args.optimizer or "sgd"
+    recipe = Recipe(optimizer, args.rates or RATES[optimizer], args.epochs or 100, seed=args.seed)
+    with Progress(sweep_steps(len(train), recipe), f"linear probe of {stage}") as progress:
+        classifier, facts = linear_probe(train, labels, classes, recipe, progress.advance)
+    if facts["rate_at_edge"]:
+        log.warning("%s: the best learning rate, %g, is at the edge of the sweep; widen --rates", stage, facts["rate"])
+    settings = {"optimizer": optimizer, "epochs": recipe.epochs, "batch": recipe.batch, "standardised": True}
+    return classifier(test), {**settings, **facts}
+
+
+def _paper(args: argparse.Namespace, extractor: Extractor, stages: list[str], data: ProbeData) -> dict[str, Any]:
+    recipe = PaperRecipe(epochs=args.epochs or PaperRecipe.epochs, seed=args.seed)
+    heads = paper_probe(extractor, stages, data.train, len(data.classes), recipe)
+    test, truth = extractor(data.test, stages, "test"), torch.from_numpy(data.test.labels)
+    facts = {
+        "optimizer": "sgd",
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "rate": recipe.rate,
+        "divided_by_10_at": recipe.milestones,
+        "epochs": recipe.epochs,
+        "batch": recipe.batch,
+        "standardised": False,
+    }
+    found = {}
+    for stage, head in heads.items():
+        with torch.no_grad():
+            scores = head(test[stage].to(extractor.device)).cpu()
+        found[stage] = {**top_scores(scores, truth, args.seed), "dimensions": test[stage].shape[1], **facts}
+    return found
+
+
+def _knn(args: argparse.Namespace, stage: str, train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Outcome:
+    settings = {"k": min(args.k or 20, len(train)), "temperature": args.temperature or 0.07}
+    return knn_predict(train, labels, test, classes=classes, **settings), settings
+
+
+def _ridge(args: argparse.Namespace, stage: str, train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Outcome:
+    standard = Standard.of(train)
+    ridge = fit_ridge(standard(train), labels, classes)
+    strengths = list(ridge.errors)
+    facts = {
+        "lambda": ridge.strength,
+        "lambda_at_edge": ridge.strength in (strengths[0], strengths[-1]),
+        "leave_one_out_error": ridge.errors[ridge.strength],
+        "standardised": True,
+    }
+    return ridge(standard(test)), facts
+
+
+def _tsne(args: argparse.Namespace, extractor: Extractor, stage: str, data: ProbeData) -> dict[str, Any]:
+    images = balanced(data.test, args.tsne_images or IMAGES, args.seed)
+    features = extractor(images, [stage], "t-SNE")[stage].numpy()
+    return write_tsne(args.tsne, features, images, data.classes, args.backbone, stage, args.seed)
+
+
+def _semi(args: argparse.Namespace, extractor: Extractor, stage: str, data: ProbeData) -> dict[str, Any]:
+    found = {}
+    for percent in args.labels or (1.0, 10.0):
+        few = data.train.part(percent / 100, args.seed)
+        recipe = FineTuning(
+            rate=args.rates[0] if args.rates else FineTuning.rate,
+            epochs=args.epochs or (60 if percent <= 1 else 30),
+            batch=batch_size(len(few)),
+            seed=args.seed,
+        )
+        model = finetune(
+            extractor.backbone, stage, few, len(data.classes), extractor.size, recipe, extractor.device,
+            workers=args.workers,
+        )  # fmt: skip
+        scores = top_scores(predict(model, extractor, data.test), torch.from_numpy(data.test.labels), args.seed)
+        facts = {"labels": len(few), "rate": recipe.rate, "epochs": recipe.epochs, "batch": recipe.batch}
+        found[f"{percent:g}"] = {**scores, **facts}
+    last = list(found)[-1]
+    return {**found[last], "percent": float(last), "by_percent": found}
+
+
+# --- the record -------------------------------------------------------------------------------------------------
+
+
+def _views(args: argparse.Namespace) -> str:
+    if args.protocol == "semi" or args.recipe == "paper":
+        return f"training: {VIEWS}; test: centre crop"
+    return "features computed once from the centre crop"
+
+
+def _data_facts(args: argparse.Namespace, data: ProbeData) -> dict[str, Any]:
+    return {
+        "path": args.data,
+        "val": args.val,
+        "test_images_are": data.split,
+        "train_images": len(data.train),
+        "test_images": len(data.test),
+        "classes": data.classes,
+        "limit": args.limit,
+    }
+
+
+_CHOICES = ("rate", "lambda", "k")
+
+
+def _print(results: dict[str, Any]) -> None:
+    data = results["data"]
+    table = Table(title=f"{results['backbone']['name']}: {results['protocol']}, {data['test_images']} test images")
+    for column in ("stage", "top-1", "95 %", "top-5", "95 %", "chosen"):
+        table.add_column(column, justify="left" if column in ("stage", "chosen") else "right")
+    for stage, whole in results["stages"].items():
+        for percent, found in whole.get("by_percent", {"": whole}).items():
+            low, high = found["top1_interval"]
+            low5, high5 = found["top5_interval"]
+            chosen = next((f"{name} {found[name]:g}" for name in _CHOICES if name in found), "")
+            table.add_row(
+                f"{stage}, {percent} %" if percent else stage,
+                f"{found['top1']:.2f}", f"{low:.2f}-{high:.2f}",
+                f"{found['top5']:.2f}", f"{low5:.2f}-{high5:.2f}", chosen,
+            )  # fmt: skip
+    Console().print(table)

@@ -1,0 +1,85 @@
+"""The detector job: its arguments, in Detectron2's style, and what they start."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from loco_det.annotations.subsets import part_name
+from loco_det.core.config import collect_settings, load_config
+from loco_det.core.errors import UserError
+from loco_det.core.launch import launch
+from loco_det.core.log import setup_logging
+from loco_det.core.metrics import check_wandb, wandb_run
+from loco_det.detection.keys import check_supported, get_cfg
+from loco_det.evaluation.cityscapes import OFFICIAL
+from loco_det.evaluation.coco import EVALUATORS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Config, engine, overrides and processes."""
+    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file with Detectron2's keys")
+    parser.add_argument("--engine", choices=("auto", "torchvision", "detectron2"), default="auto")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and stop")
+    parser.add_argument("--resume", action="store_true", help="go on from OUTPUT_DIR/last_checkpoint if there is one")
+    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes here, a GPU each if there are")
+    parser.add_argument("--evaluator", choices=(*EVALUATORS, OFFICIAL), default=EVALUATORS[0])
+    parser.add_argument(
+        "--exact", action="store_true", help="torchvision engine: Detectron2's numbers to the last bit, slower"
+    )
+    parser.add_argument(
+        "--feature-cache",
+        type=Path,
+        metavar="DIR",
+        help="keep the frozen backbone's features of test images in DIR, for other evaluations with it",
+    )
+    parser.add_argument("--fraction", type=float, metavar="F", help="train on a share of the images, 0.01 for 1 %%")
+    parser.add_argument("--few-shot", type=int, metavar="K", help="train on K objects of each class")
+    parser.add_argument("--wandb", metavar="PROJECT", help="send metrics.json's numbers to Weights & Biases too")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides, e.g. SOLVER.BASE_LR 0.01")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train or evaluate as the arguments say.
+
+    Raises:
+        UserError: bad arguments, configuration, data or weights.
+    """
+    from loco_det.detection.train import choose_engine
+
+    check_wandb(args.wandb)
+    cfg = load_config(get_cfg(), args.config_file, args.opts)
+    if args.fraction is not None or args.few_shot is not None:
+        args.opts += _part_of_training_set(cfg, args.fraction, args.few_shot)
+        cfg = load_config(get_cfg(), args.config_file, args.opts)
+    if args.num_gpus < 1:
+        raise UserError(f"--num-gpus is {args.num_gpus}; give at least 1, which without a GPU means one CPU process.")
+    # Again in every process, but here it is known who set what.
+    if choose_engine(args.engine, tell=False).name == "torchvision":
+        check_supported(cfg, collect_settings(args.config_file, args.opts))
+    options = {"engine": args.engine, "eval_only": args.eval_only, "resume": args.resume, "evaluator": args.evaluator}
+    options.update(fast=not args.exact, feature_cache=args.feature_cache)
+    launch(_worker, args.num_gpus, cfg, args.wandb, options)
+
+
+def _part_of_training_set(cfg: CfgNode, fraction: float | None, shots: int | None) -> list[str]:
+    """The override of DATASETS.TRAIN that asks for a part, chosen by SEED (0 where it is negative)."""
+    if fraction is not None and shots is not None:
+        raise UserError("--fraction and --few-shot choose different parts of DATASETS.TRAIN; give one of them.")
+    if (fraction is not None and not 0 < fraction <= 1) or (shots is not None and shots < 1):
+        raise UserError(
+            f"--fraction {fraction} --few-shot {shots}: give a share above 0, up to 1, or at least 1 object."
+        )
+    part = part_name(fraction, shots, max(cfg.SEED, 0))
+    return ["DATASETS.TRAIN", str(tuple(f"{name}{part}" for name in cfg.DATASETS.TRAIN))]
+
+
+def _worker(cfg: CfgNode, wandb: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    from loco_det.detection.train import train_net
+
+    setup_logging(cfg.OUTPUT_DIR or None)
+    with wandb_run(cfg, wandb, options["resume"]):
+        return train_net(cfg, **options)

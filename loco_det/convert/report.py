@@ -1,0 +1,240 @@
+"""The strict account of a conversion: every tensor that was read is converted, or dropped for a named reason."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loco_det.backbones.names import to_detectron2
+from loco_det.convert.architecture import Architecture, check_shapes, checked_tensors, recognise
+from loco_det.convert.load import left_out
+from loco_det.convert.name_patterns import NAMINGS
+from loco_det.convert.sources import (
+    COUNTERS,
+    HEAD,
+    SOURCES,
+    Candidate,
+    Pixels,
+    Rules,
+    candidates,
+    choose,
+    flatten,
+)
+from loco_det.core.errors import UserError
+
+MAX_NAMES = 8  # of kinds of objects left out, shown
+BN_EPS, BN_MOMENTUM = 1e-5, 0.1  # of every source here, and Detectron2's; no file says them
+NEW_IN_DETECTOR = (
+    ("feature pyramid (FPN models)", "backbone.fpn_lateral2-5, backbone.fpn_output2-5"),
+    ("region proposals", "proposal_generator.rpn_head.*"),
+    ("box head", "roi_heads.box_head.* (FPN models), roi_heads.box_predictor.*"),
+    ("mask head (Mask R-CNN)", "roi_heads.mask_head.*"),
+)
+"""What a detector has beyond its backbone and so starts from fresh weights: (what, tensor names)."""
+
+
+@dataclass
+class Account:
+    """What became of every tensor of a file.
+
+    Attributes:
+        source: the code base as recognised, and the branch taken.
+        architecture: the ResNet the tensors make up.
+        read: number of tensors in the file.
+        converted: torchvision's name -> tensor.
+        keys: torchvision's name -> where the tensor stood in the file.
+        dropped: reason -> keys.
+        left_out: name of what is no plain data, and so was not made -> keys.
+        made: torchvision's names of the statistics that were added where norms only scale and shift.
+        prefix, naming: where the backbone stood in the file, and which of `NAMINGS` its names are.
+        timm: whether its network may be timm's.
+        pixels: what the backbone expects to see, and where its strides stand.
+        proof: what `prove.prove` measured.
+    """
+
+    source: str
+    branch: str
+    architecture: Architecture
+    read: int
+    converted: dict[str, Tensor]
+    keys: dict[str, str]
+    dropped: dict[str, list[str]]
+    made: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    prefix: str = ""
+    naming: str = "torchvision"
+    timm: bool = False
+    pixels: Pixels = field(default_factory=Pixels)
+    proof: dict[str, Any] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """The account and the proof as plain data, for JSON; `converted` is torchvision's name -> key in the file."""
+        return {
+            "source": self.source,
+            "branch": self.branch,
+            "architecture": self.architecture.name,
+            "pixels": asdict(self.pixels),
+            "batch_norm": {"eps": BN_EPS, "momentum": BN_MOMENTUM},
+            "read": self.read,
+            "converted": {name: self.keys.get(name, name) for name in self.converted if name not in self.made},
+            "added": self.made,
+            "dropped": self.dropped,
+            "left_out": self.left_out,
+            "new": dict(NEW_IN_DETECTOR),
+            "proof": self.proof,
+        }
+
+    def lines(self) -> list[str]:
+        """The account and the proof as aligned plain text."""
+        dropped = sum(map(len, self.dropped.values()))
+        rows = [
+            ("source", f"{self.source}, branch {self.branch}" if self.branch else self.source),
+            ("backbone", self.architecture.name),
+            (
+                "",
+                f"BatchNorm eps {BN_EPS:g}; momentum {BN_MOMENTUM:g} counts only where the detector does not freeze it",
+            ),
+            ("pixels", self.pixels.text()),
+            ("read", f"{self.read:4d} tensors"),
+            ("converted", f"{len(self.converted) - len(self.made):4d}"),
+            *(
+                [("added", f"{len(self.made):4d} statistics, mean 0 and variance 1: the norms only scale and shift")]
+                if self.made
+                else []
+            ),
+            ("dropped", f"{dropped:4d}"),
+            *((f"  {len(keys):4d}", f"{why} ({_shown(keys)})") for why, keys in self.dropped.items()),
+            *([("left out", left_out_text(self.left_out))] if self.left_out else []),
+            *(("new" if i == 0 else "", f"{what}: {names}") for i, (what, names) in enumerate(NEW_IN_DETECTOR)),
+        ]
+        lines = [f"{label:<10} {text}" for label, text in rows]
+        if self.proof:
+            lines += ["", f"proof: {self.proof['image']} through source and converted backbone"]
+            lines += [f"source model: {name}" for name in self.proof["models"]]
+            lines += [f"{'':10} {'float64 max|d|':>15} {'relative':>9} {'float32 max|d|':>15} {'relative':>9}"]
+            for stage in self.proof["float64"]:
+                cells = [self.proof[kind][stage] for kind in ("float64", "float32")]
+                numbers = (f"{c['max_abs']:15.2e} {c['relative']:9.2e}" for c in cells)
+                lines.append(f"{stage:10} {' '.join(numbers)}")
+        return lines
+
+
+def left_out_text(found: dict[str, list[str]]) -> str:
+    """For people: what `load.left_out` found."""
+    names = ", ".join(f"{len(keys)} {name}" for name, keys in list(found.items())[:MAX_NAMES])
+    more = f" and {len(found) - MAX_NAMES} more kinds" if len(found) > MAX_NAMES else ""
+    return f"{sum(map(len, found.values())):4d} settings that are no plain data, unexecuted ({names}{more})"
+
+
+def _shown(keys: list[str]) -> str:
+    return keys[0] if len(keys) == 1 else f"{keys[0]} ..."
+
+
+def take_account(
+    path: object, loaded: dict[str, Any], branch: str | None = None, *, read: bool = True
+) -> tuple[Account, Candidate]:
+    """Sort every tensor of a loaded or opened file into converted and dropped, and check what is converted.
+
+    With `read` false nothing but names, shapes and dtypes is looked at, and `converted` stays in the file.
+
+    Raises:
+        UserError: no or several backbones, or a tensor is unknown, missing, there twice or not as it must be.
+    """
+    original = _moved(path, dict(flatten(path, loaded)))
+    tensors = {key: tensor for key, (_, tensor) in original.items()}
+    objects = left_out(loaded)
+    if objects and not tensors:
+        raise UserError(
+            f"{path}: holds no tensors, but objects that are not read ({next(iter(objects))}); save the model's "
+            "state_dict: torch.save(model.state_dict(), 'weights.pth')"
+        )
+    chosen = choose(path, tensors, branch)
+    others = {c.prefix: c.branch or c.prefix for c in candidates(path, tensors) if c != chosen}
+    for kind, places in objects.items():
+        for key in places:
+            if _place(key, chosen, others)[0] is not None:
+                raise UserError(f"{path}: {key!r} is a {kind}, not a plain tensor; save it as one, in float32")
+    found: dict[str, Tensor] = {}
+    keys: dict[str, str] = {}
+    dropped: dict[str, list[str]] = {}
+    for key, (file_key, tensor) in original.items():
+        name, reason = _place(key, chosen, others)
+        if name is not None:
+            if name in found:
+                raise UserError(f"{path}: {keys[name]!r} and {file_key!r} are the same tensor; remove one of them")
+            found[name], keys[name] = tensor, file_key
+        elif reason is not None:
+            dropped.setdefault(reason, []).append(file_key)
+        else:
+            where = f"a {chosen.source.name}" if chosen.source else "this"
+            raise UserError(f"{path}: tensor {file_key!r} is unknown in {where} checkpoint; remove it")
+    made = _statistics(found) if chosen.source and chosen.source.scale_only else {}
+    found |= made
+    architecture = recognise(path, found)
+    check = checked_tensors if read else check_shapes
+    converted = check(path, found, architecture, lambda name: keys.get(name, f"{chosen.prefix}{name}"))
+    source = chosen.source.name if chosen.source else "unknown code base"
+    account = Account(source, chosen.branch, architecture, len(tensors), converted, keys, dropped, list(made), objects)
+    account.prefix, account.naming = chosen.prefix, chosen.naming
+    account.timm = chosen.source is not None and chosen.source.timm
+    return account, chosen
+
+
+def _statistics(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Mean 0 and variance 1, as Detectron2 has them, for norms that only scale and shift."""
+    scales = [name for name in found if re.search(r"(bn\d|downsample\.1)\.weight$", name)]
+    norms = {name.removesuffix("weight"): found[name].shape for name in scales}
+    means = {f"{norm}running_mean": torch.zeros(shape) for norm, shape in norms.items()}
+    return means | {f"{norm}running_var": torch.ones(shape) for norm, shape in norms.items()}
+
+
+def _moved(path: object, tensors: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    """Key after the rows' moves -> (key in the file, tensor)."""
+    moves = [move for source in SOURCES for move in source.moves]
+    found: dict[str, tuple[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        new = key
+        for pattern, replacement in moves:
+            new = re.sub(pattern, replacement, new)
+        if new in found:
+            raise UserError(f"{path}: {found[new][0]!r} and {key!r} are the same tensor; remove one of them")
+        found[new] = key, tensor
+    return found
+
+
+def _place(key: str, chosen: Candidate, others: dict[str, str]) -> tuple[str | None, str | None]:
+    """(torchvision's name, None) for a tensor of the backbone, (None, reason) for one to drop, else (None, None)."""
+    source = chosen.source
+    container, _, name = key.rpartition(":")
+    if key.startswith(chosen.prefix) and container == chosen.prefix.rpartition(":")[0]:
+        rest = key[len(chosen.prefix) :]
+        renamed = NAMINGS[chosen.naming][2](rest)
+        reason = _dropped(rest, (*COUNTERS, *(source.inside if source else (HEAD,))))
+        if reason is not None:
+            return None, reason
+        if _is_backbone(renamed):
+            return renamed, None
+    for prefix, branch in others.items():
+        if key.startswith(prefix) and len(prefix) > (len(chosen.prefix) if key.startswith(chosen.prefix) else -1):
+            return None, f"other branch ({branch})"
+    if container != chosen.prefix.rpartition(":")[0]:
+        return None, f"beside the model ({container.split('/')[0] or 'loose tensors'})"
+    if source is None and not key.startswith(chosen.prefix):
+        return None, "outside the branch"
+    return None, _dropped(name, (*COUNTERS, *(source.outside if source else ())))
+
+
+def _dropped(name: str, rules: Rules) -> str | None:
+    return next((reason for pattern, reason in rules if re.fullmatch(pattern, name)), None)
+
+
+def _is_backbone(name: str) -> bool:
+    try:
+        to_detectron2(name)
+    except UserError:
+        return False
+    return True

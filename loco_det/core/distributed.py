@@ -1,0 +1,51 @@
+"""This process among those of its job: rank, size, mean over processes."""
+
+from __future__ import annotations
+
+import inspect
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def reduce_mean(values: dict[str, Tensor]) -> dict[str, float]:
+    """The mean over processes of each scalar, as floats; one synchronisation for all of them."""
+    if not values:
+        return {}
+    stacked = torch.stack([v.detach().float() for v in values.values()])
+    if world_size() > 1:
+        dist.all_reduce(stacked)
+        stacked /= world_size()
+    return dict(zip(values, stacked.tolist()))
+
+
+def averaged(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """`model` with the mean over processes as its gradient; buffers are not sent around at every step."""
+    names = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # in older torch
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, **{buffers: False})

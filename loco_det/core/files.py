@@ -1,0 +1,120 @@
+"""Files that appear whole or not at all, and an unwritable folder as one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from loco_det.core.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """A file object whose content appears at `path` whole when the block ends, and not at all if it fails.
+
+    It is written under a temporary name in the same folder, flushed to the disk and renamed.
+
+    Raises:
+        UserError: the folder or file cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def os_errors(path: str | Path) -> Iterator[None]:
+    """An OSError of the block is the user's: `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{path}: cannot be written ({reason}); free space or choose another folder") from error
+
+
+def check_writable(path: str | Path) -> None:
+    """Refuse a file that could not be written, before hours go into what it is to hold; its folder is made.
+
+    Raises:
+        UserError: the folder cannot be written, or `path` is one.
+    """
+    path = Path(path)
+    with os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`value` as indented JSON at `path`, atomically."""
+    with atomic_write(path, "w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+
+
+def file_sha256(path: str | Path) -> str:
+    """The sha256 of a file's content, in hexadecimal.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 24))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """LOCO_DET_CACHE, or loco_det below XDG_CACHE_HOME, or ~/.cache/loco_det."""
+    if chosen := os.environ.get("LOCO_DET_CACHE"):
+        return Path(os.path.expanduser(chosen))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "loco_det"
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """One process at a time runs the block; the system releases the lock when that process ends, however it ends.
+
+    On a file system without locks nobody waits.
+
+    Args:
+        path: the lock file; its folder is made.
+        waiting: called before this process waits for another.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,163 @@
+"""The log on standard error and in log.txt, and progress with its ETA."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column
+
+from loco_det.core.distributed import is_main
+from loco_det.core.errors import UserError
+from loco_det.core.files import os_errors
+
+log = logging.getLogger("loco_det")
+_LINE = "%(asctime)s %(levelname).1s %(message)s"
+_LINE_SECONDS = 10.0  # between two progress lines
+_FILE_ONLY = {"file_only": True}  # marks a line whose news the terminal has in another form
+_quiet = False
+_display: RichProgress | None = None  # what the terminal shows; a bar inside another's block is a further row of it
+
+
+class _Console(logging.StreamHandler):
+    """Writes to what sys.stderr is now: under a bar that is rich's, which keeps lines and bar apart."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+        self.addFilter(lambda record: not hasattr(record, "file_only"))
+
+    @property
+    def stream(self) -> IO[str]:  # type: ignore[override]
+        return sys.stderr
+
+
+def setup_logging(output_dir: str | Path | None = None, quiet: bool | None = None) -> None:
+    """Send the `loco_det` logger to standard error and, on the main process, to OUTPUT_DIR/log.txt.
+
+    With `quiet` standard error gets warnings only and no progress; None leaves that as it is, also in the
+    processes that `launch` starts. Ranks other than 0 say only warnings. Calling it again replaces what the last
+    call set up, but the log of a folder that `output_dir` lies in goes on: that job is not at its end.
+
+    Raises:
+        UserError: the folder or its log.txt cannot be written.
+    """
+    global _quiet
+    if quiet is not None:
+        _quiet = quiet
+    around = [] if output_dir is None else Path(output_dir).absolute().parents
+    for handler in list(log.handlers):
+        if not isinstance(handler, logging.FileHandler) or Path(handler.baseFilename).parent not in around:
+            log.removeHandler(handler)
+            handler.close()
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    console = _Console()
+    console.setLevel(logging.INFO if _shows_progress() else logging.WARNING)
+    console.setFormatter(logging.Formatter(_LINE, "%H:%M:%S"))
+    log.addHandler(console)
+    if output_dir is not None and is_main():
+        with os_errors(output_dir):
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            file = logging.FileHandler(Path(output_dir) / "log.txt", encoding="utf-8")
+        file.setFormatter(logging.Formatter(_LINE, "%Y-%m-%d %H:%M:%S"))
+        log.addHandler(file)
+
+
+def log_failure(error: BaseException) -> None:
+    """Write what ends the command to log.txt, a bug with its traceback; the terminal is told by the command line."""
+    bug = not isinstance(error, (UserError, KeyboardInterrupt))
+    log.error("%s", str(error) or type(error).__name__, exc_info=error if bug else None, extra=_FILE_ONLY)
+
+
+def is_quiet() -> bool:
+    """Whether only what needs attention is said."""
+    return _quiet
+
+
+def _shows_progress() -> bool:
+    return is_main() and not _quiet
+
+
+class Progress:
+    """A progress bar with ETA on a terminal, a plain line every ten seconds elsewhere; in log.txt always the lines.
+
+    `advance(n, loss=..., ...)` moves it on; the fields given last are shown beside the rate.
+    """
+
+    def __init__(self, total: int, description: str, initial: int = 0, unit: str = "it") -> None:
+        self.total, self.description, self.unit = total, description, unit
+        self.done = self.initial = initial
+        self.started = self.last_line = time.monotonic()
+        self.display: RichProgress | None = None
+
+    def __enter__(self) -> Progress:
+        global _display
+        if _shows_progress() and _is_terminal():
+            self.outermost = _display is None
+            if _display is None:
+                _display = _new_display()
+                _display.start()
+            self.display = _display
+            self.row = _display.add_task(self.description, total=self.total, completed=self.done, eta="", shown="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _display
+        if self.display is None:
+            return
+        if self.outermost:
+            self.display.stop()
+            _display = None
+        else:
+            self.display.remove_task(self.row)
+
+    def advance(self, n: int = 1, **fields: float | str) -> None:
+        """`n` more are done."""
+        self.done += n
+        now = time.monotonic()
+        rate = (self.done - self.initial) / max(now - self.started, 1e-9)
+        eta = _duration((self.total - self.done) / rate) if rate else "unknown"
+        shown = " ".join([f"{rate:.3g} {self.unit}/s", *(f"{k} {_short(v)}" for k, v in fields.items())])
+        if self.display is not None:
+            self.display.update(self.row, completed=self.done, eta=eta, shown=shown)
+        if now - self.last_line >= _LINE_SECONDS or self.done >= self.total:
+            self.last_line = now
+            told = _FILE_ONLY if self.display is not None else None
+            log.info("%s %d/%d eta %s %s", self.description, self.done, self.total, eta, shown, extra=told)
+
+
+def _is_terminal() -> bool:
+    return _display is not None or (sys.stderr.isatty() and not Console(stderr=True).is_dumb_terminal)
+
+
+def _new_display() -> RichProgress:
+    """The ETA is ours: rich's looks back 30 seconds and knows none where a step takes longer."""
+    return RichProgress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[eta]}", style="progress.remaining"),
+        # Names may hold [brackets]. They get what room is left, and what does not fit in is left out.
+        TextColumn(
+            "{task.fields[shown]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        ),
+        expand=True,
+        console=Console(stderr=True),
+        redirect_stdout=sys.stdout.isatty(),  # what goes elsewhere must get there
+    )
+
+
+def _duration(seconds: float) -> str:
+    """3 days and 4 hours are "76:00:00"."""
+    minutes, seconds = divmod(round(max(seconds, 0)), 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"

@@ -1,1 +1,0 @@
-"""Images, annotations and what is done to them before a model sees them."""

@@ -1,0 +1,1 @@
+"""Images on disk, decoded and augmented, and batches of them."""

@@ -1,0 +1,195 @@
+"""From image files to pixels: one exact reader for detection, one fast reader for pretraining.
+
+Shape legend: H x W height and width in pixels, after EXIF rotation.
+
+`read_image` gives what Detectron2's `detection_utils.read_image` gives, bit for bit. `decode_image` decodes JPEG
+with OpenCV and everything else, and every JPEG that OpenCV should not be trusted with, with PIL. What each does:
+
+| file | read_image | decode_image |
+|---|---|---|
+| grey, 8 bits | the grey value in all three channels | the same |
+| 16 bits, grey | as PIL converts it: clipped at 255 | high byte (value // 256) |
+| 16 bits, colour | high byte, as PIL reads it | the same |
+| 32-bit integer | as PIL converts it: clipped at 255 | high byte of 16 (value // 256), clipped |
+| floating point | as PIL converts it: clipped | refused: its range is unknown |
+| CMYK, YCCK | PIL's conversion | the same |
+| palette | looked up | the same |
+| alpha, transparent palette | alpha dropped, colours kept as stored | the same |
+| EXIF orientation | applied | the same |
+| animated or several pages | first frame | the same |
+| truncated, zero bytes, not an image | refused | the same |
+| JPEG without its end marker | refused | the same |
+| JPEG damaged inside, all there | as libjpeg resumes | the same |
+
+Refused means UserError naming the file.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from loco_det.core.errors import UserError
+
+Order = Literal["RGB", "BGR"]
+
+_EXIF_ORIENTATION = 274
+# EXIF's orientations 2-8 name where the first row and column lie; these bring them back to top and left.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# cv2's IMREAD_REDUCED_COLOR_n without its colour bit, which would mean BGR; libjpeg then skips DCT coefficients.
+_REDUCED = {1: 0, 2: 16, 4: 32, 8: 64}
+# OpenCV before 4.11 has no RGB flag.
+_READ_RGB = getattr(cv2, "IMREAD_COLOR_RGB", None)
+REDUCTIONS = (8, 4, 2)
+
+
+def read_image(path: str | Path, order: Order) -> np.ndarray:
+    """(H, W, 3) uint8 pixels of an image file, equal to Detectron2's `read_image(path, format=order)`.
+
+    Source: Detectron2 data/detection_utils.py (PIL decoding, EXIF orientation, conversion to RGB).
+
+    Raises:
+        UserError: missing, unreadable, truncated or not an image.
+    """
+    return decode_exactly(read_file(path), str(path), order)
+
+
+def decode_exactly(data: bytes, name: str, order: Order) -> np.ndarray:
+    """What `read_image` gives of a file with these bytes; `name` is for error messages.
+
+    Raises:
+        UserError: empty, truncated or not an image.
+    """
+    return _pil_pixels(data, name, order, exact=True)
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        UserError: missing or unreadable.
+    """
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such image file; correct the path or restore the file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the file and its rights") from error
+    except ValueError as error:  # a NUL
+        raise UserError(f"{str(path)!r}: names no file ({error}); correct the path") from error
+
+
+def decode_image(data: bytes, name: str, order: Order = "RGB", reduce: int = 1) -> np.ndarray:
+    """(H, W, 3) uint8 pixels of an encoded image; `name` is for error messages.
+
+    Args:
+        reduce: 1, 2, 4 or 8. A JPEG decoded by OpenCV comes out at 1/reduce of its size, rounded up, which is
+            cheaper; any other image ignores it, so compare the shape with `jpeg_size`.
+
+    Raises:
+        UserError: empty, truncated, not an image, or with pixels of unknown range.
+    """
+    header = _jpeg_header(data)
+    if header is not None and header[2] and data.rfind(b"\xff\xd9", header[3]) >= 0:
+        pixels = _cv2_pixels(data, order, reduce)
+        if pixels is not None:
+            return pixels
+    return _pil_pixels(data, name, order, exact=False)
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) as stored in a JPEG, before EXIF rotation; None where `decode_image` would not reduce it."""
+    header = _jpeg_header(data)
+    return header[:2] if header is not None and header[2] else None
+
+
+def _cv2_pixels(data: bytes, order: Order, reduce: int) -> np.ndarray | None:
+    buffer = np.frombuffer(data, np.uint8)
+    try:
+        if order == "RGB" and _READ_RGB is not None:
+            return cv2.imdecode(buffer, _READ_RGB | _REDUCED[reduce])
+        pixels = cv2.imdecode(buffer, cv2.IMREAD_COLOR | _REDUCED[reduce])
+    except cv2.error:  # an image too large for OpenCV, say: PIL then words the reason
+        return None
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if pixels is not None and order == "RGB" else pixels
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, bool, int] | None:
+    """(height, width, 8-bit grey or three colours?, offset of the first scan), or None if `data` is no JPEG.
+
+    OpenCV before 5 accepts a JPEG that breaks off and fills the rest with grey. After the first scan's header an
+    end-of-image marker can only be the real one (ITU-T T.81, B.1.1: entropy-coded 0xff is followed by 0x00 or a
+    restart marker), while the thumbnail in an EXIF block, which ends with a marker too, lies before it.
+    """
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    size: tuple[int, int, bool] | None = None
+    at, end = 2, len(data)
+    while at + 4 <= end and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+            continue
+        if marker == 0xDA:
+            return None if size is None else (*size, at)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and at + 10 <= end:
+            height, width = int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+            size = (height, width, data[at + 4] == 8 and data[at + 9] in (1, 3))
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+def _pil_pixels(data: bytes, name: str, order: Order, *, exact: bool) -> np.ndarray:
+    if not data:
+        raise UserError(f"{name}: the file is empty; restore or remove it")
+    try:
+        # PIL warns of odd metadata on standard error; the pixels are what matters here.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pixels = _to_rgb(_upright(Image.open(io.BytesIO(data))), name, exact)
+    except UserError:
+        raise
+    except Exception as error:  # hostile bytes make PIL's parsers raise nearly anything
+        reason = str(error).replace("<_io.BytesIO object at ", "<").split("<")[0].strip()
+        raise UserError(f"{name}: not a readable image ({reason}); restore or remove it") from error
+    return np.ascontiguousarray(pixels[:, :, ::-1]) if order == "BGR" else pixels
+
+
+def pil_rgb(image: Image.Image, name: str) -> np.ndarray:
+    """(H, W, 3) uint8 pixels of an opened image, treated as `decode_image` treats its file.
+
+    Raises:
+        UserError: pixels of unknown range.
+    """
+    return _to_rgb(_upright(image), name, exact=False)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION)
+    except Exception:  # damaged metadata of a sound image: Detectron2 ignores it too
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _to_rgb(image: Image.Image, name: str, exact: bool) -> np.ndarray:
+    if not exact and image.mode == "F":
+        raise UserError(f"{name}: floating-point pixels have no known range; save it with 8 or 16 bits a channel")
+    if not exact and image.mode.startswith("I"):
+        grey = np.clip(np.asarray(image).astype(np.int64) // 256, 0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    return np.array(image.convert("RGB"))

@@ -1,0 +1,204 @@
+"""Where pretraining images come from: class folders, a flat folder, a text list, a zip; all behind one `Source`.
+
+`open_source(path, format)`:
+
+| format | path | labels |
+|---|---|---|
+| folder | a folder of class folders, in torchvision's ImageFolder order | the class folder |
+| flat | a folder, searched with all below it | none |
+| list | a text file: one path a line, relative to the list, and after a tab a class name if there are any | that name |
+| tar | a `.tar`, a folder of them, or `shards-{0000..0146}.tar`: webdataset's shards, see images/tar.py | `.cls` |
+| zip | `images.zip`, or `images.zip!inner/folder` for a part of it; read in place, never unpacked | as auto |
+| huggingface | a folder that `datasets` saved, see images/indexed.py | its first column of classes |
+| torchvision:NAME | the folder that torchvision's class NAME reads, see images/indexed.py | the data set's |
+| auto | by suffix and by what lies in a folder; one with images at its top is `flat`, else `folder` | as above |
+
+Folders around everything in a zip are stepped into first: `x.zip` holding only `x/cat/1.jpg` and `x/dog/2.jpg` has the
+classes cat and dog.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+
+from loco_det.core.errors import UserError
+from loco_det.core.outputs import own_names
+from loco_det.images.indexed import open_huggingface, open_torchvision
+from loco_det.images.source import SUFFIXES, Source
+from loco_det.images.tar import open_tar
+
+FORMATS = ("auto", "folder", "flat", "list", "zip", "tar", "huggingface")
+_LOCAL_HEADER = 30  # bytes before the name; PKWARE APPNOTE 4.3.7
+
+
+class ZipSource(Source):
+    """Images in a zip file, read by offset, so that a worker never parses the index again."""
+
+    def __init__(self, path: Path, members: Sequence[zipfile.ZipInfo], labels: Sequence[str] | None) -> None:
+        super().__init__(str(path), [member.filename for member in members], labels)
+        self.containers = (self.root,)
+        columns = [(m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type) for m in members]
+        self._table = np.array(columns, np.int64)
+        self._files: dict[tuple[int, int], BinaryIO] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_files": {}}
+
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", {}).values():
+            file.close()
+
+    def name(self, index: int) -> str:
+        return f"{self.root}!{self._names[index]}"
+
+    def read(self, index: int) -> bytes:
+        offset, packed, size, checksum, method = (int(value) for value in self._table[index])
+        try:
+            file = self._file()
+            file.seek(offset)
+            header = file.read(_LOCAL_HEADER)
+            # Name and extra field may be longer here than in the zip's index.
+            file.seek(sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28)), os.SEEK_CUR)
+            data = file.read(packed)
+            if method == zipfile.ZIP_DEFLATED:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size)
+        except (OSError, zlib.error) as error:
+            raise UserError(f"{self.name(index)}: cannot be read ({error}); take an intact zip") from error
+        if header[:4] != b"PK\x03\x04" or len(data) != size or zlib.crc32(data) != checksum:
+            raise UserError(f"{self.name(index)}: damaged inside the zip; take an intact zip")
+        return data
+
+    def _file(self) -> BinaryIO:
+        # A file position shared after a fork, or between threads, would move under the reader.
+        owner = (os.getpid(), threading.get_ident())
+        if owner not in self._files:
+            self._files[owner] = open(self.root, "rb")  # noqa: SIM115 (lives as long as its worker)
+        return self._files[owner]
+
+
+def open_source(path: str | Path, format: str = "auto") -> Source:
+    """The images at `path`; see the module's table.
+
+    Raises:
+        UserError: nothing there, no images in it, not what `format` says, or a damaged zip; names path and key.
+    """
+    if format not in FORMATS and not format.startswith("torchvision:"):
+        raise UserError(f"DATA.FORMAT {format!r} is unknown; use one of {', '.join(FORMATS)} or torchvision:NAME")
+    if not str(path):
+        raise UserError("DATA.PATH is empty; set it to a folder, a list or a zip of images")
+    file, _, inner = str(path).partition("!")
+    root = Path(file if file.lower().endswith(".zip") else path)
+    if format == "tar" or (format == "auto" and _holds_shards(root)):
+        return open_tar(str(path), root)
+    if format.startswith("torchvision:") or format == "huggingface" or (format == "auto" and is_huggingface(root)):
+        named = format.removeprefix("torchvision:")
+        return open_torchvision(named, root) if named != format else open_huggingface(root)
+    if not os.path.exists(root):
+        raise UserError(f"DATA.PATH {root}: no such file or folder; correct the path")
+    wanted = format
+    if format == "auto":
+        by_suffix = {".zip": "zip", ".txt": "list"}
+        format = "folder or flat" if os.path.isdir(root) else by_suffix.get(root.suffix.lower(), "")
+    if not format or os.path.isdir(root) != (format not in ("zip", "list")):
+        kind = "a folder" if os.path.isdir(root) else "a file"
+        raise UserError(f"DATA.PATH {root} is {kind}, which DATA.FORMAT {wanted!r} does not read; change one")
+    if format == "zip":
+        return _open_zip(root, inner)
+    return _open_list(root) if format == "list" else _open_folder(root, format)
+
+
+def is_huggingface(root: Path) -> bool:
+    """Whether `datasets.save_to_disk` wrote this folder."""
+    return any(os.path.isfile(root / name) for name in ("state.json", "dataset_dict.json"))
+
+
+def _holds_shards(root: Path) -> bool:
+    return root.suffix == ".tar" or (os.path.isdir(root) and any(root.glob("*.tar")))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def _open_folder(root: Path, format: str) -> Source:
+    names: list[tuple[str, str, str]] = []  # class folder, folder, file: ImageFolder sorts by these
+    outputs = set()  # folders at the top that hold this package's output
+    for folder, folders, files in os.walk(root, followlinks=True):
+        own = own_names(Path(folder), {*folders, *files})
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in own]
+        below = os.path.relpath(folder, root)
+        top = below.partition(os.sep)[0]
+        outputs |= {top} if own and top != "." else own
+        names += [(top, below, name) for name in files if _is_image(name) and name not in own]
+    if not names:
+        raise UserError(
+            f"DATA.PATH {root}: no images in this folder (looked for {' '.join(SUFFIXES)}); correct the path"
+        )
+    names.sort()
+    paths = [os.path.normpath(os.path.join(below, name)) for _, below, name in names]
+    labels = [top for top, _, _ in names]
+    if format == "folder":
+        empty = {entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."}
+        empty -= {*labels, *outputs}
+        if empty:
+            raise UserError(
+                f"DATA.PATH {root}: class folder {min(empty)} holds no images; remove it or use DATA.FORMAT flat"
+            )
+        if "." in labels:
+            raise UserError(f"DATA.PATH {root}: {paths[0]} lies in no class folder; move it or use DATA.FORMAT flat")
+    return Source(str(root), paths, None if format == "flat" or "." in labels else labels)
+
+
+def _open_list(path: Path) -> Source:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"DATA.PATH {path}: cannot be read as a UTF-8 text list ({error}); correct the file") from error
+    rows = [line.rstrip().partition("\t") for line in lines if line.strip() and not line.startswith("#")]
+    if not rows:
+        raise UserError(f"DATA.PATH {path}: lists no images; write one path a line")
+    labels = [label.strip() for _, _, label in rows]
+    if any(labels) and not all(labels):
+        bare = rows[labels.index("")][0]
+        raise UserError(f"DATA.PATH {path}: {bare} has no class while others have one; add it after a tab")
+    return Source(str(path.parent), [name.strip() for name, _, _ in rows], labels if any(labels) else None)
+
+
+def _open_zip(path: Path, inner: str) -> Source:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [m for m in archive.infolist() if not m.is_dir() and _is_image(PurePosixPath(m.filename).name)]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"DATA.PATH {path}: not a readable zip ({error}); take an intact one") from error
+    members = [m for m in members if not m.filename.startswith("__MACOSX/")]  # resource forks named like images
+    prefix = tuple(PurePosixPath(inner).parts)
+    parts = {m.filename: PurePosixPath(m.filename).parts for m in members}
+    members = [m for m in members if parts[m.filename][: len(prefix)] == prefix]
+    if not members:
+        where = f"folder {inner} of this zip" if inner else "this zip"
+        raise UserError(f"DATA.PATH {path}: no images in {where} (looked for {' '.join(SUFFIXES)}); correct the path")
+    for member in members:
+        if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UserError(
+                f"DATA.PATH {path}: {member.filename} is encrypted or packed unusually; pack with plain zip"
+            )
+    members.sort(key=lambda m: (parts[m.filename][:-1], parts[m.filename][-1]))
+    folders = [parts[m.filename][:-1] for m in members]
+    depth = _shared_depth(folders)
+    labelled = all(len(folder) > depth for folder in folders)
+    return ZipSource(path, members, [folder[depth] for folder in folders] if labelled else None)
+
+
+def _shared_depth(folders: Sequence[tuple[str, ...]]) -> int:
+    """How many leading folders all have in common: what the first and the last in order share, all between share."""
+    first, last = min(folders), max(folders)
+    same = [a == b for a, b in zip(first, last)]
+    return same.index(False) if False in same else len(same)

@@ -1,0 +1,153 @@
+"""Images, folders of them and videos as one stream of frames, and videos written again. OpenCV reads the videos."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from loco_det.core.errors import UserError
+from loco_det.core.log import log
+from loco_det.images.decode import Order, read_image
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+
+
+class Medium(NamedTuple):
+    """One file: `name` is its path below the input that it was found in, `frames` 1 for an image, at least that and
+    only a guess for a video, whose `rate` is in frames a second (0 for an image)."""
+
+    path: Path
+    name: str
+    frames: int = 1
+    rate: float = 0.0
+
+    @property
+    def is_video(self) -> bool:
+        return self.rate > 0
+
+
+class Frame(NamedTuple):
+    """(H, W, 3) uint8 pixels of an image or of a video's frame `index`."""
+
+    medium: Medium
+    index: int
+    pixels: np.ndarray
+
+
+def find_media(inputs: Sequence[str | Path]) -> tuple[list[Medium], list[Path]]:
+    """The files of `inputs`, which are files and folders; of a folder all images and videos below it, by name.
+
+    Returns:
+        What was found, with names that differ, and the videos that OpenCV cannot open.
+
+    Raises:
+        UserError: an input is missing, or a folder holds nothing of use.
+    """
+    files: list[tuple[Path, Path]] = []
+    for given in map(Path, inputs):
+        if given.is_dir():
+            below = sorted(p for p in given.rglob("*") if p.suffix.lower() in (*IMAGES, *VIDEOS) and p.is_file())
+            if not below:
+                raise UserError(f"{given}: no image or video in this folder; name another, or the files themselves.")
+            files += [(path, path.relative_to(given)) for path in below]
+        elif given.is_file():
+            files.append((given, Path(given.name)))
+        else:
+            raise UserError(f"{given}: no such file or folder; correct the path.")
+    found, unreadable, names = [], [], set()
+    for path, relative in files:
+        name = relative.as_posix()
+        for number in range(2, len(files) + 2):
+            if name not in names:
+                break
+            name = relative.with_name(f"{relative.stem}_{number}{relative.suffix}").as_posix()
+        names.add(name)
+        medium = _video(path, name) if path.suffix.lower() in VIDEOS else Medium(path, name)
+        if medium is None:
+            log.warning("%s: not a video that OpenCV can read: left out", path)
+            unreadable.append(path)
+        else:
+            found.append(medium)
+    return found, unreadable
+
+
+def _video(path: Path, name: str) -> Medium | None:
+    capture = cv2.VideoCapture(str(path))
+    try:
+        rate = capture.get(cv2.CAP_PROP_FPS)
+        frames = max(1, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        return Medium(path, name, frames, rate if 0 < rate < 1000 else 25.0) if capture.isOpened() else None
+    finally:
+        capture.release()
+
+
+def read_frames(media: Sequence[Medium], order: Order, unreadable: list[Path]) -> Iterator[Frame]:
+    """Every image and every frame of every video, in order; what cannot be read is named in the log and appended."""
+    for medium in media:
+        try:
+            if medium.is_video:
+                yield from _frames(medium, order)
+            else:
+                yield Frame(medium, 0, read_image(medium.path, order))
+        except UserError as error:
+            log.warning("%s: left out", error)
+            unreadable.append(medium.path)
+
+
+def _frames(medium: Medium, order: Order) -> Iterator[Frame]:
+    capture = cv2.VideoCapture(str(medium.path))
+    try:
+        index = 0
+        while True:
+            more, pixels = capture.read()
+            if not more:
+                break
+            yield Frame(medium, index, pixels if order == "BGR" else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+            index += 1
+        if not index:
+            raise UserError(f"{medium.path}: not one frame can be decoded")
+    finally:
+        capture.release()
+
+
+def read_ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
+    """The same items, `count` of them made in advance by another thread."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(next, items, end) for _ in range(count))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, items, end))
+            yield item
+
+
+class VideoWriter:
+    """An MPEG-4 file that is there when all frames are written, and not at all otherwise; a context manager."""
+
+    def __init__(self, path: Path, rate: float, width: int, height: int) -> None:
+        self.path, self.partial = path, path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.writer = cv2.VideoWriter(str(self.partial), cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
+        if not self.writer.isOpened():
+            raise UserError(f"{path}: this OpenCV cannot write a video there; see the folder and its codecs.")
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def write(self, pixels: np.ndarray) -> None:
+        """One more frame, (H, W, 3) uint8 RGB."""
+        self.writer.write(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.writer.release()
+        if kind is None:
+            os.replace(self.partial, self.path)
+        else:
+            self.partial.unlink(missing_ok=True)
