@@ -23,13 +23,14 @@ from loco_det.core.files import atomic_write
 from loco_det.core.launch import CommonStop, StopSignal
 from loco_det.core.log import Progress, log
 from loco_det.core.metrics import trim_metrics
+from loco_det.core.run_folder import differences, run_folder, told
 from loco_det.images.folders import open_source
 from loco_det.images.source import Source
 from loco_det.images.two_views import TwoViewLoader, TwoViews, build_two_view_loader
 from loco_det.images.views import normalise
 from pretrain.average import GradientAverage
 from pretrain.check import check_numbers
-from pretrain.checkpoint import latest_checkpoint, save_checkpoint
+from pretrain.checkpoint import latest_checkpoint, retire_checkpoints, save_checkpoint
 from pretrain.compiling import stage_compiler
 from pretrain.decoders import build_decoder
 from pretrain.loco import METHODS, LocalTrainer, method_units, split_backbone
@@ -55,7 +56,7 @@ FREE_KEYS = (
     "SOLVER.RECOMPUTE",
     "SOLVER.COMPILE",
     "SOLVER.STEP_EARLY",
-    "KNN",
+    "KNN.",
 )
 
 
@@ -146,6 +147,11 @@ def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None) -
         UserError: unusable configuration or data, a loss that is not finite, a stop by signal (after saving).
     """
     check_numbers(cfg)
+    with run_folder(cfg.OUTPUT_DIR):
+        return _pretrain(cfg, resume, source)
+
+
+def _pretrain(cfg: CfgNode, resume: bool, source: Source | None) -> Path:
     device = resolve_device(cfg.DEVICE)
     if device.type == "cpu":
         keep_freed_memory()
@@ -156,7 +162,7 @@ def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None) -
     loader = build_two_view_loader(cfg, source)
     if cfg.METHOD == "random" and not cfg.UNITS:
         check_sharing(cfg.SHARING, recompute=False)
-        _write_config(cfg)
+        _begin(cfg, start=0)
         backbone = build_backbone(cfg).to(device, memory_format=LAYOUT)
         seed_everything(cfg.SEED)
         measure_statistics(backbone, loader)
@@ -177,8 +183,8 @@ def _train(
     total = cfg.SOLVER.MAX_STEPS or cfg.SOLVER.EPOCHS * loader.steps_per_epoch
     schedule = learning_rate(cfg, total, loader.steps_per_epoch)
     state = {"learner": learner, "optimizer": optimizer, "scaler": scaler}
-    start = _restore(cfg, state, len(source)) if resume else 0
-    _write_config(cfg)  # only now, for a run that may not be resumed keeps the configuration that it was made with
+    start = _restore(cfg, state, source) if resume else 0
+    _begin(cfg, start)
     trim_metrics(cfg.OUTPUT_DIR, start)
     average = GradientAverage(learner.parameters())
     stepping = Stepping(optimizer, learner.parts(), average, scaler, cfg.SOLVER.STEP_EARLY)
@@ -217,7 +223,7 @@ def _train(
             if done % cfg.CHECKPOINT_PERIOD == 0 or done == total or stopped:
                 unread.read()
                 stepping.finish()
-                _save(cfg, state, done, len(source))
+                _save(cfg, state, done, source)
             if stopped:
                 by = stop.received or "a signal"
                 raise UserError(f"stopped by {by} after step {done}; --resume continues from there")
@@ -298,7 +304,7 @@ def config_hash(cfg: CfgNode) -> str:
     cfg = cfg.clone()
     cfg.defrost()
     for key in FREE_KEYS:
-        *parents, leaf = key.split(".")
+        *parents, leaf = key.removesuffix(".").split(".")
         node = cfg
         for parent in parents:
             node = node[parent]
@@ -306,36 +312,47 @@ def config_hash(cfg: CfgNode) -> str:
     return hashlib.sha256(cfg.dump().encode()).hexdigest()
 
 
-def _write_config(cfg: CfgNode) -> None:
+def _begin(cfg: CfgNode, start: int) -> None:
+    """Only now that a refused --resume can no longer lose the configuration that the folder's run was made with."""
     if is_main():
+        if start == 0:
+            retire_checkpoints(Path(cfg.OUTPUT_DIR))
         with atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", "w") as file:
             file.write(cfg.dump())
 
 
-def _save(cfg: CfgNode, state: dict[str, object], step: int, images: int) -> None:
+def _save(cfg: CfgNode, state: dict[str, object], step: int, source: Source) -> None:
     barrier()  # until every process has found its losses finite
     if is_main():
         values = {name: part.state_dict() for name, part in state.items()}
-        facts = {"step": step, "images": images, "config_hash": config_hash(cfg)}
+        facts = {"step": step, "images": len(source), "names": source.identity()}
+        facts |= {"config": cfg.dump(), "config_hash": config_hash(cfg)}
         save_checkpoint(Path(cfg.OUTPUT_DIR), {**values, **facts})
     barrier()
 
 
-def _restore(cfg: CfgNode, state: dict[str, object], images: int) -> int:
+def _restore(cfg: CfgNode, state: dict[str, object], source: Source) -> int:
     found = latest_checkpoint(Path(cfg.OUTPUT_DIR))
     if found is None:
         log.info("%s has no checkpoint; starting from the beginning", cfg.OUTPUT_DIR)
         return 0
     path, values = found
     if values["config_hash"] != config_hash(cfg):
+        before = yaml.safe_load(values.get("config", "")) or {}
+        found = told(differences(before, yaml.safe_load(cfg.dump()), FREE_KEYS)) if before else "its hash differs"
         raise UserError(
-            f"{path} was made with another configuration; resume with the {path.parent / 'config.yaml'} that it was "
-            "made with, or choose another OUTPUT_DIR"
+            f"{path} was made with another configuration ({found}); resume with the {path.parent / 'config.yaml'} that "
+            "it was made with, or choose another OUTPUT_DIR"
         )
-    if values["images"] != images:  # epochs would be cut elsewhere, and no step would be what it was to be
+    if values["images"] != len(source):  # epochs would be cut elsewhere, and no step would be what it was to be
         raise UserError(
-            f"{path} was made with {values['images']} images and DATA.PATH {cfg.DATA.PATH} has {images}; resume with "
-            "the images that it was made with, or choose another OUTPUT_DIR"
+            f"{path} was made with {values['images']} images and DATA.PATH {cfg.DATA.PATH} has {len(source)}; resume "
+            "with the images that it was made with, or choose another OUTPUT_DIR"
+        )
+    if values.get("names", source.identity()) != source.identity():
+        raise UserError(
+            f"{path} was made with images of other names than those of DATA.PATH {cfg.DATA.PATH}; resume with the "
+            "images that it was made with, or choose another OUTPUT_DIR"
         )
     for name, part in state.items():
         part.load_state_dict(values[name])

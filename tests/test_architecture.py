@@ -144,7 +144,7 @@ def test_the_locks_of_posix_are_taken_for_granted() -> None:
     top = {
         m for m in FILES if any(ast.unparse(node) == "import fcntl" for node in ast.parse(FILES[m].read_text()).body)
     }
-    assert knows == top == {"loco_det.core.files", "loco_det.commands.sweep"}
+    assert knows == top == {"loco_det.core.files", "loco_det.core.run_folder", "loco_det.commands.sweep"}
     assert "Operating System :: POSIX" in PROJECT["project"]["classifiers"]
 
 

@@ -6,6 +6,7 @@ resumed is, on the same machine, the run that was not.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import sys
@@ -22,7 +23,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det.backbones.resnet import tensors_hash
-from loco_det.core.distributed import barrier, rank, reduce_mean
+from loco_det.core.distributed import barrier, rank, reduce_mean, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.launch import StopSignal
 from loco_det.core.log import Progress, log
@@ -32,6 +33,8 @@ from loco_det.detection.checkpoint import Checkpointer
 from loco_det.detection.engine import Engine
 from loco_det.detection.inference import evaluate, flatten
 
+# What a checkpoint's note has besides: values of the last iterations, and that the last one's line is not written yet.
+RECENT, LINE_DUE = "recent", "line_due"
 LOG_PERIOD = 20  # iterations between two lines of metrics.json, and the window of their medians
 
 
@@ -50,6 +53,7 @@ class Run:
     start: int
     device: torch.device
     recent: dict[str, deque[float]] = field(default_factory=dict)
+    done: int | None = None  # the iteration whose state all of this holds; None while one is at work, and once saved
 
     def remember(self, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -62,32 +66,61 @@ def train(run: Run, evaluator: str) -> None:
     periodic = run.checkpointer.periodic()
     run.wrapped.train()
     trim_metrics(cfg.OUTPUT_DIR, run.start)
+    for name, values in run.checkpointer.note.get(RECENT, {}).items():
+        run.recent[name] = deque(values, maxlen=LOG_PERIOD)
     log.info(
         "training: iterations %d to %d, %d frozen tensors", run.start, last + 1, len(run.checkpointer.note["frozen"])
     )
-    with StopSignal() as stop, Progress(last + 1, "train", run.start) as progress:
+    with StopSignal() as stop, Progress(last + 1, "train", run.start) as progress, _saved_if_it_fails(run):
+        if run.checkpointer.note.pop(LINE_DUE, False):
+            _write_line(run, run.start - 1, evaluator)
         for iteration, stopped in _steps(run, stop):
             if precise_bn.is_due(cfg, iteration):
                 precise_bn.recompute(cfg, run.engine, run.model, iteration)
-            periodic.step(iteration)
-            line: dict[str, Any] = {}
-            if (iteration + 1) % LOG_PERIOD == 0 or iteration == last:
-                line = _metrics(run, iteration)
-            progress.advance(**_shown(run, line or _metrics(run, iteration)))
-            due = cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0
-            if due and iteration < last and not stopped:
-                line = {"iteration": iteration, **line}
-                line.update(flatten(evaluate(cfg, run.model, run.engine, evaluator)))
-            if line:
-                append_metrics(cfg.OUTPUT_DIR, line)
+            progress.advance(**_shown(run, _metrics(run, iteration)))
+            run.checkpointer.note[RECENT] = {name: list(values) for name, values in run.recent.items()}
+            run.checkpointer.note[LINE_DUE] = True
             if stopped and iteration < last:
                 path = run.checkpointer.save(f"model_{iteration:07d}", iteration)
+                run.done = None
                 barrier()
                 raise UserError(
                     f"stopped by {stop.received or 'a signal'} after iteration {iteration + 1}; {path} holds the run, "
                     "go on with --resume."
                 )
+            _write_line(run, iteration, evaluator)
+            run.checkpointer.note[LINE_DUE] = False
+            periodic.step(iteration)  # last: what a checkpoint holds is in metrics.json
     check_frozen(run.checkpointer.note["frozen"], frozen_hashes(run.model))
+
+
+@contextlib.contextmanager
+def _saved_if_it_fails(run: Run) -> Iterator[None]:
+    """Save the last whole iteration if what follows it fails: an image that cannot be read, an evaluation."""
+    try:
+        yield
+    except Exception:
+        if run.done is not None:
+            run.checkpointer.save(f"model_{run.done:07d}", run.done)
+        raise
+
+
+def _write_line(run: Run, iteration: int, evaluator: str) -> None:
+    """What metrics.json has of an iteration, if anything: medians every LOG_PERIOD, and the evaluation that is due."""
+    cfg, last = run.cfg, run.cfg.SOLVER.MAX_ITER - 1
+    line: dict[str, Any] = {}
+    if (iteration + 1) % LOG_PERIOD == 0 or iteration == last:
+        line = _metrics(run, iteration)
+    if cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0 and iteration < last:
+        try:
+            found = evaluate(cfg, run.model, run.engine, evaluator)
+            line = {"iteration": iteration, **line, **flatten(found)}
+        except UserError as error:
+            if world_size() > 1:  # the other processes wait for this one
+                raise
+            log.error("iteration %d is not evaluated, and training goes on: %s", iteration + 1, error)
+    if line:
+        append_metrics(cfg.OUTPUT_DIR, line)
 
 
 def _steps(run: Run, stop: StopSignal) -> Iterator[tuple[int, bool]]:
@@ -99,6 +132,7 @@ def _steps(run: Run, stop: StopSignal) -> Iterator[tuple[int, bool]]:
         began = time.perf_counter()
         seed_iteration(run.cfg.SEED, iteration)
         batch = next(batches)
+        run.done = None
         waited = time.perf_counter() - began
         with solver.autocast(run.cfg, run.device):
             losses = run.engine.losses(run.wrapped, batch)
@@ -112,6 +146,7 @@ def _steps(run: Run, stop: StopSignal) -> Iterator[tuple[int, bool]]:
         times = {"time": time.perf_counter() - began, "data_time": waited}
         run.remember({"total_loss": sum(shown.values()), **shown, **times})
         run.recent["lr"] = deque([lr])
+        run.done = iteration
         yield iteration, stopped
 
 

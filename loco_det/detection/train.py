@@ -25,8 +25,9 @@ from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 from loco_det.core.log import log
 from loco_det.core.metrics import append_metrics
+from loco_det.core.run_folder import run_folder
 from loco_det.detection import engine_d2, solver
-from loco_det.detection.checkpoint import Checkpointer, read_last
+from loco_det.detection.checkpoint import Checkpointer, identity, read_last, retire_checkpoints
 from loco_det.detection.engine import Engine
 from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.feature_cache import check_cacheable, use_cache
@@ -66,12 +67,21 @@ def train_net(
             not what TEST.EXPECTED_RESULTS says.
         RuntimeError: a frozen tensor changed.
     """
+    if not cfg.OUTPUT_DIR:
+        raise UserError("OUTPUT_DIR is empty; name the folder for checkpoints and results.")
+    with run_folder(cfg.OUTPUT_DIR):
+        return _train_net(cfg, engine, eval_only, resume, evaluator, fast, feature_cache)
+
+
+def _train_net(
+    cfg: CfgNode, engine: str, eval_only: bool, resume: bool, evaluator: str, fast: bool, feature_cache: Path | None
+) -> dict[str, Any]:
     module = choose_engine(engine)
     module.check(cfg)
     check_evaluator(cfg, evaluator)
     if feature_cache is not None:
         check_cacheable(cfg, module.name)
-    drawn = cfg.SEED < 0
+    drawn, written = cfg.SEED < 0, cfg
     cfg = _prepare(cfg, eval_only)
     if not eval_only:
         check_data(cfg, own_reader=module.name != "detectron2")
@@ -79,6 +89,7 @@ def train_net(
     with fast_arithmetic(fast and module.name != "detectron2"):  # which is Detectron2's numbers, its optimiser's too
         if eval_only:
             _load_for_evaluation(model, cfg, module, resume)
+            _write_config(written)
             if feature_cache is not None:
                 use_cache(model, cfg, feature_cache)
             results = evaluate_finally(cfg, model, module, evaluator)
@@ -86,6 +97,7 @@ def train_net(
             check_expected(cfg, results)
             return results
         run = start_run(cfg, module, model, resume, drawn)
+        _write_config(written)
         if feature_cache is not None:
             use_cache(model, cfg, feature_cache)
         train(run, evaluator)
@@ -119,18 +131,12 @@ def choose_engine(name: str, tell: bool = True) -> Engine:
 
 
 def _prepare(cfg: CfgNode, eval_only: bool) -> CfgNode:
-    """Check what would otherwise fail late, write config.yaml, seed; returns the configuration as it will run."""
-    if not cfg.OUTPUT_DIR:
-        raise UserError("OUTPUT_DIR is empty; name the folder for checkpoints and results.")
+    """Check what would otherwise fail late, and seed; returns the configuration as it will run."""
     if not eval_only and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty; name a data set to train on, e.g. ('coco_2017_train',).")
     if eval_only and not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty; name a data set to evaluate on, e.g. ('coco_2017_val',).")
     check_classes(cfg, () if eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
-    if is_main():
-        with atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", "w") as file:
-            file.write(cfg.dump())
-    barrier()
     cfg = solver.scale_to_world_size(cfg, world_size())
     cfg = _with(cfg, **{"MODEL.DEVICE": str(detector_device(cfg.MODEL.DEVICE)), "SEED": common_seed(cfg.SEED)})
     if cfg.MODEL.DEVICE == "cpu" and not eval_only:
@@ -146,6 +152,14 @@ def _prepare(cfg: CfgNode, eval_only: bool) -> CfgNode:
         raise UserError(f"MODEL.{synced[0]}.NORM is SyncBN, which needs GPUs on several processes; set it to BN.")
     seed_everything(cfg.SEED)
     return cfg
+
+
+def _write_config(cfg: CfgNode) -> None:
+    """Only now that a refused --resume can no longer lose the configuration that the folder's run was made with."""
+    if is_main():
+        with atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", "w") as file:
+            file.write(cfg.dump())
+    barrier()
 
 
 def _with(cfg: CfgNode, **values: Any) -> CfgNode:
@@ -199,18 +213,21 @@ def start_run(cfg: CfgNode, engine: Engine, model: nn.Module, resume: bool, draw
     if resume and last is None:
         log.info("nothing to resume in %s: starting from MODEL.WEIGHTS", cfg.OUTPUT_DIR)
     if last is None:
-        write_record(cfg, engine.name, load_weights(model, cfg))
+        weights = load_weights(model, cfg)
+        retire_checkpoints(cfg.OUTPUT_DIR)
+        write_record(cfg, engine.name, weights)
     device = torch.device(cfg.MODEL.DEVICE)
     optimizer = solver.build_optimizer(cfg, model)
     schedule = solver.build_schedule(cfg, optimizer)
     scaler = solver.grad_scaler(cfg, device)
-    note = {"version": __version__, "engine": engine.name, "seed": cfg.SEED}
+    note = {"version": __version__, "engine": engine.name, "seed": cfg.SEED, **identity(cfg)}
     checkpointer = Checkpointer(cfg, model, optimizer, schedule, scaler, note)
     start = 0
     if last is not None:
-        start = checkpointer.restore(last)
+        start = checkpointer.restore(last, drawn)
         if drawn:  # a run without a SEED goes on with the one it drew at its start
             cfg = checkpointer.cfg = _with(cfg, SEED=note["seed"])
+            note.update(identity(cfg))
         log.info("resumed from %s: %d of %d iterations are done", last.path, start, cfg.SOLVER.MAX_ITER)
     wrapped = averaged(model, device) if world_size() > 1 else model
     frozen = frozen_hashes(model)  # of what the wrapper has made equal in all processes
