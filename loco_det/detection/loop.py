@@ -26,7 +26,7 @@ from loco_det.core.distributed import barrier, rank, reduce_mean
 from loco_det.core.errors import UserError
 from loco_det.core.launch import StopSignal
 from loco_det.core.log import Progress, log
-from loco_det.core.metrics import append_metrics, trim_metrics
+from loco_det.core.metrics import RunMetrics
 from loco_det.detection import precise_bn, solver
 from loco_det.detection.checkpoint import Checkpointer
 from loco_det.detection.engine import Engine
@@ -56,12 +56,12 @@ class Run:
             self.recent.setdefault(name, deque(maxlen=LOG_PERIOD)).append(value)
 
 
-def train(run: Run, evaluator: str) -> None:
+def train(run: Run, evaluator: str, metrics: RunMetrics) -> None:
     """Iterations run.start to SOLVER.MAX_ITER, with logs, checkpoints and periodic evaluation; no final one."""
     cfg, last = run.cfg, run.cfg.SOLVER.MAX_ITER - 1
     periodic = run.checkpointer.periodic()
     run.wrapped.train()
-    trim_metrics(cfg.OUTPUT_DIR, run.start)
+    metrics.trim(run.start)
     log.info(
         "training: iterations %d to %d, %d frozen tensors", run.start, last + 1, len(run.checkpointer.note["frozen"])
     )
@@ -79,7 +79,7 @@ def train(run: Run, evaluator: str) -> None:
                 line = {"iteration": iteration, **line}
                 line.update(flatten(evaluate(cfg, run.model, run.engine, evaluator)))
             if line:
-                append_metrics(cfg.OUTPUT_DIR, line)
+                metrics.write(line)
             if stopped and iteration < last:
                 path = run.checkpointer.save(f"model_{iteration:07d}", iteration)
                 barrier()
