@@ -22,7 +22,7 @@ from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 from loco_det.core.launch import CommonStop, StopSignal
 from loco_det.core.log import Progress, log
-from loco_det.core.metrics import trim_metrics
+from loco_det.core.metrics import RunMetrics
 from loco_det.core.run_folder import differences, run_folder, told
 from loco_det.images.folders import open_source
 from loco_det.images.source import Source
@@ -132,13 +132,14 @@ def unit_names(cfg: CfgNode, backbone: StagedBackbone) -> list[list[str]]:
     return method_units(cfg.METHOD, backbone.stage_names[1:])
 
 
-def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None) -> Path:
+def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None, wandb: str | None = None) -> Path:
     """Train a backbone as `cfg` says (keys: pretrain/defaults.py) and write it.
 
     Args:
         cfg: the frozen configuration.
         resume: continue from the newest checkpoint in OUTPUT_DIR, if there is one.
         source: the images, where they are not those of DATA.PATH: images/indexed.py makes one of any data set.
+        wandb: W&B project that also gets the numbers of metrics.json.
 
     Returns:
         OUTPUT_DIR/backbone.safetensors.
@@ -147,34 +148,36 @@ def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None) -
         UserError: unusable configuration or data, a loss that is not finite, a stop by signal (after saving).
     """
     check_numbers(cfg)
-    with run_folder(cfg.OUTPUT_DIR):
-        return _pretrain(cfg, resume, source)
-
-
-def _pretrain(cfg: CfgNode, resume: bool, source: Source | None) -> Path:
-    device = resolve_device(cfg.DEVICE)
-    if device.type == "cpu":
-        keep_freed_memory()
-    torch.manual_seed(cfg.SEED)  # the same weights on every process
-    if cfg.SOLVER.BATCH_SIZE % world_size():
-        raise UserError(f"SOLVER.BATCH_SIZE is {cfg.SOLVER.BATCH_SIZE}; use a multiple of {world_size()} processes")
-    source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT) if source is None else source
-    loader = build_two_view_loader(cfg, source)
-    if cfg.METHOD == "random" and not cfg.UNITS:
-        check_sharing(cfg.SHARING, recompute=False)
-        _begin(cfg, start=0)
-        backbone = build_backbone(cfg).to(device, memory_format=LAYOUT)
+    with run_folder(cfg.OUTPUT_DIR), RunMetrics(cfg, wandb, resume) as metrics:
+        device = resolve_device(cfg.DEVICE)
+        if device.type == "cpu":
+            keep_freed_memory()
+        torch.manual_seed(cfg.SEED)  # the same weights on every process
+        if cfg.SOLVER.BATCH_SIZE % world_size():
+            raise UserError(f"SOLVER.BATCH_SIZE is {cfg.SOLVER.BATCH_SIZE}; use a multiple of {world_size()} processes")
+        source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT) if source is None else source
+        loader = build_two_view_loader(cfg, source)
+        if cfg.METHOD == "random" and not cfg.UNITS:
+            check_sharing(cfg.SHARING, recompute=False)
+            _begin(cfg, start=0)
+            backbone = build_backbone(cfg).to(device, memory_format=LAYOUT)
+            seed_everything(cfg.SEED)
+            measure_statistics(backbone, loader)
+            return write_backbone(cfg, backbone, [], source, step=0)
+        learner = Learner(cfg).to(device)
         seed_everything(cfg.SEED)
-        measure_statistics(backbone, loader)
-        return write_backbone(cfg, backbone, [], source, step=0)
-    learner = Learner(cfg).to(device)
-    seed_everything(cfg.SEED)
-    step = _train(cfg, learner, loader, source, device, resume)
-    return write_backbone(cfg, learner.backbone, unit_names(cfg, learner.backbone), source, step)
+        step = _train(cfg, learner, loader, source, device, resume, metrics)
+        return write_backbone(cfg, learner.backbone, unit_names(cfg, learner.backbone), source, step)
 
 
 def _train(
-    cfg: CfgNode, learner: Learner, loader: TwoViewLoader, source: Source, device: torch.device, resume: bool
+    cfg: CfgNode,
+    learner: Learner,
+    loader: TwoViewLoader,
+    source: Source,
+    device: torch.device,
+    resume: bool,
+    metrics: RunMetrics,
 ) -> int:
     """All steps; returns how many there were."""
     compiler = stage_compiler(device) if cfg.SOLVER.COMPILE else None
@@ -185,7 +188,7 @@ def _train(
     state = {"learner": learner, "optimizer": optimizer, "scaler": scaler}
     start = _restore(cfg, state, source) if resume else 0
     _begin(cfg, start)
-    trim_metrics(cfg.OUTPUT_DIR, start)
+    metrics.trim(start)
     average = GradientAverage(learner.parameters())
     stepping = Stepping(optimizer, learner.parts(), average, scaler, cfg.SOLVER.STEP_EARLY)
     if cfg.SOLVER.STEP_EARLY and not stepping.early:
@@ -196,7 +199,7 @@ def _train(
     )
     probe = KnnProbe(cfg, source, device, LAYOUT, _autocast(cfg, device))
     waited = Stopwatch()
-    monitor = Monitor(cfg, learner.backbone, learner.unit_labels, learner.embeddings, waited)
+    monitor = Monitor(cfg, learner.backbone, learner.unit_labels, learner.embeddings, waited, metrics)
     unread = UnreadLosses(learner.unit_labels, source)
     batches = waited.through(loader.batches(start))
     with StopSignal() as stop, Progress(total, "pretrain", start, unit="it") as progress:

@@ -302,7 +302,7 @@ def test_a_benchmarks_own_measure_is_that_of_its_parts():
         assert measure_of(f"cityscapes_fine_instance_seg_val{part}", masks=True) == "cityscapes"
         assert measure_of(f"cityscapes_fine_instance_seg_val{part}", masks=False) == "coco"
         assert measure_of(f"coco_2017_val{part}", masks=True) == "coco"
-        assert measure_of(f"cityscapes_fine_sem_seg_val{part}", masks=True) == "semantic"
+        assert measure_of(f"cityscapes_fine_sem_seg_val{part}", masks=True) == "pixels"
 
 
 def assert_equal_to_detectron2(dataset: CocoDataset, name: str) -> None:

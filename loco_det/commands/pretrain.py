@@ -11,7 +11,7 @@ from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.core.launch import launch
 from loco_det.core.log import setup_logging
-from loco_det.core.metrics import check_wandb, wandb_run
+from loco_det.core.metrics import check_wandb
 from pretrain.defaults import get_cfg
 from pretrain.train import pretrain
 
@@ -39,8 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _worker(cfg: CfgNode, resume: bool, wandb: str | None) -> Path:
     setup_logging(cfg.OUTPUT_DIR)
-    with wandb_run(cfg, wandb, resume):
-        return pretrain(cfg, resume)
+    return pretrain(cfg, resume, wandb=wandb)
 
 
 def pretrain_file(config: str, overrides: list[str]) -> Path:

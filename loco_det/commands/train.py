@@ -13,7 +13,7 @@ from loco_det.core.config import collect_settings, load_config
 from loco_det.core.errors import UserError
 from loco_det.core.launch import launch
 from loco_det.core.log import setup_logging
-from loco_det.core.metrics import check_wandb, wandb_run
+from loco_det.core.metrics import check_wandb
 from loco_det.detection.keys import check_supported, get_cfg
 from loco_det.evaluation.cityscapes import OFFICIAL
 from loco_det.evaluation.coco import EVALUATORS
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> None:
     if choose_engine(args.engine, tell=False).name == "torchvision":
         check_supported(cfg, collect_settings(args.config_file, args.opts))
     options = {"engine": args.engine, "eval_only": args.eval_only, "resume": args.resume, "evaluator": args.evaluator}
-    options.update(fast=not args.exact, feature_cache=args.feature_cache)
-    launch(_worker, args.num_gpus, cfg, args.wandb, options)
+    options.update(fast=not args.exact, feature_cache=args.feature_cache, wandb=args.wandb)
+    launch(_worker, args.num_gpus, cfg, options)
 
 
 def _part_of_training_set(cfg: CfgNode, fraction: float | None, shots: int | None) -> list[str]:
@@ -77,9 +77,8 @@ def _part_of_training_set(cfg: CfgNode, fraction: float | None, shots: int | Non
     return ["DATASETS.TRAIN", str(tuple(f"{name}{part}" for name in cfg.DATASETS.TRAIN))]
 
 
-def _worker(cfg: CfgNode, wandb: str | None, options: dict[str, Any]) -> dict[str, Any]:
+def _worker(cfg: CfgNode, options: dict[str, Any]) -> dict[str, Any]:
     from loco_det.detection.train import train_net
 
     setup_logging(cfg.OUTPUT_DIR or None)
-    with wandb_run(cfg, wandb, options["resume"]):
-        return train_net(cfg, **options)
+    return train_net(cfg, **options)

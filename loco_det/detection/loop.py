@@ -27,7 +27,7 @@ from loco_det.core.distributed import barrier, rank, reduce_mean, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.launch import StopSignal
 from loco_det.core.log import Progress, log
-from loco_det.core.metrics import append_metrics, trim_metrics
+from loco_det.core.metrics import RunMetrics
 from loco_det.detection import precise_bn, solver
 from loco_det.detection.checkpoint import Checkpointer
 from loco_det.detection.engine import Engine
@@ -60,12 +60,12 @@ class Run:
             self.recent.setdefault(name, deque(maxlen=LOG_PERIOD)).append(value)
 
 
-def train(run: Run, evaluator: str) -> None:
+def train(run: Run, evaluator: str, metrics: RunMetrics) -> None:
     """Iterations run.start to SOLVER.MAX_ITER, with logs, checkpoints and periodic evaluation; no final one."""
     cfg, last = run.cfg, run.cfg.SOLVER.MAX_ITER - 1
     periodic = run.checkpointer.periodic()
     run.wrapped.train()
-    trim_metrics(cfg.OUTPUT_DIR, run.start)
+    metrics.trim(run.start)
     for name, values in run.checkpointer.note.get(RECENT, {}).items():
         run.recent[name] = deque(values, maxlen=LOG_PERIOD)
     log.info(
@@ -73,7 +73,7 @@ def train(run: Run, evaluator: str) -> None:
     )
     with StopSignal() as stop, Progress(last + 1, "train", run.start) as progress, _saved_if_it_fails(run):
         if run.checkpointer.note.pop(LINE_DUE, False):
-            _write_line(run, run.start - 1, evaluator)
+            _write_line(run, run.start - 1, evaluator, metrics)
         for iteration, stopped in _steps(run, stop):
             if precise_bn.is_due(cfg, iteration):
                 precise_bn.recompute(cfg, run.engine, run.model, iteration)
@@ -88,7 +88,7 @@ def train(run: Run, evaluator: str) -> None:
                     f"stopped by {stop.received or 'a signal'} after iteration {iteration + 1}; {path} holds the run, "
                     "go on with --resume."
                 )
-            _write_line(run, iteration, evaluator)
+            _write_line(run, iteration, evaluator, metrics)
             run.checkpointer.note[LINE_DUE] = False
             periodic.step(iteration)  # last: what a checkpoint holds is in metrics.json
     check_frozen(run.checkpointer.note["frozen"], frozen_hashes(run.model))
@@ -105,7 +105,7 @@ def _saved_if_it_fails(run: Run) -> Iterator[None]:
         raise
 
 
-def _write_line(run: Run, iteration: int, evaluator: str) -> None:
+def _write_line(run: Run, iteration: int, evaluator: str, metrics: RunMetrics) -> None:
     """What metrics.json has of an iteration, if anything: medians every LOG_PERIOD, and the evaluation that is due."""
     cfg, last = run.cfg, run.cfg.SOLVER.MAX_ITER - 1
     line: dict[str, Any] = {}
@@ -120,7 +120,7 @@ def _write_line(run: Run, iteration: int, evaluator: str) -> None:
                 raise
             log.error("iteration %d is not evaluated, and training goes on: %s", iteration + 1, error)
     if line:
-        append_metrics(cfg.OUTPUT_DIR, line)
+        metrics.write(line)
 
 
 def _steps(run: Run, stop: StopSignal) -> Iterator[tuple[int, bool]]:

@@ -24,7 +24,7 @@ from loco_det.core.distributed import averaged, barrier, is_main, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 from loco_det.core.log import log
-from loco_det.core.metrics import append_metrics
+from loco_det.core.metrics import RunMetrics
 from loco_det.core.run_folder import run_folder
 from loco_det.detection import engine_d2, solver
 from loco_det.detection.checkpoint import Checkpointer, identity, read_last, retire_checkpoints
@@ -46,6 +46,7 @@ def train_net(
     evaluator: str = "hotcoco",
     fast: bool = False,
     feature_cache: Path | None = None,
+    wandb: str | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate the detector that `cfg` describes, in this process's share of the job.
 
@@ -57,6 +58,7 @@ def train_net(
         evaluator: "hotcoco" or "pycocotools".
         fast: let the torchvision engine's numbers differ from Detectron2's by rounding (`loco_det.backbones.folding`).
         feature_cache: keep the frozen backbone's features of test images in this folder.
+        wandb: W&B project that also gets the numbers of metrics.json.
 
     Returns:
         On the main process {"bbox": {"AP": percent, ...}, "segm": {...}}; with several DATASETS.TEST a dict of these
@@ -69,42 +71,33 @@ def train_net(
     """
     if not cfg.OUTPUT_DIR:
         raise UserError("OUTPUT_DIR is empty; name the folder for checkpoints and results.")
-    with run_folder(cfg.OUTPUT_DIR):
-        return _train_net(cfg, engine, eval_only, resume, evaluator, fast, feature_cache)
-
-
-def _train_net(
-    cfg: CfgNode, engine: str, eval_only: bool, resume: bool, evaluator: str, fast: bool, feature_cache: Path | None
-) -> dict[str, Any]:
     module = choose_engine(engine)
     module.check(cfg)
     check_evaluator(cfg, evaluator)
     if feature_cache is not None:
         check_cacheable(cfg, module.name)
     drawn, written = cfg.SEED < 0, cfg
-    cfg = _prepare(cfg, eval_only)
-    if not eval_only:
-        check_data(cfg, own_reader=module.name != "detectron2")
-    model = module.build_model(cfg)
-    with fast_arithmetic(fast and module.name != "detectron2"):  # which is Detectron2's numbers, its optimiser's too
-        if eval_only:
-            _load_for_evaluation(model, cfg, module, resume)
+    with run_folder(cfg.OUTPUT_DIR), RunMetrics(cfg, wandb, resume) as metrics:
+        cfg = _prepare(cfg, eval_only)
+        if not eval_only:
+            check_data(cfg, own_reader=module.name != "detectron2")
+        model = module.build_model(cfg)
+        with fast_arithmetic(fast and module.name != "detectron2"):  # which keeps its own arithmetic, its optimiser too
+            if eval_only:
+                _load_for_evaluation(model, cfg, module, resume)
+            else:
+                run = start_run(cfg, module, model, resume, drawn)
             _write_config(written)
             if feature_cache is not None:
                 use_cache(model, cfg, feature_cache)
+            if not eval_only:
+                train(run, evaluator, metrics)
             results = evaluate_finally(cfg, model, module, evaluator)
-            append_metrics(cfg.OUTPUT_DIR, flatten(results))
-            check_expected(cfg, results)
-            return results
-        run = start_run(cfg, module, model, resume, drawn)
-        _write_config(written)
-        if feature_cache is not None:
-            use_cache(model, cfg, feature_cache)
-        train(run, evaluator)
-        results = evaluate_finally(cfg, model, module, evaluator)
-    if results:
-        append_metrics(cfg.OUTPUT_DIR, {"iteration": cfg.SOLVER.MAX_ITER, **flatten(results)})
-    check_expected(cfg, results)
+        if eval_only:
+            metrics.write(flatten(results))
+        elif results:
+            metrics.write({"iteration": cfg.SOLVER.MAX_ITER, **flatten(results)})
+        check_expected(cfg, results)
     return results
 
 
