@@ -20,6 +20,7 @@ from torch import nn
 from loco_det.cli import main
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
+from loco_det.detection.cpu_speed import is_fast, speed_up
 from loco_det.detection.keys import get_cfg
 from loco_det.detection.onnx import OneImage, check_exportable, export_onnx
 from loco_det.detection.rcnn import build_model
@@ -231,6 +232,16 @@ def test_onnx_finds_the_same_objects(settings: tuple[dict[str, Any], ...], tmp_p
     np.testing.assert_allclose(found[0], expected.boxes.numpy(), atol=1e-2)
     np.testing.assert_allclose(found[1], expected.scores.numpy(), atol=1e-4)
     assert np.array_equal(found[2], expected.classes.numpy())
+
+
+def test_a_fast_model_is_exported_in_its_exact_form_and_stays_fast(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    model, image = detector(cases.FPN), cases.images()[0]
+    export_onnx(model, image, tmp_path / "exact.onnx")
+    export_onnx(speed_up(model), image, tmp_path / "fast.onnx")
+    assert (tmp_path / "fast.onnx").read_bytes() == (tmp_path / "exact.onnx").read_bytes()
+    assert is_fast(model)
 
 
 @torch.inference_mode()

@@ -18,7 +18,6 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det import __version__
-from loco_det.backbones.folding import is_fast
 from loco_det.backbones.resnet import tensors_hash
 from loco_det.convert.load import load_tensors
 from loco_det.core.errors import UserError
@@ -35,12 +34,17 @@ class FeatureCache:
         self.folder, self.identity = folder, identity
         self.told = self.full = False
 
-    def __call__(self, x: Tensor, compute: Callable[[Tensor], Features]) -> Features:
-        """`compute(x)`, from disk if it is there; x (B, 3, H, W).
+    def __call__(self, x: Tensor, compute: Callable[[Tensor], Features], fast: bool) -> Features:
+        """`compute(x)`, from disk if it is there.
 
-        A damaged file (by checksum) is made again. Once one cannot be written, as on a full disk, none is any more.
+        A file that is damaged, by its checksums, is written again. After the first failure to write, as on a full
+        disk, no more files are written.
+
+        Args:
+            x: (B, 3, H, W).
+            fast: `compute` may round differently from Detectron2.
         """
-        path = self.folder / f"{self._key(x)}.pt"
+        path = self.folder / f"{self._key(x, fast)}.pt"
         if path.is_file() and (features := _read(path, x.device)) is not None:
             return features
         features = compute(x)
@@ -60,11 +64,11 @@ class FeatureCache:
             self.full = True
             log.warning("feature cache: %s; from here on features are computed and not kept", error)
 
-    def _key(self, x: Tensor) -> str:
+    def _key(self, x: Tensor, fast: bool) -> str:
         """Of weights, configuration, image, software and whatever else rounding depends on."""
         place = torch.cuda.get_device_name(x.device) if x.is_cuda else torch.backends.cpu.get_cpu_capability()
         products = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32  # FLOAT32_PRECISION
-        precision = is_fast(), torch.is_autocast_enabled(x.device.type), torch.get_num_threads(), *products
+        precision = fast, torch.is_autocast_enabled(x.device.type), torch.get_num_threads(), *products
         software = __version__, torch.__version__, torchvision.__version__
         settings = self.identity, *software, x.device.type, place, *precision
         return hashlib.sha256(f"{settings} {tensors_hash([('x', x)])}".encode()).hexdigest()

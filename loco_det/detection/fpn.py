@@ -26,6 +26,7 @@ class Trunk(ResNet):
     """The ResNet under a detector: gives only the named stages, and builds no graph where all of it is frozen."""
 
     size_divisibility = 0
+    fast = False  # of its convolutions; the cache keeps both kinds apart
 
     def __init__(self, cfg: CfgNode) -> None:
         resnets = cfg.MODEL.RESNETS
@@ -56,7 +57,7 @@ class Trunk(ResNet):
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, 3, H, W) normalised images -> {stage: feature} for the stages of MODEL.RESNETS.OUT_FEATURES."""
-        return self._compute(x) if self.training or self.cache is None else self.cache(x, self._compute)
+        return self._compute(x) if self.training or self.cache is None else self.cache(x, self._compute, self.fast)
 
     def _compute(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         outputs = {}

@@ -17,6 +17,8 @@ class Conv(nn.Conv2d):
         relu: ends in a ReLU.
     """
 
+    fast = False  # fold a constant normalisation into the weights
+
     def __init__(self, inputs: int, outputs: int, kernel: int, norm: str = "", relu: bool = False) -> None:
         super().__init__(inputs, outputs, kernel, padding=kernel // 2, bias=not norm)
         self.norm = make_norm(norm, outputs) if norm else None

@@ -100,7 +100,7 @@ def _steps(run: Run, stop: StopSignal) -> Iterator[tuple[int, bool]]:
         seed_iteration(run.cfg.SEED, iteration)
         batch = next(batches)
         waited = time.perf_counter() - began
-        with solver.autocast(run.cfg, run.device):
+        with solver.autocast(run.cfg, run.device, run.model):
             losses = run.engine.losses(run.wrapped, batch)
         flag = torch.tensor(float(stop.received is not None), device=run.device)
         shown = reduce_mean({**losses, "stop": flag})

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from loco_det.backbones.folding import is_fast
+from loco_det.detection.cpu_speed import logits_of_own_class
 from loco_det.detection.fvcore_nn import c2_msra_fill
 from loco_det.detection.layers import Conv
 
@@ -24,6 +24,8 @@ PASTE_PIXELS = 2**28
 
 class MaskHead(nn.Module):
     """(R, C, S, S) pooled regions and their classes (R,) in [0, K) -> (R, M, M) logits, each of its region's class."""
+
+    fast = False  # compute the logits of the region's own class only
 
     def __init__(self, cfg: CfgNode, channels: int) -> None:
         super().__init__()
@@ -44,22 +46,9 @@ class MaskHead(nn.Module):
     def forward(self, x: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         for name in self.convs:
             x = getattr(self, name)(x)
-        if is_fast():
-            return self._logits_of_one_class(x, classes)
+        if self.fast:
+            return logits_of_own_class(self.deconv, self.predictor, x, classes)
         return logits_of_classes(self.predictor(F.relu_(self.deconv(x))), classes)
-
-    def _logits_of_one_class(self, x: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        """The last two layers as matrix products: of K masks one is looked at, so only that one is made, and the four
-        pixels that the deconvolution makes of one stay side by side until they are logits."""
-        count, channels, height, width = x.shape
-        weight = self.deconv.weight.permute(2, 3, 1, 0).reshape(-1, channels)  # two rows, two columns, out channels
-        cells = x.permute(0, 2, 3, 1).reshape(-1, channels)
-        hidden = F.relu_(F.linear(cells, weight, self.deconv.bias.repeat(4)))
-        chosen = classes if self.predictor.out_channels > 1 else torch.zeros_like(classes)
-        weight = self.predictor.weight.flatten(1)[chosen]
-        logits = torch.bmm(hidden.view(count, 4 * height * width, weight.shape[1]), weight[:, :, None])
-        logits = logits.view(count, height, width, 2, 2).transpose(2, 3).reshape(count, 2 * height, 2 * width)
-        return logits + self.predictor.bias[chosen][:, None, None]
 
 
 def logits_of_classes(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,8 @@ Batch = Sequence[dict[str, Any]]
 class Network(nn.Module):
     """The backbone that a configuration describes and the pixels that it expects."""
 
+    fast = False  # set for all parts by `cpu_speed.speed_up`
+
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
         self.backbone = build_backbone(cfg)

@@ -8,6 +8,7 @@ Shape legend: the image is (3, H, W), D detections, M mask side.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import warnings
@@ -18,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loco_det.backbones.folding import fast_arithmetic
 from loco_det.core.errors import UserError
 from loco_det.core.files import os_errors
 from loco_det.core.log import log
+from loco_det.detection.cpu_speed import speed_up
 from loco_det.detection.deformable import DeformConv2d
 from loco_det.detection.fast_rcnn import select_detections
 from loco_det.detection.rcnn import GeneralizedRCNN
@@ -87,12 +88,12 @@ def export_onnx(model: nn.Module, image: Tensor, path: Path) -> dict[str, float]
     """
     runtime = _runtime()
     check_exportable(model)
-    network = OneImage(model).eval()
+    network = OneImage(speed_up(copy.deepcopy(model), False)).eval()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with fast_arithmetic(False), torch.no_grad():
+            with torch.no_grad():
                 _trace(network, image.to(model.pixel_mean.device), temporary)
                 session = runtime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
                 differences = [_difference(network, session, view) for view in (image, image.flip(2))]

@@ -15,7 +15,6 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det.annotations.instances import Instances
-from loco_det.backbones.folding import is_fast
 from loco_det.backbones.resnet import make_stage
 from loco_det.core.errors import UserError
 from loco_det.detection.boxes import match, pairwise_iou, sample_labels
@@ -70,11 +69,6 @@ def box_losses(
     )
 
 
-def in_parts(rows: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
-    """The rows, `count` at a time where rounding may differ for the memory's sake: on CPUs, in fast arithmetic."""
-    return rows.split(count) if is_fast() and rows.device.type == "cpu" else [rows]
-
-
 def share_masks(logits: torch.Tensor, detections: Sequence[Instances]) -> None:
     """Gives each image's detections their (Ri, M, M) float probabilities, from logits (R, M, M)."""
     for detection, masks in zip(detections, logits.sigmoid().split([len(d) for d in detections])):
@@ -127,6 +121,8 @@ class RoiHeads(nn.Module):
 class StandardROIHeads(RoiHeads):
     """Box and mask branches that each pool for themselves (FPN, DC5)."""
 
+    fast = False  # predict a chunk of regions at a time
+
     def __init__(self, cfg: CfgNode, channels: dict[str, int], strides: dict[str, int]) -> None:
         super().__init__(cfg, strides)
         widths = {channels[name] for name in self.in_features}
@@ -170,7 +166,7 @@ class StandardROIHeads(RoiHeads):
     def predict_boxes(self, maps: Maps, proposals: Sequence[Instances]) -> list[Instances]:
         """Detections of every image, without masks."""
         scores, deltas = [], []
-        for part in in_parts(with_image([p.boxes for p in proposals]), BOXES_AT_ONCE):
+        for part in self.chunked(with_image([p.boxes for p in proposals]), BOXES_AT_ONCE):
             score, delta = self.box_predictor(self.box_head(self.box_pooler.pool(maps, part)))
             scores.append(score)
             deltas.append(delta)
@@ -182,9 +178,13 @@ class StandardROIHeads(RoiHeads):
             maps = [features[name] for name in self.in_features]
             regions = with_image([d.boxes for d in detections])
             classes = torch.cat([d.classes for d in detections])
-            parts = zip(in_parts(regions, MASKS_AT_ONCE), in_parts(classes, MASKS_AT_ONCE))
+            parts = zip(self.chunked(regions, MASKS_AT_ONCE), self.chunked(classes, MASKS_AT_ONCE))
             logits = [self.mask_head(self.mask_pooler.pool(maps, r), c) for r, c in parts]
             share_masks(torch.cat(logits), detections)
+
+    def chunked(self, rows: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
+        """Split into chunks to save memory."""
+        return rows.split(count) if self.fast else [rows]
 
 
 class Res5ROIHeads(RoiHeads):

@@ -23,9 +23,9 @@ from fvcore.common.param_scheduler import (
 )
 from torch import Tensor, nn
 
-from loco_det.backbones.folding import is_fast
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
+from loco_det.detection.cpu_speed import bump_versions, is_fast
 
 NORMS = (
     nn.modules.batchnorm._BatchNorm,  # BatchNorm1d to 3d and SyncBatchNorm
@@ -59,27 +59,19 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
                 groups.setdefault(_options(solver, module, name), []).append(parameter)
     if not groups:
         raise UserError("No parameter of the model is trainable; lower MODEL.BACKBONE.FREEZE_AT.")
-    # In fast arithmetic one pass over the memory, without a copy of all gradients.
-    one_pass = is_fast() and all(p.device.type == "cpu" for parameters in groups.values() for p in parameters)
+    fused = is_fast(model)  # one pass over the memory, without a copy of all gradients
     optimizer = torch.optim.SGD(
         [{**dict(options), "params": parameters} for options, parameters in groups.items()],
         lr=solver.BASE_LR,
         momentum=solver.MOMENTUM,
         nesterov=solver.NESTEROV,
         weight_decay=solver.WEIGHT_DECAY,
-        foreach=not one_pass,
-        fused=one_pass,
+        foreach=not fused,
+        fused=fused,
     )
-    if one_pass:
-        optimizer.register_step_post_hook(_tell_of_the_writing)
+    if fused:
+        optimizer.register_step_post_hook(bump_versions)
     return optimizer
-
-
-def _tell_of_the_writing(optimizer: torch.optim.SGD, *_: object) -> None:
-    """Count the parameters' versions on, which the one pass does not; `fused` makes its copies anew by them."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            torch.autograd.graph.increment_version(parameter)
 
 
 def _options(solver: CfgNode, module: nn.Module, name: str) -> tuple[tuple[str, float], ...]:
@@ -228,14 +220,14 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     return cfg
 
 
-def autocast(cfg: CfgNode, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def autocast(cfg: CfgNode, device: torch.device, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """The precision of one forward pass: float16 on CUDA and bfloat16 elsewhere if SOLVER.AMP.ENABLED."""
     if not cfg.SOLVER.AMP.ENABLED:
         return contextlib.nullcontext()
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-    # A fast RPN scores all cells without a gradient first. Until torch 2.10 the casts of its weights that autocast
-    # keeps from there had none for the sampled cells either, and its biases never learned.
-    return torch.autocast(device.type, dtype=dtype, cache_enabled=not is_fast())
+    # A fast RPN scores all cells without gradients first. Until torch 2.10 autocast cached the casts of its weights
+    # from there, so that the sampled cells gave its biases no gradient either.
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=not is_fast(model))
 
 
 def grad_scaler(cfg: CfgNode, device: torch.device) -> torch.amp.GradScaler:

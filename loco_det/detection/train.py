@@ -18,7 +18,6 @@ from loco_det import __version__
 from loco_det.annotations import loader
 from loco_det.annotations.classes import check_training_classes, missing_classes
 from loco_det.annotations.registry import find_dataset
-from loco_det.backbones.folding import fast_arithmetic
 from loco_det.core.device import common_seed, keep_freed_memory, resolve_device, seed_everything
 from loco_det.core.distributed import averaged, barrier, is_main, world_size
 from loco_det.core.errors import UserError
@@ -27,6 +26,7 @@ from loco_det.core.log import log
 from loco_det.core.metrics import append_metrics
 from loco_det.detection import engine_d2, solver
 from loco_det.detection.checkpoint import Checkpointer, read_last
+from loco_det.detection.cpu_speed import speed_up
 from loco_det.detection.engine import Engine
 from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.feature_cache import check_cacheable, use_cache
@@ -54,7 +54,7 @@ def train_net(
         eval_only: only evaluate MODEL.WEIGHTS, or with `resume` the last checkpoint.
         resume: go on from OUTPUT_DIR/last_checkpoint if there is one.
         evaluator: "hotcoco" or "pycocotools".
-        fast: let the torchvision engine's numbers differ from Detectron2's by rounding (`loco_det.backbones.folding`).
+        fast: on a CPU, let the torchvision engine's numbers differ from Detectron2's by rounding (`cpu_speed`).
         feature_cache: keep the frozen backbone's features of test images in this folder.
 
     Returns:
@@ -76,20 +76,20 @@ def train_net(
     if not eval_only:
         check_data(cfg, own_reader=module.name != "detectron2")
     model = module.build_model(cfg)
-    with fast_arithmetic(fast and module.name != "detectron2"):  # which is Detectron2's numbers, its optimiser's too
-        if eval_only:
-            _load_for_evaluation(model, cfg, module, resume)
-            if feature_cache is not None:
-                use_cache(model, cfg, feature_cache)
-            results = evaluate_finally(cfg, model, module, evaluator)
-            append_metrics(cfg.OUTPUT_DIR, flatten(results))
-            check_expected(cfg, results)
-            return results
-        run = start_run(cfg, module, model, resume, drawn)
+    speed_up(model, fast)
+    if eval_only:
+        _load_for_evaluation(model, cfg, module, resume)
         if feature_cache is not None:
             use_cache(model, cfg, feature_cache)
-        train(run, evaluator)
         results = evaluate_finally(cfg, model, module, evaluator)
+        append_metrics(cfg.OUTPUT_DIR, flatten(results))
+        check_expected(cfg, results)
+        return results
+    run = start_run(cfg, module, model, resume, drawn)
+    if feature_cache is not None:
+        use_cache(model, cfg, feature_cache)
+    train(run, evaluator)
+    results = evaluate_finally(cfg, model, module, evaluator)
     if results:
         append_metrics(cfg.OUTPUT_DIR, {"iteration": cfg.SOLVER.MAX_ITER, **flatten(results)})
     check_expected(cfg, results)
