@@ -110,7 +110,7 @@ def _pack(conv: nn.Conv2d, x: Tensor) -> _Packed:
 
 
 def _identity(tensor: Tensor) -> tuple[int, int]:
-    """Changes when the tensor is replaced, moved or written to."""
+    """Address and version, which change when the tensor is replaced, moved or written to."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 

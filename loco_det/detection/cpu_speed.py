@@ -90,7 +90,7 @@ def cell_patches(feature: Tensor, image: Tensor, cell: Tensor) -> Tensor:
         image, cell: (N,) int64, the cell as row * W + column.
     """
     channels, height, width = feature.shape[1:]
-    around = torch.arange(-1, 2, device=cell.device)
+    around = torch.arange(-1, 2)
     y = torch.div(cell, width, rounding_mode="floor")[:, None, None] + around[:, None]
     x = (cell % width)[:, None, None] + around
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
@@ -141,7 +141,7 @@ def roi_align_pyramid(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:
-    """What `torchvision.ops.roi_align` gives, up to rounding, each region from its own level.
+    """ROIAlign of each region from its own level, as `torchvision.ops.roi_align` up to rounding.
 
     Args:
         features: L maps.
@@ -171,7 +171,7 @@ def roi_align_pyramid(
 
 
 def axis_weights(start: Tensor, length: Tensor, cells: int, side: int, ratio: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Along one axis: how much each cell counts in each bin.
+    """The weight of each cell in each bin along one axis.
 
     Args:
         start, length: (R,) of the regions, in cells.
@@ -180,8 +180,8 @@ def axis_weights(start: Tensor, length: Tensor, cells: int, side: int, ratio: in
         ratio: samples a bin; 0 means as many as there are cells under it.
 
     Returns:
-        (R, S, T) float32 weights; (R,) int64 first cell with a weight and (R,) the one after the last, equal where
-        there is none.
+        (R, S, T) float32 weights; (R,) int64 first cell with a weight and (R,) the one after the last, equal if there
+        is none.
     """
     samples = torch.full_like(start, ratio) if ratio > 0 else torch.ceil(length / side)
     k = torch.arange(int(samples.max().clamp(min=0)) if len(samples) else 0)
@@ -222,7 +222,7 @@ class _Pool(torch.autograd.Function):
                         continue
                     across = torch.mm(rows[i, :, top:bottom], area).view(side, -1, channels)
                     torch.bmm(columns[i, :, left:right].expand(side, -1, -1), across, out=pooled)
-                    out[region].copy_(pooled.permute(2, 0, 1))  # in the processor's cache, unlike all at the end
+                    out[region].copy_(pooled.permute(2, 0, 1))  # while it is in the processor's cache
         ctx.places, ctx.weights = places, weights
         ctx.like = [(feature.shape, feature.dtype) for feature in features]
         return out.to(features[0].dtype)
@@ -265,7 +265,7 @@ def _cells(cells: Tensor, image: int, top: int, bottom: int, left: int, right: i
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Thousands of small products: waking other threads for each costs more than they do."""
+    """One thread for thousands of small products, each of which takes less time than waking the others."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -18,7 +18,7 @@ from loco_det.detection.cpu_speed import logits_of_own_class
 from loco_det.detection.fvcore_nn import c2_msra_fill
 from loco_det.detection.layers import Conv
 
-# Sampled pixels held at a time when all masks of an image are pasted together (not on CPU): 1 GiB of float32.
+# Pixels sampled at a time when masks are pasted together, on a GPU: 1 GiB of float32.
 PASTE_PIXELS = 2**28
 
 
@@ -38,7 +38,7 @@ class MaskHead(nn.Module):
         self.deconv = nn.ConvTranspose2d(channels, head.CONV_DIM, 2, stride=2)
         classes = 1 if head.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES
         self.predictor = nn.Conv2d(head.CONV_DIM, classes, 1)
-        for name in [*self.convs, "deconv"]:  # once all layers are there: the same seed, Detectron2's weights
+        for name in [*self.convs, "deconv"]:  # after all layers, so that a seed gives Detectron2's weights
             c2_msra_fill(getattr(self, name))
         nn.init.normal_(self.predictor.weight, std=0.001)
         nn.init.zeros_(self.predictor.bias)
@@ -52,7 +52,7 @@ class MaskHead(nn.Module):
 
 
 def logits_of_classes(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """(R, M, M): the mask of each region's own class, or the only one there is."""
+    """(R, M, M): the mask of each region's own class, or the class-agnostic one."""
     if logits.shape[1] == 1:
         return logits[:, 0]
     return logits[torch.arange(logits.shape[0], device=logits.device), classes]  # len() is a constant to a tracer
@@ -94,7 +94,7 @@ def paste_masks(
 def _paste_near_boxes(
     masks: torch.Tensor, boxes: torch.Tensor, image_size: tuple[int, int], threshold: float
 ) -> torch.Tensor:
-    """One mask at a time in the neighbourhood of its box only, for on a CPU every pixel costs."""
+    """Pastes one mask at a time and only around its box: on a CPU every pixel takes time."""
     height, width = image_size
     result = torch.zeros((len(masks), height, width), dtype=torch.bool, device=masks.device)
     for index, box in enumerate(boxes):
@@ -108,7 +108,7 @@ def _paste_near_boxes(
 def _paste_in_chunks(
     masks: torch.Tensor, boxes: torch.Tensor, image_size: tuple[int, int], threshold: float, pixels: int
 ) -> torch.Tensor:
-    """Many whole images at a time, at most `pixels` of them together, for on a GPU every call costs."""
+    """Pastes many masks at a time, into at most `pixels` pixels: on a GPU every call takes time."""
     height, width = image_size
     result = torch.zeros((len(masks), height, width), dtype=torch.bool, device=masks.device)
     step = max(1, pixels // max(1, height * width))

@@ -18,7 +18,7 @@ from loco_det.detection.cpu_speed import roi_align_pyramid
 
 POOLER_TYPES = ("ROIAlignV2", "ROIAlign", "ROIPool")
 
-# A region of 224 x 224 pixels, ImageNet's crop, belongs to the level of stride 16 (FPN equation 1).
+# A region of 224 x 224 pixels, the size of ImageNet's crops, belongs to the level of stride 16 (FPN equation 1).
 CANONICAL_SIDE = 224
 CANONICAL_LEVEL = 4
 
@@ -75,7 +75,7 @@ class RoiPooler(nn.Module):
         return self.pool(features, with_image(boxes))
 
     def pool(self, features: Sequence[torch.Tensor], regions: torch.Tensor) -> torch.Tensor:
-        """The same for regions (R, 5), image number and box."""
+        """Pooled regions (R, C, S, S) of regions (R, 5), image number and box."""
         if self.fast and self.kind != "ROIPool":
             return self._align(features, regions)
         if len(features) == 1:
@@ -92,7 +92,7 @@ class RoiPooler(nn.Module):
             level = assign_levels(regions[:, 1:], self.lowest, self.highest) - self.lowest
         scales = [1.0 / stride for stride in self.strides]
         aligned = self.kind == "ROIAlignV2"
-        with torch.autocast("cpu", enabled=False):  # in float32 whatever the maps are, as torchvision's operator
+        with torch.autocast("cpu", enabled=False):  # always in float32, as torchvision's operator
             return roi_align_pyramid(features, regions, level, self.side, scales, self.sampling_ratio, aligned)
 
     def _pool(self, feature: torch.Tensor, regions: torch.Tensor, stride: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What happens to each proposal: sampling in training, box and mask branches, with or without an FPN.
+"""RoI heads: sampling of proposals in training, box and mask branches, with or without an FPN.
 
 Shape legend: B images, Ri regions of image i, R over all images, K classes (index K is background).
 Source: detectron2/modeling/roi_heads/roi_heads.py.
@@ -36,7 +36,7 @@ class Sample:
     """Regions of one image that train the heads.
 
     Attributes:
-        boxes: (Ri, 4); foreground regions come first.
+        boxes: (Ri, 4), foreground regions first.
         classes: (Ri,) int64 in [0, K].
         truth: (Ri, 4) matched ground truth, the region itself where the image has none.
         index: (Ri,) int64 matched ground truth.
@@ -51,7 +51,7 @@ class Sample:
 
 
 def make_sample(boxes: torch.Tensor, classes: torch.Tensor, index: torch.Tensor, target: Instances) -> Sample:
-    """The `Sample` of regions with known classes and matches."""
+    """The `Sample` of regions whose classes and matches are known."""
     truth = target.boxes[index] if len(target) else boxes
     return Sample(boxes, classes, truth, index, target.masks)
 
@@ -70,13 +70,13 @@ def box_losses(
 
 
 def share_masks(logits: torch.Tensor, detections: Sequence[Instances]) -> None:
-    """Gives each image's detections their (Ri, M, M) float probabilities, from logits (R, M, M)."""
+    """Sets `masks` of each image's detections, (Ri, M, M) float probabilities, from logits (R, M, M)."""
     for detection, masks in zip(detections, logits.sigmoid().split([len(d) for d in detections])):
         detection.masks = masks
 
 
 class RoiHeads(nn.Module):
-    """Sampling of regions and the mask branch's bookkeeping; the two subclasses differ in how they see a region."""
+    """Sampling of regions and the mask loss; the subclasses differ in how they pool regions."""
 
     def __init__(self, cfg: CfgNode, strides: dict[str, int]) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class RoiHeads(nn.Module):
 
 
 class StandardROIHeads(RoiHeads):
-    """Box and mask branches that each pool for themselves (FPN, DC5)."""
+    """Box and mask branches with a pooler each (FPN, DC5)."""
 
     fast = False  # predict a chunk of regions at a time
 
@@ -155,7 +155,7 @@ class StandardROIHeads(RoiHeads):
         return losses
 
     def train_boxes(self, maps: Maps, samples: list[Sample], targets: Sequence[Instances]) -> Losses:
-        """Losses of the box branch; where the mask branch is to see other regions, `samples` have them afterwards."""
+        """Losses of the box branch; with TRAIN_ON_PRED_BOXES `samples` get the predicted boxes for the mask branch."""
         scores, deltas = self.box_predictor(self.box_head(self.box_pooler(maps, [s.boxes for s in samples])))
         losses = box_losses(self.box_predictor, scores, deltas, samples)
         if self.train_on_predictions:
@@ -173,7 +173,7 @@ class StandardROIHeads(RoiHeads):
         return self.box_predictor.detect(torch.cat(scores), torch.cat(deltas), proposals)
 
     def predict_masks(self, features: Features, detections: Sequence[Instances]) -> None:
-        """Adds soft masks (Ri, M, M) to given boxes and classes; nothing where the model has no mask branch."""
+        """Adds soft masks (Ri, M, M) to given boxes and classes; does nothing without a mask branch."""
         if self.mask_on:
             maps = [features[name] for name in self.in_features]
             regions = with_image([d.boxes for d in detections])
@@ -188,7 +188,7 @@ class StandardROIHeads(RoiHeads):
 
 
 class Res5ROIHeads(RoiHeads):
-    """Both branches share one pooling and the ResNet's last stage (C4: Mask R-CNN appendix A of ResNet)."""
+    """Both branches share one pooler and the ResNet's last stage (C4; ResNet paper, appendix A)."""
 
     def __init__(self, cfg: CfgNode, channels: dict[str, int], strides: dict[str, int]) -> None:
         super().__init__(cfg, strides)
@@ -230,7 +230,7 @@ class Res5ROIHeads(RoiHeads):
         return losses
 
     def predict_masks(self, features: Features, detections: Sequence[Instances]) -> None:
-        """Adds soft masks (Ri, M, M) to given boxes and classes; nothing where the model has no mask branch."""
+        """Adds soft masks (Ri, M, M) to given boxes and classes; does nothing without a mask branch."""
         if self.mask_on:
             classes = torch.cat([d.classes for d in detections])
             share_masks(self.mask_head(self._pool(features, detections), classes), detections)

@@ -1,4 +1,4 @@
-"""Region proposal network: which anchors hold an object, and the proposals that come of it.
+"""Region proposal network: scores and labels of anchors, losses, proposals.
 
 Shape legend: B images, L levels, Hi x Wi cells of level i, A anchors a cell, R = sum of Hi*Wi*A anchors in all.
 Source: Faster R-CNN section 3.1; detectron2/modeling/proposal_generator.
@@ -64,7 +64,7 @@ class RPNHead(nn.Module):
 
 
 class RPN(nn.Module):
-    """Scores anchors, learns from matched ones and proposes the best after suppression."""
+    """Scores anchors, trains on sampled ones and proposes the best after non-maximum suppression."""
 
     fast = False  # compute gradients only at the sampled anchors
 
@@ -166,7 +166,7 @@ class RPN(nn.Module):
             self.coder, all_anchors[anchor[found]], delta, truth, s.BBOX_REG_LOSS_TYPE, s.SMOOTH_L1_BETA
         )
         objectness = F.binary_cross_entropy_with_logits(score, found.float(), reduction="sum")
-        # By regions asked for, not by regions found: an image with few objects must not weigh more.
+        # Over the regions asked for, not those found, so that an image with few objects does not weigh more.
         regions = s.BATCH_SIZE_PER_IMAGE * len(targets)
         return {
             "loss_rpn_cls": objectness / regions * s.LOSS_WEIGHT,
@@ -181,7 +181,7 @@ class RPN(nn.Module):
         deltas: list[torch.Tensor],
         image_sizes: Sequence[tuple[int, int]],
     ) -> list[Instances]:
-        """No gradient passes the proposals: the second stage takes them as given, as Detectron2 does."""
+        """Proposals have no gradient: they are constants to the second stage, as in Detectron2."""
         s = self.settings
         best = s.PRE_NMS_TOPK_TRAIN if self.training else s.PRE_NMS_TOPK_TEST
         kept = s.POST_NMS_TOPK_TRAIN if self.training else s.POST_NMS_TOPK_TEST

@@ -89,7 +89,7 @@ def _options(solver: CfgNode, module: nn.Module, name: str) -> tuple[tuple[str, 
 class Schedule:
     """Sets every group's learning rate to its base rate times a function of the iterations done.
 
-    `state_dict` has the form of Detectron2's LRMultiplier.
+    `state_dict` has the format of Detectron2's LRMultiplier.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, multiplier: Callable[[float], float], length: int) -> None:
@@ -99,7 +99,7 @@ class Schedule:
         self._apply()
 
     def step(self) -> None:
-        """One more iteration is done."""
+        """Advance by one iteration."""
         self.iteration += 1
         self._apply()
 
@@ -122,13 +122,13 @@ def build_schedule(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Schedule:
     """The schedule that SOLVER.LR_SCHEDULER_NAME names, with its warm-up, over SOLVER.MAX_ITER iterations.
 
     Raises:
-        UserError: an unknown name or method, or values that no schedule can be made of.
+        UserError: an unknown name or method, or values out of range.
     """
     return Schedule(optimizer, lr_multiplier(cfg), cfg.SOLVER.MAX_ITER)
 
 
 def lr_multiplier(cfg: CfgNode) -> ParamScheduler:
-    """The factor on the base learning rate as a function of training done, in [0, 1)."""
+    """The multiplier of the base learning rate as a function of progress in [0, 1)."""
     solver = cfg.SOLVER
     if solver.MAX_ITER < 1:
         raise UserError(f"SOLVER.MAX_ITER is {solver.MAX_ITER}; give at least 1.")
@@ -185,7 +185,7 @@ def _with_warmup(main: ParamScheduler, solver: CfgNode) -> ParamScheduler:
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
-    """The configuration for `world_size` processes, where SOLVER.REFERENCE_WORLD_SIZE says what it was made for.
+    """The configuration for `world_size` processes, if it was made for SOLVER.REFERENCE_WORLD_SIZE of them.
 
     The batch of each process stays, the learning rate grows and the schedule shrinks with the total batch
     (detectron2 DefaultTrainer.auto_scale_workers). 0 switches this off.
@@ -231,19 +231,19 @@ def autocast(cfg: CfgNode, device: torch.device, model: nn.Module) -> contextlib
 
 
 def grad_scaler(cfg: CfgNode, device: torch.device) -> torch.amp.GradScaler:
-    """Loss scaling for float16; off, and then without any effect, on other devices and without AMP."""
+    """Loss scaling for float16 on CUDA; disabled, and then without effect, on other devices and without AMP."""
     return torch.amp.GradScaler("cuda", enabled=cfg.SOLVER.AMP.ENABLED and device.type == "cuda")
 
 
 def optimizer_step(cfg: CfgNode, loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Backward of the total loss (a scalar), clipping, and the optimiser's update; no gradient is left behind."""
+    """Backward of the total loss (a scalar), clipping, and the optimiser's update; frees the gradients."""
     scaler.scale(loss).backward()
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
         scaler.unscale_(optimizer)
         clip_gradients(cfg, (p for group in optimizer.param_groups for p in group["params"]))
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad()  # now, so that the next forward pass can have their memory
+    optimizer.zero_grad()  # now, so that the next forward pass can use their memory
 
 
 def clip_gradients(cfg: CfgNode, parameters: Iterable[nn.Parameter]) -> None:
