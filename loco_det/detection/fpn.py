@@ -18,8 +18,7 @@ from loco_det.backbones.resnet import ResNet, freeze
 from loco_det.core.errors import UserError
 from loco_det.detection.deformable import deformable
 from loco_det.detection.feature_cache import FeatureCache
-from loco_det.detection.fvcore_nn import c2_xavier_fill
-from loco_det.detection.layers import Conv
+from loco_det.detection.layers import Conv, c2_xavier_fill
 
 
 class Trunk(ResNet):

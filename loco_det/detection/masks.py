@@ -15,8 +15,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det.detection.cpu_speed import logits_of_own_class
-from loco_det.detection.fvcore_nn import c2_msra_fill
-from loco_det.detection.layers import Conv
+from loco_det.detection.layers import Conv, c2_msra_fill
 
 # Pixels sampled at a time when masks are pasted together, on a GPU: 1 GiB of float32.
 PASTE_PIXELS = 2**28

@@ -15,8 +15,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det.core.errors import UserError
-from loco_det.detection.fvcore_nn import c2_msra_fill
-from loco_det.detection.layers import Conv
+from loco_det.detection.layers import Conv, c2_msra_fill
 from loco_det.detection.network import Batch, Network, pad
 
 
