@@ -13,8 +13,8 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from loco_det.annotations.coco import CocoDataset, decode_segmentation, load_coco
-from loco_det.annotations.instances import rle_lengths
 from loco_det.annotations.registry import COCO_NAMES, Dataset, find_dataset, measure_of
+from loco_det.annotations.segmentation import rle_lengths
 from loco_det.core.errors import UserError
 
 SQUARE = [[10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]]

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes here, a GPU each if there are")
     parser.add_argument("--evaluator", choices=(*EVALUATORS, OFFICIAL), default=EVALUATORS[0])
     parser.add_argument(
-        "--exact", action="store_true", help="torchvision engine: Detectron2's numbers to the last bit, slower"
+        "--exact", action="store_true", help="torchvision engine on a CPU: Detectron2's numbers bit for bit, slower"
     )
     parser.add_argument(
         "--feature-cache",

@@ -1,7 +1,7 @@
 """The training loop, the same for both engines: step, watch, log, save, evaluate.
 
-The random state of every iteration follows from SEED, iteration and process alone, so a run that was stopped and
-resumed is, on the same machine, the run that was not.
+The random state of an iteration depends on SEED, iteration and process alone, so on a CPU a run that is stopped and
+resumed on the same machine gives the numbers of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _write_line(run: Run, iteration: int, evaluator: str, metrics: RunMetrics) -
 
 
 def _steps(run: Run, stop: StopSignal) -> Iterator[tuple[int, bool]]:
-    """Does one optimiser step after another; gives (iteration, whether some process was told to stop)."""
+    """Runs the optimiser steps; yields (iteration, whether any process received a signal to stop)."""
     if run.start >= run.cfg.SOLVER.MAX_ITER:
         return
     batches = iter(run.engine.train_batches(run.cfg, run.start))
@@ -134,7 +134,7 @@ def _steps(run: Run, stop: StopSignal) -> Iterator[tuple[int, bool]]:
         batch = next(batches)
         run.done = None
         waited = time.perf_counter() - began
-        with solver.autocast(run.cfg, run.device):
+        with solver.autocast(run.cfg, run.device, run.model):
             losses = run.engine.losses(run.wrapped, batch)
         flag = torch.tensor(float(stop.received is not None), device=run.device)
         shown = reduce_mean({**losses, "stop": flag})
@@ -151,7 +151,7 @@ def _steps(run: Run, stop: StopSignal) -> Iterator[tuple[int, bool]]:
 
 
 def seed_iteration(seed: int, iteration: int) -> None:
-    """Set torch's generators for one iteration of this process; nothing of it needs to be saved for a resume."""
+    """Seed torch's generators for one iteration of this process, so that checkpoints need no random state."""
     state = np.random.SeedSequence([seed, iteration, rank()]).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(state) % 2**63)
 
@@ -174,7 +174,7 @@ def _metrics(run: Run, iteration: int) -> dict[str, Any]:
 
 
 def _shown(run: Run, line: dict[str, Any]) -> dict[str, float | str]:
-    """What is shown of a line beside progress: losses, seconds a step and the share of them spent waiting for data."""
+    """What the progress bar shows of a line: losses, seconds a step and the share spent waiting for data."""
     return {
         "loss": line["total_loss"],
         "lr": line["lr"],
@@ -186,14 +186,14 @@ def _shown(run: Run, line: dict[str, Any]) -> dict[str, float | str]:
 
 
 def _memory(device: torch.device) -> float:
-    """Largest use so far in MiB: of the GPU, or of this process."""
+    """Peak memory so far in MiB, of the GPU or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def frozen_hashes(model: nn.Module) -> dict[str, str]:
-    """sha256 of everything training must not change: parameters without gradient, and frozen normalisation."""
+    """sha256 of each tensor that training must not change: frozen parameters and frozen normalisation."""
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     for prefix, module in model.named_modules():
         if type(module).__name__ == "FrozenBatchNorm2d":  # this package's or Detectron2's
@@ -204,7 +204,7 @@ def frozen_hashes(model: nn.Module) -> dict[str, str]:
 
 
 def check_frozen(before: dict[str, str], after: dict[str, str]) -> None:
-    """Raises RuntimeError, naming a tensor, if a frozen one changed: the result would be no frozen readout."""
+    """Raises RuntimeError naming a frozen tensor that changed: the result would not be a frozen readout."""
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     if changed:
         raise RuntimeError(f"frozen tensor {changed[0]} changed during training ({len(changed)} of {len(before)})")

@@ -18,7 +18,6 @@ from loco_det import __version__
 from loco_det.annotations import loader
 from loco_det.annotations.classes import check_training_classes, missing_classes
 from loco_det.annotations.registry import find_dataset
-from loco_det.backbones.folding import fast_arithmetic
 from loco_det.core.device import common_seed, keep_freed_memory, resolve_device, seed_everything
 from loco_det.core.distributed import averaged, barrier, is_main, world_size
 from loco_det.core.errors import UserError
@@ -28,6 +27,7 @@ from loco_det.core.metrics import RunMetrics
 from loco_det.core.run_folder import run_folder
 from loco_det.detection import engine_d2, solver
 from loco_det.detection.checkpoint import Checkpointer, identity, read_last, retire_checkpoints
+from loco_det.detection.cpu_speed import speed_up
 from loco_det.detection.engine import Engine
 from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.feature_cache import check_cacheable, use_cache
@@ -56,7 +56,7 @@ def train_net(
         eval_only: only evaluate MODEL.WEIGHTS, or with `resume` the last checkpoint.
         resume: go on from OUTPUT_DIR/last_checkpoint if there is one.
         evaluator: "hotcoco" or "pycocotools".
-        fast: let the torchvision engine's numbers differ from Detectron2's by rounding (`loco_det.backbones.folding`).
+        fast: on a CPU, let the torchvision engine's numbers differ from Detectron2's by rounding (`cpu_speed`).
         feature_cache: keep the frozen backbone's features of test images in this folder.
         wandb: W&B project that also gets the numbers of metrics.json.
 
@@ -82,17 +82,17 @@ def train_net(
         if not eval_only:
             check_data(cfg, own_reader=module.name != "detectron2")
         model = module.build_model(cfg)
-        with fast_arithmetic(fast and module.name != "detectron2"):  # which keeps its own arithmetic, its optimiser too
-            if eval_only:
-                _load_for_evaluation(model, cfg, module, resume)
-            else:
-                run = start_run(cfg, module, model, resume, drawn)
-            _write_config(written)
-            if feature_cache is not None:
-                use_cache(model, cfg, feature_cache)
-            if not eval_only:
-                train(run, evaluator, metrics)
-            results = evaluate_finally(cfg, model, module, evaluator)
+        speed_up(model, fast)
+        if eval_only:
+            _load_for_evaluation(model, cfg, module, resume)
+        else:
+            run = start_run(cfg, module, model, resume, drawn)
+        _write_config(written)
+        if feature_cache is not None:
+            use_cache(model, cfg, feature_cache)
+        if not eval_only:
+            train(run, evaluator, metrics)
+        results = evaluate_finally(cfg, model, module, evaluator)
         if eval_only:
             metrics.write(flatten(results))
         elif results:
