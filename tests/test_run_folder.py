@@ -23,6 +23,7 @@ from tiny_detection import tiny_cfg, write_tiny
 from loco_det.backbones.artifact import load_backbone
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
+from loco_det.core.metrics import RunMetrics
 from loco_det.core.run_folder import differences, run_folder, told
 from loco_det.detection import loop
 from loco_det.detection.checkpoint import Checkpointer
@@ -260,12 +261,12 @@ def die() -> None:
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize(("name", "number"), [("evaluate", 1), ("append_metrics", 2), ("save", 1), ("save", 2)])
+@pytest.mark.parametrize(("name", "number"), [("evaluate", 1), ("write", 2), ("save", 1), ("save", 2)])
 def test_a6_wherever_a_run_is_killed_its_metrics_are_those_of_the_whole(
     name: str, number: int, before: bool, whole: list[dict[str, float]], tmp_path: Path
 ) -> None:
     cfg = tiny_cfg(tmp_path, **EVERY)
-    owner = Checkpointer if name == "save" else loop
+    owner = {"save": Checkpointer, "write": RunMetrics}.get(name, loop)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, on_call(number, before, die, getattr(owner, name)))
         with pytest.raises(Killed):
@@ -312,11 +313,11 @@ def test_a2_an_image_that_cannot_be_read_ends_a_training_that_is_saved(
     whole = image.read_bytes()
     seen: list[int] = []
 
-    def damage(run: Any, iteration: int, evaluator: str, write: Any = loop._write_line) -> None:
+    def damage(run: Any, iteration: int, *others: Any, write: Any = loop._write_line) -> None:
         seen.append(iteration)
         if iteration == 1:
             image.write_bytes(whole[: len(whole) // 2])
-        write(run, iteration, evaluator)
+        write(run, iteration, *others)
 
     monkeypatch.setattr(loop, "_write_line", damage)
     with pytest.raises(UserError, match=r"4.png"):
