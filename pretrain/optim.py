@@ -10,7 +10,6 @@ from fvcore.common.param_scheduler import (
     LinearParamScheduler,
     ParamScheduler,
 )
-from timm.optim import Lars
 from torch import nn
 
 from loco_det.core.errors import UserError
@@ -38,6 +37,8 @@ def build_optimizer(cfg: CfgNode, modules: nn.Module) -> torch.optim.Optimizer:
     ]
     groups = [group for group in groups if group["params"]]
     if cfg.SOLVER.OPTIMIZER == "lars":
+        from timm.optim import Lars  # only now: it takes as long to import as torch
+
         return Lars(groups, lr=0.0, momentum=cfg.SOLVER.MOMENTUM)
     if cfg.SOLVER.OPTIMIZER == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=cfg.SOLVER.MOMENTUM)
