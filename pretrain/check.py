@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fvcore.common.config import CfgNode
 
+from loco_det.core import config
 from loco_det.core.errors import UserError
 
 _MOST = 10**9  # of what has no other upper limit; a typing error, infinite, or overflows somewhere
@@ -47,9 +48,7 @@ def check_numbers(cfg: CfgNode) -> None:
         UserError: naming the key of one that is out of it, or that a run has no length.
     """
     for key, (least, most) in RANGES.items():
-        value = cfg
-        for part in key.split("."):
-            value = value[part]
+        value = config.value(cfg, key)
         if not value >= least:  # nan, too
             raise UserError(f"{key} is {value}; use {least} or more")
         if value > most:

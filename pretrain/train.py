@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD, backbone_tensors, describe, save_backbone
 from loco_det.backbones.presnet import PRESNET, PResNet
 from loco_det.backbones.resnet import BLOCKS, STEM_CHANNELS, ResNet, StagedBackbone, measure_batchnorm, narrow
+from loco_det.core import config
 from loco_det.core.device import keep_freed_memory, resolve_device, seed_everything
 from loco_det.core.distributed import barrier, is_main, world_size
 from loco_det.core.errors import UserError
@@ -295,15 +296,7 @@ def measure_statistics(backbone: StagedBackbone, loader: TwoViewLoader) -> None:
 
 def config_hash(cfg: CfgNode) -> str:
     """sha256 of the configuration without the keys that do not change what is computed."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    for key in FREE_KEYS:
-        *parents, leaf = key.split(".")
-        node = cfg
-        for parent in parents:
-            node = node[parent]
-        del node[leaf]
-    return hashlib.sha256(cfg.dump().encode()).hexdigest()
+    return hashlib.sha256(config.without(cfg, FREE_KEYS).dump().encode()).hexdigest()
 
 
 def _write_config(cfg: CfgNode) -> None:

@@ -123,7 +123,7 @@ def sent(folder: Path) -> dict[str, list]:
 
 @pytest.mark.usefixtures("_offline")
 def test_wandb_gets_the_same_numbers_and_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
-    cfg = load_config(get_cfg(), "", ["OUTPUT_DIR", str(tmp_path), "SEED", "7"])
+    cfg = load_config(get_cfg(), "", ["OUTPUT_DIR", str(tmp_path), "SEED", "7"])[0]
 
     def stopped() -> None:
         with wandb_run(cfg, "backbones"):
@@ -213,7 +213,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
 
 
 def test_resume_goes_on_in_the_last_wandb_run_that_trained(tmp_path: Path, wandb: Wandb) -> None:
-    cfg = load_config(get_cfg(), "", ["OUTPUT_DIR", str(tmp_path)])
+    cfg = load_config(get_cfg(), "", ["OUTPUT_DIR", str(tmp_path)])[0]
     training, evaluation = {"iteration": 0, "loss/a": 0.5}, {"bbox/AP": 12.5}
     for line, resume in ((training, False), (evaluation, False), (None, False), (training, True), (evaluation, True),
                          (training, False), (training, True)):  # fmt: skip
@@ -226,7 +226,7 @@ def test_resume_goes_on_in_the_last_wandb_run_that_trained(tmp_path: Path, wandb
 
 
 def test_the_note_of_a_wandb_run_is_read_once(tmp_path: Path, wandb: Wandb, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg, touched = load_config(get_cfg(), "", ["OUTPUT_DIR", str(tmp_path)]), []
+    cfg, touched = load_config(get_cfg(), "", ["OUTPUT_DIR", str(tmp_path)])[0], []
     note = metrics._wandb_note
     monkeypatch.setattr(metrics, "_wandb_note", lambda folder: touched.append(folder) or note(folder))
     with wandb_run(cfg, "backbones", resume=True):
@@ -251,7 +251,7 @@ import sys
 from loco_det.core.config import load_config
 from loco_det.core.metrics import append_metrics, wandb_run
 from pretrain.defaults import get_cfg
-cfg = load_config(get_cfg(), "", ["OUTPUT_DIR", sys.argv[1]])
+cfg = load_config(get_cfg(), "", ["OUTPUT_DIR", sys.argv[1]])[0]
 with wandb_run(cfg, "backbones"):
     append_metrics(cfg.OUTPUT_DIR, {"iteration": 0, "loss/a": 0.5})
 """

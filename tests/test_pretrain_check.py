@@ -6,7 +6,7 @@ import pytest
 import torch
 from fvcore.common.config import CfgNode
 
-from loco_det.core.config import all_keys, load_config
+from loco_det.core.config import flat, load_config
 from loco_det.core.errors import UserError
 from loco_det.images.views import view_config
 from pretrain.check import check_numbers
@@ -63,13 +63,13 @@ LISTS = {
 
 def judge(key: str, value: object) -> None:
     """All that judges a number, and nothing that reads images, trains or writes."""
-    cfg = load_config(get_cfg(), "", ["SHARING.MODE", "soft"] if key == "SHARING.PENALTY" else [])
+    cfg = load_config(get_cfg(), "", ["SHARING.MODE", "soft"] if key == "SHARING.PENALTY" else [])[0]
     *parents, last = key.split(".")
     if type(value) is type(at(cfg, key)):  # as from a file, where nan and infinity can be written
         cfg.defrost()
         at(cfg, ".".join(parents))[last] = value
     else:
-        cfg = load_config(cfg, "", [key, str(value)])
+        cfg = load_config(cfg, "", [key, str(value)])[0]
     check_numbers(cfg)
     check_sharing(cfg.SHARING, recompute=False)
     if key.startswith("BACKBONE"):
@@ -93,7 +93,7 @@ def refused(key: str, value: object) -> None:
 
 def test_no_number_is_forgotten() -> None:
     cfg = get_cfg()
-    numbers = {key for key in all_keys(cfg) if type(at(cfg, key)) in (int, float)}
+    numbers = {key for key, value in flat(cfg).items() if type(value) in (int, float)}
     assert numbers == COUNTS.keys() | REALS.keys()
 
 

@@ -155,7 +155,7 @@ def stopped_run(cfg: CfgNode) -> str:
 
 
 def configuration(settings: list[str], output: str, method: str):
-    return load_config(get_cfg(), "", [*settings, "OUTPUT_DIR", output, "METHOD", method])
+    return load_config(get_cfg(), "", [*settings, "OUTPUT_DIR", output, "METHOD", method])[0]
 
 
 @pytest.fixture(scope="module")

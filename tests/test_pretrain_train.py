@@ -72,7 +72,7 @@ def overrides(images: Path, output: Path, **extra: object) -> list[str]:
 
 
 def config(images: Path, output: Path, **extra: object):
-    return load_config(get_cfg(), "", overrides(images, output, **extra))
+    return load_config(get_cfg(), "", overrides(images, output, **extra))[0]
 
 
 def trace(output: Path) -> list[dict]:
@@ -295,7 +295,7 @@ def test_resume_needs_the_same_configuration(images: Path, tmp_path: Path) -> No
     pretrain(config(images, tmp_path))
     with pytest.raises(UserError, match="made with another configuration"):
         pretrain(config(images, tmp_path, LOSS__TEMPERATURE=0.5), resume=True)
-    assert load_config(get_cfg(), tmp_path / "config.yaml").LOSS.TEMPERATURE == 0.1  # still the run's own
+    assert load_config(get_cfg(), tmp_path / "config.yaml")[0].LOSS.TEMPERATURE == 0.1  # still the run's own
     assert pretrain(config(images, tmp_path, LOG_PERIOD=7), resume=True).is_file()
 
 

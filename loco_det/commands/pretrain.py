@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> None:
     if args.num_gpus < 1:
         raise UserError(f"--num-gpus is {args.num_gpus}; give at least 1, which without a GPU means one CPU process")
     check_wandb(args.wandb)
-    launch(_worker, args.num_gpus, load_config(get_cfg(), args.config_file, args.opts), args.resume, args.wandb)
+    cfg, _ = load_config(get_cfg(), args.config_file, args.opts)
+    launch(_worker, args.num_gpus, cfg, args.resume, args.wandb)
 
 
 def _worker(cfg: CfgNode, resume: bool, wandb: str | None) -> Path:
@@ -45,6 +46,6 @@ def _worker(cfg: CfgNode, resume: bool, wandb: str | None) -> Path:
 
 def pretrain_file(config: str, overrides: list[str]) -> Path:
     """Train in this process what a YAML file and overrides describe; returns its backbone.safetensors."""
-    cfg = load_config(get_cfg(), config, overrides)
+    cfg, _ = load_config(get_cfg(), config, overrides)
     setup_logging(cfg.OUTPUT_DIR)
     return pretrain(cfg)

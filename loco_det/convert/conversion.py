@@ -39,7 +39,7 @@ from loco_det.convert.load import check_sums, in_memory, load_tensors, open_tens
 from loco_det.convert.prove import prove
 from loco_det.convert.report import Account, take_account
 from loco_det.convert.sources import Pixels, Triple
-from loco_det.core.config import collect_settings
+from loco_det.core.config import read_settings
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 
@@ -301,7 +301,7 @@ def _given(
 
 def _from_config(path: str | Path) -> tuple[str, Triple, Triple, bool]:
     """Channel order, mean, std and whether the stride is in the 1x1, as a Detectron2 configuration has them."""
-    settings, found = collect_settings(path), []
+    settings, found = read_settings(path), []
     for key in ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1"):
         if key not in settings:
             raise UserError(f"{path}: does not set {key}; give the config.yaml that Detectron2 wrote into OUTPUT_DIR")

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import difflib
 from ast import literal_eval
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +32,11 @@ class Setting(NamedTuple):
     origin: str
 
 
-def load_config(defaults: CfgNode, path: str | Path, overrides: list[str] | None = None) -> CfgNode:
+Settings = Mapping[str, Setting]
+"""What the user set, by dotted key."""
+
+
+def load_config(defaults: CfgNode, path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNode, Settings]:
     """Merge a YAML file and `KEY VALUE` overrides over a copy of `defaults`.
 
     Args:
@@ -38,28 +45,13 @@ def load_config(defaults: CfgNode, path: str | Path, overrides: list[str] | None
         overrides: [key, value, key, value, ...], values as text, e.g. ["SOLVER.BASE_LR", "0.1"].
 
     Returns:
-        A frozen CfgNode.
+        A frozen CfgNode, and what the user set in it and where: {"SOLVER.BASE_LR": Setting(0.1, "a.yaml, line 3")}.
 
     Raises:
-        UserError: naming file, line and key, for a file that is missing or no YAML, a key that appears twice
+        UserError: naming file, line and key, for a file that is missing or not YAML, a key that appears twice
             or does not exist, a value of the wrong type.
     """
-    cfg = defaults.clone()
-    cfg.defrost()
-    for key, setting in collect_settings(path, overrides).items():
-        _assign(cfg, key, setting)
-    cfg.freeze()
-    return cfg
-
-
-def collect_settings(path: str | Path, overrides: list[str] | None = None) -> dict[str, Setting]:
-    """What the file, its bases and the overrides set: {"SOLVER.BASE_LR": Setting(0.1, "a.yaml, line 3")}.
-
-    Raises:
-        UserError: as `load_config`, but for keys and types, which only defaults can judge.
-    """
-    settings = _read_with_bases(find_config(path), ()) if path else {}
-    overrides = list(overrides or [])
+    settings = read_settings(path) if path else {}
     if len(overrides) % 2:
         raise UserError(
             f"Overrides come as KEY VALUE pairs separated by a space, and {overrides[-1]!r} has no partner."
@@ -68,7 +60,71 @@ def collect_settings(path: str | Path, overrides: list[str] | None = None) -> di
         if key == BASE_KEY:
             raise UserError(f"{BASE_KEY} can be set in a file only, not on the command line.")
         settings[key] = Setting(_decode(text), "the command line")
-    return settings
+    cfg = defaults.clone()
+    cfg.defrost()
+    for key, setting in settings.items():
+        _assign(cfg, key, setting)
+    cfg.freeze()
+    return cfg, settings
+
+
+def read_settings(path: str | Path) -> dict[str, Setting]:
+    """What a YAML file and its bases set, by dotted key, with no defaults to judge keys and types.
+
+    Raises:
+        UserError: a file is missing or not YAML, or a key appears twice.
+    """
+    return _read_with_bases(find_config(path), ())
+
+
+def origin(settings: Settings, key: str) -> str:
+    """Where the user set a key, as the beginning of an error sentence: "a.yaml, line 3: ", or "" for a default."""
+    return f"{settings[key].origin}: " if key in settings else ""
+
+
+def value(cfg: CfgNode, key: str) -> Any:
+    """The value of a dotted key: value(cfg, "SOLVER.BASE_LR")."""
+    section, last = _place(cfg, key)
+    return section[last]
+
+
+def flat(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """Every key with its value, in the tree's order and without the sections: {"SOLVER.BASE_LR": 0.001, ...}."""
+    found: dict[str, Any] = {}
+    for name, item in cfg.items():
+        found.update(flat(item, f"{prefix}{name}.") if isinstance(item, CfgNode) else {prefix + name: item})
+    return found
+
+
+def changed(cfg: CfgNode, /, **values: Any) -> CfgNode:
+    """A frozen copy with other values for some dotted keys: changed(cfg, SEED=1, **{"MODEL.DEVICE": "cpu"})."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    for key, item in values.items():
+        section, last = _place(cfg, key)
+        section[last] = item
+    cfg.freeze()
+    return cfg
+
+
+def without(cfg: CfgNode, keys: Iterable[str]) -> CfgNode:
+    """A frozen copy that lacks some dotted keys or sections."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    for key in keys:
+        section, last = _place(cfg, key)
+        del section[last]
+    cfg.freeze()
+    return cfg
+
+
+def _place(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:
+    """The section that holds a dotted key, and the key's last part; KeyError if there is no such key."""
+    *sections, last = key.split(".")
+    section = reduce(getitem, sections, cfg)
+    if last not in section:
+        raise KeyError(key)
+    return section, last
 
 
 def find_config(path: str | Path) -> Path:
@@ -338,25 +394,10 @@ def _kind(value: Any) -> str:
 
 
 def _no_such_key(cfg: CfgNode, key: str, setting: Setting) -> UserError:
-    close = closest_key(cfg, key)
-    hint = f"did you mean {close}?" if close else "remove it."
-    return UserError(f"{setting.origin}: there is no key {key}; {hint}")
-
-
-def closest_key(cfg: CfgNode, key: str) -> str | None:
-    """The existing key that a misspelt or misplaced one most likely means, e.g. "SOLVER.BASE_LR"."""
-    known = all_keys(cfg)
+    parts = [name.split(".") for name in flat(cfg)]
+    known = dict.fromkeys(".".join(names[:depth]) for names in parts for depth in range(1, len(names) + 1))
     upper = key.upper()
     same_word = [k for k in known if k.rpartition(".")[2] == upper.rpartition(".")[2]]
     close = difflib.get_close_matches(upper, same_word or known, n=1, cutoff=0.0 if same_word else 0.6)
-    return close[0] if close else None
-
-
-def all_keys(cfg: CfgNode, prefix: str = "") -> list[str]:
-    """Full names of every section and every value, in the tree's order."""
-    names: list[str] = []
-    for key, value in cfg.items():
-        names.append(prefix + key)
-        if isinstance(value, CfgNode):
-            names += all_keys(value, f"{prefix}{key}.")
-    return names
+    hint = f"did you mean {close[0]}?" if close else "remove it."
+    return UserError(f"{setting.origin}: there is no key {key}; {hint}")
