@@ -103,6 +103,8 @@ def test_settings_know_where_they_were_written(tmp_path):
         ("DECAY: {A: 1}", [], ["DECAY"]),
         ("NAME.X: 3", [], ["NAME.X", "nested"]),
         ("1: 3", [], ["keys are words"]),
+        ("SEED: !!int ''", [], ["a.yaml, line 1", "'' is not of type int"]),
+        ("NAME: x\nSEED: !!int [1]", [], ["a.yaml, line 2", "scalar"]),
         ("[1, 2]", [], ["KEY: VALUE", "list"]),
         ("NAME: [", [], ["a.yaml", "not valid YAML"]),
         ("_BASE_: a.yaml", [], ["_BASE_", "circle"]),
