@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD, backbone_tensors, describe, save_backbone
 from loco_det.backbones.presnet import PRESNET, PResNet
-from loco_det.backbones.resnet import BLOCKS, STEM_CHANNELS, ResNet, StagedBackbone, measure_batchnorm, narrow
+from loco_det.backbones.resnet import ResNet, StagedBackbone, measure_batchnorm, narrow
 from loco_det.core import config
+from loco_det.core.config import Settings
 from loco_det.core.device import keep_freed_memory, resolve_device, seed_everything
-from loco_det.core.distributed import barrier, is_main, world_size
+from loco_det.core.distributed import barrier, is_main
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 from loco_det.core.launch import CommonStop, StopSignal
@@ -29,16 +30,16 @@ from loco_det.images.source import Source
 from loco_det.images.two_views import TwoViewLoader, TwoViews, build_two_view_loader
 from loco_det.images.views import normalise
 from pretrain.average import GradientAverage
-from pretrain.check import check_numbers
+from pretrain.check import check
 from pretrain.checkpoint import latest_checkpoint, save_checkpoint
 from pretrain.compiling import stage_compiler
 from pretrain.decoders import build_decoder
-from pretrain.loco import METHODS, LocalTrainer, method_units, split_backbone
+from pretrain.loco import LocalTrainer, method_units, split_backbone
 from pretrain.loss import nt_xent
 from pretrain.monitor import Monitor, Stopwatch, UnreadLosses
 from pretrain.optim import build_optimizer, learning_rate
 from pretrain.probe import KnnProbe
-from pretrain.sharing import SoftTrainer, UpperTrainer, check_sharing, private_copies
+from pretrain.sharing import SoftTrainer, UpperTrainer, private_copies
 from pretrain.stepping import Stepping
 from pretrain.sync_batchnorm import sync_anywhere
 
@@ -78,7 +79,6 @@ class Learner(nn.Module):
         )
         sync_anywhere(self.decoders)
         self.sharing = cfg.SHARING
-        check_sharing(self.sharing, any(stage.recompute for stage in self.stages))
         modules = [stage.module for stage in self.stages]
         self.copies = nn.ModuleList(private_copies(modules, self.units) if self.sharing.MODE == "soft" else [])
         self.temperature, self.chunk = cfg.LOSS.TEMPERATURE, cfg.LOSS.CHUNK
@@ -98,47 +98,31 @@ class Learner(nn.Module):
 
 
 def build_backbone(cfg: CfgNode) -> StagedBackbone:
-    """The network that BACKBONE.* describes.
-
-    Raises:
-        UserError: a name, stem or norm that there is not.
-    """
-    names = {**{f"resnet{depth}": depth for depth in BLOCKS}, PRESNET: 50}
-    if cfg.BACKBONE.NAME not in names:
-        raise UserError(f"BACKBONE.NAME is {cfg.BACKBONE.NAME!r}; use one of {', '.join(names)}")
-    if cfg.BACKBONE.STEM not in ("imagenet", "cifar"):
-        raise UserError(f"BACKBONE.STEM is {cfg.BACKBONE.STEM!r}; use imagenet or cifar")
-    if cfg.BACKBONE.NORM not in ("BN", "SyncBN"):
-        raise UserError(f"BACKBONE.NORM is {cfg.BACKBONE.NORM!r}; use BN or SyncBN")
-    depth, width, stem, norm = names[cfg.BACKBONE.NAME], cfg.BACKBONE.WIDTH, cfg.BACKBONE.STEM, cfg.BACKBONE.NORM
-    if not 1 <= width <= STEM_CHANNELS or (width < STEM_CHANNELS and stem != "cifar"):
-        raise UserError(
-            f"BACKBONE.WIDTH is {width} with BACKBONE.STEM {stem}; use {STEM_CHANNELS}, or 1 to {STEM_CHANNELS} with "
-            "STEM cifar (detectors are built for the whole width)"
-        )
-    if cfg.BACKBONE.NAME != PRESNET:
-        return sync_anywhere(ResNet(depth, stem=stem, norm=norm, **narrow(depth, width)))
-    if width % 8:
-        raise UserError(f"BACKBONE.WIDTH is {width} with BACKBONE.NAME {PRESNET}; use a multiple of 8")
-    return sync_anywhere(PResNet(stem=stem, norm=norm, stem_channels=width // 2))
+    """The network that BACKBONE.* describes, as `check` lets it pass."""
+    width, stem, norm = cfg.BACKBONE.WIDTH, cfg.BACKBONE.STEM, cfg.BACKBONE.NORM
+    if cfg.BACKBONE.NAME == PRESNET:
+        return sync_anywhere(PResNet(stem=stem, norm=norm, stem_channels=width // 2))
+    depth = int(cfg.BACKBONE.NAME.removeprefix("resnet"))
+    return sync_anywhere(ResNet(depth, stem=stem, norm=norm, **narrow(depth, width)))
 
 
 def unit_names(cfg: CfgNode, backbone: StagedBackbone) -> list[list[str]]:
     """The [first, last] stage names of the units that UNITS, else METHOD, asks for."""
     if cfg.UNITS:
         return [list(unit) if isinstance(unit, (list, tuple)) else unit for unit in cfg.UNITS]
-    if cfg.METHOD not in METHODS:
-        raise UserError(f"METHOD is {cfg.METHOD!r}; use one of {', '.join(METHODS)} or random, or set UNITS")
     return method_units(cfg.METHOD, backbone.stage_names[1:])
 
 
-def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None) -> Path:
+def pretrain(
+    cfg: CfgNode, resume: bool = False, source: Source | None = None, settings: Settings | None = None
+) -> Path:
     """Train a backbone as `cfg` says (keys: pretrain/defaults.py) and write it.
 
     Args:
         cfg: the frozen configuration.
         resume: continue from the newest checkpoint in OUTPUT_DIR, if there is one.
         source: the images, where they are not those of DATA.PATH: images/indexed.py makes one of any data set.
+        settings: what the user set (`loco_det.core.config.load_config`), for error messages to say where.
 
     Returns:
         OUTPUT_DIR/backbone.safetensors.
@@ -146,24 +130,22 @@ def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None) -
     Raises:
         UserError: unusable configuration or data, a loss that is not finite, a stop by signal (after saving).
     """
-    check_numbers(cfg)
+    check(cfg, settings)
     device = resolve_device(cfg.DEVICE)
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(cfg.SEED)  # the same weights on every process
-    if cfg.SOLVER.BATCH_SIZE % world_size():
-        raise UserError(f"SOLVER.BATCH_SIZE is {cfg.SOLVER.BATCH_SIZE}; use a multiple of {world_size()} processes")
+    is_random = cfg.METHOD == "random" and not cfg.UNITS
+    network = build_backbone(cfg) if is_random else Learner(cfg)  # refuses UNITS that do not fit, before files are read
     source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT) if source is None else source
     loader = build_two_view_loader(cfg, source)
-    if cfg.METHOD == "random" and not cfg.UNITS:
-        check_sharing(cfg.SHARING, recompute=False)
+    seed_everything(cfg.SEED)
+    if is_random:
         _write_config(cfg)
-        backbone = build_backbone(cfg).to(device, memory_format=LAYOUT)
-        seed_everything(cfg.SEED)
+        backbone = network.to(device, memory_format=LAYOUT)
         measure_statistics(backbone, loader)
         return write_backbone(cfg, backbone, [], source, step=0)
-    learner = Learner(cfg).to(device)
-    seed_everything(cfg.SEED)
+    learner = network.to(device)
     step = _train(cfg, learner, loader, source, device, resume)
     return write_backbone(cfg, learner.backbone, unit_names(cfg, learner.backbone), source, step)
 
@@ -272,8 +254,6 @@ def _autocast(cfg: CfgNode, device: torch.device) -> Callable[[], object]:
     types = {"bf16": torch.bfloat16, "fp16": torch.float16}
     if cfg.SOLVER.AMP == "none":
         return nullcontext
-    if cfg.SOLVER.AMP not in types:
-        raise UserError(f"SOLVER.AMP is {cfg.SOLVER.AMP!r}; use none, bf16 or fp16")
     return lambda: torch.autocast(device.type, types[cfg.SOLVER.AMP])
 
 

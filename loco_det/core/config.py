@@ -79,9 +79,10 @@ def read_settings(path: str | Path) -> dict[str, Setting]:
     return _read_with_bases(find_config(path), ())
 
 
-def origin(settings: Settings, key: str) -> str:
-    """Where the user set a key, as the beginning of an error sentence: "a.yaml, line 3: ", or "" for a default."""
-    return f"{settings[key].origin}: " if key in settings else ""
+def refusal(cfg: CfgNode, settings: Settings | None, key: str, reason: str) -> UserError:
+    """The error that refuses a key's value: "a.yaml, line 3: SEED is 1.5" and `reason`; no place for a default."""
+    place = f"{settings[key].origin}: " if settings and key in settings else ""
+    return UserError(f"{place}{key} is {value(cfg, key)!r}{reason}")
 
 
 def value(cfg: CfgNode, key: str) -> Any:

@@ -14,8 +14,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from loco_det.core import config
-from loco_det.core.config import Settings, read_settings
-from loco_det.core.errors import UserError
+from loco_det.core.config import Settings, read_settings, refusal
 from loco_det.detection.boxes import BOX_LOSSES
 from loco_det.detection.poolers import POOLER_TYPES
 
@@ -226,7 +225,6 @@ def check_supported(cfg: CfgNode, settings: Settings | None = None) -> None:
     Raises:
         UserError: naming the place, the key, its value and the values that can stand there.
     """
-    settings = settings or {}
     check_task(cfg, settings)
     defaults = config.flat(_defaults())
     for key in sorted(defaults, key=_DECIDING.__contains__, reverse=True):
@@ -234,17 +232,15 @@ def check_supported(cfg: CfgNode, settings: Settings | None = None) -> None:
         allowed = SUPPORTED.get(key, ())
         if allowed is None or _plain(value) == _plain(default) or _plain(value) in allowed:
             continue
-        where = config.origin(settings, key)
-        if not allowed:
-            raise UserError(
-                f"{where}{key} is {value!r}; Detectron2 knows this key but the torchvision engine does not support it, "
-                f"so leave it at {default!r} or use --engine detectron2."
+        if allowed:
+            choices = " or ".join(repr(choice) for choice in allowed)
+            reason = f", and the torchvision engine takes {choices}; change it or use --engine detectron2."
+        else:
+            reason = (
+                "; Detectron2 knows this key but the torchvision engine does not support it, so leave it at "
+                f"{default!r} or use --engine detectron2."
             )
-        choices = " or ".join(repr(choice) for choice in allowed)
-        raise UserError(
-            f"{where}{key} is {value!r}, and the torchvision engine takes {choices}; change it or use "
-            "--engine detectron2."
-        )
+        raise refusal(cfg, settings, key, reason)
     _check_combinations(cfg, settings)
 
 
@@ -257,56 +253,45 @@ def check_task(cfg: CfgNode, settings: Settings | None = None) -> None:
     Raises:
         UserError: naming the place, the key and its value.
     """
-    settings = settings or {}
     for key, others in _OTHER_TASKS.items():
-        value = config.value(cfg, key)
-        if value in others:
-            raise UserError(
-                f"{config.origin(settings, key)}{key} is {value!r}; runs here train and evaluate boxes, instance masks "
-                "and Cityscapes' pixel labels, with either engine; use Detectron2 itself for other tasks."
+        if config.value(cfg, key) in others:
+            reason = (
+                "; runs here train and evaluate boxes, instance masks and Cityscapes' pixel labels, with either "
+                "engine; use Detectron2 itself for other tasks."
             )
+            raise refusal(cfg, settings, key, reason)
     if cfg.VIS_PERIOD > 0:
-        where = config.origin(settings, "VIS_PERIOD")
-        raise UserError(f"{where}VIS_PERIOD is {cfg.VIS_PERIOD}, but no run here draws; set it to 0.")
+        raise refusal(cfg, settings, "VIS_PERIOD", ", but no run here draws; set it to 0.")
     if cfg.TEST.AUG.ENABLED and (cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN" or cfg.MODEL.LOAD_PROPOSALS):
-        raise UserError(
-            f"{config.origin(settings, 'TEST.AUG.ENABLED')}TEST.AUG.ENABLED is True, which needs "
-            "MODEL.META_ARCHITECTURE 'GeneralizedRCNN' and MODEL.LOAD_PROPOSALS False; set it to False."
-        )
+        needs = "MODEL.META_ARCHITECTURE 'GeneralizedRCNN' and MODEL.LOAD_PROPOSALS False"
+        raise refusal(cfg, settings, "TEST.AUG.ENABLED", f", which needs {needs}; set it to False.")
     if cfg.TEST.PRECISE_BN.ENABLED and cfg.TEST.PRECISE_BN.NUM_ITER < 1:
-        where = config.origin(settings, "TEST.PRECISE_BN.NUM_ITER")
-        raise UserError(f"{where}TEST.PRECISE_BN.NUM_ITER is {cfg.TEST.PRECISE_BN.NUM_ITER}; give at least 1.")
-    for expected in cfg.TEST.EXPECTED_RESULTS:
-        if [type(value) for value in expected] not in _EXPECTED_TYPES:
-            raise UserError(
-                f"{config.origin(settings, 'TEST.EXPECTED_RESULTS')}TEST.EXPECTED_RESULTS has {expected!r}; write each "
-                "as ['bbox', 'AP', 38.5, 0.2]: task, metric, value and tolerance."
-            )
+        raise refusal(cfg, settings, "TEST.PRECISE_BN.NUM_ITER", "; give at least 1.")
+    if any([type(value) for value in expected] not in _EXPECTED_TYPES for expected in cfg.TEST.EXPECTED_RESULTS):
+        reason = "; write each as ['bbox', 'AP', 38.5, 0.2]: task, metric, value and tolerance."
+        raise refusal(cfg, settings, "TEST.EXPECTED_RESULTS", reason)
 
 
-def _check_combinations(cfg: CfgNode, settings: Settings) -> None:
+def _check_combinations(cfg: CfgNode, settings: Settings | None) -> None:
     """Refuse keys that are supported one by one but not together."""
     model, heads = cfg.MODEL, cfg.MODEL.ROI_HEADS.NAME
     depth, deform = model.RESNETS.DEPTH, list(model.RESNETS.DEFORM_ON_PER_STAGE)
-
-    def refuse(key: str, reason: str) -> None:
-        raise UserError(f"{config.origin(settings, key)}{key} is {config.value(cfg, key)!r}{reason}.")
-
-    if model.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals" and (
-        not model.LOAD_PROPOSALS or model.META_ARCHITECTURE == "ProposalNetwork"
-    ):
+    trained_here = not model.LOAD_PROPOSALS or model.META_ARCHITECTURE == "ProposalNetwork"
+    if model.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals" and trained_here:
         needs = "MODEL.LOAD_PROPOSALS True and MODEL.META_ARCHITECTURE 'GeneralizedRCNN'"
-        refuse("MODEL.PROPOSAL_GENERATOR.NAME", f", which needs {needs}; set them")
+        raise refusal(cfg, settings, "MODEL.PROPOSAL_GENERATOR.NAME", f", which needs {needs}; set them.")
     for name, needed in (("RES2_OUT_CHANNELS", 64), ("RES5_DILATION", 1), ("NUM_GROUPS", 1)):
         if depth < 50 and model.RESNETS[name] != needed:
-            refuse(f"MODEL.RESNETS.{name}", f", but MODEL.RESNETS.DEPTH {depth} needs {needed}; change one of them")
+            reason = f", but MODEL.RESNETS.DEPTH {depth} needs {needed}; change one of them."
+            raise refusal(cfg, settings, f"MODEL.RESNETS.{name}", reason)
     if any(deform) and (depth < 50 or len(deform) != 4 or (deform[3] and heads == "Res5ROIHeads")):
-        refuse(
-            "MODEL.RESNETS.DEFORM_ON_PER_STAGE",
-            "; it takes four values, for res2 to res5, needs depth 50 or more, and Res5ROIHeads has no deformable res5",
+        reason = (
+            "; it takes four values, for res2 to res5, needs depth 50 or more, and Res5ROIHeads has no deformable res5."
         )
+        raise refusal(cfg, settings, "MODEL.RESNETS.DEFORM_ON_PER_STAGE", reason)
     if heads != "Res5ROIHeads" and not model.ROI_BOX_HEAD.NAME:
-        refuse("MODEL.ROI_BOX_HEAD.NAME", f"; MODEL.ROI_HEADS.NAME {heads!r} needs 'FastRCNNConvFCHead'")
+        reason = f"; MODEL.ROI_HEADS.NAME {heads!r} needs 'FastRCNNConvFCHead'."
+        raise refusal(cfg, settings, "MODEL.ROI_BOX_HEAD.NAME", reason)
 
 
 def _plain(value: Any) -> Any:
