@@ -85,10 +85,9 @@ class Learner(nn.Module):
         self.embeddings: dict[int, Tensor] = {}  # of the last step, for the monitoring
         self.to(memory_format=LAYOUT)
 
-    def parts(self) -> list[list[nn.Parameter]]:
-        """What is stepped at a time: the parameters of each stage, then of each private copy, then of each decoder."""
-        modules = [*(stage.module for stage in self.stages), *self.copies, *self.decoders]
-        return [list(module.parameters()) for module in modules]
+    def parts(self) -> list[nn.Module]:
+        """What is stepped at a time: every stage, then every private copy, then every decoder."""
+        return [*(stage.module for stage in self.stages), *self.copies, *self.decoders]
 
     def loss(self, i: int, features: Tensor) -> Tensor:
         """Unit i's NT-Xent from its last stage's output (2b, C, H, W)."""
@@ -219,24 +218,29 @@ def local_trainer(
         stepping: learns which of `learner.parts()` are needed and final; None where nobody steps.
         compiler: replaces the module of each stage and private copy.
     """
-    decoders = len(learner.stages) + len(learner.copies)
-    taken: list[int] = []  # decoders whose loss is known, so that their gradients are final when next a stage's are
+    parts = learner.parts()  # by the trainers' numbers: stages and copies come first
+    taken: list[
+        nn.Module
+    ] = []  # decoders whose loss is known, so that their gradients are final when next a stage's are
 
     def loss(i: int, features: Tensor) -> Tensor:
         if stepping:
-            stepping.ready(decoders + i)
-            taken.append(decoders + i)
+            stepping.ready(learner.decoders[i])
+            taken.append(learner.decoders[i])
         return learner.loss(i, features)
+
+    def ready(k: int) -> None:
+        if stepping:
+            stepping.ready(parts[k])
 
     def final(k: int) -> None:
         if stepping:
-            stepping.final(k, *taken)
+            stepping.final(parts[k], *taken)
             taken.clear()
 
     made = compiler or (lambda module: module)
     stages = [made(stage.module) for stage in learner.stages]
     losses = [partial(loss, i) for i in range(len(learner.units))]
-    ready = stepping.ready if stepping else None
     if learner.sharing.MODE == "soft":
         copies, penalty = [made(module) for module in learner.copies], learner.sharing.PENALTY
         return SoftTrainer(stages, copies, learner.units, losses, penalty, on_final=final, on_start=ready)
