@@ -10,10 +10,10 @@ train2017 where DETECTRON2_DATASETS has it, else made-up ones; short side 320 on
 (random from a seed, statistics of BatchNorm from a batch, class scores scaled until every image has its
 DETECTIONS_PER_IMAGE), the same anchors, numbers of proposals and samples, classes and thresholds.
 
-Sides: frozen (configs/coco_loco_r50.yaml), finetune (configs/coco_loco_r50_finetune.yaml: every layer and BatchNorm
-trained) and infer (the latter's model) on this package's engine, and on Detectron2 where it is installed; the latter
-two on torchvision.models.detection's MaskRCNN too, built with BatchNorm in backbone and pyramid like the fine-tuned
-model.
+Sides: frozen (configs/coco_loco_r50.yaml), finetune (configs/coco_loco_r50_finetune.yaml: every layer and
+BatchNorm trained) and infer (the latter's model) on this package's engine, in its fast form on a CPU, and on
+Detectron2 where it is installed; the latter two on torchvision.models.detection's MaskRCNN too, built with
+BatchNorm in backbone and pyramid like the fine-tuned model.
 
 `peak` is, on a CPU, how far the resident memory of the side's process rose above what it was after the imports:
 weights, gradients, momentum and activations (Linux's VmHWM); on a GPU the allocator's maximum.
@@ -44,11 +44,11 @@ from loco_det.annotations.coco import load_coco
 from loco_det.annotations.mapper import DetectionMapper, sample_rng
 from loco_det.annotations.registry import find_dataset
 from loco_det.annotations.synthetic import make_shapes_dataset
-from loco_det.backbones.folding import fast_arithmetic
 from loco_det.core.config import changed, load_config
 from loco_det.core.device import keep_freed_memory, resolve_device
 from loco_det.core.errors import UserError
 from loco_det.detection import engine_d2, solver
+from loco_det.detection.cpu_speed import speed_up
 from loco_det.detection.engine_d2 import Detectron2Engine
 from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.keys import get_cfg
@@ -130,7 +130,7 @@ def make_weights(cfgs: dict[str, CfgNode], samples: list[dict[str, Any]], folder
 
 
 def our_side(job: str, cfg: CfgNode, state: dict[str, torch.Tensor], samples: list[dict[str, Any]]) -> Step:
-    model = TorchvisionEngine().build_model(cfg)
+    model = speed_up(TorchvisionEngine().build_model(cfg))
     model.load_state_dict(state)
     if job != "infer" and cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()  # as `loco-det train` does
@@ -312,13 +312,6 @@ MAKE = {"ours": our_side, "detectron2": detectron2_side, "torchvision": torchvis
 def work(name: str, cfg: CfgNode, weights: Path, samples: list[dict[str, Any]], pipe: Connection) -> None:
     """One side in its own process: a step and its seconds for every message, at the end the peak."""
     library, job = name.split(":")
-    with fast_arithmetic(library == "ours"):
-        work_on(library, job, cfg, weights, samples, pipe)
-
-
-def work_on(
-    library: str, job: str, cfg: CfgNode, weights: Path, samples: list[dict[str, Any]], pipe: Connection
-) -> None:
     device = torch.device(cfg.MODEL.DEVICE)
     start_memory(device)
     step = MAKE[library](job, cfg, torch.load(weights, map_location=device), samples)

@@ -3,7 +3,7 @@
     python benchmarks/memory.py --json benchmarks/results/memory_cpu.json           # a minute on one core
 
 A step is forward and backward of two views of each image at 224 px, float32. Counted is the peak of what autograd has
-saved (pretrain/memory.py), each storage once, without what lives on anyway: weights and running statistics. It grows
+saved (saved_bytes.py), each storage once, without what lives on anyway: weights and running statistics. It grows
 with the number of images, so the ratios hardly depend on it; what does not grow (weights, their gradients, the
 optimizer's state) and the buffers of single operations are left out. Units and decoders are the paper's: SimCLR and GIM
 with an MLP of two layers, LoCo with a halving residual block before it. Two countings: everything, and the backbone
@@ -19,11 +19,11 @@ from functools import partial
 
 import torch
 from _common import parser, report
+from saved_bytes import SavedBytes
 from torch import Tensor
 
 from pretrain.defaults import get_cfg
 from pretrain.loco import LocalTrainer
-from pretrain.memory import SavedBytes
 from pretrain.train import LAYOUT, Learner
 
 PAPER = {

@@ -9,16 +9,15 @@ import torch
 
 from loco_det.convert.load import left_out, load_tensors
 from loco_det.core.errors import UserError
-from loco_det.core.files import atomic_write
+from loco_det.core.files import atomic_write, os_errors
 
 KEPT = 2  # the newest, and the one before in case the newest is lost
+EARLIER = "earlier_run_"  # begins the names of an earlier run's, from which nothing resumes
 KEYS = {"learner", "optimizer", "scaler", "step", "images", "config_hash"}
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
-    """Write folder/checkpoint_STEP.pth atomically; drop all but it and the one before, and what a kill left.
-
-    Those of later steps are of an earlier run, which this one has begun anew; --resume would take them for the newest.
+    """Write folder/checkpoint_STEP.pth atomically; drop all but it and the one before, and an earlier run's.
 
     Args:
         state: what `KEYS` names, as tensors, numbers, strings and containers of them.
@@ -27,10 +26,19 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
     with atomic_write(path) as file:
         torch.save(state, file)
     found = sorted(folder.glob("checkpoint_*.pth"))
-    end = found.index(path) + 1
-    for old in [*found[: max(0, end - KEPT)], *found[end:], *folder.glob(".checkpoint_*.tmp")]:
+    for old in [*found[:-KEPT], *folder.glob(f"{EARLIER}checkpoint_*.pth")]:
         old.unlink()
     return path
+
+
+def retire_checkpoints(folder: Path) -> None:
+    """A run begins anew: rename the checkpoints of an earlier one, so that no --resume takes its state for this run's.
+
+    They stay until this run has one of its own.
+    """
+    with os_errors(folder):
+        for path in folder.glob("checkpoint_*.pth"):
+            path.replace(path.with_name(f"{EARLIER}{path.name}"))
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:

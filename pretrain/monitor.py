@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a line of metrics.json, numbers on the progress bar, a warning of collapse."""
+"""Monitoring of pretraining: lines of metrics.json, numbers on the progress bar, a warning of collapse."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loco_det.backbones.resnet import StagedBackbone
 from loco_det.core.distributed import reduce_mean
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
-from loco_det.core.metrics import append_metrics
+from loco_det.core.metrics import RunMetrics
 from loco_det.images.source import Source
 from pretrain.loss import embedding_health
 
@@ -25,7 +25,7 @@ HEALTH_IMAGES = 128  # pairs that alignment and uniformity are computed from; th
 
 
 class Stopwatch:
-    """The share of the time that is spent waiting for batches."""
+    """Measures the time spent waiting for batches."""
 
     def __init__(self) -> None:
         self.waited = 0.0
@@ -42,7 +42,7 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside counts neither as training nor as waiting."""
+        """Time inside the block counts neither as training nor as waiting."""
         begun = time.perf_counter()
         yield
         self.since += time.perf_counter() - begun
@@ -56,7 +56,7 @@ class Stopwatch:
 
 
 class UnreadLosses:
-    """Losses that stay on the device until they are asked for, since the host would wait there for each of them.
+    """Losses that stay on the device until they are read, since every read makes the host wait for the device.
 
     Args:
         labels: the units'.
@@ -74,10 +74,10 @@ class UnreadLosses:
         self.losses += losses
 
     def read(self) -> None:
-        """Look at all that were added since the last time.
+        """Check all losses added since the last read.
 
         Raises:
-            UserError: one is not finite; names its unit, the step where that was so first, and the images.
+            UserError: one is not finite; names its unit, the first such step, and the images.
         """
         values = torch.stack(self.losses).view(len(self.steps), -1).tolist() if self.steps else []
         for (step, indices), losses in zip(self.steps, values):
@@ -102,28 +102,29 @@ class Monitor:
         labels: list[str],
         embeddings: dict[int, Tensor],
         stopwatch: Stopwatch,
+        metrics: RunMetrics,
     ) -> None:
         self.cfg, self.backbone, self.labels, self.embeddings = cfg, backbone, labels, embeddings
-        self.stopwatch = stopwatch
+        self.stopwatch, self.metrics = stopwatch, metrics
         self.norms: dict[nn.Parameter, Tensor] = {}
         self.steps = 0
         self.shown: dict[str, float] = {}  # what the progress bar shows between two lines
         self.warned = False
 
     def due(self, step: int) -> bool:
-        """Whether this step gets a line."""
+        """Whether this step writes a line."""
         return step == 0 or (step + 1) % self.cfg.LOG_PERIOD == 0
 
     @torch.no_grad()
     def see_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Remember the norms of these gradients, whose memory will be used for others by the end of the step."""
+        """Keep the norms of these gradients, whose memory is reused before the step ends."""
         self.norms.update({p: p.grad.norm() for p in parameters if p.grad is not None})
 
     def __call__(self, step: int, losses: list[Tensor], lr: float, found: dict[str, float]) -> dict[str, float]:
-        """Count the step, and write a line if it is due or if there is something else that was `found`.
+        """Count the step; write a line if one is due, or if there are results of a probe (`found`) to add.
 
         Returns:
-            The losses and images a second of the last line; between two lines nothing is read from the device.
+            The losses and images a second of the last line; between lines nothing is read from the device.
         """
         self.steps += 1
         if not self.due(step) and not found:
@@ -138,7 +139,7 @@ class Monitor:
         rate = self.steps * self.cfg.SOLVER.BATCH_SIZE / seconds
         self.steps = 0
         extra = {"lr": lr, "images_per_second": rate, "data_wait_share": waiting / seconds}
-        append_metrics(self.cfg.OUTPUT_DIR, {"iteration": step, **means, **extra, **found})
+        self.metrics.write({"iteration": step, **means, **extra, **found})
         self._warn_of_collapse(means, step)
         self.shown = {**{k: v for k, v in means.items() if k.startswith("loss/")}, "img/s": rate}
         return self.shown

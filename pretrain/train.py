@@ -24,14 +24,15 @@ from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 from loco_det.core.launch import CommonStop, StopSignal
 from loco_det.core.log import Progress, log
-from loco_det.core.metrics import trim_metrics
+from loco_det.core.metrics import RunMetrics
+from loco_det.core.run_folder import differences, run_folder, told
 from loco_det.images.folders import open_source
 from loco_det.images.source import Source
 from loco_det.images.two_views import TwoViewLoader, TwoViews, build_two_view_loader
 from loco_det.images.views import normalise
 from pretrain.average import GradientAverage
 from pretrain.check import check
-from pretrain.checkpoint import latest_checkpoint, save_checkpoint
+from pretrain.checkpoint import latest_checkpoint, retire_checkpoints, save_checkpoint
 from pretrain.compiling import stage_compiler
 from pretrain.decoders import build_decoder
 from pretrain.loco import LocalTrainer, method_units, split_backbone
@@ -57,7 +58,7 @@ FREE_KEYS = (
     "SOLVER.RECOMPUTE",
     "SOLVER.COMPILE",
     "SOLVER.STEP_EARLY",
-    "KNN",
+    "KNN.",
 )
 
 
@@ -113,7 +114,11 @@ def unit_names(cfg: CfgNode, backbone: StagedBackbone) -> list[list[str]]:
 
 
 def pretrain(
-    cfg: CfgNode, resume: bool = False, source: Source | None = None, settings: Settings | None = None
+    cfg: CfgNode,
+    resume: bool = False,
+    source: Source | None = None,
+    wandb: str | None = None,
+    settings: Settings | None = None,
 ) -> Path:
     """Train a backbone as `cfg` says (keys: pretrain/defaults.py) and write it.
 
@@ -121,6 +126,7 @@ def pretrain(
         cfg: the frozen configuration.
         resume: continue from the newest checkpoint in OUTPUT_DIR, if there is one.
         source: the images, where they are not those of DATA.PATH: images/indexed.py makes one of any data set.
+        wandb: W&B project that also gets the numbers of metrics.json.
         settings: what the user set (`loco_det.core.config.load_config`), for error messages to say where.
 
     Returns:
@@ -136,21 +142,28 @@ def pretrain(
     torch.manual_seed(cfg.SEED)  # the same weights on every process
     is_random = cfg.METHOD == "random" and not cfg.UNITS
     network = build_backbone(cfg) if is_random else Learner(cfg)  # refuses UNITS that do not fit, before files are read
-    source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT) if source is None else source
-    loader = build_two_view_loader(cfg, source)
-    seed_everything(cfg.SEED)
-    if is_random:
-        _write_config(cfg)
-        backbone = network.to(device, memory_format=LAYOUT)
-        measure_statistics(backbone, loader)
-        return write_backbone(cfg, backbone, [], source, step=0)
-    learner = network.to(device)
-    step = _train(cfg, learner, loader, source, device, resume)
-    return write_backbone(cfg, learner.backbone, unit_names(cfg, learner.backbone), source, step)
+    with run_folder(cfg.OUTPUT_DIR), RunMetrics(cfg, wandb, resume) as metrics:
+        source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT) if source is None else source
+        loader = build_two_view_loader(cfg, source)
+        seed_everything(cfg.SEED)
+        if is_random:
+            _begin(cfg, start=0)
+            backbone = network.to(device, memory_format=LAYOUT)
+            measure_statistics(backbone, loader)
+            return write_backbone(cfg, backbone, [], source, step=0)
+        learner = network.to(device)
+        step = _train(cfg, learner, loader, source, device, resume, metrics)
+        return write_backbone(cfg, learner.backbone, unit_names(cfg, learner.backbone), source, step)
 
 
 def _train(
-    cfg: CfgNode, learner: Learner, loader: TwoViewLoader, source: Source, device: torch.device, resume: bool
+    cfg: CfgNode,
+    learner: Learner,
+    loader: TwoViewLoader,
+    source: Source,
+    device: torch.device,
+    resume: bool,
+    metrics: RunMetrics,
 ) -> int:
     """All steps; returns how many there were."""
     compiler = stage_compiler(device) if cfg.SOLVER.COMPILE else None
@@ -159,9 +172,9 @@ def _train(
     total = cfg.SOLVER.MAX_STEPS or cfg.SOLVER.EPOCHS * loader.steps_per_epoch
     schedule = learning_rate(cfg, total, loader.steps_per_epoch)
     state = {"learner": learner, "optimizer": optimizer, "scaler": scaler}
-    start = _restore(cfg, state, len(source)) if resume else 0
-    _write_config(cfg)  # only now, for a run that may not be resumed keeps the configuration that it was made with
-    trim_metrics(cfg.OUTPUT_DIR, start)
+    start = _restore(cfg, state, source) if resume else 0
+    _begin(cfg, start)
+    metrics.trim(start)
     average = GradientAverage(learner.parameters())
     stepping = Stepping(optimizer, learner.parts(), average, scaler, cfg.SOLVER.STEP_EARLY)
     if cfg.SOLVER.STEP_EARLY and not stepping.early:
@@ -172,7 +185,7 @@ def _train(
     )
     probe = KnnProbe(cfg, source, device, LAYOUT, _autocast(cfg, device))
     waited = Stopwatch()
-    monitor = Monitor(cfg, learner.backbone, learner.unit_labels, learner.embeddings, waited)
+    monitor = Monitor(cfg, learner.backbone, learner.unit_labels, learner.embeddings, waited, metrics)
     unread = UnreadLosses(learner.unit_labels, source)
     batches = waited.through(loader.batches(start))
     with StopSignal() as stop, Progress(total, "pretrain", start, unit="it") as progress:
@@ -199,7 +212,7 @@ def _train(
             if done % cfg.CHECKPOINT_PERIOD == 0 or done == total or stopped:
                 unread.read()
                 stepping.finish()
-                _save(cfg, state, done, len(source))
+                _save(cfg, state, done, source)
             if stopped:
                 by = stop.received or "a signal"
                 raise UserError(f"stopped by {by} after step {done}; --resume continues from there")
@@ -280,39 +293,51 @@ def measure_statistics(backbone: StagedBackbone, loader: TwoViewLoader) -> None:
 
 def config_hash(cfg: CfgNode) -> str:
     """sha256 of the configuration without the keys that do not change what is computed."""
-    return hashlib.sha256(config.without(cfg, FREE_KEYS).dump().encode()).hexdigest()
+    keys = [key.removesuffix(".") for key in FREE_KEYS]
+    return hashlib.sha256(config.without(cfg, keys).dump().encode()).hexdigest()
 
 
-def _write_config(cfg: CfgNode) -> None:
+def _begin(cfg: CfgNode, start: int) -> None:
+    """Only now that a refused --resume can no longer lose the configuration that the folder's run was made with."""
     if is_main():
+        if start == 0:
+            retire_checkpoints(Path(cfg.OUTPUT_DIR))
         with atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", "w") as file:
             file.write(cfg.dump())
 
 
-def _save(cfg: CfgNode, state: dict[str, object], step: int, images: int) -> None:
+def _save(cfg: CfgNode, state: dict[str, object], step: int, source: Source) -> None:
     barrier()  # until every process has found its losses finite
     if is_main():
         values = {name: part.state_dict() for name, part in state.items()}
-        facts = {"step": step, "images": images, "config_hash": config_hash(cfg)}
+        facts = {"step": step, "images": len(source), "names": source.identity()}
+        facts |= {"config": cfg.dump(), "config_hash": config_hash(cfg)}
         save_checkpoint(Path(cfg.OUTPUT_DIR), {**values, **facts})
     barrier()
 
 
-def _restore(cfg: CfgNode, state: dict[str, object], images: int) -> int:
+def _restore(cfg: CfgNode, state: dict[str, object], source: Source) -> int:
     found = latest_checkpoint(Path(cfg.OUTPUT_DIR))
     if found is None:
         log.info("%s has no checkpoint; starting from the beginning", cfg.OUTPUT_DIR)
         return 0
     path, values = found
     if values["config_hash"] != config_hash(cfg):
+        before = yaml.safe_load(values.get("config", "")) or {}
+        found = told(differences(before, yaml.safe_load(cfg.dump()), FREE_KEYS)) if before else "its hash differs"
         raise UserError(
-            f"{path} was made with another configuration; resume with the {path.parent / 'config.yaml'} that it was "
-            "made with, or choose another OUTPUT_DIR"
+            f"{path} was made with another configuration ({found}); resume with the {path.parent / 'config.yaml'} that "
+            "it was made with, or choose another OUTPUT_DIR"
         )
-    if values["images"] != images:  # epochs would be cut elsewhere, and no step would be what it was to be
+    if values["images"] != len(source):  # epochs would be cut elsewhere, and no step would be what it was to be
         raise UserError(
-            f"{path} was made with {values['images']} images and DATA.PATH {cfg.DATA.PATH} has {images}; resume with "
-            "the images that it was made with, or choose another OUTPUT_DIR"
+            f"{path} was made with {values['images']} images and DATA.PATH {cfg.DATA.PATH} has {len(source)}; resume "
+            "with the images that it was made with, or choose another OUTPUT_DIR"
+        )
+    if values.get("names", source.identity()) != source.identity():
+        raise UserError(
+            f"{path} was made with images of other names than those of DATA.PATH {cfg.DATA.PATH}; resume with the "
+            "images that it was made with, or choose another OUTPUT_DIR"
         )
     for name, part in state.items():
         part.load_state_dict(values[name])

@@ -144,7 +144,7 @@ def test_the_locks_of_posix_are_taken_for_granted() -> None:
     top = {
         m for m in FILES if any(ast.unparse(node) == "import fcntl" for node in ast.parse(FILES[m].read_text()).body)
     }
-    assert knows == top == {"loco_det.core.files", "loco_det.commands.sweep"}
+    assert knows == top == {"loco_det.core.files", "loco_det.core.run_folder", "loco_det.commands.sweep"}
     assert "Operating System :: POSIX" in PROJECT["project"]["classifiers"]
 
 
@@ -301,15 +301,17 @@ def test_a_config_opens_with_what_it_is_and_how_it_is_run(path: str) -> None:
         assert (ROOT / other).is_file(), f"{path} names {other}, which is not there"
 
 
-def test_the_wheel_gets_every_package_and_config() -> None:
+def test_the_wheel_gets_every_package_and_data_file() -> None:
     setuptools = PROJECT["tool"]["setuptools"]
     folders = {p: Path(setuptools["package-dir"].get(p, p.replace(".", "/"))) for p in setuptools["packages"]}
     on_disk = {f.parent.relative_to(ROOT) for f in FILES.values()}
     on_disk |= {Path(path).parent for path in CONFIGS}
     assert set(folders.values()) == on_disk
-    with_data = {folders[p] for p, patterns in setuptools["package-data"].items() if "*.yaml" in patterns}
-    yamls = {f.parent.relative_to(ROOT) for top in ("loco_det", "configs") for f in (ROOT / top).rglob("*.yaml")}
-    assert with_data == yamls
+    files = [f for top in ("loco_det", "configs") for f in (ROOT / top).rglob("*") if f.suffix in (".yaml", ".j2")]
+    taken = [
+        f for p, patterns in setuptools["package-data"].items() for x in patterns for f in (ROOT / folders[p]).glob(x)
+    ]
+    assert sorted(taken) == sorted(files)
     assert PROJECT["project"]["scripts"] == {"loco-det": "loco_det.cli:main"}
 
 

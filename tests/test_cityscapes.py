@@ -27,8 +27,8 @@ from loco_det.annotations.cityscapes import (
     instances_from_polygons,
 )
 from loco_det.annotations.coco import decode_segmentation, load_coco
-from loco_det.annotations.instances import rle_lengths
 from loco_det.annotations.registry import find_dataset
+from loco_det.annotations.segmentation import rle_lengths
 from loco_det.core.errors import UserError
 from loco_det.evaluation.cityscapes import (
     cityscapes_outcomes,

@@ -13,8 +13,8 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from loco_det.annotations.coco import CocoDataset, decode_segmentation, load_coco
-from loco_det.annotations.instances import rle_lengths
 from loco_det.annotations.registry import COCO_NAMES, Dataset, find_dataset, measure_of
+from loco_det.annotations.segmentation import rle_lengths
 from loco_det.core.errors import UserError
 
 SQUARE = [[10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]]
@@ -302,7 +302,7 @@ def test_a_benchmarks_own_measure_is_that_of_its_parts():
         assert measure_of(f"cityscapes_fine_instance_seg_val{part}", masks=True) == "cityscapes"
         assert measure_of(f"cityscapes_fine_instance_seg_val{part}", masks=False) == "coco"
         assert measure_of(f"coco_2017_val{part}", masks=True) == "coco"
-        assert measure_of(f"cityscapes_fine_sem_seg_val{part}", masks=True) == "semantic"
+        assert measure_of(f"cityscapes_fine_sem_seg_val{part}", masks=True) == "pixels"
 
 
 def assert_equal_to_detectron2(dataset: CocoDataset, name: str) -> None:

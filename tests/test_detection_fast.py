@@ -1,9 +1,9 @@
-"""Fast arithmetic gives the numbers of the exact one up to rounding, and leaves parameters and checkpoints alone."""
+"""The fast form of a network gives the numbers of its exact form up to rounding, and leaves its parameters alone."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
+from typing import Any
 
 import detection_cases as cases
 import pytest
@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torchvision.ops import roi_align
 
-from loco_det.backbones.folding import convolve, fast_arithmetic, is_fast
+from loco_det.backbones.folding import convolve
 from loco_det.backbones.resnet import BLOCKS, Conv2d, ResNet, freeze
 from loco_det.detection import solver
+from loco_det.detection.cpu_speed import is_fast, predict_cells, speed_up
 from loco_det.detection.keys import get_cfg
 from loco_det.detection.masks import MaskHead
 from loco_det.detection.poolers import RoiPooler
@@ -63,8 +64,7 @@ def test_training_is_the_same_mathematics(model: nn.Module) -> None:
     model.double()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     exact, exact_gradients = losses_and_gradients(model)
-    with fast_arithmetic():
-        fast, fast_gradients = losses_and_gradients(model)
+    fast, fast_gradients = losses_and_gradients(speed_up(model))
     assert fast == pytest.approx(exact, rel=1e-8)
     assert fast_gradients.keys() == exact_gradients.keys()
     for name, gradient in exact_gradients.items():
@@ -79,10 +79,9 @@ def test_in_float32_it_differs_by_rounding(model: nn.Module, monkeypatch: pytest
     exact, _ = losses_and_gradients(model)
     with torch.inference_mode():
         expected = copy.deepcopy(model).eval()(cases.our_batch(train=False))
-    with fast_arithmetic():
-        fast, _ = losses_and_gradients(model)
-        with torch.inference_mode():
-            found = copy.deepcopy(model).eval()(cases.our_batch(train=False))
+    fast, _ = losses_and_gradients(speed_up(model))
+    with torch.inference_mode():
+        found = model.eval()(cases.our_batch(train=False))
     assert fast == pytest.approx(exact, rel=1e-5)
     for ours, theirs in zip(found, expected):
         assert len(ours) == len(theirs) > 0
@@ -93,20 +92,19 @@ def test_in_float32_it_differs_by_rounding(model: nn.Module, monkeypatch: pytest
 
 
 def test_mixed_precision_trains_everything_and_rounds_no_further(model: nn.Module) -> None:
-    """Losses in bfloat16 lie no further from float32's than those of exact arithmetic, and every trained tensor learns.
+    """Losses in bfloat16 lie no further from float32's than those of the exact form, and every trained tensor learns.
 
     5 % is bfloat16's own way from float32 here; it is further where other proposals survive suppression.
     """
 
     def losses(fast: bool, mixed: bool) -> dict[str, float]:
-        trained = copy.deepcopy(model).train()
+        trained = speed_up(copy.deepcopy(model), fast).train()
         cfg = get_cfg()
         cfg.SOLVER.AMP.ENABLED = mixed
         torch.manual_seed(5)
-        with fast_arithmetic(fast):
-            with solver.autocast(cfg, torch.device("cpu")):
-                found = trained(cases.our_batch(train=True))
-            sum(found.values()).backward()
+        with solver.autocast(cfg, torch.device("cpu"), trained):
+            found = trained(cases.our_batch(train=True))
+        sum(found.values()).backward()
         assert not [name for name, p in trained.named_parameters() if p.requires_grad and p.grad is None]
         return {name: loss.item() for name, loss in found.items()}
 
@@ -115,14 +113,34 @@ def test_mixed_precision_trains_everything_and_rounds_no_further(model: nn.Modul
         assert abs(fast[name] - value) <= max(2 * abs(exact[name] - value), 0.05 * value), name
 
 
-def test_it_is_off_unless_asked_for_and_ends_with_its_block() -> None:
-    assert not is_fast()
-    with contextlib.suppress(ZeroDivisionError), fast_arithmetic():
-        assert is_fast()
-        with fast_arithmetic(False):
-            assert not is_fast()
-        1 / 0  # noqa: B018
-    assert not is_fast()
+def choices(model: nn.Module) -> set[tuple[str, bool]]:
+    """(kind, choice) of every part of a network that has two forms."""
+    return {(type(part).__name__, part.fast) for part in model.modules() if hasattr(part, "fast")}
+
+
+@pytest.mark.parametrize("design", [cases.FPN, cases.C4], ids=["FPN", "C4"])
+def test_a_network_is_exact_until_it_is_sped_up_as_a_whole(design: dict[str, Any]) -> None:
+    kinds = {"GeneralizedRCNN", "Trunk", "Conv2d", "Conv", "RPN", "RoiPooler", "MaskHead"}
+    kinds |= {"StandardROIHeads"} if design is cases.FPN else set()
+    exact, fast = ({(kind, choice) for kind in kinds} for choice in (False, True))
+    model, other = (build_model(cases.configure(get_cfg(), design)) for _ in range(2))
+    assert choices(model) == exact
+    assert not is_fast(model)
+    assert speed_up(model) is model
+    assert choices(model) == fast
+    assert is_fast(model)
+    assert choices(other) == exact
+    assert choices(speed_up(model, False)) == exact
+
+
+def test_only_a_network_on_a_cpu_has_a_fast_form() -> None:
+    model = speed_up(build_model(cases.configure(get_cfg(), cases.FPN)).to("meta"))
+    assert {choice for _, choice in choices(model)} == {False}
+
+
+def test_a_network_without_fast_parts_is_never_fast() -> None:
+    """Detectron2's models have none, whatever the command line says."""
+    assert not is_fast(speed_up(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))))
 
 
 # --- convolutions -----------------------------------------------------------------------------------------------
@@ -154,8 +172,8 @@ def test_a_folded_convolution_equals_float64(relu: bool, added: bool) -> None:
     kept = None if add is None else add.clone()
     double = copy.deepcopy(conv).double()
     expected = convolve(double, x.double(), relu=relu, add=None if add is None else add.double())
-    with fast_arithmetic():
-        found = convolve(conv, x, relu=relu, add=add)
+    conv.fast = True
+    found = convolve(conv, x, relu=relu, add=add)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     assert add is None or torch.equal(add, kept)
 
@@ -170,28 +188,27 @@ def test_folded_weights_follow_the_parameters() -> None:
         lambda: conv.load_state_dict(conv_with("BN", frozen=True).state_dict()),
         lambda: setattr(conv, "weight", nn.Parameter(torch.ones_like(conv.weight), requires_grad=False)),
     ]
-    with fast_arithmetic():
-        convolve(conv, x)
-        for change in changes:
-            with torch.no_grad():
-                change()
-            with fast_arithmetic(False):
-                expected = convolve(conv, x)
-            torch.testing.assert_close(convolve(conv, x), expected, rtol=1e-5, atol=1e-5)
+    conv.fast = True
+    convolve(conv, x)
+    for change in changes:
+        with torch.no_grad():
+            change()
+        expected = convolve(speed_up(copy.deepcopy(conv), False), x)
+        torch.testing.assert_close(convolve(conv, x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("kernel")
 def test_no_regions_give_no_features() -> None:
-    with fast_arithmetic():
-        assert convolve(conv_with("BN", frozen=True), torch.zeros(0, 8, 9, 7)).shape == (0, 6, 5, 4)
+    conv = speed_up(conv_with("BN", frozen=True))
+    assert convolve(conv, torch.zeros(0, 8, 9, 7)).shape == (0, 6, 5, 4)
 
 
 def test_weights_under_a_frozen_norm_learn_the_same() -> None:
     conv, x = conv_with("FrozenBN", frozen=False), torch.randn(2, 8, 9, 7, requires_grad=True)
     wanted = [conv.weight, x]
     expected = torch.autograd.grad(convolve(conv, x).square().sum(), wanted)
-    with fast_arithmetic():
-        found = torch.autograd.grad(convolve(conv, x).square().sum(), wanted)
+    conv.fast = True
+    found = torch.autograd.grad(convolve(conv, x).square().sum(), wanted)
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -199,9 +216,8 @@ def test_weights_under_a_frozen_norm_learn_the_same() -> None:
 def test_batchnorm_in_training_is_left_alone() -> None:
     conv, x = conv_with("BN", frozen=False).train(), torch.randn(4, 8, 9, 7)
     other = copy.deepcopy(conv)
-    with fast_arithmetic():
-        found = convolve(conv, x)
-    assert torch.equal(found, convolve(other, x))
+    conv.fast = True
+    assert torch.equal(convolve(conv, x), convolve(other, x))
     assert torch.equal(conv.norm.running_mean, other.norm.running_mean)
 
 
@@ -211,8 +227,8 @@ def test_a_frozen_network_in_bfloat16_stays_near(depth: int) -> None:
     torch.manual_seed(0)
     network, x = freeze(ResNet(depth, last_stage="res3")), torch.randn(1, 3, 64, 64)
     expected = network(x)["res3"]
-    with fast_arithmetic(), torch.autocast("cpu", torch.bfloat16):
-        found = network(x)["res3"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = speed_up(network)(x)["res3"]
     assert found.dtype == torch.bfloat16
     assert (found - expected).abs().mean() < 0.02 * expected.abs().mean()
 
@@ -242,8 +258,7 @@ def test_pooling_equals_torchvisions(kind: str, ratio: int, strides: list[int]) 
     expected = pooler(features, boxes)
     towards = torch.randn_like(expected)
     expected_gradients = torch.autograd.grad(expected, features, towards)
-    with fast_arithmetic():
-        found = pooler(features, boxes)
+    found = speed_up(pooler)(features, boxes)
     gradients = torch.autograd.grad(found, features, towards)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for a, b in zip(gradients, expected_gradients):
@@ -256,15 +271,13 @@ def test_pooling_in_float64_terms() -> None:
     feature, boxes = torch.randn(1, 2, 12, 16), torch.tensor(BOXES)
     regions = torch.cat([torch.zeros(len(boxes), 1), boxes], dim=1)
     exact = roi_align(feature.double(), regions.double(), (7, 7), 1 / 8, 0, True)
-    with fast_arithmetic():
-        found = RoiPooler(7, [8], 0, "ROIAlignV2")([feature], [boxes])
+    found = speed_up(RoiPooler(7, [8], 0, "ROIAlignV2"))([feature], [boxes])
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_no_boxes_give_no_regions_and_no_gradient() -> None:
     feature = torch.randn(1, 4, 8, 8, requires_grad=True)
-    with fast_arithmetic():
-        pooled = RoiPooler(7, [8], 0, "ROIAlignV2")([feature], [torch.zeros(0, 4)])
+    pooled = speed_up(RoiPooler(7, [8], 0, "ROIAlignV2"))([feature], [torch.zeros(0, 4)])
     assert pooled.shape == (0, 4, 7, 7)
     assert not torch.autograd.grad(pooled.sum(), feature)[0].any()
 
@@ -277,7 +290,7 @@ def test_the_rpn_at_some_anchors_equals_all_of_them() -> None:
     image = torch.tensor([0, 0, 1, 1, 1, 0])
     anchor = torch.tensor([0, 143, 104, 105, 17, 140])  # corners, each level
     expected = logits[image, anchor], deltas[image, anchor]
-    found = head.at(features, image, anchor)
+    found = predict_cells(head.conv, head.objectness_logits, head.anchor_deltas, features, image, anchor)
     wanted = [*features, *head.parameters()]
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -295,7 +308,6 @@ def test_masks_of_any_number_of_regions(regions: int) -> None:
     head = MaskHead(cases.configure(get_cfg(), cases.FPN), 8).eval()
     features, classes = torch.randn(regions, 8, 14, 14), torch.arange(regions)
     exact = head(features, classes)
-    with fast_arithmetic(True):
-        fast = head(features, classes)
+    fast = speed_up(head)(features, classes)
     assert fast.shape == (regions, 28, 28)
     torch.testing.assert_close(fast, exact, rtol=1e-4, atol=1e-6)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fvcore.common.config import CfgNode
 
 from loco_det.annotations.loader import build_train_loader
 from loco_det.annotations.synthetic import CLASSES, make_shapes_dataset
@@ -29,7 +30,7 @@ from loco_det.core.errors import UserError
 from loco_det.core.files import write_json
 from loco_det.core.launch import StopSignal, launch, leave_stopping_to_parent
 from loco_det.core.log import log, setup_logging
-from loco_det.core.metrics import append_metrics
+from loco_det.core.metrics import RunMetrics
 from loco_det.detection.keys import get_cfg as detection_keys
 from loco_det.images.folders import open_source
 from loco_det.images.two_views import build_two_view_loader
@@ -117,7 +118,8 @@ def _report(folder: str) -> None:
     setup_logging()
     log.info("from %d", rank())
     mean = reduce_mean({"a": torch.tensor(float(rank())), "b": torch.tensor(4)})
-    append_metrics(folder, {"rank": rank()})
+    with RunMetrics(CfgNode({"OUTPUT_DIR": folder})) as metrics:
+        metrics.write({"rank": rank()})
     seed_everything(0)
     found = {
         "world": world_size(),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import memory
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,6 @@ from torch import Tensor, nn
 from loco_det.backbones.resnet import Conv2d
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import memory  # noqa: E402
-
 NARROW = {"STEM": "cifar", "WIDTH": 8}
 
 

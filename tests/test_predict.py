@@ -20,6 +20,8 @@ from torch import nn
 from loco_det.cli import main
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
+from loco_det.detection.cpu_speed import is_fast, speed_up
+from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.keys import get_cfg
 from loco_det.detection.onnx import OneImage, check_exportable, export_onnx
 from loco_det.detection.rcnn import build_model
@@ -233,6 +235,16 @@ def test_onnx_finds_the_same_objects(settings: tuple[dict[str, Any], ...], tmp_p
     assert np.array_equal(found[2], expected.classes.numpy())
 
 
+def test_a_fast_model_is_exported_in_its_exact_form_and_stays_fast(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    model, image = detector(cases.FPN), cases.images()[0]
+    export_onnx(model, image, tmp_path / "exact.onnx")
+    export_onnx(speed_up(model), image, tmp_path / "fast.onnx")
+    assert (tmp_path / "fast.onnx").read_bytes() == (tmp_path / "exact.onnx").read_bytes()
+    assert is_fast(model)
+
+
 @torch.inference_mode()
 def test_the_exported_form_is_the_model() -> None:
     for settings in EXPORTED.values():
@@ -283,3 +295,14 @@ def test_predict_exports_too(place: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     assert predict(place, tmp_path, place / "tiny/val/1.png", "--export-onnx", path) == 0
     assert path.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_predict_is_fast_on_a_cpu_unless_asked_to_be_exact(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    seen, run = [], TorchvisionEngine.predict
+    monkeypatch.setattr(TorchvisionEngine, "predict", lambda *given: (seen.append(is_fast(given[1])), run(*given))[1])
+    flags = ["--engine", "torchvision", *(["--exact"] if exact else [])]
+    assert predict(place, tmp_path, place / "tiny/val/1.png", *flags) == 0
+    assert seen == [not exact]

@@ -425,19 +425,22 @@ def test_each_experiment_has_curves_of_its_own(data, runs):
 
 # --- the page ---------------------------------------------------------------------------------------------------
 
+ODD = """<script>"&amp;'</script>" onload"""  # a name; no "=", which would end it
+
 
 class Page(HTMLParser):
-    """Collects text, attributes and whether every element is closed."""
+    """Collects text, ids, links, names of elements and attributes, and whether every element is closed."""
 
     VOID = ("meta", "img", "br", "path", "use", "rect")
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.open, self.text, self.ids, self.links = [], [], [], []
+        self.open, self.text, self.ids, self.links, self.markup = [], [], [], [], set()
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
+        self.markup |= {tag, *attrs}
         self.ids += [attrs["id"]] if "id" in attrs else []
         self.links += [v for k, v in attrs.items() if k in ("src", "href", "xlink:href") and v]
         if tag not in self.VOID:
@@ -459,8 +462,9 @@ def page(runs, tmp_path, data) -> Path:
     }
     (runs / "probe.json").write_text(json.dumps(probe))
     out = tmp_path / "out"
-    command = ["report", str(runs), f"<b>odd&name</b>={make_run(tmp_path / 'odd', data, detections(data, 5), SEED=0)}"]
-    assert main([*command, "--out", str(out), "--bootstrap", "20", "--images", "2", "--quiet"]) == 0
+    odd = make_run(tmp_path / "<img onerror=x>", data, detections(data, 5), SEED=0)
+    command = ["report", str(runs), f"{ODD}={odd}", "--title", "<b onload>&amp;</b>", "--out", str(out)]
+    assert main([*command, "--bootstrap", "20", "--images", "2", "--quiet"]) == 0
     return out / "index.html"
 
 
@@ -475,7 +479,6 @@ def test_the_page_stands_alone_and_says_everything(page):
         "http://www.w3.org/1999/xlink",
     }
     shown = " ".join(found.text)
-    assert "<b>odd&name</b>" in shown  # as text, not as markup
     report = json.loads((page.parent / "report.json").read_text())
     number = report["experiments"][0]["backbones"][0]["numbers"]["bbox/AP"]
     assert f"{number['mean']:.1f} ± {number['std']:.1f}" in shown
@@ -490,6 +493,14 @@ def test_the_page_stands_alone_and_says_everything(page):
     ):
         assert words in shown
     assert sum(link.startswith("data:image/jpeg") for link in found.links) == 2 * (1 + 3)
+
+
+def test_names_are_text_and_never_markup(page):
+    found = Page(page.read_text())
+    assert not found.markup & {"script", "onerror", "onload"}
+    shown = " ".join(found.text)
+    for words in ("<b onload>&amp;</b>", f"box AP, {ODD}", f".png, {ODD}", "<img onerror=x>"):
+        assert words in shown
 
 
 def test_missing_parts_are_shown_as_missing(data, tmp_path):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from loco_det.backbones.folding import fast_arithmetic
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.detection import solver
@@ -139,8 +138,8 @@ def test_each_parameter_gets_the_hyperparameters_of_its_kind():
 def test_sgd_does_what_its_equation_says(fast: bool):
     cfg = config("SOLVER.BASE_LR", "0.1", "SOLVER.WEIGHT_DECAY", "0.01")
     net = nn.Linear(3, 1, bias=False).double()
-    with fast_arithmetic(fast):
-        optimizer = solver.build_optimizer(cfg, net)
+    net.fast = fast
+    optimizer = solver.build_optimizer(cfg, net)
     assert optimizer.param_groups[0]["fused"] == fast
     w, velocity = net.weight.detach().clone(), torch.zeros_like(net.weight)
     for step in range(4):
@@ -205,9 +204,9 @@ def test_mixed_precision_on_the_cpu_is_bfloat16_without_loss_scaling():
     cpu = torch.device("cpu")
     on, off = config("SOLVER.AMP.ENABLED", "True"), config()
     x, layer = torch.ones(2, 3), nn.Linear(3, 2)
-    with solver.autocast(on, cpu):
+    with solver.autocast(on, cpu, layer):
         assert layer(x).dtype == torch.bfloat16
-    with solver.autocast(off, cpu):
+    with solver.autocast(off, cpu, layer):
         assert layer(x).dtype == torch.float32
     assert not solver.grad_scaler(on, cpu).is_enabled()
 
@@ -248,8 +247,8 @@ def test_the_schedule_is_detectron2s(name):
 @pytest.mark.parametrize("fast", [False, True])
 def test_a_step_is_seen_by_whoever_keeps_copies_of_weights(fast: bool) -> None:
     net = Net()
-    with fast_arithmetic(fast):
-        optimizer = solver.build_optimizer(config(), net)
+    net.fast = fast
+    optimizer = solver.build_optimizer(config(), net)
     net.fc(net.group(net.norm(net.conv(torch.randn(2, 3, 4, 4)))).mean((2, 3))).square().sum().backward()
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     before = [parameter._version for parameter in trained]

@@ -71,7 +71,7 @@ def test_a_run_of_one_engine_is_resumed_by_the_other(runs, writer, reader):
 
 
 def test_detectron2_is_never_fast(tmp_path):
-    """`train` asks for fast arithmetic by default, and the optimiser is this package's in both engines."""
+    """`train` asks for fast forms by default, and the optimiser is this package's in both engines."""
     states = []
     for fast in (False, True):
         folder = tmp_path / str(fast)

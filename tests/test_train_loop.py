@@ -314,7 +314,7 @@ def test_with_detectron2_as_reader_a_training_sets_oddities_are_told_before_its_
 
 def test_two_processes_share_the_work(tmp_path):
     cfg = tiny_cfg(tmp_path, SOLVER__MAX_ITER=2, SOLVER__STEPS=(), SOLVER__CHECKPOINT_PERIOD=1)
-    launch(command._worker, 2, cfg, None, EXACT)
+    launch(command._worker, 2, cfg, EXACT)
     lines = metrics(tmp_path)
     assert [line["iteration"] for line in lines] == [1, 2]  # one writer, and LOG_PERIOD is 20 over there
     assert "bbox/AP" in lines[-1]
@@ -329,7 +329,7 @@ def test_two_processes_share_the_work(tmp_path):
 def test_an_error_in_two_processes_is_one_sentence(tmp_path):
     cfg = tiny_cfg(tmp_path, SOLVER__IMS_PER_BATCH=3)
     with pytest.raises(UserError, match=r"SOLVER.IMS_PER_BATCH is 3, which 2 processes"):
-        launch(command._worker, 2, cfg, None, EXACT)
+        launch(command._worker, 2, cfg, EXACT)
 
 
 def test_metrics_of_an_earlier_run_are_dropped(data, tmp_path, monkeypatch):

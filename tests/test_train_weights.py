@@ -9,11 +9,11 @@ import torch
 from tiny_detection import tiny_cfg
 
 from loco_det.backbones.artifact import backbone_tensors, describe, save_backbone
-from loco_det.backbones.folding import fast_arithmetic
 from loco_det.backbones.resnet import ResNet
 from loco_det.convert import convert
 from loco_det.core.errors import UserError
 from loco_det.detection.checkpoint import LAST, Checkpointer, last_checkpoint, read_last
+from loco_det.detection.cpu_speed import speed_up
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.solver import build_optimizer, build_schedule, grad_scaler
 from loco_det.detection.weights import load_weights, read_weights
@@ -187,9 +187,9 @@ def test_a_damaged_file_is_refused(tmp_path, content):
 # --- checkpoints ------------------------------------------------------------------------------------------------
 
 
-def checkpointer(cfg) -> Checkpointer:
+def checkpointer(cfg, fast=False) -> Checkpointer:
     torch.manual_seed(1)
-    model = build_model(cfg)
+    model = speed_up(build_model(cfg), fast)
     optimizer = build_optimizer(cfg, model)
     schedule = build_schedule(cfg, optimizer)
     return Checkpointer(cfg, model, optimizer, schedule, grad_scaler(cfg, torch.device("cpu")), {"seed": 3})
@@ -225,13 +225,11 @@ def test_a_checkpoint_gives_back_model_optimiser_schedule_and_iteration(saved):
 @pytest.mark.parametrize("fast", [False, True])
 def test_a_resumed_optimiser_computes_as_its_own_run_does(saved, tmp_path, fast):
     """Exact or fast is asked for anew at each start: a checkpoint of the other, or of Detectron2, does not decide."""
-    with fast_arithmetic(not fast):
-        other = checkpointer(saved.cfg)
+    other = checkpointer(saved.cfg, not fast)
     other.restore(read_last(saved.cfg.OUTPUT_DIR))
     other.cfg = tiny_cfg(tmp_path)
     other.save("model_0000000", 0)
-    with fast_arithmetic(fast):
-        run, uninterrupted = checkpointer(other.cfg), checkpointer(saved.cfg)
+    run, uninterrupted = checkpointer(other.cfg, fast), checkpointer(saved.cfg, fast)
     run.restore(read_last(tmp_path))
     ways = [[(group["foreach"], group["fused"]) for group in r.optimizer.param_groups] for r in (run, uninterrupted)]
     assert ways[0] == ways[1] == [(not fast, fast)] * len(ways[0])

@@ -107,7 +107,7 @@ def benchmark_of(name: str) -> str:
     whole = name.partition("@")[0]
     families = {
         "cityscapes": is_cityscapes(name),
-        "semantic": is_semantic(name),
+        "pixels": is_semantic(name),
         "voc": whole in VOC_SETS,
         "lvis": whole in LVIS_NAMES,
     }

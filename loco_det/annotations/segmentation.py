@@ -1,4 +1,4 @@
-"""What the segmentation of an annotation says, checked before any C code sees it."""
+"""Reads the segmentation of an annotation and checks it before any C code sees it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import msgspec
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from loco_det.annotations.instances import rle_lengths
 from loco_det.core.errors import UserError
 
-# A rasteriser takes 200 bytes for every pixel of an outline, inside the image or not, and crashes where it gets none.
+# A rasteriser needs 200 bytes for each pixel of an outline, inside the image or not, and crashes without memory.
 FARTHEST = 100_000  # pixels from the origin
 LONGEST = 1_000_000  # pixels of all outlines of a mask
 
@@ -33,9 +32,9 @@ def decode(encoded: bytes, height: int, width: int, where: str) -> Segmentation:
     """The segmentation of one annotation.
 
     Args:
-        encoded: as it stands in the JSON; b"" where there is none.
+        encoded: its JSON; b"" if there is none.
         height, width: of the image, pixels.
-        where: what it is, for messages.
+        where: its name in messages.
 
     Returns:
         Polygons as flat float64 arrays x0, y0, x1, y1, ... in pixels, those of fewer than three points left out; or
@@ -69,12 +68,38 @@ def decode(encoded: bytes, height: int, width: int, where: str) -> Segmentation:
     return coco_mask.frPyObjects(rle, *rle["size"]) if isinstance(found.counts, list) else rle
 
 
+def rle_lengths(counts: bytes) -> np.ndarray:
+    """Run lengths, int64, of a compressed RLE: of zeros first, then of ones, in turn. Their range is not checked.
+
+    Each character minus 48 holds five bits of a signed number, lowest first, and a sixth bit if more follow; from the
+    fourth number on it is the difference to the last but one. Source: pycocotools common/maskApi.c, rleFrString.
+
+    Raises:
+        ValueError: the text is no RLE; says what it does, "breaks off in the middle of a number" for example.
+    """
+    codes = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    if ((codes < 0) | (codes > 63)).any():
+        raise ValueError("holds characters that are no digits")
+    last = np.flatnonzero((codes & 32) == 0)
+    if not len(last) or last[-1] != len(codes) - 1:
+        raise ValueError("breaks off in the middle of a number")
+    first = np.concatenate([[0], last[:-1] + 1])
+    digits = np.arange(len(codes)) - np.repeat(first, last - first + 1)
+    if digits.max() > 6:  # lengths are of 32 bits
+        raise ValueError("holds a number that is too large")
+    values = np.add.reduceat((codes & 31) << (5 * digits), first)
+    values -= np.where(codes[last] & 16, 1 << (5 * (last - first + 1)), 0)
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values
+
+
 def check_outlines(polygons: Sequence[np.ndarray], where: str) -> None:
-    """Raises UserError for what a rasteriser would take gigabytes for.
+    """Raises UserError for outlines that would take a rasteriser gigabytes.
 
     Args:
         polygons: flat float64 arrays x0, y0, x1, y1, ... in pixels.
-        where: what they are, for messages.
+        where: their name in messages.
     """
     most = 0.0
     for p in polygons:
@@ -87,13 +112,13 @@ def check_outlines(polygons: Sequence[np.ndarray], where: str) -> None:
 
 
 def _outline(polygon: np.ndarray) -> float:
-    """Its length in pixels, diagonals counted as their longer side, as a rasteriser steps along it."""
+    """Length in pixels; a diagonal counts as its longer side, as a rasteriser steps along it."""
     points = polygon[: len(polygon) // 2 * 2].reshape(-1, 2)
     return np.abs(points - np.roll(points, -1, 0)).max(1).sum()
 
 
 def mask_area(segmentation: Segmentation, height: int, width: int) -> float | None:
-    """The pixels of a mask, by which COCO measures an object's size; None if there is no mask."""
+    """The area of a mask in pixels, by which COCO measures an object's size; None if there is no mask."""
     if not segmentation:
         return None
     if isinstance(segmentation, list):

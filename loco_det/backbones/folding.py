@@ -1,18 +1,15 @@
-"""Fast arithmetic: what gives Detectron2's numbers to the last bit, or those of the same formulas in less time.
+"""Convolution, normalisation, sum and ReLU in a row: as Detectron2 rounds them, or folded into one convolution.
 
-Outside `fast_arithmetic` every operation rounds as Detectron2's does. Inside, a convolution with a normalisation that
-is constant (frozen, or in evaluation) is one convolution with rescaled weights, which on an x86 CPU takes in the
-residual sum and the ReLU too and keeps its weights in oneDNN's own layout; gradients of the RPN and the pooling of
-regions take shorter ways (detection/rpn.py, detection/poolers.py). Parameters, buffers, checkpoints and the hash of
-what is frozen are the same in both; results differ by rounding.
+With `conv.fast` set, a normalisation that is constant (frozen, or in evaluation) is folded into the weights of its
+convolution. On an x86 CPU the convolution then also adds the residual and applies the ReLU, and keeps its weights in
+oneDNN's layout. Parameters, buffers, checkpoints and the hash of what is frozen do not change; results differ by
+rounding.
 
 Shape legend: x (B, C, H, W), out channels O, groups G, kernel k.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -20,26 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_fast = False
-
-
-@contextlib.contextmanager
-def fast_arithmetic(on: bool = True) -> Iterator[None]:
-    """While active, and with `on`, results may differ from Detectron2's in their last digits, and come sooner."""
-    global _fast
-    before, _fast = _fast, on
-    try:
-        yield
-    finally:
-        _fast = before
-
-
-def is_fast() -> bool:
-    return _fast
-
 
 class _Packed(NamedTuple):
-    """Weights of one convolution with its normalisation folded in, made from tensors that `state` identifies."""
+    """Weights of one convolution with its normalisation folded in; `state` identifies the tensors they come from."""
 
     state: tuple
     weight: Tensor  # (O, C / G, k, k), in oneDNN's layout if `onednn`
@@ -51,12 +31,14 @@ _packed: WeakKeyDictionary[nn.Conv2d, _Packed] = WeakKeyDictionary()
 
 
 def convolve(conv: nn.Conv2d, x: Tensor, *, relu: bool = False, add: Tensor | None = None) -> Tensor:
-    """Convolution, `conv.norm` (a module or None), sum with `add` and ReLU: (B, C, H, W) -> (B, O, H', W').
+    """Convolution, `conv.norm`, sum with `add` and ReLU: (B, C, H, W) -> (B, O, H', W').
 
-    `add` keeps its values; what is returned shares no memory with it.
+    Args:
+        conv: has `norm`, a module or None, and `fast`, whether a constant `norm` is folded into the weights.
+        add: is not written to; the result shares no memory with it.
     """
     norm = conv.norm
-    if not _fast or not _is_constant(norm):
+    if not conv.fast or not _is_constant(norm):
         out = conv._conv_forward(x, conv.weight, conv.bias)
         return _finish(out if norm is None else norm(out), add, relu)
     if not len(x) or (torch.is_grad_enabled() and _needs_gradient(conv, x, add)):  # oneDNN takes no empty batch
@@ -85,7 +67,7 @@ def _finish(out: Tensor, add: Tensor | None, relu: bool) -> Tensor:
 def _is_constant(norm: nn.Module | None) -> bool:
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return not norm.training and norm.running_mean is not None
-    # FrozenBatchNorm2d is backbone.py's, which stands on this file.
+    # FrozenBatchNorm2d is resnet.py's, which imports this file.
     return norm is None or (
         hasattr(norm, "running_mean") and not isinstance(norm, nn.modules.instancenorm._InstanceNorm)
     )
@@ -128,7 +110,7 @@ def _pack(conv: nn.Conv2d, x: Tensor) -> _Packed:
 
 
 def _identity(tensor: Tensor) -> tuple[int, int]:
-    """Changes when the tensor is replaced, moved or written to."""
+    """Address and version, which change when the tensor is replaced, moved or written to."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 

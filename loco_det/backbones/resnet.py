@@ -65,6 +65,8 @@ def make_norm(name: str, channels: int) -> nn.Module:
 class Conv2d(nn.Conv2d):
     """A bias-free convolution that carries its normalisation as `.norm`, as Detectron2 names it."""
 
+    fast = False  # fold a constant normalisation into the weights
+
     def __init__(self, inputs: int, outputs: int, kernel: int, norm: str, **kwargs: int) -> None:
         dilation = kwargs.get("dilation", 1)
         super().__init__(inputs, outputs, kernel, padding=dilation * (kernel // 2), bias=False, **kwargs)

@@ -29,12 +29,12 @@ from loco_det.annotations.instances import Instances
 from loco_det.annotations.pixels import CLASSES, LABEL_IDS, is_semantic
 from loco_det.annotations.registry import find_dataset
 from loco_det.annotations.transforms import resize_short_side
-from loco_det.backbones.folding import fast_arithmetic
 from loco_det.core import config
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, write_json
 from loco_det.core.log import Progress, log, setup_logging
+from loco_det.detection.cpu_speed import speed_up
 from loco_det.detection.engine import Engine
 from loco_det.detection.keys import get_cfg
 from loco_det.detection.train import choose_engine, detector_device, log_engine
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-pictures", action="store_true", help="write JSON only")
     parser.add_argument("--engine", choices=("auto", "torchvision", "detectron2"), default="auto")
-    parser.add_argument("--exact", action="store_true", help="torchvision engine: Detectron2's numbers to the last bit")
+    parser.add_argument("--exact", action="store_true", help="Detectron2's numbers bit for bit, slower on a CPU")
     parser.add_argument("--export-onnx", type=Path, metavar="PATH", help="write the detector as ONNX too, and check it")
     parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="overrides of the configuration")
 
@@ -93,8 +93,8 @@ def run(args: argparse.Namespace) -> None:
     names = class_names(cfg, args.classes)
     if args.export_onnx:
         export(model, cfg, engine, media, args.export_onnx)
-    with fast_arithmetic(not args.exact):
-        predict(model, cfg, engine, media, names, args.out, args.batch_size, not args.no_pictures, unreadable)
+    speed_up(model, not args.exact)
+    predict(model, cfg, engine, media, names, args.out, args.batch_size, not args.no_pictures, unreadable)
     if unreadable:
         listed = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
         raise UserError(

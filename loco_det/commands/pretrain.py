@@ -11,7 +11,7 @@ from loco_det.core.config import Settings, load_config
 from loco_det.core.errors import UserError
 from loco_det.core.launch import launch
 from loco_det.core.log import setup_logging
-from loco_det.core.metrics import check_wandb, wandb_run
+from loco_det.core.metrics import check_wandb
 from pretrain.defaults import get_cfg
 from pretrain.train import pretrain
 
@@ -40,8 +40,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _worker(cfg: CfgNode, settings: Settings, resume: bool, wandb: str | None) -> Path:
     setup_logging(cfg.OUTPUT_DIR)
-    with wandb_run(cfg, wandb, resume):
-        return pretrain(cfg, resume, settings=settings)
+    return pretrain(cfg, resume, wandb=wandb, settings=settings)
 
 
 def pretrain_file(config: str, overrides: list[str]) -> Path:

@@ -14,7 +14,7 @@ from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.core.launch import launch
 from loco_det.core.log import setup_logging
-from loco_det.core.metrics import check_wandb, wandb_run
+from loco_det.core.metrics import check_wandb
 from loco_det.detection.keys import get_cfg
 from loco_det.evaluation.cityscapes import OFFICIAL
 from loco_det.evaluation.coco import EVALUATORS
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes here, a GPU each if there are")
     parser.add_argument("--evaluator", choices=(*EVALUATORS, OFFICIAL), default=EVALUATORS[0])
     parser.add_argument(
-        "--exact", action="store_true", help="torchvision engine: Detectron2's numbers to the last bit, slower"
+        "--exact", action="store_true", help="torchvision engine on a CPU: Detectron2's numbers bit for bit, slower"
     )
     parser.add_argument(
         "--feature-cache",
@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> None:
     engine = choose_engine(args.engine)
     engine.check(cfg, settings)
     options = {"engine": engine, "eval_only": args.eval_only, "resume": args.resume, "evaluator": args.evaluator}
-    options.update(fast=not args.exact, feature_cache=args.feature_cache)
-    launch(_worker, args.num_gpus, cfg, args.wandb, options)
+    options.update(fast=not args.exact, feature_cache=args.feature_cache, wandb=args.wandb)
+    launch(_worker, args.num_gpus, cfg, options)
 
 
 def _with_part_of_training_set(cfg: CfgNode, fraction: float | None, shots: int | None) -> CfgNode:
@@ -76,9 +76,8 @@ def _with_part_of_training_set(cfg: CfgNode, fraction: float | None, shots: int 
     return config.changed(cfg, **{"DATASETS.TRAIN": tuple(f"{name}{part}" for name in cfg.DATASETS.TRAIN)})
 
 
-def _worker(cfg: CfgNode, wandb: str | None, options: dict[str, Any]) -> dict[str, Any]:
+def _worker(cfg: CfgNode, options: dict[str, Any]) -> dict[str, Any]:
     from loco_det.detection.train import train_net
 
     setup_logging(cfg.OUTPUT_DIR or None)
-    with wandb_run(cfg, wandb, options["resume"]):
-        return train_net(cfg, **options)
+    return train_net(cfg, **options)

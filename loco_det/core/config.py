@@ -91,11 +91,11 @@ def value(cfg: CfgNode, key: str) -> Any:
     return section[last]
 
 
-def flat(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+def flat(cfg: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Every key with its value, in the tree's order and without the sections: {"SOLVER.BASE_LR": 0.001, ...}."""
     found: dict[str, Any] = {}
     for name, item in cfg.items():
-        found.update(flat(item, f"{prefix}{name}.") if isinstance(item, CfgNode) else {prefix + name: item})
+        found.update(flat(item, f"{prefix}{name}.") if isinstance(item, Mapping) else {prefix + name: item})
     return found
 
 

@@ -49,8 +49,11 @@ def os_errors(path: str | Path) -> Iterator[None]:
     """An OSError of the block is the user's: `path` cannot be written."""
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save fails once more on its way out
+        if not isinstance(cause, OSError):
+            raise
+        reason = cause.strerror or str(cause)
         raise UserError(f"{path}: cannot be written ({reason}); free space or choose another folder") from error
 
 

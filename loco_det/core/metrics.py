@@ -1,13 +1,12 @@
-"""What a run measures while it runs: OUTPUT_DIR/metrics.json, and the same numbers in TensorBoard and W&B."""
+"""The numbers that a run logs: OUTPUT_DIR/metrics.json, and the same in TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import yaml
@@ -18,50 +17,91 @@ from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, os_errors
 from loco_det.core.log import is_quiet, log
 
-_event_files: dict[str, Any] = {}  # TensorBoard's writers of the runs in this process, by folder
-_wandb_runs: dict[str, Any] = {}  # W&B's, likewise
-_noted: set[str] = set()  # the folders whose note names the W&B run above
+
+class Sink:
+    """One place that the numbers of a run go to."""
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line; `values["iteration"]` says when, if the line belongs to an iteration."""
+        raise NotImplementedError
+
+    def trim(self, iteration: int) -> None:
+        """Drop lines of `iteration` and later, where the place allows it."""
+
+    def close(self, failed: bool) -> None:
+        """End of the run; `failed`: by an exception."""
 
 
-def append_metrics(output_dir: str | Path, values: dict[str, Any]) -> None:
-    """Add one JSON object as a line to OUTPUT_DIR/metrics.json, as Detectron2 does; only on the main process.
+class RunMetrics:
+    """The numbers of one run, on its main process; other processes write nothing.
 
-    A value that is not finite is written as null, so that every line stays valid JSON. Where tensorboard is
-    installed, numbers of a line that has an iteration also go to an event file in the same folder. Inside `wandb_run`
-    all numbers go to W&B, those of a line without iteration into the run's summary.
+    The run that owns the numbers opens this with `with`, which closes every sink at its end.
+
+    Args:
+        cfg: the run's whole configuration; files go to cfg.OUTPUT_DIR, and W&B gets a copy.
+        wandb: the W&B project to send the numbers to, or None.
+        resume: continue the W&B run that last trained in cfg.OUTPUT_DIR, if any.
+
+    Raises:
+        UserError: wandb is not installed, or will not begin a run.
     """
-    if not is_main():
-        return
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    with os_errors(output_dir), open(Path(output_dir) / "metrics.json", "a") as file:
-        file.write(json.dumps(clean) + "\n")
-    numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-    board = _event_file(output_dir) if "iteration" in values else None
-    if board is not None:
-        for name, value in numbers.items():
-            if name != "iteration":
-                board.add_scalar(name, value, values["iteration"])
-        board.flush()
-    run = _wandb_runs.get(_key(output_dir))
-    if run is not None and "iteration" in values:
-        run.log(numbers)
-        _note_wandb_run(output_dir, run.id)
-    elif run is not None:
-        run.summary.update(numbers)
+
+    def __init__(self, cfg: CfgNode, wandb: str | None = None, resume: bool = False) -> None:
+        check_wandb(wandb)
+        self.sinks: list[Sink] = []
+        if not is_main():
+            return
+        self.sinks.append(JsonLines(cfg.OUTPUT_DIR))
+        if importlib.util.find_spec("tensorboard") is not None:
+            self.sinks.append(TensorBoard(cfg.OUTPUT_DIR))
+        if wandb is not None:
+            self.sinks.append(Wandb(cfg, wandb, resume))
+
+    def __enter__(self) -> RunMetrics:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for sink in reversed(self.sinks):
+            sink.close(failed=kind is not None)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line to every sink.
+
+        Raises:
+            UserError: OUTPUT_DIR cannot be written.
+        """
+        for sink in self.sinks:
+            sink.write(values)
+
+    def trim(self, iteration: int) -> None:
+        """Before the run continues at `iteration`, drop lines of that iteration and later.
+
+        Raises:
+            UserError: OUTPUT_DIR cannot be written.
+        """
+        for sink in self.sinks:
+            sink.trim(iteration)
 
 
-def trim_metrics(output_dir: str | Path, iteration: int) -> None:
-    """Before continuing at `iteration`, drop what OUTPUT_DIR/metrics.json and TensorBoard say of it and later.
+class JsonLines(Sink):
+    """metrics.json in `folder`, one JSON object a line, as Detectron2 writes it; a value that is not finite is null."""
 
-    W&B takes nothing back: such iterations stand there twice.
-    """
-    path = Path(output_dir) / "metrics.json"
-    if not is_main() or not path.exists():
-        return
-    _event_file(output_dir, iteration)
-    kept = [line for line in path.read_text().splitlines(keepends=True) if _iteration(line) < iteration]
-    with atomic_write(path, "w") as file:
-        file.writelines(kept)
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / "metrics.json"
+
+    def write(self, values: dict[str, Any]) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with os_errors(self.path.parent), open(self.path, "a") as file:
+            file.write(json.dumps(finite) + "\n")
+
+    def trim(self, iteration: int) -> None:
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text().splitlines(keepends=True) if _iteration(line) < iteration]
+        with atomic_write(self.path, "w") as file:
+            file.writelines(kept)
 
 
 def _iteration(line: str) -> float:
@@ -71,109 +111,96 @@ def _iteration(line: str) -> float:
         return math.inf  # cut off by a kill in the middle of the line
 
 
-def _key(output_dir: str | Path) -> str:
-    return str(Path(output_dir).resolve())
+class TensorBoard(Sink):
+    """Event files in `folder`, with the numbers of lines that have an iteration; the first line begins a new file."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = str(folder)
+        self.writer: Any = None
+        self.start: int | None = None  # TensorBoard discards earlier files' numbers from this iteration on
+
+    def write(self, values: dict[str, Any]) -> None:
+        if "iteration" not in values:
+            return
+        with os_errors(self.folder):
+            if self.writer is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(self.folder, purge_step=self.start)
+            for name, value in _numbers(values).items():
+                if name != "iteration":
+                    self.writer.add_scalar(name, value, values["iteration"])
+            self.writer.flush()
+
+    def trim(self, iteration: int) -> None:
+        self.close(failed=False)
+        self.writer, self.start = None, iteration
+
+    def close(self, failed: bool) -> None:
+        if self.writer is not None:
+            self.writer.close()
 
 
-def _event_file(output_dir: str | Path, start: int | None = None) -> Any:
-    """The TensorBoard writer of this folder, or None without tensorboard.
+class Wandb(Sink):
+    """A W&B run. Lines without an iteration go to its summary; the x axis of every curve is the iteration.
 
-    With `start` a new file is begun, which takes back what earlier ones say of that iteration and later.
+    W&B's own settings and environment (WANDB_MODE=offline, WANDB_ENTITY, ...) apply; its files are in
+    OUTPUT_DIR/wandb. W&B cannot drop lines, so iterations that a resumed run repeats are there twice.
+
+    OUTPUT_DIR/wandb/run_id.txt names the run to resume. It is written with the first iteration: a run that fails
+    before, or only evaluates, is not resumed.
+
+    Args, Raises: as for `RunMetrics`.
     """
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    folder = _key(output_dir)
-    if start is not None and folder in _event_files:
-        _event_files.pop(folder).close()
-    if folder not in _event_files:
-        from torch.utils.tensorboard import SummaryWriter
 
-        with os_errors(output_dir):
-            _event_files[folder] = SummaryWriter(folder, purge_step=start)
-    return _event_files[folder]
+    def __init__(self, cfg: CfgNode, project: str, resume: bool) -> None:
+        import wandb
+
+        folder = Path(cfg.OUTPUT_DIR)
+        self.note = folder / "wandb" / "run_id.txt"
+        self.noted = False  # whether the file names this run
+        earlier = self.note.read_text().strip() if resume and self.note.is_file() else None
+        with os_errors(folder):
+            self.note.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.run = wandb.init(
+                project=project,
+                name="/".join(folder.resolve().parts[-2:]),
+                dir=str(folder),
+                config=yaml.safe_load(cfg.dump()),
+                id=earlier,
+                resume="allow" if earlier else None,
+                settings=wandb.Settings(silent=is_quiet()),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"--wandb {project}: W&B cannot begin a run ({error}); run `wandb login`, set WANDB_MODE=offline, or "
+                "leave --wandb out."
+            ) from error
+        self.run.define_metric("iteration")
+        self.run.define_metric("*", step_metric="iteration")
+        where = "offline" if self.run.offline else self.run.url
+        log.info("W&B: run %s of project %s, %s", self.run.id, project, where)
+
+    def write(self, values: dict[str, Any]) -> None:
+        if "iteration" not in values:
+            self.run.summary.update(_numbers(values))
+            return
+        self.run.log(_numbers(values))
+        if not self.noted:
+            with atomic_write(self.note, "w") as file:
+                file.write(self.run.id + "\n")
+            self.noted = True
+
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
 
 
-# --- Weights & Biases -------------------------------------------------------------------------------------------
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
 
 def check_wandb(project: str | None) -> None:
     """Raises UserError if a project is named and wandb is not installed."""
     if project is not None and importlib.util.find_spec("wandb") is None:
         raise UserError("--wandb needs Weights & Biases; run pip install 'loco_det[wandb]', or leave --wandb out.")
-
-
-@contextmanager
-def wandb_run(cfg: CfgNode, project: str | None, resume: bool = False) -> Iterator[None]:
-    """Inside the block what `append_metrics` writes to cfg.OUTPUT_DIR also goes to a W&B run; only on the main process.
-
-    W&B's own settings and environment (WANDB_MODE=offline, WANDB_ENTITY, ...) hold. Its files are in
-    OUTPUT_DIR/wandb, and with `resume` the last run there that came to an iteration goes on. The horizontal axis of
-    every curve is the iteration.
-
-    Args:
-        cfg: the run's whole configuration, which W&B gets too.
-        project: where the run is listed; None: nothing is done.
-
-    Raises:
-        UserError: wandb is not installed, or will not begin a run.
-    """
-    check_wandb(project)
-    if project is None or not is_main():
-        yield
-        return
-    run = _begin_wandb_run(cfg, project, resume)
-    folder = _key(cfg.OUTPUT_DIR)
-    _wandb_runs[folder] = run
-    status = 1
-    try:
-        yield
-        status = 0
-    finally:
-        del _wandb_runs[folder]
-        _noted.discard(folder)
-        run.finish(exit_code=status)
-
-
-def _begin_wandb_run(cfg: CfgNode, project: str, resume: bool) -> Any:
-    import wandb
-
-    folder = Path(cfg.OUTPUT_DIR)
-    earlier = _noted_wandb_run(folder) if resume else None
-    with os_errors(folder):
-        _wandb_note(folder).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        run = wandb.init(
-            project=project,
-            name="/".join(folder.resolve().parts[-2:]),
-            dir=str(folder),
-            config=yaml.safe_load(cfg.dump()),
-            id=earlier,
-            resume="allow" if earlier else None,
-            settings=wandb.Settings(silent=is_quiet()),
-        )
-    except wandb.errors.Error as error:
-        raise UserError(
-            f"--wandb {project}: W&B cannot begin a run ({error}); run `wandb login`, set WANDB_MODE=offline, or leave "
-            "--wandb out."
-        ) from error
-    run.define_metric("iteration")
-    run.define_metric("*", step_metric="iteration")
-    log.info("W&B: run %s of project %s, %s", run.id, project, "offline" if run.offline else run.url)
-    return run
-
-
-def _wandb_note(folder: str | Path) -> Path:
-    return Path(folder) / "wandb" / "run_id.txt"
-
-
-def _noted_wandb_run(folder: str | Path) -> str | None:
-    note = _wandb_note(folder)
-    return note.read_text().strip() if note.is_file() else None
-
-
-def _note_wandb_run(folder: str | Path, run_id: str) -> None:
-    """Keep its id for `resume` once it has an iteration: a run that fails before, or only evaluates, is not kept."""
-    if _key(folder) not in _noted:
-        with atomic_write(_wandb_note(folder), "w") as file:
-            file.write(run_id + "\n")
-        _noted.add(_key(folder))

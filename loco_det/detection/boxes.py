@@ -13,7 +13,7 @@ import torch
 import torchvision
 from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss
 
-from loco_det.detection.fvcore_nn import giou_loss, smooth_l1_loss
+from loco_det.detection.layers import giou_loss, smooth_l1_loss
 
 # exp() of a predicted log-scale is cut where a 16 px box would grow beyond 1000 px (Detectron's choice).
 LOG_SCALE_LIMIT = math.log(1000.0 / 16)

@@ -7,24 +7,49 @@ run. "iteration" is the one that was last finished, counted from 0.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from fvcore.common.checkpoint import PeriodicCheckpointer
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from loco_det.annotations.registry import find_dataset
 from loco_det.convert.load import left_out
 from loco_det.core.distributed import is_main
 from loco_det.core.errors import UserError
-from loco_det.core.files import atomic_write
+from loco_det.core.files import atomic_write, os_errors
 from loco_det.core.log import log
+from loco_det.core.run_folder import differences, told
 from loco_det.detection.solver import Schedule
 from loco_det.detection.weights import Weights, apply_weights, pixel_facts, read_weights
 
 LAST = "last_checkpoint"
+IDENTITY = ("config", "annotations")
+_TOLD = ("MODEL.WEIGHTS", "SOLVER.MAX_ITER", "SOLVER.STEPS")  # may differ, and the log says so
+# Keys in which a run and its continuation may differ: where and how fast it runs, how long, and what it is tested on.
+FREE_KEYS = (
+    "OUTPUT_DIR",
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "DATALOADER.NUM_WORKERS",
+    "DATASETS.TEST",
+    "DATASETS.PROPOSAL_FILES_TEST",
+    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST",
+    "INPUT.MIN_SIZE_TEST",
+    "INPUT.MAX_SIZE_TEST",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.MAX_ITER",
+    "SOLVER.STEPS",
+    "TEST.",
+    "CUDNN_BENCHMARK",
+    "FLOAT32_PRECISION",
+    "VIS_PERIOD",
+)
 
 
 @dataclass
@@ -64,13 +89,17 @@ class Checkpointer:
             raise UserError(f"SOLVER.CHECKPOINT_PERIOD is {self.cfg.SOLVER.CHECKPOINT_PERIOD}; give at least 1.")
         return PeriodicCheckpointer(self, self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.SOLVER.MAX_ITER)
 
-    def restore(self, weights: Weights) -> int:
+    def restore(self, weights: Weights, drawn: bool = False) -> int:
         """Take up a run from its checkpoint; returns the iteration to go on with.
 
+        Args:
+            drawn: this run's SEED is not the user's, so that it may be another than before.
+
         Raises:
-            UserError: the file has no training state, or is of another model or optimiser.
+            UserError: the file has no training state, or is of another configuration, data, model or optimiser.
         """
         state = training_state(weights)
+        check_same_run(weights.path, state.get("loco_det") or {}, self.note, ("SEED",) if drawn else ())
         apply_weights(self.model, weights, self.cfg)
         try:
             self.optimizer.load_state_dict(_own(state["optimizer"]))
@@ -85,8 +114,48 @@ class Checkpointer:
         self.schedule.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled() and state.get("grad_scaler"):
             self.scaler.load_state_dict(state["grad_scaler"])
-        self.note.update({k: v for k, v in (state.get("loco_det") or {}).items() if k != "pixels"})
+        kept = {k: v for k, v in (state.get("loco_det") or {}).items() if k not in ("pixels", *IDENTITY)}
+        self.note.update(kept)
         return int(state["iteration"]) + 1
+
+
+def identity(cfg: CfgNode) -> dict[str, Any]:
+    """What a run keeps in its checkpoints to be known by: its configuration, and the hash of what it learns from."""
+    found = {name: find_dataset(name).index.file.sha256 for name in cfg.DATASETS.TRAIN}
+    return dict(zip(IDENTITY, (cfg.dump(), found)))
+
+
+def check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str] = ()) -> None:
+    """Refuse to resume another run's checkpoint; Detectron2's and older ones do not say whose they are.
+
+    Args:
+        path: the checkpoint, for messages.
+        before: its `identity`, as far as it has one.
+        now: this run's.
+        free: keys that may differ besides `FREE_KEYS`.
+
+    Raises:
+        UserError: keys that may not differ do, or a training set's annotations.
+    """
+    advice = "resume with what the run was started with, or choose another OUTPUT_DIR and start anew"
+    if isinstance(before.get("config"), str):
+        one, other = (yaml.safe_load(text) for text in (before["config"], now["config"]))
+        found = differences(one, other, (*FREE_KEYS, *free))
+        if found:
+            raise UserError(f"{path} is of a run with another configuration ({told(found)}); {advice}.")
+        if found := differences(one, other, [key for key in FREE_KEYS if key not in _TOLD]):
+            log.info("goes on with another configuration: %s", told(found))
+    annotations = before.get("annotations") or {}
+    for name, digest in now["annotations"].items():
+        if annotations.get(name, digest) != digest:
+            raise UserError(f"{path} is of a run on other annotations of {name} than are there now; {advice}.")
+
+
+def retire_checkpoints(output_dir: str | Path) -> None:
+    """A run begins anew: an earlier one's checkpoints stay, but no --resume takes one for this run's."""
+    if is_main():
+        with os_errors(output_dir):
+            (Path(output_dir) / LAST).unlink(missing_ok=True)
 
 
 def training_state(weights: Weights) -> dict[str, Any]:

@@ -16,8 +16,7 @@ from torch import nn
 from loco_det.annotations.instances import Instances
 from loco_det.core.errors import UserError
 from loco_det.detection.boxes import BoxCoder, clip, nms_per_class, regression_loss
-from loco_det.detection.fvcore_nn import c2_msra_fill, c2_xavier_fill
-from loco_det.detection.layers import Conv
+from loco_det.detection.layers import Conv, c2_msra_fill, c2_xavier_fill
 
 
 class BoxHead(nn.Module):

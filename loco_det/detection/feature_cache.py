@@ -1,9 +1,9 @@
-"""Features of a frozen backbone on disk, for evaluations that see the same images again and again.
+"""Features of a frozen backbone on disk, for evaluations that repeat the same images.
 
-The detectors of a sweep over seeds or shares of the data stand on one frozen backbone, and every evaluation sends each
-test image through it once more. With a cache it does so once: DIR gets a file an image, named by the hash of all that
-its content depends on, so that nothing stale can be read and several runs may share DIR. What is read is what was
-computed, bit for bit and in the same layout, in the dtype of the network (float32, but under autocast).
+The detectors of a sweep over seeds or shares of the data share one frozen backbone, and every evaluation would send
+each test image through it again. With a cache each image is computed once: DIR gets one file an image, named by the
+hash of everything that its content depends on, so files are never stale and several runs can share DIR. Reading a file
+gives what was computed, bit for bit and in the same layout, in the network's dtype (float32, except under autocast).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det import __version__
-from loco_det.backbones.folding import is_fast
 from loco_det.backbones.resnet import tensors_hash
 from loco_det.convert.load import load_tensors
 from loco_det.core.errors import UserError
@@ -29,25 +28,35 @@ Features = dict[str, Tensor]
 
 
 class FeatureCache:
-    """Keeps in `folder` what a network whose numbers are known by `identity` makes of each input."""
+    """Stores the features that a network computes of each input.
+
+    Args:
+        folder: of the files.
+        identity: hash of the network's weights and configuration.
+    """
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.folder, self.identity = folder, identity
-        self.told = self.full = False
+        self.logged = self.full = False
 
-    def __call__(self, x: Tensor, compute: Callable[[Tensor], Features]) -> Features:
-        """`compute(x)`, from disk if it is there; x (B, 3, H, W).
+    def __call__(self, x: Tensor, compute: Callable[[Tensor], Features], fast: bool) -> Features:
+        """`compute(x)`, from disk if it is there.
 
-        A damaged file (by checksum) is made again. Once one cannot be written, as on a full disk, none is any more.
+        A file that is damaged, by its checksums, is written again. After the first failure to write, as on a full
+        disk, no more files are written.
+
+        Args:
+            x: (B, 3, H, W).
+            fast: `compute` may round differently from Detectron2.
         """
-        path = self.folder / f"{self._key(x)}.pt"
+        path = self.folder / f"{self._key(x, fast)}.pt"
         if path.is_file() and (features := _read(path, x.device)) is not None:
             return features
         features = compute(x)
-        if not self.told:
+        if not self.logged:
             size = sum(tensor.numel() * tensor.element_size() for tensor in features.values())
             log.info("feature cache %s: this image takes %.1f MB", self.folder, size / 1e6)
-            self.told = True
+            self.logged = True
         if not self.full:
             self._write(path, features)
         return features
@@ -56,22 +65,22 @@ class FeatureCache:
         try:
             with atomic_write(path) as file:
                 torch.save(features, file)
-        except UserError as error:  # what is evaluated does not need the file
+        except UserError as error:  # the evaluation does not need the file
             self.full = True
             log.warning("feature cache: %s; from here on features are computed and not kept", error)
 
-    def _key(self, x: Tensor) -> str:
-        """Of weights, configuration, image, software and whatever else rounding depends on."""
+    def _key(self, x: Tensor, fast: bool) -> str:
+        """Hash of weights, configuration, image, software and everything else that rounding depends on."""
         place = torch.cuda.get_device_name(x.device) if x.is_cuda else torch.backends.cpu.get_cpu_capability()
         products = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32  # FLOAT32_PRECISION
-        precision = is_fast(), torch.is_autocast_enabled(x.device.type), torch.get_num_threads(), *products
+        precision = fast, torch.is_autocast_enabled(x.device.type), torch.get_num_threads(), *products
         software = __version__, torch.__version__, torchvision.__version__
         settings = self.identity, *software, x.device.type, place, *precision
         return hashlib.sha256(f"{settings} {tensors_hash([('x', x)])}".encode()).hexdigest()
 
 
 def _read(path: Path, device: torch.device) -> Features | None:
-    """The features in a file, whose checksums are compared; None where it is damaged."""
+    """The features in a file; None if its checksums say that it is damaged."""
     try:
         features = load_tensors(path)
     except UserError:
@@ -81,10 +90,10 @@ def _read(path: Path, device: torch.device) -> Features | None:
 
 
 def check_cacheable(cfg: CfgNode, engine: str) -> None:
-    """Refuse what can be refused before a model is built.
+    """Check engine and configuration before a model is built.
 
     Raises:
-        UserError: the engine has no cache, or test-time augmentation makes other inputs of an image.
+        UserError: the engine has no cache, or test-time augmentation changes the inputs.
     """
     if engine != "torchvision":
         raise UserError("--feature-cache is the torchvision engine's; add --engine torchvision, or leave it out.")
@@ -93,7 +102,7 @@ def check_cacheable(cfg: CfgNode, engine: str) -> None:
 
 
 def use_cache(model: nn.Module, cfg: CfgNode, folder: Path) -> None:
-    """Let a detector whose weights are loaded take its frozen backbone's features from `folder` in evaluation.
+    """Let a detector with loaded weights read its frozen backbone's features from `folder` in evaluation.
 
     Raises:
         UserError: the backbone is not frozen as a whole, or the folder cannot be written.

@@ -1,13 +1,16 @@
-"""What the detector sees of an image: ResNet stages (C4, DC5) or a feature pyramid over them.
+"""From pixels to features: normalised, padded images, then ResNet stages (C4, DC5) or a feature pyramid over them.
 
-Shape legend: B images of H x W pixels; a feature of stride s is (B, C, H/s, W/s).
+Shape legend: B images, image i (3, Hi, Wi), padded to (B, 3, H, W); a feature of stride s is (B, C, H/s, W/s).
 Both backbones have `channels` and `strides` (by feature name) and `size_divisibility` (0: no padding beyond the
 largest image of the batch).
+Source: detectron2/modeling/meta_arch/rcnn.py, structures/image_list.py, modeling/backbone.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +21,16 @@ from loco_det.backbones.resnet import ResNet, freeze
 from loco_det.core.errors import UserError
 from loco_det.detection.deformable import deformable
 from loco_det.detection.feature_cache import FeatureCache
-from loco_det.detection.fvcore_nn import c2_xavier_fill
-from loco_det.detection.layers import Conv
+from loco_det.detection.layers import Conv, c2_xavier_fill
+
+Batch = Sequence[dict[str, Any]]
 
 
 class Trunk(ResNet):
-    """The ResNet under a detector: gives only the named stages, and builds no graph where all of it is frozen."""
+    """The ResNet of a detector: returns the named stages only, and builds no graph if all of it is frozen."""
 
     size_divisibility = 0
+    fast = False  # of its convolutions; the cache keeps both kinds apart
 
     def __init__(self, cfg: CfgNode) -> None:
         resnets = cfg.MODEL.RESNETS
@@ -56,7 +61,7 @@ class Trunk(ResNet):
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, 3, H, W) normalised images -> {stage: feature} for the stages of MODEL.RESNETS.OUT_FEATURES."""
-        return self._compute(x) if self.training or self.cache is None else self.cache(x, self._compute)
+        return self._compute(x) if self.training or self.cache is None else self.cache(x, self._compute, self.fast)
 
     def _compute(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         outputs = {}
@@ -129,3 +134,43 @@ def build_backbone(cfg: CfgNode) -> Trunk | FPN:
         return trunk
     fpn = cfg.MODEL.FPN
     return FPN(trunk, list(fpn.IN_FEATURES), fpn.OUT_CHANNELS, fpn.NORM, fpn.FUSE_TYPE == "avg")
+
+
+class Network(nn.Module):
+    """Base of every network: its backbone and the normalisation of its pixels."""
+
+    fast = False  # set for all parts by `cpu_speed.speed_up`
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__()
+        self.backbone = build_backbone(cfg)
+        # Not persistent: Detectron2's checkpoints do not hold them.
+        for name in ("pixel_mean", "pixel_std"):
+            value = torch.tensor(cfg.MODEL[name.upper()], dtype=torch.float32).view(-1, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+
+    def _check_features(self, section: str, names: Sequence[str]) -> None:
+        known = list(self.backbone.channels)
+        if not names or any(name not in known for name in names):
+            raise UserError(
+                f"MODEL.{section}.IN_FEATURES {list(names)} must be features of the backbone: {', '.join(known)}"
+            )
+
+    def preprocess(self, batch: Batch) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        """Normalised float32 images, zero-padded on the right and at the bottom to one size; and each (Hi, Wi)."""
+        device = self.pixel_mean.device
+        images = [(item["image"].to(device) - self.pixel_mean) / self.pixel_std for item in batch]
+        return pad(images, self.backbone.size_divisibility, 0), [tuple(image.shape[-2:]) for image in images]
+
+
+def pad(images: Sequence[torch.Tensor], unit: int, value: float) -> torch.Tensor:
+    """Stack (..., Hi, Wi) tensors as (B, ..., H, W), padded with `value` on the right and at the bottom.
+
+    H and W are the smallest multiples of `unit` that hold all; with 0 the largest height and width.
+    """
+    unit = max(unit, 1)
+    height, width = (-(-max(lengths) // unit) * unit for lengths in zip(*(image.shape[-2:] for image in images)))
+    padded = images[0].new_full((len(images), *images[0].shape[:-2], height, width), value)
+    for row, image in zip(padded, images):
+        row[..., : image.shape[-2], : image.shape[-1]] = image
+    return padded

@@ -1,11 +1,12 @@
 """The training loop, the same for both engines: step, watch, log, save, evaluate.
 
-The random state of every iteration follows from SEED, iteration and process alone, so a run that was stopped and
-resumed is, on the same machine, the run that was not.
+The random state of an iteration depends on SEED, iteration and process alone, so on a CPU a run that is stopped and
+resumed on the same machine gives the numbers of an uninterrupted one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import sys
@@ -22,16 +23,18 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det.backbones.resnet import tensors_hash
-from loco_det.core.distributed import barrier, rank, reduce_mean
+from loco_det.core.distributed import barrier, rank, reduce_mean, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.launch import StopSignal
 from loco_det.core.log import Progress, log
-from loco_det.core.metrics import append_metrics, trim_metrics
+from loco_det.core.metrics import RunMetrics
 from loco_det.detection import precise_bn, solver
 from loco_det.detection.checkpoint import Checkpointer
 from loco_det.detection.engine import Engine
 from loco_det.detection.inference import evaluate, flatten
 
+# What a checkpoint's note has besides: values of the last iterations, and that the last one's line is not written yet.
+RECENT, LINE_DUE = "recent", "line_due"
 LOG_PERIOD = 20  # iterations between two lines of metrics.json, and the window of their medians
 
 
@@ -50,48 +53,78 @@ class Run:
     start: int
     device: torch.device
     recent: dict[str, deque[float]] = field(default_factory=dict)
+    done: int | None = None  # the iteration whose state all of this holds; None while one is at work, and once saved
 
     def remember(self, values: dict[str, float]) -> None:
         for name, value in values.items():
             self.recent.setdefault(name, deque(maxlen=LOG_PERIOD)).append(value)
 
 
-def train(run: Run, evaluator: str) -> None:
+def train(run: Run, evaluator: str, metrics: RunMetrics) -> None:
     """Iterations run.start to SOLVER.MAX_ITER, with logs, checkpoints and periodic evaluation; no final one."""
     cfg, last = run.cfg, run.cfg.SOLVER.MAX_ITER - 1
     periodic = run.checkpointer.periodic()
     run.wrapped.train()
-    trim_metrics(cfg.OUTPUT_DIR, run.start)
+    metrics.trim(run.start)
+    for name, values in run.checkpointer.note.get(RECENT, {}).items():
+        run.recent[name] = deque(values, maxlen=LOG_PERIOD)
     log.info(
         "training: iterations %d to %d, %d frozen tensors", run.start, last + 1, len(run.checkpointer.note["frozen"])
     )
-    with StopSignal() as stop, Progress(last + 1, "train", run.start) as progress:
+    with StopSignal() as stop, Progress(last + 1, "train", run.start) as progress, _saved_if_it_fails(run):
+        if run.checkpointer.note.pop(LINE_DUE, False):
+            _write_line(run, run.start - 1, evaluator, metrics)
         for iteration, stopped in _steps(run, stop):
             if precise_bn.is_due(cfg, iteration):
                 precise_bn.recompute(cfg, run.engine, run.model, iteration)
-            periodic.step(iteration)
-            line: dict[str, Any] = {}
-            if (iteration + 1) % LOG_PERIOD == 0 or iteration == last:
-                line = _metrics(run, iteration)
-            progress.advance(**_shown(run, line or _metrics(run, iteration)))
-            due = cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0
-            if due and iteration < last and not stopped:
-                line = {"iteration": iteration, **line}
-                line.update(flatten(evaluate(cfg, run.model, run.engine, evaluator)))
-            if line:
-                append_metrics(cfg.OUTPUT_DIR, line)
+            progress.advance(**_shown(run, _metrics(run, iteration)))
+            run.checkpointer.note[RECENT] = {name: list(values) for name, values in run.recent.items()}
+            run.checkpointer.note[LINE_DUE] = True
             if stopped and iteration < last:
                 path = run.checkpointer.save(f"model_{iteration:07d}", iteration)
+                run.done = None
                 barrier()
                 raise UserError(
                     f"stopped by {stop.received or 'a signal'} after iteration {iteration + 1}; {path} holds the run, "
                     "go on with --resume."
                 )
+            _write_line(run, iteration, evaluator, metrics)
+            run.checkpointer.note[LINE_DUE] = False
+            periodic.step(iteration)  # last: what a checkpoint holds is in metrics.json
     check_frozen(run.checkpointer.note["frozen"], frozen_hashes(run.model))
 
 
+@contextlib.contextmanager
+def _saved_if_it_fails(run: Run) -> Iterator[None]:
+    """Save the last whole iteration if what follows it fails: an image that cannot be read, an evaluation."""
+    try:
+        yield
+    except Exception:
+        if run.done is not None:
+            run.checkpointer.save(f"model_{run.done:07d}", run.done)
+        raise
+
+
+def _write_line(run: Run, iteration: int, evaluator: str, metrics: RunMetrics) -> None:
+    """What metrics.json has of an iteration, if anything: medians every LOG_PERIOD, and the evaluation that is due."""
+    cfg, last = run.cfg, run.cfg.SOLVER.MAX_ITER - 1
+    line: dict[str, Any] = {}
+    if (iteration + 1) % LOG_PERIOD == 0 or iteration == last:
+        line = _metrics(run, iteration)
+    if cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0 and iteration < last:
+        try:
+            found = evaluate(cfg, run.model, run.engine, evaluator)
+            line = {"iteration": iteration, **line, **flatten(found)}
+        except UserError as error:
+            if world_size() > 1:  # the other processes wait for this one
+                raise
+            log.error("iteration %d is not evaluated, and training goes on: %s", iteration + 1, error)
+    if line:
+        metrics.write(line)
+
+
 def _steps(run: Run, stop: StopSignal) -> Iterator[tuple[int, bool]]:
-    """Does one optimiser step after another; gives (iteration, whether some process was told to stop)."""
+    """Runs the optimiser steps; yields (iteration, whether any process received a signal to stop)."""
     if run.start >= run.cfg.SOLVER.MAX_ITER:
         return
     batches = iter(run.engine.train_batches(run.cfg, run.start))
@@ -99,8 +132,9 @@ def _steps(run: Run, stop: StopSignal) -> Iterator[tuple[int, bool]]:
         began = time.perf_counter()
         seed_iteration(run.cfg.SEED, iteration)
         batch = next(batches)
+        run.done = None
         waited = time.perf_counter() - began
-        with solver.autocast(run.cfg, run.device):
+        with solver.autocast(run.cfg, run.device, run.model):
             losses = run.engine.losses(run.wrapped, batch)
         flag = torch.tensor(float(stop.received is not None), device=run.device)
         shown = reduce_mean({**losses, "stop": flag})
@@ -112,11 +146,12 @@ def _steps(run: Run, stop: StopSignal) -> Iterator[tuple[int, bool]]:
         times = {"time": time.perf_counter() - began, "data_time": waited}
         run.remember({"total_loss": sum(shown.values()), **shown, **times})
         run.recent["lr"] = deque([lr])
+        run.done = iteration
         yield iteration, stopped
 
 
 def seed_iteration(seed: int, iteration: int) -> None:
-    """Set torch's generators for one iteration of this process; nothing of it needs to be saved for a resume."""
+    """Seed torch's generators for one iteration of this process, so that checkpoints need no random state."""
     state = np.random.SeedSequence([seed, iteration, rank()]).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(state) % 2**63)
 
@@ -139,7 +174,7 @@ def _metrics(run: Run, iteration: int) -> dict[str, Any]:
 
 
 def _shown(run: Run, line: dict[str, Any]) -> dict[str, float | str]:
-    """What is shown of a line beside progress: losses, seconds a step and the share of them spent waiting for data."""
+    """What the progress bar shows of a line: losses, seconds a step and the share spent waiting for data."""
     return {
         "loss": line["total_loss"],
         "lr": line["lr"],
@@ -151,14 +186,14 @@ def _shown(run: Run, line: dict[str, Any]) -> dict[str, float | str]:
 
 
 def _memory(device: torch.device) -> float:
-    """Largest use so far in MiB: of the GPU, or of this process."""
+    """Peak memory so far in MiB, of the GPU or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def frozen_hashes(model: nn.Module) -> dict[str, str]:
-    """sha256 of everything training must not change: parameters without gradient, and frozen normalisation."""
+    """sha256 of each tensor that training must not change: frozen parameters and frozen normalisation."""
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     for prefix, module in model.named_modules():
         if type(module).__name__ == "FrozenBatchNorm2d":  # this package's or Detectron2's
@@ -169,7 +204,7 @@ def frozen_hashes(model: nn.Module) -> dict[str, str]:
 
 
 def check_frozen(before: dict[str, str], after: dict[str, str]) -> None:
-    """Raises RuntimeError, naming a tensor, if a frozen one changed: the result would be no frozen readout."""
+    """Raises RuntimeError naming a frozen tensor that changed: the result would not be a frozen readout."""
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     if changed:
         raise RuntimeError(f"frozen tensor {changed[0]} changed during training ({len(changed)} of {len(before)})")

@@ -14,16 +14,17 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from loco_det.backbones.folding import is_fast
-from loco_det.detection.fvcore_nn import c2_msra_fill
-from loco_det.detection.layers import Conv
+from loco_det.detection.cpu_speed import logits_of_own_class
+from loco_det.detection.layers import Conv, c2_msra_fill
 
-# Sampled pixels held at a time when all masks of an image are pasted together (not on CPU): 1 GiB of float32.
+# Pixels sampled at a time when masks are pasted together, on a GPU: 1 GiB of float32.
 PASTE_PIXELS = 2**28
 
 
 class MaskHead(nn.Module):
     """(R, C, S, S) pooled regions and their classes (R,) in [0, K) -> (R, M, M) logits, each of its region's class."""
+
+    fast = False  # compute the logits of the region's own class only
 
     def __init__(self, cfg: CfgNode, channels: int) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class MaskHead(nn.Module):
         self.deconv = nn.ConvTranspose2d(channels, head.CONV_DIM, 2, stride=2)
         classes = 1 if head.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES
         self.predictor = nn.Conv2d(head.CONV_DIM, classes, 1)
-        for name in [*self.convs, "deconv"]:  # once all layers are there: the same seed, Detectron2's weights
+        for name in [*self.convs, "deconv"]:  # after all layers, so that a seed gives Detectron2's weights
             c2_msra_fill(getattr(self, name))
         nn.init.normal_(self.predictor.weight, std=0.001)
         nn.init.zeros_(self.predictor.bias)
@@ -44,26 +45,13 @@ class MaskHead(nn.Module):
     def forward(self, x: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         for name in self.convs:
             x = getattr(self, name)(x)
-        if is_fast():
-            return self._logits_of_one_class(x, classes)
+        if self.fast:
+            return logits_of_own_class(self.deconv, self.predictor, x, classes)
         return logits_of_classes(self.predictor(F.relu_(self.deconv(x))), classes)
-
-    def _logits_of_one_class(self, x: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        """The last two layers as matrix products: of K masks one is looked at, so only that one is made, and the four
-        pixels that the deconvolution makes of one stay side by side until they are logits."""
-        count, channels, height, width = x.shape
-        weight = self.deconv.weight.permute(2, 3, 1, 0).reshape(-1, channels)  # two rows, two columns, out channels
-        cells = x.permute(0, 2, 3, 1).reshape(-1, channels)
-        hidden = F.relu_(F.linear(cells, weight, self.deconv.bias.repeat(4)))
-        chosen = classes if self.predictor.out_channels > 1 else torch.zeros_like(classes)
-        weight = self.predictor.weight.flatten(1)[chosen]
-        logits = torch.bmm(hidden.view(count, 4 * height * width, weight.shape[1]), weight[:, :, None])
-        logits = logits.view(count, height, width, 2, 2).transpose(2, 3).reshape(count, 2 * height, 2 * width)
-        return logits + self.predictor.bias[chosen][:, None, None]
 
 
 def logits_of_classes(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """(R, M, M): the mask of each region's own class, or the only one there is."""
+    """(R, M, M): the mask of each region's own class, or the class-agnostic one."""
     if logits.shape[1] == 1:
         return logits[:, 0]
     return logits[torch.arange(logits.shape[0], device=logits.device), classes]  # len() is a constant to a tracer
@@ -105,7 +93,7 @@ def paste_masks(
 def _paste_near_boxes(
     masks: torch.Tensor, boxes: torch.Tensor, image_size: tuple[int, int], threshold: float
 ) -> torch.Tensor:
-    """One mask at a time in the neighbourhood of its box only, for on a CPU every pixel costs."""
+    """Pastes one mask at a time and only around its box: on a CPU every pixel takes time."""
     height, width = image_size
     result = torch.zeros((len(masks), height, width), dtype=torch.bool, device=masks.device)
     for index, box in enumerate(boxes):
@@ -119,7 +107,7 @@ def _paste_near_boxes(
 def _paste_in_chunks(
     masks: torch.Tensor, boxes: torch.Tensor, image_size: tuple[int, int], threshold: float, pixels: int
 ) -> torch.Tensor:
-    """Many whole images at a time, at most `pixels` of them together, for on a GPU every call costs."""
+    """Pastes many masks at a time, into at most `pixels` pixels: on a GPU every call takes time."""
     height, width = image_size
     result = torch.zeros((len(masks), height, width), dtype=torch.bool, device=masks.device)
     step = max(1, pixels // max(1, height * width))

@@ -1,13 +1,14 @@
 """A Faster or Mask R-CNN as an ONNX file: one image of one size in, its detections out; checked by onnxruntime.
 
-The graph is traced, so the image's size is part of it; the numbers of proposals and detections are not. Needs the
-extra `onnx`. Where the network would drop predictions that are not finite, the file keeps them.
+The graph is traced: it is fixed to one image size, but not to a number of proposals or detections. Needs the extra
+`onnx`. The network drops predictions that are not finite; the file keeps them.
 
 Shape legend: the image is (3, H, W), D detections, M mask side.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import warnings
@@ -18,22 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loco_det.backbones.folding import fast_arithmetic
 from loco_det.core.errors import UserError
 from loco_det.core.files import os_errors
 from loco_det.core.log import log
+from loco_det.detection.cpu_speed import speed_up
 from loco_det.detection.deformable import DeformConv2d
 from loco_det.detection.fast_rcnn import select_detections
 from loco_det.detection.rcnn import GeneralizedRCNN
 from loco_det.detection.roi_heads import Res5ROIHeads, StandardROIHeads
 
 OPSET = 17
-# Largest differences between the file and the model that count as rounding: pixels, score, probability of a pixel.
+# Differences between the file and the model up to these count as rounding: pixels, score, probability of a pixel.
 TOLERANCE = {"boxes": 0.05, "scores": 1e-3, "masks": 1e-2}
 
 
 class OneImage(nn.Module):
-    """`model` on one image, in operations that ONNX has and without a number of regions fixed while tracing."""
+    """`model` on one image, in operations that ONNX has; tracing fixes no number of regions."""
 
     def __init__(self, model: GeneralizedRCNN) -> None:
         super().__init__()
@@ -72,11 +73,11 @@ def in_image_0(boxes: Tensor) -> Tensor:
 
 
 def export_onnx(model: nn.Module, image: Tensor, path: Path) -> dict[str, float]:
-    """Write `path` and hold it to the model, on `image` and on its mirror image.
+    """Write `path` and compare it with the model on `image` and its mirror image.
 
     Args:
         model: of the torchvision engine, in evaluation mode.
-        image: uint8 (3, H, W) as the network takes it, that is resized; its size becomes the file's.
+        image: uint8 (3, H, W), resized as the network takes it; the file is fixed to its size.
 
     Returns:
         The largest difference of {"boxes" in pixels, "scores", "masks"}.
@@ -87,13 +88,14 @@ def export_onnx(model: nn.Module, image: Tensor, path: Path) -> dict[str, float]
     """
     runtime = _runtime()
     check_exportable(model)
-    network = OneImage(model).eval()
+    # On a CPU: a GPU's convolutions use TF32 by default, whose rounding can exceed TOLERANCE.
+    network = OneImage(speed_up(copy.deepcopy(model).cpu(), False)).eval()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with fast_arithmetic(False), torch.no_grad():
-                _trace(network, image.to(model.pixel_mean.device), temporary)
+            with torch.no_grad():
+                _trace(network, image, temporary)
                 session = runtime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
                 differences = [_difference(network, session, view) for view in (image, image.flip(2))]
             largest = {name: max(d[name] for d in differences) for name in differences[0]}
@@ -134,10 +136,12 @@ def check_exportable(model: nn.Module) -> None:
 def _trace(network: OneImage, image: Tensor, path: Path) -> None:
     names = ["boxes", "scores", "classes", *(["masks"] if network.model.roi_heads.mask_on else [])]
     options: dict[str, Any] = {}
-    if "dynamo" in inspect.signature(torch.onnx.export).parameters:  # since torch 2.5; it cannot take what NMS leaves
+    if (
+        "dynamo" in inspect.signature(torch.onnx.export).parameters
+    ):  # since torch 2.5; it does not support NMS's output sizes
         options["dynamo"] = False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of sizes that become constants, as they are meant to
+        warnings.simplefilter("ignore")  # about sizes that become constants, which is intended
         torch.onnx.export(
             network,
             (image,),
@@ -151,8 +155,8 @@ def _trace(network: OneImage, image: Tensor, path: Path) -> None:
 
 
 def _difference(network: OneImage, session: Any, image: Tensor) -> dict[str, float]:
-    """The largest differences over detections; each of the model's is held to the nearest of its class."""
-    expected = [value.cpu().numpy() for value in network(image.to(network.model.pixel_mean.device))]
+    """The largest differences over detections; each of the model's is compared with the nearest one of its class."""
+    expected = [value.numpy() for value in network(image)]
     found = session.run(None, {"image": image.numpy()})
     nothing = {name: 0.0 for name, _ in zip(("boxes", "scores", "masks"), (0, 1, *expected[3:]))}
     if len(found[0]) != len(expected[0]):

@@ -9,16 +9,16 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from torchvision.ops import roi_align, roi_pool
 
-from loco_det.backbones.folding import is_fast
 from loco_det.core.errors import UserError
 from loco_det.detection.boxes import area
-from loco_det.detection.roi_align import roi_align_pyramid
+from loco_det.detection.cpu_speed import roi_align_pyramid
 
 POOLER_TYPES = ("ROIAlignV2", "ROIAlign", "ROIPool")
 
-# A region of 224 x 224 pixels, ImageNet's crop, belongs to the level of stride 16 (FPN equation 1).
+# A region of 224 x 224 pixels, the size of ImageNet's crops, belongs to the level of stride 16 (FPN equation 1).
 CANONICAL_SIDE = 224
 CANONICAL_LEVEL = 4
 
@@ -39,7 +39,7 @@ def with_image(boxes: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([image, torch.cat(list(boxes))], dim=1)
 
 
-class RoiPooler:
+class RoiPooler(nn.Module):
     """Pools each region from the level its size asks for.
 
     Args:
@@ -52,7 +52,10 @@ class RoiPooler:
         UserError: if the strides do not form a pyramid.
     """
 
+    fast = False  # ROIAlign by matrix products, on a CPU
+
     def __init__(self, side: int, strides: Sequence[int], sampling_ratio: int, kind: str) -> None:
+        super().__init__()
         levels = [math.log2(stride) for stride in strides]
         if any(level != levels[0] + i or level % 1 for i, level in enumerate(levels)):
             raise UserError(
@@ -62,7 +65,7 @@ class RoiPooler:
         self.side, self.strides, self.sampling_ratio, self.kind = side, list(strides), sampling_ratio, kind
         self.lowest, self.highest = int(levels[0]), int(levels[-1])
 
-    def __call__(self, features: Sequence[torch.Tensor], boxes: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(self, features: Sequence[torch.Tensor], boxes: Sequence[torch.Tensor]) -> torch.Tensor:
         """Pooled regions (R, C, S, S), in the order of the boxes.
 
         Args:
@@ -72,8 +75,8 @@ class RoiPooler:
         return self.pool(features, with_image(boxes))
 
     def pool(self, features: Sequence[torch.Tensor], regions: torch.Tensor) -> torch.Tensor:
-        """The same for regions (R, 5), image number and box."""
-        if is_fast() and self.kind != "ROIPool" and regions.device.type == "cpu":
+        """Pooled regions (R, C, S, S) of regions (R, 5), image number and box."""
+        if self.fast and self.kind != "ROIPool":
             return self._align(features, regions)
         if len(features) == 1:
             return self._pool(features[0], regions, self.strides[0])
@@ -89,7 +92,7 @@ class RoiPooler:
             level = assign_levels(regions[:, 1:], self.lowest, self.highest) - self.lowest
         scales = [1.0 / stride for stride in self.strides]
         aligned = self.kind == "ROIAlignV2"
-        with torch.autocast("cpu", enabled=False):  # in float32 whatever the maps are, as torchvision's operator
+        with torch.autocast("cpu", enabled=False):  # always in float32, as torchvision's operator
             return roi_align_pyramid(features, regions, level, self.side, scales, self.sampling_ratio, aligned)
 
     def _pool(self, feature: torch.Tensor, regions: torch.Tensor, stride: int) -> torch.Tensor:

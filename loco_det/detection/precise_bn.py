@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loco_det.core import config
 from loco_det.core.log import Progress, log
 from loco_det.detection.engine import Engine
-from loco_det.detection.fvcore_nn import get_bn_modules, update_bn_stats
+from loco_det.detection.layers import get_bn_modules, update_bn_stats
 
 
 def is_due(cfg: CfgNode, iteration: int) -> bool:

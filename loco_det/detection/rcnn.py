@@ -14,8 +14,8 @@ from loco_det.annotations.instances import Instances
 from loco_det.core.errors import UserError
 from loco_det.detection.boxes import clip, nonempty
 from loco_det.detection.cascade import build_roi_heads
+from loco_det.detection.fpn import Batch, Network
 from loco_det.detection.masks import paste_masks
-from loco_det.detection.network import Batch, Network
 from loco_det.detection.rpn import RPN
 from loco_det.detection.semantic import SemanticSegmentor
 

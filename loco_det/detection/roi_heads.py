@@ -1,4 +1,4 @@
-"""What happens to each proposal: sampling in training, box and mask branches, with or without an FPN.
+"""RoI heads: sampling of proposals in training, box and mask branches, with or without an FPN.
 
 Shape legend: B images, Ri regions of image i, R over all images, K classes (index K is background).
 Source: detectron2/modeling/roi_heads/roi_heads.py.
@@ -15,7 +15,6 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det.annotations.instances import Instances
-from loco_det.backbones.folding import is_fast
 from loco_det.backbones.resnet import make_stage
 from loco_det.core.errors import UserError
 from loco_det.detection.boxes import match, pairwise_iou, sample_labels
@@ -37,7 +36,7 @@ class Sample:
     """Regions of one image that train the heads.
 
     Attributes:
-        boxes: (Ri, 4); foreground regions come first.
+        boxes: (Ri, 4), foreground regions first.
         classes: (Ri,) int64 in [0, K].
         truth: (Ri, 4) matched ground truth, the region itself where the image has none.
         index: (Ri,) int64 matched ground truth.
@@ -52,7 +51,7 @@ class Sample:
 
 
 def make_sample(boxes: torch.Tensor, classes: torch.Tensor, index: torch.Tensor, target: Instances) -> Sample:
-    """The `Sample` of regions with known classes and matches."""
+    """The `Sample` of regions whose classes and matches are known."""
     truth = target.boxes[index] if len(target) else boxes
     return Sample(boxes, classes, truth, index, target.masks)
 
@@ -70,19 +69,14 @@ def box_losses(
     )
 
 
-def in_parts(rows: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
-    """The rows, `count` at a time where rounding may differ for the memory's sake: on CPUs, in fast arithmetic."""
-    return rows.split(count) if is_fast() and rows.device.type == "cpu" else [rows]
-
-
 def share_masks(logits: torch.Tensor, detections: Sequence[Instances]) -> None:
-    """Gives each image's detections their (Ri, M, M) float probabilities, from logits (R, M, M)."""
+    """Sets `masks` of each image's detections, (Ri, M, M) float probabilities, from logits (R, M, M)."""
     for detection, masks in zip(detections, logits.sigmoid().split([len(d) for d in detections])):
         detection.masks = masks
 
 
 class RoiHeads(nn.Module):
-    """Sampling of regions and the mask branch's bookkeeping; the two subclasses differ in how they see a region."""
+    """Sampling of regions and the mask loss; the subclasses differ in how they pool regions."""
 
     def __init__(self, cfg: CfgNode, strides: dict[str, int]) -> None:
         super().__init__()
@@ -125,7 +119,9 @@ class RoiHeads(nn.Module):
 
 
 class StandardROIHeads(RoiHeads):
-    """Box and mask branches that each pool for themselves (FPN, DC5)."""
+    """Box and mask branches with a pooler each (FPN, DC5)."""
+
+    fast = False  # predict a chunk of regions at a time
 
     def __init__(self, cfg: CfgNode, channels: dict[str, int], strides: dict[str, int]) -> None:
         super().__init__(cfg, strides)
@@ -159,7 +155,7 @@ class StandardROIHeads(RoiHeads):
         return losses
 
     def train_boxes(self, maps: Maps, samples: list[Sample], targets: Sequence[Instances]) -> Losses:
-        """Losses of the box branch; where the mask branch is to see other regions, `samples` have them afterwards."""
+        """Losses of the box branch; with TRAIN_ON_PRED_BOXES `samples` get the predicted boxes for the mask branch."""
         scores, deltas = self.box_predictor(self.box_head(self.box_pooler(maps, [s.boxes for s in samples])))
         losses = box_losses(self.box_predictor, scores, deltas, samples)
         if self.train_on_predictions:
@@ -170,25 +166,29 @@ class StandardROIHeads(RoiHeads):
     def predict_boxes(self, maps: Maps, proposals: Sequence[Instances]) -> list[Instances]:
         """Detections of every image, without masks."""
         scores, deltas = [], []
-        for part in in_parts(with_image([p.boxes for p in proposals]), BOXES_AT_ONCE):
+        for part in self.chunked(with_image([p.boxes for p in proposals]), BOXES_AT_ONCE):
             score, delta = self.box_predictor(self.box_head(self.box_pooler.pool(maps, part)))
             scores.append(score)
             deltas.append(delta)
         return self.box_predictor.detect(torch.cat(scores), torch.cat(deltas), proposals)
 
     def predict_masks(self, features: Features, detections: Sequence[Instances]) -> None:
-        """Adds soft masks (Ri, M, M) to given boxes and classes; nothing where the model has no mask branch."""
+        """Adds soft masks (Ri, M, M) to given boxes and classes; does nothing without a mask branch."""
         if self.mask_on:
             maps = [features[name] for name in self.in_features]
             regions = with_image([d.boxes for d in detections])
             classes = torch.cat([d.classes for d in detections])
-            parts = zip(in_parts(regions, MASKS_AT_ONCE), in_parts(classes, MASKS_AT_ONCE))
+            parts = zip(self.chunked(regions, MASKS_AT_ONCE), self.chunked(classes, MASKS_AT_ONCE))
             logits = [self.mask_head(self.mask_pooler.pool(maps, r), c) for r, c in parts]
             share_masks(torch.cat(logits), detections)
 
+    def chunked(self, rows: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
+        """Split into chunks to save memory."""
+        return rows.split(count) if self.fast else [rows]
+
 
 class Res5ROIHeads(RoiHeads):
-    """Both branches share one pooling and the ResNet's last stage (C4: Mask R-CNN appendix A of ResNet)."""
+    """Both branches share one pooler and the ResNet's last stage (C4; ResNet paper, appendix A)."""
 
     def __init__(self, cfg: CfgNode, channels: dict[str, int], strides: dict[str, int]) -> None:
         super().__init__(cfg, strides)
@@ -230,7 +230,7 @@ class Res5ROIHeads(RoiHeads):
         return losses
 
     def predict_masks(self, features: Features, detections: Sequence[Instances]) -> None:
-        """Adds soft masks (Ri, M, M) to given boxes and classes; nothing where the model has no mask branch."""
+        """Adds soft masks (Ri, M, M) to given boxes and classes; does nothing without a mask branch."""
         if self.mask_on:
             classes = torch.cat([d.classes for d in detections])
             share_masks(self.mask_head(self._pool(features, detections), classes), detections)

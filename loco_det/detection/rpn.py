@@ -1,4 +1,4 @@
-"""Region proposal network: which anchors hold an object, and the proposals that come of it.
+"""Region proposal network: scores and labels of anchors, losses, proposals.
 
 Shape legend: B images, L levels, Hi x Wi cells of level i, A anchors a cell, R = sum of Hi*Wi*A anchors in all.
 Source: Faster R-CNN section 3.1; detectron2/modeling/proposal_generator.
@@ -14,7 +14,6 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det.annotations.instances import Instances
-from loco_det.backbones.folding import is_fast
 from loco_det.core.errors import UserError
 from loco_det.detection.anchors import AnchorGenerator, spread_over_levels
 from loco_det.detection.boxes import (
@@ -27,6 +26,7 @@ from loco_det.detection.boxes import (
     regression_loss,
     sample_labels,
 )
+from loco_det.detection.cpu_speed import predict_cells
 from loco_det.detection.layers import Conv
 
 
@@ -62,56 +62,11 @@ class RPNHead(nn.Module):
             deltas.append(raw.permute(0, 3, 4, 1, 2).flatten(1, 3))
         return logits, deltas
 
-    def at(
-        self, features: Sequence[torch.Tensor], image: torch.Tensor, anchor: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (N,) and deltas (N, 4) of N anchors alone, given by image and place among an image's R anchors.
-
-        The work of forward and backward is that of N cells and not of all: the loss of the RPN looks at few hundred.
-        Only for one hidden layer (`looks_at_cells`).
-        """
-        per_cell = self.objectness_logits.out_channels
-        cell = torch.div(anchor, per_cell, rounding_mode="floor")
-        patches, order, before = [], [], 0
-        for feature in features:
-            height, width = feature.shape[-2:]
-            mine = ((cell >= before) & (cell < before + height * width)).nonzero().squeeze(1)
-            patches.append(cell_patches(feature, image[mine], cell[mine] - before))
-            order.append(mine)
-            before += height * width
-        place = torch.cat(order).argsort()
-        patch = torch.cat(patches)[place]
-        weight = self.conv.weight.permute(0, 2, 3, 1).flatten(1)  # as the patches: row, column, channel
-        hidden = F.relu_(F.linear(patch, weight, self.conv.bias))
-        logits = F.linear(hidden, self.objectness_logits.weight.flatten(1), self.objectness_logits.bias)
-        deltas = F.linear(hidden, self.anchor_deltas.weight.flatten(1), self.anchor_deltas.bias)
-        index = (anchor % per_cell)[:, None]
-        deltas = deltas.view(len(deltas), per_cell, 4).gather(1, index[:, :, None].expand(-1, -1, 4))
-        return logits.gather(1, index).squeeze(1), deltas.squeeze(1)
-
-    @property
-    def looks_at_cells(self) -> bool:
-        return isinstance(self.conv, Conv)
-
-
-def cell_patches(feature: torch.Tensor, image: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
-    """The 3x3 neighbourhoods (N, 9 * C) of N cells of a feature (B, C, H, W), zero outside of it.
-
-    Args:
-        image, cell: (N,) int64, the cell as row * W + column.
-    """
-    channels, height, width = feature.shape[1:]
-    around = torch.arange(-1, 2, device=cell.device)
-    y = torch.div(cell, width, rounding_mode="floor")[:, None, None] + around[:, None]
-    x = (cell % width)[:, None, None] + around
-    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    index = (image[:, None, None] * height + y.clamp(0, height - 1)) * width + x.clamp(0, width - 1)
-    rows = feature.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, index.flatten())
-    return (rows * inside.flatten()[:, None]).view(len(cell), 9 * channels)
-
 
 class RPN(nn.Module):
-    """Scores anchors, learns from matched ones and proposes the best after suppression."""
+    """Scores anchors, trains on sampled ones and proposes the best after non-maximum suppression."""
+
+    fast = False  # compute gradients only at the sampled anchors
 
     def __init__(self, cfg: CfgNode, channels: dict[str, int], strides: dict[str, int]) -> None:
         super().__init__()
@@ -155,7 +110,7 @@ class RPN(nn.Module):
         """
         maps = [features[name] for name in self.in_features]
         anchors = self.anchor_generator([tuple(m.shape[-2:]) for m in maps])
-        few = self.training and is_fast() and self.rpn_head.looks_at_cells  # cells that need a gradient
+        few = self.training and self.fast and isinstance(self.rpn_head.conv, Conv)  # cells that need a gradient
         with torch.set_grad_enabled(torch.is_grad_enabled() and not few):
             logits, deltas = self.rpn_head(maps)
         losses = self._losses(anchors, maps if few else None, logits, deltas, image_sizes, targets)
@@ -188,7 +143,7 @@ class RPN(nn.Module):
         image_sizes: Sequence[tuple[int, int]],
         targets: Sequence[Instances] | None,
     ) -> dict[str, torch.Tensor]:
-        """`maps`: where to predict for the sampled anchors once more, if logits and deltas have no gradient."""
+        """With `maps`, logits and deltas have no gradient and are predicted again at the sampled anchors."""
         if not self.training:
             return {}
         s = self.settings
@@ -204,13 +159,14 @@ class RPN(nn.Module):
                 torch.cat(deltas, dim=1)[image[found], anchor[found]],
             )
         else:
-            score, delta = self.rpn_head.at(maps, image, anchor)
+            head = self.rpn_head
+            score, delta = predict_cells(head.conv, head.objectness_logits, head.anchor_deltas, maps, image, anchor)
             delta = delta[found]
         location = regression_loss(
             self.coder, all_anchors[anchor[found]], delta, truth, s.BBOX_REG_LOSS_TYPE, s.SMOOTH_L1_BETA
         )
         objectness = F.binary_cross_entropy_with_logits(score, found.float(), reduction="sum")
-        # By regions asked for, not by regions found: an image with few objects must not weigh more.
+        # Over the regions asked for, not those found, so that an image with few objects does not weigh more.
         regions = s.BATCH_SIZE_PER_IMAGE * len(targets)
         return {
             "loss_rpn_cls": objectness / regions * s.LOSS_WEIGHT,
@@ -225,7 +181,7 @@ class RPN(nn.Module):
         deltas: list[torch.Tensor],
         image_sizes: Sequence[tuple[int, int]],
     ) -> list[Instances]:
-        """No gradient passes the proposals: the second stage takes them as given, as Detectron2 does."""
+        """Proposals have no gradient: they are constants to the second stage, as in Detectron2."""
         s = self.settings
         best = s.PRE_NMS_TOPK_TRAIN if self.training else s.PRE_NMS_TOPK_TEST
         kept = s.POST_NMS_TOPK_TRAIN if self.training else s.POST_NMS_TOPK_TEST

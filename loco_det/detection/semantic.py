@@ -15,9 +15,8 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det.core.errors import UserError
-from loco_det.detection.fvcore_nn import c2_msra_fill
-from loco_det.detection.layers import Conv
-from loco_det.detection.network import Batch, Network, pad
+from loco_det.detection.fpn import Batch, Network, pad
+from loco_det.detection.layers import Conv, c2_msra_fill
 
 
 class SemSegFPNHead(nn.Module):

@@ -23,10 +23,10 @@ from fvcore.common.param_scheduler import (
 )
 from torch import Tensor, nn
 
-from loco_det.backbones.folding import is_fast
 from loco_det.core import config
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
+from loco_det.detection.cpu_speed import bump_versions, is_fast
 
 NORMS = (
     nn.modules.batchnorm._BatchNorm,  # BatchNorm1d to 3d and SyncBatchNorm
@@ -60,27 +60,19 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
                 groups.setdefault(_options(solver, module, name), []).append(parameter)
     if not groups:
         raise UserError("No parameter of the model is trainable; lower MODEL.BACKBONE.FREEZE_AT.")
-    # In fast arithmetic one pass over the memory, without a copy of all gradients.
-    one_pass = is_fast() and all(p.device.type == "cpu" for parameters in groups.values() for p in parameters)
+    fused = is_fast(model)  # one pass over the memory, without a copy of all gradients
     optimizer = torch.optim.SGD(
         [{**dict(options), "params": parameters} for options, parameters in groups.items()],
         lr=solver.BASE_LR,
         momentum=solver.MOMENTUM,
         nesterov=solver.NESTEROV,
         weight_decay=solver.WEIGHT_DECAY,
-        foreach=not one_pass,
-        fused=one_pass,
+        foreach=not fused,
+        fused=fused,
     )
-    if one_pass:
-        optimizer.register_step_post_hook(_tell_of_the_writing)
+    if fused:
+        optimizer.register_step_post_hook(bump_versions)
     return optimizer
-
-
-def _tell_of_the_writing(optimizer: torch.optim.SGD, *_: object) -> None:
-    """Count the parameters' versions on, which the one pass does not; `fused` makes its copies anew by them."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            torch.autograd.graph.increment_version(parameter)
 
 
 def _options(solver: CfgNode, module: nn.Module, name: str) -> tuple[tuple[str, float], ...]:
@@ -98,7 +90,7 @@ def _options(solver: CfgNode, module: nn.Module, name: str) -> tuple[tuple[str, 
 class Schedule:
     """Sets every group's learning rate to its base rate times a function of the iterations done.
 
-    `state_dict` has the form of Detectron2's LRMultiplier.
+    `state_dict` has the format of Detectron2's LRMultiplier.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, multiplier: Callable[[float], float], length: int) -> None:
@@ -108,7 +100,7 @@ class Schedule:
         self._apply()
 
     def step(self) -> None:
-        """One more iteration is done."""
+        """Advance by one iteration."""
         self.iteration += 1
         self._apply()
 
@@ -131,13 +123,13 @@ def build_schedule(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Schedule:
     """The schedule that SOLVER.LR_SCHEDULER_NAME names, with its warm-up, over SOLVER.MAX_ITER iterations.
 
     Raises:
-        UserError: an unknown name or method, or values that no schedule can be made of.
+        UserError: an unknown name or method, or values out of range.
     """
     return Schedule(optimizer, lr_multiplier(cfg), cfg.SOLVER.MAX_ITER)
 
 
 def lr_multiplier(cfg: CfgNode) -> ParamScheduler:
-    """The factor on the base learning rate as a function of training done, in [0, 1)."""
+    """The multiplier of the base learning rate as a function of progress in [0, 1)."""
     solver = cfg.SOLVER
     if solver.MAX_ITER < 1:
         raise UserError(f"SOLVER.MAX_ITER is {solver.MAX_ITER}; give at least 1.")
@@ -194,7 +186,7 @@ def _with_warmup(main: ParamScheduler, solver: CfgNode) -> ParamScheduler:
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
-    """The configuration for `world_size` processes, where SOLVER.REFERENCE_WORLD_SIZE says what it was made for.
+    """The configuration for `world_size` processes, if it was made for SOLVER.REFERENCE_WORLD_SIZE of them.
 
     The batch of each process stays, the learning rate grows and the schedule shrinks with the total batch
     (detectron2 DefaultTrainer.auto_scale_workers). 0 switches this off.
@@ -227,30 +219,30 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     return cfg
 
 
-def autocast(cfg: CfgNode, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def autocast(cfg: CfgNode, device: torch.device, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """The precision of one forward pass: float16 on CUDA and bfloat16 elsewhere if SOLVER.AMP.ENABLED."""
     if not cfg.SOLVER.AMP.ENABLED:
         return contextlib.nullcontext()
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-    # A fast RPN scores all cells without a gradient first. Until torch 2.10 the casts of its weights that autocast
-    # keeps from there had none for the sampled cells either, and its biases never learned.
-    return torch.autocast(device.type, dtype=dtype, cache_enabled=not is_fast())
+    # A fast RPN scores all cells without gradients first. Until torch 2.10 autocast cached the casts of its weights
+    # from there, so that the sampled cells gave its biases no gradient either.
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=not is_fast(model))
 
 
 def grad_scaler(cfg: CfgNode, device: torch.device) -> torch.amp.GradScaler:
-    """Loss scaling for float16; off, and then without any effect, on other devices and without AMP."""
+    """Loss scaling for float16 on CUDA; disabled, and then without effect, on other devices and without AMP."""
     return torch.amp.GradScaler("cuda", enabled=cfg.SOLVER.AMP.ENABLED and device.type == "cuda")
 
 
 def optimizer_step(cfg: CfgNode, loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Backward of the total loss (a scalar), clipping, and the optimiser's update; no gradient is left behind."""
+    """Backward of the total loss (a scalar), clipping, and the optimiser's update; frees the gradients."""
     scaler.scale(loss).backward()
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
         scaler.unscale_(optimizer)
         clip_gradients(cfg, (p for group in optimizer.param_groups for p in group["params"]))
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad()  # now, so that the next forward pass can have their memory
+    optimizer.zero_grad()  # now, so that the next forward pass can use their memory
 
 
 def clip_gradients(cfg: CfgNode, parameters: Iterable[nn.Parameter]) -> None:

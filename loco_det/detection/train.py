@@ -18,16 +18,17 @@ from loco_det import __version__
 from loco_det.annotations import loader
 from loco_det.annotations.classes import check_training_classes, missing_classes
 from loco_det.annotations.registry import find_dataset
-from loco_det.backbones.folding import fast_arithmetic
 from loco_det.core import config
 from loco_det.core.device import common_seed, keep_freed_memory, resolve_device, seed_everything
 from loco_det.core.distributed import averaged, barrier, is_main, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 from loco_det.core.log import log
-from loco_det.core.metrics import append_metrics
+from loco_det.core.metrics import RunMetrics
+from loco_det.core.run_folder import run_folder
 from loco_det.detection import engine_d2, solver
-from loco_det.detection.checkpoint import Checkpointer, read_last
+from loco_det.detection.checkpoint import Checkpointer, identity, read_last, retire_checkpoints
+from loco_det.detection.cpu_speed import speed_up
 from loco_det.detection.engine import Engine
 from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.feature_cache import check_cacheable, use_cache
@@ -46,6 +47,7 @@ def train_net(
     evaluator: str = "hotcoco",
     fast: bool = False,
     feature_cache: Path | None = None,
+    wandb: str | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate the detector that `cfg` describes, in this process's share of the job.
 
@@ -56,8 +58,9 @@ def train_net(
         eval_only: only evaluate MODEL.WEIGHTS, or with `resume` the last checkpoint.
         resume: go on from OUTPUT_DIR/last_checkpoint if there is one.
         evaluator: "hotcoco" or "pycocotools".
-        fast: let the torchvision engine's numbers differ from Detectron2's by rounding (`loco_det.backbones.folding`).
+        fast: on a CPU, let the torchvision engine's numbers differ from Detectron2's by rounding (`cpu_speed`).
         feature_cache: keep the frozen backbone's features of test images in this folder.
+        wandb: W&B project that also gets the numbers of metrics.json.
 
     Returns:
         On the main process {"bbox": {"AP": percent, ...}, "segm": {...}}; with several DATASETS.TEST a dict of these
@@ -68,6 +71,8 @@ def train_net(
             not what TEST.EXPECTED_RESULTS says.
         RuntimeError: a frozen tensor changed.
     """
+    if not cfg.OUTPUT_DIR:
+        raise UserError("OUTPUT_DIR is empty; name the folder for checkpoints and results.")
     if isinstance(engine, str):
         engine = choose_engine(engine)
         engine.check(cfg)
@@ -75,28 +80,28 @@ def train_net(
     check_evaluator(cfg, evaluator)
     if feature_cache is not None:
         check_cacheable(cfg, engine.name)
-    drawn = cfg.SEED < 0
-    cfg = _prepare(cfg, eval_only)
-    if not eval_only:
-        check_data(cfg, own_reader=engine.name != "detectron2")
-    model = engine.build_model(cfg)
-    with fast_arithmetic(fast and engine.name != "detectron2"):  # which is Detectron2's numbers, its optimiser's too
+    drawn, written = cfg.SEED < 0, cfg
+    with run_folder(cfg.OUTPUT_DIR), RunMetrics(cfg, wandb, resume) as metrics:
+        cfg = _prepare(cfg, eval_only)
+        if not eval_only:
+            check_data(cfg, own_reader=engine.name != "detectron2")
+        model = engine.build_model(cfg)
+        speed_up(model, fast)
         if eval_only:
             _load_for_evaluation(model, cfg, engine, resume)
-            if feature_cache is not None:
-                use_cache(model, cfg, feature_cache)
-            results = evaluate_finally(cfg, model, engine, evaluator)
-            append_metrics(cfg.OUTPUT_DIR, flatten(results))
-            check_expected(cfg, results)
-            return results
-        run = start_run(cfg, engine, model, resume, drawn)
+        else:
+            run = start_run(cfg, engine, model, resume, drawn)
+        _write_config(written)
         if feature_cache is not None:
             use_cache(model, cfg, feature_cache)
-        train(run, evaluator)
+        if not eval_only:
+            train(run, evaluator, metrics)
         results = evaluate_finally(cfg, model, engine, evaluator)
-    if results:
-        append_metrics(cfg.OUTPUT_DIR, {"iteration": cfg.SOLVER.MAX_ITER, **flatten(results)})
-    check_expected(cfg, results)
+        if eval_only:
+            metrics.write(flatten(results))
+        elif results:
+            metrics.write({"iteration": cfg.SOLVER.MAX_ITER, **flatten(results)})
+        check_expected(cfg, results)
     return results
 
 
@@ -123,18 +128,12 @@ def log_engine(engine: Engine) -> None:
 
 
 def _prepare(cfg: CfgNode, eval_only: bool) -> CfgNode:
-    """Check what would otherwise fail late, write config.yaml, seed; returns the configuration as it will run."""
-    if not cfg.OUTPUT_DIR:
-        raise UserError("OUTPUT_DIR is empty; name the folder for checkpoints and results.")
+    """Check what would otherwise fail late, and seed; returns the configuration as it will run."""
     if not eval_only and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty; name a data set to train on, e.g. ('coco_2017_train',).")
     if eval_only and not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty; name a data set to evaluate on, e.g. ('coco_2017_val',).")
     check_classes(cfg, () if eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
-    if is_main():
-        with atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", "w") as file:
-            file.write(cfg.dump())
-    barrier()
     cfg = solver.scale_to_world_size(cfg, world_size())
     device, seed = str(detector_device(cfg.MODEL.DEVICE)), common_seed(cfg.SEED)
     cfg = config.changed(cfg, SEED=seed, **{"MODEL.DEVICE": device})
@@ -151,6 +150,14 @@ def _prepare(cfg: CfgNode, eval_only: bool) -> CfgNode:
         raise UserError(f"MODEL.{synced[0]}.NORM is SyncBN, which needs GPUs on several processes; set it to BN.")
     seed_everything(cfg.SEED)
     return cfg
+
+
+def _write_config(cfg: CfgNode) -> None:
+    """Only now that a refused --resume can no longer lose the configuration that the folder's run was made with."""
+    if is_main():
+        with atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", "w") as file:
+            file.write(cfg.dump())
+    barrier()
 
 
 def check_classes(cfg: CfgNode, train: Sequence[str], test: Sequence[str]) -> None:
@@ -195,18 +202,21 @@ def start_run(cfg: CfgNode, engine: Engine, model: nn.Module, resume: bool, draw
     if resume and last is None:
         log.info("nothing to resume in %s: starting from MODEL.WEIGHTS", cfg.OUTPUT_DIR)
     if last is None:
-        write_record(cfg, engine.name, load_weights(model, cfg))
+        weights = load_weights(model, cfg)
+        retire_checkpoints(cfg.OUTPUT_DIR)
+        write_record(cfg, engine.name, weights)
     device = torch.device(cfg.MODEL.DEVICE)
     optimizer = solver.build_optimizer(cfg, model)
     schedule = solver.build_schedule(cfg, optimizer)
     scaler = solver.grad_scaler(cfg, device)
-    note = {"version": __version__, "engine": engine.name, "seed": cfg.SEED}
+    note = {"version": __version__, "engine": engine.name, "seed": cfg.SEED, **identity(cfg)}
     checkpointer = Checkpointer(cfg, model, optimizer, schedule, scaler, note)
     start = 0
     if last is not None:
-        start = checkpointer.restore(last)
+        start = checkpointer.restore(last, drawn)
         if drawn:  # a run without a SEED goes on with the one it drew at its start
             cfg = checkpointer.cfg = config.changed(cfg, SEED=note["seed"])
+            note.update(identity(cfg))
         log.info("resumed from %s: %d of %d iterations are done", last.path, start, cfg.SOLVER.MAX_ITER)
     wrapped = averaged(model, device) if world_size() > 1 else model
     frozen = frozen_hashes(model)  # of what the wrapper has made equal in all processes

@@ -25,7 +25,7 @@ from pycocotools import mask as coco_mask
 
 from loco_det.annotations.cityscapes import CLASSES, VOID, read_instance_ids
 from loco_det.annotations.index import CocoIndex, load_index
-from loco_det.annotations.instances import rle_lengths
+from loco_det.annotations.segmentation import rle_lengths
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 from loco_det.core.log import Progress, log

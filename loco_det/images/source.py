@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +41,13 @@ class Source:
     def name(self, index: int) -> str:
         """The image's name as the user would look for it."""
         return str(Path(self.root) / self._names[index])
+
+    def identity(self) -> str:
+        """sha256 of the number of images and of their names below `root`, in order; not of their contents."""
+        digest = hashlib.sha256(f"{len(self)}\n".encode())
+        digest.update(self._names.data.tobytes())
+        digest.update(self._names.offsets.tobytes())
+        return digest.hexdigest()
 
     def label(self, index: int) -> int | None:
         """Position in `classes`, or None where there are no labels."""

@@ -1,55 +1,36 @@
-"""The report as one HTML file that needs nothing beside it, and the same numbers as Markdown."""
+"""The report as one HTML file that needs nothing beside it (page.html.j2), and the same numbers as Markdown."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from html import escape
+from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from loco_det.report import charts
 from loco_det.report.losses import UnitLoss
 
+SECTIONS = {
+    "results": "Results",
+    "paired": "Paired differences",
+    "errors": "Errors and curves",
+    "classes": "Per class",
+    "probes": "Probes",
+    "training": "Training",
+    "pictures": "Pictures",
+    "inputs": "Inputs and environment",
+    "missing": "Missing",
+}  # id -> title
 KINDS = {"bbox": "box", "segm": "mask", "bbox_TTA": "box TTA", "segm_TTA": "mask TTA"}
-NOTHING = "-"  # in a table's cell
+EMPTY = "-"  # a table's cell without a number
 DETECTIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-# The table's columns: of detections, of rare, common and frequent classes (LVIS), and of pixel labels.
+# Columns of the main table: detections, then rare, common and frequent classes (LVIS), then pixel labels.
 MEASURES = (*DETECTIONS, "APr", "APc", "APf", "IoU", "iIoU", "IoU_sup", "iIoU_sup")
 _OF_CLASS = re.compile(r"(.+?/(?:AP|IoU))-(.+)")  # bbox/AP-person, or NAME/bbox/AP-person with several data sets
-_CSS = """
-:root{color-scheme:light dark;--ink:#1b1f24;--soft:#59636e;--paper:#fff;--panel:#f6f8fa;--line:#d1d9e0}
-@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9198a1;--paper:#0d1117;--panel:#151b23;--line:#3d444d}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:72rem;padding:1rem;color:var(--ink);background:var(--paper);
-font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
-h1{font-size:1.6rem;line-height:1.2;margin:.5rem 0}
-h2{font-size:1.25rem;margin:2.5rem 0 .5rem;border-bottom:1px solid var(--line);padding-bottom:.25rem}
-h3{font-size:1rem;margin:1.5rem 0 .5rem}
-p,figcaption,.soft{color:var(--soft)}
-.wide{overflow-x:auto;margin:.5rem 0}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
-th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}
-td.text{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:10rem}
-tbody tr:hover{background:var(--panel)}
-.best{font-weight:700}
-.charts{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
-.chart svg{width:100%;height:auto;display:block;max-width:52rem}
-.charts svg{width:100%;height:auto;display:block;max-width:34rem}
-svg text{font-family:inherit!important}
-.row{display:grid;gap:.5rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,11rem),1fr));margin:1rem 0}
-figure{margin:0}figure img{width:100%;height:auto;display:block;border-radius:4px}
-figcaption{font-size:.8rem}
-.none{display:grid;place-items:center;min-height:6rem;height:calc(100% - 1.5rem);color:var(--soft);
-background:var(--panel);border-radius:4px}
-.legend span{margin-right:.8rem;white-space:nowrap}
-.legend i{display:inline-block;width:.8em;height:.8em;margin-right:.3em;border-radius:2px;border:1px solid var(--line)}
-pre{font-size:.8rem;margin:0}
-details{margin:.5rem 0}summary{cursor:pointer}
-code{font-size:.85em;background:var(--panel);padding:.1em .3em;border-radius:4px;overflow-wrap:anywhere}
-nav a{margin-right:1rem;white-space:nowrap}a{color:inherit}
-.missing li{margin:.2rem 0;overflow-wrap:anywhere}
-"""
+
+Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
 def html_page(
@@ -58,40 +39,41 @@ def html_page(
     losses: tuple[list[UnitLoss], str],
     panels: list[dict[str, Any]],
 ) -> str:
-    """The whole page.
+    """The page, rendered from page.html.j2, which escapes everything but our own charts.
 
     Args:
-        report: the numbers, as report.json has them.
+        report: the numbers, as in report.json.
         series: heading -> title -> curves over steps.
-        losses: of the pretrainings, as `report.losses.unit_losses` gives them.
-        panels: for each experiment, what `report.panels.panels` gives.
+        losses: of the pretrainings, from `report.losses.unit_losses`.
+        panels: the result of `report.panels.panels` for each experiment.
     """
     colours = charts.colour_of(report["backbones"])
-    sections = [("results", "Results", _results(report, colours))]
-    sections.append(("paired", "Paired differences", _paired(report)))
-    sections.append(("errors", "Errors and curves", _apart(report, colours)))
-    sections.append(("classes", "Per class", _classes(report)))
-    sections.append(("probes", "Probes", _probes(report, colours)))
-    sections.append(("training", "Training", _training(series, losses, colours)))
-    sections.append(("pictures", "Pictures", _pictures(report, panels)))
-    sections.append(("inputs", "Inputs and environment", _inputs(report)))
-    sections.append(("missing", "Missing", _missing(report, [title for _, title, body in sections if not body])))
-    shown = [section for section in sections if section[2]]
-    links = " ".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in shown)
-    body = "".join(f'<section id="{key}"><h2>{escape(title)}</h2>{text}</section>' for key, title, text in shown)
-    title = escape(report["title"])
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title}</title><style>{_CSS}</style></head><body><h1>{title}</h1>"
-        f"<p>Made {escape(report['created'])} by loco_det {escape(report['loco_det'])}. AP, IoU and top-1 in percent; "
-        "mean ± standard deviation over runs, in brackets the 95 % interval of the mean.</p>"
-        f"<nav>{links}</nav>{body}</body></html>\n"
+    experiments = report["experiments"]
+    content = {
+        "results": [_results(experiment, colours) for experiment in experiments],
+        "paired": [_paired(experiment) for experiment in experiments if experiment["paired"]],
+        "errors": [_errors(experiment, colours) for experiment in experiments if _analysed(experiment)],
+        "classes": [found for found in map(_classes, experiments) if found["table"][1]],
+        "probes": [_probe(probe, colours) for probe in report["probes"]],
+        "training": _training(series, losses, colours),
+        "pictures": [{"title": e["title"], **panel} for e, panel in zip(experiments, panels) if panel],
+        "inputs": _inputs(report),
+    }
+    empty = [f"{SECTIONS[key]}: nothing was given for this part" for key, found in content.items() if not found]
+    content["missing"] = report["missing"] + empty
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    return environment.get_template("page.html.j2").render(report=report, sections=SECTIONS, content=content)
 
 
 def markdown_page(report: dict[str, Any]) -> str:
-    """Tables of the same numbers."""
+    """The tables of the page as Markdown; `report` as for `html_page`."""
     parts = [f"# {report['title']}", f"Made {report['created']} by loco_det {report['loco_det']}."]
     for experiment in report["experiments"]:
         header, rows = _main_table(experiment)
@@ -113,9 +95,7 @@ def markdown_page(report: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# --- tables: (header, rows of text) -----------------------------------------------------------------------------
-
-Table = tuple[list[str], list[list[str]]]
+# --- tables -----------------------------------------------------------------------------------------------------
 
 
 def _main_table(experiment: dict[str, Any]) -> Table:
@@ -135,7 +115,7 @@ def _column(key: str) -> str:
 
 def _number(summary: dict[str, Any] | None) -> str:
     if not summary or not summary["n"]:
-        return NOTHING
+        return EMPTY
     if summary["std"] is None:
         return f"{summary['mean']:.1f}"
     low, high = summary["ci95"]
@@ -155,7 +135,7 @@ def _paired_table(experiment: dict[str, Any]) -> Table:
 
 def _difference(found: dict[str, Any] | None) -> str:
     if not found or found["difference"] is None:
-        return NOTHING
+        return EMPTY
     low, high = found["ci95"]
     return f"{found['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
 
@@ -190,7 +170,7 @@ def _probe_table(probe: dict[str, Any]) -> Table:
 
 def _top1(found: dict[str, Any] | None) -> str:
     if not found:
-        return NOTHING
+        return EMPTY
     interval, std = found["top1_interval"], found["top1_std"]
     text = f"{found['top1']:.1f}" + ("" if std is None else f" ± {std:.1f}")
     return text + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
@@ -201,126 +181,6 @@ def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _html_table(table: Table, text_columns: Sequence[int] = ()) -> str:
-    header, rows = table
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = ("".join(_cell(i, cell, text_columns) for i, cell in enumerate(row)) for row in rows)
-    body = "".join(f"<tr>{cells}</tr>" for cells in body)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _cell(column: int, text: str, text_columns: Sequence[int]) -> str:
-    return f"<td{' class=text' if column in text_columns else ''}>{escape(text)}</td>"
-
-
-# --- sections; an empty text where there is nothing to show -----------------------------------------------------
-
-
-def _results(report: dict[str, Any], colours: dict[str, str]) -> str:
-    parts = []
-    for experiment in report["experiments"]:
-        rows = experiment["backbones"]
-        keys = dict.fromkeys(k for row in rows for k in row["numbers"] if k.endswith(("/AP", "/IoU")))
-        drawn = "".join(charts.seeds(rows, key, _column(key), colours) for key in keys)
-        table = _html_table(_main_table(experiment))
-        parts.append(f'<h3>{escape(experiment["title"])}</h3><div class="charts">{drawn}</div>{table}')
-    return "".join(parts)
-
-
-def _paired(report: dict[str, Any]) -> str:
-    parts = []
-    for experiment in report["experiments"]:
-        if experiment["paired"]:
-            parts.append(f"<h3>{escape(experiment['title'])}: difference to {escape(experiment['baseline'])}</h3>")
-            parts.append(
-                f"<p>{escape(_bootstrap(experiment))}: both backbones are judged on the same resampled images. "
-            )
-            parts.append("It measures the luck of the test images, not that of the training seed.</p>")
-            parts.append(_html_table(_paired_table(experiment)))
-    return "".join(parts)
-
-
-def _apart(report: dict[str, Any], colours: dict[str, str]) -> str:
-    parts = []
-    for experiment in report["experiments"]:
-        rows = {row["backbone"]: row["apart"] for row in experiment["backbones"] if row["apart"]}
-        if not rows:
-            continue
-        parts.append(f'<h3>{escape(experiment["title"])}</h3><div class="charts">')
-        for kind in next(iter(rows.values())):
-            found = {name: apart[kind]["errors"] for name, apart in rows.items()}
-            parts.append(charts.errors(found, f"{KINDS[kind]}: AP50 lost by kind of error (TIDE)", colours))
-            for threshold in next(iter(rows.values()))[kind]["curves"]:
-                found = {name: apart[kind]["curves"][threshold] for name, apart in rows.items()}
-                parts.append(charts.curves(found, f"{KINDS[kind]}, IoU {threshold}", colours))
-        parts.append("</div>")
-    return "".join(parts)
-
-
-def _classes(report: dict[str, Any]) -> str:
-    parts = []
-    for experiment in report["experiments"]:
-        table = _class_table(experiment)
-        if table[1]:
-            parts.append(f"<details><summary>{escape(experiment['title'])}: {len(table[1])} classes</summary>")
-            parts.append(f"{_html_table(table)}</details>")
-    return "".join(parts)
-
-
-def _probes(report: dict[str, Any], colours: dict[str, str]) -> str:
-    drawn = [charts.stages(probe["backbones"], _probe_title(probe), colours) for probe in report["probes"]]
-    tables = [f"<h3>{escape(_probe_title(p))}</h3>{_html_table(_probe_table(p))}" for p in report["probes"]]
-    note = "<p>In brackets 95 %: over test images for one run, of the mean for several.</p>"
-    return f'<div class="charts">{"".join(drawn)}</div>{note}{"".join(tables)}' if drawn else ""
-
-
-def _training(
-    series: dict[str, dict[str, charts.Series]], losses: tuple[list[UnitLoss], str], colours: dict[str, str]
-) -> str:
-    parts = []
-    if losses[0]:
-        note = "Means over neighbouring values; what is above the axis in the first twentieth of a run is cut off."
-        parts.append(f'<h3>Pretraining</h3><p>{note}</p><div class="chart">{charts.losses(*losses, colours)}</div>')
-    for heading, titles in series.items():
-        drawn = "".join(charts.lines(s, "step", "", title, colours) for title, s in titles.items())
-        parts.append(f'<h3>{escape(heading)}</h3><div class="charts">{drawn}</div>')
-    return "".join(parts)
-
-
-def _pictures(report: dict[str, Any], panels: list[dict[str, Any]]) -> str:
-    parts = []
-    for experiment, panel in zip(report["experiments"], panels):
-        if not panel:
-            continue
-        parts.append(f"<h3>{escape(experiment['title'])}</h3><p>{escape(panel['note'])}</p>")
-        plates = (
-            f'<span><i style="background:{colour}"></i>{escape(name)}</span> ' for name, colour in panel["legend"]
-        )
-        parts.append(f'<p class="legend">{"".join(plates)}</p>' if panel["legend"] else "")
-        for row in panel["rows"]:
-            figures = "".join(_figure(f"{row['image']}, {name}", uri) for name, uri in row["pictures"].items())
-            parts.append(f'<div class="row">{figures}</div>')
-    return "".join(parts)
-
-
-def _figure(text: str, uri: str | None) -> str:
-    text = escape(text)
-    if uri is None:
-        return f'<figure><div class="none">missing</div><figcaption>{text}</figcaption></figure>'
-    return f'<figure><img loading="lazy" alt="{text}" src="{uri}"><figcaption>{text}</figcaption></figure>'
-
-
-def _inputs(report: dict[str, Any]) -> str:
-    if not report["inputs"] and not report["other_inputs"]:
-        return ""
-    parts = [_html_table(_inputs_table(report), text_columns=(2, 3, 4, 7))]
-    for experiment in report["experiments"]:
-        text = "\n".join(f"{key}: {value}" for key, value in experiment["config"].items())
-        parts.append(f"<details><summary>Configuration: {escape(experiment['title'])}</summary>")
-        parts.append(f'<div class="wide"><pre>{escape(text)}</pre></div></details>')
-    return "".join(parts)
-
-
 def _inputs_table(report: dict[str, Any]) -> Table:
     header = ["backbone", "seed", "run", "weights, sha256", "data, sha256", "config sha256", "engine", "machine"]
     rows = []
@@ -328,15 +188,15 @@ def _inputs_table(report: dict[str, Any]) -> Table:
         weights = found["weights"]
         digest = (weights.get("sha256") or "")[:12] or "hash not recorded"
         data = "; ".join(f"{name} {d['sha256'][:12]}" for name, d in (found["datasets"] or {}).items())
-        told = f"{weights['path']} {digest}" if weights.get("path") else "none: random weights"
-        cells = [found["backbone"], str(found["seed"]), found["run"], told]
+        source = f"{weights['path']} {digest}" if weights.get("path") else "none: random weights"
+        cells = [found["backbone"], str(found["seed"]), found["run"], source]
         cells += [data or "not recorded", found["config_sha256"][:12], found["engine"] or "not recorded"]
         rows.append([*cells, _machine(found["environment"])])
     for found in report["other_inputs"]:
         digest = (found["sha256"] or "")[:12] or "hash not recorded"
-        weights = f"{found['weights']} {digest}" if found["weights"] else NOTHING
+        weights = f"{found['weights']} {digest}" if found["weights"] else EMPTY
         cells = [found["backbone"], str(found["seed"]), found["run"], weights, str(found["data"])]
-        rows.append([*cells, (found["config_sha256"] or NOTHING)[:12], NOTHING, NOTHING])
+        rows.append([*cells, (found["config_sha256"] or EMPTY)[:12], EMPTY, EMPTY])
     return header, rows
 
 
@@ -348,6 +208,58 @@ def _machine(environment: dict[str, Any] | None) -> str:
     return f"{environment['device']}, {environment['processes']} processes; {environment['system']}; {versions}"
 
 
-def _missing(report: dict[str, Any], empty: list[str]) -> str:
-    told = [*report["missing"], *(f"{title}: nothing was given for this part" for title in empty)]
-    return f'<ul class="missing">{"".join(f"<li>{escape(text)}</li>" for text in told)}</ul>' if told else ""
+# --- what the template shows of an experiment or a probe --------------------------------------------------------
+
+
+def _results(experiment: dict[str, Any], colours: dict[str, str]) -> dict[str, Any]:
+    rows = experiment["backbones"]
+    keys = dict.fromkeys(k for row in rows for k in row["numbers"] if k.endswith(("/AP", "/IoU")))
+    drawn = [charts.seeds(rows, key, _column(key), colours) for key in keys]
+    return {"title": experiment["title"], "charts": drawn, "table": _main_table(experiment)}
+
+
+def _paired(experiment: dict[str, Any]) -> dict[str, Any]:
+    title = f"{experiment['title']}: difference to {experiment['baseline']}"
+    return {"title": title, "bootstrap": _bootstrap(experiment), "table": _paired_table(experiment)}
+
+
+def _analysed(experiment: dict[str, Any]) -> dict[str, Any]:
+    """Backbone -> errors and curves by IoU type, of those whose detections were evaluated again."""
+    return {row["backbone"]: row["apart"] for row in experiment["backbones"] if row["apart"]}
+
+
+def _errors(experiment: dict[str, Any], colours: dict[str, str]) -> dict[str, Any]:
+    rows, drawn = _analysed(experiment), []
+    for kind, first in next(iter(rows.values())).items():
+        found = {name: row[kind]["errors"] for name, row in rows.items()}
+        drawn.append(charts.errors(found, f"{KINDS[kind]}: AP50 lost by kind of error (TIDE)", colours))
+        for threshold in first["curves"]:
+            found = {name: row[kind]["curves"][threshold] for name, row in rows.items()}
+            drawn.append(charts.curves(found, f"{KINDS[kind]}, IoU {threshold}", colours))
+    return {"title": experiment["title"], "charts": drawn}
+
+
+def _classes(experiment: dict[str, Any]) -> dict[str, Any]:
+    return {"title": experiment["title"], "table": _class_table(experiment)}
+
+
+def _probe(probe: dict[str, Any], colours: dict[str, str]) -> dict[str, Any]:
+    title = _probe_title(probe)
+    return {"title": title, "chart": charts.stages(probe["backbones"], title, colours), "table": _probe_table(probe)}
+
+
+def _training(
+    series: dict[str, dict[str, charts.Series]], losses: tuple[list[UnitLoss], str], colours: dict[str, str]
+) -> dict[str, Any]:
+    """The chart of pretraining losses, if any, and heading -> charts of each experiment; {} without either."""
+    curves = {
+        heading: [charts.lines(runs, "step", "", title, colours) for title, runs in titles.items()]
+        for heading, titles in series.items()
+    }
+    pretraining = charts.losses(*losses, colours) if losses[0] else ""
+    return {"pretraining": pretraining, "curves": curves} if pretraining or curves else {}
+
+
+def _inputs(report: dict[str, Any]) -> dict[str, Any]:
+    table = _inputs_table(report)
+    return {"table": table, "experiments": report["experiments"]} if table[1] else {}

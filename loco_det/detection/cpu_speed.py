@@ -1,11 +1,11 @@
-"""ROIAlign over a pyramid on a CPU, by matrix products: bilinear sampling on a regular grid is separable.
+"""Fast forms of a detector's parts for CPUs: the same formulas up to rounding.
 
-A bin is the mean of samples on a grid in it, each sample a bilinear mean of four cells; so along each axis a region
-is a matrix of weights, bins by cells, and its pooled features are Wy F Wx'. torchvision's operator visits every
-sample of every channel instead, on one thread, and is here a quarter (forward) to a tenth (backward) as fast.
+`speed_up` chooses once for a whole network, by setting `fast` on each part that has two forms. A network starts exact:
+its numbers match Detectron2's bit for bit. On a GPU it stays exact, because the fast forms have not been measured
+there. Folded normalisation (backbones/folding.py) follows the same switch.
 
-Shape legend: R regions over all images, S pooled side, L levels, feature l (N, C, Hl, Wl), T cells along an axis.
-Source of the arithmetic: torchvision/csrc/ops/cpu/roi_align_kernel.cpp.
+Shape legend: B images, N anchors, K classes, R regions over all images, S pooled side, L levels, feature l
+(B, C, Hl, Wl), T cells along an axis.
 """
 
 from __future__ import annotations
@@ -15,7 +15,121 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def speed_up(model: nn.Module, on: bool = True) -> nn.Module:
+    """Choose the fast form of every part of `model` that has one, or with `on` False the exact form; returns `model`.
+
+    A model on a GPU stays exact. Detectron2's own models have no such parts.
+    """
+    on = on and all(parameter.device.type == "cpu" for parameter in model.parameters())
+    for part in model.modules():
+        if hasattr(type(part), "fast"):
+            part.fast = on
+    return model
+
+
+def is_fast(model: nn.Module) -> bool:
+    """Whether a detector of either engine computes in its fast form."""
+    return getattr(model, "fast", False)
+
+
+def bump_versions(optimizer: torch.optim.SGD, *_: object) -> None:
+    """Fused SGD does not bump tensor versions, by which cached weights are invalidated."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            torch.autograd.graph.increment_version(parameter)
+
+
+# --- RPN and mask head ------------------------------------------------------------------------------------------
+
+
+def predict_cells(
+    conv: nn.Conv2d,
+    objectness: nn.Conv2d,
+    deltas: nn.Conv2d,
+    features: Sequence[Tensor],
+    image: Tensor,
+    anchor: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Logits (N,) and deltas (N, 4) of an RPN's head at N anchors only.
+
+    The loss of the RPN samples a few hundred of all anchors, so forward and backward visit as many cells and no others.
+
+    Args:
+        conv, objectness, deltas: the head's 3x3 convolution, which ends in a ReLU, and its two 1x1 convolutions.
+        features: L maps (B, C, Hi, Wi).
+        image, anchor: (N,) int64, the anchor by its place among an image's anchors of all levels.
+    """
+    per_cell = objectness.out_channels
+    cell = torch.div(anchor, per_cell, rounding_mode="floor")
+    patches, order, before = [], [], 0
+    for feature in features:
+        height, width = feature.shape[-2:]
+        mine = ((cell >= before) & (cell < before + height * width)).nonzero().squeeze(1)
+        patches.append(cell_patches(feature, image[mine], cell[mine] - before))
+        order.append(mine)
+        before += height * width
+    place = torch.cat(order).argsort()
+    patch = torch.cat(patches)[place]
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # as the patches: row, column, channel
+    hidden = F.relu_(F.linear(patch, weight, conv.bias))
+    scores = F.linear(hidden, objectness.weight.flatten(1), objectness.bias)
+    found = F.linear(hidden, deltas.weight.flatten(1), deltas.bias)
+    index = (anchor % per_cell)[:, None]
+    found = found.view(len(found), per_cell, 4).gather(1, index[:, :, None].expand(-1, -1, 4))
+    return scores.gather(1, index).squeeze(1), found.squeeze(1)
+
+
+def cell_patches(feature: Tensor, image: Tensor, cell: Tensor) -> Tensor:
+    """The 3x3 neighbourhoods (N, 9 * C) of N cells of a feature (B, C, H, W), zero outside it.
+
+    Args:
+        image, cell: (N,) int64, the cell as row * W + column.
+    """
+    channels, height, width = feature.shape[1:]
+    around = torch.arange(-1, 2)
+    y = torch.div(cell, width, rounding_mode="floor")[:, None, None] + around[:, None]
+    x = (cell % width)[:, None, None] + around
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    index = (image[:, None, None] * height + y.clamp(0, height - 1)) * width + x.clamp(0, width - 1)
+    rows = feature.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, index.flatten())
+    return (rows * inside.flatten()[:, None]).view(len(cell), 9 * channels)
+
+
+def logits_of_own_class(deconv: nn.ConvTranspose2d, predictor: nn.Conv2d, x: Tensor, classes: Tensor) -> Tensor:
+    """The last two layers of a mask head as matrix products, for each region's own class only.
+
+    The four pixels that the deconvolution makes of one stay side by side until they are logits.
+
+    Args:
+        deconv: 2x2, stride 2.
+        predictor: 1x1 to K classes, or to one for all of them.
+        x: (R, C, S, S).
+        classes: (R,) int64 in [0, K).
+
+    Returns:
+        (R, 2S, 2S).
+    """
+    count, channels, height, width = x.shape
+    weight = deconv.weight.permute(2, 3, 1, 0).reshape(-1, channels)  # two rows, two columns, out channels
+    cells = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    hidden = F.relu_(F.linear(cells, weight, deconv.bias.repeat(4)))
+    chosen = classes if predictor.out_channels > 1 else torch.zeros_like(classes)
+    weight = predictor.weight.flatten(1)[chosen]
+    logits = torch.bmm(hidden.view(count, 4 * height * width, weight.shape[1]), weight[:, :, None])
+    logits = logits.view(count, height, width, 2, 2).transpose(2, 3).reshape(count, 2 * height, 2 * width)
+    return logits + predictor.bias[chosen][:, None, None]
+
+
+# --- ROIAlign ---------------------------------------------------------------------------------------------------
+#
+# A bin is the mean of samples on a grid in it, each sample a bilinear mean of four cells; along each axis a region is
+# a matrix of weights, bins by cells, and its pooled features are Wy F Wx'. torchvision's operator visits every sample
+# of every channel on one thread instead, and takes four times (forward) to ten times (backward) as long.
+# Source of the arithmetic: torchvision/csrc/ops/cpu/roi_align_kernel.cpp.
 
 
 def roi_align_pyramid(
@@ -27,7 +141,7 @@ def roi_align_pyramid(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:
-    """What `torchvision.ops.roi_align` gives, up to rounding, each region from its own level.
+    """ROIAlign of each region from its own level, as `torchvision.ops.roi_align` up to rounding.
 
     Args:
         features: L maps.
@@ -57,7 +171,7 @@ def roi_align_pyramid(
 
 
 def axis_weights(start: Tensor, length: Tensor, cells: int, side: int, ratio: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Along one axis: how much each cell counts in each bin.
+    """The weight of each cell in each bin along one axis.
 
     Args:
         start, length: (R,) of the regions, in cells.
@@ -66,8 +180,8 @@ def axis_weights(start: Tensor, length: Tensor, cells: int, side: int, ratio: in
         ratio: samples a bin; 0 means as many as there are cells under it.
 
     Returns:
-        (R, S, T) float32 weights; (R,) int64 first cell with a weight and (R,) the one after the last, equal where
-        there is none.
+        (R, S, T) float32 weights; (R,) int64 first cell with a weight and (R,) the one after the last, equal if there
+        is none.
     """
     samples = torch.full_like(start, ratio) if ratio > 0 else torch.ceil(length / side)
     k = torch.arange(int(samples.max().clamp(min=0)) if len(samples) else 0)
@@ -108,7 +222,7 @@ class _Pool(torch.autograd.Function):
                         continue
                     across = torch.mm(rows[i, :, top:bottom], area).view(side, -1, channels)
                     torch.bmm(columns[i, :, left:right].expand(side, -1, -1), across, out=pooled)
-                    out[region].copy_(pooled.permute(2, 0, 1))  # in the processor's cache, unlike all at the end
+                    out[region].copy_(pooled.permute(2, 0, 1))  # while it is in the processor's cache
         ctx.places, ctx.weights = places, weights
         ctx.like = [(feature.shape, feature.dtype) for feature in features]
         return out.to(features[0].dtype)
@@ -151,7 +265,7 @@ def _cells(cells: Tensor, image: int, top: int, bottom: int, left: int, right: i
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Thousands of small products: waking other threads for each costs more than they do."""
+    """One thread for thousands of small products, each of which takes less time than waking the others."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

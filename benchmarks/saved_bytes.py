@@ -1,4 +1,4 @@
-"""How many bytes autograd keeps for the backward."""
+"""The bytes that autograd saves for the backward pass; the tests of local learning count them too."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class SavedBytes(saved_tensors_hooks):
-    """While active, follows the bytes saved for backward on any device; each storage counts once.
+    """While active, counts the bytes saved for backward on any device, each storage once.
 
     Args:
-        ignore: tensors that live on anyway, such as parameters.
+        ignore: tensors that exist anyway, such as parameters.
 
     Attributes:
-        now: bytes alive.
+        now: saved bytes.
         peak: their maximum so far.
-        history: (seconds on time.perf_counter, bytes alive) after every change.
+        history: (time.perf_counter(), saved bytes) after every change.
     """
 
     def __init__(self, ignore: Iterable[Tensor] = ()) -> None:
@@ -37,14 +37,14 @@ class SavedBytes(saved_tensors_hooks):
         return _Saved(tensor, self)
 
     def change(self, nbytes: int) -> None:
-        """That many more bytes are alive."""
+        """Add `nbytes`, which may be negative."""
         self.now += nbytes
         self.peak = max(self.peak, self.now)
         self.history.append((time.perf_counter(), self.now))
 
 
 class _Saved:
-    """One saved tensor; it is dropped when autograd drops it."""
+    """One saved tensor; autograd frees it with its graph."""
 
     def __init__(self, tensor: Tensor, account: SavedBytes) -> None:
         storage = tensor.untyped_storage()

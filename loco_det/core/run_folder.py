@@ -1,0 +1,77 @@
+"""The folder of a run: one run at work in it, and what a resumed run must have in common with its beginning."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from loco_det.core.config import flat
+from loco_det.core.distributed import is_main
+from loco_det.core.errors import UserError
+from loco_det.core.files import os_errors
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def run_folder(folder: str | Path) -> Iterator[None]:
+    """Hold OUTPUT_DIR for one run, on its main process; temporary files that a killed run left are removed.
+
+    The system releases the lock when the process ends, however it ends. On a file system without locks nothing is held.
+
+    Raises:
+        UserError: another run is at work in the folder, or it cannot be written.
+    """
+    if not is_main():
+        yield
+        return
+    folder = Path(folder)
+    with os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "a+")  # noqa: SIM115 (closed below)
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which workers do not inherit: they may outlive a kill
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise UserError(
+                f"{folder}: another run is at work in it ({file.read().strip() or 'it has not said which'}); wait for "
+                "its end, or choose another OUTPUT_DIR"
+            ) from None
+        except OSError:
+            pass
+        with os_errors(folder):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            for left in folder.glob(".*.tmp"):
+                left.unlink(missing_ok=True)
+        yield
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> dict[str, str]:
+    """{"SOLVER.BASE_LR": "0.1 before, 0.2 now", ...}: where two configurations differ.
+
+    Args:
+        before: nested plain data, as YAML has it.
+        now: likewise.
+        free: dotted keys that may differ; one that ends in a dot stands for all below it.
+    """
+    one, other = flat(before), flat(now)
+    return {
+        key: f"{one.get(key, 'absent')} before, {other.get(key, 'absent')} now"
+        for key in sorted({*one, *other})
+        if one.get(key) != other.get(key)
+        and not any(key == name or (name.endswith(".") and key.startswith(name)) for name in free)
+    }
+
+
+def told(found: Mapping[str, str]) -> str:
+    """`differences` in a sentence: the first three, and how many more."""
+    shown = "; ".join(f"{key} is {values}" for key, values in list(found.items())[:3])
+    return shown + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
