@@ -547,7 +547,6 @@ def test_unreadable_images_are_skipped_up_to_the_share(images: Path, tmp_path: P
         ("SOLVER__RECOMPUTE", "some", "SOLVER.RECOMPUTE: 'some'"),
         ("LOSS__CHUNK", -1, "LOSS.CHUNK is -1"),
         ("SOLVER__RECOMPUTE", 3, "SOLVER.RECOMPUTE is 3"),
-        ("DATA__PATH", "/no/such/folder", "/no/such/folder"),
         ("DEVICE", "cuda:99", "cuda:99"),
         ("LOSS__TEMPERATURE", 0.0, "LOSS.TEMPERATURE is 0"),
         ("LOG_PERIOD", 0, "LOG_PERIOD is 0; use 1 or more"),
@@ -568,6 +567,11 @@ def test_bad_values_are_named_before_files_are_opened(key: str, value: object, m
     with pytest.raises(UserError, match=message):  # before the missing images are noticed
         pretrain(config(tmp_path / "missing", tmp_path / "run", **{key: value}, **extra))
     assert not list(tmp_path.iterdir())
+
+
+def test_images_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=str(tmp_path / "missing")):
+        pretrain(config(tmp_path / "missing", tmp_path / "run"))
 
 
 def test_a_batch_larger_than_the_data_is_refused(images: Path, tmp_path: Path) -> None:
