@@ -14,7 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-
 # `pytest -m quick`: the method, the losses, the detector's arithmetic, conversion, the house rules; under a minute.
 QUICK = (
     "test_architecture.py",
