@@ -209,6 +209,14 @@ def test_deep_nesting_is_refused(tmp_path):
         read_yaml(tmp_path / "a.yaml")
 
 
+def test_the_home_of_nobody_is_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"There is no configuration file ~nosuchuser/x.yaml"):
+        load_config(defaults(), "~nosuchuser/x.yaml")
+    (tmp_path / "a.yaml").write_text("_BASE_: ~nosuchuser/x.yaml\n")
+    with pytest.raises(UserError, match=r"a.yaml, line 1: the _BASE_ file .*nosuchuser/x.yaml does not exist"):
+        load_config(defaults(), tmp_path / "a.yaml")
+
+
 def test_configs_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("configs/coco_loco_r50.yaml", "coco_loco_r50.yaml"):

@@ -8,6 +8,7 @@ and code written for Detectron2 can take it. Nothing in a file is ever construct
 from __future__ import annotations
 
 import difflib
+import os
 from ast import literal_eval
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
@@ -138,7 +139,7 @@ def find_config(path: str | Path) -> Path:
     Raises:
         UserError: neither exists; the message offers the closest name.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if path.is_file():
         return path
     package = Path(__file__).parent.parent
@@ -287,7 +288,7 @@ def _read_with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Setting]:
     for name in names:
         if "://" in name:
             raise UserError(f"{path}, line {bases.line}: download the {BASE_KEY} {name} and name the local file.")
-        base = path.parent / Path(name).expanduser()
+        base = path.parent / os.path.expanduser(name)
         if not base.is_file():
             raise UserError(f"{path}, line {bases.line}: the {BASE_KEY} file {base} does not exist.")
         settings.update(_read_with_bases(base, (*above, here)))
