@@ -19,7 +19,7 @@ from loco_det.backbones.resnet import ResNet, StagedBackbone, measure_batchnorm,
 from loco_det.core import config
 from loco_det.core.config import Settings
 from loco_det.core.device import keep_freed_memory, resolve_device, seed_everything
-from loco_det.core.distributed import barrier, is_main
+from loco_det.core.distributed import barrier, is_main, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 from loco_det.core.launch import CommonStop, StopSignal
@@ -147,6 +147,8 @@ def pretrain(
         loader = build_two_view_loader(cfg, source)
         seed_everything(cfg.SEED)
         if is_random:
+            if resume and (found := latest_checkpoint(Path(cfg.OUTPUT_DIR))):
+                raise UserError(f"{found[0]} is of another run, for METHOD random has none; choose another OUTPUT_DIR")
             _begin(cfg, start=0)
             backbone = network.to(device, memory_format=LAYOUT)
             measure_statistics(backbone, loader)
@@ -173,6 +175,7 @@ def _train(
     schedule = learning_rate(cfg, total, loader.steps_per_epoch)
     state = {"learner": learner, "optimizer": optimizer, "scaler": scaler}
     start = _restore(cfg, state, source) if resume else 0
+    probe = KnnProbe(cfg, source, device, LAYOUT, _autocast(cfg, device))  # may refuse its images
     _begin(cfg, start)
     metrics.trim(start)
     average = GradientAverage(learner.parameters())
@@ -183,7 +186,6 @@ def _train(
     log.info(
         "%s: %d images, %d steps of %d images on %s", cfg.METHOD, len(source), total, cfg.SOLVER.BATCH_SIZE, device
     )
-    probe = KnnProbe(cfg, source, device, LAYOUT, _autocast(cfg, device))
     waited = Stopwatch()
     monitor = Monitor(cfg, learner.backbone, learner.unit_labels, learner.embeddings, waited, metrics)
     unread = UnreadLosses(learner.unit_labels, source)
@@ -191,7 +193,14 @@ def _train(
     with StopSignal() as stop, Progress(total, "pretrain", start, unit="it") as progress:
         told_to_stop = CommonStop(stop)
         for step in range(start, total):
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except UserError:
+                if step > start and world_size() == 1:  # several processes would have to meet
+                    unread.read()
+                    stepping.finish()
+                    _save(cfg, state, step, source)
+                raise
             stepping.lr = schedule(step / total)
             done = step + 1
             probing = probe.due(done, loader.steps_per_epoch, total)

@@ -29,8 +29,10 @@ from loco_det.detection import loop
 from loco_det.detection.checkpoint import Checkpointer
 from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.train import train_net
+from loco_det.images.indexed import DatasetSource
 from pretrain.checkpoint import save_checkpoint
 from pretrain.defaults import get_cfg
+from pretrain.loco import LocalTrainer
 from pretrain.train import pretrain
 
 
@@ -207,7 +209,7 @@ def test_a4_detection_names_what_differs(tmp_path: Path, monkeypatch: pytest.Mon
     content["annotations"].pop()
     file.write_text(json.dumps(content))
     monkeypatch.setenv("DETECTRON2_DATASETS", str(own))
-    with pytest.raises(UserError, match=r"other annotations of tiny_train"):
+    with pytest.raises(UserError, match=r"other annotations than those of tiny_train"):
         train_net(tiny_cfg(tmp_path / "run", **short), engine="torchvision", resume=True)
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
@@ -219,6 +221,63 @@ def test_a4_a_run_may_be_lengthened(tmp_path: Path) -> None:
     state = torch.load(tmp_path / "model_final.pth")
     assert state["iteration"] == 1
     assert "MAX_ITER: 2\n" in state["loco_det"]["config"]
+
+
+def test_a4_a_new_run_that_is_refused_leaves_the_earlier_one_resumable(tmp_path: Path) -> None:
+    short = {"SOLVER__MAX_ITER": 1, "SOLVER__STEPS": (), "DATASETS__TEST": ()}
+    train_net(tiny_cfg(tmp_path, **short), engine="torchvision")
+    kept = {name: (tmp_path / name).read_text() for name in ("last_checkpoint", "run.json", "config.yaml")}
+    for wrong in ({"SOLVER__CHECKPOINT_PERIOD": 0}, {"SOLVER__BASE_LR": -1.0}):
+        with pytest.raises(UserError):
+            train_net(tiny_cfg(tmp_path, **{**short, **wrong}), engine="torchvision")
+    assert {name: (tmp_path / name).read_text() for name in kept} == kept
+
+
+def test_a4_pretraining_that_is_refused_leaves_the_earlier_run_resumable(tmp_path: Path, images: Path) -> None:
+    pretrain(tiny_pretraining(tmp_path, images))
+    names = {file.name for file in tmp_path.glob("*.pth")}
+    with pytest.raises(UserError):
+        pretrain(tiny_pretraining(tmp_path, images, "KNN.VAL_PATH", images, "KNN.PERIOD", 1))
+    with pytest.raises(UserError, match="METHOD random"):
+        pretrain(tiny_pretraining(tmp_path, images, "METHOD", "random"), resume=True)
+    assert {file.name for file in tmp_path.glob("*.pth")} == names
+
+
+def test_a4_what_may_differ_may(tmp_path: Path) -> None:
+    """Thresholds of testing, and where the training set lies."""
+    own = write_tiny(tmp_path / "here")
+    short = {"SOLVER__STEPS": (), "DATASETS__TEST": ()}
+
+    def named(root: Path) -> tuple[str]:
+        return (f"{root / 'tiny' / 'annotations' / 'instances_train.json'}@{root / 'tiny' / 'train'}",)
+
+    train_net(tiny_cfg(tmp_path / "run", SOLVER__MAX_ITER=1, DATASETS__TRAIN=named(own), **short), engine="torchvision")
+    own.rename(tmp_path / "there")
+    changes = {"MODEL__ROI_HEADS__SCORE_THRESH_TEST": 0.3, "DATASETS__TRAIN": named(tmp_path / "there")}
+    again = tiny_cfg(tmp_path / "run", SOLVER__MAX_ITER=2, **changes, **short)
+    train_net(again, engine="torchvision", resume=True)
+    assert torch.load(tmp_path / "run" / "model_final.pth")["iteration"] == 1
+    with pytest.raises(UserError, match=r"SOLVER.MAX_ITER is 1; .*has done 2"):
+        train_net(tiny_cfg(tmp_path / "run", SOLVER__MAX_ITER=1, **changes, **short), engine="torchvision", resume=True)
+
+
+def test_a4_evaluation_of_the_last_checkpoint_is_of_the_model_it_holds(tmp_path: Path) -> None:
+    train_net(tiny_cfg(tmp_path, SOLVER__MAX_ITER=1, SOLVER__STEPS=(), DATASETS__TEST=()), engine="torchvision")
+    record = (tmp_path / "run.json").read_text()
+    other = tiny_cfg(tmp_path, MODEL__ANCHOR_GENERATOR__SIZES=[[4], [8], [16], [32], [64]])
+    with pytest.raises(UserError, match=r"MODEL.ANCHOR_GENERATOR.SIZES is"):
+        train_net(other, engine="torchvision", eval_only=True, resume=True)
+    train_net(tiny_cfg(tmp_path, SOLVER__BASE_LR=0.5), engine="torchvision", eval_only=True, resume=True)
+    assert (tmp_path / "run.json").read_text() == record
+    with pytest.raises(UserError, match="no last_checkpoint to evaluate"):
+        train_net(tiny_cfg(tmp_path / "empty"), engine="torchvision", eval_only=True, resume=True)
+
+
+def test_a4_images_out_of_objects_are_known_by_more_than_their_number() -> None:
+    rng = np.random.default_rng(0)
+    one, other = ([rng.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(4)] for _ in range(2))
+    assert DatasetSource(one).identity() == DatasetSource(list(one)).identity()
+    assert DatasetSource(one).identity() != DatasetSource(other).identity()
 
 
 EVERY = {"SOLVER__CHECKPOINT_PERIOD": 2, "TEST__EVAL_PERIOD": 2, "SOLVER__MAX_ITER": 7}
@@ -287,6 +346,40 @@ def test_a6_a_stop_in_an_iteration_whose_line_is_due(
             train_net(cfg, engine="torchvision")
     train_net(cfg, engine="torchvision", resume=True)
     assert lines(tmp_path) == whole
+
+
+def test_a6_a_line_that_was_due_is_not_written_twice(whole: list[dict[str, float]], tmp_path: Path) -> None:
+    """Stopped in an iteration whose line is due, resumed, killed before the next checkpoint, resumed."""
+    cfg = tiny_cfg(tmp_path, **EVERY)
+    with pytest.MonkeyPatch.context() as patch:
+        stop = on_call(3, True, lambda: os.kill(os.getpid(), signal.SIGTERM), TorchvisionEngine.losses)
+        patch.setattr(TorchvisionEngine, "losses", stop)
+        with pytest.raises(UserError, match="stopped by SIGTERM"):
+            train_net(cfg, engine="torchvision")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TorchvisionEngine, "losses", on_call(1, True, die, TorchvisionEngine.losses))
+        with pytest.raises(Killed):
+            train_net(cfg, engine="torchvision", resume=True)
+    train_net(cfg, engine="torchvision", resume=True)
+    assert lines(tmp_path) == whole
+
+
+def test_a2_pretraining_that_images_end_is_saved(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    images = write_images(tmp_path / "images", "a")
+    cfg = tiny_pretraining(tmp_path / "run", images, "SOLVER.MAX_STEPS", 9, "CHECKPOINT_PERIOD", 100)
+    step = LocalTrainer.step
+
+    def damage(self: LocalTrainer, *args: Any, **options: Any) -> Any:
+        for file in images.glob("*.png"):
+            file.write_bytes(b"no image")
+        return step(self, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalTrainer, "step", damage)
+        with pytest.raises(UserError):
+            pretrain(cfg)
+    assert list((tmp_path / "run").glob("checkpoint_*.pth"))
 
 
 def test_a3_an_evaluation_that_fails_does_not_end_a_training(

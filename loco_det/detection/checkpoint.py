@@ -29,6 +29,7 @@ from loco_det.detection.solver import Schedule
 from loco_det.detection.weights import Weights, apply_weights, pixel_facts, read_weights
 
 LAST = "last_checkpoint"
+FREE_IN_EVALUATION = ("DATALOADER.", "DATASETS.", "INPUT.", "SOLVER.", "SEED", "VERSION")
 IDENTITY = ("config", "annotations")
 _TOLD = ("MODEL.WEIGHTS", "SOLVER.MAX_ITER", "SOLVER.STEPS")  # may differ, and the log says so
 # Keys in which a run and its continuation may differ: where and how fast it runs, how long, and what it is tested on.
@@ -42,6 +43,10 @@ FREE_KEYS = (
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST",
     "INPUT.MIN_SIZE_TEST",
     "INPUT.MAX_SIZE_TEST",
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST",
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+    "MODEL.RPN.POST_NMS_TOPK_TEST",
+    "MODEL.RPN.PRE_NMS_TOPK_TEST",
     "SOLVER.CHECKPOINT_PERIOD",
     "SOLVER.MAX_ITER",
     "SOLVER.STEPS",
@@ -138,6 +143,9 @@ def check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
         UserError: keys that may not differ do, or a training set's annotations.
     """
     advice = "resume with what the run was started with, or choose another OUTPUT_DIR and start anew"
+    annotations = before.get("annotations")
+    if annotations:  # the same annotations may have moved
+        free = (*free, "DATASETS.TRAIN")
     if isinstance(before.get("config"), str):
         one, other = (yaml.safe_load(text) for text in (before["config"], now["config"]))
         found = differences(one, other, (*FREE_KEYS, *free))
@@ -145,10 +153,9 @@ def check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
             raise UserError(f"{path} is of a run with another configuration ({told(found)}); {advice}.")
         if found := differences(one, other, [key for key in FREE_KEYS if key not in _TOLD]):
             log.info("goes on with another configuration: %s", told(found))
-    annotations = before.get("annotations") or {}
-    for name, digest in now["annotations"].items():
-        if annotations.get(name, digest) != digest:
-            raise UserError(f"{path} is of a run on other annotations of {name} than are there now; {advice}.")
+    if annotations and now.get("annotations") and list(annotations.values()) != list(now["annotations"].values()):
+        names = ", ".join(now["annotations"])
+        raise UserError(f"{path} is of a run on other annotations than those of {names}; {advice}.")
 
 
 def retire_checkpoints(output_dir: str | Path) -> None:

@@ -65,7 +65,7 @@ def train(run: Run, evaluator: str, metrics: RunMetrics) -> None:
     cfg, last = run.cfg, run.cfg.SOLVER.MAX_ITER - 1
     periodic = run.checkpointer.periodic()
     run.wrapped.train()
-    metrics.trim(run.start)
+    metrics.trim(run.start - bool(run.checkpointer.note.get(LINE_DUE)))
     for name, values in run.checkpointer.note.get(RECENT, {}).items():
         run.recent[name] = deque(values, maxlen=LOG_PERIOD)
     log.info(
@@ -117,7 +117,7 @@ def _write_line(run: Run, iteration: int, evaluator: str, metrics: RunMetrics) -
             line = {"iteration": iteration, **line, **flatten(found)}
         except UserError as error:
             if world_size() > 1:  # the other processes wait for this one
-                raise
+                raise UserError(f"{error} (TEST.EVAL_PERIOD 0 trains on without this evaluation)") from error
             log.error("iteration %d is not evaluated, and training goes on: %s", iteration + 1, error)
     if line:
         metrics.write(line)
@@ -132,13 +132,13 @@ def _steps(run: Run, stop: StopSignal) -> Iterator[tuple[int, bool]]:
         began = time.perf_counter()
         seed_iteration(run.cfg.SEED, iteration)
         batch = next(batches)
-        run.done = None
         waited = time.perf_counter() - began
         with solver.autocast(run.cfg, run.device, run.model):
             losses = run.engine.losses(run.wrapped, batch)
         flag = torch.tensor(float(stop.received is not None), device=run.device)
         shown = reduce_mean({**losses, "stop": flag})
         stopped = shown.pop("stop") > 0
+        run.done = None
         check_finite(shown, iteration)
         solver.optimizer_step(run.cfg, sum(losses.values()), run.optimizer, run.scaler)
         lr = max(run.optimizer.param_groups, key=lambda group: len(group["params"]))["lr"]

@@ -7,6 +7,7 @@ inference/coco_instances_results.json; and run.json, which says what went in.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,15 @@ from loco_det.core.log import log
 from loco_det.core.metrics import RunMetrics
 from loco_det.core.run_folder import run_folder
 from loco_det.detection import engine_d2, solver
-from loco_det.detection.checkpoint import Checkpointer, identity, read_last, retire_checkpoints
+from loco_det.detection.checkpoint import (
+    FREE_IN_EVALUATION,
+    Checkpointer,
+    check_same_run,
+    identity,
+    last_checkpoint,
+    read_last,
+    retire_checkpoints,
+)
 from loco_det.detection.cpu_speed import speed_up
 from loco_det.detection.engine import Engine
 from loco_det.detection.engine_torchvision import TorchvisionEngine
@@ -186,11 +195,17 @@ def detector_device(name: str) -> torch.device:
 def _load_for_evaluation(model: nn.Module, cfg: CfgNode, engine: Engine, resume: bool) -> None:
     last = read_last(cfg.OUTPUT_DIR) if resume else None
     if last is not None:
+        before = (last.state or {}).get("loco_det") or {}
+        check_same_run(last.path, before, {"config": cfg.dump(), "annotations": {}}, FREE_IN_EVALUATION)
         apply_weights(model, last, cfg)
         return
+    if resume:
+        raise UserError(f"{cfg.OUTPUT_DIR} has no last_checkpoint to evaluate; leave --resume out for MODEL.WEIGHTS.")
     if not cfg.MODEL.WEIGHTS:
         raise UserError("MODEL.WEIGHTS is empty, so there is nothing to evaluate; give a detector's checkpoint.")
-    write_record(cfg, engine.name, load_weights(model, cfg))
+    weights = load_weights(model, cfg)
+    if last_checkpoint(cfg.OUTPUT_DIR) is None:  # else run.json is that of the training
+        write_record(cfg, engine.name, weights)
 
 
 def start_run(cfg: CfgNode, engine: Engine, model: nn.Module, resume: bool, drawn: bool) -> Run:
@@ -200,25 +215,31 @@ def start_run(cfg: CfgNode, engine: Engine, model: nn.Module, resume: bool, draw
     """
     last = read_last(cfg.OUTPUT_DIR) if resume else None
     if resume and last is None:
-        log.info("nothing to resume in %s: starting from MODEL.WEIGHTS", cfg.OUTPUT_DIR)
-    if last is None:
-        weights = load_weights(model, cfg)
-        retire_checkpoints(cfg.OUTPUT_DIR)
-        write_record(cfg, engine.name, weights)
+        left = "; its model_*.pth are of an earlier run" if any(Path(cfg.OUTPUT_DIR).glob("model_*.pth")) else ""
+        log.log(WARNING if left else INFO, "%s has no last_checkpoint to resume: starting anew%s", cfg.OUTPUT_DIR, left)
+    weights = load_weights(model, cfg) if last is None else None
     device = torch.device(cfg.MODEL.DEVICE)
     optimizer = solver.build_optimizer(cfg, model)
     schedule = solver.build_schedule(cfg, optimizer)
     scaler = solver.grad_scaler(cfg, device)
     note = {"version": __version__, "engine": engine.name, "seed": cfg.SEED, **identity(cfg)}
     checkpointer = Checkpointer(cfg, model, optimizer, schedule, scaler, note)
+    checkpointer.periodic()  # judges its period
     start = 0
     if last is not None:
         start = checkpointer.restore(last, drawn)
         if drawn:  # a run without a SEED goes on with the one it drew at its start
             cfg = checkpointer.cfg = config.changed(cfg, SEED=note["seed"])
             note.update(identity(cfg))
+        if start > cfg.SOLVER.MAX_ITER:
+            raise UserError(
+                f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; {last.path} has done {start}, so give at least that."
+            )
         log.info("resumed from %s: %d of %d iterations are done", last.path, start, cfg.SOLVER.MAX_ITER)
     wrapped = averaged(model, device) if world_size() > 1 else model
     frozen = frozen_hashes(model)  # of what the wrapper has made equal in all processes
     check_frozen(note.setdefault("frozen", frozen), frozen)
+    if last is None:  # only now that nothing of this run was refused
+        retire_checkpoints(cfg.OUTPUT_DIR)
+        write_record(cfg, engine.name, weights)
     return Run(cfg, engine, model, wrapped, optimizer, schedule, scaler, checkpointer, start, device)
