@@ -30,7 +30,7 @@ from typing import BinaryIO
 import numpy as np
 
 from loco_det.core.errors import UserError
-from loco_det.core.outputs import own_names
+from loco_det.core.outputs import walk_data
 from loco_det.images.indexed import open_huggingface, open_torchvision
 from loco_det.images.source import SUFFIXES, Source
 from loco_det.images.tar import open_tar
@@ -131,13 +131,11 @@ def _is_image(name: str) -> bool:
 def _open_folder(root: Path, format: str) -> Source:
     names: list[tuple[str, str, str]] = []  # class folder, folder, file: ImageFolder sorts by these
     outputs = set()  # folders at the top that hold this package's output
-    for folder, folders, files in os.walk(root, followlinks=True):
-        own = own_names(Path(folder), {*folders, *files})
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in own]
+    for folder, files, own in walk_data(root):
         below = os.path.relpath(folder, root)
         top = below.partition(os.sep)[0]
         outputs |= {top} if own and top != "." else own
-        names += [(top, below, name) for name in files if _is_image(name) and name not in own]
+        names += [(top, below, name) for name in files if _is_image(name)]
     if not names:
         raise UserError(
             f"DATA.PATH {root}: no images in this folder (looked for {' '.join(SUFFIXES)}); correct the path"
