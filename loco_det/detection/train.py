@@ -46,6 +46,7 @@ def train_net(
     evaluator: str = "hotcoco",
     fast: bool = False,
     feature_cache: Path | None = None,
+    max_bad_share: float | None = None,
     wandb: str | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate the detector that `cfg` describes, in this process's share of the job.
@@ -58,6 +59,8 @@ def train_net(
         evaluator: "hotcoco" or "pycocotools".
         fast: on a CPU, let the torchvision engine's numbers differ from Detectron2's by rounding (`cpu_speed`).
         feature_cache: keep the frozen backbone's features of test images in this folder.
+        max_bad_share: of the training images that may turn out to be unusable, where it is not to be the torchvision
+            engine's own; Detectron2's loader endures none.
         wandb: W&B project that also gets the numbers of metrics.json.
 
     Returns:
@@ -72,6 +75,8 @@ def train_net(
     if not cfg.OUTPUT_DIR:
         raise UserError("OUTPUT_DIR is empty; name the folder for checkpoints and results.")
     module = choose_engine(engine)
+    if max_bad_share is not None:
+        module = enduring(module, max_bad_share)
     module.check(cfg)
     check_evaluator(cfg, evaluator)
     if feature_cache is not None:
@@ -118,6 +123,19 @@ def choose_engine(name: str, tell: bool = True) -> Engine:
     if tell:
         log.info("engine: %s%s", module.name, f" ({why})" if name == "auto" else "")
     return module
+
+
+def enduring(engine: Engine, max_bad_share: float) -> Engine:
+    """The engine that endures a share of unusable training images.
+
+    Raises:
+        UserError: it is no share, or the engine is Detectron2's.
+    """
+    if not 0 <= max_bad_share <= 1:
+        raise UserError(f"--max-bad-share is {max_bad_share}; give a share from 0 to 1.")
+    if engine.name != "torchvision":
+        raise UserError("--max-bad-share needs --engine torchvision: Detectron2's loader ends at the first bad image.")
+    return TorchvisionEngine(max_bad_share)
 
 
 # --- before the first step --------------------------------------------------------------------------------------
