@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from loco_det.core.errors import UserError
-from loco_det.core.files import atomic_write, cache_folder
+from loco_det.core.files import atomic_write, cache_folder, stat_line
 from loco_det.core.log import Progress
 from loco_det.images.source import SUFFIXES, Source
 from loco_det.images.views import stream
@@ -168,7 +168,7 @@ def open_tar(path: str, root: Path) -> TarSource:
     if missing or not shards:
         what = f"shard {missing[0]} is not there" if missing else "no .tar in this folder"
         raise UserError(f"DATA.PATH {path}: {what}; correct the path")
-    facts = [(str(s.resolve()), s.stat().st_size, s.stat().st_mtime_ns) for s in shards]
+    facts = [(str(shard.resolve()), stat_line(shard.stat())) for shard in shards]
     cache = cache_folder() / "shards" / f"{hashlib.sha256(repr((_INDEX_VERSION, facts)).encode()).hexdigest()}.npz"
     index = _cached(cache, len(shards))
     if index is None:
