@@ -428,6 +428,16 @@ def test_c9_what_c_code_could_not_bear_is_named(root: Path, polygon: list, size:
         find_dataset(VAL)
 
 
+@pytest.mark.parametrize("name", [VAL, f"{VAL}@masks", "cityscapes_fine_sem_seg_val"])
+@pytest.mark.parametrize("half", ["leftImg8bit", "gtFine"])
+def test_b5_a_half_unpacked_set_is_no_smaller_set(root: Path, name: str, half: str) -> None:
+    find_dataset(name)
+    for path in (root / half / "val").glob("*/*000001*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"000001_000019.*(complete the data set|unpack)"):
+        find_dataset(name)
+
+
 def test_truth_that_is_no_map_of_ids_is_refused(root: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)

@@ -13,11 +13,13 @@ import detection_cases as cases
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from tiny_detection import TINY, write_tiny
 from torch import nn
 
+from loco_det.annotations.formats.files import Tree
 from loco_det.annotations.instances import Instances
 from loco_det.cli import main
 from loco_det.commands.predict import places
@@ -28,6 +30,7 @@ from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.keys import get_cfg
 from loco_det.detection.onnx import OneImage, check_exportable, export_onnx
 from loco_det.detection.rcnn import build_model
+from loco_det.images.decode import decode_image
 from loco_det.images.folders import open_source
 from loco_det.images.media import find_media, read_ahead, read_frames
 
@@ -215,6 +218,46 @@ def test_a1_two_inputs_never_share_an_output(place: Path, tmp_path: Path) -> Non
     images = read(tmp_path / "out" / "instances.json")["images"]
     pictures = [path for path in (tmp_path / "out").rglob("*.*g") if path.is_file()]
     assert len(pictures) == len({image["file_name"] for image in images}) == len(images) == len(names) + 2
+
+
+def test_b5_no_image_of_a_folder_is_passed_over_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image = Image.new("RGB", (8, 6), (9, 99, 200))
+    read = dict.fromkeys(("a.jpg", "b.JPEG", "c.jpe", "d.jfif"), "JPEG")
+    read |= {"e.png": "PNG", "f.gif": "GIF", "g.jp2": "JPEG2000", "h.avif": "AVIF", "i.webp": "WEBP", "j.tif": "TIFF"}
+    read |= {"k.bmp": "BMP", "l.dib": "DIB", "m.ppm": "PPM", "n.pnm": "PPM", "o.j2k": "JPEG2000"}
+    for name, kind in read.items():
+        image.save(tmp_path / name, kind)
+    for name in ("x.heic", "y.HEIC", "z.cr2", "notes.txt"):
+        (tmp_path / name).write_bytes(b"unread")
+    media, unreadable = find_media([tmp_path])
+    assert [medium.name for medium in media] == sorted(read)
+    assert "passed over images that are not read here (1 x .cr2, 2 x .heic)" in caplog.text
+    frames = list(read_frames(media, "RGB", unreadable))
+    assert {frame.pixels.shape for frame in frames} == {(6, 8, 3)}
+    assert not unreadable
+    caplog.clear()
+    source = open_source(tmp_path, "flat")
+    assert [Path(source.name(i)).name for i in range(len(source))] == sorted(read)
+    assert all(decode_image(source.read(i), source.name(i)).shape == (6, 8, 3) for i in range(len(source)))
+    assert "2 x .heic" in caplog.text
+
+
+def test_b5_links_in_a_circle_bring_no_image_twice(tmp_path: Path) -> None:
+    names = [f"{folder}/{i}.png" for folder in ("a", "b", "b/below") for i in range(8)]
+    for name in names:
+        grey(tmp_path / "photos" / name)
+    elsewhere = grey(tmp_path / "elsewhere" / "c" / "0.png").parent.parent
+    links = {"a/up": "..", "a/b": "../b", "b/a": "../a", "b/below/top": "../..", "b/self": ".", "more": elsewhere}
+    for link, target in links.items():
+        (tmp_path / "photos" / link).symlink_to(target)
+    (elsewhere / "back").symlink_to(tmp_path / "photos")
+    expected = sorted([*names, "more/c/0.png"])
+    assert sorted(medium.name for medium in find_media([tmp_path / "photos"])[0]) == expected
+    source = open_source(tmp_path / "photos", "flat")
+    assert sorted(source.name(i) for i in range(len(source))) == [f"{tmp_path}/photos/{name}" for name in expected]
+    assert set(open_source(tmp_path / "photos", "folder").classes) == {"a", "b", "more"}
+    tree = Tree(tmp_path / "photos")
+    assert sorted(path.relative_to(tmp_path / "photos").as_posix() for path in tree.images()) == expected
 
 
 def test_a1_pictures_and_labels_of_a_segmentor_are_apart_too(tmp_path: Path) -> None:

@@ -80,6 +80,14 @@ def cityscapes_frames(root: Path, split: str) -> list[Frame]:
     for image in sorted(images.glob(f"*/*{suffix}")):
         stem = truth / image.parent.name / image.name.removesuffix(suffix)
         frames.append(Frame(image, Path(f"{stem}_gtFine_instanceIds.png"), Path(f"{stem}_gtFine_polygons.json")))
+    have = {f"{frame.image.parent.name}/{frame.image.name.removesuffix(suffix)}" for frame in frames}
+    of_truth = (path.relative_to(truth).as_posix() for path in truth.glob("*/*_gtFine_*"))
+    lost = sorted({name.partition("_gtFine_")[0] for name in of_truth} - have)
+    if frames and lost:
+        raise UserError(
+            f"{images} lacks {len(lost)} of the images that {truth} is of, {lost[0]}{suffix} first; unpack all of "
+            f"leftImg8bit_trainvaltest.zip into {root}."
+        )
     if not frames:
         raise UserError(f"{images} holds no CITY/*{suffix}; unpack leftImg8bit_trainvaltest.zip into {root}.")
     return frames

@@ -31,8 +31,9 @@ import numpy as np
 
 from loco_det.core.errors import UserError
 from loco_det.core.outputs import walk_data
+from loco_det.images.decode import SUFFIXES, tell_unread
 from loco_det.images.indexed import open_huggingface, open_torchvision
-from loco_det.images.source import SUFFIXES, Source
+from loco_det.images.source import Source
 from loco_det.images.tar import open_tar
 
 FORMATS = ("auto", "folder", "flat", "list", "zip", "tar", "huggingface")
@@ -130,12 +131,15 @@ def _is_image(name: str) -> bool:
 
 def _open_folder(root: Path, format: str) -> Source:
     names: list[tuple[str, str, str]] = []  # class folder, folder, file: ImageFolder sorts by these
+    unread: list[str] = []
     outputs = set()  # folders at the top that hold this package's output
     for folder, files, own in walk_data(root):
         below = os.path.relpath(folder, root)
         top = below.partition(os.sep)[0]
         outputs |= {top} if own and top != "." else own
         names += [(top, below, name) for name in files if _is_image(name)]
+        unread += (name for name in files if not _is_image(name))
+    tell_unread(str(root), unread)
     if not names:
         raise UserError(
             f"DATA.PATH {root}: no images in this folder (looked for {' '.join(SUFFIXES)}); correct the path"

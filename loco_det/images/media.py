@@ -16,9 +16,8 @@ import numpy as np
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
 from loco_det.core.outputs import own_names, walk_data
-from loco_det.images.decode import Order, read_image
+from loco_det.images.decode import SUFFIXES, Order, read_image, tell_unread
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
@@ -63,7 +62,9 @@ def find_media(
     files: list[tuple[Path, Path]] = []
     for given in map(Path, inputs):
         if given.is_dir():
-            below = [path for path in _data_below(given) if path.suffix.lower() in (*IMAGES, *VIDEOS)]
+            everything = _data_below(given)
+            below = [path for path in everything if path.suffix.lower() in (*SUFFIXES, *VIDEOS)]
+            tell_unread(str(given), [path.name for path in everything])
             if not below:
                 raise UserError(f"{given}: no image or video in this folder; name another, or the files themselves.")
             files += [(path, path.relative_to(given)) for path in below]

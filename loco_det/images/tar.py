@@ -29,7 +29,8 @@ import numpy as np
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, cache_folder, stat_line
 from loco_det.core.log import Progress
-from loco_det.images.source import SUFFIXES, Source
+from loco_det.images.decode import SUFFIXES
+from loco_det.images.source import Source
 from loco_det.images.views import stream
 
 _SHARDS, _BUFFER = 2**63 + 1, 2**63 + 2  # random streams that no image's index reaches
@@ -169,7 +170,8 @@ def open_tar(path: str, root: Path) -> TarSource:
         what = f"shard {missing[0]} is not there" if missing else "no .tar in this folder"
         raise UserError(f"DATA.PATH {path}: {what}; correct the path")
     facts = [(str(shard.resolve()), stat_line(shard.stat())) for shard in shards]
-    cache = cache_folder() / "shards" / f"{hashlib.sha256(repr((_INDEX_VERSION, facts)).encode()).hexdigest()}.npz"
+    digest = hashlib.sha256(repr((_INDEX_VERSION, SUFFIXES, facts)).encode()).hexdigest()
+    cache = cache_folder() / "shards" / f"{digest}.npz"
     index = _cached(cache, len(shards))
     if index is None:
         index = _index(path, shards)

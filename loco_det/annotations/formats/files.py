@@ -23,11 +23,8 @@ from PIL import Image
 
 from loco_det.annotations.formats.splits import WHOLE, are_apart, split_of_folder
 from loco_det.core.outputs import walk_data
+from loco_det.images.decode import SUFFIXES as IMAGE_SUFFIXES
 
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"),
-    *(".pnm", ".avif", ".jp2"),
-)
 _READ = (*IMAGE_SUFFIXES, ".xml", ".json", ".gz", ".yaml", ".yml", ".txt", ".names")  # by some format
 _ORIENTATION = 274  # EXIF's tag; 5 to 8 are turned by a quarter
 _LINE_NUMBER = re.compile(r"line \d+")
