@@ -260,6 +260,45 @@ def test_b5_links_in_a_circle_bring_no_image_twice(tmp_path: Path) -> None:
     assert sorted(path.relative_to(tmp_path / "photos").as_posix() for path in tree.images()) == expected
 
 
+def test_c8_patterns_are_expanded_and_archives_named(tmp_path: Path) -> None:
+    for name in ("b.png", "a.png", "below/c.png", "odd[1].png"):
+        grey(tmp_path / name)
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+
+    def found(pattern: str) -> list[str]:
+        return [medium.name for medium in find_media([tmp_path / pattern])[0]]
+
+    assert found("?.png") == ["a.png", "b.png"]
+    assert found("**/*.png") == ["a.png", "b.png", "c.png", "odd[1].png"]
+    assert found("odd[1].png") == ["odd[1].png"]
+    for pattern, words in (("*.gif", "no file matches"), ("photos.zip", "unpack it"), ("*.zip", "unpack it")):
+        with pytest.raises(UserError, match=words):
+            found(pattern)
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp", "tif"])
+def test_c8_of_an_animated_file_the_first_frame_is_used_and_it_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (0, 120, 240)]
+    frames[0].save(tmp_path / f"x.{kind}", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "still.gif")
+    (frame,) = read_frames(find_media([tmp_path / f"x.{kind}"])[0], "RGB", [])
+    assert frame.pixels.max() == 0
+    assert "only the first of its 3 frames is used" in caplog.text
+    caplog.clear()
+    assert len(list(read_frames(find_media([tmp_path / "still.gif"])[0], "RGB", []))) == 1
+    assert not caplog.text
+
+
+def test_c8_an_image_beyond_the_limit_is_one_sentence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Image.new("1", (14_000, 14_000)).save(tmp_path / "huge.png")
+    unreadable: list[Path] = []
+    assert not list(read_frames(find_media([tmp_path / "huge.png"])[0], "RGB", unreadable))
+    assert unreadable == [tmp_path / "huge.png"]
+    assert "more than 178 megapixels; cut it into tiles" in caplog.text
+
+
 def test_a1_pictures_and_labels_of_a_segmentor_are_apart_too(tmp_path: Path) -> None:
     for name in ("a", "a.png", "a_pred.png", "sem_seg/a_pred.png", "sem_seg/clip.mp4/000000.png", "clip.mp4"):
         grey(tmp_path / f"{name}.png").rename(tmp_path / name)

@@ -198,9 +198,22 @@ def _pil_pixels(data: bytes, name: str, order: Order, *, exact: bool) -> np.ndar
     except UserError:
         raise
     except Exception as error:  # hostile bytes make PIL's parsers raise nearly anything
+        if isinstance(error, Image.DecompressionBombError):
+            most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+            raise UserError(f"{name}: has more than {most} megapixels; cut it into tiles or scale it down") from error
         reason = str(error).replace("<_io.BytesIO object at ", "<").split("<")[0].strip()
         raise UserError(f"{name}: not a readable image ({reason}); restore or remove it") from error
     return np.ascontiguousarray(pixels[:, :, ::-1]) if order == "BGR" else pixels
+
+
+def count_frames(path: str | Path) -> int:
+    """How many frames or pages an image file has; 1 where that cannot be told."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a photograph and its previews
+    except Exception:  # damaged behind its first frame
+        return 1
 
 
 def pil_rgb(image: Image.Image, name: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
 import os
 from collections import deque
@@ -16,8 +17,9 @@ import numpy as np
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
 from loco_det.core.outputs import own_names, walk_data
-from loco_det.images.decode import SUFFIXES, Order, read_image, tell_unread
+from loco_det.images.decode import SUFFIXES, Order, count_frames, read_image, tell_unread
 
+PACKED = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
@@ -60,7 +62,7 @@ def find_media(
         UserError: an input is missing, or a folder holds nothing of use.
     """
     files: list[tuple[Path, Path]] = []
-    for given in map(Path, inputs):
+    for given in itertools.chain.from_iterable(map(_expanded, inputs)):
         if given.is_dir():
             everything = _data_below(given)
             below = [path for path in everything if path.suffix.lower() in (*SUFFIXES, *VIDEOS)]
@@ -68,6 +70,8 @@ def find_media(
             if not below:
                 raise UserError(f"{given}: no image or video in this folder; name another, or the files themselves.")
             files += [(path, path.relative_to(given)) for path in below]
+        elif given.suffix.lower() in PACKED and given.is_file():
+            raise UserError(f"{given}: is an archive; unpack it and name the folder.")
         elif not given.is_file():
             raise UserError(f"{given}: no such file or folder; correct the path.")
         elif own_names(given.parent, [given.name]):
@@ -87,6 +91,17 @@ def find_media(
         else:
             found.append(medium)
     return found, unreadable
+
+
+def _expanded(given: str | Path) -> list[Path]:
+    """The files that a pattern stands for, where no file is called so and no shell has expanded it."""
+    path = Path(given)
+    if path.exists() or not glob.has_magic(str(path)):
+        return [path]
+    found = sorted(map(Path, glob.glob(str(path), recursive=True)))
+    if not found:
+        raise UserError(f"{given}: no file matches this pattern; correct it.")
+    return found
 
 
 def _data_below(folder: Path) -> list[Path]:
@@ -138,6 +153,10 @@ def read_frames(media: Sequence[Medium], order: Order, unreadable: list[Path]) -
                 yield from _frames(medium, order)
             else:
                 yield Frame(medium, 0, read_image(medium.path, order))
+                if (frames := count_frames(medium.path)) > 1:
+                    log.warning(
+                        "%s: only the first of its %d frames is used; for all, save a video", medium.path, frames
+                    )
         except UserError as error:
             log.warning("%s: left out", error)
             unreadable.append(medium.path)
