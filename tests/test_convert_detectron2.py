@@ -12,7 +12,7 @@ from convert_cases import caffe2_name, detectron_pkl, randomised
 
 from loco_det.backbones.names import to_torchvision
 from loco_det.backbones.resnet import ResNet
-from loco_det.convert import convert, load_backbone_weights, load_checkpoint
+from loco_det.convert import Stated, convert, load_backbone_weights, load_checkpoint
 from loco_det.convert.name_patterns import NAMINGS
 
 pytest.importorskip("detectron2")
@@ -104,8 +104,8 @@ def test_a_checkpoint_that_detectron2_saved_comes_back(folder: Path, tmp_path: P
 def test_msra_stride(folder: Path, tmp_path: Path) -> None:
     tensors, _ = load_backbone_weights(folder / "r50.pkl")
     torch.save(tensors, tmp_path / "msra.pth")
-    pixels = {"channel_order": "BGR", "pixel_mean": (103.53, 116.28, 123.675), "pixel_std": (1.0, 1.0, 1.0)}
-    convert(tmp_path / "msra.pth", tmp_path / "msra.pkl", **pixels, stride_in_1x1=True)
+    stated = Stated("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), stride_in_1x1=True)
+    convert(tmp_path / "msra.pth", tmp_path / "msra.pkl", stated=stated)
     model = detector("FPN", tmp_path / "msra.yaml")
     mine = ResNet(50, norm="FrozenBN", stride_in_1x1=True).eval()
     mine.load_state_dict(load_backbone_weights(tmp_path / "msra.pkl")[0])
@@ -144,7 +144,7 @@ def test_weights_that_contradict_the_configuration_are_refused_on_this_engine_to
     from loco_det.detection.weights import load_weights
 
     given = ["MODEL.WEIGHTS", str(folder / "r50.pkl"), "MODEL.DEVICE", "cpu", "INPUT.FORMAT", "BGR"]
-    cfg = load_config(get_cfg(), "configs/coco_loco_r50.yaml", given)
+    cfg = load_config(get_cfg(), "configs/coco_loco_r50.yaml", given)[0]
     model = Detectron2Engine().build_model(cfg)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UserError, match=r'INPUT\.FORMAT "RGB" and the configuration has "BGR"'):
@@ -170,7 +170,7 @@ def test_a_detector_goes_to_the_other_engine_and_back_bit_for_bit(tmp_path: Path
     theirs = randomised(stock_model(cfg))
     DetectionCheckpointer(theirs, str(tmp_path)).save("theirs")
     given = ["MODEL.WEIGHTS", str(tmp_path / "theirs.pth"), "MODEL.DEVICE", "cpu"]
-    settings = load_config(get_cfg(), f"configs/{name}.yaml", given)
+    settings = load_config(get_cfg(), f"configs/{name}.yaml", given)[0]
     ours = randomised(build_model(settings), seed=1)
     load_weights(ours, settings)
     torch.save({"model": ours.state_dict()}, tmp_path / "ours.pth")
