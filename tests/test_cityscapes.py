@@ -406,6 +406,38 @@ def test_what_is_missing_or_damaged_is_named(root: Path, monkeypatch: pytest.Mon
         find_dataset(VAL)
 
 
+@pytest.mark.parametrize(
+    ("polygon", "size", "message"),
+    [
+        ([[1, 1], [2**31, 1], [1, 9]], 60, "100,000 pixels away"),
+        ([[1, 1], [9, -(2**31)], [1, 9]], 60, "100,000 pixels away"),
+        ([[1, 1], [9, 1e300], [1, 9]], 60, "100,000 pixels away"),
+        ([[1, 1], [9, float("nan")], [1, 9]], 60, "100,000 pixels away"),
+        ([[1, 1], [2000, 9]] * 4000, 60, "outline of more than 1,000,000 pixels"),
+        ([[1, 1], [9, 1], [1, 9]], 2**31, "size"),
+    ],
+    ids=["far", "negative", "huge", "nan", "zigzag", "size"],
+)
+@pytest.mark.parametrize("label", ["car", "road"])
+def test_c9_what_c_code_could_not_bear_is_named(root: Path, polygon: list, size: int, message: str, label: str) -> None:
+    path = root / "gtFine/val/aachen/aachen_000000_000019_gtFine_polygons.json"
+    path.write_text(
+        json.dumps({"imgHeight": size, "imgWidth": size, "objects": [{"label": label, "polygon": polygon}]})
+    )
+    with pytest.raises(UserError, match=f"polygons.json.*{message}"):
+        find_dataset(VAL)
+
+
+@pytest.mark.parametrize("name", [VAL, f"{VAL}@masks", "cityscapes_fine_sem_seg_val"])
+@pytest.mark.parametrize("half", ["leftImg8bit", "gtFine"])
+def test_b5_a_half_unpacked_set_is_no_smaller_set(root: Path, name: str, half: str) -> None:
+    find_dataset(name)
+    for path in (root / half / "val").glob("*/*000001*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"000001_000019.*(complete the data set|unpack)"):
+        find_dataset(name)
+
+
 def test_truth_that_is_no_map_of_ids_is_refused(root: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)

@@ -320,10 +320,101 @@ def test_a_bad_image_stops_training_with_its_name_and_no_traceback(root, workers
     (root / "made" / "train" / "7.png").write_bytes(b"\x89PNG broken")
     cfg = config("DATALOADER.NUM_WORKERS", workers)
     with pytest.raises(UserError, match=r"7\.png") as caught:
-        take(build_train_loader(cfg), 20)
+        take(build_train_loader(cfg, max_bad_share=0), 20)
     assert "Traceback" not in str(caught.value)
     with pytest.raises(UserError, match=r"7\.png"):
         list(build_test_loader(cfg, find_dataset("made_train")))
+
+
+def spoil(root: Path, image: int, how: str) -> None:
+    """Make a training image one that only decoding shows to be unusable."""
+    path = root / "made" / "train" / f"{image}.png"
+    if how == "cut off":
+        path.write_bytes(path.read_bytes()[:-40])
+    elif how == "another size":
+        Image.fromarray(np.zeros((7, 9, 3), np.uint8)).save(path)
+    else:
+        annotations = root / "made" / "annotations" / "instances_train.json"
+        content = json.loads(annotations.read_text())
+        height, width = (content["images"][image][side] for side in ("height", "width"))
+        runs = [height * width - 1] if how == "short runs" else [height * width]
+        content["annotations"][image]["segmentation"] = {"size": [height, width], "counts": runs}
+        annotations.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("how", ["cut off", "another size", "short runs"])
+@pytest.mark.parametrize("bad", [4, 9, 10])  # 9 is wide, and 10 the last of the others
+def test_a2_the_next_image_of_its_orientation_takes_the_place_of_an_unusable_one(root, caplog, monkeypatch, how, bad):
+    make(root, "made")
+    cfg = config("INPUT.MASK_FORMAT", "bitmask")
+    whole = take(build_train_loader(cfg), 16)
+    spoil(root, bad, how)
+    loader = build_train_loader(cfg)
+    with caplog.at_level("WARNING", "loco_det"):
+        found = take(loader, 16)
+    wide = {i for i in range(11) if i % 3 == 0}
+    like = [i for i in range(11) if (i in wide) == (bad in wide)]
+    next_one = like[(like.index(bad) + 1) % len(like)]
+    ids = [s["image_id"] for b in found for s in b]
+    assert ids == [next_one if s["image_id"] == bad else s["image_id"] for b in whole for s in b]
+    assert bad in [s["image_id"] for b in whole for s in b]
+    for ours, theirs in zip(itertools.chain(*found), itertools.chain(*whole)):
+        if theirs["image_id"] != bad:
+            assert torch.equal(ours["image"], theirs["image"])
+        assert set(ours) == set(theirs)  # the account of it is the loader's
+    told = [r.message for r in caplog.records if "a neighbour takes its place (1 such of 11 images)" in r.message]
+    assert len(told) == 1
+    assert f"{bad}.png" in told[0]
+    assert list(loader.bad) == [bad]
+    cfg.DATALOADER.NUM_WORKERS = 2
+    assert_same(take(build_train_loader(cfg), 16), found)
+    assert_same(take(build_train_loader(cfg, start_iter=9), 7), found[9:])
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+    alone = [s["image_id"] for b in take(build_train_loader(cfg), 16) for s in b]
+    shared = []
+    for rank in range(2):
+        as_rank(monkeypatch, rank, 2)
+        shared.append([s["image_id"] for b in take(build_train_loader(cfg), 16) for s in b])
+    assert [i for pair in zip(*shared) for i in pair][:32] == alone
+
+
+def test_a2_beyond_the_share_the_training_ends(root):
+    make(root, "made", count=60)
+    for image in (3, 7):
+        spoil(root, image, "cut off")
+
+    def images(share: float) -> int:
+        return len([s for b in take(build_train_loader(config(), max_bad_share=share), 60) for s in b])
+
+    assert images(2 / 60) == images(1) == 120
+    with pytest.raises(UserError, match=r"made_train: 2 of 60 images.*more than --max-bad-share 0.01 .*[37].png"):
+        images(0.01)
+    with pytest.raises(UserError, match=r"1 of 60 images.*--max-bad-share 0 "):
+        images(0)
+    for image in range(60):
+        (root / "made" / "train" / f"{image}.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"the file is empty.*others in its place"):
+        images(1)
+
+
+@pytest.mark.parametrize("how", ["no pixel", "thin polygon"])
+def test_a2_an_object_whose_mask_has_no_pixel_is_left_out_and_named(root, caplog, how):
+    make(root, "made")
+    path = root / "made" / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    more = {**content["annotations"][4], "id": 99}
+    content["annotations"].append(more)
+    line = [[2.0, 3.0, 2.0, 3.0, 2.0, 3.0]]
+    more["segmentation"] = {"size": [30, 20], "counts": [600]} if how == "no pixel" else line
+    path.write_text(json.dumps(content))
+    loader = build_train_loader(config("INPUT.MASK_FORMAT", "bitmask"))
+    with caplog.at_level("WARNING", "loco_det"):
+        seen = [s for b in take(loader, 16) for s in b if s["image_id"] == 4]
+    assert seen
+    assert {len(s["instances"]) for s in seen} == {1}
+    assert [r.message for r in caplog.records if "annotation id 99" in r.message] != []
+    assert list(loader.bad) == [4]
 
 
 @pytest.mark.parametrize(

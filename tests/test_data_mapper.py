@@ -19,7 +19,7 @@ from loco_det.annotations.coco import CocoDataset, decode_segmentation, load_coc
 from loco_det.annotations.mapper import DetectionMapper, sample_rng
 from loco_det.annotations.masks import rasterize
 from loco_det.annotations.registry import Dataset, find_dataset
-from loco_det.annotations.transforms import Crop, Flip, resize_short_side
+from loco_det.annotations.transforms import Crop, Flip, draw_transforms, resize_short_side
 from loco_det.core.errors import UserError
 from loco_det.detection.keys import get_cfg
 
@@ -493,6 +493,18 @@ def test_resize_keeps_the_long_side_within_the_limit():
             assert sides[1] <= longest
             assert sides[0] == short or sides[1] == longest
             assert abs(resize.new_width / resize.new_height - w / h) < 0.1 * w / h
+
+
+@pytest.mark.parametrize("kind", ["relative", "relative_range", "absolute", "absolute_range"])
+@pytest.mark.parametrize(("h", "w"), [(1, 3000), (3000, 1), (1, 1)])
+def test_c9_a_window_has_a_pixel_of_the_thinnest_image(kind, h, w):
+    size = [0.3, 0.3] if kind.startswith("relative") else [200, 300]
+    cfg = config("INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", kind, "INPUT.CROP.SIZE", size).INPUT
+    for seed in range(20):
+        image = np.zeros((h, w, 3), np.uint8)
+        for transform in draw_transforms(cfg, h, w, np.random.RandomState(seed)):
+            image = transform.image(image)
+            assert min(image.shape) > 0
 
 
 def test_resize_leaves_a_pixel_of_the_thinnest_image():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -157,3 +159,24 @@ def test_equal_to_detectron2():
         PolygonMasks(polygons).bounding_boxes(), theirs.PolygonMasks(polygons).get_bounding_boxes().tensor
     )
     assert torch.equal(BitMasks(bits).bounding_boxes(), theirs.BitMasks(bits).get_bounding_boxes().tensor)
+
+
+def test_c9_outlines_too_long_for_cocos_rasteriser_are_filled_by_the_even_odd_rule(monkeypatch):
+    rng = np.random.default_rng(1)
+    monkeypatch.setattr("loco_det.annotations.segmentation.LONGEST", 10)
+    far = np.array([-90.0, 5, 400, 20, 3, 300])
+    for polygons in ([star(rng, 40), star(rng, 24) + 4], [star(rng, 40)], [far]):
+        found = rasterize(polygons, 40, 44)
+        assert found.dtype == bool
+        for y, x in itertools.product(range(40), range(44)):
+            places = [inside(x + 0.5, y + 0.5, polygon) for polygon in polygons]
+            if min(distance for _, distance in places) > 1.5:
+                assert found[y, x] == any(odd for odd, _ in places)
+
+
+def test_c9_a_zigzag_that_fits_its_image_is_drawn_when_it_is_scaled_up():
+    zigzag = np.stack([np.tile([0.0, 59.0], 8000), np.linspace(0, 59, 16000)], 1).reshape(-1)  # 944,000 pixels long
+    masks = PolygonMasks([[zigzag]])
+    assert rasterize([zigzag * 2000], 800, 800).shape == (800, 800)  # it would take COCO's rasteriser 375 GB
+    crops = masks.crop_and_resize(torch.tensor([[30.0, 30, 30.05, 30.05]]), 28)
+    assert crops.shape == (1, 28, 28)

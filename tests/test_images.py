@@ -146,8 +146,29 @@ def test_16_bit_grey_keeps_the_high_byte_for_pretraining(write):
     data = encode(Image.fromarray(values), "PNG")
     pixels = decode_image(data, "x")
     np.testing.assert_array_equal(pixels, np.repeat((values >> 8).astype(np.uint8)[:, :, None], 3, 2))
-    # Detection follows Detectron2, which is to say PIL: clipped.
-    np.testing.assert_array_equal(read_image(write(data), "RGB")[..., 0], np.minimum(values, 255))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([[0, 256]], np.uint16),
+        np.array([[0, 60_000]], np.uint16),
+        np.array([[0, 70_000, -5]], np.int32),
+        np.float32([[0, 300]]),
+        np.float32([[0, 0.9]]),
+        np.float32([[0, 1]]),
+    ],
+)
+def test_b5_detection_refuses_grey_that_it_would_make_white_or_black(write, values):
+    path = write(encode(Image.fromarray(values), "TIFF"))
+    with pytest.raises(UserError, match=r"grey values reach .*8 bits a channel"):
+        read_image(path, "RGB")
+
+
+def test_b5_16_bit_files_of_8_bit_values_are_read(write):
+    values = np.array([[0, 7, 255]], np.uint16)
+    for path in (write(encode(Image.fromarray(values), kind)) for kind in ("PNG", "TIFF")):
+        np.testing.assert_array_equal(read_image(path, "RGB")[..., 0], values)
 
 
 def test_32_bit_integers_are_read_as_16_bit_values():
@@ -164,7 +185,7 @@ def test_floating_point_is_refused_by_name():
 
 
 def test_detection_reads_integers_and_floats_as_pil_clips_them(write):
-    for values in (np.array([[0, 7, 255, 256, 70000, -5]], np.int32), np.float32([[0, 0.9, 7.2, 255.5, 300, -5]])):
+    for values in (np.array([[0, 7, 255, -5]], np.int32), np.float32([[0, 0.9, 7.2, 254.5, -5]])):
         pixels = read_image(write(encode(Image.fromarray(values), "TIFF")), "RGB")
         expected = np.clip(values, 0, 255).astype(np.uint8)
         np.testing.assert_array_equal(pixels, np.repeat(expected[:, :, None], 3, 2))

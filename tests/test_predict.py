@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ import detection_cases as cases
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from tiny_detection import TINY, write_tiny
 from torch import nn
 
+from loco_det.annotations.formats.files import Tree
+from loco_det.annotations.instances import Instances
 from loco_det.cli import main
+from loco_det.commands.predict import places
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.detection.cpu_speed import is_fast, speed_up
@@ -25,6 +30,8 @@ from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.keys import get_cfg
 from loco_det.detection.onnx import OneImage, check_exportable, export_onnx
 from loco_det.detection.rcnn import build_model
+from loco_det.images.decode import decode_image
+from loco_det.images.folders import open_source
 from loco_det.images.media import find_media, read_ahead, read_frames
 
 CONFIG = "configs/coco_loco_r50.yaml"
@@ -109,7 +116,7 @@ def test_a_video_in_gives_a_video(place: Path, tmp_path: Path) -> None:
     assert [frame.shape for frame in frames] == [(64, 80, 3)] * 5
     assert frames[0].max() > 50  # what was drawn on black
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "1.png", "clip.avi.mp4", "coco_instances_results.json", "instances.json", "log.txt"
+        "1.png", "clip.avi.mp4", "coco_instances_results.json", "instances.json", "log.txt", "predict.json"
     ]  # fmt: skip
 
 
@@ -140,6 +147,215 @@ def test_names_come_from_a_file_or_are_numbers(place: Path, tmp_path: Path, monk
     assert read(tmp_path / "instances.json")["categories"] == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
     names.write_text("cat\n")
     assert predict(place, tmp_path, image, "--classes", names) == 2
+
+
+def grey(path: Path, value: int = 90) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), np.full((40, 50, 3), value, dtype=np.uint8))
+    return path
+
+
+def clip(path: Path) -> Path:
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 10, (64, 48))
+    for value in (0, 90):
+        writer.write(np.full((48, 64, 3), value, dtype=np.uint8))
+    writer.release()
+    return path
+
+
+@pytest.fixture
+def blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A detector that takes no time and finds nothing."""
+    monkeypatch.setattr("loco_det.commands.predict.load_detector", lambda cfg, _: (nn.Identity(), cfg))
+    monkeypatch.setattr("loco_det.commands.predict.detect", lambda *given: [nothing(p) for p in given[3]])
+
+
+def nothing(pixels: np.ndarray) -> Instances:
+    none = torch.zeros(0)
+    return Instances(pixels.shape[:2], boxes=none.reshape(0, 4), classes=none.long(), scores=none)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.usefixtures("blind")
+def test_a1_no_input_nor_any_file_of_the_owner_is_written_over(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    one, two = grey(photos / "a.jpg"), grey(photos / "below" / "b.png")
+    video, other = clip(photos / "clip.mp4"), grey(tmp_path / "other" / "a.jpg", 200)
+    (photos / "instances.json").write_text('{"categories": [{"id": 1, "name": "x"}, {"id": 2, "name": "y"}]}')
+    (tmp_path / "link").symlink_to(photos)
+    before = contents(photos)
+    for inputs, out in (
+        ([photos], photos),
+        ([one, video], photos),
+        ([two], photos / "below"),
+        ([one], tmp_path / "link"),
+        ([other], photos),  # no input lies there, but the owner's pictures do
+        ([grey(tmp_path / "new.jpg"), "--no-pictures"], photos),  # instances.json is the owner's
+    ):
+        assert predict(place, out, *inputs, "--score-threshold", 0) == 2
+        assert "another folder" in capsys.readouterr().err.splitlines()[-1]
+        assert contents(photos) == before
+    assert predict(place, tmp_path / "out", one, "--export-onnx", one) == 2
+    assert contents(photos) == before
+    (photos / "instances.json").unlink()
+    assert predict(place, photos, photos, "--no-pictures") == 0
+    assert len(read(photos / "instances.json")["images"]) == 4
+    assert predict(place, photos, one, "--no-pictures", "--classes", photos / "instances.json") == 2
+
+
+@pytest.mark.usefixtures("blind")
+def test_a1_two_inputs_never_share_an_output(place: Path, tmp_path: Path) -> None:
+    names = ["p.bmp", "p.bmp.jpg", "a.jpg", "a.jpg.png", "a.jpg.jpg", "q.tif", "q.tif_2.jpg", "q.tif.jpg"]
+    for name in names:
+        grey(tmp_path / "in" / name)
+    grey(tmp_path / "x" / "a.jpg" / "inside.png")  # a folder that is called as another input's file is
+    assert predict(place, tmp_path / "out", tmp_path / "in", tmp_path / "x", tmp_path / "in" / "a.jpg") == 0
+    images = read(tmp_path / "out" / "instances.json")["images"]
+    pictures = [path for path in (tmp_path / "out").rglob("*.*g") if path.is_file()]
+    assert len(pictures) == len({image["file_name"] for image in images}) == len(images) == len(names) + 2
+
+
+def test_b5_no_image_of_a_folder_is_passed_over_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image = Image.new("RGB", (8, 6), (9, 99, 200))
+    read = dict.fromkeys(("a.jpg", "b.JPEG", "c.jpe", "d.jfif"), "JPEG")
+    read |= {"e.png": "PNG", "f.gif": "GIF", "g.jp2": "JPEG2000", "h.avif": "AVIF", "i.webp": "WEBP", "j.tif": "TIFF"}
+    read |= {"k.bmp": "BMP", "l.dib": "DIB", "m.ppm": "PPM", "n.pnm": "PPM", "o.j2k": "JPEG2000"}
+    for name, kind in read.items():
+        image.save(tmp_path / name, kind)
+    for name in ("x.heic", "y.HEIC", "z.cr2", "notes.txt"):
+        (tmp_path / name).write_bytes(b"unread")
+    media, unreadable = find_media([tmp_path])
+    assert [medium.name for medium in media] == sorted(read)
+    assert "passed over images that are not read here (1 x .cr2, 2 x .heic)" in caplog.text
+    frames = list(read_frames(media, "RGB", unreadable))
+    assert {frame.pixels.shape for frame in frames} == {(6, 8, 3)}
+    assert not unreadable
+    caplog.clear()
+    source = open_source(tmp_path, "flat")
+    assert [Path(source.name(i)).name for i in range(len(source))] == sorted(read)
+    assert all(decode_image(source.read(i), source.name(i)).shape == (6, 8, 3) for i in range(len(source)))
+    assert "2 x .heic" in caplog.text
+
+
+def test_b5_links_in_a_circle_bring_no_image_twice(tmp_path: Path) -> None:
+    names = [f"{folder}/{i}.png" for folder in ("a", "b", "b/below") for i in range(8)]
+    for name in names:
+        grey(tmp_path / "photos" / name)
+    elsewhere = grey(tmp_path / "elsewhere" / "c" / "0.png").parent.parent
+    links = {"a/up": "..", "a/b": "../b", "b/a": "../a", "b/below/top": "../..", "b/self": ".", "more": elsewhere}
+    for link, target in links.items():
+        (tmp_path / "photos" / link).symlink_to(target)
+    (elsewhere / "back").symlink_to(tmp_path / "photos")
+    expected = sorted([*names, "more/c/0.png"])
+    assert sorted(medium.name for medium in find_media([tmp_path / "photos"])[0]) == expected
+    source = open_source(tmp_path / "photos", "flat")
+    assert sorted(source.name(i) for i in range(len(source))) == [f"{tmp_path}/photos/{name}" for name in expected]
+    assert set(open_source(tmp_path / "photos", "folder").classes) == {"a", "b", "more"}
+    tree = Tree(tmp_path / "photos")
+    assert sorted(path.relative_to(tmp_path / "photos").as_posix() for path in tree.images()) == expected
+
+
+def test_c8_patterns_are_expanded_and_archives_named(tmp_path: Path) -> None:
+    for name in ("b.png", "a.png", "below/c.png", "odd[1].png"):
+        grey(tmp_path / name)
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+
+    def found(pattern: str) -> list[str]:
+        return [medium.name for medium in find_media([tmp_path / pattern])[0]]
+
+    assert found("?.png") == ["a.png", "b.png"]
+    assert found("**/*.png") == ["a.png", "b.png", "c.png", "odd[1].png"]
+    assert found("odd[1].png") == ["odd[1].png"]
+    for pattern, words in (("*.gif", "no file matches"), ("photos.zip", "unpack it"), ("*.zip", "unpack it")):
+        with pytest.raises(UserError, match=words):
+            found(pattern)
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp", "tif"])
+def test_c8_of_an_animated_file_the_first_frame_is_used_and_it_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (0, 120, 240)]
+    frames[0].save(tmp_path / f"x.{kind}", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "still.gif")
+    (frame,) = read_frames(find_media([tmp_path / f"x.{kind}"])[0], "RGB", [])
+    assert frame.pixels.max() == 0
+    assert "only the first of its 3 frames is used" in caplog.text
+    caplog.clear()
+    assert len(list(read_frames(find_media([tmp_path / "still.gif"])[0], "RGB", []))) == 1
+    assert not caplog.text
+
+
+def test_c8_an_image_beyond_the_limit_is_one_sentence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Image.new("1", (14_000, 14_000)).save(tmp_path / "huge.png")
+    unreadable: list[Path] = []
+    assert not list(read_frames(find_media([tmp_path / "huge.png"])[0], "RGB", unreadable))
+    assert unreadable == [tmp_path / "huge.png"]
+    assert "more than 178 megapixels; cut it into tiles" in caplog.text
+
+
+def test_a1_pictures_and_labels_of_a_segmentor_are_apart_too(tmp_path: Path) -> None:
+    for name in ("a", "a.png", "a_pred.png", "sem_seg/a_pred.png", "sem_seg/clip.mp4/000000.png", "clip.mp4"):
+        grey(tmp_path / f"{name}.png").rename(tmp_path / name)
+    clip(tmp_path / "clip.mp4")
+    media, _ = find_media([tmp_path, tmp_path / "a"], of_input := partial(places, labels=True, pictures=True))
+    written = [Path(place) for medium in media for place in of_input(medium.name, medium.is_video)]
+    assert len(set(written)) == len(written) == 12
+    assert not {folder for place in written for folder in place.parents} & set(written)
+
+
+@pytest.mark.usefixtures("blind")
+def test_a1_own_output_is_never_read(place: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    grey(photos / "a.jpg"), grey(photos / "below" / "b.bmp"), clip(photos / "c.avi")
+    expected = ["a.jpg", "below/b.bmp", "c.avi", "c.avi"]
+    for out in (photos / "out", photos / "out", photos / "below", photos / "below"):  # below too lie inputs
+        rc = predict(place, out, photos)
+        assert rc == 0
+        assert [image["file_name"] for image in read(out / "instances.json")["images"]] == expected
+    grey(photos / "out" / "new.jpg")  # the owner's, wherever it lies
+    assert predict(place, tmp_path / "elsewhere", photos) == 0
+    found = [image["file_name"] for image in read(tmp_path / "elsewhere" / "instances.json")["images"]]
+    assert found == [*expected, "out/new.jpg"]
+    drawn = photos / "below" / "below" / "b.bmp.jpg"  # as a shell's pattern may bring it
+    assert predict(place, tmp_path / "named", drawn, photos / "a.jpg") == 0
+    assert [image["file_name"] for image in read(tmp_path / "named" / "instances.json")["images"]] == ["a.jpg"]
+    assert predict(place, tmp_path / "named", drawn) == 2
+    source = open_source(photos, "flat")
+    assert sorted(Path(source.name(i)).name for i in range(len(source))) == ["a.jpg", "b.bmp", "new.jpg"]
+
+
+@pytest.mark.usefixtures("blind")
+def test_a1_what_a_killed_run_wrote_is_known(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grey(tmp_path / "a.jpg"), grey(tmp_path / "b.jpg")
+
+    class Killed(Exception):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("loco_det.commands.predict.Pictures.draw", killed)
+        with pytest.raises(Killed):
+            predict(place, tmp_path / "out", tmp_path)
+    grey(tmp_path / "out" / "a.jpg", 255)  # as if it had been killed after it
+    assert predict(place, tmp_path / "out", tmp_path) == 0
+    assert [image["file_name"] for image in read(tmp_path / "out" / "instances.json")["images"]] == ["a.jpg", "b.jpg"]
+
+
+@pytest.mark.parametrize(
+    "damaged", ['{"loco_det": "1', '{"loco_det": "1", "written": 7}', '{"loco_det": "1", "written": [7]}', "[]"]
+)
+def test_a1_a_damaged_list_of_what_was_written_lists_nothing(tmp_path: Path, damaged: str) -> None:
+    grey(tmp_path / "a.jpg")
+    (tmp_path / "predict.json").write_text(damaged)
+    assert [medium.name for medium in find_media([tmp_path])[0]] == ["a.jpg"]
 
 
 @pytest.mark.parametrize(

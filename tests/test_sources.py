@@ -279,6 +279,31 @@ def test_what_cannot_be_a_source(folder, tmp_path):
     assert "no .tar in this folder" in refused(folder, "tar")
 
 
+@pytest.mark.parametrize("between", [" ", ",", ", ", "\t", "   "])
+def test_c8_lists_of_other_programs_name_classes_after_a_space_or_comma(tmp_path, between):
+    names = ["a b.jpg", "sub.jpg/c.PNG", "d, e.avif"]
+    (tmp_path / "list.txt").write_text("".join(f"{name}{between}{k}\n" for k, name in enumerate(names)))
+    source = open_source(tmp_path / "list.txt")
+    assert [source.name(i) for i in range(3)] == [str(tmp_path / name) for name in names]
+    assert [source.classes[source.label(i)] for i in range(3)] == ["0", "1", "2"]
+
+
+def test_c8_paths_with_spaces_and_commas_are_whole_without_a_class(tmp_path):
+    names = ["a.jpg b.jpg", "c.png, d.jpg", "e.jpg"]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    source = open_source(tmp_path / "list.txt")
+    assert [source.name(i) for i in range(3)] == [str(tmp_path / name) for name in names]
+    assert not source.classes
+
+
+@pytest.mark.parametrize("between", [",", " ", ":", ", "])
+def test_c8_several_folders_are_told_how(folder, tmp_path, between):
+    shutil.copytree(folder, tmp_path / "more")
+    assert "make one folder with links" in refused(f"{folder}{between}{tmp_path / 'more'}")
+    assert "make one folder with links" in refused(f"['{folder}'{between}'{tmp_path / 'more'}']")
+    assert "correct the path" in refused(f"{folder}{between}{tmp_path / 'none'}")
+
+
 def test_an_encrypted_zip_is_refused_before_anything_is_read(tmp_path):
     path = tmp_path / "locked.zip"
     with zipfile.ZipFile(path, "w") as archive:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from PIL import Image
 from tiny_detection import tiny_cfg, write_tiny
 
 from loco_det.annotations.index import load_index
+from loco_det.annotations.loader import build_train_loader
 from loco_det.annotations.registry import find_dataset
 from loco_det.commands import train as command
 from loco_det.core.config import load_config
@@ -330,6 +333,50 @@ def test_an_error_in_two_processes_is_one_sentence(tmp_path):
     cfg = tiny_cfg(tmp_path, SOLVER__IMS_PER_BATCH=3)
     with pytest.raises(UserError, match=r"SOLVER.IMS_PER_BATCH is 3, which 2 processes"):
         launch(command._worker, 2, cfg, EXACT)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+@pytest.fixture
+def third(data, tmp_path_factory, monkeypatch) -> Path:
+    """An image of a copy of the data that the third iteration is the first to take."""
+    root = shutil.copytree(data, tmp_path_factory.mktemp("bad") / "copy")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
+    batches = itertools.islice(build_train_loader(tiny_cfg(root / "none")), 3)
+    names = [[sample["file_name"] for sample in batch] for batch in batches]
+    return Path(next(name for name in names[2] if name not in names[0] + names[1]))
+
+
+def test_a2_a_training_that_ends_by_its_data_is_saved_and_resumed_when_they_are_mended(whole, third, tmp_path, caplog):
+    sound = third.read_bytes()
+    cut(third)
+    with pytest.raises(UserError, match=rf"1 of .* images.*--max-bad-share 0 .*{third.name}"):
+        train_net(tiny_cfg(tmp_path), engine="torchvision", max_bad_share=0)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+    third.write_bytes(sound)
+    train_net(tiny_cfg(tmp_path), engine="torchvision", resume=True)
+    assert losses(tmp_path) == losses(whole[0])
+    cut(third)
+    train_net(tiny_cfg(tmp_path / "endured"), engine="torchvision", max_bad_share=0.1)
+    assert f"{third.name}: " in caplog.text
+    assert losses(tmp_path / "endured").keys() == losses(whole[0]).keys()
+
+
+def test_a2_two_processes_end_together_and_are_saved(third, tmp_path):
+    cfg = tiny_cfg(tmp_path, SOLVER__CHECKPOINT_PERIOD=1000)
+    cut(third)
+    with pytest.raises(UserError, match=rf"--max-bad-share 0 .*{third.name}"):
+        launch(command._worker, 2, cfg, {**EXACT, "max_bad_share": 0.0})
+    saved = tmp_path / (tmp_path / "last_checkpoint").read_text()
+    assert torch.load(saved, weights_only=True)["iteration"] in (0, 1)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a2_a_share_out_of_range_is_refused(tmp_path, share):
+    with pytest.raises(UserError, match="--max-bad-share"):
+        train_net(tiny_cfg(tmp_path), engine="torchvision", max_bad_share=share)
 
 
 def test_metrics_of_an_earlier_run_are_dropped(data, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from loco_det.annotations.converted import derived_file, files_digest
+from loco_det.annotations.segmentation import FARTHEST, check_outlines
 from loco_det.core.device import usable_cores
 from loco_det.core.errors import UserError
 from loco_det.core.launch import leave_stopping_to_parent
@@ -79,6 +80,14 @@ def cityscapes_frames(root: Path, split: str) -> list[Frame]:
     for image in sorted(images.glob(f"*/*{suffix}")):
         stem = truth / image.parent.name / image.name.removesuffix(suffix)
         frames.append(Frame(image, Path(f"{stem}_gtFine_instanceIds.png"), Path(f"{stem}_gtFine_polygons.json")))
+    have = {f"{frame.image.parent.name}/{frame.image.name.removesuffix(suffix)}" for frame in frames}
+    of_truth = (path.relative_to(truth).as_posix() for path in truth.glob("*/*_gtFine_*"))
+    lost = sorted({name.partition("_gtFine_")[0] for name in of_truth} - have)
+    if frames and lost:
+        raise UserError(
+            f"{images} lacks {len(lost)} of the images that {truth} is of, {lost[0]}{suffix} first; unpack all of "
+            f"leftImg8bit_trainvaltest.zip into {root}."
+        )
     if not frames:
         raise UserError(f"{images} holds no CITY/*{suffix}; unpack leftImg8bit_trainvaltest.zip into {root}.")
     return frames
@@ -195,8 +204,10 @@ def instances_from_polygons(frame: Frame) -> dict[str, Any]:
         if label < 0:
             continue
         try:
-            shape = Polygon(np.asarray(entry["polygon"], dtype="f4") + 0.5).buffer(0.5, quad_segs=4)
-        except (ValueError, TypeError) as error:
+            points = np.asarray(entry["polygon"], dtype=float)
+            check_outlines([points.reshape(-1)], f"{frame.polygons}: object {number}")
+            shape = Polygon(points.astype("f4") + 0.5).buffer(0.5, quad_segs=4)
+        except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"{frame.polygons}: object {number} is no polygon ({error}); correct it") from error
         if label not in CLASSES:
             covered = covered.union(shape)
@@ -226,7 +237,8 @@ def _read_polygons(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); complete the data set") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is no Cityscapes polygon file ({error!r}); take an intact copy") from error
-    if not all(isinstance(size, int) and size > 0 for size in sizes) or not all(isinstance(n, str) for n in labels):
+    sized = all(isinstance(size, int) and 0 < size <= FARTHEST for size in sizes)
+    if not sized or not all(isinstance(label, str) for label in labels):
         raise UserError(f"{path}: has no usable size or labels; take an intact copy")
     return content
 

@@ -7,6 +7,7 @@ it depends on. Where several processes want it, one makes it and the others wait
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from loco_det.core.errors import UserError
-from loco_det.core.files import atomic_write, cache_folder, locked
+from loco_det.core.files import atomic_write, cache_folder, file_sha256, locked, stat_line
+
+_CHECKSUM = ".sha256"  # suffix of the file beside that holds it
 
 
 def derived_file(name: str, facts: dict[str, Any], make: Callable[[], bytes]) -> Path:
@@ -24,11 +27,11 @@ def derived_file(name: str, facts: dict[str, Any], make: Callable[[], bytes]) ->
     Args:
         name: for people who look into the folder.
         facts: plain data; anything else to depend on must be in it.
-        make: gives the content; called only where there is no such file.
+        make: gives the content; called only where there is no such file, or one whose content has changed.
     """
     digest = hashlib.sha256(json.dumps([name, facts], sort_keys=True).encode()).hexdigest()[:20]
     path = cache_folder() / "annotations" / f"{name}-{digest}.json"
-    if not path.is_file():
+    if not _is_whole(path):
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(locked(path.with_suffix(".lock")))
@@ -36,14 +39,30 @@ def derived_file(name: str, facts: dict[str, Any], make: Callable[[], bytes]) ->
                 raise UserError(
                     f"{path.parent}: cannot be written ({error.strerror}); set LOCO_DET_CACHE to a folder that can"
                 ) from error
-            if not path.is_file():
+            if not _is_whole(path):
+                content = make()
                 with atomic_write(path) as file:
-                    file.write(make())
+                    file.write(content)
+                with atomic_write(path.with_suffix(_CHECKSUM)) as file:
+                    file.write(hashlib.sha256(content).hexdigest().encode())
     return path
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether the file is there with the content that was written; it is read once in a process unless it changes."""
+    try:
+        return _has_checksum(path, stat_line(path.stat()), stat_line(path.with_suffix(_CHECKSUM).stat()))
+    except OSError:
+        return False
+
+
+@functools.lru_cache(maxsize=256)
+def _has_checksum(path: Path, *_: str) -> bool:
+    return path.with_suffix(_CHECKSUM).read_bytes() == file_sha256(path).encode()
+
+
 def files_digest(files: Iterable[Path], root: Path) -> str:
-    """sha256 over names below `root`, sizes and times of change, in the order of `files`; contents are not read.
+    """sha256 over names below `root` and `stat_line` of each, in the order of `files`; contents are not read.
 
     Raises:
         UserError: a file is not there.
@@ -51,9 +70,9 @@ def files_digest(files: Iterable[Path], root: Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         try:
-            stat = file.stat()
+            found = file.stat()
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror}); complete the data set") from error
-        line = f"{os.path.relpath(file, root)} {stat.st_size} {stat.st_mtime_ns}\n"
+        line = f"{os.path.relpath(file, root)} {stat_line(found)}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -29,6 +29,11 @@ from loco_det.core.distributed import rank, world_size
 from loco_det.core.errors import UserError, raising
 from loco_det.core.launch import leave_stopping_to_parent
 from loco_det.core.log import log
+from loco_det.images.unusable import SUBSTITUTES, Unusable
+
+MAX_BAD_SHARE = 0.01  # of the training images may turn out to be unusable when they are decoded
+# Keys of a sample on its way from a worker: images that it replaces, and its own if an object was left out.
+_REPLACED, _INCOMPLETE = "_replaced", "_incomplete"
 
 Precomputed = Sequence[Mapping[str, ProposalsOfImage]]
 
@@ -41,20 +46,30 @@ class Loader:
 
     Attributes:
         datasets: the annotations that are read, for who needs class names or ids.
+        bad: images of a training set met so far by this process that only decoding showed to be unusable;
+            None for a test set, which leaves no image out.
     """
 
-    def __init__(self, datasets: list[CocoDataset], batches: DataLoader):
-        self.datasets = datasets
-        self.batches = batches
+    def __init__(self, datasets: list[CocoDataset], batches: DataLoader, bad: Unusable | None):
+        self.datasets, self.batches, self.bad = datasets, batches, bad
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        return raising(self.batches)
+        for batch in raising(self.batches):
+            for sample in batch if self.bad is not None else ():
+                self.bad.count(sample.pop(_REPLACED, ()))
+                self.bad.count(sample.pop(_INCOMPLETE, ()), "these objects are left out")
+            yield batch
 
 
-def build_train_loader(cfg: CfgNode, start_iter: int = 0, proposals: Precomputed | None = None) -> Loader:
+def build_train_loader(
+    cfg: CfgNode,
+    start_iter: int = 0,
+    proposals: Precomputed | None = None,
+    max_bad_share: float = MAX_BAD_SHARE,
+) -> Loader:
     """Endless batches of this process: SOLVER.IMS_PER_BATCH images over all processes.
 
     Args:
@@ -63,9 +78,12 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0, proposals: Precomputed
         start_iter: how many batches to skip, for resuming. A negative SEED is drawn anew and cannot be resumed
             exactly.
         proposals: for each of DATASETS.TRAIN, those of each image by its id.
+        max_bad_share: of the images that may turn out to be unusable when they are decoded. A neighbour takes the
+            place of such a one, a function of the data alone, so that resumed and uninterrupted runs stay equal.
 
     Raises:
-        UserError: a data set cannot be used or does not fit the configuration.
+        UserError: a data set cannot be used or does not fit the configuration; while iterating, more images than
+            `max_bad_share` are unusable.
     """
     if not len(cfg.DATASETS.TRAIN):
         raise UserError("DATASETS.TRAIN names no data set; name one, such as ('coco_2017_train',).")
@@ -76,15 +94,17 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0, proposals: Precomputed
     check_training_classes(cfg, [dataset.paths for dataset in datasets])
     chosen = [_trainable(cfg, dataset) for dataset in datasets]
     seed = common_seed(cfg.SEED)
+    wide = np.concatenate([(d.index.width > d.index.height)[rows] for d, rows in zip(datasets, chosen)])
     batches = _TrainBatches(
         stream=_sampler(cfg, datasets, chosen, seed),
-        wide=np.concatenate([(d.index.width > d.index.height)[rows] for d, rows in zip(datasets, chosen)]),
+        wide=wide,
         size=total // processes,
         grouped=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         start=start_iter,
     )
-    samples = _Samples(datasets, chosen, DetectionMapper(cfg, train=True), seed, proposals)
-    return _loader(cfg, datasets, samples, batches)
+    samples = _TrainSamples(datasets, chosen, DetectionMapper(cfg, train=True), seed, proposals, wide)
+    names = "DATASETS.TRAIN " + ", ".join(cfg.DATASETS.TRAIN)
+    return _loader(cfg, datasets, samples, batches, Unusable(len(wide), max_bad_share, names, "--max-bad-share"))
 
 
 def build_test_loader(
@@ -105,6 +125,10 @@ def build_test_loader(
     return _loader(cfg, [annotated], samples, [[(i, i)] for i in share.tolist()])
 
 
+class _OtherData(UserError):
+    """A file is of another data set, which no image can take the place of."""
+
+
 class _Samples(torch_data.Dataset):
     """Mapped samples by (position in the stream, image number), or the UserError of a bad one, for `raising`."""
 
@@ -121,24 +145,60 @@ class _Samples(torch_data.Dataset):
         self.row = np.concatenate(chosen)
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any] | UserError:
-        position, image = place
-        record = self.datasets[self.dataset[image]][self.row[image]]
-        rng = None if self.seed is None else sample_rng(self.seed, position)
         try:
-            return self.mapper(record, rng, self._proposals(self.dataset[image], record.image_id))
+            return self._sample(*place)
         except UserError as error:
             return UserError(str(error))  # without its cause, which need not survive the way between processes
+
+    def _sample(self, position: int, image: int) -> dict[str, Any]:
+        record = self.datasets[self.dataset[image]][self.row[image]]
+        rng = None if self.seed is None else sample_rng(self.seed, position)
+        return self.mapper(record, rng, self._proposals(self.dataset[image], record.image_id))
 
     def _proposals(self, dataset: int, image_id: int) -> ProposalsOfImage | None:
         if self.proposals is None:
             return None
         found = self.proposals[dataset].get(str(image_id))
         if found is None:
-            raise UserError(
+            raise _OtherData(
                 f"DATASETS: the file of proposals for {self.datasets[dataset].paths.name} has none for image "
                 f"{image_id}; it is of another data set."
             )
         return found
+
+
+class _TrainSamples(_Samples):
+    """In the place of an image that cannot be used comes the next of its orientation, transformed as it would be.
+
+    The main process, which counts them, finds what was wrong under the keys _REPLACED and _INCOMPLETE.
+    """
+
+    def __init__(self, *args: Any):
+        *args, self.wide = args
+        super().__init__(*args)
+
+    def _sample(self, position: int, image: int) -> dict[str, Any]:
+        replaced: list[tuple[int, str]] = []
+        for other in self._and_neighbours(image):
+            try:
+                sample = super()._sample(position, other)
+            except _OtherData:
+                raise
+            except UserError as error:
+                replaced.append((other, str(error)))
+                continue
+            if empty := sample.pop("empty_masks", None):
+                ids = ", ".join(map(str, empty[:3])) + (", ..." if len(empty) > 3 else "")
+                sample[_INCOMPLETE] = [(other, f"{sample['file_name']}: the mask of annotation id {ids} has no pixel")]
+            return {**sample, _REPLACED: replaced} if replaced else sample
+        others = f" (nor can {len(replaced) - 1} others in its place)" if len(replaced) > 1 else ""
+        raise UserError(f"{replaced[0][1].rstrip('.')}{others}.")
+
+    def _and_neighbours(self, image: int) -> Iterator[int]:
+        yield image
+        like = np.flatnonzero(self.wide == self.wide[image])
+        after = np.searchsorted(like, image) + np.arange(1, min(SUBSTITUTES, len(like)))
+        yield from like[after % len(like)].tolist()
 
 
 class _TrainBatches:
@@ -270,7 +330,9 @@ def _sampler(cfg: CfgNode, datasets: list[CocoDataset], chosen: list[np.ndarray]
     return TrainingStream(count, seed, repeat_factors(np.concatenate(images), np.concatenate(labels), count, *settings))
 
 
-def _loader(cfg: CfgNode, datasets: list[CocoDataset], samples: _Samples, batches: Any) -> Loader:
+def _loader(
+    cfg: CfgNode, datasets: list[CocoDataset], samples: _Samples, batches: Any, bad: Unusable | None = None
+) -> Loader:
     workers = cfg.DATALOADER.NUM_WORKERS
     if workers < 0:
         raise UserError(f"DATALOADER.NUM_WORKERS must be 0 or more, not {workers}.")
@@ -284,7 +346,7 @@ def _loader(cfg: CfgNode, datasets: list[CocoDataset], samples: _Samples, batche
         # Workers get their seeds from here and not from the global generator, whose state a resumed run restores.
         generator=torch.Generator().manual_seed(samples.seed or 0),
     )
-    return Loader(datasets, torch_loader)
+    return Loader(datasets, torch_loader, bad)
 
 
 def _as_list(samples: Sequence[Any]) -> list[Any]:

@@ -78,6 +78,8 @@ class DetectionMapper:
             image: (3, H, W) uint8 in INPUT.FORMAT order.
             instances: training only, `Instances` in pixels of `image` without crowds and empty objects.
             sem_seg: instead of them for a semantic segmentor, (H, W) int64 classes or IGNORED of annotations/pixels.py.
+            empty_masks: training only, if there are any, ids of annotations that are left out because their mask has no
+                pixel, whatever the transforms.
             proposals: if given, the best DATASETS.PRECOMPUTED_PROPOSAL_TOPK_{TRAIN,TEST} that are not empty, as
                 `Instances` in pixels of `image` with boxes and scores.
 
@@ -103,7 +105,10 @@ class DetectionMapper:
         if self.train and self.semantic:
             sample["sem_seg"] = self._labels(record, transforms)
         elif self.train:
-            sample["instances"] = self._instances(record, transforms, image.shape[:2])
+            empty: list[int] = []
+            sample["instances"] = self._instances(record, transforms, image.shape[:2], empty)
+            if empty:
+                sample["empty_masks"] = empty
         if proposals is not None:
             sample["proposals"] = self._proposals(proposals, transforms, image.shape[:2])
         return sample
@@ -127,7 +132,10 @@ class DetectionMapper:
             labels = transform.mask(labels)
         return torch.from_numpy(labels.astype(np.int64))
 
-    def _instances(self, record: Record, transforms: list[Transform], size: tuple[int, int]) -> Instances:
+    def _instances(
+        self, record: Record, transforms: list[Transform], size: tuple[int, int], empty: list[int]
+    ) -> Instances:
+        """`empty` gets the annotations whose mask has no pixel."""
         rows = np.flatnonzero(~record.crowd)
         boxes = move_boxes(record.boxes[rows].astype(np.float64), transforms, size)
         instances = Instances(
@@ -137,7 +145,7 @@ class DetectionMapper:
         )
         keep = torch.ones(len(rows), dtype=torch.bool)
         if self.with_masks:
-            instances.masks = self._masks(record, rows, transforms, size)
+            instances.masks = self._masks(record, rows, transforms, size, empty)
             keep = instances.masks.nonempty()
             if self.input.CROP.ENABLED:
                 # The cut box of a cut object is not tight: a triangle's tip may lie outside the window.
@@ -152,7 +160,12 @@ class DetectionMapper:
         return moved[keep[: self.most_proposals]]
 
     def _masks(
-        self, record: Record, rows: np.ndarray, transforms: list[Transform], size: tuple[int, int]
+        self,
+        record: Record,
+        rows: np.ndarray,
+        transforms: list[Transform],
+        size: tuple[int, int],
+        empty: list[int],
     ) -> PolygonMasks | BitMasks:
         as_polygons = self.input.MASK_FORMAT == "polygon"
         masks: list[Any] = []
@@ -162,13 +175,19 @@ class DetectionMapper:
             if segmentation is None:
                 raise UserError(f"{which} has no segmentation; set MODEL.MASK_ON False to train on boxes alone.")
             if isinstance(segmentation, list):
+                moved = segmentation
                 for transform in transforms:
-                    segmentation = transform.polygons(segmentation)
-                masks.append(segmentation if as_polygons else rasterize(segmentation, *size))
+                    moved = transform.polygons(moved)
+                masks.append(moved if as_polygons else rasterize(moved, *size))
+                drawn = as_polygons or masks[-1].any() or rasterize(segmentation, record.height, record.width).any()
+                if not drawn:
+                    empty.append(int(record.annotation_ids[k]))
                 continue
             if as_polygons:
                 raise UserError(f"{which} is an RLE and not a polygon; set INPUT.MASK_FORMAT bitmask.")
             bitmap = coco_mask.decode(segmentation)
+            if not coco_mask.area(segmentation):
+                empty.append(int(record.annotation_ids[k]))
             for transform in transforms:
                 bitmap = transform.mask(bitmap)
             masks.append(bitmap.astype(bool))

@@ -10,17 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torchvision.ops import roi_align
 
+from loco_det.annotations.segmentation import outline_is_long
+
 # Detectron2 never divides by a box side shorter than this when it scales polygons to the mask grid.
 SHORTEST_SIDE = 0.1
+# Bits of a pixel's fraction that OpenCV is given, and how far from the origin its fixed-point numbers reach, in pixels.
+_SHIFT, _FARTHEST = 4, 2**14
 
 
 def rasterize(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
-    """Union of polygons as COCO's own rasteriser draws it.
+    """Union of polygons as COCO's own rasteriser draws it, or OpenCV's where the outlines would take it gigabytes.
 
     Args:
         polygons: flat float arrays x0, y0, x1, y1, ... in pixels, at least three points each; may be empty.
@@ -31,9 +36,22 @@ def rasterize(polygons: Sequence[np.ndarray], height: int, width: int) -> np.nda
     """
     if not len(polygons):
         return np.zeros((height, width), dtype=bool)
+    if outline_is_long(polygons):
+        return _filled(polygons, height, width)
     # Six coordinates or more, so pycocotools cannot mistake a polygon for a four-number box.
     encoded = coco_mask.merge(coco_mask.frPyObjects(list(polygons), height, width))
     return coco_mask.decode(encoded).astype(bool)
+
+
+def _filled(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
+    """As `rasterize`, up to a pixel along the outlines, in the memory of the points and the mask."""
+    mask = np.zeros((height, width), dtype=bool)
+    for polygon in polygons:
+        points = np.clip(polygon.reshape(-1, 2) - 0.5, -_FARTHEST, _FARTHEST)  # OpenCV counts from a pixel's middle
+        part = np.zeros((height, width), dtype=np.uint8)
+        cv2.fillPoly(part, [np.rint(points * 2**_SHIFT).astype(np.int32)], 1, shift=_SHIFT)
+        mask |= part.astype(bool)
+    return mask
 
 
 class PolygonMasks:

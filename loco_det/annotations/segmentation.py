@@ -101,14 +101,17 @@ def check_outlines(polygons: Sequence[np.ndarray], where: str) -> None:
         polygons: flat float64 arrays x0, y0, x1, y1, ... in pixels.
         where: their name in messages.
     """
-    most = 0.0
     for p in polygons:
-        low, high = p.min(), p.max()
-        if not max(-low, high) <= FARTHEST:
+        if not max(-p.min(), p.max()) <= FARTHEST:
             raise UserError(f"{where} has a point more than {FARTHEST:,} pixels away.")
-        most += len(p) / 2 * (high - low)
-    if most > LONGEST and sum(map(_outline, polygons)) > LONGEST:
+    if outline_is_long(polygons):
         raise UserError(f"{where} has an outline of more than {LONGEST:,} pixels.")
+
+
+def outline_is_long(polygons: Sequence[np.ndarray]) -> bool:
+    """Whether a rasteriser would take more memory than `check_outlines` allows, as it may once polygons are scaled."""
+    most = sum(len(p) / 2 * (p.max() - p.min()) for p in polygons)
+    return most > LONGEST and sum(map(_outline, polygons)) > LONGEST
 
 
 def _outline(polygon: np.ndarray) -> float:

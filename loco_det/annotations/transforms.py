@@ -171,7 +171,7 @@ def _crop_size(
         # In float32 because Detectron2 holds the least size so; float64 could round to another pixel.
         least = np.asarray(size, dtype=np.float32)
         h, w = least + rng.rand(2) * (1 - least)
-    return int(height * h + 0.5), int(width * w + 0.5)
+    return max(1, int(height * h + 0.5)), max(1, int(width * w + 0.5))
 
 
 def _move(transform: Transform, polygons: list[np.ndarray]) -> list[np.ndarray]:

@@ -14,7 +14,8 @@ import argparse
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import cv2
@@ -34,6 +35,7 @@ from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, write_json
 from loco_det.core.log import Progress, log, setup_logging
+from loco_det.core.outputs import PREDICTED, check_places, check_written, record_places
 from loco_det.detection.cpu_speed import speed_up
 from loco_det.detection.engine import Engine
 from loco_det.detection.keys import get_cfg
@@ -78,7 +80,6 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--score-threshold is {args.score_threshold}; a score lies in 0 to 1.")
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}; give at least 1.")
-    media, unreadable = find_media(args.inputs)
     overrides = ["MODEL.WEIGHTS", args.weights, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(threshold)]
     overrides = [*args.opts, *overrides]
     cfg, settings = load_config(get_cfg(), args.config_file, overrides)
@@ -88,18 +89,50 @@ def run(args: argparse.Namespace) -> None:
         engine.check(cfg, settings)
     if _is_segmentor(cfg) and (args.score_threshold is not None or args.export_onnx):
         raise UserError("a SemanticSegmentor takes no --score-threshold (every pixel has a class) nor --export-onnx.")
+    media, unreadable, written = _claimed(args, cfg)
     setup_logging(args.out)
     model, cfg = load_detector(cfg, engine)
     names = class_names(cfg, args.classes)
     if args.export_onnx:
         export(model, cfg, engine, media, args.export_onnx)
     speed_up(model, not args.exact)
+    record_places(args.out, written, planned=True)
     predict(model, cfg, engine, media, names, args.out, args.batch_size, not args.no_pictures, unreadable)
+    record_places(args.out, written, planned=False)
     if unreadable:
         listed = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
         raise UserError(
             f"{len(unreadable)} inputs could not be read and were left out: {listed}; the others are in {args.out}."
         )
+
+
+def _claimed(args: argparse.Namespace, cfg: CfgNode) -> tuple[list[Medium], list[Path], list[str]]:
+    """The media, those that cannot be opened, and the files that will be written below --out.
+
+    Raises:
+        UserError: an input is missing, or a file would be written over an input or what is not predict's own.
+    """
+    of_input = partial(places, labels=_is_segmentor(cfg), pictures=not args.no_pictures)
+    media, unreadable = find_media(args.inputs, of_input)
+    output = Labels if _is_segmentor(cfg) else Detections
+    written = [output.RESULTS, output.ANNOTATIONS, PREDICTED]
+    written += [place for medium in media for place in of_input(medium.name, medium.is_video)]
+    given = [args.config_file, args.weights, *([args.classes] if args.classes else [])]
+    inputs = [*(medium.path for medium in media), *map(Path, given)]
+    check_written([*map(args.out.joinpath, written), *([args.export_onnx] if args.export_onnx else [])], inputs)
+    check_places(args.out, written)
+    return media, unreadable, [*written, "log.txt"]
+
+
+def places(name: str, is_video: bool, *, labels: bool, pictures: bool) -> list[str]:
+    """What is written for an input below --out: a picture or video, a segmentor's labels, of a video in a folder."""
+    found = []
+    if pictures:
+        kinds = (".mp4",) if is_video else (".jpg", ".jpeg", ".png")
+        found.append(name if PurePosixPath(name).suffix.lower() in kinds else f"{name}{kinds[0]}")
+    if labels:
+        found.append(f"sem_seg/{name}/" if is_video else f"sem_seg/{name.removesuffix('.png')}_pred.png")
+    return found
 
 
 def _is_segmentor(cfg: CfgNode) -> bool:
@@ -254,14 +287,13 @@ class Labels:
     def __init__(self, names: dict[int, str], out: Path) -> None:
         self.names, self.colours = list(names.values()), class_colours(list(names.values()))
         self.ids = np.array(list(names), np.uint8 if max(names) < 256 else np.uint16)
-        self.out = out / "sem_seg"
+        self.out = out
 
     def results(self, found: np.ndarray, image: dict[str, Any]) -> list[dict[str, Any]]:
         """COCO's for each category of the image; the labels themselves go to a PNG, of a video's frame to its own."""
         labels = self.ids[found]
-        name = image["file_name"].removesuffix(".png")
-        place = f"{name}/{image['frame']:06d}.png" if "frame" in image else f"{name}_pred.png"
-        write_labels(self.out / place, labels)
+        (place,) = places(image["file_name"], "frame" in image, labels=True, pictures=False)
+        write_labels(self.out / (f"{place}{image['frame']:06d}.png" if "frame" in image else place), labels)
         return labels_to_coco(labels, image)
 
     def draw(self, pixels: np.ndarray, found: np.ndarray, is_video: bool) -> np.ndarray:
@@ -297,19 +329,18 @@ class Pictures:
             if frame.medium != self.medium:
                 self.video.close()
                 height, width = drawn.shape[:2]
-                writer = VideoWriter(self._path(frame, (".mp4",)), frame.medium.rate, width, height)
+                writer = VideoWriter(self._path(frame), frame.medium.rate, width, height)
                 self.medium, self.writer = frame.medium, self.video.enter_context(writer)
             self.writer.write(drawn)
             return
-        path = self._path(frame, (".jpg", ".jpeg", ".png"))
+        path = self._path(frame)
         _, encoded = cv2.imencode(path.suffix, drawn[:, :, ::-1])
         with atomic_write(path) as file:
             file.write(encoded.tobytes())
 
-    def _path(self, frame: Frame, kinds: Sequence[str]) -> Path:
-        """The input's name, with the first of `kinds` appended if it is none of them."""
-        path = self.out / frame.medium.name
-        return path if path.suffix.lower() in kinds else path.with_name(path.name + kinds[0])
+    def _path(self, frame: Frame) -> Path:
+        (place,) = places(frame.medium.name, frame.medium.is_video, labels=False, pictures=True)
+        return self.out / place
 
 
 def shapes(found: Instances) -> Iterator[Shape]:

@@ -32,7 +32,7 @@ from loco_det.convert import convert
 from loco_det.core import config
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
-from loco_det.core.files import file_sha256, write_json
+from loco_det.core.files import file_sha256, read_checked_json, write_checked_json, write_json
 from loco_det.core.log import Progress, log, setup_logging
 from loco_det.core.metrics import check_wandb
 from loco_det.detection.feature_cache import check_cacheable
@@ -156,11 +156,11 @@ def _weights(out: Path, name: str, file: Path) -> Path:
             raise UserError(f"{file}: no such file; correct the path")
         return file.absolute()
     target, note = out.absolute() / "backbones" / f"{name}.pkl", out / "backbones" / f"{name}.json"
-    source = _sha256(file)
-    if not (target.is_file() and note.is_file() and json.loads(note.read_text()) == {"source_sha256": source}):
+    source, made = _sha256(file), read_checked_json(note) or {}
+    if not target.is_file() or made != {"source_sha256": source, "target_sha256": _sha256(target)}:
         log.info("%s: converting %s", name, file)
         convert(file, target)
-        write_json(note, {"source_sha256": source})
+        write_checked_json(note, {"source_sha256": source, "target_sha256": _sha256(target)})
     return target
 
 
@@ -182,7 +182,12 @@ def _cells(args: argparse.Namespace, shared: dict[str, Any], name: str, weights:
             cells.append(Cell(name, fraction, seed, folder, key, _command(args, weights, fraction, seed, folder)))
     for cell in cells:
         told = cell.folder / "cell.json"
-        if told.is_file() and json.loads(told.read_text())["key"] != cell.key:
+        if not told.is_file():
+            continue
+        before = read_checked_json(told)
+        if before is None:
+            raise UserError(f"{told} is damaged; remove it if the cell is of this sweep, or choose another --out")
+        if before["key"] != cell.key:
             raise UserError(f"{cell.folder} was made with another config, engine or weights; choose another --out")
     return cells
 
@@ -203,7 +208,8 @@ def _command(args: argparse.Namespace, weights: Path, fraction: float, seed: int
 
 
 def _is_done(cell: Cell) -> bool:
-    return (cell.folder / RESULT).is_file()
+    """A result that is damaged does not count: the cell's last checkpoint is evaluated again."""
+    return (read_checked_json(cell.folder / RESULT) or {}).get("key") == cell.key
 
 
 # --- running ----------------------------------------------------------------------------------------------------
@@ -217,7 +223,7 @@ def run_cell(cell: Cell) -> str | None:
             return "another sweep is running it"
         if _is_done(cell):  # meanwhile, by another
             return None
-        write_json(cell.folder / "cell.json", {**asdict(cell), "folder": str(cell.folder)})
+        write_checked_json(cell.folder / "cell.json", {**asdict(cell), "folder": str(cell.folder)})
         begun = time.time()
         with open(cell.folder / OUTPUT, "a") as output:
             status = _train(cell.command, output, lock)
@@ -227,7 +233,7 @@ def run_cell(cell: Cell) -> str | None:
             lines = lines[-1 if lines and lines[-1].startswith("error: ") else -_LAST_LINES :]
             return f"train ended with status {status}: {' / '.join(lines) or 'it printed nothing'}"
         done = {"key": cell.key, "results": results, "seconds": round(time.time() - begun, 1)}
-        write_json(cell.folder / RESULT, done)
+        write_checked_json(cell.folder / RESULT, done)
     return None
 
 
@@ -346,9 +352,8 @@ def _has_gpu() -> bool:
 
 def _record(cell: Cell) -> dict[str, Any]:
     facts = {"backbone": cell.backbone, "fraction": cell.fraction, "seed": cell.seed, "folder": str(cell.folder)}
-    if not _is_done(cell):
-        return {**facts, "done": False}
-    return {**facts, "done": True, **json.loads((cell.folder / RESULT).read_text())}
+    found = read_checked_json(cell.folder / RESULT)
+    return {**facts, "done": found is not None, **(found or {})}
 
 
 def _print(cells: list[Cell], failed: dict[str, str]) -> None:

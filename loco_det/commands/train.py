@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="keep the frozen backbone's features of test images in DIR, for other evaluations with it",
     )
+    parser.add_argument(
+        "--max-bad-share",
+        type=float,
+        metavar="S",
+        help="torchvision engine: share of training images that may prove unusable, replaced and named (0.01)",
+    )
     parser.add_argument("--fraction", type=float, metavar="F", help="train on a share of the images, 0.01 for 1 %%")
     parser.add_argument("--few-shot", type=int, metavar="K", help="train on K objects of each class")
     parser.add_argument("--wandb", metavar="PROJECT", help="send metrics.json's numbers to Weights & Biases too")
@@ -60,7 +66,9 @@ def run(args: argparse.Namespace) -> None:
     engine = choose_engine(args.engine)
     engine.check(cfg, settings)
     options = {"engine": engine, "eval_only": args.eval_only, "resume": args.resume, "evaluator": args.evaluator}
-    options.update(fast=not args.exact, feature_cache=args.feature_cache, wandb=args.wandb)
+    options.update(
+        fast=not args.exact, feature_cache=args.feature_cache, max_bad_share=args.max_bad_share, wandb=args.wandb
+    )
     launch(_worker, args.num_gpus, cfg, options)
 
 

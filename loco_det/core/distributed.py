@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,15 @@ def reduce_mean(values: dict[str, Tensor]) -> dict[str, float]:
         dist.all_reduce(stacked)
         stacked /= world_size()
     return dict(zip(values, stacked.tolist()))
+
+
+def first_of_all(value: Any) -> Any:
+    """Of the values of all processes, plain data, the first by rank that is not None."""
+    found = [value]
+    if world_size() > 1:
+        found = [None] * world_size()
+        dist.all_gather_object(found, value)
+    return next((one for one in found if one is not None), None)
 
 
 def averaged(model: nn.Module, device: torch.device) -> DistributedDataParallel:

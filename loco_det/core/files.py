@@ -79,6 +79,24 @@ def write_json(path: str | Path, value: Any) -> None:
         file.write("\n")
 
 
+def write_checked_json(path: str | Path, value: dict[str, Any]) -> None:
+    """`value` as `write_json` writes it, with the sha256 of it beside its keys."""
+    write_json(path, {**value, "sha256": _digest(value)})
+
+
+def read_checked_json(path: str | Path) -> dict[str, Any] | None:
+    """What `write_checked_json` wrote; None if the file is not there, cannot be read or is not as it was written."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+        return value if isinstance(value, dict) and value.pop("sha256", None) == _digest(value) else None
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def file_sha256(path: str | Path) -> str:
     """The sha256 of a file's content, in hexadecimal.
 
@@ -90,6 +108,14 @@ def file_sha256(path: str | Path) -> str:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+def stat_line(found: os.stat_result) -> str:
+    """By what a file is known to be unchanged without reading it: its size, and its times of change.
+
+    A copy that keeps the time of modification (`cp -p`, `rsync -t`) sets that of the inode all the same.
+    """
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
 
 def cache_folder() -> Path:

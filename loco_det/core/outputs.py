@@ -6,14 +6,19 @@ such a command has been there.
 
 from __future__ import annotations
 
+import functools
+import json
 import os
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path, PurePosixPath
 
-from loco_det.core.files import cache_folder
+from loco_det import __version__
+from loco_det.core.errors import UserError
+from loco_det.core.files import cache_folder, write_json
 
 CONVERTED = "converted by loco-det"  # begins info.description of every file that `data convert` writes
 SUMMARY = "conversion.json"
+PREDICTED = "predict.json"  # lists what `predict` has written into the folder that it lies in
 _WRITTEN = {  # by the file that tells of it
     "check.json": ("check.json", "histogram.png", "annotated.png", "two_views.png"),
     SUMMARY: (SUMMARY,),
@@ -30,10 +35,110 @@ def own_names(folder: Path, names: Collection[str]) -> set[str]:
         found.update(_OF_A_RUN)
     if folder.name == "annotations" and _is_marked(folder.parent / SUMMARY):
         found.update(name for name in names if name.endswith(".json") and is_converted(folder / name))
+    found.update(_predicted(folder, names))
     cache = os.path.realpath(cache_folder())
     if os.path.dirname(cache) == os.path.realpath(folder):
         found.add(os.path.basename(cache))
     return found.intersection(names)
+
+
+def walk_data(root: Path) -> Iterator[tuple[Path, list[str], set[str]]]:
+    """Every folder of data at and below `root`: its path, the names of its files, and what of it is output.
+
+    Links to folders are followed, and each folder is walked once, by its own path if that lies below `root`: links in
+    a circle end, and no file comes twice. What is hidden and what this package wrote is passed over.
+
+    Raises:
+        UserError: a folder cannot be listed.
+    """
+    waiting, seen = [root], set()
+    while waiting:
+        for here, folders, files in os.walk(waiting.pop(0), onerror=_refuse):  # it does not enter links
+            if (real := os.path.realpath(here)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            own = own_names(Path(here), {*folders, *files})
+            hidden = {name for name in (*folders, *files) if name.startswith(".") or name == "__MACOSX"}
+            folders[:] = sorted({*folders} - own - hidden)
+            yield Path(here), sorted({*files} - own - hidden), own
+            waiting += [Path(here, name) for name in folders if os.path.islink(os.path.join(here, name))]
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename} cannot be listed: {error.strerror}; make it readable or name another folder.")
+
+
+def check_written(paths: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Refuse to write over an input, by whatever path.
+
+    Raises:
+        UserError: names both.
+    """
+    read = {os.path.realpath(path): path for path in inputs}
+    for path in paths:
+        if given := read.get(os.path.realpath(path)):
+            raise UserError(f"{path} would be written over the input {given}; name another folder or file to write.")
+
+
+def check_places(folder: Path, places: Iterable[str]) -> None:
+    """Refuse to write over files, relative to `folder`, that are there and that `predict` did not write.
+
+    Raises:
+        UserError: names the first.
+    """
+    own = written_by_predict(folder)
+    for place in places:
+        if place not in own and os.path.lexists(folder / place):
+            raise UserError(
+                f"{folder / place} is there already and was not written by predict; move it or name another folder."
+            )
+
+
+def record_places(folder: Path, places: Collection[str], *, planned: bool) -> None:
+    """List in predict.json, with what it lists and is there, `places`: all that are `planned`, else those that exist.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    listed = {place for place in (*places, *written_by_predict(folder)) if os.path.lexists(folder / place)}
+    written = sorted(listed.union(places if planned else ()))
+    write_json(folder / PREDICTED, {"loco_det": __version__, "written": written})
+
+
+def written_by_predict(folder: Path) -> frozenset[str]:
+    """What `predict.json` lists: paths relative to `folder`, those of folders with all below them ending in "/"."""
+    file = folder / PREDICTED
+    try:
+        found = os.stat(file)
+    except OSError:
+        return frozenset()
+    return _listed(file, found.st_mtime_ns, found.st_ino)
+
+
+@functools.lru_cache(maxsize=16)
+def _listed(file: Path, *_: int) -> frozenset[str]:
+    """The rest of the arguments tell one content of the file from another."""
+    if not _is_marked(file):
+        return frozenset()
+    try:
+        written = json.loads(file.read_bytes())["written"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # not what is written here
+        return frozenset()
+    return frozenset(name for name in written if isinstance(name, str)) if isinstance(written, list) else frozenset()
+
+
+def _predicted(folder: Path, names: Collection[str]) -> set[str]:
+    """Those of the `names` in `folder` that a predict.json there or in a folder around it lists."""
+    found: set[str] = set()
+    real = Path(os.path.realpath(folder))
+    for around in (real, *real.parents):
+        if written := written_by_predict(around):
+            below = PurePosixPath(real.relative_to(around))
+            if any(f"{place}/" in written for place in (below, *below.parents)):
+                return set(names)
+            found.update(name for name in names if not {str(below / name), f"{below / name}/"}.isdisjoint(written))
+    return found
 
 
 def is_converted(file: Path) -> bool:

@@ -196,7 +196,7 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     pointer = Path(output_dir) / LAST
     if not pointer.is_file():
         return None
-    path = pointer.parent / pointer.read_text().strip()
+    path = pointer.parent / pointer.read_text(errors="replace").strip()
     if not path.is_file():
         raise UserError(
             f"{pointer} names {path.name}, which is gone; write the name of an existing checkpoint into it."

@@ -8,7 +8,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det.annotations.instances import Instances
-from loco_det.annotations.loader import build_test_loader, build_train_loader
+from loco_det.annotations.loader import MAX_BAD_SHARE, build_test_loader, build_train_loader
 from loco_det.annotations.registry import Dataset
 from loco_det.core.config import Settings
 from loco_det.detection import rcnn
@@ -19,9 +19,16 @@ from loco_det.detection.tta import AugmentedRCNN
 
 
 class TorchvisionEngine:
-    """See `engine.Engine`."""
+    """See `engine.Engine`.
+
+    Args:
+        max_bad_share: of the training images that may turn out to be unusable when they are decoded.
+    """
 
     name = "torchvision"
+
+    def __init__(self, max_bad_share: float = MAX_BAD_SHARE) -> None:
+        self.max_bad_share = max_bad_share
 
     def check(self, cfg: CfgNode, settings: Settings | None = None) -> None:
         check_supported(cfg, settings)
@@ -30,7 +37,7 @@ class TorchvisionEngine:
         return rcnn.build_model(cfg).to(cfg.MODEL.DEVICE)
 
     def train_batches(self, cfg: CfgNode, start: int) -> Iterable[Batch]:
-        return build_train_loader(cfg, start_iter=start, proposals=load_proposals(cfg, "TRAIN"))
+        return build_train_loader(cfg, start, load_proposals(cfg, "TRAIN"), self.max_bad_share)
 
     def test_batches(self, cfg: CfgNode, dataset: Dataset) -> Iterable[Batch]:
         proposals = load_proposals(cfg, "TEST")

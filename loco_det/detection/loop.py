@@ -23,7 +23,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det.backbones.resnet import tensors_hash
-from loco_det.core.distributed import barrier, rank, reduce_mean, world_size
+from loco_det.core.distributed import barrier, first_of_all, rank, reduce_mean, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.launch import StopSignal
 from loco_det.core.log import Progress, log
@@ -131,7 +131,7 @@ def _steps(run: Run, stop: StopSignal) -> Iterator[tuple[int, bool]]:
     for iteration in range(run.start, run.cfg.SOLVER.MAX_ITER):
         began = time.perf_counter()
         seed_iteration(run.cfg.SEED, iteration)
-        batch = next(batches)
+        batch = _next_of_all(batches, run.device)
         waited = time.perf_counter() - began
         with solver.autocast(run.cfg, run.device, run.model):
             losses = run.engine.losses(run.wrapped, batch)
@@ -148,6 +148,23 @@ def _steps(run: Run, stop: StopSignal) -> Iterator[tuple[int, bool]]:
         run.recent["lr"] = deque([lr])
         run.done = iteration
         yield iteration, stopped
+
+
+def _next_of_all(batches: Iterator[Any], device: torch.device) -> Any:
+    """The next batch of this process, if every process has one: else a peer would wait in its step and save nothing.
+
+    Raises:
+        UserError: of whichever process.
+    """
+    try:
+        batch, failure = next(batches), None
+    except UserError as error:
+        if world_size() == 1:
+            raise
+        batch, failure = None, str(error)
+    if reduce_mean({"failed": torch.tensor(float(failure is not None), device=device)})["failed"] > 0:
+        raise UserError(first_of_all(failure))
+    return batch
 
 
 def seed_iteration(seed: int, iteration: int) -> None:

@@ -56,6 +56,7 @@ def train_net(
     evaluator: str = "hotcoco",
     fast: bool = False,
     feature_cache: Path | None = None,
+    max_bad_share: float | None = None,
     wandb: str | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate the detector that `cfg` describes, in this process's share of the job.
@@ -69,6 +70,8 @@ def train_net(
         evaluator: "hotcoco" or "pycocotools".
         fast: on a CPU, let the torchvision engine's numbers differ from Detectron2's by rounding (`cpu_speed`).
         feature_cache: keep the frozen backbone's features of test images in this folder.
+        max_bad_share: of the training images that may turn out to be unusable, where it is not to be the torchvision
+            engine's own; Detectron2's loader endures none.
         wandb: W&B project that also gets the numbers of metrics.json.
 
     Returns:
@@ -85,6 +88,8 @@ def train_net(
     if isinstance(engine, str):
         engine = choose_engine(engine)
         engine.check(cfg)
+    if max_bad_share is not None:
+        engine = enduring(engine, max_bad_share)
     log_engine(engine)
     check_evaluator(cfg, evaluator)
     if feature_cache is not None:
@@ -131,6 +136,19 @@ def choose_engine(name: str) -> Engine:
 def log_engine(engine: Engine) -> None:
     """Log which engine runs, and if Detectron2 could not have been chosen."""
     log.info("engine: %s%s", engine.name, "" if engine_d2.installed() else " (Detectron2 is not installed)")
+
+
+def enduring(engine: Engine, max_bad_share: float) -> Engine:
+    """The engine that endures a share of unusable training images.
+
+    Raises:
+        UserError: it is no share, or the engine is Detectron2's.
+    """
+    if not 0 <= max_bad_share <= 1:
+        raise UserError(f"--max-bad-share is {max_bad_share}; give a share from 0 to 1.")
+    if engine.name != "torchvision":
+        raise UserError("--max-bad-share needs --engine torchvision: Detectron2's loader ends at the first bad image.")
+    return TorchvisionEngine(max_bad_share)
 
 
 # --- before the first step --------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from loco_det.backbones.artifact import Manifest, decode_manifest, load_backbone, require_resnet
-from loco_det.backbones.names import to_detectron2
+from loco_det.backbones.artifact import Manifest, check_hash, decode_manifest, load_backbone, require_resnet
+from loco_det.backbones.names import to_detectron2, to_torchvision
 from loco_det.convert import load_checkpoint
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
@@ -102,6 +102,7 @@ def read_weights(path: str | Path) -> Weights:
     note = state.get("loco_det")
     if isinstance(note, (str, bytes)):
         weights.manifest = decode_manifest(note, path)
+        check_hash(path, {to_torchvision(name): tensor for name, tensor in tensors.items()}, weights.manifest)
     elif isinstance(note, dict):
         weights.pixels = note.get("pixels")
     if any(name.startswith("backbone.body.") for name in tensors):

@@ -2,16 +2,16 @@
 
 Shape legend: H x W height and width in pixels, after EXIF rotation.
 
-`read_image` gives what Detectron2's `detection_utils.read_image` gives, bit for bit. `decode_image` decodes JPEG
-with OpenCV and everything else, and every JPEG that OpenCV should not be trusted with, with PIL. What each does:
+`read_image` gives what Detectron2's `detection_utils.read_image` gives, bit for bit, or refuses. `decode_image` decodes
+JPEG with OpenCV and everything else, and every JPEG that OpenCV should not be trusted with, with PIL. What each does:
 
 | file | read_image | decode_image |
 |---|---|---|
 | grey, 8 bits | the grey value in all three channels | the same |
-| 16 bits, grey | as PIL converts it: clipped at 255 | high byte (value // 256) |
+| 16 bits, grey | refused above 255, where PIL would clip it to white | high byte (value // 256) |
 | 16 bits, colour | high byte, as PIL reads it | the same |
-| 32-bit integer | as PIL converts it: clipped at 255 | high byte of 16 (value // 256), clipped |
-| floating point | as PIL converts it: clipped | refused: its range is unknown |
+| 32-bit integer | refused above 255 | high byte of 16 (value // 256), clipped |
+| floating point | refused above 255, or with nothing above 1 | refused: its range is unknown |
 | CMYK, YCCK | PIL's conversion | the same |
 | palette | looked up | the same |
 | alpha, transparent palette | alpha dropped, colours kept as stored | the same |
@@ -28,6 +28,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -36,8 +38,32 @@ import numpy as np
 from PIL import Image
 
 from loco_det.core.errors import UserError
+from loco_det.core.log import log
 
 Order = Literal["RGB", "BGR"]
+
+# What is taken for an image in a folder, a zip or a shard, in lower case: all of these Pillow reads without a plug-in.
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".avif"),
+)
+# Images that are not read; a folder of them is to be told of, not passed over.
+UNREAD = (
+    ".heic",
+    ".heif",
+    ".jxl",
+    ".svg",
+    ".psd",
+    ".exr",
+    ".hdr",
+    ".dng",
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+    ".raw",
+    ".dcm",
+)
 
 _EXIF_ORIENTATION = 274
 # EXIF's orientations 2-8 name where the first row and column lie; these bring them back to top and left.
@@ -55,6 +81,14 @@ _REDUCED = {1: 0, 2: 16, 4: 32, 8: 64}
 # OpenCV before 4.11 has no RGB flag.
 _READ_RGB = getattr(cv2, "IMREAD_COLOR_RGB", None)
 REDUCTIONS = (8, 4, 2)
+
+
+def tell_unread(where: str, names: Iterable[str]) -> None:
+    """Say in the log how many of the files in a folder are images that are not read here, by suffix."""
+    counts = Counter(suffix for suffix in (Path(name).suffix.lower() for name in names) if suffix in UNREAD)
+    if counts:
+        kinds = ", ".join(f"{count} x {suffix}" for suffix, count in sorted(counts.items()))
+        log.warning("%s: passed over images that are not read here (%s); save them as PNG or JPEG", where, kinds)
 
 
 def read_image(path: str | Path, order: Order) -> np.ndarray:
@@ -164,9 +198,22 @@ def _pil_pixels(data: bytes, name: str, order: Order, *, exact: bool) -> np.ndar
     except UserError:
         raise
     except Exception as error:  # hostile bytes make PIL's parsers raise nearly anything
+        if isinstance(error, Image.DecompressionBombError):
+            most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+            raise UserError(f"{name}: has more than {most} megapixels; cut it into tiles or scale it down") from error
         reason = str(error).replace("<_io.BytesIO object at ", "<").split("<")[0].strip()
         raise UserError(f"{name}: not a readable image ({reason}); restore or remove it") from error
     return np.ascontiguousarray(pixels[:, :, ::-1]) if order == "BGR" else pixels
+
+
+def count_frames(path: str | Path) -> int:
+    """How many frames or pages an image file has; 1 where that cannot be told."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a photograph and its previews
+    except Exception:  # damaged behind its first frame
+        return 1
 
 
 def pil_rgb(image: Image.Image, name: str) -> np.ndarray:
@@ -187,9 +234,22 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, name: str, exact: bool) -> np.ndarray:
+    if exact and (image.mode == "F" or image.mode.startswith("I")):
+        _check_range(image, name)
     if not exact and image.mode == "F":
         raise UserError(f"{name}: floating-point pixels have no known range; save it with 8 or 16 bits a channel")
     if not exact and image.mode.startswith("I"):
         grey = np.clip(np.asarray(image).astype(np.int64) // 256, 0, 255).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     return np.array(image.convert("RGB"))
+
+
+def _check_range(image: Image.Image, name: str) -> None:
+    """Refuse grey of more than 8 bits that does not lie in the 8 bits that detection reads."""
+    values = np.asarray(image)
+    largest = values.max(initial=0)
+    if largest > 255 or (image.mode == "F" and largest <= 1):
+        raise UserError(
+            f"{name}: its grey values reach {largest:g}, of which the 8 bits that detection reads leave only white or "
+            "black; save it with 8 bits a channel, each value divided by 256 where it has 16"
+        )

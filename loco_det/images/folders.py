@@ -6,7 +6,7 @@
 |---|---|---|
 | folder | a folder of class folders, in torchvision's ImageFolder order | the class folder |
 | flat | a folder, searched with all below it | none |
-| list | a text file: one path a line, relative to the list, and after a tab a class name if there are any | that name |
+| list | a text file: one path a line, relative to the list; after a tab, space or comma a class, if any | that name |
 | tar | a `.tar`, a folder of them, or `shards-{0000..0146}.tar`: webdataset's shards, see images/tar.py | `.cls` |
 | zip | `images.zip`, or `images.zip!inner/folder` for a part of it; read in place, never unpacked | as auto |
 | huggingface | a folder that `datasets` saved, see images/indexed.py | its first column of classes |
@@ -20,6 +20,7 @@ classes cat and dog.
 from __future__ import annotations
 
 import os
+import re
 import threading
 import zipfile
 import zlib
@@ -30,12 +31,17 @@ from typing import BinaryIO
 import numpy as np
 
 from loco_det.core.errors import UserError
-from loco_det.core.outputs import own_names
+from loco_det.core.outputs import walk_data
+from loco_det.images.decode import SUFFIXES, tell_unread
 from loco_det.images.indexed import open_huggingface, open_torchvision
-from loco_det.images.source import SUFFIXES, Source
+from loco_det.images.source import Source
 from loco_det.images.tar import open_tar
 
 FORMATS = ("auto", "folder", "flat", "list", "zip", "tar", "huggingface")
+# "a b.jpg 3", "a.jpg,cat": as lists of other programs have them. A path that ends in the suffix of an image is whole.
+_PATH_AND_CLASS = re.compile(
+    rf"(?!.*({'|'.join(map(re.escape, SUFFIXES))})$)(.*?(?:{'|'.join(map(re.escape, SUFFIXES))}))([ ,]+)(\S.*)", re.I
+)
 _LOCAL_HEADER = 30  # bytes before the name; PKWARE APPNOTE 4.3.7
 
 
@@ -102,7 +108,10 @@ def open_source(path: str | Path, format: str = "auto") -> Source:
         named = format.removeprefix("torchvision:")
         return open_torchvision(named, root) if named != format else open_huggingface(root)
     if not os.path.exists(root):
-        raise UserError(f"DATA.PATH {root}: no such file or folder; correct the path")
+        parts = [part for part in re.split(r"[,;:\s]+", str(path).strip("()[]")) if part]
+        several = len(parts) > 1 and all(os.path.exists(part.strip("'\"")) for part in parts)
+        remedy = "make one folder with links to them (ln -s), which are followed" if several else "correct the path"
+        raise UserError(f"DATA.PATH {path}: no such file or folder; {remedy}")
     wanted = format
     if format == "auto":
         by_suffix = {".zip": "zip", ".txt": "list"}
@@ -130,14 +139,15 @@ def _is_image(name: str) -> bool:
 
 def _open_folder(root: Path, format: str) -> Source:
     names: list[tuple[str, str, str]] = []  # class folder, folder, file: ImageFolder sorts by these
+    unread: list[str] = []
     outputs = set()  # folders at the top that hold this package's output
-    for folder, folders, files in os.walk(root, followlinks=True):
-        own = own_names(Path(folder), {*folders, *files})
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in own]
+    for folder, files, own in walk_data(root):
         below = os.path.relpath(folder, root)
         top = below.partition(os.sep)[0]
         outputs |= {top} if own and top != "." else own
-        names += [(top, below, name) for name in files if _is_image(name) and name not in own]
+        names += [(top, below, name) for name in files if _is_image(name)]
+        unread += (name for name in files if not _is_image(name))
+    tell_unread(str(root), unread)
     if not names:
         raise UserError(
             f"DATA.PATH {root}: no images in this folder (looked for {' '.join(SUFFIXES)}); correct the path"
@@ -162,7 +172,12 @@ def _open_list(path: Path) -> Source:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"DATA.PATH {path}: cannot be read as a UTF-8 text list ({error}); correct the file") from error
-    rows = [line.rstrip().partition("\t") for line in lines if line.strip() and not line.startswith("#")]
+    lines = [line.rstrip() for line in lines if line.strip() and not line.startswith("#")]
+    rows = [line.partition("\t") for line in lines]
+    if not any(tab for _, tab, _ in rows):  # then what stands behind every path may be a class all the same
+        matches = [_PATH_AND_CLASS.fullmatch(line) for line in lines]
+        if all(matches):
+            rows = [match.groups()[1:] for match in matches]
     if not rows:
         raise UserError(f"DATA.PATH {path}: lists no images; write one path a line")
     labels = [label.strip() for _, _, label in rows]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
+import itertools
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import cv2
@@ -14,9 +16,10 @@ import numpy as np
 
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
-from loco_det.images.decode import Order, read_image
+from loco_det.core.outputs import own_names, walk_data
+from loco_det.images.decode import SUFFIXES, Order, count_frames, read_image, tell_unread
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+PACKED = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
@@ -42,41 +45,94 @@ class Frame(NamedTuple):
     pixels: np.ndarray
 
 
-def find_media(inputs: Sequence[str | Path]) -> tuple[list[Medium], list[Path]]:
+def find_media(
+    inputs: Sequence[str | Path], places: Callable[[str, bool], Sequence[str]] = lambda name, is_video: [name]
+) -> tuple[list[Medium], list[Path]]:
     """The files of `inputs`, which are files and folders; of a folder all images and videos below it, by name.
 
+    What `predict` wrote is passed over, whether it lies in a folder or is an input itself, which the log tells.
+
+    Args:
+        places: the files that are to be written for a name, which may be a video's, as relative paths.
+
     Returns:
-        What was found, with names that differ, and the videos that OpenCV cannot open.
+        What was found, with names such that no two have a place in common, and the videos that OpenCV cannot open.
 
     Raises:
         UserError: an input is missing, or a folder holds nothing of use.
     """
     files: list[tuple[Path, Path]] = []
-    for given in map(Path, inputs):
+    for given in itertools.chain.from_iterable(map(_expanded, inputs)):
         if given.is_dir():
-            below = sorted(p for p in given.rglob("*") if p.suffix.lower() in (*IMAGES, *VIDEOS) and p.is_file())
+            everything = _data_below(given)
+            below = [path for path in everything if path.suffix.lower() in (*SUFFIXES, *VIDEOS)]
+            tell_unread(str(given), [path.name for path in everything])
             if not below:
                 raise UserError(f"{given}: no image or video in this folder; name another, or the files themselves.")
             files += [(path, path.relative_to(given)) for path in below]
-        elif given.is_file():
-            files.append((given, Path(given.name)))
-        else:
+        elif given.suffix.lower() in PACKED and given.is_file():
+            raise UserError(f"{given}: is an archive; unpack it and name the folder.")
+        elif not given.is_file():
             raise UserError(f"{given}: no such file or folder; correct the path.")
-    found, unreadable, names = [], [], set()
+        elif own_names(given.parent, [given.name]):
+            log.warning("%s: written by this package, and no input: left out", given)
+        else:
+            files.append((given, Path(given.name)))
+    if not files:
+        raise UserError(f"{', '.join(map(str, inputs))}: nothing but what predict wrote; name your own images.")
+    found, unreadable, taken = [], [], Places()
     for path, relative in files:
-        name = relative.as_posix()
-        for number in range(2, len(files) + 2):
-            if name not in names:
-                break
-            name = relative.with_name(f"{relative.stem}_{number}{relative.suffix}").as_posix()
-        names.add(name)
-        medium = _video(path, name) if path.suffix.lower() in VIDEOS else Medium(path, name)
+        is_video = path.suffix.lower() in VIDEOS
+        name = next(name for name in _names(relative) if taken.add(places(name, is_video)))
+        medium = _video(path, name) if is_video else Medium(path, name)
         if medium is None:
             log.warning("%s: not a video that OpenCV can read: left out", path)
             unreadable.append(path)
         else:
             found.append(medium)
     return found, unreadable
+
+
+def _expanded(given: str | Path) -> list[Path]:
+    """The files that a pattern stands for, where no file is called so and no shell has expanded it."""
+    path = Path(given)
+    if path.exists() or not glob.has_magic(str(path)):
+        return [path]
+    found = sorted(map(Path, glob.glob(str(path), recursive=True)))
+    if not found:
+        raise UserError(f"{given}: no file matches this pattern; correct it.")
+    return found
+
+
+def _data_below(folder: Path) -> list[Path]:
+    return sorted(path for here, names, _ in walk_data(folder) for path in map(here.joinpath, names) if path.is_file())
+
+
+def _names(path: Path) -> Iterator[str]:
+    """The path, then with a number in its last part or, where a folder is in the way, in its first: without end."""
+    yield path.as_posix()
+    top = Path(path.parts[0])
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.stem}_{number}{path.suffix}").as_posix()
+        yield Path(f"{top.stem}_{number}{top.suffix}", *path.parts[1:]).as_posix()
+
+
+class Places:
+    """Files that are to be written, as relative paths; no file is another's folder."""
+
+    def __init__(self) -> None:
+        self.files: set[PurePosixPath] = set()
+        self.folders: set[PurePosixPath] = set()
+
+    def add(self, names: Iterable[str]) -> bool:
+        """Take all of these files if they can be beside those taken before; says whether."""
+        files = set(map(PurePosixPath, names))
+        folders = {folder for file in files for folder in file.parents}
+        if not (files.isdisjoint(self.files) and files.isdisjoint(self.folders) and folders.isdisjoint(self.files)):
+            return False
+        self.files |= files
+        self.folders |= folders
+        return True
 
 
 def _video(path: Path, name: str) -> Medium | None:
@@ -97,6 +153,10 @@ def read_frames(media: Sequence[Medium], order: Order, unreadable: list[Path]) -
                 yield from _frames(medium, order)
             else:
                 yield Frame(medium, 0, read_image(medium.path, order))
+                if (frames := count_frames(medium.path)) > 1:
+                    log.warning(
+                        "%s: only the first of its %d frames is used; for all, save a video", medium.path, frames
+                    )
         except UserError as error:
             log.warning("%s: left out", error)
             unreadable.append(medium.path)

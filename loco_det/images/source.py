@@ -14,8 +14,6 @@ import numpy as np
 from loco_det.images.decode import read_file
 from loco_det.images.packed import PackedStrings
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-
 
 class Source:
     """Encoded images by number; safe to share with forked and spawned workers.

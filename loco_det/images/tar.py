@@ -27,9 +27,10 @@ from typing import Any
 import numpy as np
 
 from loco_det.core.errors import UserError
-from loco_det.core.files import atomic_write, cache_folder
+from loco_det.core.files import atomic_write, cache_folder, stat_line
 from loco_det.core.log import Progress
-from loco_det.images.source import SUFFIXES, Source
+from loco_det.images.decode import SUFFIXES
+from loco_det.images.source import Source
 from loco_det.images.views import stream
 
 _SHARDS, _BUFFER = 2**63 + 1, 2**63 + 2  # random streams that no image's index reaches
@@ -168,8 +169,9 @@ def open_tar(path: str, root: Path) -> TarSource:
     if missing or not shards:
         what = f"shard {missing[0]} is not there" if missing else "no .tar in this folder"
         raise UserError(f"DATA.PATH {path}: {what}; correct the path")
-    facts = [(str(s.resolve()), s.stat().st_size, s.stat().st_mtime_ns) for s in shards]
-    cache = cache_folder() / "shards" / f"{hashlib.sha256(repr((_INDEX_VERSION, facts)).encode()).hexdigest()}.npz"
+    facts = [(str(shard.resolve()), stat_line(shard.stat())) for shard in shards]
+    digest = hashlib.sha256(repr((_INDEX_VERSION, SUFFIXES, facts)).encode()).hexdigest()
+    cache = cache_folder() / "shards" / f"{digest}.npz"
     index = _cached(cache, len(shards))
     if index is None:
         index = _index(path, shards)

@@ -26,12 +26,12 @@ from loco_det.core import distributed
 from loco_det.core.device import keep_freed_memory, resolve_device, usable_cores
 from loco_det.core.errors import UserError
 from loco_det.core.launch import leave_stopping_to_parent
-from loco_det.core.log import log
 from loco_det.images.batched_views import packed
 from loco_det.images.batches import Answer, TwoViews, deliver_decoded, deliver_views, delivered, joined
 from loco_det.images.decode import decode_image
 from loco_det.images.folders import Source
 from loco_det.images.tar import TarSource
+from loco_det.images.unusable import SUBSTITUTES, Unusable
 from loco_det.images.views import (
     Ahead,
     ViewConfig,
@@ -45,8 +45,6 @@ from loco_det.images.views import (
 )
 
 _TOGETHER = 16  # images whose crops are held before they are augmented
-_SUBSTITUTES = 100  # images tried in place of an unreadable one before giving up
-_BAD_NAMED = 20  # unreadable images named in the log, one line each; later ones at every power of two
 _ORDER_STREAM = 2**63  # a counter that no image index reaches
 
 
@@ -93,7 +91,7 @@ class _AnswerDataset(Dataset):
         Raises:
             UserError: there is none.
         """
-        for image in ((index + substitute) % len(self.source) for substitute in range(_SUBSTITUTES)):
+        for image in ((index + substitute) % len(self.source) for substitute in range(SUBSTITUTES)):
             try:
                 data = self.source.read(image) if data is None else data
                 # Drawn as the image that was wanted, else a neighbour would come twice with the same views.
@@ -103,7 +101,7 @@ class _AnswerDataset(Dataset):
             except UserError as error:
                 bad.append((image, str(error)))
                 data = ahead = None
-        raise UserError(f"{bad[-1][1]} (as were the {_SUBSTITUTES - 1} images before it)")
+        raise UserError(f"{bad[-1][1]} (as were the {SUBSTITUTES - 1} images before it)")
 
 
 class DecodedDataset(_AnswerDataset):
@@ -232,8 +230,8 @@ class TwoViewLoader:
     def __init__(
         self, source: Source, steps_per_epoch: int, max_bad_share: float, answers: Callable[[int], Iterator[Answer]]
     ) -> None:
-        self.source, self.steps_per_epoch, self.max_bad_share = source, steps_per_epoch, max_bad_share
-        self.bad: dict[int, str] = {}
+        self.source, self.steps_per_epoch = source, steps_per_epoch
+        self.bad = Unusable(len(source), max_bad_share, f"DATA.PATH {source.root}", "DATA.MAX_BAD_SHARE")
         self._answers = answers
 
     def batches(self, start: int = 0) -> Iterator[TwoViews]:
@@ -246,22 +244,8 @@ class TwoViewLoader:
             if isinstance(answer, UserError):
                 raise answer
             views, bad = answer
-            self._count(bad)
+            self.bad.count(bad)
             yield views
-
-    def _count(self, bad: list[tuple[int, str]]) -> None:
-        for index, reason in bad:
-            if index in self.bad:
-                continue
-            self.bad[index] = reason
-            count, images = len(self.bad), len(self.source)
-            if count <= _BAD_NAMED or count & (count - 1) == 0:
-                log.warning("%s; a neighbour takes its place (%d such of %d images)", reason, count, images)
-            if count > self.max_bad_share * images:
-                raise UserError(
-                    f"DATA.PATH {self.source.root}: {count} of {images} images cannot be read, which is more than "
-                    f"DATA.MAX_BAD_SHARE {self.max_bad_share:g} (the last: {reason}); repair them or raise it"
-                )
 
 
 def build_two_view_loader(

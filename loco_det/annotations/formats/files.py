@@ -14,7 +14,7 @@ import re
 import urllib.parse
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -22,13 +22,9 @@ from xml.etree import ElementTree
 from PIL import Image
 
 from loco_det.annotations.formats.splits import WHOLE, are_apart, split_of_folder
-from loco_det.core.errors import UserError
-from loco_det.core.outputs import own_names
+from loco_det.core.outputs import walk_data
+from loco_det.images.decode import SUFFIXES as IMAGE_SUFFIXES
 
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"),
-    *(".pnm", ".avif", ".jp2"),
-)
 _READ = (*IMAGE_SUFFIXES, ".xml", ".json", ".gz", ".yaml", ".yml", ".txt", ".names")  # by some format
 _ORIENTATION = 274  # EXIF's tag; 5 to 8 are turned by a quarter
 _LINE_NUMBER = re.compile(r"line \d+")
@@ -83,8 +79,8 @@ class Tree:
         if any(folder == root or root in folder.parents for root in self.roots):
             return
         self.roots.append(folder)
-        for path in sorted(_walk(folder)):
-            if path in self._known or path.suffix.lower() not in _READ:
+        for path in sorted(here / name for here, files, _ in walk_data(folder) for name in files):
+            if path in self._known or path.suffix.lower() not in _READ or not path.is_file():
                 continue
             self._known.add(path)
             self.files.append(path)
@@ -166,26 +162,6 @@ class Tree:
     def name(self, path: Path) -> str:
         """For messages: below the root where it is."""
         return path.relative_to(self.root).as_posix() if self.root in path.parents else str(path)
-
-
-def _walk(folder: Path) -> Iterable[Path]:
-    waiting, seen = [folder], {os.path.realpath(folder)}
-    while waiting:
-        here = waiting.pop()
-        try:
-            entries = list(os.scandir(here))
-        except OSError as error:
-            raise UserError(f"{here} cannot be listed: {error.strerror}.") from None
-        own = own_names(here, {entry.name for entry in entries})
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX" or entry.name in own:
-                continue
-            if entry.is_dir():
-                if (real := os.path.realpath(entry.path)) not in seen:
-                    seen.add(real)
-                    waiting.append(Path(entry.path))
-            elif entry.is_file():
-                yield Path(entry.path)
 
 
 def path_parts(name: str) -> list[str]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from loco_det.core.errors import UserError
-from loco_det.core.files import atomic_write, write_json
+from loco_det.core.files import atomic_write, stat_line, write_json
 from loco_det.core.log import Progress, log
 from loco_det.evaluation.probes.backbones import Backbone
 from loco_det.evaluation.probes.cifar import CifarSource
@@ -133,7 +133,7 @@ def _strides(model: torch.nn.Module) -> str:
 def images_digest(images: LabelledImages) -> str:
     """sha256 over the images' names, order, sizes in bytes and times of change; of a zip or shards, over theirs.
 
-    Contents are not read: a file that is replaced by one of the same size with its time set back is not noticed.
+    Contents are not read: what a disk itself changes in a file is not noticed.
     """
     digest = hashlib.sha256()
     root = Path(images.source.root)
@@ -154,7 +154,7 @@ def _stat(path: str | Path) -> str:
         found = os.stat(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); restore the file") from error
-    return f"{found.st_size} {found.st_mtime_ns}\n"
+    return f"{stat_line(found)}\n"
 
 
 def _write(path: Path, features: Tensor) -> None:
