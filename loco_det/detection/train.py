@@ -43,6 +43,7 @@ def train_net(
     engine: str = "auto",
     eval_only: bool = False,
     resume: bool = False,
+    new_heads: bool = False,
     evaluator: str = "hotcoco",
     fast: bool = False,
     feature_cache: Path | None = None,
@@ -55,6 +56,7 @@ def train_net(
         engine: "torchvision", "detectron2", or "auto": Detectron2 where it can be imported.
         eval_only: only evaluate MODEL.WEIGHTS, or with `resume` the last checkpoint.
         resume: go on from OUTPUT_DIR/last_checkpoint if there is one.
+        new_heads: where MODEL.WEIGHTS are a detector's, its heads that do not fit start anew.
         evaluator: "hotcoco" or "pycocotools".
         fast: on a CPU, let the torchvision engine's numbers differ from Detectron2's by rounding (`cpu_speed`).
         feature_cache: keep the frozen backbone's features of test images in this folder.
@@ -71,6 +73,8 @@ def train_net(
     """
     if not cfg.OUTPUT_DIR:
         raise UserError("OUTPUT_DIR is empty; name the folder for checkpoints and results.")
+    if new_heads and eval_only:
+        raise UserError("--new-heads starts heads from random values, which --eval-only would measure; leave one out.")
     module = choose_engine(engine)
     module.check(cfg)
     check_evaluator(cfg, evaluator)
@@ -86,7 +90,7 @@ def train_net(
         if eval_only:
             _load_for_evaluation(model, cfg, module, resume)
         else:
-            run = start_run(cfg, module, model, resume, drawn)
+            run = start_run(cfg, module, model, resume, drawn, new_heads=new_heads)
         _write_config(written)
         if feature_cache is not None:
             use_cache(model, cfg, feature_cache)
@@ -197,16 +201,18 @@ def _load_for_evaluation(model: nn.Module, cfg: CfgNode, engine: Engine, resume:
     write_record(cfg, engine.name, load_weights(model, cfg))
 
 
-def start_run(cfg: CfgNode, engine: Engine, model: nn.Module, resume: bool, drawn: bool) -> Run:
+def start_run(
+    cfg: CfgNode, engine: Engine, model: nn.Module, resume: bool, drawn: bool, *, new_heads: bool = False
+) -> Run:
     """Weights, optimiser and schedule, from MODEL.WEIGHTS or, with `resume`, from the last checkpoint.
 
-    `drawn`: the configuration gave no SEED.
+    `drawn`: the configuration gave no SEED; `new_heads` as `train_net` has it.
     """
     last = read_last(cfg.OUTPUT_DIR) if resume else None
     if resume and last is None:
         log.info("nothing to resume in %s: starting from MODEL.WEIGHTS", cfg.OUTPUT_DIR)
     if last is None:
-        weights = load_weights(model, cfg)
+        weights = load_weights(model, cfg, new_heads=new_heads)
         retire_checkpoints(cfg.OUTPUT_DIR)
         write_record(cfg, engine.name, weights)
     device = torch.device(cfg.MODEL.DEVICE)
