@@ -12,7 +12,7 @@ from convert_cases import caffe2_name, detectron_pkl, randomised
 
 from loco_det.backbones.names import to_torchvision
 from loco_det.backbones.resnet import ResNet
-from loco_det.convert import convert, load_backbone_weights, load_checkpoint
+from loco_det.convert import Stated, convert, load_backbone_weights, load_checkpoint
 from loco_det.convert.name_patterns import NAMINGS
 
 pytest.importorskip("detectron2")
@@ -104,8 +104,8 @@ def test_a_checkpoint_that_detectron2_saved_comes_back(folder: Path, tmp_path: P
 def test_msra_stride(folder: Path, tmp_path: Path) -> None:
     tensors, _ = load_backbone_weights(folder / "r50.pkl")
     torch.save(tensors, tmp_path / "msra.pth")
-    pixels = {"channel_order": "BGR", "pixel_mean": (103.53, 116.28, 123.675), "pixel_std": (1.0, 1.0, 1.0)}
-    convert(tmp_path / "msra.pth", tmp_path / "msra.pkl", **pixels, stride_in_1x1=True)
+    stated = Stated("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), stride_in_1x1=True)
+    convert(tmp_path / "msra.pth", tmp_path / "msra.pkl", stated=stated)
     model = detector("FPN", tmp_path / "msra.yaml")
     mine = ResNet(50, norm="FrozenBN", stride_in_1x1=True).eval()
     mine.load_state_dict(load_backbone_weights(tmp_path / "msra.pkl")[0])

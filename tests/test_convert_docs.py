@@ -14,8 +14,8 @@ from test_convert_sources import documented
 
 from loco_det.backbones.names import to_detectron2
 from loco_det.cli import run_job
+from loco_det.convert import Stated, load_any_backbone, load_backbone_weights
 from loco_det.convert import inspect as inspection
-from loco_det.convert import load_any_backbone, load_backbone_weights
 from loco_det.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,4 +149,4 @@ def test_a_detectron2_configuration_that_does_not_say_it(tmp_path: Path, text: s
     path, _ = BY_FILE["model_final.pth"].write(tmp_path)
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=said):
-        load_any_backbone(path, d2_config=tmp_path / "config.yaml")
+        load_any_backbone(path, stated=Stated.from_d2_config(tmp_path / "config.yaml"))

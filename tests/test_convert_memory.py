@@ -29,15 +29,15 @@ HUGE = 96 * MB
 SCRIPT = """
 import ctypes, sys
 import cv2, safetensors.torch, timm, torch, torchvision
-from loco_det.convert import convert
+from loco_det.convert import Stated, convert
 for dtype in (torch.float32, torch.float64):  # the kernels' own memory is not the conversion's
     torch.nn.functional.conv2d(torch.ones(1, 3, 8, 8, dtype=dtype), torch.ones(4, 3, 3, 3, dtype=dtype))
-pixels = {"channel_order": "RGB", "pixel_mean": (1.0, 1.0, 1.0), "pixel_std": (9.0, 9.0, 9.0)}
+stated = Stated("RGB", (1.0, 1.0, 1.0), (9.0, 9.0, 9.0))
 for source in sys.argv[2:]:
     ctypes.CDLL(None).malloc_trim(0)  # what an earlier conversion freed must not hide what this one takes
     print("ready", flush=True)
     input()
-    convert(source, sys.argv[1], **(pixels if source.endswith(".pkl") else {"branch": "query"}))
+    convert(source, sys.argv[1], **({"stated": stated} if source.endswith(".pkl") else {"branch": "query"}))
     print("done", flush=True)
 """
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -23,7 +24,7 @@ from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD, describe, l
 from loco_det.backbones.names import to_detectron2, to_torchvision
 from loco_det.backbones.resnet import ResNet
 from loco_det.cli import run_job
-from loco_det.convert import conversion, convert, load_any_backbone, load_backbone_weights
+from loco_det.convert import Stated, conversion, convert, load_any_backbone, load_backbone_weights
 from loco_det.convert.architecture import Architecture
 from loco_det.convert.export import yaml_text
 from loco_det.convert.prove import TOLERANCE, made_image, prove
@@ -31,7 +32,7 @@ from loco_det.convert.report import Account
 from loco_det.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-MSRA = {"channel_order": "BGR", "pixel_mean": (103.53, 116.28, 123.675), "pixel_std": (1.0, 1.0, 1.0)}
+MSRA = Stated("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,9 @@ def test_any_backbone_as_a_network(folder: Path, tmp_path: Path) -> None:
     torch.save(tensors, tmp_path / "d2.pth")
     with pytest.raises(UserError, match="does not say what pixels"):
         load_any_backbone(tmp_path / "d2.pth")
-    network, manifest = load_any_backbone(tmp_path / "d2.pth", norm="FrozenBN", **MSRA, stride_in_1x1=True)
+    network, manifest = load_any_backbone(
+        tmp_path / "d2.pth", norm="FrozenBN", stated=replace(MSRA, stride_in_1x1=True)
+    )
     assert (manifest.stride_in_1x1, network.res3[0].conv1.stride) == (True, (2, 2))
     assert network.state_dict().keys() == tensors.keys()
 
@@ -167,17 +170,17 @@ def test_our_artifact_keeps_its_manifest(tmp_path: Path) -> None:
     assert fragment["MODEL"]["PIXEL_STD"] == [50.0, 51.0, 52.0]
     assert fragment["MODEL"]["RESNETS"] == {"DEPTH": 18, "STRIDE_IN_1X1": False, "RES2_OUT_CHANNELS": 64}
     with pytest.raises(UserError, match="manifest already states"):
-        convert(tmp_path / "backbone.safetensors", tmp_path / "c.pkl", **MSRA)
+        convert(tmp_path / "backbone.safetensors", tmp_path / "c.pkl", stated=MSRA)
 
 
 def test_detectron2_weights_must_be_told_their_pixels(folder: Path, tmp_path: Path) -> None:
     tensors, _ = load_backbone_weights(folder / "r50.pkl")
     path = tmp_path / "model_final.pth"
     torch.save({"model": prefixed("backbone.bottom_up.", tensors)}, path)
-    for options in ({}, MSRA):
+    for stated in (None, MSRA):
         with pytest.raises(UserError, match="does not say what pixels and stride"):
-            convert(path, tmp_path / "out.pkl", **options)
-    convert(path, tmp_path / "out.pkl", **MSRA, stride_in_1x1=True)
+            convert(path, tmp_path / "out.pkl", stated=stated)
+    convert(path, tmp_path / "out.pkl", stated=replace(MSRA, stride_in_1x1=True))
     fragment = yaml.safe_load((tmp_path / "out.yaml").read_text())
     assert fragment["MODEL"]["RESNETS"]["STRIDE_IN_1X1"] is True
     assert (fragment["INPUT"]["FORMAT"], fragment["MODEL"]["PIXEL_STD"]) == ("BGR", [1.0, 1.0, 1.0])
@@ -191,10 +194,10 @@ def test_detectron2_weights_must_be_told_their_pixels(folder: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"channel_order": "BGR"}, "give all three or none"),
-        ({**MSRA, "channel_order": "GRB"}, "neither RGB nor BGR"),
-        ({**MSRA, "pixel_std": (0.0, 1.0, 1.0)}, "--pixel-std"),
-        ({**MSRA, "pixel_mean": (float("nan"), 1.0, 1.0)}, "--pixel-mean"),
+        ({"stated": Stated("BGR")}, "give all three or none"),
+        ({"stated": replace(MSRA, channel_order="GRB")}, "neither RGB nor BGR"),
+        ({"stated": replace(MSRA, std=(0.0, 1.0, 1.0))}, "--pixel-std"),
+        ({"stated": replace(MSRA, mean=(float("nan"), 1.0, 1.0))}, "--pixel-mean"),
         ({"branch": "query"}, "has no branch 'query'"),
         ({"image": "absent.jpg"}, "absent.jpg"),
     ],
@@ -369,8 +372,8 @@ def test_the_backbone_of_torchvisions_detector(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "maskrcnn.pth")
     with pytest.raises(UserError, match=r"say --branch backbone\.body\."):
         convert(tmp_path / "maskrcnn.pth", tmp_path / "out.pkl")
-    pixels = {"channel_order": "RGB", "pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD, "stride_in_1x1": False}
-    account = convert(tmp_path / "maskrcnn.pth", tmp_path / "out.pkl", branch="backbone.body.", **pixels)
+    stated = Stated("RGB", IMAGENET_MEAN, IMAGENET_STD, stride_in_1x1=False)
+    account = convert(tmp_path / "maskrcnn.pth", tmp_path / "out.pkl", branch="backbone.body.", stated=stated)
     body = model.backbone.body.eval()
     x = torch.randn(1, 3, 65, 90, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -396,7 +399,7 @@ def test_there_and_back_changes_nothing(folder: Path, tmp_path: Path) -> None:
 def test_a_stride_that_torchvision_lacks_is_not_written_for_it(folder: Path, tmp_path: Path) -> None:
     torch.save(load_backbone_weights(folder / "r50.pkl")[0], tmp_path / "msra.pth")
     with pytest.raises(UserError, match="torchvision and timm cannot be told"):
-        convert(tmp_path / "msra.pth", tmp_path / "out.pth", **MSRA, stride_in_1x1=True)
+        convert(tmp_path / "msra.pth", tmp_path / "out.pth", stated=replace(MSRA, stride_in_1x1=True))
     assert not (tmp_path / "out.pth").exists()
 
 

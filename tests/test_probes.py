@@ -16,7 +16,7 @@ from torch import nn
 from loco_det.backbones.artifact import backbone_tensors, describe, save_backbone
 from loco_det.backbones.resnet import ResNet
 from loco_det.cli import main
-from loco_det.convert import load_any_backbone
+from loco_det.convert import Stated, load_any_backbone
 from loco_det.core.errors import UserError
 from loco_det.evaluation.probes.backbones import load_backbone_for_probe
 from loco_det.evaluation.probes.features import Extractor
@@ -240,8 +240,8 @@ def test_a_foreign_checkpoint_and_its_pixels(tmp_path: Path, images: Path) -> No
     torch.save({"net." + k: v for k, v in backbone_tensors(model).items()}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="--channel-order"):
         load_backbone_for_probe(str(tmp_path / "x.pth"), branch="net.")
-    stated = {"channel_order": "BGR", "pixel_mean": (1.0, 2.0, 3.0), "pixel_std": (1.0, 1.0, 1.0)}
-    found = load_backbone_for_probe(str(tmp_path / "x.pth"), branch="net.", stride_in_1x1=True, **stated)
+    stated = Stated("BGR", (1.0, 2.0, 3.0), (1.0, 1.0, 1.0), stride_in_1x1=True)
+    found = load_backbone_for_probe(str(tmp_path / "x.pth"), branch="net.", stated=stated)
     x = torch.randn(1, 3, 65, 65)
     with torch.no_grad():
         torch.testing.assert_close(found.model(x)["res5"], model.eval()(x)["res5"])
@@ -261,7 +261,8 @@ def test_a_foreign_checkpoint_with_the_configuration_it_was_trained_with(
     out = tmp_path / "out.json"
     assert main([*argv, "--d2-config", str(tmp_path / "config.yaml"), "--json", str(out)]) == 0
     assert json.loads(out.read_text())["stages"]["res5"]["top1"] >= 0
-    found = load_backbone_for_probe(argv[1], branch="net.", d2_config=tmp_path / "config.yaml")
+    stated = Stated.from_d2_config(tmp_path / "config.yaml")
+    found = load_backbone_for_probe(argv[1], branch="net.", stated=stated)
     assert (found.order, tuple(found.mean)) == ("BGR", (1.0, 2.0, 3.0))
 
 

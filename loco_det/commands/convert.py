@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 from loco_det.convert.conversion import convert
 from loco_det.convert.inspect import inspect
+from loco_det.convert.stated import Stated
 from loco_det.core.errors import UserError
 
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a file that is read as a backbone may not say of itself; `stated` makes values of them."""
+    """What a file that is read as a backbone may not say of itself; `read_stated` makes values of them."""
     parser.add_argument("--branch", help="which backbone, where the file holds several")
     parser.add_argument("--channel-order", choices=("RGB", "BGR"), help="what the backbone was trained to see")
     for name in ("--pixel-mean", "--pixel-std"):
@@ -39,16 +39,23 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def stated(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `add_input_arguments`, by the names that `convert` and `load_any_backbone` have for them."""
-    return {
-        "branch": args.branch,
-        "channel_order": args.channel_order,
-        "pixel_mean": args.pixel_mean and tuple(args.pixel_mean),
-        "pixel_std": args.pixel_std and tuple(args.pixel_std),
-        "stride_in_1x1": None if args.stride_in_1x1 is None else args.stride_in_1x1 == "yes",
-        "d2_config": args.d2_config,
-    }
+def read_stated(args: argparse.Namespace) -> Stated:
+    """What the arguments of `add_input_arguments` state, one by one or through Detectron2's configuration.
+
+    Raises:
+        UserError: both are given, or the configuration cannot be used.
+    """
+    stated = Stated(
+        args.channel_order,
+        args.pixel_mean and tuple(args.pixel_mean),
+        args.pixel_std and tuple(args.pixel_std),
+        None if args.stride_in_1x1 is None else args.stride_in_1x1 == "yes",
+    )
+    if args.d2_config is None:
+        return stated
+    if stated:
+        raise UserError(f"{args.d2_config}: states pixels and stride; leave --d2-config or the other options out")
+    return Stated.from_d2_config(args.d2_config)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -65,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.output is None:
         raise UserError(f"{args.input}: give an OUTPUT to convert it to, or --inspect to look at it")
-    account = convert(args.input, args.output, image=args.image, **stated(args))
+    account = convert(args.input, args.output, branch=args.branch, image=args.image, stated=read_stated(args))
     written = [args.output]
     if args.output.endswith(".pkl"):
         written.append(f"{args.output.removesuffix('.pkl')}.yaml")

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from loco_det import __version__
-from loco_det.commands.convert import add_input_arguments, stated
+from loco_det.commands.convert import add_input_arguments, read_stated
 from loco_det.core.device import resolve_device
 from loco_det.core.errors import UserError
 from loco_det.core.files import cache_folder, check_writable, write_json
@@ -96,7 +96,9 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
     _check(args)
     device = resolve_device(args.device)
     data = open_probe_data(args.data, args.val, limit=args.limit, seed=args.seed)
-    backbone = load_backbone_for_probe(args.backbone, seed=args.seed, image_size=args.image_size, **stated(args))
+    backbone = load_backbone_for_probe(
+        args.backbone, seed=args.seed, image_size=args.image_size, branch=args.branch, stated=read_stated(args)
+    )
     stages = choose_stages(backbone, args.stages)
     size = args.image_size or backbone.image_size
     extractor = Extractor(backbone, size, device, batch=args.batch_size, workers=args.workers, cache=_cache(args))

@@ -1,5 +1,6 @@
 """Trained weights from one code base to another, with an account and a proof."""
 
 from loco_det.convert.conversion import convert, load_any_backbone, load_backbone_weights, load_checkpoint
+from loco_det.convert.stated import Stated
 
-__all__ = ["convert", "load_any_backbone", "load_backbone_weights", "load_checkpoint"]
+__all__ = ["Stated", "convert", "load_any_backbone", "load_backbone_weights", "load_checkpoint"]

@@ -38,8 +38,8 @@ from loco_det.convert.export import WRITERS, is_fragment, yaml_text
 from loco_det.convert.load import check_sums, in_memory, load_tensors, open_tensors, safetensors_metadata
 from loco_det.convert.prove import prove
 from loco_det.convert.report import Account, take_account
-from loco_det.convert.sources import Pixels, Triple
-from loco_det.core.config import collect_settings
+from loco_det.convert.sources import Pixels
+from loco_det.convert.stated import Stated
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 
@@ -50,11 +50,7 @@ def convert(
     *,
     branch: str | None = None,
     image: str | Path | None = None,
-    channel_order: str | None = None,
-    pixel_mean: Triple | None = None,
-    pixel_std: Triple | None = None,
-    stride_in_1x1: bool | None = None,
-    d2_config: str | Path | None = None,
+    stated: Stated | None = None,
 ) -> Account:
     """Write `output` and return the account with proof.
 
@@ -66,10 +62,7 @@ def convert(
         source: our own artifact or any checkpoint that `sources.SOURCES` knows.
         branch: which backbone, where the file holds several.
         image: for the proof, in place of a photograph that is always there.
-        channel_order, pixel_mean, pixel_std: what the backbone was trained to see, "RGB" or "BGR" and 0-255 units
-            in that order, where it is not the source's own; all three or none.
-        stride_in_1x1: whether bottleneck blocks have their stride in the first convolution (MSRA's weights).
-        d2_config: Detectron2's YAML file of the run that made the weights, to take all four from.
+        stated: pixels and stride, where they are not the source's own.
 
     Raises:
         UserError: the file or an option cannot be used, or the proof fails; nothing is left at `output` then.
@@ -86,11 +79,10 @@ def convert(
     fragment = output.with_suffix(".yaml")
     if for_detectron2 and fragment.exists() and not is_fragment(fragment):
         raise UserError(f"{fragment}: is in the way of the YAML keys of {output.name}; give the output another name")
-    given = _given(channel_order, pixel_mean, pixel_std, stride_in_1x1, d2_config)
     account, manifest, known = _read(source, branch)
-    stated = account.pixels = _stated(source, account, manifest, known, *given)
+    account.pixels = _pixels(source, account, manifest, known, stated)
     manifest = manifest or _describe(account)
-    if stated.stride_in_1x1 and not for_detectron2:
+    if account.pixels.stride_in_1x1 and not for_detectron2:
         raise UserError(
             f"{output}: these weights have their stride in the 1x1 convolution, which torchvision and timm cannot be "
             "told; write a .pkl for Detectron2"
@@ -128,18 +120,14 @@ def load_any_backbone(
     branch: str | None = None,
     *,
     norm: str = "BN",
-    channel_order: str | None = None,
-    pixel_mean: Triple | None = None,
-    pixel_std: Triple | None = None,
-    stride_in_1x1: bool | None = None,
-    d2_config: str | Path | None = None,
+    stated: Stated | None = None,
 ) -> tuple[StagedBackbone, Manifest]:
     """The backbone of any checkpoint that `convert` reads, as a network in evaluation mode, and what it expects.
 
     Our own backbones that have no place in a detector are read too: those with the CIFAR stem, and PResNet-50.
 
     Args:
-        path, branch, channel_order, pixel_mean, pixel_std, stride_in_1x1, d2_config: as `convert`'s.
+        path, branch, stated: as `convert`'s.
         norm: the network's BatchNorm, a name that `backbone.make_norm` takes: "BN", "SyncBN" or "FrozenBN".
 
     Returns:
@@ -151,17 +139,16 @@ def load_any_backbone(
         UserError: as `convert`.
     """
     path = Path(path)
-    given = _given(channel_order, pixel_mean, pixel_std, stride_in_1x1, d2_config)
     header = safetensors_metadata(path).get(HEADER_KEY) if path.is_file() else None
     if header is not None:
         manifest = decode_manifest(header, path)
         if manifest.stem == "cifar" or manifest.architecture == PRESNET:
             tensors, _ = load_backbone(path)
             account = Account("", "", Architecture(manifest.depth), len(tensors), tensors, {}, {})
-            _stated(path, account, manifest, None, *given)
+            _pixels(path, account, manifest, None, stated)
             return _filled(path, _described(path, tensors, manifest, norm), tensors), manifest
     account, manifest, known = _read(path, branch)
-    account.pixels = _stated(path, account, manifest, known, *given)
+    account.pixels = _pixels(path, account, manifest, known, stated)
     model = account.architecture.build(stride_in_1x1=account.pixels.stride_in_1x1, norm=norm)
     return _filled(path, model, account.converted), manifest or _describe(account)
 
@@ -249,71 +236,15 @@ def _read(path: Path, branch: str | None) -> tuple[Account, Manifest | None, Pix
     return account, manifest, None
 
 
-def _stated(
-    path: Path,
-    account: Account,
-    manifest: Manifest | None,
-    known: Pixels | None,
-    order: str | None,
-    mean: Triple | None,
-    std: Triple | None,
-    stride: bool | None,
+def _pixels(
+    path: Path, account: Account, manifest: Manifest | None, known: Pixels | None, stated: Stated | None
 ) -> Pixels:
-    """The pixels and stride to go by: the file's own word, else the caller's, else the source's."""
-    given = [order, mean, std]
-    if manifest is not None:
-        if any(v is not None for v in (*given, stride)):
-            raise UserError(f"{path}: its manifest already states pixels and stride; leave those options out")
-        return Pixels(manifest.channel_order, manifest.pixel_mean, manifest.pixel_std, manifest.stride_in_1x1)
-    if None in given and any(v is not None for v in given):
-        raise UserError("--channel-order, --pixel-mean and --pixel-std belong together; give all three or none")
-    if order is not None and order not in ("RGB", "BGR"):
-        raise UserError(f"--channel-order {order!r} is neither RGB nor BGR; give one of them")
-    if std is not None and not all(0 < v < float("inf") for v in std):
-        raise UserError(f"--pixel-std {std} must be three positive numbers in 0-255 units; correct it")
-    if mean is not None and not all(abs(v) < float("inf") for v in mean):
-        raise UserError(f"--pixel-mean {mean} must be three numbers in 0-255 units; correct it")
-    needs_stride = account.architecture.depth >= 50 and stride is None
-    if known is None and (order is None or needs_stride):
-        raise UserError(
-            f"{path}: does not say what pixels and stride it was trained with; state --channel-order, --pixel-mean, "
-            "--pixel-std and --stride-in-1x1, or give Detectron2's config.yaml of the run as --d2-config"
-        )
-    pixels = Pixels(order, mean, std) if order is not None else known
-    if stride is None:
-        stride = known.stride_in_1x1 if known else False
-    return Pixels(pixels.order, pixels.mean, pixels.std, stride)
-
-
-Given = tuple[str | None, Triple | None, Triple | None, bool | None]
-
-
-def _given(
-    order: str | None, mean: Triple | None, std: Triple | None, stride: bool | None, config: str | Path | None
-) -> Given:
-    """What the caller says, in so many options or by Detectron2's configuration."""
-    if config is None:
-        return order, mean, std, stride
-    if any(value is not None for value in (order, mean, std, stride)):
-        raise UserError(f"{config}: states pixels and stride; leave --d2-config or the other options out")
-    return _from_config(config)
-
-
-def _from_config(path: str | Path) -> tuple[str, Triple, Triple, bool]:
-    """Channel order, mean, std and whether the stride is in the 1x1, as a Detectron2 configuration has them."""
-    settings, found = collect_settings(path), []
-    for key in ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1"):
-        if key not in settings:
-            raise UserError(f"{path}: does not set {key}; give the config.yaml that Detectron2 wrote into OUTPUT_DIR")
-        found.append(settings[key].value)
-    order, mean, std, stride = found
-    for key, values in (("MODEL.PIXEL_MEAN", mean), ("MODEL.PIXEL_STD", std)):
-        numbers = isinstance(values, list | tuple) and [v for v in values if type(v) in (int, float)]
-        if not numbers or len(numbers) != 3 or len(values) != 3:
-            raise UserError(f"{path}: {key} {values!r} is no three numbers; correct it")
-    if not isinstance(stride, bool):
-        raise UserError(f"{path}: MODEL.RESNETS.STRIDE_IN_1X1 {stride!r} is neither true nor false; correct it")
-    return order, tuple(map(float, mean)), tuple(map(float, std)), stride
+    """The pixels and stride to go by: the manifest's, else the user's, else the source's."""
+    if manifest is None:
+        return (stated or Stated()).complete(path, account.architecture.depth, known)
+    if stated:
+        raise UserError(f"{path}: its manifest already states pixels and stride; leave those options out")
+    return Pixels(manifest.channel_order, manifest.pixel_mean, manifest.pixel_std, manifest.stride_in_1x1)
 
 
 def _describe(account: Account) -> Manifest:

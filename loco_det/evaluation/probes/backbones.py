@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD
 from loco_det.backbones.presnet import PRESNET, PResNet
 from loco_det.backbones.resnet import BLOCKS, STAGES, ResNet, measure_batchnorm, tensors_hash
-from loco_det.convert import load_any_backbone
+from loco_det.convert import Stated, load_any_backbone
 from loco_det.core.errors import UserError
 from loco_det.images.views import normalise
 
@@ -91,13 +91,20 @@ class _TimmStages(nn.Module):
         return dict(zip(self.stage_names, maps))
 
 
-def load_backbone_for_probe(name: str, *, seed: int = 0, image_size: int | None = None, **stated: Any) -> Backbone:
+def load_backbone_for_probe(
+    name: str,
+    *,
+    seed: int = 0,
+    image_size: int | None = None,
+    branch: str | None = None,
+    stated: Stated | None = None,
+) -> Backbone:
     """The backbone that the user names, in eval mode on the CPU; see the module's table.
 
     Args:
         seed: of the weights of an untrained one.
         image_size: the side that the images will have, which some of timm's models must be built for.
-        stated: branch, channel_order, pixel_mean, pixel_std, stride_in_1x1, d2_config of a file, as `convert`'s.
+        branch, stated: of a file, as `convert`'s.
 
     Raises:
         UserError: no such file or model, or its weights cannot be had.
@@ -106,13 +113,13 @@ def load_backbone_for_probe(name: str, *, seed: int = 0, image_size: int | None 
     if kind not in ("random", "timm") and kind != name and not re.search(r"[\\/.]", kind):
         raise UserError(f"backbone {name!r}: the kind {kind!r} is unknown; give a file, timm:NAME or random:resnet50")
     if kind not in ("random", "timm"):
-        model, manifest = load_any_backbone(name, **stated)
+        model, manifest = load_any_backbone(name, branch, stated=stated)
         default = 32 if manifest.stem == "cifar" else 224
         size = manifest.config.get("DATA", {}).get("IMAGE_SIZE", default)
         facts = {"architecture": manifest.architecture, "stem": manifest.stem, "source": manifest.method}
         pixels = (manifest.channel_order, manifest.pixel_mean, manifest.pixel_std)
         return Backbone(name, model, model.channels, *pixels, size, facts=facts)
-    if any(value is not None for value in stated.values()):
+    if branch is not None or stated:
         raise UserError(f"backbone {name!r}: --branch and the pixel options are for files; leave them out")
     torch.manual_seed(seed)
     if kind == "timm":

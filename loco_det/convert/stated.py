@@ -1,0 +1,80 @@
+"""What the user states about a checkpoint that does not say it itself: pixels, and where its strides stand."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from loco_det.convert.sources import Pixels, Triple
+from loco_det.core.config import collect_settings
+from loco_det.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stated:
+    """None where nothing is stated; order, mean and std come together.
+
+    Attributes:
+        channel_order: "RGB" or "BGR", as the backbone was trained.
+        mean, std: in 0-255 units, in that order.
+        stride_in_1x1: whether bottleneck blocks have their stride in the first convolution (MSRA's weights).
+    """
+
+    channel_order: str | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
+    stride_in_1x1: bool | None = None
+
+    def __bool__(self) -> bool:
+        return any(value is not None for value in astuple(self))
+
+    @classmethod
+    def from_d2_config(cls, path: str | Path) -> Stated:
+        """As Detectron2's YAML file of the run that made the weights has it.
+
+        Raises:
+            UserError: the file cannot be read, or lacks a key or a proper value.
+        """
+        settings, found = collect_settings(path), []
+        for key in ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1"):
+            if key not in settings:
+                remedy = "give the config.yaml that Detectron2 wrote into OUTPUT_DIR"
+                raise UserError(f"{path}: does not set {key}; {remedy}")
+            found.append(settings[key].value)
+        order, mean, std, stride = found
+        for key, values in (("MODEL.PIXEL_MEAN", mean), ("MODEL.PIXEL_STD", std)):
+            numbers = isinstance(values, list | tuple) and [v for v in values if type(v) in (int, float)]
+            if not numbers or len(numbers) != 3 or len(values) != 3:
+                raise UserError(f"{path}: {key} {values!r} is not three numbers; correct it")
+        if not isinstance(stride, bool):
+            raise UserError(f"{path}: MODEL.RESNETS.STRIDE_IN_1X1 {stride!r} is neither true nor false; correct it")
+        return cls(order, tuple(map(float, mean)), tuple(map(float, std)), stride)
+
+    def complete(self, path: str | Path, depth: int, known: Pixels | None) -> Pixels:
+        """The pixels and stride to go by: as stated, else as the source of the file is `known` for.
+
+        Raises:
+            UserError: a value cannot be, or something is neither stated nor known.
+        """
+        pixels = (self.channel_order, self.mean, self.std)
+        if None in pixels and any(value is not None for value in pixels):
+            raise UserError("--channel-order, --pixel-mean and --pixel-std belong together; give all three or none")
+        if self.channel_order not in (None, "RGB", "BGR"):
+            raise UserError(f"--channel-order {self.channel_order!r} is neither RGB nor BGR; give one of them")
+        if self.std is not None and not all(0 < v < float("inf") for v in self.std):
+            raise UserError(f"--pixel-std {self.std} must be three positive numbers in 0-255 units; correct it")
+        if self.mean is not None and not all(abs(v) < float("inf") for v in self.mean):
+            raise UserError(f"--pixel-mean {self.mean} must be three numbers in 0-255 units; correct it")
+        needs_stride = depth >= 50 and self.stride_in_1x1 is None
+        if known is None and (self.channel_order is None or needs_stride):
+            raise UserError(
+                f"{path}: does not say what pixels and stride it was trained with; state --channel-order, "
+                "--pixel-mean, --pixel-std and --stride-in-1x1, or give Detectron2's config.yaml of the run as "
+                "--d2-config"
+            )
+        if self.channel_order is None:
+            pixels = (known.order, known.mean, known.std)
+        stride = self.stride_in_1x1
+        if stride is None:
+            stride = known.stride_in_1x1 if known else False
+        return Pixels(*pixels, stride)
