@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +55,7 @@ class Account:
         made: torchvision's names of the statistics that were added where norms only scale and shift.
         prefix, naming: where the backbone stood in the file, and which of `NAMINGS` its names are.
         timm: whether its network may be timm's.
+        network: what the file calls its network, of one that may be timm's; "" if it does not say.
         pixels: what the backbone expects to see, and where its strides stand.
         proof: what `prove.prove` measured.
     """
@@ -68,6 +72,7 @@ class Account:
     prefix: str = ""
     naming: str = "torchvision"
     timm: bool = False
+    network: str = ""
     pixels: Pixels = field(default_factory=Pixels)
     proof: dict[str, Any] = field(default_factory=dict)
 
@@ -181,7 +186,21 @@ def take_account(
     account = Account(source, chosen.branch, architecture, len(tensors), converted, keys, dropped, list(made), objects)
     account.prefix, account.naming = chosen.prefix, chosen.naming
     account.timm = chosen.source is not None and chosen.source.timm
+    account.network = _network(path, loaded) if account.timm else ""
     return account, chosen
+
+
+def _network(path: object, loaded: dict[str, Any]) -> str:
+    """What a file of timm's calls its network: its own entry, the config.json beside it, or how the file is named."""
+    for key in ("arch", "architecture"):
+        if isinstance(loaded.get(key), str):
+            return loaded[key]
+    path = Path(str(path))
+    with contextlib.suppress(OSError, ValueError):
+        said = json.loads((path.parent / "config.json").read_bytes())
+        if isinstance(said, dict) and isinstance(said.get("architecture"), str):
+            return said["architecture"]
+    return re.split(r"[-.]", path.name)[0]
 
 
 def _statistics(found: dict[str, Tensor]) -> dict[str, Tensor]:
