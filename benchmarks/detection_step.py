@@ -44,7 +44,7 @@ from loco_det.annotations.coco import load_coco
 from loco_det.annotations.mapper import DetectionMapper, sample_rng
 from loco_det.annotations.registry import find_dataset
 from loco_det.annotations.synthetic import make_shapes_dataset
-from loco_det.core.config import load_config
+from loco_det.core.config import changed, load_config
 from loco_det.core.device import keep_freed_memory, resolve_device
 from loco_det.core.errors import UserError
 from loco_det.detection import engine_d2, solver
@@ -73,7 +73,7 @@ def configuration(kind: str, device: str, size: int) -> CfgNode:
         "SOLVER.WARMUP_ITERS": 0,
     }
     overrides = [str(part) for pair in changes.items() for part in pair]
-    return load_config(get_cfg(), ROOT / "configs" / CONFIGS[kind], overrides)
+    return load_config(get_cfg(), ROOT / "configs" / CONFIGS[kind], overrides)[0]
 
 
 def sample_images(cfg: CfgNode, size: int) -> tuple[list[dict[str, Any]], str]:
@@ -84,9 +84,7 @@ def sample_images(cfg: CfgNode, size: int) -> tuple[list[dict[str, Any]], str]:
         except UserError:
             paths = make_shapes_dataset(folder, train=IMAGES, val=1, size=size)["shapes_train"]
             dataset, source = load_coco(paths), "made up"
-            cfg = cfg.clone()
-            cfg.defrost()
-            cfg.INPUT.MASK_FORMAT = "bitmask"
+            cfg = changed(cfg, **{"INPUT.MASK_FORMAT": "bitmask"})
         mapper = DetectionMapper(cfg, train=True)
         samples: list[dict[str, Any]] = []
         for i in range(len(dataset)):  # landscape, with several objects, so that no side pads more than another

@@ -277,7 +277,7 @@ def how(cells: dict[str, list[dict[str, Any]]]) -> str:
     every = [cell for some in cells.values() for cell in some]
     if not every:
         return ""
-    cfg = load_config(get_cfg(), str(ROOT / "configs" / "pretrain" / "evidence_r18.yaml"))
+    cfg, _ = load_config(get_cfg(), str(ROOT / "configs" / "pretrain" / "evidence_r18.yaml"))
     machine = every[0]["environment"]
     return (
         "## How\n\n"

@@ -1,14 +1,21 @@
-"""The range of every number of a pretraining configuration, judged before any image is looked for.
+"""Judges the keys of a pretraining configuration once, before any image is looked for or network built.
 
-Numbers that depend on other keys are judged where these are read: BACKBONE.WIDTH (pretrain/train.py), SHARING.PENALTY
-(pretrain/sharing.py) and AUGMENT.* (loco_det/images/views.py).
+UNITS, and SOLVER.RECOMPUTE, name blocks of the backbone, which judges them when it is cut (pretrain/loco.py).
 """
 
 from __future__ import annotations
 
 from fvcore.common.config import CfgNode
 
-from loco_det.core.errors import UserError
+from loco_det.backbones.presnet import PRESNET
+from loco_det.backbones.resnet import BLOCKS, STEM_CHANNELS
+from loco_det.core import config
+from loco_det.core.config import Settings, refusal
+from loco_det.core.device import resolve_device
+from loco_det.core.distributed import world_size
+from loco_det.images.two_views import augmenting_device
+from loco_det.images.views import view_config
+from pretrain.loco import METHODS
 
 _MOST = 10**9  # of what has no other upper limit; a typing error, infinite, or overflows somewhere
 # Least and most, both included.
@@ -38,21 +45,78 @@ RANGES = {
     "CHECKPOINT_PERIOD": (1, _MOST),
     "SEED": (-(2**63), 2**63 - 1),
 }
+CHOICES = {
+    "BACKBONE.NAME": (*(f"resnet{depth}" for depth in BLOCKS), PRESNET),
+    "BACKBONE.STEM": ("imagenet", "cifar"),
+    "BACKBONE.NORM": ("BN", "SyncBN"),
+    "DECODER.CONV": ("blocks", "stage", "full"),
+    "SHARING.MODE": ("hard", "upper", "soft"),
+    "SOLVER.OPTIMIZER": ("lars", "sgd", "adamw"),
+    "SOLVER.AMP": ("none", "bf16", "fp16"),
+}
 
 
-def check_numbers(cfg: CfgNode) -> None:
-    """Judge every number by its range.
+def check(cfg: CfgNode, settings: Settings | None = None) -> None:
+    """Refuse a key whose value cannot be, alone or beside the others.
+
+    Args:
+        cfg: a complete configuration.
+        settings: what the user set (`loco_det.core.config.load_config`), to say where.
 
     Raises:
-        UserError: naming the key of one that is out of it, or that a run has no length.
+        UserError: naming the place, the key, its value and what can stand there.
     """
     for key, (least, most) in RANGES.items():
-        value = cfg
-        for part in key.split("."):
-            value = value[part]
+        value = config.value(cfg, key)
         if not value >= least:  # nan, too
-            raise UserError(f"{key} is {value}; use {least} or more")
+            raise refusal(cfg, settings, key, f"; use {least} or more")
         if value > most:
-            raise UserError(f"{key} is {value}; use {most} or less")
+            raise refusal(cfg, settings, key, f"; use {most} or less")
+    for key, choices in CHOICES.items():
+        if config.value(cfg, key) not in choices:
+            raise refusal(cfg, settings, key, f"; use one of {', '.join(choices)}")
+    if not cfg.UNITS and cfg.METHOD not in (*METHODS, "random"):
+        raise refusal(cfg, settings, "METHOD", f"; use one of {', '.join(METHODS)} or random, or set UNITS")
+    _check_solver(cfg, settings)
+    _check_backbone(cfg, settings)
+    _check_decoder(cfg, settings)
+    _check_sharing(cfg, settings)
+    augmenting_device(cfg.AUGMENT.DEVICE, resolve_device(cfg.DEVICE))
+    view_config(cfg.DATA.IMAGE_SIZE, {key: value for key, value in cfg.AUGMENT.items() if key != "DEVICE"})
+
+
+def _check_solver(cfg: CfgNode, settings: Settings | None) -> None:
     if cfg.SOLVER.EPOCHS == cfg.SOLVER.MAX_STEPS == 0:
-        raise UserError("SOLVER.EPOCHS and SOLVER.MAX_STEPS are both 0; set one of them")
+        raise refusal(cfg, settings, "SOLVER.EPOCHS", ", and so is SOLVER.MAX_STEPS; set one of them")
+    if cfg.SOLVER.BATCH_SIZE % world_size():
+        raise refusal(cfg, settings, "SOLVER.BATCH_SIZE", f"; use a multiple of {world_size()} processes")
+
+
+def _check_backbone(cfg: CfgNode, settings: Settings | None) -> None:
+    width, stem = cfg.BACKBONE.WIDTH, cfg.BACKBONE.STEM
+    if not 1 <= width <= STEM_CHANNELS or (width < STEM_CHANNELS and stem != "cifar"):
+        remedy = f"use {STEM_CHANNELS}, or 1 to {STEM_CHANNELS} with STEM cifar (detectors are built for all channels)"
+        raise refusal(cfg, settings, "BACKBONE.WIDTH", f" with BACKBONE.STEM {stem}; {remedy}")
+    if cfg.BACKBONE.NAME == PRESNET and width % 8:
+        raise refusal(cfg, settings, "BACKBONE.WIDTH", f" with BACKBONE.NAME {PRESNET}; use a multiple of 8")
+
+
+def _check_decoder(cfg: CfgNode, settings: Settings | None) -> None:
+    kind, blocks = cfg.DECODER.CONV, cfg.DECODER.CONV_BLOCKS
+    if not cfg.DECODER.DOWNSAMPLE and not blocks:
+        reason = ", which is for the blocks that DECODER.CONV_BLOCKS counts, and that is 0; leave it True"
+        raise refusal(cfg, settings, "DECODER.DOWNSAMPLE", reason)
+    if kind != "blocks" and blocks:
+        raise refusal(cfg, settings, "DECODER.CONV_BLOCKS", f", but DECODER.CONV {kind} counts its own; set it to 0")
+
+
+def _check_sharing(cfg: CfgNode, settings: Settings | None) -> None:
+    mode, penalty = cfg.SHARING.MODE, cfg.SHARING.PENALTY
+    if not 0 <= penalty < float("inf"):
+        raise refusal(cfg, settings, "SHARING.PENALTY", "; use a finite number of 0 or more, such as 0.001")
+    if penalty and mode != "soft":
+        reason = f" and ties copies, which SHARING.MODE {mode} has none of; set SHARING.MODE soft or SHARING.PENALTY 0"
+        raise refusal(cfg, settings, "SHARING.PENALTY", reason)
+    if mode == "soft" and cfg.SOLVER.RECOMPUTE not in (None, "none", "", [], ()):
+        reason = ", but SHARING.MODE soft keeps every activation until its unit has its loss; set SOLVER.RECOMPUTE none"
+        raise refusal(cfg, settings, "SOLVER.RECOMPUTE", reason)

@@ -17,9 +17,6 @@ from torch import Tensor, nn
 
 from loco_det.backbones.presnet import PBottleneck
 from loco_det.backbones.resnet import BasicBlock, Bottleneck, StagedBackbone, initialise
-from loco_det.core.errors import UserError
-
-CONVS = ("blocks", "stage", "full")
 
 
 class Decoder(nn.Module):
@@ -28,13 +25,10 @@ class Decoder(nn.Module):
     Args:
         channels: that are pooled: C, unless `blocks` change it.
         blocks: what comes before the pool; `residual_blocks` makes the usual ones.
-        mlp_layers: 1 to 4 linear layers; every hidden one is followed by BatchNorm and ReLU, as in SimCLR's code.
+        mlp_layers: how many linear layers; every hidden one is followed by BatchNorm and ReLU, as in SimCLR's code.
         hidden_dim: width of the hidden layers; 0 means `channels`.
         out_dim: size of the embedding.
         norm: BN, or SyncBN on several processes.
-
-    Raises:
-        UserError: naming the configuration key that cannot be.
     """
 
     def __init__(
@@ -48,10 +42,6 @@ class Decoder(nn.Module):
         norm: str = "BN",
     ) -> None:
         super().__init__()
-        if mlp_layers not in (1, 2, 3, 4):
-            raise UserError(f"DECODER.MLP_LAYERS is {mlp_layers}; use 1, 2, 3 or 4")
-        if hidden_dim < 0 or out_dim < 1:
-            raise UserError("DECODER.HIDDEN_DIM must be 0 or more and DECODER.OUT_DIM at least 1")
         self.blocks = nn.Sequential() if blocks is None else blocks
         hidden = hidden_dim or channels
         layers: list[nn.Module] = []
@@ -78,20 +68,9 @@ def build_decoder(settings: dict[str, Any], backbone: StagedBackbone, stage: str
       gets as many blocks as it has itself, the first of which halves the map (not stated in the paper);
     - "full": as many blocks as the whole backbone has, halving where its stages shrink the map (their channels are
       not stated).
-
-    Raises:
-        UserError: naming the key that cannot be.
     """
     channels = backbone.channels[stage]
     kind, blocks = settings["CONV"], settings["CONV_BLOCKS"]
-    if kind not in CONVS:
-        raise UserError(f"DECODER.CONV is {kind!r}; use one of {', '.join(CONVS)}")
-    if blocks < 0:
-        raise UserError(f"DECODER.CONV_BLOCKS is {blocks}; use 0 or more")
-    if not settings["DOWNSAMPLE"] and not blocks:
-        raise UserError("DECODER.DOWNSAMPLE False is for the blocks that DECODER.CONV_BLOCKS counts; leave it True")
-    if kind != "blocks" and blocks:
-        raise UserError(f"DECODER.CONV {kind} counts its blocks itself; set DECODER.CONV_BLOCKS 0, not {blocks}")
     later = backbone.stage_names[backbone.stage_names.index(stage) + 1 :]
     if kind == "stage" and later:
         conv = copy.deepcopy(getattr(backbone, later[0]))

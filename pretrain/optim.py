@@ -10,10 +10,7 @@ from fvcore.common.param_scheduler import (
     LinearParamScheduler,
     ParamScheduler,
 )
-from timm.optim import Lars
 from torch import nn
-
-from loco_det.core.errors import UserError
 
 
 def build_optimizer(cfg: CfgNode, modules: nn.Module) -> torch.optim.Optimizer:
@@ -24,9 +21,6 @@ def build_optimizer(cfg: CfgNode, modules: nn.Module) -> torch.optim.Optimizer:
     0.001 |w| / (|g| + decay |w|); SimCLR's and MAE's code divide by |g + decay w|. The two are equal without decay
     and nearly so at 1e-6. timm and MAE apply the learning rate to the momentum, SimCLR to what enters it, which
     differs only while the rate changes. The learning rate is set by the schedule before every step.
-
-    Raises:
-        UserError: SOLVER.OPTIMIZER names none of them.
     """
     weights = [p for p in modules.parameters() if p.ndim > 1]
     plain = [p for p in modules.parameters() if p.ndim <= 1]
@@ -38,12 +32,12 @@ def build_optimizer(cfg: CfgNode, modules: nn.Module) -> torch.optim.Optimizer:
     ]
     groups = [group for group in groups if group["params"]]
     if cfg.SOLVER.OPTIMIZER == "lars":
+        from timm.optim import Lars  # only now: it takes as long to import as torch
+
         return Lars(groups, lr=0.0, momentum=cfg.SOLVER.MOMENTUM)
     if cfg.SOLVER.OPTIMIZER == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=cfg.SOLVER.MOMENTUM)
-    if cfg.SOLVER.OPTIMIZER == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0)
-    raise UserError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}; use lars, sgd or adamw")
+    return torch.optim.AdamW(groups, lr=0.0)
 
 
 def learning_rate(cfg: CfgNode, total_steps: int, steps_per_epoch: int) -> ParamScheduler:

@@ -28,33 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from loco_det.core.errors import UserError
 from pretrain.loco import LocalTrainer, Pass, Unit, running_statistics_kept
-
-MODES = ("hard", "upper", "soft")
-
-
-def check_sharing(settings: dict[str, Any], recompute: bool) -> None:
-    """Whether the keys of SHARING can be; `recompute`: some stage keeps no activations.
-
-    Raises:
-        UserError: naming the key that cannot be.
-    """
-    mode, penalty = settings["MODE"], settings["PENALTY"]
-    if mode not in MODES:
-        raise UserError(f"SHARING.MODE is {mode!r}; use one of {', '.join(MODES)}")
-    if not 0 <= penalty < float("inf"):
-        raise UserError(f"SHARING.PENALTY is {penalty}; use a finite number of 0 or more, such as 0.001")
-    if penalty and mode != "soft":
-        raise UserError(
-            f"SHARING.PENALTY is {penalty} and ties copies, which SHARING.MODE {mode} has none of; set SHARING.MODE "
-            "soft or SHARING.PENALTY 0"
-        )
-    if recompute and mode == "soft":
-        raise UserError(
-            "SHARING.MODE soft keeps every activation until its unit has its loss; set SOLVER.RECOMPUTE none"
-        )
-
 
 # --- upper ------------------------------------------------------------------------------------------------------
 

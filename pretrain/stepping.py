@@ -11,7 +11,7 @@ With fp16's loss scaling, one gradient that is not finite must hold back all, so
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ class Stepping:
 
     Args:
         optimizer: over all parameters of all parts; no other than LARS, SGD or AdamW without clipping.
-        parts: the parameters of each part.
+        parts: the modules that are stepped one at a time; no parameter is in two.
         average: takes their gradients to the other processes.
         scaler: of fp16; disabled otherwise.
         early: step each part as early as can be. False, or a scaler that is enabled: everything in `finish`.
@@ -38,20 +38,23 @@ class Stepping:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        parts: list[list[nn.Parameter]],
+        parts: Iterable[nn.Module],
         average: GradientAverage,
         scaler: torch.amp.GradScaler,
         early: bool,
     ) -> None:
-        self.optimizer, self.parts, self.average, self.scaler = optimizer, parts, average, scaler
+        self.optimizer, self.average, self.scaler = optimizer, average, scaler
+        self.parts = {part: list(part.parameters()) for part in parts}
         self.early = early and not scaler.is_enabled()
         self.lr = 0.0
         self.observe: Callable[[list[nn.Parameter]], None] | None = None
-        self.waiting: dict[int, float] = {}  # part -> the learning rate of its step
-        owned = [set(part) for part in parts]
-        self.split = [[[p for p in group["params"] if p in own] for group in optimizer.param_groups] for own in owned]
+        self.waiting: dict[nn.Module, float] = {}  # the learning rate of each part's step
+        self.split: dict[nn.Module, list[list[nn.Parameter]]] = {}  # each part's share of the optimizer's groups
+        for part, parameters in self.parts.items():
+            own = set(parameters)
+            self.split[part] = [[p for p in group["params"] if p in own] for group in optimizer.param_groups]
 
-    def final(self, *parts: int) -> None:
+    def final(self, *parts: nn.Module) -> None:
         """This process's gradients of these parts are final; step whatever can be."""
         self.waiting.update(dict.fromkeys(parts, self.lr))
         self.average.flush(WORTHWHILE)
@@ -59,7 +62,7 @@ class Stepping:
             for part in [part for part in self.waiting if self.average.is_completed(self.parts[part])]:
                 self.ready(part)
 
-    def ready(self, part: int) -> None:
+    def ready(self, part: nn.Module) -> None:
         """The part's weights are needed: they are now up to date."""
         if self.early and part in self.waiting:
             self.average.wait(self.parts[part])
@@ -73,10 +76,10 @@ class Stepping:
             return
         if not self.waiting:
             return
-        for parameters in self.parts:
+        for parameters in self.parts.values():
             self.average.wait(parameters)
         self.scaler.unscale_(self.optimizer)
-        for parameters in self.parts:
+        for parameters in self.parts.values():
             self._see(parameters)
         self._set_rate(self.lr)
         self.scaler.step(self.optimizer)
@@ -84,7 +87,7 @@ class Stepping:
         self.waiting.clear()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _step(self, part: int, lr: float) -> None:
+    def _step(self, part: nn.Module, lr: float) -> None:
         self._see(self.parts[part])
         self._set_rate(lr)
         groups = self.optimizer.param_groups

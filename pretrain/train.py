@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD, backbone_tensors, describe, save_backbone
 from loco_det.backbones.presnet import PRESNET, PResNet
-from loco_det.backbones.resnet import BLOCKS, STEM_CHANNELS, ResNet, StagedBackbone, measure_batchnorm, narrow
+from loco_det.backbones.resnet import ResNet, StagedBackbone, measure_batchnorm, narrow
+from loco_det.core import config
+from loco_det.core.config import Settings
 from loco_det.core.device import keep_freed_memory, resolve_device, seed_everything
-from loco_det.core.distributed import barrier, is_main, world_size
+from loco_det.core.distributed import barrier, is_main
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 from loco_det.core.launch import CommonStop, StopSignal
@@ -29,16 +31,16 @@ from loco_det.images.source import Source
 from loco_det.images.two_views import TwoViewLoader, TwoViews, build_two_view_loader
 from loco_det.images.views import normalise
 from pretrain.average import GradientAverage
-from pretrain.check import check_numbers
+from pretrain.check import check
 from pretrain.checkpoint import latest_checkpoint, retire_checkpoints, save_checkpoint
 from pretrain.compiling import stage_compiler
 from pretrain.decoders import build_decoder
-from pretrain.loco import METHODS, LocalTrainer, method_units, split_backbone
+from pretrain.loco import LocalTrainer, method_units, split_backbone
 from pretrain.loss import nt_xent
 from pretrain.monitor import Monitor, Stopwatch, UnreadLosses
 from pretrain.optim import build_optimizer, learning_rate
 from pretrain.probe import KnnProbe
-from pretrain.sharing import SoftTrainer, UpperTrainer, check_sharing, private_copies
+from pretrain.sharing import SoftTrainer, UpperTrainer, private_copies
 from pretrain.stepping import Stepping
 from pretrain.sync_batchnorm import sync_anywhere
 
@@ -78,17 +80,15 @@ class Learner(nn.Module):
         )
         sync_anywhere(self.decoders)
         self.sharing = cfg.SHARING
-        check_sharing(self.sharing, any(stage.recompute for stage in self.stages))
         modules = [stage.module for stage in self.stages]
         self.copies = nn.ModuleList(private_copies(modules, self.units) if self.sharing.MODE == "soft" else [])
         self.temperature, self.chunk = cfg.LOSS.TEMPERATURE, cfg.LOSS.CHUNK
         self.embeddings: dict[int, Tensor] = {}  # of the last step, for the monitoring
         self.to(memory_format=LAYOUT)
 
-    def parts(self) -> list[list[nn.Parameter]]:
-        """What is stepped at a time: the parameters of each stage, then of each private copy, then of each decoder."""
-        modules = [*(stage.module for stage in self.stages), *self.copies, *self.decoders]
-        return [list(module.parameters()) for module in modules]
+    def parts(self) -> list[nn.Module]:
+        """What is stepped at a time: every stage, then every private copy, then every decoder."""
+        return [*(stage.module for stage in self.stages), *self.copies, *self.decoders]
 
     def loss(self, i: int, features: Tensor) -> Tensor:
         """Unit i's NT-Xent from its last stage's output (2b, C, H, W)."""
@@ -98,41 +98,28 @@ class Learner(nn.Module):
 
 
 def build_backbone(cfg: CfgNode) -> StagedBackbone:
-    """The network that BACKBONE.* describes.
-
-    Raises:
-        UserError: a name, stem or norm that there is not.
-    """
-    names = {**{f"resnet{depth}": depth for depth in BLOCKS}, PRESNET: 50}
-    if cfg.BACKBONE.NAME not in names:
-        raise UserError(f"BACKBONE.NAME is {cfg.BACKBONE.NAME!r}; use one of {', '.join(names)}")
-    if cfg.BACKBONE.STEM not in ("imagenet", "cifar"):
-        raise UserError(f"BACKBONE.STEM is {cfg.BACKBONE.STEM!r}; use imagenet or cifar")
-    if cfg.BACKBONE.NORM not in ("BN", "SyncBN"):
-        raise UserError(f"BACKBONE.NORM is {cfg.BACKBONE.NORM!r}; use BN or SyncBN")
-    depth, width, stem, norm = names[cfg.BACKBONE.NAME], cfg.BACKBONE.WIDTH, cfg.BACKBONE.STEM, cfg.BACKBONE.NORM
-    if not 1 <= width <= STEM_CHANNELS or (width < STEM_CHANNELS and stem != "cifar"):
-        raise UserError(
-            f"BACKBONE.WIDTH is {width} with BACKBONE.STEM {stem}; use {STEM_CHANNELS}, or 1 to {STEM_CHANNELS} with "
-            "STEM cifar (detectors are built for the whole width)"
-        )
-    if cfg.BACKBONE.NAME != PRESNET:
-        return sync_anywhere(ResNet(depth, stem=stem, norm=norm, **narrow(depth, width)))
-    if width % 8:
-        raise UserError(f"BACKBONE.WIDTH is {width} with BACKBONE.NAME {PRESNET}; use a multiple of 8")
-    return sync_anywhere(PResNet(stem=stem, norm=norm, stem_channels=width // 2))
+    """The network that BACKBONE.* describes, as `check` lets it pass."""
+    width, stem, norm = cfg.BACKBONE.WIDTH, cfg.BACKBONE.STEM, cfg.BACKBONE.NORM
+    if cfg.BACKBONE.NAME == PRESNET:
+        return sync_anywhere(PResNet(stem=stem, norm=norm, stem_channels=width // 2))
+    depth = int(cfg.BACKBONE.NAME.removeprefix("resnet"))
+    return sync_anywhere(ResNet(depth, stem=stem, norm=norm, **narrow(depth, width)))
 
 
 def unit_names(cfg: CfgNode, backbone: StagedBackbone) -> list[list[str]]:
     """The [first, last] stage names of the units that UNITS, else METHOD, asks for."""
     if cfg.UNITS:
         return [list(unit) if isinstance(unit, (list, tuple)) else unit for unit in cfg.UNITS]
-    if cfg.METHOD not in METHODS:
-        raise UserError(f"METHOD is {cfg.METHOD!r}; use one of {', '.join(METHODS)} or random, or set UNITS")
     return method_units(cfg.METHOD, backbone.stage_names[1:])
 
 
-def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None, wandb: str | None = None) -> Path:
+def pretrain(
+    cfg: CfgNode,
+    resume: bool = False,
+    source: Source | None = None,
+    wandb: str | None = None,
+    settings: Settings | None = None,
+) -> Path:
     """Train a backbone as `cfg` says (keys: pretrain/defaults.py) and write it.
 
     Args:
@@ -140,6 +127,7 @@ def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None, w
         resume: continue from the newest checkpoint in OUTPUT_DIR, if there is one.
         source: the images, where they are not those of DATA.PATH: images/indexed.py makes one of any data set.
         wandb: W&B project that also gets the numbers of metrics.json.
+        settings: what the user set (`loco_det.core.config.load_config`), for error messages to say where.
 
     Returns:
         OUTPUT_DIR/backbone.safetensors.
@@ -147,25 +135,23 @@ def pretrain(cfg: CfgNode, resume: bool = False, source: Source | None = None, w
     Raises:
         UserError: unusable configuration or data, a loss that is not finite, a stop by signal (after saving).
     """
-    check_numbers(cfg)
+    check(cfg, settings)
+    device = resolve_device(cfg.DEVICE)
+    if device.type == "cpu":
+        keep_freed_memory()
+    torch.manual_seed(cfg.SEED)  # the same weights on every process
+    is_random = cfg.METHOD == "random" and not cfg.UNITS
+    network = build_backbone(cfg) if is_random else Learner(cfg)  # refuses UNITS that do not fit, before files are read
     with run_folder(cfg.OUTPUT_DIR), RunMetrics(cfg, wandb, resume) as metrics:
-        device = resolve_device(cfg.DEVICE)
-        if device.type == "cpu":
-            keep_freed_memory()
-        torch.manual_seed(cfg.SEED)  # the same weights on every process
-        if cfg.SOLVER.BATCH_SIZE % world_size():
-            raise UserError(f"SOLVER.BATCH_SIZE is {cfg.SOLVER.BATCH_SIZE}; use a multiple of {world_size()} processes")
         source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT) if source is None else source
         loader = build_two_view_loader(cfg, source)
-        if cfg.METHOD == "random" and not cfg.UNITS:
-            check_sharing(cfg.SHARING, recompute=False)
+        seed_everything(cfg.SEED)
+        if is_random:
             _begin(cfg, start=0)
-            backbone = build_backbone(cfg).to(device, memory_format=LAYOUT)
-            seed_everything(cfg.SEED)
+            backbone = network.to(device, memory_format=LAYOUT)
             measure_statistics(backbone, loader)
             return write_backbone(cfg, backbone, [], source, step=0)
-        learner = Learner(cfg).to(device)
-        seed_everything(cfg.SEED)
+        learner = network.to(device)
         step = _train(cfg, learner, loader, source, device, resume, metrics)
         return write_backbone(cfg, learner.backbone, unit_names(cfg, learner.backbone), source, step)
 
@@ -245,24 +231,29 @@ def local_trainer(
         stepping: learns which of `learner.parts()` are needed and final; None where nobody steps.
         compiler: replaces the module of each stage and private copy.
     """
-    decoders = len(learner.stages) + len(learner.copies)
-    taken: list[int] = []  # decoders whose loss is known, so that their gradients are final when next a stage's are
+    parts = learner.parts()  # by the trainers' numbers: stages and copies come first
+    taken: list[
+        nn.Module
+    ] = []  # decoders whose loss is known, so that their gradients are final when next a stage's are
 
     def loss(i: int, features: Tensor) -> Tensor:
         if stepping:
-            stepping.ready(decoders + i)
-            taken.append(decoders + i)
+            stepping.ready(learner.decoders[i])
+            taken.append(learner.decoders[i])
         return learner.loss(i, features)
+
+    def ready(k: int) -> None:
+        if stepping:
+            stepping.ready(parts[k])
 
     def final(k: int) -> None:
         if stepping:
-            stepping.final(k, *taken)
+            stepping.final(parts[k], *taken)
             taken.clear()
 
     made = compiler or (lambda module: module)
     stages = [made(stage.module) for stage in learner.stages]
     losses = [partial(loss, i) for i in range(len(learner.units))]
-    ready = stepping.ready if stepping else None
     if learner.sharing.MODE == "soft":
         copies, penalty = [made(module) for module in learner.copies], learner.sharing.PENALTY
         return SoftTrainer(stages, copies, learner.units, losses, penalty, on_final=final, on_start=ready)
@@ -280,8 +271,6 @@ def _autocast(cfg: CfgNode, device: torch.device) -> Callable[[], object]:
     types = {"bf16": torch.bfloat16, "fp16": torch.float16}
     if cfg.SOLVER.AMP == "none":
         return nullcontext
-    if cfg.SOLVER.AMP not in types:
-        raise UserError(f"SOLVER.AMP is {cfg.SOLVER.AMP!r}; use none, bf16 or fp16")
     return lambda: torch.autocast(device.type, types[cfg.SOLVER.AMP])
 
 
@@ -304,15 +293,8 @@ def measure_statistics(backbone: StagedBackbone, loader: TwoViewLoader) -> None:
 
 def config_hash(cfg: CfgNode) -> str:
     """sha256 of the configuration without the keys that do not change what is computed."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    for key in FREE_KEYS:
-        *parents, leaf = key.removesuffix(".").split(".")
-        node = cfg
-        for parent in parents:
-            node = node[parent]
-        del node[leaf]
-    return hashlib.sha256(cfg.dump().encode()).hexdigest()
+    keys = [key.removesuffix(".") for key in FREE_KEYS]
+    return hashlib.sha256(config.without(cfg, keys).dump().encode()).hexdigest()
 
 
 def _begin(cfg: CfgNode, start: int) -> None:

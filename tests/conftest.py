@@ -14,6 +14,30 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+# `pytest -m quick`: the method, the losses, the detector's arithmetic, conversion, the house rules; under a minute.
+QUICK = (
+    "test_architecture.py",
+    "test_artifact.py",
+    "test_backbone.py::test_every_stage_equals_torchvisions_in_float64[resnet18]",
+    "test_detection_anchors.py",
+    "test_detection_boxes.py",
+    "test_detection_golden.py",
+    "test_detection_masks.py",
+    "test_loss.py",
+    "test_pretrain_decoders.py",
+    "test_pretrain_optim.py",
+    "test_loco.py::test_every_gradient_equals_that_of_the_units_run_alone",
+    "test_paper_rows.py::test_units_decoder_and_sharing_are_the_papers",
+    "test_convert_proof.py::test_features_equal_those_of_timm",
+    "test_convert_proof.py::test_the_proof",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(f"/{item.nodeid}".startswith((f"/tests/{name}", f"/{name}")) for name in QUICK):
+            item.add_marker("quick")
+
 
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
+from loco_det.core.config import flat
 from loco_det.core.errors import UserError
-from loco_det.detection.keys import SUPPORTED, check_supported, get_cfg, values
+from loco_det.detection.keys import SUPPORTED, check_supported, get_cfg
 
 STOCK = Path(__file__).parent / "golden" / "stock_configs.json"
 PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
@@ -23,12 +24,12 @@ BEGIN, END = "<!-- keys: tests/record_key_table.py -->", "<!-- /keys -->"
 def table() -> str:
     """One row a key: its default, and what the torchvision engine takes."""
     rows = ["| key | default | torchvision engine takes |", "|---|---|---|"]
-    for key, default in sorted(values(get_cfg()).items()):
+    for key, default in sorted(flat(get_cfg()).items()):
         allowed = SUPPORTED.get(key, ())
         taken = "any" if allowed is None else ", ".join(f"`{value!r}`" for value in allowed) or "only the default"
         if key in SUPPORTED:
             rows.append(f"| `{key}` | `{default!r}` | {taken} |")
-    rest = ", ".join(f"`{key}`" for key in sorted(values(get_cfg())) if key not in SUPPORTED)
+    rest = ", ".join(f"`{key}`" for key in sorted(flat(get_cfg())) if key not in SUPPORTED)
     return "\n".join([*rows, "", f"Every other key must keep its default: {rest}.", "", *stock_rows()])
 
 

@@ -185,6 +185,14 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
         assert text in done.stdout
 
 
+@pytest.mark.parametrize("name", ["pretrain", "convert", "doctor"])
+def test_a_command_that_needs_no_torchvision_starts_without(name: str) -> None:
+    """It takes as long to import as torch itself, and so does timm."""
+    code = f"import sys, loco_det.commands.{name}\nprint({{'torchvision', 'timm', 'matplotlib'}} & set(sys.modules))"
+    done = shell("-c", code)
+    assert done.stdout == "set()\n", done.stderr
+
+
 def test_version(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as info:
         main(["--version"])

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from fvcore.common.config import CfgNode
 
-from loco_det.core.config import MAX_NODES, collect_settings, find_config, load_config, read_yaml
+from loco_det.core.config import MAX_NODES, find_config, flat, load_config, read_yaml
 from loco_det.core.errors import UserError
-from loco_det.detection.keys import SUPPORTED, check_supported, get_cfg, values
+from loco_det.detection.keys import SUPPORTED, check_supported, get_cfg
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -36,7 +36,7 @@ def load(tmp_path: Path):
     def write_and_load(text: str, overrides: list[str] = (), **others: str) -> CfgNode:
         for name, content in {"a": text, **others}.items():
             (tmp_path / f"{name}.yaml").write_text(textwrap.dedent(content))
-        return load_config(defaults(), tmp_path / "a.yaml", list(overrides))
+        return load_config(defaults(), tmp_path / "a.yaml", list(overrides))[0]
 
     return write_and_load
 
@@ -74,7 +74,7 @@ def test_an_empty_file_is_the_defaults(load):
 def test_settings_know_where_they_were_written(tmp_path):
     (tmp_path / "b.yaml").write_text("NAME: b\nSEED: 1\n")
     (tmp_path / "a.yaml").write_text("_BASE_: b.yaml\nSOLVER:\n  BASE_LR: 2.0\n")
-    found = collect_settings(tmp_path / "a.yaml", ["SEED", "3"])
+    _, found = load_config(defaults(), tmp_path / "a.yaml", ["SEED", "3"])
     assert {key: s.origin.rpartition("/")[2] for key, s in found.items()} == {
         "NAME": "b.yaml, line 1",
         "SOLVER.BASE_LR": "a.yaml, line 3",
@@ -103,6 +103,8 @@ def test_settings_know_where_they_were_written(tmp_path):
         ("DECAY: {A: 1}", [], ["DECAY"]),
         ("NAME.X: 3", [], ["NAME.X", "nested"]),
         ("1: 3", [], ["keys are words"]),
+        ("SEED: !!int ''", [], ["a.yaml, line 1", "'' is not of type int"]),
+        ("NAME: x\nSEED: !!int [1]", [], ["a.yaml, line 2", "scalar"]),
         ("[1, 2]", [], ["KEY: VALUE", "list"]),
         ("NAME: [", [], ["a.yaml", "not valid YAML"]),
         ("_BASE_: a.yaml", [], ["_BASE_", "circle"]),
@@ -174,7 +176,7 @@ def test_what_yaml_dumps_of_a_cfgnode_is_read_back(tmp_path):
     changed.SOLVER.STEPS, changed.SEED = (9,), 4
     (tmp_path / "a.yaml").write_text(yaml.dump(changed))
     assert "!!python/object" in (tmp_path / "a.yaml").read_text()
-    assert load_config(defaults(), tmp_path / "a.yaml") == changed
+    assert load_config(defaults(), tmp_path / "a.yaml")[0] == changed
 
 
 def test_merge_keys_and_aliases_are_yaml_as_usual(tmp_path):
@@ -207,6 +209,14 @@ def test_deep_nesting_is_refused(tmp_path):
         read_yaml(tmp_path / "a.yaml")
 
 
+def test_the_home_of_nobody_is_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"There is no configuration file ~nosuchuser/x.yaml"):
+        load_config(defaults(), "~nosuchuser/x.yaml")
+    (tmp_path / "a.yaml").write_text("_BASE_: ~nosuchuser/x.yaml\n")
+    with pytest.raises(UserError, match=r"a.yaml, line 1: the _BASE_ file .*nosuchuser/x.yaml does not exist"):
+        load_config(defaults(), tmp_path / "a.yaml")
+
+
 def test_configs_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("configs/coco_loco_r50.yaml", "coco_loco_r50.yaml"):
@@ -230,7 +240,7 @@ def test_get_cfg_gives_independent_copies():
 
 
 def test_every_honoured_key_exists_and_takes_its_default():
-    tree = values(get_cfg())
+    tree = flat(get_cfg())
     for key, allowed in SUPPORTED.items():
         assert key in tree
         default = list(tree[key]) if isinstance(tree[key], tuple) else tree[key]
@@ -249,25 +259,25 @@ def test_a_key_that_is_not_honoured_is_refused_by_name(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("MODEL:\n  META_ARCHITECTURE: RetinaNet\n")
     with pytest.raises(UserError) as refused:
-        check_supported(load_config(get_cfg(), path), collect_settings(path))
+        check_supported(*load_config(get_cfg(), path))
     for word in ("a.yaml, line 2", "MODEL.META_ARCHITECTURE is 'RetinaNet'", "--engine detectron2"):
         assert word in str(refused.value)
     with pytest.raises(UserError, match=r"GLOBAL.HACK is 2.0; Detectron2 knows this key"):
-        check_supported(load_config(get_cfg(), "", ["GLOBAL.HACK", "2.0"]))
+        check_supported(load_config(get_cfg(), "", ["GLOBAL.HACK", "2.0"])[0])
     with pytest.raises(UserError, match=r"did you mean MODEL.ROI_HEADS.NUM_CLASSES"):
         load_config(get_cfg(), "", ["MODEL.ROI_HEAD.NUM_CLASSES", "3"])
 
 
 def test_the_dumped_tree_passes_and_comes_back(tmp_path):
     (tmp_path / "config.yaml").write_text(get_cfg().dump())
-    cfg = load_config(get_cfg(), tmp_path / "config.yaml")
+    cfg = load_config(get_cfg(), tmp_path / "config.yaml")[0]
     check_supported(cfg)
     assert cfg.dump() == get_cfg().dump()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_is_honoured_and_says_how_to_run_it(path):
-    check_supported(load_config(get_cfg(), path))
+    check_supported(load_config(get_cfg(), path)[0])
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     if path.name.startswith(("coco_", "voc_", "cityscapes_", "lvis_")):
         assert any(line.startswith("# Command:") and f"configs/{path.name}" in line for line in head)
@@ -277,9 +287,9 @@ def test_every_shipped_config_is_honoured_and_says_how_to_run_it(path):
 
 
 def test_frozen_and_fine_tuned_differ_where_they_should():
-    frozen = values(load_config(get_cfg(), "configs/coco_loco_r50.yaml"))
-    tuned = values(load_config(get_cfg(), "configs/coco_loco_r50_finetune.yaml"))
-    other = values(load_config(get_cfg(), "configs/coco_simclr_r50.yaml"))
+    frozen = flat(load_config(get_cfg(), "configs/coco_loco_r50.yaml")[0])
+    tuned = flat(load_config(get_cfg(), "configs/coco_loco_r50_finetune.yaml")[0])
+    other = flat(load_config(get_cfg(), "configs/coco_simclr_r50.yaml")[0])
     assert {key for key in frozen if frozen[key] != tuned[key]} == {
         "MODEL.BACKBONE.FREEZE_AT",
         "MODEL.RESNETS.NORM",
@@ -291,7 +301,7 @@ def test_frozen_and_fine_tuned_differ_where_they_should():
 
 def test_cityscapes_has_detectron2s_settings():
     """Source: Detectron2 configs/Cityscapes/mask_rcnn_R_50_FPN.yaml; everything else is as for COCO."""
-    coco, found = (values(load_config(get_cfg(), f"configs/{name}_loco_r50.yaml")) for name in ("coco", "cityscapes"))
+    coco, found = (flat(load_config(get_cfg(), f"configs/{name}_loco_r50.yaml")[0]) for name in ("coco", "cityscapes"))
     assert {key: found[key] for key in found if found[key] != coco[key]} == {
         "MODEL.ROI_HEADS.NUM_CLASSES": 8,
         "DATASETS.TRAIN": ("cityscapes_fine_instance_seg_train",),
@@ -312,7 +322,7 @@ def test_cityscapes_has_detectron2s_settings():
 @pytest.mark.detectron2
 def test_the_recorded_tree_is_detectron2s():
     config = pytest.importorskip("detectron2.config")
-    theirs, ours = values(config.get_cfg()), values(get_cfg())
+    theirs, ours = flat(config.get_cfg()), flat(get_cfg())
     assert theirs == ours
     assert {key: type(value) for key, value in theirs.items()} == {key: type(value) for key, value in ours.items()}
 
@@ -323,7 +333,7 @@ def test_every_shipped_config_means_the_same_to_unmodified_detectron2(path):
     config = pytest.importorskip("detectron2.config")
     theirs = config.get_cfg()
     theirs.merge_from_file(str(path))
-    assert values(theirs) == values(load_config(get_cfg(), path))
+    assert flat(theirs) == flat(load_config(get_cfg(), path)[0])
 
 
 @pytest.mark.detectron2
@@ -337,7 +347,7 @@ def test_detectron2s_own_yaml_files_read_the_same():
         path = zoo.get_config_file(name)
         theirs = config.get_cfg()
         theirs.merge_from_file(path)
-        assert values(theirs) == values(load_config(get_cfg(), path))
+        assert flat(theirs) == flat(load_config(get_cfg(), path)[0])
 
 
 def test_the_documented_table_is_the_codes():

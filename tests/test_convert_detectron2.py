@@ -144,7 +144,7 @@ def test_weights_that_contradict_the_configuration_are_refused_on_this_engine_to
     from loco_det.detection.weights import load_weights
 
     given = ["MODEL.WEIGHTS", str(folder / "r50.pkl"), "MODEL.DEVICE", "cpu", "INPUT.FORMAT", "BGR"]
-    cfg = load_config(get_cfg(), "configs/coco_loco_r50.yaml", given)
+    cfg = load_config(get_cfg(), "configs/coco_loco_r50.yaml", given)[0]
     model = Detectron2Engine().build_model(cfg)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UserError, match=r'INPUT\.FORMAT "RGB" and the configuration has "BGR"'):
@@ -170,7 +170,7 @@ def test_a_detector_goes_to_the_other_engine_and_back_bit_for_bit(tmp_path: Path
     theirs = randomised(stock_model(cfg))
     DetectionCheckpointer(theirs, str(tmp_path)).save("theirs")
     given = ["MODEL.WEIGHTS", str(tmp_path / "theirs.pth"), "MODEL.DEVICE", "cpu"]
-    settings = load_config(get_cfg(), f"configs/{name}.yaml", given)
+    settings = load_config(get_cfg(), f"configs/{name}.yaml", given)[0]
     ours = randomised(build_model(settings), seed=1)
     load_weights(ours, settings)
     torch.save({"model": ours.state_dict()}, tmp_path / "ours.pth")

@@ -34,7 +34,7 @@ from loco_det.convert.export import yaml_text
 from loco_det.convert.inspect import inspect
 from loco_det.convert.load import in_memory, load_tensors, open_tensors
 from loco_det.convert.sources import flatten
-from loco_det.core.config import collect_settings
+from loco_det.core.config import read_settings
 from loco_det.core.errors import UserError
 
 TENSORS = {"conv1.weight": torch.arange(12.0).reshape(3, 4), "bn1.bias": torch.ones(3)}
@@ -112,7 +112,7 @@ PARSERS = {
     "index": Parser("model.safetensors.index.json", INDEX.encode()),
     "manifest": Parser("backbone.safetensors", msgspec.json.encode(MANIFEST), artifact, report),
     "yaml": Parser(
-        "weights.yaml", yaml_text(Path("weights.pkl"), MANIFEST, Architecture(18)).encode(), bytes, collect_settings
+        "weights.yaml", yaml_text(Path("weights.pkl"), MANIFEST, Architecture(18)).encode(), bytes, read_settings
     ),
 }
 

@@ -53,8 +53,7 @@ def root(tmp_path, monkeypatch) -> Path:
 
 
 def config(*overrides) -> CfgNode:
-    cfg = get_cfg().clone()
-    cfg.defrost()
+    cfg = get_cfg()
     small = ["INPUT.MIN_SIZE_TRAIN", (20, 24), "INPUT.MAX_SIZE_TRAIN", 40, "INPUT.MIN_SIZE_TEST", 20]
     data = ["DATASETS.TRAIN", ("made_train",), "DATALOADER.NUM_WORKERS", 0, "SEED", 5, "SOLVER.IMS_PER_BATCH", 2]
     model = ["MODEL.MASK_ON", True, "MODEL.ROI_HEADS.NUM_CLASSES", 3, "MODEL.DEVICE", "cpu"]

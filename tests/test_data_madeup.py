@@ -94,8 +94,7 @@ def test_found_by_name_and_loaded_for_training(made, monkeypatch):
     for name, there in paths.items():
         assert find_dataset(name) == there
     assert load_coco(paths["shapes_val"]).class_names == CLASS_NAMES
-    cfg = get_cfg().clone()
-    cfg.defrost()
+    cfg = get_cfg()
     cfg.merge_from_list(["DATASETS.TRAIN", ("shapes_train",), "MODEL.ROI_HEADS.NUM_CLASSES", len(CLASS_NAMES)])
     cfg.merge_from_list(["MODEL.MASK_ON", True, "INPUT.MASK_FORMAT", "bitmask", "INPUT.MIN_SIZE_TRAIN", (64,)])
     cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 4, "SEED", 1])

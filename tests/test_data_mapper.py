@@ -25,8 +25,7 @@ from loco_det.detection.keys import get_cfg
 
 
 def config(*overrides) -> CfgNode:
-    cfg = get_cfg().clone()
-    cfg.defrost()
+    cfg = get_cfg()
     cfg.merge_from_list(["MODEL.MASK_ON", True, *overrides])
     return cfg
 

@@ -301,7 +301,7 @@ def test_real_images_through_both_pipelines(real_coco: Path, monkeypatch: pytest
     changes |= {"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0, "TEST.DETECTIONS_PER_IMAGE": 20}
     changes |= {"MODEL.RPN.POST_NMS_TOPK_TEST": 50}
     overrides = [str(part) for pair in changes.items() for part in pair]
-    cfg = load_config(get_cfg(), Path(__file__).parent.parent / "configs" / name, overrides)
+    cfg = load_config(get_cfg(), Path(__file__).parent.parent / "configs" / name, overrides)[0]
     found = {}
     for engine in (Detectron2Engine(), TorchvisionEngine()):
         model = cases.formula_weights(engine.build_model(cfg)).eval()

@@ -335,7 +335,7 @@ def test_a_run_that_misses_its_expectation_fails(tmp_path: Path) -> None:
         ({"TEST.PRECISE_BN.ENABLED": True, "TEST.PRECISE_BN.NUM_ITER": 0}, r"TEST\.PRECISE_BN\.NUM_ITER is 0"),
         ({"VIS_PERIOD": 20}, r"VIS_PERIOD is 20"),
         ({"MODEL.META_ARCHITECTURE": "PanopticFPN"}, r"MODEL\.META_ARCHITECTURE is 'PanopticFPN'; .*either engine"),
-        ({"TEST.EXPECTED_RESULTS": [["bbox", 40.0]]}, r"TEST\.EXPECTED_RESULTS has \['bbox', 40\.0\]"),
+        ({"TEST.EXPECTED_RESULTS": [["bbox", 40.0]]}, r"TEST\.EXPECTED_RESULTS is \[\['bbox', 40\.0\]\]; write each"),
     ],
 )
 def test_what_would_fail_after_training_is_refused_before(settings: dict[str, Any], message: str) -> None:

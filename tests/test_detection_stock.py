@@ -112,5 +112,5 @@ def test_the_files_themselves_say_what_is_recorded() -> None:
             with pytest.raises(UserError, match=r"Base-RetinaNet.yaml, line 8: .* never run here"):
                 load_config(get_cfg(), path)  # its anchors' sizes are computed
             continue
-        found = flat(load_config(get_cfg(), path))
+        found = flat(load_config(get_cfg(), path)[0])
         assert {k: v for k, v in found.items() if v != defaults[k]} == CONFIGS[name]["sets"], name

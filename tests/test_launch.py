@@ -85,14 +85,14 @@ def test_a_worker_ends_when_its_parent_says_and_at_no_other_signal() -> None:
 
 def _two_view_batches(root: Path) -> Iterator:
     settings = ["DATA.IMAGE_SIZE", 16, "DATA.NUM_WORKERS", 1, "SOLVER.BATCH_SIZE", 2]
-    cfg = load_config(pretraining_keys(), "", [str(text) for text in settings])
+    cfg = load_config(pretraining_keys(), "", [str(text) for text in settings])[0]
     return build_two_view_loader(cfg, open_source(str(root / "shapes" / "train"))).batches(0)
 
 
 def _detection_batches(root: Path) -> Iterator:
     settings = ["DATASETS.TRAIN", ("shapes_train",), "DATALOADER.NUM_WORKERS", 1, "SOLVER.IMS_PER_BATCH", 2]
     settings += ["MODEL.ROI_HEADS.NUM_CLASSES", len(CLASSES), "INPUT.MASK_FORMAT", "bitmask"]
-    cfg = load_config(detection_keys(), "", [str(text) for text in settings])
+    cfg = load_config(detection_keys(), "", [str(text) for text in settings])[0]
     return iter(build_train_loader(cfg))
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def opened(folder: Path, wandb: str | None = None, resume: bool = False) -> RunMetrics:
-    return RunMetrics(load_config(get_cfg(), "", ["OUTPUT_DIR", str(folder), "SEED", "7"]), wandb, resume)
+    return RunMetrics(load_config(get_cfg(), "", ["OUTPUT_DIR", str(folder), "SEED", "7"])[0], wandb, resume)
 
 
 def lines(folder: Path) -> list[dict]:
@@ -250,7 +250,7 @@ import sys
 from loco_det.core.config import load_config
 from loco_det.core.metrics import RunMetrics
 from pretrain.defaults import get_cfg
-cfg = load_config(get_cfg(), "", ["OUTPUT_DIR", sys.argv[1]])
+cfg = load_config(get_cfg(), "", ["OUTPUT_DIR", sys.argv[1]])[0]
 for resume in (False, True):
     with RunMetrics(cfg, "backbones", resume) as metrics:
         metrics.write({"iteration": 0, "loss/a": 0.5})

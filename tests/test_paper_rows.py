@@ -85,7 +85,7 @@ def test_every_row_trains(row, images: Path, tmp_path: Path) -> None:
     if "presnet50" not in row.config:
         small["BACKBONE.NAME"] = "resnet18"
     words = [str(part) for pair in small.items() for part in pair]
-    path = pretrain(load_config(get_cfg(), CONFIGS / f"{row.config}.yaml", words))
+    path = pretrain(load_config(get_cfg(), CONFIGS / f"{row.config}.yaml", words)[0])
     lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert len(lines) == 3
     losses = [key for key in lines[0] if key.startswith("loss/")]
@@ -100,7 +100,7 @@ def test_the_header_says_the_papers_figure_and_the_schedule_is_its(row) -> None:
     (result,) = [line for line in (CONFIGS / f"{row.config}.yaml").read_text().splitlines() if "# Result:" in line]
     assert ("the paper plots" if row.top1 is None else f"the paper {row.top1:.1f} %") in result
     assert "ours: not run" in result
-    cfg = load_config(get_cfg(), CONFIGS / f"{row.config}.yaml")
+    cfg = load_config(get_cfg(), CONFIGS / f"{row.config}.yaml")[0]
     solver = (cfg.SOLVER.OPTIMIZER, cfg.SOLVER.BATCH_SIZE, cfg.SOLVER.EPOCHS, cfg.SOLVER.WARMUP_EPOCHS)
     assert solver == ("lars", 4096, row.epochs, 10)
     peak = cfg.SOLVER.BASE_LR * cfg.SOLVER.BATCH_SIZE / 256
@@ -110,7 +110,7 @@ def test_the_header_says_the_papers_figure_and_the_schedule_is_its(row) -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.config)
 def test_units_decoder_and_sharing_are_the_papers(row) -> None:
-    cfg = load_config(get_cfg(), CONFIGS / f"{row.config}.yaml")
+    cfg = load_config(get_cfg(), CONFIGS / f"{row.config}.yaml")[0]
     with torch.device("meta"):
         units = unit_names(cfg, build_backbone(cfg))
     decoder = (cfg.DECODER.CONV, cfg.DECODER.CONV_BLOCKS, cfg.DECODER.DOWNSAMPLE if cfg.DECODER.CONV_BLOCKS else None)

@@ -37,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny data set and `detector.pth`, whose scores are spread widely."""
     root = write_tiny(tmp_path_factory.mktemp("predict"))
     torch.manual_seed(0)
-    model = build_model(load_config(get_cfg(), CONFIG, SETTINGS))
+    model = build_model(load_config(get_cfg(), CONFIG, SETTINGS)[0])
     with torch.no_grad():
         model.roi_heads.box_predictor.cls_score.weight.mul_(30)
     torch.save({"model": model.state_dict()}, root / "detector.pth")

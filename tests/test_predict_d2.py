@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = write_tiny(tmp_path_factory.mktemp("predict_d2"))
     torch.manual_seed(0)
-    model = engine_d2.Detectron2Engine().build_model(load_config(get_cfg(), CONFIG, SETTINGS))
+    model = engine_d2.Detectron2Engine().build_model(load_config(get_cfg(), CONFIG, SETTINGS)[0])
     with torch.no_grad():
         model.roi_heads.box_predictor.cls_score.weight.mul_(30)
     DetectionCheckpointer(model, str(root)).save("model_final", iteration=5)
@@ -54,7 +54,7 @@ def expected(place: Path) -> list[list[dict[str, Any]]]:
     """What Detectron2's DefaultPredictor finds in every image, by descending score."""
     from detectron2.engine import DefaultPredictor
 
-    cfg = load_config(get_cfg(), CONFIG, [*SETTINGS, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(THRESHOLD)])
+    cfg = load_config(get_cfg(), CONFIG, [*SETTINGS, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(THRESHOLD)])[0]
     native = engine_d2._native(cfg)
     native.MODEL.WEIGHTS = str(place / "model_final.pth")
     native.DATASETS.TEST = ()

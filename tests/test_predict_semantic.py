@@ -36,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("segment")
     write_cityscapes(root, images=3)
     torch.manual_seed(0)
-    model = build_model(load_config(get_cfg(), CONFIG, SETTINGS))
+    model = build_model(load_config(get_cfg(), CONFIG, SETTINGS)[0])
     torch.save({"model": model.state_dict()}, root / "segmentor.pth")
     return root
 
@@ -59,7 +59,7 @@ def test_labels_are_those_of_an_evaluation(
         pytest.importorskip("detectron2")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(place))
     changes = ["MODEL.WEIGHTS", str(place / "segmentor.pth"), "OUTPUT_DIR", str(tmp_path / "run")]
-    train_net(load_config(get_cfg(), CONFIG, [*SETTINGS, *changes]), engine=engine, eval_only=True)
+    train_net(load_config(get_cfg(), CONFIG, [*SETTINGS, *changes])[0], engine=engine, eval_only=True)
     assert predict(place, tmp_path / "out", val(place), "--engine", engine, "--batch-size", 2, "--exact") == 0
     written = sorted((tmp_path / "out" / "sem_seg").glob("*/*.png"))
     evaluated = sorted((tmp_path / "run" / "inference" / "sem_seg").glob("*.png"))

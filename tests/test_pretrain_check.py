@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
-from fvcore.common.config import CfgNode
+from pathlib import Path
 
-from loco_det.core.config import all_keys, load_config
+import pytest
+
+from loco_det.core import config
+from loco_det.core.config import flat, load_config
 from loco_det.core.errors import UserError
-from loco_det.images.views import view_config
-from pretrain.check import check_numbers
+from pretrain.check import check
 from pretrain.defaults import get_cfg
-from pretrain.sharing import check_sharing
-from pretrain.train import build_backbone
 
 NAN, INF = float("nan"), float("inf")
 # Least and most that can be; written by hand, not taken from the code.
@@ -62,26 +60,12 @@ LISTS = {
 
 
 def judge(key: str, value: object) -> None:
-    """All that judges a number, and nothing that reads images, trains or writes."""
-    cfg = load_config(get_cfg(), "", ["SHARING.MODE", "soft"] if key == "SHARING.PENALTY" else [])
-    *parents, last = key.split(".")
-    if type(value) is type(at(cfg, key)):  # as from a file, where nan and infinity can be written
-        cfg.defrost()
-        at(cfg, ".".join(parents))[last] = value
+    cfg, settings = load_config(get_cfg(), "", ["SHARING.MODE", "soft"] if key == "SHARING.PENALTY" else [])
+    if type(value) is type(config.value(cfg, key)):  # as from a file, where nan and infinity can be written
+        cfg = config.changed(cfg, **{key: value})
     else:
-        cfg = load_config(cfg, "", [key, str(value)])
-    check_numbers(cfg)
-    check_sharing(cfg.SHARING, recompute=False)
-    if key.startswith("BACKBONE"):
-        with torch.device("meta"):
-            build_backbone(cfg)
-    view_config(cfg.DATA.IMAGE_SIZE, {name: v for name, v in cfg.AUGMENT.items() if name != "DEVICE"})
-
-
-def at(cfg: CfgNode, key: str) -> object:
-    for part in key.split(".") if key else ():
-        cfg = cfg[part]
-    return cfg
+        cfg, settings = load_config(cfg, "", [key, str(value)])
+    check(cfg, settings)
 
 
 def refused(key: str, value: object) -> None:
@@ -91,9 +75,19 @@ def refused(key: str, value: object) -> None:
     assert "\n" not in str(told.value)
 
 
+def test_a_refusal_says_who_set_the_key(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("SEED: 1\nSOLVER:\n  EPOCHS: -1\n")
+    with pytest.raises(UserError, match=r"a\.yaml, line 3: SOLVER\.EPOCHS is -1; use 0 or more"):
+        check(*load_config(get_cfg(), tmp_path / "a.yaml"))
+    with pytest.raises(UserError, match=r"^the command line: SOLVER\.AMP is 'fp8'; use one of none, bf16, fp16"):
+        check(*load_config(get_cfg(), tmp_path / "a.yaml", ["SOLVER.EPOCHS", "1", "SOLVER.AMP", "fp8"]))
+    with pytest.raises(UserError, match=r"^SOLVER\.AMP is 'fp8'"):
+        check(load_config(get_cfg(), "", ["SOLVER.AMP", "fp8"])[0])
+
+
 def test_no_number_is_forgotten() -> None:
     cfg = get_cfg()
-    numbers = {key for key in all_keys(cfg) if type(at(cfg, key)) in (int, float)}
+    numbers = {key for key, value in flat(cfg).items() if type(value) in (int, float)}
     assert numbers == COUNTS.keys() | REALS.keys()
 
 

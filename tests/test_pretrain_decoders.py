@@ -11,7 +11,9 @@ from torch import nn
 
 from loco_det.backbones.presnet import PResNet
 from loco_det.backbones.resnet import BasicBlock, Bottleneck, ResNet, narrow
+from loco_det.core import config
 from loco_det.core.errors import UserError
+from pretrain.check import check
 from pretrain.decoders import Decoder, build_decoder, residual_blocks
 from pretrain.defaults import get_cfg
 
@@ -131,17 +133,17 @@ def test_conv_full_is_as_deep_as_the_backbone(stage: str, side: int) -> None:
     ("changed", "words"),
     [
         ({"CONV": "deep"}, "DECODER.CONV"),
-        ({"CONV": "stage", "CONV_BLOCKS": 1}, "DECODER.CONV_BLOCKS 0"),
+        ({"CONV": "stage", "CONV_BLOCKS": 1}, "DECODER.CONV_BLOCKS is 1, but DECODER.CONV stage"),
         ({"CONV_BLOCKS": -1}, "DECODER.CONV_BLOCKS"),
-        ({"DOWNSAMPLE": False}, "DECODER.DOWNSAMPLE False"),
-        ({"CONV": "full", "DOWNSAMPLE": False}, "DECODER.DOWNSAMPLE False"),
+        ({"DOWNSAMPLE": False}, "DECODER.DOWNSAMPLE is False"),
+        ({"CONV": "full", "DOWNSAMPLE": False}, "DECODER.DOWNSAMPLE is False"),
         ({"MLP_LAYERS": 5}, "DECODER.MLP_LAYERS"),
         ({"OUT_DIM": 0}, "DECODER.OUT_DIM"),
     ],
 )
 def test_a_key_that_cannot_be_is_named(changed: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        build_decoder(settings(**changed), ResNet(18), "res3")
+        check(config.changed(get_cfg(), **{f"DECODER.{key}": value for key, value in changed.items()}))
 
 
 def test_a_sum_that_half_precision_cannot_hold_is_pooled_all_the_same() -> None:

@@ -80,21 +80,21 @@ def steps(method: str) -> list[torch.Tensor]:
     modules = nn.ModuleList([*stages, *heads])
     optimizer = build_optimizer(get_cfg(), modules)
     average = GradientAverage(modules.parameters())
-    parts = [list(module.parameters()) for module in modules]
-    stepping = Stepping(optimizer, parts, average, torch.amp.GradScaler("cpu", enabled=False), early=True)
+    stepping = Stepping(optimizer, modules, average, torch.amp.GradScaler("cpu", enabled=False), early=True)
     stepping.lr = 0.3
 
     def loss(i: int, features: torch.Tensor) -> torch.Tensor:
-        stepping.ready(len(stages) + i)
+        stepping.ready(heads[i])
         return nt_xent(heads[i](features.mean((2, 3))), 0.1)
 
     losses = [partial(loss, i) for i in range(len(heads))]
-    trainer = LocalTrainer(stages, UNITS[method], losses, stepping.final, on_start=stepping.ready)
+    final, ready = (lambda k, to=to: to(stages[k]) for to in (stepping.final, stepping.ready))
+    trainer = LocalTrainer(stages, UNITS[method], losses, final, on_start=ready)
     values = []
     for _ in range(5):
         views = torch.randn(2, 8, 3, 6, 6, dtype=torch.float64)
         values += trainer.step(views.chunk(world_size(), dim=1)[rank()].flatten(0, 1))
-        stepping.final(*range(len(stages), len(parts)))
+        stepping.final(*heads)
     stepping.finish()
     return [torch.stack(values), *modules.state_dict().values()]
 
@@ -155,7 +155,7 @@ def stopped_run(cfg: CfgNode) -> str:
 
 
 def configuration(settings: list[str], output: str, method: str):
-    return load_config(get_cfg(), "", [*settings, "OUTPUT_DIR", output, "METHOD", method])
+    return load_config(get_cfg(), "", [*settings, "OUTPUT_DIR", output, "METHOD", method])[0]
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def config(data: Path, output: Path, **extra: object):
     options = [*SETTINGS.split(), "DATA.PATH", str(data), "OUTPUT_DIR", str(output)]
     for key, value in extra.items():
         options += [key.replace("__", "."), str(value)]
-    return load_config(get_cfg(), "", options)
+    return load_config(get_cfg(), "", options)[0]
 
 
 def lines(output: Path) -> list[dict]:

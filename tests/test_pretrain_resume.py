@@ -117,7 +117,7 @@ def live(folder: Path, output: str, moment: Callable[[], None] | None = None, se
             if moment is not None:
                 moment()
             options = [*SETTINGS.split(), "DATA.PATH", str(folder / "images"), "OUTPUT_DIR", str(folder / output)]
-            train.pretrain(load_config(get_cfg(), "", options), resume=True)
+            train.pretrain(load_config(get_cfg(), "", options)[0], resume=True)
             code = 0
         except BaseException:
             traceback.print_exc()

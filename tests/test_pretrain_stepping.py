@@ -71,26 +71,25 @@ class Run:
         cfg.SOLVER.OPTIMIZER, cfg.SOLVER.WEIGHT_DECAY = optimizer.split()[0], OPTIMIZERS[optimizer]
         self.optimizer = build_optimizer(cfg, self.network)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-        parts = [list(module.parameters()) for module in self.network]
         self.average = GradientAverage(parameters, link.send if link else None)
-        self.stepping = Stepping(self.optimizer, parts, self.average, self.scaler, early)
+        self.stepping = Stepping(self.optimizer, self.network, self.average, self.scaler, early)
         self.freed: dict[int, list[bool]] = {}
         self.trainer = LocalTrainer(
             stages,
             UNITS[method],
             [partial(self.loss, i) for i in range(len(UNITS[method]))],
             on_final=self.final,
-            on_start=self.stepping.ready,
+            on_start=lambda k: self.stepping.ready(self.network[k]),
         )
-        self.taken: list[int] = []
+        self.taken: list[nn.Module] = []
 
     def loss(self, i: int, features: Tensor) -> Tensor:
-        self.stepping.ready(4 + i)
-        self.taken.append(4 + i)
+        self.stepping.ready(self.heads[i])
+        self.taken.append(self.heads[i])
         return nt_xent(self.heads[i](features.mean((2, 3))), 0.2)
 
     def final(self, k: int) -> None:
-        self.stepping.final(k, *self.taken)
+        self.stepping.final(self.network[k], *self.taken)
         self.taken.clear()
         self.freed[k] = [all(p.grad is None for p in module.parameters()) for module in self.network]
 
@@ -170,9 +169,12 @@ def test_the_end_of_a_step_waits_for_nothing_and_the_next_forward_for_its_stage_
     run.trainer.step(torch.randn(8, 3, 6, 6))
     assert (len(link.sizes), link.under_way) == (4, 4)  # a message for each stage, with the decoders of its time
     left = []
-    monkeypatch.setattr(
-        run.trainer, "on_start", lambda k: (run.stepping.ready(k), left.append(sorted(run.stepping.waiting)))
-    )
+
+    def ready(k: int) -> None:
+        run.stepping.ready(run.network[k])
+        left.append([i for i, part in enumerate(run.network) if part in run.stepping.waiting])
+
+    monkeypatch.setattr(run.trainer, "on_start", ready)
     run.trainer.step(torch.randn(8, 3, 6, 6))
     assert left[0] == [1, 2, 3, 4, 5, 6]
     assert left[1] == [2, 3, 4, 5, 6]

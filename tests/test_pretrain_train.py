@@ -72,7 +72,7 @@ def overrides(images: Path, output: Path, **extra: object) -> list[str]:
 
 
 def config(images: Path, output: Path, **extra: object):
-    return load_config(get_cfg(), "", overrides(images, output, **extra))
+    return load_config(get_cfg(), "", overrides(images, output, **extra))[0]
 
 
 def trace(output: Path) -> list[dict]:
@@ -295,7 +295,7 @@ def test_resume_needs_the_same_configuration(images: Path, tmp_path: Path) -> No
     pretrain(config(images, tmp_path))
     with pytest.raises(UserError, match="made with another configuration"):
         pretrain(config(images, tmp_path, LOSS__TEMPERATURE=0.5), resume=True)
-    assert load_config(get_cfg(), tmp_path / "config.yaml").LOSS.TEMPERATURE == 0.1  # still the run's own
+    assert load_config(get_cfg(), tmp_path / "config.yaml")[0].LOSS.TEMPERATURE == 0.1  # still the run's own
     assert pretrain(config(images, tmp_path, LOG_PERIOD=7), resume=True).is_file()
 
 
@@ -543,12 +543,10 @@ def test_unreadable_images_are_skipped_up_to_the_share(images: Path, tmp_path: P
         ("DECODER__OUT_DIM", 0, "DECODER.OUT_DIM"),
         ("SOLVER__OPTIMIZER", "adam", "SOLVER.OPTIMIZER is 'adam'"),
         ("SOLVER__AMP", "fp8", "SOLVER.AMP is 'fp8'"),
-        ("SOLVER__BATCH_SIZE", 13, "SOLVER.BATCH_SIZE is 13"),
         ("SOLVER__BATCH_SIZE", 0, "SOLVER.BATCH_SIZE is 0"),
         ("SOLVER__RECOMPUTE", "some", "SOLVER.RECOMPUTE: 'some'"),
         ("LOSS__CHUNK", -1, "LOSS.CHUNK is -1"),
         ("SOLVER__RECOMPUTE", 3, "SOLVER.RECOMPUTE is 3"),
-        ("DATA__PATH", "/no/such/folder", "/no/such/folder"),
         ("DEVICE", "cuda:99", "cuda:99"),
         ("LOSS__TEMPERATURE", 0.0, "LOSS.TEMPERATURE is 0"),
         ("LOG_PERIOD", 0, "LOG_PERIOD is 0; use 1 or more"),
@@ -560,13 +558,25 @@ def test_unreadable_images_are_skipped_up_to_the_share(images: Path, tmp_path: P
         ("SOLVER__MOMENTUM", -1.0, "SOLVER.MOMENTUM is -1.0; use 0 or more"),
         ("SOLVER__WEIGHT_DECAY", "1e999", "SOLVER.WEIGHT_DECAY is inf; use 1000000000 or less"),
         ("UNITS", "[['res2','res4']]", "no unit trains res5"),
+        ("AUGMENT__PRESET", "moco", "AUGMENT.PRESET 'moco'"),
+        ("AUGMENT__DEVICE", "tpu", "AUGMENT.DEVICE is 'tpu'"),
     ],
 )
-def test_bad_values_are_named(key: str, value: object, message: str, images: Path, tmp_path: Path) -> None:
+def test_bad_values_are_named_before_files_are_opened(key: str, value: object, message: str, tmp_path: Path) -> None:
     extra = {"SOLVER__MAX_STEPS": 0} if key == "SOLVER__EPOCHS" else {}
-    with pytest.raises(UserError, match=message):
-        pretrain(config(images, tmp_path, **{key: value}, **extra))
-    assert not list(tmp_path.glob("*.safetensors"))
+    with pytest.raises(UserError, match=message):  # before the missing images are noticed
+        pretrain(config(tmp_path / "missing", tmp_path / "run", **{key: value}, **extra))
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=str(tmp_path / "missing")):
+        pretrain(config(tmp_path / "missing", tmp_path / "run"))
+
+
+def test_a_batch_larger_than_the_data_is_refused(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"SOLVER\.BATCH_SIZE is 13 but DATA\.PATH .* has 12 images"):
+        pretrain(config(images, tmp_path, SOLVER__BATCH_SIZE=13))
 
 
 @pytest.mark.parametrize(("key", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])

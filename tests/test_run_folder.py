@@ -129,7 +129,7 @@ def tiny_pretraining(output: Path, images: Path, *more: object) -> Any:
     settings = """BACKBONE.NAME resnet18 BACKBONE.STEM cifar BACKBONE.WIDTH 8 DECODER.HIDDEN_DIM 8 DECODER.OUT_DIM 8
         DATA.IMAGE_SIZE 16 DATA.NUM_WORKERS 0 SOLVER.BATCH_SIZE 4 SOLVER.MAX_STEPS 2 CHECKPOINT_PERIOD 1 DEVICE cpu"""
     words = [*settings.split(), "OUTPUT_DIR", str(output), "DATA.PATH", str(images), *map(str, more)]
-    return load_config(get_cfg(), "configs/pretrain/loco_r18_cifar.yaml", words)
+    return load_config(get_cfg(), "configs/pretrain/loco_r18_cifar.yaml", words)[0]
 
 
 def test_a4_pretraining_does_not_resume_an_earlier_run(tmp_path: Path, images: Path) -> None:

@@ -30,7 +30,7 @@ from loco_det.commands import sweep
 from loco_det.commands.doctor import examine_config
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
-from loco_det.detection.keys import get_cfg
+from loco_det.detection.keys import check_supported, get_cfg
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.train import check_classes, train_net
 from loco_det.evaluation import pixels as scores
@@ -244,7 +244,7 @@ def test_frozen_features_stay_and_the_head_learns(tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in model.backbone.bottom_up.parameters())
     finetune = "configs/cityscapes_semantic_loco_r50_finetune.yaml"
     with torch.device("meta"):
-        model = build_model(load_config(get_cfg(), finetune, ["MODEL.RESNETS.NORM", "BN"]))
+        model = build_model(load_config(get_cfg(), finetune, ["MODEL.RESNETS.NORM", "BN"])[0])
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -461,8 +461,13 @@ def test_what_does_not_fit_is_refused_first(changes: dict, message: str, tmp_pat
     ],
 )
 def test_heads_that_cannot_be_made_are_refused(changes: dict, message: str, tmp_path: Path) -> None:
+    def make() -> None:
+        changed = cfg(tmp_path, **{f"MODEL__{key}": value for key, value in changes.items()})
+        check_supported(changed)
+        build_model(changed)
+
     with pytest.raises(UserError, match=message):
-        build_model(cfg(tmp_path, **{f"MODEL__{key}": value for key, value in changes.items()}))
+        make()
 
 
 # --- Detectron2 -------------------------------------------------------------------------------------------------

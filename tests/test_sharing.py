@@ -466,7 +466,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def configuration(options: list[str], output: Path, *more: object):
-    return load_config(get_cfg(), "", [*options, "OUTPUT_DIR", str(output), *map(str, more)])
+    return load_config(get_cfg(), "", [*options, "OUTPUT_DIR", str(output), *map(str, more)])[0]
 
 
 def trace(output: Path) -> list[dict]:

@@ -41,7 +41,7 @@ class Net(nn.Module):
 
 
 def config(*overrides: str):
-    return load_config(get_cfg(), "", list(overrides))
+    return load_config(get_cfg(), "", list(overrides))[0]
 
 
 def rates(cfg, count: int | None = None) -> list[float]:

@@ -76,7 +76,7 @@ def test_a_run_leaves_what_detectron2_leaves(whole):
     assert {"config.yaml", "metrics.json", "last_checkpoint", "model_0000003.pth", "model_final.pth"} <= names
     assert (folder / "last_checkpoint").read_text() == "model_final.pth"
     assert (
-        load_config(get_cfg(), folder / "config.yaml").dump()
+        load_config(get_cfg(), folder / "config.yaml")[0].dump()
         == tiny_cfg(folder, SOLVER__CHECKPOINT_PERIOD=4, TEST__EVAL_PERIOD=3).dump()
     )
     detections = json.loads((folder / "inference" / "coco_instances_results.json").read_text())

@@ -161,7 +161,7 @@ def test_a_set_is_made_once(root, monkeypatch):
 
 def test_a_part_is_measured_as_the_whole(root, tmp_path):
     write_voc(root, "2007", "test")
-    cfg = load_config(get_cfg(), "", ["MODEL.ROI_HEADS.NUM_CLASSES", "20"])
+    cfg = load_config(get_cfg(), "", ["MODEL.ROI_HEADS.NUM_CLASSES", "20"])[0]
     for part in ("", "@50pct_seed0"):
         measure = build_measure(cfg, find_dataset(f"voc_2007_test{part}"), "hotcoco", tmp_path)
         (numbers,) = measure.evaluate([]).values()
@@ -249,7 +249,7 @@ def test_limits(root, eleven_points):
 def voc_cfg(output_dir: Path) -> Any:
     tiny = overrides(OUTPUT_DIR=output_dir, MODEL__MASK_ON=False, MODEL__ROI_HEADS__NUM_CLASSES=20)
     names = ["DATASETS.TRAIN", "('voc_2007_trainval',)", "DATASETS.TEST", "('voc_2007_test',)"]
-    return load_config(get_cfg(), "configs/coco_loco_r50_faster.yaml", [*tiny, *names])
+    return load_config(get_cfg(), "configs/coco_loco_r50_faster.yaml", [*tiny, *names])[0]
 
 
 def train_and_test(root: Path, engine: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def overrides(**changes: object) -> list[str]:
 
 def tiny_cfg(output_dir: Path, **changes: object) -> CfgNode:
     """configs/coco_loco_r50.yaml with TINY and `changes` over it: frozen Mask R-CNN."""
-    return load_config(get_cfg(), "configs/coco_loco_r50.yaml", overrides(OUTPUT_DIR=output_dir, **changes))
+    return load_config(get_cfg(), "configs/coco_loco_r50.yaml", overrides(OUTPUT_DIR=output_dir, **changes))[0]
 
 
 def write_tiny(root: Path, images: int = 6) -> Path:

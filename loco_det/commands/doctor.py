@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import importlib
 import json
 import os
@@ -103,18 +102,17 @@ def examine_config(config: str, overrides: list[str], weights: str | None = None
         from loco_det.annotations.classes import check_training_classes, missing_classes
         from loco_det.annotations.loader import check_kind
         from loco_det.annotations.registry import find_dataset
-        from loco_det.core.config import collect_settings, load_config
+        from loco_det.core.config import load_config
         from loco_det.detection import train
-        from loco_det.detection.keys import check_supported, get_cfg
+        from loco_det.detection.keys import get_cfg
     except Exception as error:
         return [_broken("config", error)]
-    cfg = load_config(get_cfg(), config, overrides)
+    cfg, settings = load_config(get_cfg(), config, overrides)
 
     def engine() -> Check:
-        name = train.choose_engine("auto", tell=False).name
-        if name == "torchvision":
-            check_supported(cfg, collect_settings(config, overrides))
-        return Check("config", "ok", f"{config} on the {name} engine")
+        chosen = train.choose_engine("auto")
+        chosen.check(cfg, settings)
+        return Check("config", "ok", f"{config} on the {chosen.name} engine")
 
     def data_set(name: str) -> Check:
         check_kind(cfg, name)
@@ -131,7 +129,7 @@ def examine_config(config: str, overrides: list[str], weights: str | None = None
     names = list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
     checks = [_guarded("config", engine)]
     checks += [_guarded(f"data set {name}", lambda name=name: data_set(name)) for name in names]
-    checks.append(_guarded("weights", lambda: _weights(cfg, weights or cfg.MODEL.WEIGHTS)))
+    checks.append(_guarded("weights", lambda: _weights(cfg, settings, weights or cfg.MODEL.WEIGHTS)))
     checks.append(_guarded("schedule", lambda: _schedule(cfg)))
     checks.append(_guarded("norm", lambda: _norm(cfg)))
     checks.append(_guarded("output", lambda: _disk(Path(cfg.OUTPUT_DIR), "output")))
@@ -310,14 +308,16 @@ def _shared_memory() -> Check:
 # --- the configuration ------------------------------------------------------------------------------------------
 
 
-def _weights(cfg: Any, path: str) -> Check:
+def _weights(cfg: Any, settings: Any, path: str) -> Check:
     """Into the model that the configuration describes, exactly as training would load them."""
+    from loco_det.detection.keys import check_supported
     from loco_det.detection.rcnn import build_model
     from loco_det.detection.weights import apply_weights, read_weights
 
     if not path:
         return Check("weights", "note", "MODEL.WEIGHTS is empty: random values", "pretrain or convert a backbone")
     weights = read_weights(path)
+    check_supported(cfg, settings)  # for the model is the torchvision engine's, whichever engine the config is for
     apply_weights(build_model(cfg), weights, cfg)
     kind = "backbone" if weights.is_backbone else "detector"
     if weights.is_backbone and weights.manifest is None:
@@ -345,7 +345,9 @@ def _norm(cfg: Any) -> Check:
     """Normalisation whose statistics depend on how many processes there are."""
     import torch
 
-    used = {key: functools.reduce(getattr, key.split("."), cfg) for key in NORM_KEYS}
+    from loco_det.core.config import value
+
+    used = {key: value(cfg, key) for key in NORM_KEYS}
     synced = [key for key, norm in used.items() if norm == "SyncBN"]
     shown = ", ".join(f"{key} {norm or 'none'}" for key, norm in used.items())
     if synced and torch.cuda.device_count() < 2:

@@ -29,14 +29,15 @@ from loco_det.annotations.instances import Instances
 from loco_det.annotations.pixels import CLASSES, LABEL_IDS, is_semantic
 from loco_det.annotations.registry import find_dataset
 from loco_det.annotations.transforms import resize_short_side
-from loco_det.core.config import collect_settings, load_config
+from loco_det.core import config
+from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, write_json
 from loco_det.core.log import Progress, log, setup_logging
 from loco_det.detection.cpu_speed import speed_up
 from loco_det.detection.engine import Engine
-from loco_det.detection.keys import check_supported, get_cfg
-from loco_det.detection.train import choose_engine, detector_device
+from loco_det.detection.keys import get_cfg
+from loco_det.detection.train import choose_engine, detector_device, log_engine
 from loco_det.detection.weights import load_weights
 from loco_det.evaluation.coco import instances_to_coco
 from loco_det.evaluation.pixels import labels_to_coco, write_labels
@@ -80,10 +81,11 @@ def run(args: argparse.Namespace) -> None:
     media, unreadable = find_media(args.inputs)
     overrides = ["MODEL.WEIGHTS", args.weights, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(threshold)]
     overrides = [*args.opts, *overrides]
-    cfg = load_config(get_cfg(), args.config_file, overrides)
+    cfg, settings = load_config(get_cfg(), args.config_file, overrides)
     engine = choose_engine("torchvision" if args.export_onnx and args.engine == "auto" else args.engine)
-    if engine.name == "torchvision":
-        check_supported(cfg, collect_settings(args.config_file, overrides))
+    log_engine(engine)
+    if engine.name == "torchvision":  # Detectron2's predicts with what a training here would refuse
+        engine.check(cfg, settings)
     if _is_segmentor(cfg) and (args.score_threshold is not None or args.export_onnx):
         raise UserError("a SemanticSegmentor takes no --score-threshold (every pixel has a class) nor --export-onnx.")
     setup_logging(args.out)
@@ -118,10 +120,7 @@ def load_detector(cfg: CfgNode, engine: Engine) -> tuple[nn.Module, CfgNode]:
         )
     if not cfg.MODEL.WEIGHTS:
         raise UserError("no weights: give --weights, a checkpoint of a trained detector.")
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = str(detector_device(cfg.MODEL.DEVICE))
-    cfg.freeze()
+    cfg = config.changed(cfg, **{"MODEL.DEVICE": str(detector_device(cfg.MODEL.DEVICE))})
     model = engine.build_model(cfg)
     weights = load_weights(model, cfg)
     if weights.is_backbone:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
-from loco_det.core.config import load_config
+from loco_det.core.config import Settings, load_config
 from loco_det.core.errors import UserError
 from loco_det.core.launch import launch
 from loco_det.core.log import setup_logging
@@ -34,16 +34,17 @@ def run(args: argparse.Namespace) -> None:
     if args.num_gpus < 1:
         raise UserError(f"--num-gpus is {args.num_gpus}; give at least 1, which without a GPU means one CPU process")
     check_wandb(args.wandb)
-    launch(_worker, args.num_gpus, load_config(get_cfg(), args.config_file, args.opts), args.resume, args.wandb)
+    cfg, settings = load_config(get_cfg(), args.config_file, args.opts)
+    launch(_worker, args.num_gpus, cfg, settings, args.resume, args.wandb)
 
 
-def _worker(cfg: CfgNode, resume: bool, wandb: str | None) -> Path:
+def _worker(cfg: CfgNode, settings: Settings, resume: bool, wandb: str | None) -> Path:
     setup_logging(cfg.OUTPUT_DIR)
-    return pretrain(cfg, resume, wandb=wandb)
+    return pretrain(cfg, resume, wandb=wandb, settings=settings)
 
 
 def pretrain_file(config: str, overrides: list[str]) -> Path:
     """Train in this process what a YAML file and overrides describe; returns its backbone.safetensors."""
-    cfg = load_config(get_cfg(), config, overrides)
+    cfg, settings = load_config(get_cfg(), config, overrides)
     setup_logging(cfg.OUTPUT_DIR)
-    return pretrain(cfg)
+    return pretrain(cfg, settings=settings)

@@ -104,7 +104,8 @@ def _evaluate(method: str, out: Path, seed: int) -> dict[str, Any]:
     setup_logging(folder / "detector")
     settings = {"MODEL.WEIGHTS": weights, "SEED": seed, "OUTPUT_DIR": folder / "detector"}
     overrides = [str(part) for pair in settings.items() for part in pair]
-    return train_net(load_config(get_cfg(), "configs/quickstart.yaml", overrides), engine="torchvision")
+    cfg, _ = load_config(get_cfg(), "configs/quickstart.yaml", overrides)
+    return train_net(cfg, engine="torchvision")
 
 
 def _draw(out: Path) -> None:

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loco_det.convert import convert
+from loco_det.core import config
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.core.files import file_sha256, write_json
@@ -89,9 +90,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: arguments that mean nothing, or OUT holds cells of other settings.
     """
-    _check(args)
+    shared = _check(args)
     setup_logging(args.out)
-    shared = _shared(args)
     failed: dict[str, str] = {}
     cells: list[Cell] = []
     for name, file in _named(args.backbones).items():
@@ -114,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace) -> dict[str, Any]:
+    """Check the arguments; returns what all cells share and what would change their numbers, but not who runs them."""
     check_wandb(args.wandb)
     if any(not 0 < fraction <= 1 for fraction in args.fractions):
         raise UserError(f"--fractions {args.fractions}: give shares above 0, up to 1")
@@ -125,17 +126,13 @@ def _check(args: argparse.Namespace) -> None:
     taken = {"MODEL.WEIGHTS", "SEED", "OUTPUT_DIR"} & set(args.set[::2])
     if taken:
         raise UserError(f"--set {min(taken)}: the sweep sets it itself; leave it out")
-    cfg = load_config(get_cfg(), args.config_file, args.set)  # a mistake in it would fail every cell
+    cfg, settings = load_config(get_cfg(), args.config_file, args.set)
+    engine = choose_engine(args.engine)
+    engine.check(cfg, settings)  # a mistake would fail every cell
     if args.feature_cache:
-        check_cacheable(cfg, choose_engine(args.engine, tell=False).name)
-
-
-def _shared(args: argparse.Namespace) -> dict[str, Any]:
-    """What all cells have in common and what would give other numbers; not who runs them."""
-    cfg = load_config(get_cfg(), args.config_file, args.set).clone()
-    cfg.defrost()
-    cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, cfg.SEED = "", "", 0
-    return {"config": cfg.dump(), "engine": args.engine, "num_gpus": args.num_gpus}
+        check_cacheable(cfg, engine.name)
+    common = config.changed(cfg, OUTPUT_DIR="", SEED=0, **{"MODEL.WEIGHTS": ""})
+    return {"config": common.dump(), "engine": args.engine, "num_gpus": args.num_gpus}
 
 
 def _named(backbones: list[str]) -> dict[str, Path]:

@@ -9,12 +9,13 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from loco_det.annotations.subsets import part_name
-from loco_det.core.config import collect_settings, load_config
+from loco_det.core import config
+from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.core.launch import launch
 from loco_det.core.log import setup_logging
 from loco_det.core.metrics import check_wandb
-from loco_det.detection.keys import check_supported, get_cfg
+from loco_det.detection.keys import get_cfg
 from loco_det.evaluation.cityscapes import OFFICIAL
 from loco_det.evaluation.coco import EVALUATORS
 
@@ -54,22 +55,20 @@ def run(args: argparse.Namespace) -> None:
     from loco_det.detection.train import choose_engine
 
     check_wandb(args.wandb)
-    cfg = load_config(get_cfg(), args.config_file, args.opts)
+    cfg, settings = load_config(get_cfg(), args.config_file, args.opts)
     if args.fraction is not None or args.few_shot is not None:
-        args.opts += _part_of_training_set(cfg, args.fraction, args.few_shot)
-        cfg = load_config(get_cfg(), args.config_file, args.opts)
+        cfg = _with_part_of_training_set(cfg, args.fraction, args.few_shot)
     if args.num_gpus < 1:
         raise UserError(f"--num-gpus is {args.num_gpus}; give at least 1, which without a GPU means one CPU process.")
-    # Again in every process, but here it is known who set what.
-    if choose_engine(args.engine, tell=False).name == "torchvision":
-        check_supported(cfg, collect_settings(args.config_file, args.opts))
-    options = {"engine": args.engine, "eval_only": args.eval_only, "resume": args.resume, "evaluator": args.evaluator}
+    engine = choose_engine(args.engine)
+    engine.check(cfg, settings)
+    options = {"engine": engine, "eval_only": args.eval_only, "resume": args.resume, "evaluator": args.evaluator}
     options.update(new_heads=args.new_heads, fast=not args.exact, feature_cache=args.feature_cache, wandb=args.wandb)
     launch(_worker, args.num_gpus, cfg, options)
 
 
-def _part_of_training_set(cfg: CfgNode, fraction: float | None, shots: int | None) -> list[str]:
-    """The override of DATASETS.TRAIN that asks for a part, chosen by SEED (0 where it is negative)."""
+def _with_part_of_training_set(cfg: CfgNode, fraction: float | None, shots: int | None) -> CfgNode:
+    """`cfg` with only a part of each set of DATASETS.TRAIN, chosen by SEED (0 where it is negative)."""
     if fraction is not None and shots is not None:
         raise UserError("--fraction and --few-shot choose different parts of DATASETS.TRAIN; give one of them.")
     if (fraction is not None and not 0 < fraction <= 1) or (shots is not None and shots < 1):
@@ -77,7 +76,7 @@ def _part_of_training_set(cfg: CfgNode, fraction: float | None, shots: int | Non
             f"--fraction {fraction} --few-shot {shots}: give a share above 0, up to 1, or at least 1 object."
         )
     part = part_name(fraction, shots, max(cfg.SEED, 0))
-    return ["DATASETS.TRAIN", str(tuple(f"{name}{part}" for name in cfg.DATASETS.TRAIN))]
+    return config.changed(cfg, **{"DATASETS.TRAIN": tuple(f"{name}{part}" for name in cfg.DATASETS.TRAIN)})
 
 
 def _worker(cfg: CfgNode, options: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,6 @@ from loco_det.backbones.resnet import (
 from loco_det.convert.architecture import Architecture, checked_tensors, recognise
 from loco_det.convert.export import WRITERS, is_fragment, yaml_text
 from loco_det.convert.load import check_sums, in_memory, load_tensors, open_tensors, safetensors_metadata
-from loco_det.convert.prove import prove
 from loco_det.convert.report import Account, take_account
 from loco_det.convert.sources import Pixels
 from loco_det.convert.stated import Stated
@@ -96,6 +95,8 @@ def convert(
         written = _tensors_in(file.name)
         exported = written if for_detectron2 else {to_detectron2(name): t for name, t in written.items()}
         try:
+            from loco_det.convert.prove import prove  # only now: torchvision takes as long to import as torch
+
             account.proof = prove(account, exported, image)
         except UserError as error:
             raise UserError(f"{source}: {error}") from error

@@ -6,7 +6,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from loco_det.convert.sources import Pixels, Triple
-from loco_det.core.config import collect_settings
+from loco_det.core.config import read_settings
 from loco_det.core.errors import UserError
 
 
@@ -35,7 +35,7 @@ class Stated:
         Raises:
             UserError: the file cannot be read, or lacks a key or a proper value.
         """
-        settings, found = collect_settings(path), []
+        settings, found = read_settings(path), []
         for key in ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1"):
             if key not in settings:
                 remedy = "give the config.yaml that Detectron2 wrote into OUTPUT_DIR"

@@ -8,16 +8,22 @@ and code written for Detectron2 can take it. Nothing in a file is ever construct
 from __future__ import annotations
 
 import difflib
+import os
 from ast import literal_eval
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import yaml
 from fvcore.common.config import BASE_KEY, CfgNode
 
 from loco_det.core.errors import UserError
 
-PYTHON_TAG = "tag:yaml.org,2002:python/"
+_YAML_TAG = "tag:yaml.org,2002:"
+_SCALARS = ("null", "bool", "int", "float")
+_PYTHON_SCALARS = {"none": "null", "long": "int"}  # where YAML's name is another
 # Far above any real file; stops a few lines of nested aliases from filling the memory.
 MAX_NODES = 200_000
 
@@ -29,7 +35,11 @@ class Setting(NamedTuple):
     origin: str
 
 
-def load_config(defaults: CfgNode, path: str | Path, overrides: list[str] | None = None) -> CfgNode:
+Settings = Mapping[str, Setting]
+"""What the user set, by dotted key."""
+
+
+def load_config(defaults: CfgNode, path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNode, Settings]:
     """Merge a YAML file and `KEY VALUE` overrides over a copy of `defaults`.
 
     Args:
@@ -38,28 +48,13 @@ def load_config(defaults: CfgNode, path: str | Path, overrides: list[str] | None
         overrides: [key, value, key, value, ...], values as text, e.g. ["SOLVER.BASE_LR", "0.1"].
 
     Returns:
-        A frozen CfgNode.
+        A frozen CfgNode, and what the user set in it and where: {"SOLVER.BASE_LR": Setting(0.1, "a.yaml, line 3")}.
 
     Raises:
-        UserError: naming file, line and key, for a file that is missing or no YAML, a key that appears twice
+        UserError: naming file, line and key, for a file that is missing or not YAML, a key that appears twice
             or does not exist, a value of the wrong type.
     """
-    cfg = defaults.clone()
-    cfg.defrost()
-    for key, setting in collect_settings(path, overrides).items():
-        _assign(cfg, key, setting)
-    cfg.freeze()
-    return cfg
-
-
-def collect_settings(path: str | Path, overrides: list[str] | None = None) -> dict[str, Setting]:
-    """What the file, its bases and the overrides set: {"SOLVER.BASE_LR": Setting(0.1, "a.yaml, line 3")}.
-
-    Raises:
-        UserError: as `load_config`, but for keys and types, which only defaults can judge.
-    """
-    settings = _read_with_bases(find_config(path), ()) if path else {}
-    overrides = list(overrides or [])
+    settings = read_settings(path) if path else {}
     if len(overrides) % 2:
         raise UserError(
             f"Overrides come as KEY VALUE pairs separated by a space, and {overrides[-1]!r} has no partner."
@@ -68,7 +63,72 @@ def collect_settings(path: str | Path, overrides: list[str] | None = None) -> di
         if key == BASE_KEY:
             raise UserError(f"{BASE_KEY} can be set in a file only, not on the command line.")
         settings[key] = Setting(_decode(text), "the command line")
-    return settings
+    cfg = defaults.clone()
+    cfg.defrost()
+    for key, setting in settings.items():
+        _assign(cfg, key, setting)
+    cfg.freeze()
+    return cfg, settings
+
+
+def read_settings(path: str | Path) -> dict[str, Setting]:
+    """What a YAML file and its bases set, by dotted key, with no defaults to judge keys and types.
+
+    Raises:
+        UserError: a file is missing or not YAML, or a key appears twice.
+    """
+    return _read_with_bases(find_config(path), ())
+
+
+def refusal(cfg: CfgNode, settings: Settings | None, key: str, reason: str) -> UserError:
+    """The error that refuses a key's value: "a.yaml, line 3: SEED is 1.5" and `reason`; no place for a default."""
+    place = f"{settings[key].origin}: " if settings and key in settings else ""
+    return UserError(f"{place}{key} is {value(cfg, key)!r}{reason}")
+
+
+def value(cfg: CfgNode, key: str) -> Any:
+    """The value of a dotted key: value(cfg, "SOLVER.BASE_LR")."""
+    section, last = _place(cfg, key)
+    return section[last]
+
+
+def flat(cfg: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every key with its value, in the tree's order and without the sections: {"SOLVER.BASE_LR": 0.001, ...}."""
+    found: dict[str, Any] = {}
+    for name, item in cfg.items():
+        found.update(flat(item, f"{prefix}{name}.") if isinstance(item, Mapping) else {prefix + name: item})
+    return found
+
+
+def changed(cfg: CfgNode, /, **values: Any) -> CfgNode:
+    """A frozen copy with other values for some dotted keys: changed(cfg, SEED=1, **{"MODEL.DEVICE": "cpu"})."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    for key, item in values.items():
+        section, last = _place(cfg, key)
+        section[last] = item
+    cfg.freeze()
+    return cfg
+
+
+def without(cfg: CfgNode, keys: Iterable[str]) -> CfgNode:
+    """A frozen copy that lacks some dotted keys or sections."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    for key in keys:
+        section, last = _place(cfg, key)
+        del section[last]
+    cfg.freeze()
+    return cfg
+
+
+def _place(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:
+    """The section that holds a dotted key, and the key's last part; KeyError if there is no such key."""
+    *sections, last = key.split(".")
+    section = reduce(getitem, sections, cfg)
+    if last not in section:
+        raise KeyError(key)
+    return section, last
 
 
 def find_config(path: str | Path) -> Path:
@@ -79,7 +139,7 @@ def find_config(path: str | Path) -> Path:
     Raises:
         UserError: neither exists; the message offers the closest name.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if path.is_file():
         return path
     package = Path(__file__).parent.parent
@@ -104,8 +164,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, is no YAML mapping, or has a key twice.
     """
-    path = Path(path)
-    return {key: _without_lines(value) for key, value in _read_mapping(path).items()}
+    return _without_lines(_read_mapping(Path(path)))
 
 
 class _Line(NamedTuple):
@@ -115,119 +174,103 @@ class _Line(NamedTuple):
     line: int
 
 
-def _without_lines(item: _Line) -> Any:
-    if isinstance(item.value, dict):
-        return {key: _without_lines(value) for key, value in item.value.items()}
-    return item.value
+def _without_lines(item: Any) -> Any:
+    return {key: _without_lines(line.value) for key, line in item.items()} if isinstance(item, dict) else item
 
 
 def _read_mapping(path: Path) -> dict[str, _Line]:
     try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a text file: {error}.") from error
+    except yaml.constructor.ConstructorError as error:
+        raise UserError(f"{path}, line {error.problem_mark.line + 1}: {error.problem}.") from error
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not valid YAML: {reason}.") from error
     except RecursionError as error:
         raise UserError(f"{path} is nested too deeply to be a configuration.") from error
-    if root is None:
+    if content is None:
         return {}
-    try:
-        value = _PlainReader(path).read(root)
-    except RecursionError as error:
-        raise UserError(f"{path} is nested too deeply to be a configuration.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold KEY: VALUE pairs, and holds a {_kind(value)} instead.")
-    return value
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold KEY: VALUE pairs, and holds a {_kind(content)} instead.")
+    return content
 
 
 class _Code(str):
     """The tag of a value that the file wants Python to compute, which nothing here does; no key takes it."""
 
 
-class _PlainReader:
-    """Turns composed YAML nodes into plain data without ever asking a tag what to do."""
+class _PlainLoader(yaml.SafeLoader):
+    """Makes plain data of every node, whatever its tag says; mappings hold `_Line`s."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.count = 0
-        self.open: set[int] = set()
-        self.scalars = yaml.constructor.SafeConstructor()
+    count = 0
 
-    def read(self, node: yaml.Node) -> Any:
+    def construct_object(self, node: yaml.Node, deep: bool = True) -> Any:
         self.count += 1
         if self.count > MAX_NODES:
-            raise UserError(f"{self.path} expands to more than {MAX_NODES} values; remove its nested aliases.")
-        if id(node) in self.open:
-            raise self.fault(node, "an alias refers to the value that contains it")
-        self.open.add(id(node))
+            raise _fault(node, f"aliases expand to more than {MAX_NODES} values by here; remove them")
+        if node in self.recursive_objects:
+            raise _fault(node, "an alias refers to the value that contains it")
         try:
-            if isinstance(node, yaml.MappingNode):
-                return self.unwrap(node, self.mapping(node))
-            if isinstance(node, yaml.SequenceNode):
-                if node.tag.startswith(PYTHON_TAG + "object/apply:"):
-                    return _Code("!!" + node.tag.removeprefix("tag:yaml.org,2002:"))
-                items = [_drop(self.read(child)) for child in node.value]
-                return tuple(items) if node.tag == PYTHON_TAG + "tuple" else items
-            return self.scalar(node)
-        finally:
-            self.open.discard(id(node))
+            made = super().construct_object(node, deep=True)
+        except (ValueError, KeyError, IndexError) as error:  # of a scalar whose tag says another type than its text
+            raise _fault(node, f"{node.value!r} is not of type {node.tag.rpartition(':')[2]}") from error
+        del self.constructed_objects[node]  # an alias is made, and counted, anew
+        return made
 
-    def mapping(self, node: yaml.MappingNode) -> dict[str, _Line]:
-        values: dict[str, _Line] = {}
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = True) -> dict[str, _Line]:
+        own: dict[str, _Line] = {}
         merged: dict[str, _Line] = {}
         for key_node, value_node in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
+            if key_node.tag == f"{_YAML_TAG}merge":
                 children = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
                 for child in reversed(children):
-                    value = self.read(child)
-                    if not isinstance(value, dict):
-                        raise self.fault(child, "`<<` takes a mapping")
-                    merged.update(value)
+                    made = self.construct_object(child)
+                    if not isinstance(made, dict):
+                        raise _fault(child, "`<<` takes a mapping")
+                    merged.update(made)
                 continue
-            key = self.read(key_node)
+            key = self.construct_object(key_node)
             if not isinstance(key, str):
-                raise self.fault(key_node, f"keys are words, not {key!r}")
-            if key in values:
-                first = values[key].line
-                raise self.fault(key_node, f"the key {key} appears twice (first in line {first}); keep one")
-            values[key] = _Line(self.read(value_node), key_node.start_mark.line + 1)
-        return {**merged, **values}
+                raise _fault(key_node, f"keys are words, not {key!r}")
+            if key in own:
+                raise _fault(key_node, f"the key {key} appears twice (first in line {own[key].line}); keep one")
+            own[key] = _Line(self.construct_object(value_node), key_node.start_mark.line + 1)
+        return merged | own
 
-    def unwrap(self, node: yaml.MappingNode, values: dict[str, _Line]) -> Any:
-        """What a pickled dict or object holds: its items if it has any, else its attributes."""
-        if not node.tag.startswith(PYTHON_TAG + "object"):
-            return values
-        for part in ("dictitems", "listitems"):
-            if part in values:
-                return values[part].value
-        return {} if set(values) <= {"args", "kwds", "state"} else values
+    def plain(self, node: yaml.Node) -> Any:
+        """Any tag but Python's."""
+        if isinstance(node, yaml.MappingNode):
+            return self.construct_mapping(node)
+        if isinstance(node, yaml.SequenceNode):
+            return [_without_lines(self.construct_object(child)) for child in node.value]
+        return node.value
 
-    def scalar(self, node: yaml.ScalarNode) -> Any:
-        tag = node.tag
-        if tag.startswith(PYTHON_TAG):
-            kind = tag.removeprefix(PYTHON_TAG)
-            if kind in ("int", "long", "float", "bool", "none", "str", "unicode"):
-                plain = {"long": "int", "none": "null", "unicode": "str"}.get(kind, kind)
-                tag = f"tag:yaml.org,2002:{plain}"
-            else:
-                return node.value or kind.partition(":")[2]
-        if tag.removeprefix("tag:yaml.org,2002:") not in ("int", "float", "bool", "null"):
-            return node.value
-        try:
-            return self.scalars.construct_object(yaml.ScalarNode(tag, node.value, node.start_mark, node.end_mark))
-        except (ValueError, KeyError, yaml.YAMLError) as error:
-            raise self.fault(node, f"{node.value!r} is no {tag.rpartition(':')[2]}") from error
+    def python(self, tag: str, node: yaml.Node) -> Any:
+        """`!!python/TAG`: of a pickled dict or object its items if it has any, else its attributes."""
+        if isinstance(node, yaml.ScalarNode):
+            read = self.yaml_constructors.get(f"{_YAML_TAG}{_PYTHON_SCALARS.get(tag, tag)}")
+            return read(self, node) if read else node.value or tag.partition(":")[2]
+        if isinstance(node, yaml.SequenceNode) and tag.startswith("object/apply:"):
+            return _Code(f"!!python/{tag}")
+        made = self.plain(node)
+        if tag == "tuple":
+            return tuple(made)
+        if isinstance(made, dict) and tag.startswith("object"):
+            items = made.get("dictitems", made.get("listitems"))
+            return items.value if items else {} if set(made) <= {"args", "kwds", "state"} else made
+        return made
 
-    def fault(self, node: yaml.Node, reason: str) -> UserError:
-        return UserError(f"{self.path}, line {node.start_mark.line + 1}: {reason}.")
+    yaml_constructors: ClassVar = {
+        **{tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (f"{_YAML_TAG}{kind}" for kind in _SCALARS)},
+        None: plain,
+    }
+    yaml_multi_constructors: ClassVar = {f"{_YAML_TAG}python/": python}
 
 
-def _drop(value: Any) -> Any:
-    """A list item without line numbers."""
-    return _without_lines(_Line(value, 0))
+def _fault(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
 
 
 def _read_with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Setting]:
@@ -245,7 +288,7 @@ def _read_with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Setting]:
     for name in names:
         if "://" in name:
             raise UserError(f"{path}, line {bases.line}: download the {BASE_KEY} {name} and name the local file.")
-        base = path.parent / Path(name).expanduser()
+        base = path.parent / os.path.expanduser(name)
         if not base.is_file():
             raise UserError(f"{path}, line {bases.line}: the {BASE_KEY} file {base} does not exist.")
         settings.update(_read_with_bases(base, (*above, here)))
@@ -338,25 +381,10 @@ def _kind(value: Any) -> str:
 
 
 def _no_such_key(cfg: CfgNode, key: str, setting: Setting) -> UserError:
-    close = closest_key(cfg, key)
-    hint = f"did you mean {close}?" if close else "remove it."
-    return UserError(f"{setting.origin}: there is no key {key}; {hint}")
-
-
-def closest_key(cfg: CfgNode, key: str) -> str | None:
-    """The existing key that a misspelt or misplaced one most likely means, e.g. "SOLVER.BASE_LR"."""
-    known = all_keys(cfg)
+    parts = [name.split(".") for name in flat(cfg)]
+    known = dict.fromkeys(".".join(names[:depth]) for names in parts for depth in range(1, len(names) + 1))
     upper = key.upper()
     same_word = [k for k in known if k.rpartition(".")[2] == upper.rpartition(".")[2]]
     close = difflib.get_close_matches(upper, same_word or known, n=1, cutoff=0.0 if same_word else 0.6)
-    return close[0] if close else None
-
-
-def all_keys(cfg: CfgNode, prefix: str = "") -> list[str]:
-    """Full names of every section and every value, in the tree's order."""
-    names: list[str] = []
-    for key, value in cfg.items():
-        names.append(prefix + key)
-        if isinstance(value, CfgNode):
-            names += all_keys(value, f"{prefix}{key}.")
-    return names
+    hint = f"did you mean {close[0]}?" if close else "remove it."
+    return UserError(f"{setting.origin}: there is no key {key}; {hint}")

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from loco_det.core.config import flat
 from loco_det.core.distributed import is_main
 from loco_det.core.errors import UserError
 from loco_det.core.files import os_errors
@@ -61,21 +62,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collect
         now: likewise.
         free: dotted keys that may differ; one that ends in a dot stands for all below it.
     """
-    one, other = dict(_flat(before)), dict(_flat(now))
+    one, other = flat(before), flat(now)
     return {
         key: f"{one.get(key, 'absent')} before, {other.get(key, 'absent')} now"
         for key in sorted({*one, *other})
         if one.get(key) != other.get(key)
         and not any(key == name or (name.endswith(".") and key.startswith(name)) for name in free)
     }
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def told(found: Mapping[str, str]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loco_det.annotations.instances import Instances
 from loco_det.annotations.registry import Dataset
+from loco_det.core.config import Settings
 
 Batch = list[dict[str, Any]]
 
@@ -25,8 +26,8 @@ class Engine(Protocol):
 
     name: str
 
-    def check(self, cfg: CfgNode) -> None:
-        """Refuse, with UserError, keys that this engine does not honour."""
+    def check(self, cfg: CfgNode, settings: Settings | None = None) -> None:
+        """Refuse, with UserError, keys that this engine does not support; `settings` says who set them."""
 
     def build_model(self, cfg: CfgNode) -> nn.Module:
         """The detector on MODEL.DEVICE, freshly initialised."""

@@ -21,6 +21,7 @@ from loco_det.annotations.coco import readable_annotations
 from loco_det.annotations.instances import Instances
 from loco_det.annotations.pixels import CLASSES, IGNORED, label_file, to_classes
 from loco_det.annotations.registry import Dataset, find_dataset
+from loco_det.core.config import Settings
 from loco_det.core.errors import UserError
 from loco_det.core.launch import leave_stopping_to_parent
 from loco_det.detection.engine import Batch
@@ -51,9 +52,9 @@ class Detectron2Engine:
 
     name = "detectron2"
 
-    def check(self, cfg: CfgNode) -> None:
-        """Every key of the tree is Detectron2's, and it judges most values itself; here only what runs are made for."""
-        check_task(cfg)
+    def check(self, cfg: CfgNode, settings: Settings | None = None) -> None:
+        """Judge only the task: every key of the tree is Detectron2's, which judges most values itself."""
+        check_task(cfg, settings)
 
     def build_model(self, cfg: CfgNode) -> nn.Module:
         from detectron2.modeling import build_model

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from loco_det.annotations.instances import Instances
 from loco_det.annotations.loader import build_test_loader, build_train_loader
 from loco_det.annotations.registry import Dataset
+from loco_det.core.config import Settings
 from loco_det.detection import rcnn
 from loco_det.detection.engine import Batch
 from loco_det.detection.keys import check_supported
@@ -22,8 +23,8 @@ class TorchvisionEngine:
 
     name = "torchvision"
 
-    def check(self, cfg: CfgNode) -> None:
-        check_supported(cfg)
+    def check(self, cfg: CfgNode, settings: Settings | None = None) -> None:
+        check_supported(cfg, settings)
 
     def build_model(self, cfg: CfgNode) -> nn.Module:
         return rcnn.build_model(cfg).to(cfg.MODEL.DEVICE)

@@ -1,20 +1,20 @@
-"""Detectron2's key tree, and which of its keys the torchvision engine honours.
+"""Detectron2's key tree, and which of its keys the torchvision engine supports.
 
-The tree itself is data, `d2_defaults.yaml`. The table here says of every key that a user may change whether this
+The tree itself is data, `d2_defaults.yaml`. The table here says for every key that a user may change whether this
 engine takes any value or only some; all other keys are known, must keep their default, and are refused by name.
+`check_supported` judges a configuration once, before anything is opened or built; what builds the model trusts it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from loco_det.core.config import Setting, collect_settings
-from loco_det.core.errors import UserError
+from loco_det.core import config
+from loco_det.core.config import Settings, read_settings, refusal
 from loco_det.detection.boxes import BOX_LOSSES
 from loco_det.detection.poolers import POOLER_TYPES
 
@@ -189,19 +189,19 @@ SUPPORTED: dict[str, tuple[Any, ...] | None] = {
 }
 
 
-# Of Detectron2's tasks those that neither engine's training and evaluation here is made for.
+# Detectron2's tasks that training and evaluation here do not cover with either engine.
 _OTHER_TASKS = {
     "MODEL.META_ARCHITECTURE": ("PanopticFPN",),
     "MODEL.KEYPOINT_ON": (True,),
 }
-# Judged first, since it says more clearly than any key that follows from it what is asked for.
+# Judged first, since other keys follow from it.
 _DECIDING = ("MODEL.META_ARCHITECTURE",)
 
 
 @functools.cache
 def _defaults() -> CfgNode:
     tree: dict[str, Any] = {}
-    for key, setting in collect_settings(DEFAULTS).items():
+    for key, setting in read_settings(DEFAULTS).items():
         *sections, last = key.split(".")
         node = tree
         for section in sections:
@@ -215,134 +215,85 @@ def get_cfg() -> CfgNode:
     return _defaults().clone()
 
 
-def values(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
-    """Every key of a configuration with its value, without the sections: {"SOLVER.BASE_LR": 0.001, ...}."""
-    flat: dict[str, Any] = {}
-    for name, value in cfg.items():
-        flat.update(values(value, f"{prefix}{name}.") if isinstance(value, CfgNode) else {prefix + name: value})
-    return flat
-
-
-def check_task(cfg: CfgNode, settings: Mapping[str, Setting] | None = None) -> None:
-    """Refuse what a run here could not do with either engine, before it costs time.
-
-    Raises:
-        UserError: naming the place, the key and its value.
-    """
-    for key, others in _OTHER_TASKS.items():
-        value = lookup(cfg, key)
-        if value in others:
-            raise UserError(
-                f"{_origin(key, settings)}{key} is {value!r}; runs here train and evaluate boxes, instance masks "
-                "and Cityscapes' pixel labels, with either engine; use Detectron2 itself for other tasks."
-            )
-    if cfg.VIS_PERIOD > 0:
-        where = _origin("VIS_PERIOD", settings)
-        raise UserError(f"{where}VIS_PERIOD is {cfg.VIS_PERIOD}, but no run here draws; set it to 0.")
-    check_test_keys(cfg)
-
-
-def _origin(key: str, settings: Mapping[str, Setting] | None) -> str:
-    """The file and line where the user set a key, as the beginning of a sentence."""
-    return f"{settings[key].origin}: " if settings and key in settings else ""
-
-
-def check_supported(cfg: CfgNode, settings: Mapping[str, Setting] | None = None) -> None:
+def check_supported(cfg: CfgNode, settings: Settings | None = None) -> None:
     """Refuse a configuration that asks for what the torchvision engine does not do.
 
     Args:
         cfg: a complete configuration.
-        settings: what the user wrote (`loco_det.core.config.collect_settings`), to say where.
+        settings: what the user set (`loco_det.core.config.load_config`), to say where.
 
     Raises:
         UserError: naming the place, the key, its value and the values that can stand there.
     """
     check_task(cfg, settings)
-    defaults = values(_defaults())
+    defaults = config.flat(_defaults())
     for key in sorted(defaults, key=_DECIDING.__contains__, reverse=True):
-        value, default = lookup(cfg, key), defaults[key]
+        value, default = config.value(cfg, key), defaults[key]
         allowed = SUPPORTED.get(key, ())
         if allowed is None or _plain(value) == _plain(default) or _plain(value) in allowed:
             continue
-        where = _origin(key, settings)
-        if not allowed:
-            raise UserError(
-                f"{where}{key} is {value!r}; Detectron2 knows this key but the torchvision engine does not honour it, "
-                f"so leave it at {default!r} or use --engine detectron2."
+        if allowed:
+            choices = " or ".join(repr(choice) for choice in allowed)
+            reason = f", and the torchvision engine takes {choices}; change it or use --engine detectron2."
+        else:
+            reason = (
+                "; Detectron2 knows this key but the torchvision engine does not support it, so leave it at "
+                f"{default!r} or use --engine detectron2."
             )
-        choices = " or ".join(repr(choice) for choice in allowed)
-        raise UserError(
-            f"{where}{key} is {value!r}, and the torchvision engine takes {choices}; change it or use "
-            "--engine detectron2."
+        raise refusal(cfg, settings, key, reason)
+    _check_combinations(cfg, settings)
+
+
+def check_task(cfg: CfgNode, settings: Settings | None = None) -> None:
+    """Refuse what neither engine can do here, or would fail at only after the training, before it costs time.
+
+    Args:
+        settings: as for `check_supported`.
+
+    Raises:
+        UserError: naming the place, the key and its value.
+    """
+    for key, others in _OTHER_TASKS.items():
+        if config.value(cfg, key) in others:
+            reason = (
+                "; runs here train and evaluate boxes, instance masks and Cityscapes' pixel labels, with either "
+                "engine; use Detectron2 itself for other tasks."
+            )
+            raise refusal(cfg, settings, key, reason)
+    if cfg.VIS_PERIOD > 0:
+        raise refusal(cfg, settings, "VIS_PERIOD", ", but no run here draws; set it to 0.")
+    if cfg.TEST.AUG.ENABLED and (cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN" or cfg.MODEL.LOAD_PROPOSALS):
+        needs = "MODEL.META_ARCHITECTURE 'GeneralizedRCNN' and MODEL.LOAD_PROPOSALS False"
+        raise refusal(cfg, settings, "TEST.AUG.ENABLED", f", which needs {needs}; set it to False.")
+    if cfg.TEST.PRECISE_BN.ENABLED and cfg.TEST.PRECISE_BN.NUM_ITER < 1:
+        raise refusal(cfg, settings, "TEST.PRECISE_BN.NUM_ITER", "; give at least 1.")
+    if any([type(value) for value in expected] not in _EXPECTED_TYPES for expected in cfg.TEST.EXPECTED_RESULTS):
+        reason = "; write each as ['bbox', 'AP', 38.5, 0.2]: task, metric, value and tolerance."
+        raise refusal(cfg, settings, "TEST.EXPECTED_RESULTS", reason)
+
+
+def _check_combinations(cfg: CfgNode, settings: Settings | None) -> None:
+    """Refuse keys that are supported one by one but not together."""
+    model, heads = cfg.MODEL, cfg.MODEL.ROI_HEADS.NAME
+    depth, deform = model.RESNETS.DEPTH, list(model.RESNETS.DEFORM_ON_PER_STAGE)
+    trained_here = not model.LOAD_PROPOSALS or model.META_ARCHITECTURE == "ProposalNetwork"
+    if model.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals" and trained_here:
+        needs = "MODEL.LOAD_PROPOSALS True and MODEL.META_ARCHITECTURE 'GeneralizedRCNN'"
+        raise refusal(cfg, settings, "MODEL.PROPOSAL_GENERATOR.NAME", f", which needs {needs}; set them.")
+    for name, needed in (("RES2_OUT_CHANNELS", 64), ("RES5_DILATION", 1), ("NUM_GROUPS", 1)):
+        if depth < 50 and model.RESNETS[name] != needed:
+            reason = f", but MODEL.RESNETS.DEPTH {depth} needs {needed}; change one of them."
+            raise refusal(cfg, settings, f"MODEL.RESNETS.{name}", reason)
+    if any(deform) and (depth < 50 or len(deform) != 4 or (deform[3] and heads == "Res5ROIHeads")):
+        reason = (
+            "; it takes four values, for res2 to res5, needs depth 50 or more, and Res5ROIHeads has no deformable res5."
         )
+        raise refusal(cfg, settings, "MODEL.RESNETS.DEFORM_ON_PER_STAGE", reason)
+    if heads != "Res5ROIHeads" and not model.ROI_BOX_HEAD.NAME:
+        reason = f"; MODEL.ROI_HEADS.NAME {heads!r} needs 'FastRCNNConvFCHead'."
+        raise refusal(cfg, settings, "MODEL.ROI_BOX_HEAD.NAME", reason)
 
 
 def _plain(value: Any) -> Any:
     """Tuples as lists at every depth: a dumped file has only lists."""
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def check_model_keys(cfg: CfgNode) -> None:
-    """Refuses a config that this engine would have to answer with another model than the one asked for.
-
-    Raises:
-        UserError: names the key, its value and what can stand there.
-    """
-    precomputed = cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals"
-    if precomputed and (not cfg.MODEL.LOAD_PROPOSALS or cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"):
-        raise UserError(
-            "MODEL.PROPOSAL_GENERATOR.NAME is 'PrecomputedProposals'; that needs MODEL.LOAD_PROPOSALS True and "
-            "MODEL.META_ARCHITECTURE 'GeneralizedRCNN'"
-        )
-    for key, allowed in MODEL_KEYS.items():
-        value = lookup(cfg, key)
-        value = list(value) if isinstance(value, tuple) else value
-        if allowed is not None and value not in allowed:
-            choices = " or ".join(repr(choice) for choice in allowed)
-            raise UserError(
-                f"{key} is {value!r}, which the torchvision engine does not have; set it to {choices}, or use "
-                "--engine detectron2"
-            )
-    resnets = cfg.MODEL.RESNETS
-    if resnets.DEPTH < 50:
-        needed = {"RES2_OUT_CHANNELS": 64, "RES5_DILATION": 1, "NUM_GROUPS": 1}
-        for name, value in needed.items():
-            if resnets[name] != value:
-                raise UserError(f"MODEL.RESNETS.{name} is {resnets[name]}, but depth {resnets.DEPTH} needs {value}")
-    heads, deform = cfg.MODEL.ROI_HEADS.NAME, list(resnets.DEFORM_ON_PER_STAGE)
-    if any(deform) and (resnets.DEPTH < 50 or len(deform) != 4 or (deform[3] and heads == "Res5ROIHeads")):
-        raise UserError(
-            f"MODEL.RESNETS.DEFORM_ON_PER_STAGE is {deform}; it takes four values, for res2 to res5, needs depth 50 or "
-            "more, and Res5ROIHeads has no deformable res5"
-        )
-    if heads != "Res5ROIHeads" and not cfg.MODEL.ROI_BOX_HEAD.NAME:
-        raise UserError(f"MODEL.ROI_BOX_HEAD.NAME is empty; {heads} needs 'FastRCNNConvFCHead'")
-
-
-def check_test_keys(cfg: CfgNode) -> None:
-    """Refuses what would fail in either engine only after the training, at the last evaluation.
-
-    Raises:
-        UserError: names the key.
-    """
-    if cfg.TEST.AUG.ENABLED and (cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN" or cfg.MODEL.LOAD_PROPOSALS):
-        raise UserError(
-            "TEST.AUG.ENABLED is True, which needs MODEL.META_ARCHITECTURE 'GeneralizedRCNN' and MODEL.LOAD_PROPOSALS "
-            "False; set it to False"
-        )
-    if cfg.TEST.PRECISE_BN.ENABLED and cfg.TEST.PRECISE_BN.NUM_ITER < 1:
-        raise UserError(f"TEST.PRECISE_BN.NUM_ITER is {cfg.TEST.PRECISE_BN.NUM_ITER}; give at least 1.")
-    for expected in cfg.TEST.EXPECTED_RESULTS:
-        if [type(value) for value in expected] not in _EXPECTED_TYPES:
-            raise UserError(
-                f"TEST.EXPECTED_RESULTS has {expected!r}; write each as ['bbox', 'AP', 38.5, 0.2]: task, metric, value "
-                "and tolerance"
-            )
-
-
-def lookup(cfg: CfgNode, key: str) -> Any:
-    """The value of a dotted key."""
-    node: Any = cfg
-    for part in key.split("."):
-        node = node[part]
-    return node

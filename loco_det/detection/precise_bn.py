@@ -12,6 +12,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from loco_det.core import config
 from loco_det.core.log import Progress, log
 from loco_det.detection.engine import Engine
 from loco_det.detection.layers import get_bn_modules, update_bn_stats
@@ -40,7 +41,8 @@ def recompute(cfg: CfgNode, engine: Engine, model: nn.Module, iteration: int) ->
         log.info("precise BatchNorm: the model has none in training, so nothing is done")
         return
     earlier = iteration // cfg.TEST.EVAL_PERIOD if cfg.TEST.EVAL_PERIOD > 0 else 0
-    batches = iter(engine.train_batches(_without_workers(cfg), earlier * count))
+    cfg = config.changed(cfg, **{"DATALOADER.NUM_WORKERS": 0})  # the training loader has workers already
+    batches = iter(engine.train_batches(cfg, earlier * count))
     with Progress(count, "precise BatchNorm", unit="batches") as progress:
         update_bn_stats(_Losses(engine, model), _watched(batches, progress), count)
 
@@ -49,14 +51,6 @@ def _watched(batches: Iterator[Any], progress: Progress) -> Iterator[Any]:
     for batch in batches:
         yield batch
         progress.advance()
-
-
-def _without_workers(cfg: CfgNode) -> CfgNode:
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.DATALOADER.NUM_WORKERS = 0  # no second set of them beside the training loader's
-    cfg.freeze()
-    return cfg
 
 
 class _Losses(nn.Module):

@@ -6,6 +6,7 @@ Nothing in them is executed. Source: detectron2/data/build.py `load_proposals_in
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def read_proposals(path: str | Path) -> dict[str, ProposalsOfImage]:
     """
     if "://" in str(path):
         raise UserError(f"DATASETS: the proposals {path} are not a file; download them and give the path.")
-    proposals = _by_image(path, load_tensors(Path(path).expanduser()))
+    proposals = _by_image(path, load_tensors(Path(os.path.expanduser(path))))
     log.info("proposals of %d images from %s", len(proposals), path)
     return proposals
 

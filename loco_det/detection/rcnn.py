@@ -15,7 +15,6 @@ from loco_det.core.errors import UserError
 from loco_det.detection.boxes import clip, nonempty
 from loco_det.detection.cascade import build_roi_heads
 from loco_det.detection.fpn import Batch, Network
-from loco_det.detection.keys import check_model_keys
 from loco_det.detection.masks import paste_masks
 from loco_det.detection.rpn import RPN
 from loco_det.detection.semantic import SemanticSegmentor
@@ -143,10 +142,12 @@ def postprocess(detections: Instances, height: int, width: int) -> Instances:
 def build_model(cfg: CfgNode) -> Network:
     """The network that a config with Detectron2's keys describes, freshly initialised, on the CPU, in training mode.
 
+    Args:
+        cfg: one that `keys.check_supported` lets pass.
+
     Raises:
-        UserError: if a key asks for something that this engine does not have; names key and value.
+        UserError: keys that do not fit together; names key and value.
     """
-    check_model_keys(cfg)
     if len(cfg.MODEL.PIXEL_MEAN) != 3 or len(cfg.MODEL.PIXEL_STD) != 3 or 0 in list(cfg.MODEL.PIXEL_STD):
         raise UserError("MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be three numbers, PIXEL_STD without zeros")
     kinds = {

@@ -23,6 +23,7 @@ from fvcore.common.param_scheduler import (
 )
 from torch import Tensor, nn
 
+from loco_det.core import config
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
 from loco_det.detection.cpu_speed import bump_versions, is_fast
@@ -202,20 +203,18 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
             f"{cfg.SOLVER.IMS_PER_BATCH}; change one of them."
         )
     scale = world_size / reference
-    cfg = cfg.clone()
-    cfg.defrost()
-    solver = cfg.SOLVER
-    solver.IMS_PER_BATCH = round(solver.IMS_PER_BATCH * scale)
-    solver.BASE_LR *= scale
-    for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
-        solver[key] = round(solver[key] / scale)
-    solver.STEPS = tuple(round(step / scale) for step in solver.STEPS)
-    cfg.TEST.EVAL_PERIOD = round(cfg.TEST.EVAL_PERIOD / scale)
-    solver.REFERENCE_WORLD_SIZE = world_size
-    cfg.freeze()
+    periods = ("SOLVER.MAX_ITER", "SOLVER.WARMUP_ITERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD")
+    scaled = {
+        "SOLVER.IMS_PER_BATCH": round(cfg.SOLVER.IMS_PER_BATCH * scale),
+        "SOLVER.BASE_LR": cfg.SOLVER.BASE_LR * scale,
+        "SOLVER.STEPS": tuple(round(step / scale) for step in cfg.SOLVER.STEPS),
+        "SOLVER.REFERENCE_WORLD_SIZE": world_size,
+        **{key: round(config.value(cfg, key) / scale) for key in periods},
+    }
+    cfg = config.changed(cfg, **scaled)
     log.info(
         "scaled from %d to %d processes: batch %d, learning rate %g, %d iterations",
-        *(reference, world_size, solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER),
+        *(reference, world_size, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER),
     )
     return cfg
 

@@ -18,6 +18,7 @@ from loco_det import __version__
 from loco_det.annotations import loader
 from loco_det.annotations.classes import check_training_classes, missing_classes
 from loco_det.annotations.registry import find_dataset
+from loco_det.core import config
 from loco_det.core.device import common_seed, keep_freed_memory, resolve_device, seed_everything
 from loco_det.core.distributed import averaged, barrier, is_main, world_size
 from loco_det.core.errors import UserError
@@ -40,7 +41,7 @@ from loco_det.detection.weights import apply_weights, load_weights
 def train_net(
     cfg: CfgNode,
     *,
-    engine: str = "auto",
+    engine: str | Engine = "auto",
     eval_only: bool = False,
     resume: bool = False,
     new_heads: bool = False,
@@ -52,8 +53,9 @@ def train_net(
     """Train and evaluate the detector that `cfg` describes, in this process's share of the job.
 
     Args:
-        cfg: Detectron2's key tree (`schema.get_cfg`), complete.
-        engine: "torchvision", "detectron2", or "auto": Detectron2 where it can be imported.
+        cfg: Detectron2's key tree (`keys.get_cfg`), complete.
+        engine: "torchvision", "detectron2", or "auto": Detectron2 where it can be imported. Or an engine whose `check`
+            has passed `cfg`.
         eval_only: only evaluate MODEL.WEIGHTS, or with `resume` the last checkpoint.
         resume: go on from OUTPUT_DIR/last_checkpoint if there is one.
         new_heads: where MODEL.WEIGHTS are a detector's, its heads that do not fit start anew.
@@ -75,28 +77,30 @@ def train_net(
         raise UserError("OUTPUT_DIR is empty; name the folder for checkpoints and results.")
     if new_heads and eval_only:
         raise UserError("--new-heads starts heads from random values, which --eval-only would measure; leave one out.")
-    module = choose_engine(engine)
-    module.check(cfg)
+    if isinstance(engine, str):
+        engine = choose_engine(engine)
+        engine.check(cfg)
+    log_engine(engine)
     check_evaluator(cfg, evaluator)
     if feature_cache is not None:
-        check_cacheable(cfg, module.name)
+        check_cacheable(cfg, engine.name)
     drawn, written = cfg.SEED < 0, cfg
     with run_folder(cfg.OUTPUT_DIR), RunMetrics(cfg, wandb, resume) as metrics:
         cfg = _prepare(cfg, eval_only)
         if not eval_only:
-            check_data(cfg, own_reader=module.name != "detectron2")
-        model = module.build_model(cfg)
+            check_data(cfg, own_reader=engine.name != "detectron2")
+        model = engine.build_model(cfg)
         speed_up(model, fast)
         if eval_only:
-            _load_for_evaluation(model, cfg, module, resume)
+            _load_for_evaluation(model, cfg, engine, resume)
         else:
-            run = start_run(cfg, module, model, resume, drawn, new_heads=new_heads)
+            run = start_run(cfg, engine, model, resume, drawn, new_heads=new_heads)
         _write_config(written)
         if feature_cache is not None:
             use_cache(model, cfg, feature_cache)
         if not eval_only:
             train(run, evaluator, metrics)
-        results = evaluate_finally(cfg, model, module, evaluator)
+        results = evaluate_finally(cfg, model, engine, evaluator)
         if eval_only:
             metrics.write(flatten(results))
         elif results:
@@ -105,8 +109,8 @@ def train_net(
     return results
 
 
-def choose_engine(name: str, tell: bool = True) -> Engine:
-    """The engine called `name`; with `tell` the log says which it is.
+def choose_engine(name: str) -> Engine:
+    """The engine called `name`.
 
     Raises:
         UserError: an unknown name, or Detectron2 is asked for and not installed.
@@ -115,13 +119,13 @@ def choose_engine(name: str, tell: bool = True) -> Engine:
         raise UserError(f"There is no engine {name!r}; use auto, torchvision or detectron2.")
     if name == "detectron2" and not engine_d2.installed():
         raise UserError("Detectron2 is not installed here; use --engine torchvision, or install it (docs/engines.md).")
-    if name == "detectron2" or (name == "auto" and engine_d2.installed()):
-        module, why = engine_d2.Detectron2Engine(), "it is installed"
-    else:
-        module, why = TorchvisionEngine(), "Detectron2 is not installed"
-    if tell:
-        log.info("engine: %s%s", module.name, f" ({why})" if name == "auto" else "")
-    return module
+    use_detectron2 = name == "detectron2" or (name == "auto" and engine_d2.installed())
+    return engine_d2.Detectron2Engine() if use_detectron2 else TorchvisionEngine()
+
+
+def log_engine(engine: Engine) -> None:
+    """Log which engine runs, and if Detectron2 could not have been chosen."""
+    log.info("engine: %s%s", engine.name, "" if engine_d2.installed() else " (Detectron2 is not installed)")
 
 
 # --- before the first step --------------------------------------------------------------------------------------
@@ -135,7 +139,8 @@ def _prepare(cfg: CfgNode, eval_only: bool) -> CfgNode:
         raise UserError("DATASETS.TEST is empty; name a data set to evaluate on, e.g. ('coco_2017_val',).")
     check_classes(cfg, () if eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     cfg = solver.scale_to_world_size(cfg, world_size())
-    cfg = _with(cfg, **{"MODEL.DEVICE": str(detector_device(cfg.MODEL.DEVICE)), "SEED": common_seed(cfg.SEED)})
+    device, seed = str(detector_device(cfg.MODEL.DEVICE)), common_seed(cfg.SEED)
+    cfg = config.changed(cfg, SEED=seed, **{"MODEL.DEVICE": device})
     if cfg.MODEL.DEVICE == "cpu" and not eval_only:
         keep_freed_memory()
     if cfg.MODEL.DEVICE.startswith("cuda"):
@@ -157,15 +162,6 @@ def _write_config(cfg: CfgNode) -> None:
         with atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", "w") as file:
             file.write(cfg.dump())
     barrier()
-
-
-def _with(cfg: CfgNode, **values: Any) -> CfgNode:
-    """A frozen copy of a configuration with other values for some keys."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.merge_from_list([part for pair in values.items() for part in pair])
-    cfg.freeze()
-    return cfg
 
 
 def check_classes(cfg: CfgNode, train: Sequence[str], test: Sequence[str]) -> None:
@@ -225,7 +221,7 @@ def start_run(
     if last is not None:
         start = checkpointer.restore(last, drawn)
         if drawn:  # a run without a SEED goes on with the one it drew at its start
-            cfg = checkpointer.cfg = _with(cfg, SEED=note["seed"])
+            cfg = checkpointer.cfg = config.changed(cfg, SEED=note["seed"])
             note.update(identity(cfg))
         log.info("resumed from %s: %d of %d iterations are done", last.path, start, cfg.SOLVER.MAX_ITER)
     wrapped = averaged(model, device) if world_size() > 1 else model

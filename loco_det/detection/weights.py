@@ -8,6 +8,7 @@ exception is asked for: heads that do not fit, those of a detector of other clas
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,7 +106,7 @@ def read_weights(path: str | Path) -> Weights:
             f"MODEL.WEIGHTS {text} is not a file; download it, convert it if it is not loco_det's or Detectron2's own "
             "(loco-det convert FILE backbone.pkl), and give the path."
         )
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise UserError(f"MODEL.WEIGHTS {path} does not exist; pretrain and convert a backbone, or correct the path.")
     if path.suffix == ".safetensors":

@@ -286,7 +286,7 @@ def build_two_view_loader(
     if not 0 <= cfg.DATA.MAX_BAD_SHARE <= 1:
         raise UserError(f"DATA.MAX_BAD_SHARE is {cfg.DATA.MAX_BAD_SHARE}; use a share from 0 to 1")
     device = resolve_device(cfg.DEVICE)
-    makes = _augmenting_device(cfg.AUGMENT.DEVICE, device)
+    makes = augmenting_device(cfg.AUGMENT.DEVICE, device)
     config = view_config(cfg.DATA.IMAGE_SIZE, {k: v for k, v in cfg.AUGMENT.items() if k != "DEVICE"})
     dataset = (TwoViewDataset if makes is None else DecodedDataset)(source, config, cfg.SEED)
     pin = (makes or device).type == "cuda"
@@ -303,7 +303,7 @@ def build_two_view_loader(
     )
 
 
-def _augmenting_device(name: str, device: torch.device) -> torch.device | None:
+def augmenting_device(name: str, device: torch.device) -> torch.device | None:
     """Where AUGMENT.DEVICE says that whole batches are augmented for a run on `device`; None: in the workers."""
     devices = {"workers": None, "auto": device, device.type: device, str(device): device, "cpu": torch.device("cpu")}
     if name not in devices:

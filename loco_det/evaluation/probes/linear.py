@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.optim import Lars
 from torch import Tensor, nn
 
 from loco_det.annotations.subsets import share_of_each_class
@@ -112,6 +111,8 @@ def _optimizer(recipe: Recipe, weights: list[nn.Parameter], biases: list[nn.Para
             {"params": [bias], "peak": peak, "weight_decay": 0.0},
         ]
     if recipe.optimizer == "lars":
+        from timm.optim import Lars  # only now: it takes as long to import as torch
+
         return Lars(groups, lr=0.0, momentum=recipe.momentum)
     return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum)
 
