@@ -31,6 +31,7 @@ JOBS = {
     "pretrain": "pretrain a backbone on unlabelled images with LoCo, GIM or SimCLR",
     "convert": "turn a backbone into weights that Detectron2 and `train` read, with proof",
     "train": "train and evaluate Faster or Mask R-CNN on a frozen or fine-tuned backbone",
+    "evaluate": "measure a results file of any program against a data set, and compare two of them",
     "predict": "draw what a trained detector or segmentor finds into images and videos; COCO JSON, ONNX",
     "probe": "classify images by a backbone's frozen features, stage by stage",
     "sweep": "train and evaluate every backbone with every seed and share of the images, resumably",

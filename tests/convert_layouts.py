@@ -127,6 +127,15 @@ def vicreg() -> tuple[dict, dict]:
     return file, {"backbone": model.backbone.state_dict()}
 
 
+def vicregl() -> tuple[dict, dict]:
+    """facebookresearch/VICRegL: model.pth of a training run, with both projectors and the online classifier."""
+    model = nn.Module()
+    model.maps_projector, model.projector, model.classifier = mlp(512, 64, 64), mlp(512, 128, 128), nn.Linear(512, 10)
+    model.backbone = headless()
+    file = {"epoch": 2, "model": prefixed("module.", model.state_dict())}
+    return file, {"backbone": model.backbone.state_dict()}
+
+
 def old_weight_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The names that torch.nn.utils.weight_norm gave its tensors, without its deprecation warning."""
     parts = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
@@ -558,10 +567,11 @@ CASES = [
     Case("SimCLR (PyTorch ports)", "checkpoint_0200.pth.tar", "encoder", sthalles_simclr),
     Case("SimCLR (PyTorch ports)", "checkpoint_100.tar", "encoder", spijkervet_simclr),
     Case("SimSiam", "checkpoint_0099.pth.tar", "encoder", simsiam),
-    Case("SwAV", "swav_800ep_pretrain.pth.tar", "model", swav),
-    Case("SwAV", "swav_checkpoint.pth.tar", "model", swav_run),
+    Case("SwAV or DeepCluster v2", "swav_800ep_pretrain.pth.tar", "model", swav),
+    Case("SwAV or DeepCluster v2", "swav_checkpoint.pth.tar", "model", swav_run),
     Case("Barlow Twins or VICReg", "barlow_checkpoint.pth", "backbone", barlow_twins),
     Case("Barlow Twins or VICReg", "vicreg_model.pth", "backbone", vicreg),
+    Case("VICRegL", "vicregl_model.pth", "backbone", vicregl),
     Case("DINO", "dino_resnet50_pretrain_full_checkpoint.pth", "student teacher", dino),
     Case(_LIGHTLY, "moco_lightly.ckpt", "online momentum", lambda: lightly("moco", _PAIR)),
     Case(_LIGHTLY, "simclr_lightly.ckpt", "online", lambda: lightly("simclr", {"online": "backbone"})),

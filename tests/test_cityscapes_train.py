@@ -138,7 +138,7 @@ def test_exact_masks_and_boxes_alone(tmp_path: Path) -> None:
     ("evaluator", "changes", "message"),
     [
         ("pycocotools", {}, "pycocotools does not measure.*cityscapesscripts or nothing"),
-        ("cityscapesscripts", {"MODEL__MASK_ON": False}, "cityscapesscripts does not measure.*hotcoco"),
+        ("cityscapesscripts", {"MODEL__MASK_ON": False}, "cityscapesscripts does not measure.*pycocotools or nothing"),
     ],
 )
 def test_evaluators_that_do_not_fit_are_refused_first(evaluator: str, changes: dict, message: str, tmp_path: Path):

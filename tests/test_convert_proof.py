@@ -413,3 +413,61 @@ def test_the_account_as_json(r18: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert facts["pixels"]["order"] == "RGB"
     assert list(facts["proof"]["float32"]) == ["stem", "res2", "res3", "res4", "res5"]
     assert facts["written"] == [str(tmp_path / "out.pkl"), str(tmp_path / "out.yaml")]
+
+
+# --- what is not in the tensors ---------------------------------------------------------------------------------
+
+
+def test_d1_the_stated_stride_is_proven_on_a_file_of_torchvisions_names(tmp_path: Path) -> None:
+    """Both witnesses stride where it is stated, and the oracle is torchvision with the strides moved by hand."""
+    model = randomised(torchvision.models.resnet50()).eval()
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    account = convert(tmp_path / "plain.pth", tmp_path / "out.pkl", stated=replace(MSRA, stride_in_1x1=True))
+    assert len(account.proof["models"]) == 2
+    for stage in (model.layer2, model.layer3, model.layer4):
+        stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
+    x = torch.randn(1, 3, 65, 97, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = backbone_of(tmp_path / "out.pkl")(x)["res5"]
+        for layer in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            x = getattr(model, layer)(x)
+    assert torch.allclose(found, x, rtol=1e-4, atol=1e-4 * x.abs().max().item())
+
+
+@pytest.mark.parametrize("network", ["resnetblur50", "resnetaa50"])
+@pytest.mark.parametrize("said", ["name", "entry", "config"])
+def test_b4_a_network_with_a_resnets_tensors_and_other_operations_is_refused(tmp_path, network, said) -> None:
+    timm = pytest.importorskip("timm")
+    state = randomised(timm.create_model(network)).state_dict()
+    path = tmp_path / (f"{network}-84f4748f.pth" if said == "name" else "weights.pth")
+    torch.save({"arch": network, "state_dict": state} if said == "entry" else state, path)
+    if said == "config":
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": network}))
+    with pytest.raises(UserError, match=rf"timm .* its {network}"):
+        convert(path, tmp_path / "out.pkl")
+    assert not (tmp_path / "out.pkl").exists()
+
+
+@pytest.mark.parametrize("name", ["resnet50-19c8e357.pth", "resnet101.pth", "vit_base.pth", "r50.pth"])
+def test_b4_a_plain_resnet_converts_whatever_its_file_is_called(folder, tmp_path, name) -> None:
+    os.link(folder / "r50.pth", tmp_path / name)
+    assert convert(tmp_path / name, tmp_path / "out.pkl").architecture.name == "resnet50"
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "words"),
+    [
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "--pixel-mean 0.485 0.456 0.406 .*--pixel-mean 123.675 116.28"),
+        ((123.675, 116.28, 103.53), (0.229, 0.224, 0.225), "--pixel-std 0.229 .*--pixel-std 58.395 57.12 57.375"),
+        ((0.5, 0.5, 0.5), (127.5, 127.5, 127.5), "--pixel-mean 127.5 127.5 127.5"),
+        ((0.0, 0.0, 0.0), (0.5, 0.5, 0.5), "--pixel-std 127.5 127.5 127.5"),
+    ],
+)
+def test_b4_pixels_from_0_to_1_are_asked_for_in_255_units(r18, tmp_path, mean, std, words) -> None:
+    with pytest.raises(UserError, match=words):
+        convert(r18, tmp_path / "out.pkl", stated=Stated("RGB", mean, std))
+
+
+@pytest.mark.parametrize(("mean", "std"), [((0.0,) * 3, (255.0,) * 3), ((0.0,) * 3, (1.0,) * 3), (MSRA.mean, MSRA.std)])
+def test_b4_numbers_that_are_in_255_units_pass(r18, tmp_path, mean, std) -> None:
+    assert convert(r18, tmp_path / "out.pkl", stated=Stated("RGB", mean, std)).pixels.mean == mean

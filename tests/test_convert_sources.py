@@ -32,9 +32,10 @@ from convert_layouts import (
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from loco_det.backbones.artifact import IMAGENET_MEAN, describe, save_backbone
+from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD, describe, save_backbone
 from loco_det.backbones.names import to_detectron2, to_torchvision
 from loco_det.backbones.resnet import ResNet
+from loco_det.cli import run_job
 from loco_det.convert import load_backbone_weights, load_checkpoint
 from loco_det.convert.inspect import inspect
 from loco_det.convert.load import load_tensors, open_tensors
@@ -71,7 +72,7 @@ def documented() -> dict[str, list[str]]:
 def pixels_text(pixels: Pixels | None) -> str:
     if pixels is None:
         return "must be stated"
-    if pixels.mean == IMAGENET_MEAN:
+    if (pixels.mean, pixels.std) == (IMAGENET_MEAN, IMAGENET_STD):
         return f"{pixels.order}, ImageNet's mean and std"
     numbers = (
         f"{pixels.order}, mean {' '.join(f'{v:g}' for v in pixels.mean)}, std {' '.join(f'{v:g}' for v in pixels.std)}"
@@ -434,3 +435,120 @@ def test_load_checkpoint_refuses_what_is_no_model(tmp_path: Path) -> None:
         torch.save(content, tmp_path / f"{number}.pth")
         with pytest.raises(UserError, match="give a detector's checkpoint"):
             load_checkpoint(tmp_path / f"{number}.pth")
+
+
+# --- beside and inside the backbone -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ["SwAV or DeepCluster v2", "VICRegL"])
+def test_d9_red_is_divided_by_0_228_where_the_code_says_so(row: str) -> None:
+    (found,) = (source.pixels for source in SOURCES if source.name == row)
+    assert found.std == pytest.approx((0.228 * 255, 0.224 * 255, 0.225 * 255))
+    assert found.mean == pytest.approx((0.485 * 255, 0.456 * 255, 0.406 * 255))
+
+
+def beside(*names: str) -> dict[str, Tensor]:
+    return {name: torch.ones(3) for name in names}
+
+
+MMDETECTION = beside("neck.lateral_convs.0.conv.weight", "rpn_head.rpn_conv.weight", "roi_head.bbox_head.fc_cls.weight")
+RETINANET = beside("neck.fpn_convs.0.conv.weight", "bbox_head.retina_cls.weight")
+MMSEGMENTATION = beside("decode_head.conv_seg.weight", "auxiliary_head.convs.0.conv.weight")
+OTHER_HEADS = beside("decoder.0.weight", "metric.total")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "more"),
+    [
+        *(("state_dict:backbone.", more) for more in (MMDETECTION, RETINANET, MMSEGMENTATION, OTHER_HEADS)),
+        ("state_dict:module.encoder_q.", beside("module.foo.weight")),
+        ("model:module.backbone.", beside("module.segmenter.weight", "module.projector.0.weight")),
+    ],
+    ids=["mmdetection", "retinanet", "mmsegmentation", "lightning", "moco", "barlow"],
+)
+def test_d4_the_prefix_takes_a_backbone_alone_whatever_stands_beside_it(prefix: str, more: dict) -> None:
+    container, _, name = prefix.partition(":")
+    state = resnet().state_dict()
+    file = {container: prefixed(name, state) | more}
+    with pytest.raises(UserError, match=rf"is unknown in .*--branch {re.escape(prefix)}, or leave it out, --drop"):
+        take_account("x", file)
+    account, chosen = take_account("x", file, prefix)
+    assert_converted(account, state)
+    assert (account.source, chosen.source) == ("unknown code base", None)
+    assert sorted(account.dropped["outside the branch"]) == sorted(f"{container}:{key}" for key in more)
+
+
+def test_d4_a_row_that_knows_the_whole_file_comes_before_one_that_does_not() -> None:
+    """MMPretrain's marker is there, but the heads are a Lightning module's."""
+    file = {"state_dict": prefixed("backbone.", resnet().state_dict()) | beside("head.fc.weight", "loss_fn.weight")}
+    account, _ = take_account("x", file)
+    assert account.source == "Lightning module"
+    for case in CASES[:12]:  # while the rows' own files keep their rows, by the prefix too
+        for branch in case.branches.split() if case.source != OWN else ():
+            content = case.make()[0]
+            _, chosen = take_account("x", content, branch, read=False)
+            assert chosen.source.name == case.source
+            assert take_account("x", content, chosen.prefix, read=False)[1] == chosen
+
+
+def test_d4_a_branch_of_our_own_artifact_is_not_ignored(tmp_path: Path) -> None:
+    net = ResNet(18, norm="BN")
+    tensors = {to_torchvision(n): t for n, t in net.state_dict().items() if "num_batches" not in n}
+    save_backbone(tmp_path / "b.safetensors", tensors, describe(net, stem="imagenet", method="loco"))
+    with pytest.raises(UserError, match=r"is one backbone and nothing else; leave --branch out"):
+        load_backbone_weights(tmp_path / "b.safetensors", "teacher")
+
+
+OTHER_NETWORKS = {
+    "a vision transformer": beside("cls_token", "patch_embed.proj.weight"),
+    "a resnet-d": beside("conv1.0.weight", "conv1.3.weight", "layer1.0.conv1.weight"),
+    "SE blocks": beside("layer1.0.se.fc1.weight"),
+    "a ConvNeXt": beside("stages.0.blocks.0.conv_dw.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_NETWORKS)
+def test_d5_another_network_beside_the_chosen_branch_is_no_matter(kind: str) -> None:
+    state = backbone_of(resnet().state_dict())
+    file = {"student": prefixed("module.backbone.", state)}
+    file["teacher"] = prefixed("module.backbone.", OTHER_NETWORKS[kind])
+    assert_converted(take_account("x", file, "student")[0], state)
+    both = prefixed("a.", state) | prefixed("b.", OTHER_NETWORKS[kind])
+    assert_converted(take_account("x", {"net": both}, "net:a.")[0], state)
+    with pytest.raises(UserError, match=r"shows that it|holds no ResNet"):
+        take_account("x", {"net": prefixed("b.", OTHER_NETWORKS[kind])})
+
+
+def test_d5_the_encoder_of_a_unet() -> None:
+    state = resnet().state_dict()
+    decoder = beside("decoder.blocks.0.conv1.0.weight", "decoder.blocks.0.conv1.3.weight", "segmentation_head.0.weight")
+    account, _ = take_account("x", prefixed("encoder.", state) | decoder, "encoder.")
+    assert_converted(account, state)
+    assert sorted(account.dropped["outside the branch"]) == sorted(decoder)
+
+
+def test_d6_heads_inside_the_resnet_are_left_out_only_when_named(tmp_path: Path) -> None:
+    state = randomised(torchvision.models.resnet18()).state_dict()
+    heads = beside("pool_conv_block1.0.weight", "layer3.fpn_lateral.weight", "layer3.fpn_lateral.bias")
+    torch.save(state | heads, tmp_path / "heads.pth")
+    arguments = [str(tmp_path / "heads.pth"), str(tmp_path / "out.pkl")]
+    assert run_job("convert", arguments) == 2
+    assert run_job("convert", [*arguments, "--drop", "pool_conv_block*"]) == 2
+    assert run_job("convert", [*arguments, "--drop", "pool_conv_block*", "--drop", "*.fpn_*"]) == 0
+    tensors, manifest = load_backbone_weights(tmp_path / "out.pkl")
+    expected = {to_detectron2(name): tensor for name, tensor in backbone_of(state).items()}
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    assert manifest.dropped == {
+        "as asked by --drop pool_conv_block*": ["pool_conv_block1.0.weight"],
+        "as asked by --drop *.fpn_*": ["layer3.fpn_lateral.weight", "layer3.fpn_lateral.bias"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [("layer3.*", r"takes 'layer3.0.conv1.weight', which the backbone needs"), ("nothing*", "matches no tensor")],
+)
+def test_d6_a_pattern_must_match_and_may_not_take_the_backbone(pattern: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        take_account("x", resnet().state_dict(), drop=[pattern])

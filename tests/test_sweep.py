@@ -132,6 +132,19 @@ def test_the_same_cell_twice_is_one_cell(weights: Path, fake: None, capsys: pyte
     assert "21.00 ± 14.14" in capsys.readouterr().out  # of 11 and 31
 
 
+def test_b6_fractions_that_differ_anywhere_have_folders_of_their_own(weights: Path, fake: None) -> None:
+    out = weights / "out"
+    grid = ("--backbones", weights / "a.pkl", "--seeds", 1, "--fractions", 0.1, 0.1000001, 1.0)
+    assert run(out, *grid) == 0
+    folders = {f"a/fraction-{text}_seed-1": 1 for text in ("0.1", "0.1000001", "1")}
+    assert calls(out) == folders
+    assert [cell["results"]["bbox/AP"] for cell in json.loads((out / "sweep.json").read_text())["cells"]] == [
+        10.1,
+        10.1000001,
+        11.0,
+    ]
+
+
 def test_a_folder_that_cannot_be_written_is_the_failure_of_its_cell(
     weights: Path, fake: None, capsys: pytest.CaptureFixture
 ) -> None:
@@ -256,6 +269,8 @@ def test_commands_of_the_launchers() -> None:
     assert plain[:4] == [sys.executable, "-m", "loco_det.cli", "train"]
     assert plain[plain.index("--num-gpus") + 1] == "2"
     assert plain[plain.index("--fraction") + 1] == "0.1"
+    near = sweep._command(arguments(), Path("w.pkl"), 0.1000001, 3, Path("f"))
+    assert near[near.index("--fraction") + 1] == "0.1000001"
     assert plain[-6:] == ["MODEL.WEIGHTS", "w.pkl", "SEED", "3", "OUTPUT_DIR", "f"]
     assert "--resume" in plain
     watched = sweep._command(arguments(wandb="grid"), Path("w.pkl"), 1.0, 0, Path("f"))

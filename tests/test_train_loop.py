@@ -28,6 +28,7 @@ from loco_det.core.launch import launch
 from loco_det.detection import engine_d2, loop, run_record, solver
 from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.keys import get_cfg
+from loco_det.detection.rcnn import build_model
 from loco_det.detection.train import choose_engine, train_net
 
 EXACT = {"engine": "torchvision", "eval_only": False, "resume": False, "evaluator": "hotcoco", "fast": False}
@@ -182,6 +183,19 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"at iteration 0 loss_mask = nan; lower SOLVER.BASE_LR"):
         train_net(tiny_cfg(tmp_path), engine="torchvision")
     assert not (tmp_path / "last_checkpoint").exists()
+
+
+def test_c5_a_detector_of_other_classes_is_trained_on_with_new_heads(tmp_path):
+    given = build_model(tiny_cfg(tmp_path / "other", MODEL__ROI_HEADS__NUM_CLASSES=7)).state_dict()
+    torch.save({"model": given}, tmp_path / "other.pth")
+    cfg = tiny_cfg(tmp_path / "run", MODEL__WEIGHTS=tmp_path / "other.pth", SOLVER__MAX_ITER=1, SOLVER__STEPS=())
+    with pytest.raises(UserError, match=r"for 7 classes .*NUM_CLASSES is 2; .*loco-det train --new-heads"):
+        train_net(cfg, engine="torchvision")
+    with pytest.raises(UserError, match=r"--new-heads .*--eval-only"):
+        train_net(cfg, engine="torchvision", new_heads=True, eval_only=True)
+    train_net(cfg, engine="torchvision", new_heads=True)
+    found = json.loads((tmp_path / "run/run.json").read_text())["weights"]["new_heads"]
+    assert {head: len(names) for head, names in found.items()} == {"box predictor": 4, "mask predictor": 2}
 
 
 def test_the_record_takes_the_hash_that_the_index_knows(tmp_path, monkeypatch):

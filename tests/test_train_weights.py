@@ -280,6 +280,70 @@ def test_a_detector_without_masks_does_not_fill_mask_rcnn(tmp_path):
         load_weights(build_model(cfg), cfg)
 
 
+ANCHORS = {"MODEL__ANCHOR_GENERATOR__ASPECT_RATIOS": [[0.5, 1.0]]}
+BOX, RPN = (
+    "roi_heads.box_predictor.",
+    ("proposal_generator.rpn_head.objectness_logits", "proposal_generator.rpn_head.a"),
+)
+PREDICTOR, MASK = "roi_heads.mask_head.predictor.", "roi_heads.mask_head."
+
+
+@pytest.mark.parametrize(
+    ("changes", "heads"),
+    [
+        ({"MODEL__ROI_HEADS__NUM_CLASSES": 5}, {"box predictor": BOX, "mask predictor": PREDICTOR}),
+        (ANCHORS, {"RPN's predictor": RPN}),
+        (ANCHORS | {"MODEL__ROI_HEADS__NUM_CLASSES": 5},
+         {"box predictor": BOX, "mask predictor": PREDICTOR, "RPN's predictor": RPN}),
+        ({"MODEL__ROI_HEADS__NUM_CLASSES": 5, "MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": True,
+          "MODEL__ROI_MASK_HEAD__CLS_AGNOSTIC_MASK": True}, {"box predictor": BOX, "mask predictor": PREDICTOR}),
+        ({"MODEL__MASK_ON": False}, {"mask head": ()}),
+        ({}, {}),
+    ],
+)  # fmt: skip
+def test_c5_heads_that_do_not_fit_start_anew_only_when_asked(saved, tmp_path, caplog, changes, heads):
+    path = last_checkpoint(saved.cfg.OUTPUT_DIR)
+    cfg = tiny_cfg(tmp_path, MODEL__WEIGHTS=path, **changes)
+    if heads:
+        with pytest.raises(UserError, match=r"loco-det train --new-heads"):
+            load_weights(build_model(cfg), cfg)
+    model = build_model(cfg)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = load_weights(model, cfg, new_heads=True)
+    given = torch.load(path)["model"]
+    new = {title: [name for name in before if name.startswith(starts or "-")] for title, starts in heads.items()}
+    assert weights.new_heads == new
+    for name, tensor in model.state_dict().items():
+        expected = before[name] if any(name in names for names in new.values()) else given[name]
+        assert torch.equal(tensor, expected), name
+
+
+def test_c5_a_detector_without_masks_gets_a_new_mask_head_and_nothing_else(tmp_path):
+    path = checkpointer(tiny_cfg(tmp_path, MODEL__MASK_ON=False)).save("model_final", 0)
+    cfg = tiny_cfg(tmp_path, MODEL__WEIGHTS=path)
+    model = build_model(cfg)
+    weights = load_weights(model, cfg, new_heads=True)
+    assert weights.new_heads == {"mask head": [name for name in model.state_dict() if name.startswith(MASK)]}
+    for name, tensor in torch.load(path)["model"].items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"MODEL__FPN__OUT_CHANNELS": 32}, "backbone.fpn_lateral"),
+        ({"MODEL__ROI_BOX_HEAD__NUM_FC": 1}, "roi_heads.box_head.fc2"),
+        ({"MODEL__ROI_MASK_HEAD__NUM_CONV": 2}, "mask_fcn2"),
+        ({"MODEL__META_ARCHITECTURE": "SemanticSegmentor"}, "of a GeneralizedRCNN"),
+    ],
+)
+def test_c5_what_is_no_head_must_fit_even_then(saved, tmp_path, changes, words):
+    changes = {"MODEL__ROI_HEADS__NUM_CLASSES": 5} | changes
+    cfg = tiny_cfg(tmp_path, MODEL__WEIGHTS=last_checkpoint(saved.cfg.OUTPUT_DIR), **changes)
+    with pytest.raises(UserError, match=words):
+        load_weights(build_model(cfg), cfg, new_heads=True)
+
+
 def test_a_segmentor_does_not_fill_mask_rcnn(tmp_path):
     run = checkpointer(tiny_cfg(tmp_path, MODEL__META_ARCHITECTURE="SemanticSegmentor"))
     cfg = tiny_cfg(tmp_path, MODEL__WEIGHTS=run.save("model_final", 0))

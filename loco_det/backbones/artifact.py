@@ -60,6 +60,7 @@ class Manifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     loco_det_version: str = __version__
     tensors_sha256: str = ""
     proof: dict[str, Any] = {}
+    dropped: dict[str, list[str]] = {}  # of the file it was converted from, by the pattern that the user gave
 
 
 def describe(backbone: StagedBackbone, *, stem: str, method: str, **fields: Any) -> Manifest:

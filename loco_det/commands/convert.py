@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ".safetensors for torchvision and timm",
     )
     parser.add_argument("--inspect", action="store_true", help="say what INPUT is and convert nothing")
+    parser.add_argument(
+        "--drop", action="append", default=[], metavar="PATTERN", help="leave out tensors, e.g. 'layer*.pool_conv*'"
+    )
     parser.add_argument("--image", help="image for the proof (default: a photograph that comes with matplotlib)")
     add_input_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print what would be printed as one JSON object")
@@ -72,7 +75,8 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.output is None:
         raise UserError(f"{args.input}: give an OUTPUT to convert it to, or --inspect to look at it")
-    account = convert(args.input, args.output, branch=args.branch, image=args.image, stated=read_stated(args))
+    options = {"branch": args.branch, "drop": args.drop, "image": args.image, "stated": read_stated(args)}
+    account = convert(args.input, args.output, **options)
     written = [args.output]
     if args.output.endswith(".pkl"):
         written.append(f"{args.output.removesuffix('.pkl')}.yaml")

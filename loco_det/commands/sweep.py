@@ -178,7 +178,7 @@ def _cells(args: argparse.Namespace, shared: dict[str, Any], name: str, weights:
         for seed in dict.fromkeys(args.seeds):
             facts = {**shared, "weights": content, "fraction": fraction, "seed": seed}
             key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-            folder = args.out.absolute() / name / f"fraction-{fraction:g}_seed-{seed}"
+            folder = args.out.absolute() / name / f"fraction-{_digits(fraction)}_seed-{seed}"
             cells.append(Cell(name, fraction, seed, folder, key, _command(args, weights, fraction, seed, folder)))
     for cell in cells:
         told = cell.folder / "cell.json"
@@ -192,13 +192,19 @@ def _cells(args: argparse.Namespace, shared: dict[str, Any], name: str, weights:
     return cells
 
 
+def _digits(fraction: float) -> str:
+    """All that it takes to tell a fraction from every other, in the shortest way."""
+    short = f"{fraction:g}"
+    return short if float(short) == fraction else repr(fraction)
+
+
 def _command(args: argparse.Namespace, weights: Path, fraction: float, seed: int, folder: Path) -> list[str]:
     start = [sys.executable, "-m", "loco_det.cli"]
     processes = ["--num-gpus", str(args.num_gpus)]
     if args.launcher == "torchrun":
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={args.num_gpus}"]
         start, processes = [sys.executable, "-m", *torchrun, "-m", "loco_det.cli"], []
-    part = [] if fraction == 1 else ["--fraction", f"{fraction:g}"]
+    part = [] if fraction == 1 else ["--fraction", _digits(fraction)]
     more = ["--wandb", args.wandb] if args.wandb else []
     more += ["--feature-cache", str(args.feature_cache.absolute())] if args.feature_cache else []
     own = {"MODEL.WEIGHTS": weights, "SEED": seed, "OUTPUT_DIR": folder}
@@ -368,7 +374,7 @@ def _print(cells: list[Cell], failed: dict[str, str]) -> None:
     for backbone, fraction in groups:
         rows = [row["results"] for row in done if (row["backbone"], row["fraction"]) == (backbone, fraction)]
         cells_of = [_mean([row[m] for row in rows if row.get(m) is not None]) for m in measures]
-        table.add_row(backbone, f"{fraction:g}", str(len(rows)), *cells_of)
+        table.add_row(backbone, _digits(fraction), str(len(rows)), *cells_of)
     console = Console()
     console.print(table)
     if failed:

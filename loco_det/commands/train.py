@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=("auto", "torchvision", "detectron2"), default="auto")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and stop")
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT_DIR/last_checkpoint if there is one")
+    parser.add_argument(
+        "--new-heads", action="store_true", help="heads of MODEL.WEIGHTS that do not fit, of other classes, start anew"
+    )
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes here, a GPU each if there are")
     parser.add_argument("--evaluator", choices=(*EVALUATORS, OFFICIAL), default=EVALUATORS[0])
     parser.add_argument(
@@ -66,9 +69,8 @@ def run(args: argparse.Namespace) -> None:
     engine = choose_engine(args.engine)
     engine.check(cfg, settings)
     options = {"engine": engine, "eval_only": args.eval_only, "resume": args.resume, "evaluator": args.evaluator}
-    options.update(
-        fast=not args.exact, feature_cache=args.feature_cache, max_bad_share=args.max_bad_share, wandb=args.wandb
-    )
+    options.update(new_heads=args.new_heads, fast=not args.exact, feature_cache=args.feature_cache)
+    options.update(max_bad_share=args.max_bad_share, wandb=args.wandb)
     launch(_worker, args.num_gpus, cfg, options)
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def convert(
     output: str | Path,
     *,
     branch: str | None = None,
+    drop: Sequence[str] = (),
     image: str | Path | None = None,
     stated: Stated | None = None,
 ) -> Account:
@@ -59,7 +61,8 @@ def convert(
 
     Args:
         source: our own artifact or any checkpoint that `sources.SOURCES` knows.
-        branch: which backbone, where the file holds several.
+        branch: which backbone, where the file holds several or more than one; the prefix of its tensors takes it alone.
+        drop: patterns of tensors to leave out, as `take_account` has them.
         image: for the proof, in place of a photograph that is always there.
         stated: pixels and stride, where they are not the source's own.
 
@@ -78,7 +81,7 @@ def convert(
     fragment = output.with_suffix(".yaml")
     if for_detectron2 and fragment.exists() and not is_fragment(fragment):
         raise UserError(f"{fragment}: is in the way of the YAML keys of {output.name}; give the output another name")
-    account, manifest, known = _read(source, branch)
+    account, manifest, known = _read(source, branch, drop)
     account.pixels = _pixels(source, account, manifest, known, stated)
     manifest = manifest or _describe(account)
     if account.pixels.stride_in_1x1 and not for_detectron2:
@@ -144,6 +147,7 @@ def load_any_backbone(
     if header is not None:
         manifest = decode_manifest(header, path)
         if manifest.stem == "cifar" or manifest.architecture == PRESNET:
+            _refuse_choices(path, branch)
             tensors, _ = load_backbone(path)
             account = Account("", "", Architecture(manifest.depth), len(tensors), tensors, {}, {})
             _pixels(path, account, manifest, None, stated)
@@ -212,7 +216,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _read(path: Path, branch: str | None) -> tuple[Account, Manifest | None, Pixels | None]:
+def _read(path: Path, branch: str | None, drop: Sequence[str] = ()) -> tuple[Account, Manifest | None, Pixels | None]:
     """The account of a file, its manifest if it is ours, and the pixels that its source is known to expect."""
     loaded = open_tensors(path)
     check_sums(path)
@@ -220,12 +224,13 @@ def _read(path: Path, branch: str | None) -> tuple[Account, Manifest | None, Pix
     if header is not None:
         manifest = decode_manifest(header, path)
         require_resnet(path, manifest)
+        _refuse_choices(path, branch, drop)
         architecture = recognise(path, loaded)
         tensors = checked_tensors(path, loaded, architecture)
         check_hash(path, tensors, manifest)
         account = Account(f"loco_det ({manifest.method})", "", architecture, len(tensors), tensors, {}, {})
     else:
-        account, chosen = take_account(path, loaded, branch)
+        account, chosen = take_account(path, loaded, branch, drop=drop)
         manifest = None
         if isinstance(loaded.get(HEADER_KEY), str):
             manifest = decode_manifest(loaded[HEADER_KEY], path)
@@ -235,6 +240,12 @@ def _read(path: Path, branch: str | None) -> tuple[Account, Manifest | None, Pix
         found = f"depth {manifest.depth}, its tensors {account.architecture.depth}"
         raise UserError(f"{path}: the manifest says {found}; take an intact copy")
     return account, manifest, None
+
+
+def _refuse_choices(path: Path, branch: str | None, drop: Sequence[str] = ()) -> None:
+    """Raise UserError for options that a backbone of our own, which is nothing else, has no use for."""
+    for option in (("--branch",) if branch is not None else ()) + (("--drop",) if drop else ()):
+        raise UserError(f"{path}: is one backbone and nothing else; leave {option} out")
 
 
 def _pixels(
@@ -261,4 +272,5 @@ def _describe(account: Account) -> Manifest:
         pixel_std=pixels.std,
         stride_in_1x1=pixels.stride_in_1x1,
         tensors_sha256=tensors_hash(account.converted.items()),
+        dropped={why: keys for why, keys in account.dropped.items() if why.startswith("as asked")},
     )

@@ -142,10 +142,14 @@ def _backbone(path: Path, opened: dict[str, Any], candidate: Candidate, manifest
     try:
         if manifest:
             require_resnet(path, manifest)
-        account, _ = take_account(path, opened, candidate.prefix, read=False)
+        account, candidate = take_account(path, opened, candidate.prefix, read=False)
     except UserError as error:
         return {**found, "problem": str(error)}
     pixels = candidate.source.pixels if candidate.source else None
+    if candidate.source is None:  # or the nearest row does not know all of the file
+        found |= {"source": "unknown code base", "branch": candidate.branch}
+    else:
+        found |= {"source": candidate.source.name, "branch": candidate.branch}
     return {
         **found,
         "architecture": account.architecture.name,

@@ -48,12 +48,14 @@ class Witness:
         model: the network, without memory for its tensors.
         stages: our stage -> the model's module whose output is that stage's.
         tensors: the source's, under the model's names.
+        named: it is the one that the file names, which may compute anything.
     """
 
     name: str
     model: nn.Module
     stages: dict[str, str]
     tensors: Mapping[str, Tensor]
+    named: bool = False
 
 
 def made_image(height: int = 157, width: int = 221) -> np.ndarray:
@@ -101,7 +103,9 @@ def witnesses(account: Account) -> Iterator[Witness]:
     if account.timm:
         import timm
 
-        yield Witness(f"timm {timm.__version__}, the file's names", timm_model(arch), _STAGES, converted)
+        own = _named_timm_model(account)
+        name = f"timm {timm.__version__}{f', its {account.network}' if own else ''}, the file's names"
+        yield Witness(name, own or timm_model(arch, stride), _STAGES, converted, named=own is not None)
 
 
 def torchvision_model(architecture: Architecture, stride_in_1x1: bool = False) -> nn.Module:
@@ -116,13 +120,39 @@ def torchvision_model(architecture: Architecture, stride_in_1x1: bool = False) -
         )
     model.fc = nn.Identity()
     if stride_in_1x1:
-        for module in model.modules():
-            if isinstance(module, Bottleneck):
-                module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+        _stride_first(model)
     return model.eval()
 
 
-def timm_model(architecture: Architecture) -> nn.Module:
+def _stride_first(model: nn.Module) -> None:
+    """Move the stride of every bottleneck to its first convolution, as MSRA's weights have it."""
+    for module in model.modules():
+        if type(module).__name__ == "Bottleneck":
+            module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+
+
+def _named_timm_model(account: Account) -> nn.Module | None:
+    """The network of timm's that the file names, if its tensors are those of the one that was recognised.
+
+    Networks of other operations can have the very tensors of a ResNet: resnetblur50 blurs before it strides.
+    """
+    import timm
+
+    if not account.network or not timm.is_model(account.network):
+        return None
+    model = timm.create_model(account.network, num_classes=0)  # with the filters that a blur makes itself
+    shapes = {n: t.shape for n, t in model.state_dict().items() if not n.endswith("num_batches_tracked")}
+    if shapes != {name: tensor.shape for name, tensor in account.converted.items()}:
+        return None
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = None if parameter is None else nn.Parameter(parameter.to("meta"))
+    if account.pixels.stride_in_1x1:
+        _stride_first(model)
+    return model.eval()
+
+
+def timm_model(architecture: Architecture, stride_in_1x1: bool = False) -> nn.Module:
     """timm's ResNet, as `torchvision_model`."""
     from timm.models import resnet as timm_resnet
 
@@ -134,6 +164,8 @@ def timm_model(architecture: Architecture) -> nn.Module:
             cardinality=architecture.groups,
             base_width=architecture.width_per_group,
         )
+    if stride_in_1x1:
+        _stride_first(model)
     return model.eval()
 
 
@@ -161,8 +193,17 @@ def prove(account: Account, exported: Mapping[str, Tensor], image: str | Path | 
         found = _stages(result, own, exported, x.to(dtype))
         compared = []
         for source in sources:
-            expected = _stages(source.model, source.stages, source.tensors, x.to(dtype))
-            compared.append({stage: _difference(stage, expected[stage], found[stage]) for stage in STAGES})
+            try:
+                expected = _stages(source.model, source.stages, source.tensors, x.to(dtype))
+            except RuntimeError as error:
+                if not source.named:
+                    raise
+                raise UserError(f"{source.name} does not take the proof's image ({error}), so it is another network "
+                                "than the ResNet that would be written") from error  # fmt: skip
+            try:
+                compared.append({stage: _difference(stage, expected[stage], found[stage]) for stage in STAGES})
+            except UserError as error:
+                raise UserError(f"{error}; compared with {source.name}") from error
         proof[kind] = {stage: max((c[stage] for c in compared), key=lambda d: d["relative"]) for stage in STAGES}
     return proof
 
@@ -171,6 +212,10 @@ def prove(account: Account, exported: Mapping[str, Tensor], image: str | Path | 
 def _stages(model: nn.Module, stages: dict[str, str], tensors: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
     """Every stage's output for `x`, in its dtype."""
     outputs: dict[str, Tensor] = {}
+    for module in model.modules():  # those that are no weights, as the filters of a blur
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(x.dtype)
     hooks = [
         model.get_submodule(module).register_forward_hook(
             lambda _module, _inputs, output, stage=stage: outputs.__setitem__(stage, output)

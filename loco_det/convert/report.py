@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +28,7 @@ from loco_det.convert.sources import (
     Rules,
     candidates,
     choose,
+    fitting,
     flatten,
 )
 from loco_det.core.errors import UserError
@@ -52,6 +59,7 @@ class Account:
         made: torchvision's names of the statistics that were added where norms only scale and shift.
         prefix, naming: where the backbone stood in the file, and which of `NAMINGS` its names are.
         timm: whether its network may be timm's.
+        network: what the file calls its network, of one that may be timm's; "" if it does not say.
         pixels: what the backbone expects to see, and where its strides stand.
         proof: what `prove.prove` measured.
     """
@@ -68,6 +76,7 @@ class Account:
     prefix: str = ""
     naming: str = "torchvision"
     timm: bool = False
+    network: str = ""
     pixels: Pixels = field(default_factory=Pixels)
     proof: dict[str, Any] = field(default_factory=dict)
 
@@ -135,11 +144,21 @@ def _shown(keys: list[str]) -> str:
 
 
 def take_account(
-    path: object, loaded: dict[str, Any], branch: str | None = None, *, read: bool = True
+    path: object,
+    loaded: dict[str, Any],
+    branch: str | None = None,
+    *,
+    drop: Sequence[str] = (),
+    read: bool = True,
 ) -> tuple[Account, Candidate]:
     """Sort every tensor of a loaded or opened file into converted and dropped, and check what is converted.
 
-    With `read` false nothing but names, shapes and dtypes is looked at, and `converted` stays in the file.
+    Of the rows that fit the prefix the first that knows every tensor counts. Where none does, a `branch` that is the
+    prefix itself takes that backbone, and what stands outside is dropped as such.
+
+    Args:
+        drop: patterns, as a shell's, of tensors to leave out, by name in the file or behind the prefix.
+        read: False: nothing but names, shapes and dtypes is looked at, and `converted` stays in the file.
 
     Raises:
         UserError: no or several backbones, or a tensor is unknown, missing, there twice or not as it must be.
@@ -153,25 +172,13 @@ def take_account(
             "state_dict: torch.save(model.state_dict(), 'weights.pth')"
         )
     chosen = choose(path, tensors, branch)
-    others = {c.prefix: c.branch or c.prefix for c in candidates(path, tensors) if c != chosen}
+    others = {c.prefix: c.branch or c.prefix for c in candidates(path, tensors) if c.prefix != chosen.prefix}
+    chosen = _best_row(tensors, chosen, others, drop, alone=branch == chosen.prefix)
     for kind, places in objects.items():
         for key in places:
             if _place(key, chosen, others)[0] is not None:
                 raise UserError(f"{path}: {key!r} is a {kind}, not a plain tensor; save it as one, in float32")
-    found: dict[str, Tensor] = {}
-    keys: dict[str, str] = {}
-    dropped: dict[str, list[str]] = {}
-    for key, (file_key, tensor) in original.items():
-        name, reason = _place(key, chosen, others)
-        if name is not None:
-            if name in found:
-                raise UserError(f"{path}: {keys[name]!r} and {file_key!r} are the same tensor; remove one of them")
-            found[name], keys[name] = tensor, file_key
-        elif reason is not None:
-            dropped.setdefault(reason, []).append(file_key)
-        else:
-            where = f"a {chosen.source.name}" if chosen.source else "this"
-            raise UserError(f"{path}: tensor {file_key!r} is unknown in {where} checkpoint; remove it")
+    found, keys, dropped = _sorted(path, original, chosen, others, drop)
     made = _statistics(found) if chosen.source and chosen.source.scale_only else {}
     found |= made
     architecture = recognise(path, found)
@@ -181,7 +188,21 @@ def take_account(
     account = Account(source, chosen.branch, architecture, len(tensors), converted, keys, dropped, list(made), objects)
     account.prefix, account.naming = chosen.prefix, chosen.naming
     account.timm = chosen.source is not None and chosen.source.timm
+    account.network = _network(path, loaded) if account.timm else ""
     return account, chosen
+
+
+def _network(path: object, loaded: dict[str, Any]) -> str:
+    """What a file of timm's calls its network: its own entry, the config.json beside it, or how the file is named."""
+    for key in ("arch", "architecture"):
+        if isinstance(loaded.get(key), str):
+            return loaded[key]
+    path = Path(str(path))
+    with contextlib.suppress(OSError, ValueError):
+        said = json.loads((path.parent / "config.json").read_bytes())
+        if isinstance(said, dict) and isinstance(said.get("architecture"), str):
+            return said["architecture"]
+    return re.split(r"[-.]", path.name)[0]
 
 
 def _statistics(found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -204,6 +225,67 @@ def _moved(path: object, tensors: dict[str, Tensor]) -> dict[str, tuple[str, Ten
             raise UserError(f"{path}: {found[new][0]!r} and {key!r} are the same tensor; remove one of them")
         found[new] = key, tensor
     return found
+
+
+def _best_row(
+    tensors: dict[str, Tensor], chosen: Candidate, others: dict[str, str], drop: Sequence[str], *, alone: bool
+) -> Candidate:
+    """The backbone as the first row has it that knows every tensor; else, if it was asked for `alone`, as no row."""
+    rows = list(fitting(tensors, chosen.prefix, chosen.naming))
+    if alone or not rows:
+        rows.append(Candidate(None, chosen.prefix, chosen.prefix, chosen.naming))
+    knowing = (row for row in rows if _unknown(tensors, row, others, drop) is None)
+    return next(knowing, rows[-1] if alone else rows[0])
+
+
+def _sorted(
+    path: object,
+    original: dict[str, tuple[str, Tensor]],
+    chosen: Candidate,
+    others: dict[str, str],
+    drop: Sequence[str],
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, list[str]]]:
+    """The backbone by torchvision's names, its keys in the file, and by reason the keys that are dropped."""
+    found: dict[str, Tensor] = {}
+    keys: dict[str, str] = {}
+    dropped: dict[str, list[str]] = {}
+    used = set()
+    for key, (file_key, tensor) in original.items():
+        name, reason = _place(key, chosen, others)
+        pattern = _asked(key, file_key, chosen, drop)
+        if pattern is not None:
+            used.add(pattern)
+            reason = f"as asked by --drop {pattern}"
+            if name is not None:
+                raise UserError(f"{path}: --drop {pattern} takes {file_key!r}, which the backbone needs; narrow it")
+        if name in found:
+            raise UserError(f"{path}: {keys[name]!r} and {file_key!r} are the same tensor; remove one of them")
+        if name is not None:
+            found[name], keys[name] = tensor, file_key
+        elif reason is not None:
+            dropped.setdefault(reason, []).append(file_key)
+        else:
+            where = f"a {chosen.source.name} checkpoint, the nearest known" if chosen.source else "this checkpoint"
+            prefix = shlex.quote(chosen.prefix)
+            alone = f"take the backbone alone, --branch {prefix}, or " if chosen.source else ""
+            raise UserError(f"{path}: tensor {file_key!r} is unknown in {where}; {alone}leave it out, --drop PATTERN")
+    if unused := [pattern for pattern in drop if pattern not in used]:
+        raise UserError(f"{path}: --drop {unused[0]} matches no tensor; correct it or leave it out")
+    return found, keys, dropped
+
+
+def _unknown(tensors: dict[str, Tensor], chosen: Candidate, others: dict[str, str], drop: Sequence[str]) -> str | None:
+    """The first tensor that a row does not know."""
+    for key in tensors:
+        if _place(key, chosen, others) == (None, None) and _asked(key, key, chosen, drop) is None:
+            return key
+    return None
+
+
+def _asked(key: str, file_key: str, chosen: Candidate, drop: Sequence[str]) -> str | None:
+    """The pattern that leaves a tensor out, if the user gave one."""
+    names = (file_key, key.removeprefix(chosen.prefix))
+    return next((pattern for pattern in drop if any(fnmatchcase(name, pattern) for name in names)), None)
 
 
 def _place(key: str, chosen: Candidate, others: dict[str, str]) -> tuple[str | None, str | None]:

@@ -82,6 +82,8 @@ CLASSIFIER = (r"fc\.(weight|bias)", "classifier")
 HEAD = (r"fc\..+", "projection head")
 QUEUE = (r"(module\.)?queue\w*", "queue of negatives")
 UNSCALED = Pixels("RGB", (0.0, 0.0, 0.0), (255.0, 255.0, 255.0))  # torchvision's ToTensor, and no Normalize after it
+# SwAV's and DeepCluster v2's src/multicropdataset.py and VICRegL's transforms.py divide red by 0.228, not by 0.229.
+SWAV = Pixels("RGB", IMAGENET_MEAN, (58.14, 57.12, 57.375))
 MSRA = Pixels("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), stride_in_1x1=True)
 DETECTOR_BLOBS = (
     (r"(fc1000|pred)_[wb]", "classifier"),
@@ -213,10 +215,22 @@ SOURCES = (
         pixels=UNSCALED,
     ),
     Source(
-        "SwAV",
+        "SwAV or DeepCluster v2",
         {"model": r"(state_dict:)?(module\.)?"},
         inside=((r"(projection_head|prototypes\d*)\..+", "projection head and prototypes"),),
         marker=r"(.+:)?(module\.)?projection_head\..+",
+        pixels=SWAV,
+    ),
+    Source(
+        "VICRegL",
+        {"backbone": r"model:(module\.)?backbone\."},
+        inside=(CLASSIFIER,),
+        outside=(
+            (r"(module\.)?(maps_)?projector\..+", "projection head"),
+            (r"(module\.)?classifier\..+", "classifier"),
+        ),
+        marker=r"model:(module\.)?(maps_projector|classifier)\..+",
+        pixels=SWAV,
     ),
     Source(
         "Barlow Twins or VICReg",
@@ -327,15 +341,15 @@ COUNTERS = (
 )
 REFUSED = (
     (
-        r"(.+[.:])?(conv1|backbone\.stem)\.[03]\.weight",
+        r"(conv1|backbone\.stem)\.[03]\.weight",
         "has a stem of three convolutions (resnet*d, *c, *s), which Detectron2 lacks",
     ),
-    (r"(.+\.)?layer1\.0\.(se|conv2_se|attn)\..+", "has attention in its blocks (SE, ECA), which Detectron2 lacks"),
-    (r"(.+\.)?layer1\.0\.conv2\.(conv|fc1)\.weight", "has split-attention blocks (ResNeSt), which Detectron2 lacks"),
-    (r"(.+[.:])?(cls_token|patch_embed\..+)", "is a vision transformer, not a ResNet"),
-    (r"(.+[.:])?stages\.0\.blocks\.0\..+", "is a pre-activation ResNet or ConvNeXt, which Detectron2 lacks"),
+    (r"layer1\.0\.(se|conv2_se|attn)\..+", "has attention in its blocks (SE, ECA), which Detectron2 lacks"),
+    (r"layer1\.0\.conv2\.(conv|fc1)\.weight", "has split-attention blocks (ResNeSt), which Detectron2 lacks"),
+    (r"(cls_token|patch_embed\..+)", "is a vision transformer, not a ResNet"),
+    (r"stages\.0\.blocks\.0\..+", "is a pre-activation ResNet or ConvNeXt, which Detectron2 lacks"),
 )
-"""Key pattern -> why a file with such a tensor cannot become a Detectron2 ResNet."""
+"""Pattern of a name behind the backbone's prefix -> why such a backbone cannot become a Detectron2 ResNet."""
 
 
 @dataclass(frozen=True)
@@ -389,18 +403,18 @@ def candidates(path: object, tensors: dict[str, Tensor]) -> list[Candidate]:
                 found.append((prefix, naming))
         if len(found) > MAX_BACKBONES:
             raise UserError(f"{path}: holds more than {MAX_BACKBONES} backbones; save the one you mean by itself")
-    rows = [s for s in SOURCES if not s.marker or any(re.fullmatch(s.marker, key) for key in tensors)] if found else []
-    return [_identify(prefix, naming, rows) for prefix, naming in found]
+    return [next(fitting(tensors, prefix, naming), Candidate(None, prefix, prefix, naming)) for prefix, naming in found]
 
 
-def _identify(prefix: str, naming: str, rows: list[Source]) -> Candidate:
-    for source in rows:
+def fitting(tensors: dict[str, Tensor], prefix: str, naming: str) -> Iterator[Candidate]:
+    """The backbone under `prefix` as each row that fits its prefix has it, in the order of the rows."""
+    for source in SOURCES:
         if naming not in source.namings:
             continue
-        for branch, pattern in source.branches.items():
-            if re.fullmatch(pattern, prefix):
-                return Candidate(source, branch, prefix, naming)
-    return Candidate(None, prefix, prefix, naming)
+        branch = next((b for b, pattern in source.branches.items() if re.fullmatch(pattern, prefix)), None)
+        marked = branch is not None and (not source.marker or any(re.fullmatch(source.marker, key) for key in tensors))
+        if marked:
+            yield Candidate(source, branch, prefix, naming)
 
 
 def _distinct(tensors: dict[str, Tensor], found: list[Candidate]) -> list[Candidate]:
@@ -427,11 +441,8 @@ def choose(path: object, tensors: dict[str, Tensor], branch: str | None) -> Cand
         UserError: there is none, it is of a kind that Detectron2 lacks, or there are several and `branch` is None.
     """
     found = candidates(path, tensors)
-    for pattern, reason in REFUSED:
-        for key in tensors:
-            if re.fullmatch(pattern, key):
-                raise UserError(f"{path}: tensor {key!r} shows that it {reason}; give a plain ResNet's weights")
     if not found:
+        _refuse_other_kinds(path, tensors, r"(.+[.:])?")
         shown = ", ".join(repr(key) for key in list(tensors)[:3]) or "none"
         raise UserError(f"{path}: holds no ResNet backbone (first tensors: {shown}); give a ResNet's weights")
     distinct = _distinct(tensors, found)
@@ -442,6 +453,7 @@ def choose(path: object, tensors: dict[str, Tensor], branch: str | None) -> Cand
         raise UserError(f"{path}: has no branch {branch!r}; choose {choices}")
     if len(chosen) > 1:
         raise UserError(f"{path}: holds {len(distinct)} backbones; choose one with {choices}")
+    _refuse_other_kinds(path, tensors, re.escape(chosen[0].prefix))
     refuse_small_stem(path, tuple(tensors[chosen[0].prefix + NAMINGS[chosen[0].naming][0]].shape))
     if chosen[0].source is None and branch is None:
         raise UserError(
@@ -449,3 +461,11 @@ def choose(path: object, tensors: dict[str, Tensor], branch: str | None) -> Cand
             f"if it is the one you mean, say --branch {shlex.quote(chosen[0].prefix)}"
         )
     return chosen[0]
+
+
+def _refuse_other_kinds(path: object, tensors: dict[str, Tensor], prefix: str) -> None:
+    """Raise UserError if a tensor behind a prefix, a pattern, shows a network that Detectron2 lacks."""
+    for pattern, reason in REFUSED:
+        for key in tensors:
+            if re.fullmatch(prefix + pattern, key):
+                raise UserError(f"{path}: tensor {key!r} shows that it {reason}; give a plain ResNet's weights")

@@ -65,6 +65,7 @@ class Stated:
             raise UserError(f"--pixel-std {self.std} must be three positive numbers in 0-255 units; correct it")
         if self.mean is not None and not all(abs(v) < float("inf") for v in self.mean):
             raise UserError(f"--pixel-mean {self.mean} must be three numbers in 0-255 units; correct it")
+        self._check_units()
         needs_stride = depth >= 50 and self.stride_in_1x1 is None
         if known is None and (self.channel_order is None or needs_stride):
             raise UserError(
@@ -78,3 +79,17 @@ class Stated:
         if stride is None:
             stride = known.stride_in_1x1 if known else False
         return Pixels(*pixels, stride)
+
+    def _check_units(self) -> None:
+        """Refuse numbers for pixels from 0 to 1: taken as they stand, they would make the input 255 times too large."""
+        for option, values, scaled in (
+            ("--pixel-mean", self.mean, lambda v: any(v) and all(0 <= one <= 1 for one in v)),
+            ("--pixel-std", self.std, lambda v: any(one < 1 for one in v)),
+        ):
+            if values is not None and scaled(values):
+                shown = " ".join(f"{value:g}" for value in values)
+                times = " ".join(f"{255 * value:g}" for value in values)
+                raise UserError(
+                    f"{option} {shown} looks as if pixels went from 0 to 1, and 0-255 units are asked for; if so, "
+                    f"give {option} {times}"
+                )

@@ -21,9 +21,8 @@ from loco_det.core.distributed import barrier, is_main, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.log import Progress, log
 from loco_det.detection.engine import Engine
-from loco_det.evaluation.coco import EVALUATORS
 from loco_det.evaluation.coco_checks import read_ground_truth
-from loco_det.evaluation.measure import Measure, Subject, measure_class
+from loco_det.evaluation.measure import Measure, Subject, check_known_evaluator, measure_class
 
 
 def evaluate(cfg: CfgNode, model: nn.Module, engine: Engine, evaluator: str = "hotcoco") -> dict[str, Any]:
@@ -111,10 +110,7 @@ def check_evaluator(cfg: CfgNode, evaluator: str) -> None:
         UserError: naming both.
     """
     for name in cfg.DATASETS.TEST:
-        default, *others = _measure_class(cfg, name).evaluators
-        if evaluator not in (default, *others):
-            known = EVALUATORS if (default, *others) == EVALUATORS else (*others, "nothing")
-            raise UserError(f"--evaluator {evaluator} does not measure {name}; give {' or '.join(known)}.")
+        check_known_evaluator(_measure_class(cfg, name), evaluator, name)
 
 
 def check_data(cfg: CfgNode, *, own_reader: bool) -> None:

@@ -156,11 +156,11 @@ def _next_of_all(batches: Iterator[Any], device: torch.device) -> Any:
     Raises:
         UserError: of whichever process.
     """
+    if world_size() == 1:
+        return next(batches)
     try:
         batch, failure = next(batches), None
     except UserError as error:
-        if world_size() == 1:
-            raise
         batch, failure = None, str(error)
     if reduce_mean({"failed": torch.tensor(float(failure is not None), device=device)})["failed"] > 0:
         raise UserError(first_of_all(failure))

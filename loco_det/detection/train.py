@@ -53,6 +53,7 @@ def train_net(
     engine: str | Engine = "auto",
     eval_only: bool = False,
     resume: bool = False,
+    new_heads: bool = False,
     evaluator: str = "hotcoco",
     fast: bool = False,
     feature_cache: Path | None = None,
@@ -67,6 +68,7 @@ def train_net(
             has passed `cfg`.
         eval_only: only evaluate MODEL.WEIGHTS, or with `resume` the last checkpoint.
         resume: go on from OUTPUT_DIR/last_checkpoint if there is one.
+        new_heads: where MODEL.WEIGHTS are a detector's, its heads that do not fit start anew.
         evaluator: "hotcoco" or "pycocotools".
         fast: on a CPU, let the torchvision engine's numbers differ from Detectron2's by rounding (`cpu_speed`).
         feature_cache: keep the frozen backbone's features of test images in this folder.
@@ -85,6 +87,8 @@ def train_net(
     """
     if not cfg.OUTPUT_DIR:
         raise UserError("OUTPUT_DIR is empty; name the folder for checkpoints and results.")
+    if new_heads and eval_only:
+        raise UserError("--new-heads starts heads from random values, which --eval-only would measure; leave one out.")
     if isinstance(engine, str):
         engine = choose_engine(engine)
         engine.check(cfg)
@@ -104,7 +108,7 @@ def train_net(
         if eval_only:
             _load_for_evaluation(model, cfg, engine, resume)
         else:
-            run = start_run(cfg, engine, model, resume, drawn)
+            run = start_run(cfg, engine, model, resume, drawn, new_heads=new_heads)
         _write_config(written)
         if feature_cache is not None:
             use_cache(model, cfg, feature_cache)
@@ -226,16 +230,18 @@ def _load_for_evaluation(model: nn.Module, cfg: CfgNode, engine: Engine, resume:
         write_record(cfg, engine.name, weights)
 
 
-def start_run(cfg: CfgNode, engine: Engine, model: nn.Module, resume: bool, drawn: bool) -> Run:
+def start_run(
+    cfg: CfgNode, engine: Engine, model: nn.Module, resume: bool, drawn: bool, *, new_heads: bool = False
+) -> Run:
     """Weights, optimiser and schedule, from MODEL.WEIGHTS or, with `resume`, from the last checkpoint.
 
-    `drawn`: the configuration gave no SEED.
+    `drawn`: the configuration gave no SEED; `new_heads` as `train_net` has it.
     """
     last = read_last(cfg.OUTPUT_DIR) if resume else None
     if resume and last is None:
         left = "; its model_*.pth are of an earlier run" if any(Path(cfg.OUTPUT_DIR).glob("model_*.pth")) else ""
         log.log(WARNING if left else INFO, "%s has no last_checkpoint to resume: starting anew%s", cfg.OUTPUT_DIR, left)
-    weights = load_weights(model, cfg) if last is None else None
+    weights = load_weights(model, cfg, new_heads=new_heads) if last is None else None
     device = torch.device(cfg.MODEL.DEVICE)
     optimizer = solver.build_optimizer(cfg, model)
     schedule = solver.build_schedule(cfg, optimizer)

@@ -1,7 +1,8 @@
 """Weights into a detector, all or nothing: a backbone, or a whole detector under Detectron2's names.
 
 A backbone file must fill every tensor of the model's ResNet, a detector file every tensor of the model; anything
-missing, left over or of another shape is refused by name, because a partly loaded backbone costs AP in silence.
+missing, left over or of another shape is refused by name, because a partly loaded backbone costs AP in silence. The one
+exception is asked for: heads that do not fit, those of a detector of other classes or anchors, start anew.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,16 @@ PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
 DROPPED = re.compile(
     r"(.*\.)?num_batches_tracked|(stem\.)?fc\.(weight|bias)|pixel_(mean|std)|.*anchor_generator\.cell_anchors\.\d+"
 )
+# The parts of a detector whose shape depends on classes, anchors or MODEL.MASK_ON, by what a user calls them; each is
+# taken whole or starts anew whole.
+_HEADS = {
+    "box predictor": re.compile(r"roi_heads\.box_predictor\..*"),
+    "mask head": re.compile(r"roi_heads\.mask_head\..*"),
+    "mask predictor": re.compile(r"roi_heads\.mask_head\.predictor\..*"),
+    "RPN's predictor": re.compile(r"proposal_generator\.rpn_head\.(objectness_logits|anchor_deltas)\..*"),
+    "predictor of labels": re.compile(r"sem_seg_head\.predictor\..*"),
+}
+_NEW_HEADS = "let the heads that do not fit start anew: loco-det train --new-heads"
 TOLERANCE = 0.01  # in 0-255 units: published means are rounded to two or three digits
 
 
@@ -44,6 +55,8 @@ class Weights:
         manifest: what an exported backbone says of itself.
         pixels: what a detector checkpoint says of its input (`pixel_facts`).
         state: everything else in a checkpoint: optimiser, schedule, iteration.
+        new_heads: of the heads that did not fit and started anew, as was asked, the tensors of the model; none for a
+            head that the model does not have.
     """
 
     path: Path
@@ -51,14 +64,18 @@ class Weights:
     manifest: Manifest | None = None
     pixels: dict[str, Any] | None = None
     state: dict[str, Any] | None = None
+    new_heads: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def is_backbone(self) -> bool:
         return any(STAGE.match(name) for name in self.tensors)
 
 
-def load_weights(model: nn.Module, cfg: CfgNode) -> Weights | None:
+def load_weights(model: nn.Module, cfg: CfgNode, *, new_heads: bool = False) -> Weights | None:
     """Fill `model` from MODEL.WEIGHTS; with "" it keeps its random initialisation, and the log says so.
+
+    Args:
+        new_heads: heads of a detector that do not fit keep theirs, too; the log and `Weights.new_heads` say which.
 
     Returns:
         What was loaded; None with "".
@@ -71,7 +88,7 @@ def load_weights(model: nn.Module, cfg: CfgNode) -> Weights | None:
         log.info("MODEL.WEIGHTS is empty: every layer starts from random values")
         return None
     weights = read_weights(path)
-    apply_weights(model, weights, cfg)
+    apply_weights(model, weights, cfg, new_heads=new_heads)
     return weights
 
 
@@ -119,15 +136,20 @@ def read_weights(path: str | Path) -> Weights:
     return weights
 
 
-def apply_weights(model: nn.Module, weights: Weights, cfg: CfgNode) -> None:
-    """Copy `weights` into `model`, whose names are Detectron2's.
+def apply_weights(model: nn.Module, weights: Weights, cfg: CfgNode, *, new_heads: bool = False) -> None:
+    """Copy `weights` into `model`, whose names are Detectron2's; `new_heads` as `load_weights` has it.
 
     Raises:
         UserError: naming the tensor that is missing, unknown or wrongly shaped, or the key that contradicts.
     """
     check_manifest(weights, cfg)
     target = model.state_dict()
-    matched = _match_backbone(weights, target, cfg) if weights.is_backbone else _match_detector(weights, target, cfg)
+    if weights.is_backbone:
+        matched = _match_backbone(weights, target, cfg)
+    else:
+        if new_heads:
+            _leave_out_heads(weights, target)
+        matched = _match_detector(weights, target, cfg)
     _check_finite(weights.path, matched)
     model.load_state_dict(matched, strict=False)
     kind = "backbone" if weights.is_backbone else "detector"
@@ -164,13 +186,32 @@ def _match_backbone(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -
     return matched
 
 
+def _leave_out_heads(weights: Weights, target: dict[str, Tensor]) -> None:
+    """Take the heads that do not fit out of the weights and the model's tensors that are to be filled."""
+    for title, names in _HEADS.items():
+        given, wanted = (
+            {n: t.shape for n, t in all_.items() if names.fullmatch(n)} for all_ in (weights.tensors, target)
+        )
+        # Of a mask head that both have the predictor alone depends on the classes.
+        if given == wanted or (title == "mask head" and given and wanted):
+            continue
+        weights.tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in given}
+        weights.new_heads[title] = list(wanted)
+        for name in wanted:
+            del target[name]
+        state = f"starts anew: {len(wanted)} tensors of the model keep their random values" if wanted else "is not used"
+        log.warning("--new-heads: the %s of %s %s (%s)", title, weights.path, state, next(iter(wanted or given)))
+    if not weights.new_heads:
+        log.info("--new-heads: every head of %s fits, so all are taken over", weights.path)
+
+
 def _match_detector(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
     _check_task(weights, target, cfg)
     _check_classes(weights, target, cfg)
     masks = [name for name in weights.tensors if name.startswith("roi_heads.mask_head.")]
     if bool(masks) != any(name.startswith("roi_heads.mask_head.") for name in target):
         has = "has" if masks else "has no"
-        raise UserError(f"{weights.path} {has} mask head; set MODEL.MASK_ON to {bool(masks)}.")
+        raise UserError(f"{weights.path} {has} mask head; set MODEL.MASK_ON to {bool(masks)}, or {_NEW_HEADS}.")
     matched: dict[str, Tensor] = {}
     for name, tensor in weights.tensors.items():
         if name in target:
@@ -199,15 +240,17 @@ def _check_classes(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) ->
         if name in weights.tensors and name in target and weights.tensors[name].shape[0] != target[name].shape[0]:
             raise UserError(
                 f"{weights.path} was trained for {weights.tensors[name].shape[0] - 1} classes and "
-                f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}; set it, or take other weights."
+                f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}; set it, or {_NEW_HEADS}."
             )
 
 
 def _check_shape(path: Path, name: str, tensor: Tensor, wanted: Tensor) -> None:
     if tensor.shape != wanted.shape:
+        of_head = any(names.fullmatch(name) for title, names in _HEADS.items() if title != "mask head")
+        other = f", or {_NEW_HEADS}" if of_head else ""
         raise UserError(
             f"{path}: tensor {name} is {tuple(tensor.shape)} and the model takes {tuple(wanted.shape)}; the "
-            "configuration must describe the network that the weights are of."
+            f"configuration must describe the network that the weights are of{other}."
         )
 
 

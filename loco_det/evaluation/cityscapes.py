@@ -30,6 +30,7 @@ from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 from loco_det.core.log import Progress, log
 from loco_det.evaluation import coco
+from loco_det.evaluation.bootstrap import Counted, Judged
 from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
 
 OVERLAPS = np.arange(0.5, 1.0, 0.05)  # the official array, rounding and all
@@ -58,6 +59,9 @@ class Measure(coco.Measure):
         official = self.evaluator == OFFICIAL
         return evaluate_cityscapes(self.dataset.annotations, self.dataset.images, results, official=official)
 
+    def judge(self, results: list[dict[str, Any]]) -> list[Judged]:
+        return [count_instances(self.dataset.annotations, self.dataset.images, results)]
+
 
 def evaluate_cityscapes(
     annotations: Path, images: Path, results: list[dict[str, Any]], *, official: bool = False
@@ -84,6 +88,17 @@ def evaluate_cityscapes(
 def cityscapes_outcomes(annotations: Path, images: Path, results: list[dict[str, Any]]) -> Outcomes:
     """What `evaluate_cityscapes` makes its numbers of, for AP of any choice of images; takes and raises the same."""
     return Outcomes(*_checked(annotations, images, results))
+
+
+def count_instances(annotations: Path, images: Path, results: list[dict[str, Any]]) -> Counted:
+    """AP and AP50 for any draw of images; takes and raises what `evaluate_cityscapes` does."""
+    outcomes, names = cityscapes_outcomes(annotations, images, results), ("AP", "AP50")
+
+    def measure(times: np.ndarray) -> list[float]:
+        numbers = in_percent(outcomes.precision(times))
+        return [numbers[name] for name in names]
+
+    return Counted("segm", names, outcomes.images, measure)
 
 
 def _checked(annotations: Path, images: Path, results: list[dict[str, Any]]) -> tuple[list[_Frame], Detections]:

@@ -27,10 +27,13 @@ from loco_det.annotations.instances import Instances
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 from loco_det.core.log import log
+from loco_det.evaluation.bootstrap import Judged, Matched, in_every_draw
 from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
 from loco_det.evaluation.measure import Subject
 
 EVALUATORS = ("hotcoco", "pycocotools")
+SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+AREAS = {"APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, 1e10)}  # square pixels, both ends inside
 _RESULT_BATCH = 10_000  # results encoded at a time when they are written
 
 # --- evaluation -------------------------------------------------------------------------------------------------
@@ -112,6 +115,23 @@ def hotcoco_evaluations(
         evaluation.accumulate()
         evaluations[iou_type] = evaluation
     return evaluations
+
+
+def match(truth: GroundTruth, detections: Detections, iou_types: Sequence[str]) -> list[Matched]:
+    """The detections matched with the truth, for each IoU type; raises as `hotcoco_evaluations`."""
+    none = Detections(*(np.zeros(0, np.int64) for _ in range(2)), np.zeros(0), np.zeros((0, 4)), [])
+    found, nothing = (hotcoco_evaluations(truth, each, iou_types) for each in (detections, none))
+    images = len(truth.index.image_id)
+    return [Matched(t, found[t], nothing[t], _usual_numbers(truth), images) for t in iou_types]
+
+
+def _usual_numbers(truth: GroundTruth) -> tuple[str, ...]:
+    """Those of `SUMMARY` that practically every draw of images has an object for."""
+    index, rows = truth.index, truth.rows[~truth.index.crowd[truth.rows]]
+    area, image, images = index.area[rows], index.annotation_image[rows], len(index.image_id)
+    chosen = {name: (area >= least) & (area <= most) for name, (least, most) in AREAS.items()}
+    with_object = {name: len(np.unique(image[chosen.get(name, slice(None))])) for name in SUMMARY}
+    return tuple(name for name, count in with_object.items() if in_every_draw(count, images))
 
 
 def _hotcoco(
@@ -200,7 +220,7 @@ class Measure:
     def __init__(self, subject: Subject) -> None:
         self.dataset, self.folder, self.evaluator = subject.dataset, subject.folder, subject.evaluator
         self.category_ids = subject.category_ids
-        self.iou_types = ("bbox", "segm") if subject.masks else ("bbox",)
+        self.iou_types = ("bbox",) * subject.boxes + ("segm",) * subject.masks
 
     def collect(self, image_id: int, file_name: str, found: Instances) -> list[dict[str, Any]]:
         """COCO results; those of a class that the data set does not have are left out."""
@@ -219,6 +239,10 @@ class Measure:
 
     def numbers(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         return evaluate_coco(self.dataset.annotations, results, self.iou_types, evaluator=self.evaluator)
+
+    def judge(self, results: list[dict[str, Any]]) -> list[Judged]:
+        truth = read_ground_truth(self.dataset.annotations, self.iou_types)
+        return [*match(truth, check_results(results, truth, self.iou_types), self.iou_types)]
 
 
 # --- predictions in, files and tables out -----------------------------------------------------------------------
@@ -272,17 +296,18 @@ def format_results(results: dict[str, dict[str, float]]) -> str:
     for iou_type, numbers in results.items():
         summary = {name: value for name, value in numbers.items() if not name.startswith("AP-")}
         categories = {name[3:]: value for name, value in numbers.items() if name.startswith("AP-")}
-        tables.append(f"{iou_type} AP:\n" + _table([list(summary), [f"{v:.3f}" for v in summary.values()]]))
+        tables.append(f"{iou_type} AP:\n" + table([list(summary), [f"{v:.3f}" for v in summary.values()]]))
         if categories:
             cells = [cell for name, value in categories.items() for cell in (name, f"{value:.3f}")]
             columns = min(6, len(cells))
             cells += [""] * (-len(cells) % columns)
             rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-            tables.append(f"{iou_type} AP per category:\n" + _table([["category", "AP"] * (columns // 2), *rows]))
+            tables.append(f"{iou_type} AP per category:\n" + table([["category", "AP"] * (columns // 2), *rows]))
     return "\n\n".join(tables)
 
 
-def _table(rows: list[list[str]]) -> str:
+def table(rows: list[list[str]]) -> str:
+    """Rows of cells as a Markdown table; the first is its head."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])

@@ -153,8 +153,22 @@ class Detections:
     masks: list[dict[str, Any]] | None
 
 
-def check_results(results: list[dict[str, Any]], truth: GroundTruth, iou_types: Sequence[str]) -> Detections:
+_REMEDIES = {
+    "image_id": "evaluate against the annotations of the images that were predicted",
+    "category_id": "give each class the id that it has there, which is not its place in a model's list",
+}
+
+
+def check_results(
+    results: list[dict[str, Any]],
+    truth: GroundTruth,
+    iou_types: Sequence[str],
+    source: str | Path = "the detection results",
+) -> Detections:
     """The results that an evaluation of `iou_types` needs; `results` stay as they are.
+
+    Args:
+        source: what a message names; rows are counted from 1.
 
     Raises:
         UserError: a result lacks a field or has it in another type, is not finite, has a negative width or
@@ -165,34 +179,36 @@ def check_results(results: list[dict[str, Any]], truth: GroundTruth, iou_types: 
         with no_garbage_collection():
             records = msgspec.convert(results, list[msgspec.defstruct("Detection", fields, gc=False)])
     except msgspec.ValidationError as error:
+        place = re.match(r"(.*) - at `\$\[(\d+)\](.*)`", str(error))
+        which = f"row {int(place[2]) + 1}: {place[1]}{place[3] and f' at {place[3][1:]}'}" if place else str(error)
         raise UserError(
-            f"The detection results are not in COCO's result format: {error}; "
-            f"each needs {', '.join(name for name, _ in fields)} as plain numbers, lists and compressed RLE."
+            f"{source}: not in COCO's result format, {which}; "
+            f"each row needs {', '.join(name for name, _ in fields)} as plain numbers, lists and compressed RLE."
         ) from error
     count, columns = len(records), {}
     for key, known in (("image_id", truth.index.image_id), ("category_id", truth.index.category_id)):
         columns[key] = np.fromiter(map(attrgetter(key), records), np.int64, count)
-        if len(unknown := np.setdiff1d(columns[key], known)):
+        if len(unknown := np.flatnonzero(~np.isin(columns[key], known))):
             raise UserError(
-                f"The detection results have {key} {unknown[0]}, which {truth.path} does not list; "
-                "evaluate against the annotations of the images that were predicted."
+                f"{source}: row {unknown[0] + 1} has {key} {columns[key][unknown[0]]}, which {truth.path} does not "
+                f"list ({_REMEDIES[key]})."
             )
     scores, boxes, masks = np.fromiter(map(attrgetter("score"), records), float, count), np.zeros((count, 4)), None
-    _refuse("a score that is not finite", ~np.isfinite(scores))
+    _refuse(source, "a score that is not finite", ~np.isfinite(scores))
     if "bbox" in iou_types:
         boxes = np.fromiter(chain.from_iterable(map(attrgetter("bbox"), records)), float, 4 * count).reshape(-1, 4)
         wrong = ~np.isfinite(boxes).all(1) | (boxes[:, 2:] < 0).any(1)
-        _refuse("a box that is not finite or has a negative width or height", wrong)
+        _refuse(source, "a box that is not finite or has a negative width or height", wrong)
     if "segm" in iou_types:
         masks = [result["segmentation"] for result in results]
         found = np.fromiter(chain.from_iterable(map(attrgetter("segmentation.size"), records)), np.int64, 2 * count)
         image = np.searchsorted(truth.index.image_id, columns["image_id"])
         size = np.stack([truth.index.height[image], truth.index.width[image]], 1)
-        _refuse("a mask of another [height, width] than its image", (found.reshape(-1, 2) != size).any(1))
+        _refuse(source, "a mask of another [height, width] than its image", (found.reshape(-1, 2) != size).any(1))
     return Detections(columns["image_id"], columns["category_id"], scores, boxes, masks)
 
 
-def _refuse(what: str, wrong: np.ndarray) -> None:
+def _refuse(source: str | Path, what: str, wrong: np.ndarray) -> None:
     where = np.flatnonzero(wrong)
     if len(where):
-        raise UserError(f"Detection result number {where[0]} has {what}; mend or leave out such results.")
+        raise UserError(f"{source}: row {where[0] + 1} has {what}; mend or leave out such rows.")

@@ -17,6 +17,7 @@ import hotcoco
 
 from loco_det.core.errors import UserError
 from loco_det.evaluation import coco
+from loco_det.evaluation.bootstrap import Judged, Matched, in_every_draw
 from loco_det.evaluation.coco_checks import check_results, read_ground_truth
 
 MAX_DETECTIONS = 300  # of an image, over all classes
@@ -32,6 +33,15 @@ class Measure(coco.Measure):
 
     def numbers(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         return evaluate_lvis(self.dataset.annotations, results, self.iou_types)
+
+    def judge(self, results: list[dict[str, Any]]) -> list[Judged]:
+        truth = _read_truth(self.dataset.annotations, results, self.iou_types)
+        images = len(truth.get_img_ids())
+        judged = []
+        for iou_type in self.iou_types:
+            found, nothing = (_evaluation(truth, each, iou_type) for each in (results, []))
+            judged.append(Matched(iou_type, found, nothing, _usual_numbers(truth), images))
+        return judged
 
 
 def evaluate_lvis(
@@ -52,6 +62,12 @@ def evaluate_lvis(
     Raises:
         UserError: as `read_ground_truth` and `check_results`, or the file is not LVIS's.
     """
+    truth = _read_truth(annotations, results, iou_types)
+    return {iou_type: _numbers(_evaluation(truth, results, iou_type)) for iou_type in iou_types}
+
+
+def _read_truth(annotations: str | Path, results: list[dict[str, Any]], iou_types: Sequence[str]) -> hotcoco.COCO:
+    """The annotation file, once it and the results are known to be sound."""
     checked = read_ground_truth(annotations, iou_types)
     check_results(results, checked, iou_types)
     try:
@@ -60,10 +76,10 @@ def evaluate_lvis(
         raise UserError(f"{annotations} is no LVIS annotation file ({error}); take an intact copy.") from error
     if not any(image.get("neg_category_ids") for image in truth.load_imgs(truth.get_img_ids())):
         raise UserError(f"{annotations} has no image with neg_category_ids, so it is not LVIS's; take an intact copy.")
-    return {iou_type: _numbers(truth, results, iou_type) for iou_type in iou_types}
+    return truth
 
 
-def _numbers(truth: hotcoco.COCO, results: list[dict[str, Any]], iou_type: str) -> dict[str, float]:
+def _evaluation(truth: hotcoco.COCO, results: list[dict[str, Any]], iou_type: str) -> hotcoco.COCOeval:
     keys = ("image_id", "category_id", "score", _SHAPE[iou_type])  # with a box, too, a mask's size would be the box's
     found = hotcoco.LVISResults(truth, [{key: r[key] for key in keys} for r in results], max_dets=MAX_DETECTIONS)
     evaluation = hotcoco.LVISEval(truth, found, iou_type)
@@ -71,5 +87,20 @@ def _numbers(truth: hotcoco.COCO, results: list[dict[str, Any]], iou_type: str) 
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    return evaluation
+
+
+def _numbers(evaluation: hotcoco.COCOeval) -> dict[str, float]:
     numbers = evaluation.get_results()
     return {name: 100 * numbers[name] if numbers[name] > -1 else float("nan") for name in NUMBERS}
+
+
+def _usual_numbers(truth: hotcoco.COCO) -> tuple[str, ...]:
+    """Those of `NUMBERS` that practically every draw of images has an object for."""
+    frequency = {category["id"]: category.get("frequency") for category in truth.load_cats(truth.get_cat_ids())}
+    images: dict[str, set[int]] = {name: set() for name in NUMBERS}
+    for each in truth.load_anns(truth.get_ann_ids()):
+        sizes = [name for name, (least, most) in coco.AREAS.items() if least <= each["area"] <= most]
+        for name in (*NUMBERS[:3], *sizes, f"AP{frequency[each['category_id']]}"):
+            images.get(name, set()).add(each["image_id"])
+    return tuple(name for name in NUMBERS if in_every_draw(len(images[name]), len(truth.get_img_ids())))

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loco_det.annotations.registry import Dataset
+from loco_det.core.errors import UserError
+from loco_det.evaluation.bootstrap import Judged
 
 Results = dict[str, dict[str, float]]
 
@@ -21,6 +23,7 @@ class Subject:
     Attributes:
         folder: for files.
         masks: the model has them.
+        boxes: the model has them; without them masks alone are measured.
         category_ids: the data set's id of each of the model's classes; None for one that it does not have.
         evaluator: one of the measure's `evaluators`.
     """
@@ -30,6 +33,7 @@ class Subject:
     masks: bool
     category_ids: tuple[int | None, ...]
     evaluator: str
+    boxes: bool = True
 
 
 class Measure(Protocol):
@@ -51,6 +55,21 @@ class Measure(Protocol):
 
     def evaluate(self, results: list[Any]) -> Results:
         """{task: {metric: percent}}; {} where the truth is secret."""
+
+    def judge(self, results: list[Any]) -> list[Judged]:
+        """The results matched with the truth, for the numbers of any draw of images; not where the truth is secret."""
+
+
+def check_known_evaluator(measure: type[Measure], evaluator: str, name: str) -> None:
+    """Refuse an evaluator that does not know the measure of data set `name`.
+
+    Raises:
+        UserError: naming both.
+    """
+    default, *others = measure.evaluators
+    if evaluator not in (default, *others):
+        known = " or ".join((*others, "nothing"))
+        raise UserError(f"--evaluator {evaluator} does not measure {name}; give {known}.")
 
 
 def measure_class(name: str) -> type[Measure]:

@@ -27,6 +27,7 @@ from loco_det.annotations.pixels import CLASSES, IGNORED, LABEL_IDS, label_file,
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 from loco_det.core.log import Progress, log
+from loco_det.evaluation.bootstrap import Counted, Judged
 from loco_det.evaluation.cityscapes import OFFICIAL, official_module
 from loco_det.evaluation.coco import EVALUATORS
 from loco_det.evaluation.measure import Subject
@@ -68,7 +69,7 @@ class Measure:
         log.info("%s: labels of %d images written to %s", self.dataset.name, len(results), self.folder)
 
     def evaluate(self, results: list[str]) -> dict[str, dict[str, float]]:
-        images = [self.dataset.images / file for file in self.dataset.index.file_name.tolist()]
+        images = self._images()
         if self.dataset.secret:
             file = self.folder.parent / "cityscapes_submission.zip"
             write_submission(images, self.folder, file)
@@ -77,6 +78,12 @@ class Measure:
         numbers = evaluate_semantic(images, self.folder, official=self.evaluator == OFFICIAL)
         log.info("%s: %s", self.dataset.name, ", ".join(f"{k} {v:.3f}" for k, v in numbers["sem_seg"].items()))
         return numbers
+
+    def judge(self, results: list[str]) -> list[Judged]:
+        return [count_labels(self._images(), self.folder)]
+
+    def _images(self) -> list[Path]:
+        return [self.dataset.images / file for file in self.dataset.index.file_name.tolist()]
 
 
 def prediction_file(folder: Path, image: str | Path) -> Path:
@@ -182,6 +189,16 @@ def confusion_of(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     counted = truth != IGNORED
     pairs = truth[counted].astype(np.int64) * len(CLASSES) + predicted[counted]
     return np.bincount(pairs, minlength=len(CLASSES) ** 2).reshape(len(CLASSES), len(CLASSES))
+
+
+def count_labels(images: Sequence[Path], folder: Path) -> Counted:
+    """Mean IoU for any draw of images; takes and raises what `evaluate_semantic` does."""
+    confusions = np.stack([confusion_of(*read_pair(image, folder)) for image in images])
+
+    def measure(times: np.ndarray) -> list[float]:
+        return [100 * float(mean_iou(np.einsum("ikl,i->kl", confusions, times)))]
+
+    return Counted("sem_seg", ("IoU",), len(images), measure)
 
 
 def mean_iou(confusions: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ Source: detectron2/evaluation/coco_evaluation.py `_evaluate_box_proposals`, whos
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +16,11 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
+from loco_det.annotations.index import CocoIndex
 from loco_det.annotations.instances import Instances
 from loco_det.core.files import atomic_write
 from loco_det.core.log import log
+from loco_det.evaluation.bootstrap import Counted, Judged
 from loco_det.evaluation.coco import EVALUATORS
 from loco_det.evaluation.coco_checks import read_ground_truth
 from loco_det.evaluation.measure import Subject
@@ -55,6 +58,9 @@ class Measure:
         log.info("%s: %s", self.dataset.name, ", ".join(f"{k} {v:.3f}" for k, v in numbers["box_proposals"].items()))
         return numbers
 
+    def judge(self, results: list[Proposals]) -> list[Judged]:
+        return [count_proposals(self.dataset.annotations, results)]
+
 
 def evaluate_proposals(annotations: str | Path, proposals: Sequence[Proposals]) -> dict[str, dict[str, float]]:
     """Average recall in percent over IoU .50:.05:.95, under Detectron2's names.
@@ -73,37 +79,73 @@ def evaluate_proposals(annotations: str | Path, proposals: Sequence[Proposals]) 
     Raises:
         UserError: as `read_ground_truth`.
     """
+    cases = _cases(read_ground_truth(annotations, ("bbox",)).index, proposals)
+    return {"box_proposals": {name: _average_recall(covers) for name, (_, covers) in _covers(cases).items()}}
+
+
+def count_proposals(annotations: str | Path, proposals: Sequence[Proposals]) -> Counted:
+    """Average recall for any draw of images; takes and raises what `evaluate_proposals` does."""
     index = read_ground_truth(annotations, ("bbox",)).index
+    covers = _covers(_cases(index, proposals))
+    # Of each object the share of thresholds at which it is covered, and its image.
+    shares = {name: (image, _hits(found).mean(0)) for name, (image, found) in covers.items()}
+
+    def measure(times: np.ndarray) -> list[float]:
+        weighted = ((times[image], share) for image, share in shares.values())
+        return [100 * float(weight @ share / weight.sum()) if weight.any() else math.nan for weight, share in weighted]
+
+    return Counted("box_proposals", tuple(shares), len(index.image_id), measure)
+
+
+class _Case(NamedTuple):
+    """One image: its place in the list, IoU (P, G) float32 of its proposals, best first, and objects, area (G,)."""
+
+    place: int
+    iou: np.ndarray
+    area: np.ndarray
+
+
+def _cases(index: CocoIndex, proposals: Sequence[Proposals]) -> list[_Case]:
+    """The images that have both objects and proposals."""
     objects = {}
     for k, image_id in enumerate(index.image_id.tolist()):
         rows = np.arange(index.first[k], index.first[k + 1])
         if len(rows := rows[~index.crowd[rows]]):
-            objects[image_id] = (index.bbox[rows], index.area[rows])
-    cases = [_case(p, *objects[p.image_id]) for p in proposals if p.image_id in objects and len(p.boxes)]
-    recalls = {}
+            objects[image_id] = (k, index.bbox[rows], index.area[rows])
+    return [_case(p, *objects[p.image_id]) for p in proposals if p.image_id in objects and len(p.boxes)]
+
+
+def _covers(cases: Sequence[_Case]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By name of the number the image of each object that counts, its place, and its IoU with its own proposal."""
+    covers = {}
     for limit in LIMITS:
         for letter, (least, most) in AREAS.items():
-            chosen = [iou[:limit][:, (area >= least) & (area <= most)] for iou, area in cases]
-            recalls[f"AR{letter}@{limit}"] = _average_recall(chosen)
-    return {"box_proposals": recalls}
+            places, found = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+            for place, iou, area in cases:
+                found.append(best_covers(iou[:limit][:, (area >= least) & (area <= most)]))
+                places.append(np.full(len(found[-1]), place))
+            covers[f"AR{letter}@{limit}"] = np.concatenate(places), np.concatenate(found)
+    return covers
 
 
-def _case(proposals: Proposals, bbox: np.ndarray, area: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """IoU (P, G) float32, best proposals first, and area (G,) of one image's objects, whose boxes are XYWH."""
+def _case(proposals: Proposals, place: int, bbox: np.ndarray, area: np.ndarray) -> _Case:
+    """Of an image whose objects' boxes are XYWH."""
     order = proposals.logits.sort(descending=True)[1]
     truth = torch.from_numpy(np.concatenate([bbox[:, :2], bbox[:, :2] + bbox[:, 2:]], 1)).float()
     iou = box_iou(proposals.boxes[order], truth).numpy()
-    return iou, area.astype(np.float32)
+    return _Case(place, iou, area.astype(np.float32))
 
 
-def _average_recall(cases: list[np.ndarray]) -> float:
-    found = np.concatenate([np.zeros(0, np.float32), *map(best_covers, cases)])
-    count = len(found)
-    if not count:
+def _average_recall(covers: np.ndarray) -> float:
+    if not len(covers):
         return float("nan")
+    return float((torch.from_numpy(_hits(covers)).float().sum(1) / float(len(covers))).mean()) * 100
+
+
+def _hits(covers: np.ndarray) -> np.ndarray:
+    """(T, G) bool: which objects are covered enough at each of the thresholds .50:.05:.95."""
     thresholds = torch.arange(0.5, 0.95 + 1e-5, 0.05, dtype=torch.float32)
-    hits = (torch.from_numpy(found) >= thresholds[:, None]).float().sum(1)
-    return float((hits / float(count)).mean()) * 100
+    return (torch.from_numpy(covers) >= thresholds[:, None]).numpy()
 
 
 def best_covers(iou: np.ndarray) -> np.ndarray:

@@ -10,12 +10,14 @@ Shape legend: N detections and G objects of one class, T = 10 IoU thresholds .50
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from loco_det.evaluation import coco
+from loco_det.evaluation.bootstrap import Counted, Judged
 from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
 
 THRESHOLDS = tuple(percent / 100.0 for percent in range(50, 100, 5))
@@ -32,6 +34,16 @@ class Measure(coco.Measure):
 
     def numbers(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         return evaluate_voc(self.dataset.annotations, results, eleven_points=self._is_2007())
+
+    def judge(self, results: list[dict[str, Any]]) -> list[Judged]:
+        outcomes = voc_outcomes(self.dataset.annotations, results, eleven_points=self._is_2007())
+        names = ("AP", "AP50", "AP75")
+
+        def measure(times: np.ndarray) -> list[float]:
+            numbers = outcomes.numbers(times)
+            return [numbers[name] for name in names]
+
+        return [Counted("bbox", names, outcomes.images, measure)]
 
     def _is_2007(self) -> bool:
         return self.dataset.name.startswith("voc_2007")
@@ -55,33 +67,80 @@ def evaluate_voc(
     Raises:
         UserError: as `read_ground_truth` and `check_results`.
     """
+    outcomes = voc_outcomes(annotations, results, eleven_points=eleven_points)
+    return {"bbox": outcomes.numbers(np.ones(outcomes.images, np.int64))}
+
+
+def voc_outcomes(annotations: str | Path, results: list[dict[str, Any]], *, eleven_points: bool) -> Outcomes:
+    """What `evaluate_voc` makes its numbers of, for AP of any choice of images; takes and raises the same."""
     truth = read_ground_truth(annotations, ("bbox",))
     detections = check_results(results, truth, ("bbox",))
-    by_class = {
-        name: np.array(_class_ap(truth, detections, category_id, eleven_points)) * 100
-        for category_id, name in truth.categories
-    }
-    known = np.stack([values for values in by_class.values() if not np.isnan(values).any()] or [np.full(10, np.nan)])
-    means = known.mean(0)
-    numbers = {"AP": means.mean(), "AP50": means[0], "AP75": means[5]}
-    numbers |= {f"AP-{name}": values.mean() for name, values in by_class.items()}
-    return {"bbox": {name: float(value) for name, value in numbers.items()}}
+    classes = {name: _class(truth, detections, category_id) for category_id, name in truth.categories}
+    return Outcomes(classes, len(truth.index.image_id), eleven_points)
 
 
-def _class_ap(truth: GroundTruth, found: Detections, category_id: int, eleven_points: bool) -> list[float]:
-    """The AP of one class at every threshold."""
+@dataclass(frozen=True)
+class _Class:
+    """The detections of one class, best score first, and its objects.
+
+    Attributes:
+        image: (N,) the place of each detection's image in the list.
+        right, wrong: (T, N) bool, at each threshold; neither for a difficult object.
+        object_image: (G,) of the objects that count.
+    """
+
+    image: np.ndarray
+    right: np.ndarray
+    wrong: np.ndarray
+    object_image: np.ndarray
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What became of every detection, so that AP of any choice of images takes no second matching.
+
+    Attributes:
+        images: how many there are.
+        eleven_points: as `evaluate_voc` has it.
+    """
+
+    classes: dict[str, _Class]
+    images: int
+    eleven_points: bool
+
+    def numbers(self, times: np.ndarray) -> dict[str, float]:
+        """{"AP", "AP50", "AP75", "AP-<class>" ...} in percent where each of the (images,) images counts so often."""
+        by_class = {name: np.array(self._class_ap(each, times)) * 100 for name, each in self.classes.items()}
+        known = [values for values in by_class.values() if not np.isnan(values).any()] or [np.full(10, np.nan)]
+        means = np.stack(known).mean(0)
+        numbers = {"AP": means.mean(), "AP50": means[0], "AP75": means[5]}
+        numbers |= {f"AP-{name}": values.mean() for name, values in by_class.items()}
+        return {name: float(value) for name, value in numbers.items()}
+
+    def _class_ap(self, found: _Class, times: np.ndarray) -> list[float]:
+        """The AP of one class at every threshold."""
+        count = int(times[found.object_image].sum())
+        if not count:
+            return [math.nan] * len(THRESHOLDS)
+        weights = times[found.image].astype(float)
+        both = ((right * weights, wrong * weights) for right, wrong in zip(found.right, found.wrong))
+        return [_average_precision(right, wrong, count, self.eleven_points) for right, wrong in both]
+
+
+def _class(truth: GroundTruth, found: Detections, category_id: int) -> _Class:
     index = truth.index
     rows = truth.rows[index.annotation_category[truth.rows] == category_id]
     difficult = index.difficult[rows]
-    count = int((~difficult).sum())
-    if not count:
-        return [math.nan] * len(THRESHOLDS)
     chosen = np.flatnonzero(found.category_ids == category_id)
     scores = np.array([float(f"{score:.3f}") for score in found.scores[chosen].tolist()])
     # Rounded scores tie often, and what comes first of equals is up to NumPy: the same call as Detectron2's.
     chosen = chosen[np.argsort(-scores)]
     best, overlap = _best_objects(_inclusive(index.bbox[rows]), index.annotation_image[rows], found, chosen)
-    return [_average_precision(best, overlap > t, difficult, count, eleven_points) for t in THRESHOLDS]
+    outcomes = [_outcomes(best, overlap > threshold, difficult) for threshold in THRESHOLDS]
+    right, wrong = (np.stack(each) for each in zip(*outcomes))
+    image = np.searchsorted(index.image_id, found.image_ids[chosen])
+    object_image = np.searchsorted(index.image_id, index.annotation_image[rows[~difficult]])
+    return _Class(image, right, wrong, object_image)
 
 
 def _inclusive(bbox: np.ndarray) -> np.ndarray:
@@ -116,18 +175,23 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return inter / (area_a[:, None] + area_b[None] - inter)
 
 
-def _average_precision(
-    best: np.ndarray, hits: np.ndarray, difficult: np.ndarray, count: int, eleven_points: bool
-) -> float:
-    """AP of detections, best score first, of which those with `hits` overlap object `best` enough.
+def _outcomes(best: np.ndarray, hits: np.ndarray, difficult: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which detections, best score first, are right and which wrong, where those with `hits` overlap object `best`
+    enough.
 
     The first on an object is right, every further one wrong; one on a difficult object is neither.
     """
+    if not len(difficult):
+        return np.zeros(len(best), dtype=bool), np.ones(len(best), dtype=bool)
     right = np.zeros(len(best), dtype=bool)
     counting = np.flatnonzero(hits & ~difficult[best])
     right[counting[np.unique(best[counting], return_index=True)[1]]] = True
-    wrong = ~right & ~(hits & difficult[best])
-    tp, fp = np.cumsum(right, dtype=float), np.cumsum(wrong, dtype=float)
+    return right, ~right & ~(hits & difficult[best])
+
+
+def _average_precision(right: np.ndarray, wrong: np.ndarray, count: int, eleven_points: bool) -> float:
+    """AP of detections, best score first, that count as right or wrong so many times, of `count` objects."""
+    tp, fp = np.cumsum(right), np.cumsum(wrong)
     recall, precision = tp / count, tp / np.maximum(tp + fp, np.finfo(np.float64).eps)
     if eleven_points:
         return sum(precision[recall >= t].max(initial=0.0) / 11.0 for t in np.arange(0.0, 1.1, 0.1))

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import hotcoco
 import msgspec
 import numpy as np
 
@@ -24,36 +23,24 @@ from loco_det.annotations.registry import find_dataset, measure_of
 from loco_det.core.errors import UserError
 from loco_det.core.files import file_sha256
 from loco_det.core.log import Progress, log
-from loco_det.evaluation.cityscapes import cityscapes_outcomes, in_percent
-from loco_det.evaluation.coco import hotcoco_evaluations
+from loco_det.evaluation.bootstrap import Counted, Judged, Matched
+from loco_det.evaluation.cityscapes import count_instances
+from loco_det.evaluation.coco import match
 from loco_det.evaluation.coco_checks import check_results, read_ground_truth
-from loco_det.evaluation.pixels import confusion_of, mean_iou, read_pair
+from loco_det.evaluation.pixels import count_labels
 from loco_det.report.runs import DetectorRun, Runs
 from loco_det.report.statistics import summarise
 
-SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CURVES = {"0.50": 0, "0.75": 5}  # IoU threshold -> its place among .50:.05:.95
 AGREES = 1e-6  # percent; the recorded AP went through JSON, nothing else
 
 
 @dataclass
 class Taken:
-    """A run's detections, evaluated: one hotcoco evaluation for each IoU type. Or, of another measure, what gives its
-    numbers for any choice of images.
-
-    Attributes:
-        kind, names: the other measure's in metrics.json.
-        measure: how often each of `images` images counts -> its numbers in percent.
-        drawn: (1 + resamples, numbers) what `measure` gave for all images and then for each choice, once it is known.
-    """
+    """A run with its detections, or labels, as they were judged; one entry for each kind of numbers."""
 
     run: DetectorRun
-    evaluations: dict[str, Any]
-    kind: str = ""
-    names: tuple[str, ...] = ()
-    images: int = 0
-    measure: Callable[[np.ndarray], list[float]] | None = None
-    drawn: np.ndarray | None = None
+    judged: list[Judged]
 
 
 def experiments(runs: Runs, baseline: str | None, resamples: int, missing: list[str]) -> list[dict[str, Any]]:
@@ -107,7 +94,7 @@ def _experiment(
     paired = []
     for seed in dict.fromkeys(run.seed for run in group):
         for one, reference in _of_one_seed(group, seed, first, missing, progress):
-            taken[one.run.backbone].append({kind: _apart(e) for kind, e in one.evaluations.items()})
+            taken[one.run.backbone].append({j.kind: _apart(j) for j in one.judged if isinstance(j, Matched)})
             if reference is not None and resamples:
                 paired.append(_compare(reference, one, resamples))
             elif one.run.backbone != first and resamples:
@@ -164,18 +151,18 @@ def take_apart(run: DetectorRun) -> Taken | str:
     try:
         truth = read_ground_truth(annotations, kinds)
         results = msgspec.json.decode(run.results.read_bytes())
-        evaluations = hotcoco_evaluations(truth, check_results(results, truth, kinds), kinds)
+        judged = match(truth, check_results(results, truth, kinds), kinds)
     except (UserError, msgspec.DecodeError) as error:
         return f"its detections cannot be evaluated again: {error}"
-    for kind, evaluation in evaluations.items():
-        precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
-        again, recorded = 100 * precision[precision > -1].mean(), run.recorded.get(f"{kind}/AP")
+    for each in judged:
+        precision = np.asarray(each.evaluation.eval["precision"])[:, :, :, 0, -1]
+        again, recorded = 100 * precision[precision > -1].mean(), run.recorded.get(f"{each.kind}/AP")
         if recorded is not None and not math.isclose(again, recorded, abs_tol=AGREES):
             return (
-                f"its detections give {kind} AP {again:.3f} and metrics.json says {recorded:.3f}; evaluate it again "
-                "with --eval-only. No errors, curves, intervals"
+                f"its detections give {each.kind} AP {again:.3f} and metrics.json says {recorded:.3f}; evaluate it "
+                "again with --eval-only. No errors, curves, intervals"
             )
-    return Taken(run, evaluations)
+    return Taken(run, [*judged])
 
 
 def _count_pixels(run: DetectorRun) -> Taken | str:
@@ -186,44 +173,30 @@ def _count_pixels(run: DetectorRun) -> Taken | str:
     if not run.results.exists():
         return f"its {what} (inference/{run.results.name}) are not there, so no paired differences"
     try:
-        taken = (_count_labels if run.is_segmentor else _match_instances)(run)
+        counted = _counted(run)
     except (UserError, msgspec.DecodeError) as error:
         return f"its {what} cannot be counted again, so no paired differences: {error}"
-    for name, again in zip(taken.names, taken.measure(np.ones(taken.images, np.int64))):
-        recorded = run.recorded.get(f"{taken.kind}/{name}")
+    for name, again in counted.numbers().items():
+        recorded = run.recorded.get(f"{counted.kind}/{name}")
         if recorded is not None and not math.isclose(again, recorded, abs_tol=AGREES):
             return (
                 f"its {what} give {name} {again:.3f} and metrics.json says {recorded:.3f}; evaluate it again with "
                 "--eval-only. No paired differences"
             )
-    return taken
+    return Taken(run, [counted])
 
 
-def _count_labels(run: DetectorRun) -> Taken:
-    folder = find_dataset(run.config["DATASETS.TEST"][0]).images
-    images = [folder / name for name in load_index(run.annotations).file_name.tolist()]
-    confusions = np.stack([confusion_of(*read_pair(image, run.results)) for image in images])
-
-    def measure(times: np.ndarray) -> list[float]:
-        return [100 * float(mean_iou(np.einsum("ikl,i->kl", confusions, times)))]
-
-    return Taken(run, {}, "sem_seg", ("IoU",), len(images), measure)
-
-
-def _match_instances(run: DetectorRun) -> Taken:
+def _counted(run: DetectorRun) -> Counted:
     paths = find_dataset(run.config["DATASETS.TEST"][0])
-    outcomes = cityscapes_outcomes(paths.annotations, paths.images, msgspec.json.decode(run.results.read_bytes()))
-    names = ("AP", "AP50")
-
-    def measure(times: np.ndarray) -> list[float]:
-        numbers = in_percent(outcomes.precision(times))
-        return [numbers[name] for name in names]
-
-    return Taken(run, {}, "segm", names, outcomes.images, measure)
+    if run.is_segmentor:
+        images = [paths.images / name for name in load_index(run.annotations).file_name.tolist()]
+        return count_labels(images, run.results)
+    return count_instances(paths.annotations, paths.images, msgspec.json.decode(run.results.read_bytes()))
 
 
-def _apart(evaluation: Any) -> dict[str, Any]:
+def _apart(judged: Matched) -> dict[str, Any]:
     """Errors and curves of one evaluation."""
+    evaluation = judged.evaluation
     precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]  # thresholds, recalls, categories
     curves = {}
     for name, place in CURVES.items():
@@ -253,51 +226,12 @@ def _mean_apart(taken: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _compare(reference: Taken, one: Taken, resamples: int) -> dict[str, Any]:
-    """The paired bootstrap over images: both runs are judged on the same resampled images each time."""
+    """The paired bootstrap over images."""
     log.info("bootstrap: %s against %s, seed %d", one.run.backbone, reference.run.backbone, one.run.seed)
     found: dict[str, Any] = {"backbone": one.run.backbone, "seed": one.run.seed}
-    for kind, evaluation in one.evaluations.items():
-        compared = hotcoco.compare(reference.evaluations[kind], evaluation, n_bootstrap=resamples, seed=0)
-        found[kind] = {
-            name: {
-                "difference": 100 * compared["deltas"][name],
-                "ci95": [100 * compared["ci"][name]["lower"], 100 * compared["ci"][name]["upper"]],
-            }
-            for name in SUMMARY
-            if compared["metrics_a"][name] >= 0  # -1 where there is no object of that size
-        }
-        found["images"] = compared["num_images"]
-    if one.measure is not None:
-        found["images"], found[one.kind] = one.images, _differ(reference, one, resamples)
+    for own, others in zip(one.judged, reference.judged):
+        found["images"], found[own.kind] = own.images, own.differences(others, resamples)
     return found
-
-
-def _differ(reference: Taken, one: Taken, resamples: int) -> dict[str, dict[str, Any]]:
-    """For each number of another measure the difference and its interval over resampled images."""
-    whole, *drawn = _resampled(one, resamples) - _resampled(reference, resamples)
-    drawn = [row for row in drawn if np.isfinite(row).all()]  # images without any object have no AP
-    if not drawn:
-        return {}
-    limits = np.percentile(drawn, [2.5, 97.5], axis=0).T.tolist()
-    found = zip(one.names, whole.tolist(), limits)
-    return {name: {"difference": difference, "ci95": interval} for name, difference, interval in found}
-
-
-def _resampled(taken: Taken, resamples: int) -> np.ndarray:
-    if taken.drawn is None:
-        with Progress(resamples + 1, f"bootstrap of {taken.run.backbone}", unit="resamples") as progress:
-            rows = []
-            for times in (np.ones(taken.images, np.int64), *_draws(taken.images, resamples)):
-                rows.append(taken.measure(times))
-                progress.advance()
-        taken.drawn = np.array(rows)
-    return taken.drawn
-
-
-def _draws(images: int, resamples: int) -> Iterator[np.ndarray]:
-    """How often each image is drawn in each resample."""
-    rng = np.random.default_rng(0)
-    return (rng.multinomial(images, np.full(images, 1 / images)) for _ in range(resamples))
 
 
 def probe_curves(runs: Runs) -> list[dict[str, Any]]:

@@ -1,0 +1,137 @@
+"""How much a number owes to the choice of test images: intervals by bootstrap, and two results on the same draws.
+
+Images are drawn with replacement, as many as there are, and every number is computed again on each draw (Efron, The
+Annals of Statistics 1979). Two results are compared on the same draws, so that what makes an image easy or hard for
+both cancels out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import hotcoco
+import numpy as np
+
+from loco_det.core.log import Progress
+
+Interval = list[float]  # of 95 %, its lower and its upper end in percent
+# A number is left out if more than this share of the draws has no object for it: their share is known beforehand.
+_EMPTY_DRAWS = 1e-3
+
+
+class Judged(Protocol):
+    """Results that were matched with the truth once, whose numbers can be had for any draw of images.
+
+    Attributes:
+        kind: what the numbers are of: "bbox", "segm", "box_proposals" or "sem_seg".
+        images: how many there are.
+    """
+
+    kind: str
+    images: int
+
+    def intervals(self, resamples: int) -> dict[str, Interval]:
+        """{number: its interval}."""
+
+    def differences(self, reference: Any, resamples: int) -> dict[str, dict[str, Any]]:
+        """{number: {"difference": this minus the reference's in percent, "ci95": its interval}}.
+
+        Args:
+            reference: other results on the same images, judged in the same way.
+        """
+
+
+@dataclass
+class Counted:
+    """Results of which a measure of our own has kept what each image adds to its numbers.
+
+    Attributes:
+        names: of the numbers.
+        measure: (images,) how often each image counts -> the numbers in percent, NaN where there is no object.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    images: int
+    measure: Callable[[np.ndarray], list[float]]
+    _drawn: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def numbers(self) -> dict[str, float]:
+        """Of every image once."""
+        return dict(zip(self.names, self.measure(np.ones(self.images, np.int64))))
+
+    def intervals(self, resamples: int) -> dict[str, Interval]:
+        return _limits(self.names, self._resampled(resamples)[1:])
+
+    def differences(self, reference: Counted, resamples: int) -> dict[str, dict[str, Any]]:
+        difference = self._resampled(resamples) - reference._resampled(resamples)
+        whole = dict(zip(self.names, difference[0].tolist()))
+        limits = _limits(self.names, difference[1:])
+        return {name: {"difference": whole[name], "ci95": interval} for name, interval in limits.items()}
+
+    def _resampled(self, resamples: int) -> np.ndarray:
+        """(1 + resamples, numbers): of all images, then of each draw, computed once."""
+        if resamples not in self._drawn:
+            with Progress(resamples + 1, f"bootstrap of {self.kind}", unit="draws") as progress:
+                rows = []
+                for times in (np.ones(self.images, np.int64), *_draws(self.images, resamples)):
+                    rows.append(self.measure(times))
+                    progress.advance()
+            self._drawn[resamples] = np.array(rows)
+        return self._drawn[resamples]
+
+
+@dataclass
+class Matched:
+    """Results that hotcoco has matched, in COCO's or in LVIS's protocol; it draws by itself.
+
+    Attributes:
+        evaluation: evaluated and accumulated.
+        nothing: the same of no results at all, whose every number is 0.
+        names: the numbers that practically every draw has; see `in_every_draw`.
+    """
+
+    kind: str
+    evaluation: hotcoco.COCOeval
+    nothing: hotcoco.COCOeval
+    names: tuple[str, ...]
+    images: int
+
+    def intervals(self, resamples: int) -> dict[str, Interval]:
+        return {name: found["ci95"] for name, found in self._compare(self.nothing, resamples).items()}
+
+    def differences(self, reference: Matched, resamples: int) -> dict[str, dict[str, Any]]:
+        return self._compare(reference.evaluation, resamples)
+
+    def _compare(self, reference: hotcoco.COCOeval, resamples: int) -> dict[str, dict[str, Any]]:
+        compared = hotcoco.compare(reference, self.evaluation, n_bootstrap=resamples, seed=0)
+        return {
+            name: {
+                "difference": 100 * compared["deltas"][name],
+                "ci95": [100 * compared["ci"][name][end] for end in ("lower", "upper")],
+            }
+            for name in self.names
+        }
+
+
+def in_every_draw(images_with: int, images: int) -> bool:
+    """Whether practically every draw has an object, if so many of the images have one.
+
+    hotcoco counts a draw without any as a difference of 0, which would pull an interval to 0.
+    """
+    return bool(images) and (1 - images_with / images) ** images < _EMPTY_DRAWS
+
+
+def _limits(names: tuple[str, ...], drawn: np.ndarray) -> dict[str, Interval]:
+    """The interval of each number over those of the (draws, numbers) that have it: images without any object have no
+    AP."""
+    columns = {name: column[np.isfinite(column)] for name, column in zip(names, drawn.T)}
+    return {name: np.percentile(column, [2.5, 97.5]).tolist() for name, column in columns.items() if len(column)}
+
+
+def _draws(images: int, resamples: int) -> Iterator[np.ndarray]:
+    """How often each image is drawn in each resample."""
+    rng = np.random.default_rng(0)
+    return (rng.multinomial(images, np.full(images, 1 / images)) for _ in range(resamples))
