@@ -25,6 +25,7 @@ from loco_det.backbones.names import to_detectron2, to_torchvision
 from loco_det.backbones.resnet import ResNet
 from loco_det.cli import run_job
 from loco_det.convert import Stated, conversion, convert, load_any_backbone, load_backbone_weights
+from loco_det.convert import prove as prove_module
 from loco_det.convert.architecture import Architecture
 from loco_det.convert.export import yaml_text
 from loco_det.convert.prove import TOLERANCE, made_image, prove
@@ -256,7 +257,7 @@ def test_an_older_output_survives_a_failure(r18: Path, tmp_path: Path, monkeypat
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversion, "prove", killed)
+    monkeypatch.setattr(prove_module, "prove", killed)
     with pytest.raises(KeyboardInterrupt):
         convert(r18, tmp_path / "out.pkl")
     assert [path.name for path in tmp_path.iterdir()] == ["out.pkl"]
@@ -468,6 +469,9 @@ def test_b4_pixels_from_0_to_1_are_asked_for_in_255_units(r18, tmp_path, mean, s
         convert(r18, tmp_path / "out.pkl", stated=Stated("RGB", mean, std))
 
 
-@pytest.mark.parametrize(("mean", "std"), [((0.0,) * 3, (255.0,) * 3), ((0.0,) * 3, (1.0,) * 3), (MSRA.mean, MSRA.std)])
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [((0.0,) * 3, (255.0,) * 3), ((0.0,) * 3, (1.0,) * 3), ((1.0,) * 3, (9.0,) * 3), (MSRA.mean, MSRA.std)],
+)
 def test_b4_numbers_that_are_in_255_units_pass(r18, tmp_path, mean, std) -> None:
     assert convert(r18, tmp_path / "out.pkl", stated=Stated("RGB", mean, std)).pixels.mean == mean

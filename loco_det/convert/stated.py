@@ -83,7 +83,7 @@ class Stated:
     def _check_units(self) -> None:
         """Refuse numbers for pixels from 0 to 1: taken as they stand, they would make the input 255 times too large."""
         for option, values, scaled in (
-            ("--pixel-mean", self.mean, lambda v: any(v) and all(0 <= one <= 1 for one in v)),
+            ("--pixel-mean", self.mean, lambda v: any(v) and all(0 <= one < 1 for one in v)),
             ("--pixel-std", self.std, lambda v: any(one < 1 for one in v)),
         ):
             if values is not None and scaled(values):
