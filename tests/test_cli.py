@@ -230,7 +230,7 @@ def test_processes_resume_and_overrides_reach_the_pretraining(monkeypatch: pytes
     config = str(ROOT / "configs/pretrain/loco_r50.yaml")
     assert main(["pretrain", "--config-file", config, "--num-gpus", "2", "--resume", "SEED", "7"]) == 0
     assert main(["pretrain", "--config-file", config]) == 0
-    monkeypatch.setattr(command, "pretrain", lambda cfg, resume: runs.append((cfg.SEED, resume)))
+    monkeypatch.setattr(command, "pretrain", lambda cfg, resume, **options: runs.append((cfg.SEED, resume)))
     monkeypatch.setattr(command, "setup_logging", lambda folder: None)
     for worker, _, *values in calls:
         worker(*values)
