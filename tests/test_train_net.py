@@ -180,8 +180,10 @@ def test_an_image_that_is_corrupt_or_absent_is_named(arguments, world, tmp_path,
     monkeypatch.setenv("DETECTRON2_DATASETS", str(copy))
     victim = sorted((copy / "shapes" / "train").iterdir())[0]
     victim.write_bytes(victim.read_bytes()[:50])
-    assert run_job("train", arguments()) == 2
+    assert run_job("train", arguments("--max-bad-share", "0")) == 2
     assert victim.name in capsys.readouterr().err
+    assert run_job("train", arguments()) == 0, "one is endured"
+    assert victim.name in capsys.readouterr().err, "and named"
     victim.unlink()
     assert run_job("train", arguments()) == 2
     assert victim.name in capsys.readouterr().err

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -52,6 +52,7 @@ class Run:
     checkpointer: Checkpointer
     start: int
     device: torch.device
+    batches: Iterable[Any]  # of iteration `start` and later
     recent: dict[str, deque[float]] = field(default_factory=dict)
     done: int | None = None  # the iteration whose state all of this holds; None while one is at work, and once saved
 
@@ -125,9 +126,7 @@ def _write_line(run: Run, iteration: int, evaluator: str, metrics: RunMetrics) -
 
 def _steps(run: Run, stop: StopSignal) -> Iterator[tuple[int, bool]]:
     """Runs the optimiser steps; yields (iteration, whether any process received a signal to stop)."""
-    if run.start >= run.cfg.SOLVER.MAX_ITER:
-        return
-    batches = iter(run.engine.train_batches(run.cfg, run.start))
+    batches = iter(run.batches)
     for iteration in range(run.start, run.cfg.SOLVER.MAX_ITER):
         began = time.perf_counter()
         seed_iteration(run.cfg.SEED, iteration)

@@ -263,7 +263,8 @@ def start_run(
     wrapped = averaged(model, device) if world_size() > 1 else model
     frozen = frozen_hashes(model)  # of what the wrapper has made equal in all processes
     check_frozen(note.setdefault("frozen", frozen), frozen)
+    batches = engine.train_batches(cfg, start) if start < cfg.SOLVER.MAX_ITER else ()
     if last is None:  # only now that nothing of this run was refused
         retire_checkpoints(cfg.OUTPUT_DIR)
         write_record(cfg, engine.name, weights)
-    return Run(cfg, engine, model, wrapped, optimizer, schedule, scaler, checkpointer, start, device)
+    return Run(cfg, engine, model, wrapped, optimizer, schedule, scaler, checkpointer, start, device, batches)
