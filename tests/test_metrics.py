@@ -213,7 +213,7 @@ def test_pretrain_and_train_send_their_lines_when_asked(tmp_path: Path, tiny_dat
 
     images, out = tiny_data / "tiny" / "train", tmp_path / "pretrain"
     assert run_job("pretrain", ["--config-file", "configs/pretrain/loco_r50.yaml", "--wandb", "p",
-                                *test_pretrain_train.overrides(images, out), "SOLVER.BASE_LR", "0.001"]) == 0  # fmt: skip
+                                *test_pretrain_train.overrides(images, out)]) == 0  # fmt: skip
     tiny = overrides(OUTPUT_DIR=tmp_path / "train", SOLVER__MAX_ITER=2, SOLVER__STEPS=())
     assert run_job("train", ["--config-file", "configs/coco_loco_r50.yaml", "--engine", "torchvision", "--wandb", "p",
                              *tiny]) == 0  # fmt: skip
