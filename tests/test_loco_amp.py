@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from loco_cases import UNIT_LISTS, build, gradients, obvious_step
 from torch import nn
 
+from loco_det.backbones.resnet import Conv2d
 from pretrain.loco import LocalTrainer
 
 
@@ -115,3 +118,22 @@ def test_scaling_leaves_the_step_that_is_taken_unchanged() -> None:
         results.append([p.detach().clone() for p in everything.parameters()])
     for plain, scaled in zip(*results):
         assert torch.equal(plain, scaled)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 1), (1, 4)])
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+def test_a_strided_convolution_over_a_strip_has_the_gradient_of_its_sum(kernel: int, size: tuple[int, int]) -> None:
+    """oneDNN leaves parts of this bf16 gradient unwritten on a map one pixel wide; memory holds anything there."""
+    conv = Conv2d(16, 16, kernel, "BN", stride=2)
+    x = torch.randn(4, 16, *size)
+    out = torch.randn_like(conv._conv_forward(x, conv.weight, None))
+    for memory in (float("nan"), 1e30):
+        dirt = [torch.full((conv.weight.numel(),), memory, dtype=t) for t in (torch.bfloat16, torch.float32) * 4]
+        del dirt
+        with torch.autocast("cpu", torch.bfloat16):
+            (found,) = torch.autograd.grad(conv._conv_forward(x, conv.weight, None), conv.weight, out.bfloat16())
+        padded, expected = F.pad(x, [kernel // 2] * 4), torch.zeros_like(conv.weight)
+        for r, c in itertools.product(range(out.shape[2]), range(out.shape[3])):
+            patch = padded[:, :, 2 * r : 2 * r + kernel, 2 * c : 2 * c + kernel]
+            expected += torch.einsum("bo,bikl->oikl", out[:, :, r, c], patch)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * expected.abs().max().item())

@@ -77,6 +77,14 @@ class Conv2d(nn.Conv2d):
         """Convolution and normalisation; then, if asked for, the sum with `add` and a ReLU."""
         return convolve(self, x, relu=relu, add=add)
 
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # On a map one pixel wide the stride along the width changes nothing. oneDNN (as of torch 2.14) does not write
+        # all of the weight's bf16 gradient there unless that stride is 1: what was in memory before becomes gradient.
+        if input.shape[-1] == 1 and self.stride[1] > 1:
+            stride = (self.stride[0], 1)
+            return F.conv2d(input, weight, bias, stride, self.padding, self.dilation, self.groups)
+        return super()._conv_forward(input, weight, bias)
+
 
 class Stem(nn.Module):
     """imagenet: 7x7 stride 2 and a 3x3 max pool of stride 2. cifar: one 3x3 convolution at full resolution."""
