@@ -187,7 +187,15 @@ def _train(
         "%s: %d images, %d steps of %d images on %s", cfg.METHOD, len(source), total, cfg.SOLVER.BATCH_SIZE, device
     )
     waited = Stopwatch()
-    monitor = Monitor(cfg, learner.backbone, learner.unit_labels, learner.embeddings, waited, metrics)
+    monitor = Monitor(
+        cfg.LOG_PERIOD,
+        cfg.SOLVER.BATCH_SIZE,
+        learner.backbone,
+        learner.unit_labels,
+        learner.embeddings,
+        waited,
+        metrics,
+    )
     unread = UnreadLosses(learner.unit_labels, source)
     batches = waited.through(loader.batches(start))
     with StopSignal() as stop, Progress(total, "pretrain", start, unit="it") as progress:
