@@ -1,8 +1,8 @@
-"""The command line: `loco-det COMMAND ...`, and the same jobs behind the files in tools/.
+"""The command line: `loco-det COMMAND ...`, and the same jobs for the files in tools/.
 
-A job is a file of `loco_det/commands/` with two functions: `add_arguments` adds its arguments to a parser, `run` runs
-them and returns an exit status, None for 0. It is imported only when that job is asked for. What all jobs share is
-here: `--quiet`, `--debug`, bad input as one sentence, the exit status.
+A job is a module of `loco_det/commands/` with two functions: `add_arguments` adds its arguments to a parser, `run`
+executes it and returns an exit status, None for 0. It is imported only when requested. This module has what all jobs
+share: `--quiet`, `--debug`, one-sentence errors, the exit status.
 """
 
 from __future__ import annotations
@@ -67,9 +67,8 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
         prog: its name in usage and error texts; None for the script's.
 
     Returns:
-        0; 1 where a check failed (`doctor`, `data check`); 2 for bad input and for memory that is short, with one
-        sentence on standard error and a traceback only under --debug; 130 when interrupted by SIGINT or SIGTERM. A bug
-        raises.
+        0; 1 if a check failed (`doctor`, `data check`); 2 for bad input or insufficient memory, with one sentence on
+        standard error and a traceback only under --debug; 130 when interrupted by SIGINT or SIGTERM. A bug raises.
     """
     try:
         with _sigterm_interrupts():
@@ -82,8 +81,8 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, so that nothing half done stays behind."""
-    if threading.current_thread() is not threading.main_thread():  # only that one may ask for signals
+    """Make SIGTERM end the block as Ctrl-C does, so that cleanup runs."""
+    if threading.current_thread() is not threading.main_thread():  # signal.signal works in the main thread only
         yield
         return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -99,7 +98,7 @@ def _parsed(job: ModuleType, name: str, argv: Sequence[str] | None, prog: str | 
     job.add_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="say only what needs attention")
     parser.add_argument("--debug", action="store_true", help="show a traceback for bad input too")
-    return parser.parse_intermixed_args(argv)  # options may stand between KEY and VALUE pairs
+    return parser.parse_intermixed_args(argv)  # allows options between KEY and VALUE pairs
 
 
 def _run(job: ModuleType, args: argparse.Namespace, logs: bool) -> int:
@@ -112,12 +111,12 @@ def _run(job: ModuleType, args: argparse.Namespace, logs: bool) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if logs:
             log_failure(error)
-        told = error if isinstance(error, UserError) else out_of_memory(error)
-        if args.debug and (told or isinstance(error, KeyboardInterrupt)):
+        message = error if isinstance(error, UserError) else out_of_memory(error)
+        if args.debug and (message or isinstance(error, KeyboardInterrupt)):
             traceback.print_exc()
-        if told is None:
+        if message is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return BAD_INPUT
 
 

@@ -25,7 +25,7 @@ from loco_det.core.files import atomic_write
 from loco_det.core.launch import CommonStop, StopSignal
 from loco_det.core.log import Progress, log
 from loco_det.core.metrics import RunMetrics
-from loco_det.core.run_folder import differences, run_folder, told
+from loco_det.core.run_folder import differences, run_folder, summary
 from loco_det.images.folders import open_source
 from loco_det.images.source import Source
 from loco_det.images.two_views import TwoViewLoader, TwoViews, build_two_view_loader
@@ -341,7 +341,7 @@ def _restore(cfg: CfgNode, state: dict[str, object], source: Source) -> int:
     path, values = found
     if values["config_hash"] != config_hash(cfg):
         before = yaml.safe_load(values.get("config", "")) or {}
-        found = told(differences(before, yaml.safe_load(cfg.dump()), FREE_KEYS)) if before else "its hash differs"
+        found = summary(differences(before, yaml.safe_load(cfg.dump()), FREE_KEYS)) if before else "its hash differs"
         raise UserError(
             f"{path} was made with another configuration ({found}); resume with the {path.parent / 'config.yaml'} that "
             "it was made with, or choose another OUTPUT_DIR"

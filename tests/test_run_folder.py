@@ -24,7 +24,7 @@ from loco_det.backbones.artifact import load_backbone
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.core.metrics import RunMetrics
-from loco_det.core.run_folder import differences, run_folder, told
+from loco_det.core.run_folder import differences, run_folder, summary
 from loco_det.detection import loop
 from loco_det.detection.checkpoint import Checkpointer
 from loco_det.detection.engine_torchvision import TorchvisionEngine
@@ -108,8 +108,8 @@ def test_differences_names_the_keys_that_count() -> None:
     now = {"A": {"B": 2, "C": [1, 2]}, "D": "y", "KNN": {"K": 2}, "NEW": None}
     found = differences(before, now, ("D", "KNN."))
     assert found == {"A.B": "1 before, 2 now", "GONE": "1 before, absent now"}
-    assert told(found) == "A.B is 1 before, 2 now; GONE is 1 before, absent now"
-    assert told(dict.fromkeys("abcde", "1 before, 2 now")).endswith("; and 2 more")
+    assert summary(found) == "A.B is 1 before, 2 now; GONE is 1 before, absent now"
+    assert summary(dict.fromkeys("abcde", "1 before, 2 now")).endswith("; and 2 more")
 
 
 # --- pretraining ------------------------------------------------------------------------------------------------

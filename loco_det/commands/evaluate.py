@@ -1,4 +1,4 @@
-"""`loco-det evaluate`: results of any program measured as `train` measures its own, and two of them compared."""
+"""`loco-det evaluate`: evaluate any program's results as `train` does its own, and compare two of them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from loco_det.evaluation.measure import Measure, Results, Subject, check_known_e
 from loco_det.evaluation.proposals import Proposals
 from loco_det.evaluation.results_file import held_types, read_results
 
-# What a measure takes of the shapes in a results file; the others take both.
+# The shapes of a results file that a measure uses; other measures use both.
 _TYPES = {"voc": ("bbox",), "cityscapes": ("segm",), "proposals": ("bbox",)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The results, what they are measured on, and how."""
+    """Results, data set and measure."""
     parser.add_argument(
         "results",
         type=Path,
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, compare and write.
+    """Evaluate, compare and write.
 
     Raises:
         UserError: bad arguments, results, data or a file that cannot be written.
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """One file of results: how many of the images they are of, the numbers, and the results as they were judged."""
+    """One results file: its number of images, its metrics, and its results as evaluated."""
 
     path: Path
     images: int
@@ -88,16 +88,16 @@ def evaluate_files(
     resamples: int = 1000,
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure one or two files of results on a data set; returns what `out` holds.
+    """Evaluate one or two results files on a data set; returns the content of `out`.
 
     Args:
-        iou_type: "bbox" or "segm" alone; None for what all files have.
-        measure: a file of `evaluation/`; None for the data set's own.
+        iou_type: "bbox" or "segm" only; None for the shapes that all files have.
+        measure: a module of `evaluation/`; None for the data set's own.
         resamples: draws of the bootstrap over images.
         out: a JSON file to write.
 
     Raises:
-        UserError: results or a data set that cannot be used.
+        UserError: invalid results or data set.
     """
     if dataset.secret:
         raise UserError(f"the truth of {dataset.name} is not public; submit the results to its benchmark instead.")
@@ -127,9 +127,9 @@ def evaluate_files(
 def _read(
     files: Sequence[Path], dataset: Dataset, iou_type: str | None, measure: str | None
 ) -> tuple[list[list[Any]], tuple[str, ...], str]:
-    """Each file's results as its measure takes them, the IoU types to measure, and the measure's name.
+    """Return each file's results in its measure's format, the IoU types to evaluate, and the measure's name.
 
-    Every file is read before anything is measured.
+    All files are read before anything is evaluated.
     """
     if dataset.is_pixels:
         return [_label_files(path, dataset) for path in files], (), "pixels"
@@ -139,7 +139,7 @@ def _read(
     if all(path.suffix == ".pkl" for path in files):
         return [_proposals(path, dataset) for path in files], (), "proposals"
     rows = [read_results(path) for path in files]
-    # Only of what is to be measured, so that the other shape may be missing.
+    # Check only the evaluated shape, so that the other may be missing.
     every = [[iou_type] if iou_type else held_types(path, each) for path, each in zip(files, rows)]
     types = tuple(t for t in ("bbox", "segm") if all(t in held for held in every))
     name = measure or measure_of(dataset.name, "segm" in types)
@@ -150,7 +150,7 @@ def _read(
             f"{' and '.join(map(str, files))}: no {needs} to measure {dataset.name} by; give every row one."
         )
     if not any(rows) and iou_type is None and "bbox" in types:
-        types = ("bbox",)  # masks may be missing from the truth, too
+        types = ("bbox",)  # masks may be missing from the ground truth, too
     truth = read_ground_truth(dataset.annotations, types)
     for path, each in zip(files, rows):
         check_results(each, truth, types, source=path)
@@ -174,7 +174,7 @@ def _proposals(path: Path, dataset: Dataset) -> list[Proposals]:
 
 
 def _as_proposals(rows: list[dict[str, Any]]) -> list[Proposals]:
-    """Checked detections without their classes."""
+    """Convert checked detections to class-agnostic proposals."""
     by_image: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
         by_image.setdefault(row["image_id"], []).append(row)
@@ -195,7 +195,7 @@ def _evaluated(path: Path, measure: Measure, results: list[Any], resamples: int)
 
 
 def _image_of(result: Any) -> int | str:
-    """The image of one result as its measure takes it."""
+    """Return the image of one result, whatever its measure."""
     if isinstance(result, Proposals):
         return result.image_id
     return result if isinstance(result, str) else result["image_id"]

@@ -1,4 +1,4 @@
-"""The pretraining job: its arguments, and what they start."""
+"""The command `pretrain`: arguments, processes and logging around `pretrain.train`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train a backbone as the arguments say.
+    """Train a backbone with the parsed arguments.
 
     Raises:
         UserError: bad arguments, configuration or data.
@@ -44,7 +44,7 @@ def _worker(cfg: CfgNode, settings: Settings, resume: bool, wandb: str | None) -
 
 
 def pretrain_file(config: str, overrides: list[str]) -> Path:
-    """Train in this process what a YAML file and overrides describe; returns its backbone.safetensors."""
+    """Pretrain in this process from a YAML file and overrides; returns the path of backbone.safetensors."""
     cfg, settings = load_config(get_cfg(), config, overrides)
     setup_logging(cfg.OUTPUT_DIR)
     return pretrain(cfg, settings=settings)

@@ -1,4 +1,4 @@
-"""The probe job: its arguments, the four protocols, and the record of what was done."""
+"""The command `probe`: its arguments, the four protocols, and the JSON record."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from loco_det.evaluation.probes.tsne import CLASSES, IMAGES, balanced, check_tsn
 
 PROTOCOLS = ("linear", "knn", "semi", "ridge")
 RECIPES = ("sweep", "paper")
-# Options of single protocols: a value given to another would be read by nobody.
+# Options of single protocols; refused for the others.
 _OPTIONS = {
     "recipe": ("linear",),
     "optimizer": ("linear",),
@@ -42,11 +42,11 @@ _OPTIONS = {
     "temperature": ("knn",),
     "labels": ("semi",),
 }
-_OF_THE_SWEEP = ("optimizer", "rates")  # which the paper's recipe fixes
+_OF_THE_SWEEP = ("optimizer", "rates")  # fixed by the paper's recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """BACKBONE, data, protocol and what each protocol can be told."""
+    """BACKBONE, data, protocol and the options of each protocol."""
     parser.add_argument("backbone", metavar="BACKBONE", help="a weights file, timm:NAME or random:resnet50")
     parser.add_argument("--data", required=True, metavar="PATH", help="labelled images: folders, a zip, a list, CIFAR")
     parser.add_argument("--val", metavar="PATH", help="the test images, where --data does not hold them")
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def probe(args: argparse.Namespace) -> dict[str, Any]:
-    """What --json gets; see docs/probes.md for every key."""
+    """Probe; returns the content of --json (docs/probes.md lists the keys)."""
     begun = time.monotonic()
     _check(args)
     device = resolve_device(args.device)
@@ -144,7 +144,7 @@ def _check(args: argparse.Namespace) -> None:
     positive = {"image-size": args.image_size, "epochs": args.epochs, "k": args.k, "batch-size": args.batch_size,
                 "temperature": args.temperature, "tsne-images": args.tsne_images}  # fmt: skip
     for option, value in positive.items():
-        if value is not None and not value > 0:  # nan is neither
+        if value is not None and not value > 0:  # also refuses NaN
             raise UserError(f"--{option} is {value}; give a number above 0")
     for option, value in {"limit": args.limit, "seed": args.seed, "workers": args.workers}.items():
         if value < 0:

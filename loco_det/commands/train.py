@@ -1,4 +1,4 @@
-"""The detector job: its arguments, in Detectron2's style, and what they start."""
+"""The command `train`: its arguments, in Detectron2's style, and the launch of training or evaluation."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train or evaluate as the arguments say.
+    """Train or evaluate with the parsed arguments.
 
     Raises:
         UserError: bad arguments, configuration, data or weights.
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _with_part_of_training_set(cfg: CfgNode, fraction: float | None, shots: int | None) -> CfgNode:
-    """`cfg` with only a part of each set of DATASETS.TRAIN, chosen by SEED (0 where it is negative)."""
+    """Return `cfg` with a subset of each set in DATASETS.TRAIN, chosen by SEED (0 if negative)."""
     if fraction is not None and shots is not None:
         raise UserError("--fraction and --few-shot choose different parts of DATASETS.TRAIN; give one of them.")
     if (fraction is not None and not 0 < fraction <= 1) or (shots is not None and shots < 1):

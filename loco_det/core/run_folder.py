@@ -1,4 +1,4 @@
-"""The folder of a run: one run at work in it, and what a resumed run must have in common with its beginning."""
+"""Locks a run's folder, and compares a resumed run's configuration with the original."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def run_folder(folder: str | Path) -> Iterator[None]:
-    """Hold OUTPUT_DIR for one run, on its main process; temporary files that a killed run left are removed.
+    """Lock OUTPUT_DIR for one run, on its main process; removes temporary files of a killed run.
 
-    The system releases the lock when the process ends, however it ends. On a file system without locks nothing is held.
+    The system releases the lock when the process ends, however it ends. Without effect on file systems without locks.
 
     Raises:
         UserError: another run is at work in the folder, or it cannot be written.
@@ -36,7 +36,7 @@ def run_folder(folder: str | Path) -> Iterator[None]:
         file = open(folder / LOCK, "a+")  # noqa: SIM115 (closed below)
     with file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which workers do not inherit: they may outlive a kill
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by workers, which may outlive a kill
         except (BlockingIOError, PermissionError):
             file.seek(0)
             raise UserError(
@@ -55,12 +55,12 @@ def run_folder(folder: str | Path) -> Iterator[None]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> dict[str, str]:
-    """{"SOLVER.BASE_LR": "0.1 before, 0.2 now", ...}: where two configurations differ.
+    """Return where two configurations differ: {"SOLVER.BASE_LR": "0.1 before, 0.2 now", ...}.
 
     Args:
         before: nested plain data, as YAML has it.
         now: likewise.
-        free: dotted keys that may differ; one that ends in a dot stands for all below it.
+        free: dotted keys that may differ; a trailing dot means all keys below it.
     """
     one, other = flat(before), flat(now)
     return {
@@ -71,7 +71,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collect
     }
 
 
-def told(found: Mapping[str, str]) -> str:
-    """`differences` in a sentence: the first three, and how many more."""
+def summary(found: Mapping[str, str]) -> str:
+    """Format `differences` as text: the first three, and the number of the others."""
     shown = "; ".join(f"{key} is {values}" for key, values in list(found.items())[:3])
     return shown + (f"; and {len(found) - 3} more" if len(found) > 3 else "")

@@ -24,7 +24,7 @@ from loco_det.core.distributed import is_main
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, os_errors
 from loco_det.core.log import log
-from loco_det.core.run_folder import differences, told
+from loco_det.core.run_folder import differences, summary
 from loco_det.detection.solver import Schedule
 from loco_det.detection.weights import Weights, apply_weights, pixel_facts, read_weights
 
@@ -150,9 +150,9 @@ def check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
         one, other = (yaml.safe_load(text) for text in (before["config"], now["config"]))
         found = differences(one, other, (*FREE_KEYS, *free))
         if found:
-            raise UserError(f"{path} is of a run with another configuration ({told(found)}); {advice}.")
+            raise UserError(f"{path} is of a run with another configuration ({summary(found)}); {advice}.")
         if found := differences(one, other, [key for key in FREE_KEYS if key not in _TOLD]):
-            log.info("goes on with another configuration: %s", told(found))
+            log.info("goes on with another configuration: %s", summary(found))
     if annotations and now.get("annotations") and list(annotations.values()) != list(now["annotations"].values()):
         names = ", ".join(now["annotations"])
         raise UserError(f"{path} is of a run on other annotations than those of {names}; {advice}.")
