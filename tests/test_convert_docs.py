@@ -125,7 +125,7 @@ def test_inspection_reads_no_value(tmp_path: Path) -> None:
     path.write_bytes(content)
     report = inspection.inspect(path)
     assert report.backbones[0]["architecture"] == "resnet18"
-    assert report.says["epoch"] == 7
+    assert report.metadata["epoch"] == 7
     assert report.kind == "torch (zip)"
 
 

@@ -1,4 +1,4 @@
-"""What the user states about a checkpoint that does not say it itself: pixels, and where its strides stand."""
+"""Facts about a checkpoint that the user states because the file lacks them: pixels, and the position of strides."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loco_det.core.errors import UserError
 
 @dataclass(frozen=True)
 class Stated:
-    """None where nothing is stated; order, mean and std come together.
+    """The user's statements, None where not given; order, mean and std come together.
 
     Attributes:
         channel_order: "RGB" or "BGR", as the backbone was trained.
@@ -30,10 +30,10 @@ class Stated:
 
     @classmethod
     def from_d2_config(cls, path: str | Path) -> Stated:
-        """As Detectron2's YAML file of the run that made the weights has it.
+        """Read them from Detectron2's YAML file of the run that made the weights.
 
         Raises:
-            UserError: the file cannot be read, or lacks a key or a proper value.
+            UserError: the file cannot be read, or a key is missing or invalid.
         """
         settings, found = read_settings(path), []
         for key in ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1"):
@@ -51,10 +51,10 @@ class Stated:
         return cls(order, tuple(map(float, mean)), tuple(map(float, std)), stride)
 
     def complete(self, path: str | Path, depth: int, known: Pixels | None) -> Pixels:
-        """The pixels and stride to go by: as stated, else as the source of the file is `known` for.
+        """Return the pixels and stride: as stated, else as `known` for the file's source.
 
         Raises:
-            UserError: a value cannot be, or something is neither stated nor known.
+            UserError: an invalid value, or one that is neither stated nor known.
         """
         pixels = (self.channel_order, self.mean, self.std)
         if None in pixels and any(value is not None for value in pixels):
@@ -81,7 +81,7 @@ class Stated:
         return Pixels(*pixels, stride)
 
     def _check_units(self) -> None:
-        """Refuse numbers for pixels from 0 to 1: taken as they stand, they would make the input 255 times too large."""
+        """Refuse pixel statistics in units of 0 to 1, which would make the input 255 times too large."""
         for option, values, scaled in (
             ("--pixel-mean", self.mean, lambda v: any(v) and all(0 <= one < 1 for one in v)),
             ("--pixel-std", self.std, lambda v: any(one < 1 for one in v)),
