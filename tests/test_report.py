@@ -176,13 +176,13 @@ def test_each_kind_of_error_is_found_where_it_was_made(data, tmp_path):
     for name, found in (("perfect", perfect), ("ghosts", ghosts), ("twice", twice), ("half", half)):
         make_run(tmp_path / name, data, found, name)
     (found,) = experiments(find_runs([str(tmp_path)]), None, 0, [])
-    errors = {row["backbone"]: row["apart"]["bbox"]["counts"] for row in found["backbones"]}
+    errors = {row["backbone"]: row["analysis"]["bbox"]["counts"] for row in found["backbones"]}
     objects = len(perfect)
     assert not any(errors["perfect"].values())
     assert {kind: n for kind, n in errors["ghosts"].items() if n} == {"Bkg": objects}
     assert {kind: n for kind, n in errors["twice"].items() if n} == {"Dupe": objects}
     assert errors["half"]["Miss"] == objects - len(half)
-    curves = {row["backbone"]: row["apart"]["bbox"]["curves"]["0.50"] for row in found["backbones"]}
+    curves = {row["backbone"]: row["analysis"]["bbox"]["curves"]["0.50"] for row in found["backbones"]}
     assert curves["perfect"] == [1.0] * 101
     assert curves["half"][:40] == [1.0] * 40
     assert curves["half"][-1] == 0.0
@@ -368,7 +368,7 @@ def test_numbers_of_several_data_sets_and_of_augmentation_have_columns(data, tmp
     assert "| loco | 1 | 10.0 | 11.0 | 12.0 |" in lines
     assert "| class | tiny-train box AP, loco |" in lines
     assert "| a/b | 13.0 |" in lines
-    assert f"- {run}: it was tested on several data sets, which are not taken apart" in "\n".join(lines)
+    assert f"- {run}: it was tested on several data sets, which are not analysed" in "\n".join(lines)
 
 
 def test_pictures_are_of_the_images_that_the_run_was_tested_on(data, runs, tmp_path, monkeypatch):

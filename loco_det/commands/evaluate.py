@@ -17,7 +17,7 @@ from loco_det.core.errors import UserError
 from loco_det.core.files import check_writable, file_sha256, write_json
 from loco_det.core.log import log
 from loco_det.detection.precomputed import read_proposals
-from loco_det.evaluation.bootstrap import Judged
+from loco_det.evaluation.bootstrap import Resamplable
 from loco_det.evaluation.cityscapes import OFFICIAL
 from loco_det.evaluation.coco import EVALUATORS, table
 from loco_det.evaluation.coco_checks import check_results, read_ground_truth
@@ -75,7 +75,7 @@ class _Evaluated:
     path: Path
     images: int
     numbers: Results
-    judged: list[Judged]
+    evaluations: list[Resamplable]
 
 
 def evaluate_files(
@@ -191,7 +191,7 @@ def _evaluated(path: Path, measure: Measure, results: list[Any], resamples: int)
     if dataset.is_pixels:
         measure.folder = path
     log.info("%s: results in %d of the %d images of %s", path, images, len(dataset.index.image_id), dataset.name)
-    return _Evaluated(path, images, measure.evaluate(results), measure.judge(results) if resamples else [])
+    return _Evaluated(path, images, measure.evaluate(results), measure.resamplable(results) if resamples else [])
 
 
 def _image_of(result: Any) -> int | str:
@@ -210,7 +210,7 @@ def _content(one: _Evaluated, resamples: int) -> dict[str, Any]:
             kind: {name: value if math.isfinite(value) else None for name, value in values.items()}
             for kind, values in one.numbers.items()
         },
-        "ci95": {judged.kind: judged.intervals(resamples) for judged in one.judged},
+        "ci95": {own.kind: own.intervals(resamples) for own in one.evaluations},
     }
 
 
@@ -226,7 +226,7 @@ def _show_intervals(results: list[dict[str, Any]]) -> None:
 
 
 def _paired(reference: _Evaluated, one: _Evaluated, resamples: int) -> dict[str, dict[str, Any]]:
-    found = {own.kind: own.differences(other, resamples) for own, other in zip(one.judged, reference.judged)}
+    found = {own.kind: own.differences(other, resamples) for own, other in zip(one.evaluations, reference.evaluations)}
     rows = [
         [f"{kind} {name}", f"{each['difference']:+.3f}", "{:+.3f} to {:+.3f}".format(*each["ci95"])]
         for kind, names in found.items()

@@ -1,7 +1,7 @@
-"""What COCO ground truth and results must hold for an AP: everything an evaluator would silently misread is refused.
+"""Validates COCO ground truth and results: refuses everything that an evaluator would silently misread.
 
-pycocotools and hotcoco agree to the last bit on sound input and differ on unsound input (ids given twice, id 0,
-results of other images), so an evaluation starts here.
+pycocotools and hotcoco agree bitwise on valid input and differ on invalid input (duplicate ids, id 0, results of other
+images), so every evaluation starts here.
 
 Shape legend: N results, H x W an image's size in pixels.
 """
@@ -28,7 +28,7 @@ from loco_det.core.errors import UserError
 from loco_det.core.log import log
 
 _Box = tuple[float, float, float, float]  # x, y, width, height in pixels
-_Polygon = Annotated[list[float], msgspec.Meta(min_length=6)]  # four numbers would be a box to pycocotools
+_Polygon = Annotated[list[float], msgspec.Meta(min_length=6)]  # pycocotools would read four numbers as a box
 
 
 class _Rle(msgspec.Struct, gc=False):
@@ -47,11 +47,11 @@ _RESULT_FIELDS = {"bbox": ("bbox", _Box), "segm": ("segmentation", _Rle)}
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Checked ground truth, the same for both evaluators: the index of a file, without what does not count.
+    """Validated ground truth for both evaluators: the index of a file, without annotations that do not count.
 
     Attributes:
-        rows: (N,) int64, the annotations in the index that count.
-        masks: their N segmentations, polygons or RLE dicts; None where only boxes were asked for.
+        rows: (N,) int64, the counted annotations in the index.
+        masks: their N segmentations, polygons or RLE dicts; None for boxes only.
     """
 
     index: CocoIndex
@@ -69,13 +69,13 @@ class GroundTruth:
 
 
 def read_ground_truth(annotations: str | Path, iou_types: Sequence[str]) -> GroundTruth:
-    """Read and check an annotation file for an evaluation of `iou_types` ("bbox", "segm").
+    """Read and validate an annotation file for an evaluation of `iou_types` ("bbox", "segm").
 
-    A missing `iscrowd` means 0; a missing area is computed, which is said. Annotations of unlisted images or
+    A missing `iscrowd` means 0; a missing area is computed, with a line in the log. Annotations of unlisted images or
     categories do not count, as in pycocotools.
 
     Raises:
-        UserError: the file is missing, is no COCO annotation file, a rule of `annotations/rules.py` stops an
+        UserError: the file is missing or not a COCO annotation file, a rule of `annotations/rules.py` stops an
             evaluation, or (for "segm") an object has no usable mask.
     """
     index = load_index(annotations)
@@ -90,7 +90,7 @@ def read_ground_truth(annotations: str | Path, iou_types: Sequence[str]) -> Grou
 
 
 def _with_areas(index: CocoIndex) -> CocoIndex:
-    """The index with the area of every annotation: where the file says none, its mask's or else its box's."""
+    """Complete the index's areas: a missing one is the mask's, or else the box's."""
     missing = np.flatnonzero(np.isnan(index.area))
     if not len(missing):
         return index
@@ -102,7 +102,7 @@ def _with_areas(index: CocoIndex) -> CocoIndex:
         found = None
         if i < len(index.image_id):
             size = int(index.height[i]), int(index.width[i])
-            with contextlib.suppress(UserError):  # a malformed mask is refused where masks are measured
+            with contextlib.suppress(UserError):  # malformed masks are refused if masks are evaluated
                 found = mask_area(decode(text, *size, ""), *size)
         area[row] = index.bbox[row, 2] * index.bbox[row, 3] if found is None else found
     return replace(index, area=area, mapped=False)
@@ -137,13 +137,13 @@ def _read_masks(index: CocoIndex, rows: np.ndarray) -> list[Any]:
 
 @dataclass(frozen=True)
 class Detections:
-    """Checked results as columns.
+    """Validated results as columns.
 
     Attributes:
         image_ids, category_ids: (N,) int64.
         scores: (N,) float64.
-        boxes: (N, 4) float64, x, y, width, height; zeros where only masks were asked for.
-        masks: N dicts of compressed RLE; None where only boxes were asked for.
+        boxes: (N, 4) float64, x, y, width, height; zeros for masks only.
+        masks: N dicts of compressed RLE; None for boxes only.
     """
 
     image_ids: np.ndarray
@@ -165,14 +165,14 @@ def check_results(
     iou_types: Sequence[str],
     source: str | Path = "the detection results",
 ) -> Detections:
-    """The results that an evaluation of `iou_types` needs; `results` stay as they are.
+    """Validate the results for an evaluation of `iou_types`; `results` are not modified.
 
     Args:
-        source: what a message names; rows are counted from 1.
+        source: name in messages, where rows are counted from 1.
 
     Raises:
-        UserError: a result lacks a field or has it in another type, is not finite, has a negative width or
-            height, a mask of another size than its image, or an image or category that `truth` does not have.
+        UserError: a field is missing, mistyped or not finite, a width or height is negative, a mask has another size
+            than its image, or `truth` lacks the image or category.
     """
     fields = [("image_id", int), ("category_id", int), ("score", float), *(_RESULT_FIELDS[t] for t in iou_types)]
     try:

@@ -1,7 +1,7 @@
-"""LVIS AP: each image counts for the classes that were looked for in it, and rare classes have a mean of their own.
+"""LVIS AP: each image counts only for the classes annotated in it as present or absent, with means by frequency.
 
-By hotcoco, whose numbers on the tests' made-up sets are those of the benchmark's own code (lvis-api 0.5.3) to the last
-bit, in its protocol: 300 detections an image over all classes. Source of the names:
+Computed by hotcoco, which on the tests' made-up sets equals the benchmark's own code (lvis-api 0.5.3) bitwise, in its
+protocol: 300 detections an image over all classes. Source of the names:
 detectron2/evaluation/lvis_evaluation.py.
 """
 
@@ -17,16 +17,16 @@ import hotcoco
 
 from loco_det.core.errors import UserError
 from loco_det.evaluation import coco
-from loco_det.evaluation.bootstrap import Judged, Matched, in_every_draw
+from loco_det.evaluation.bootstrap import Matched, Resamplable, in_every_draw
 from loco_det.evaluation.coco_checks import check_results, read_ground_truth
 
-MAX_DETECTIONS = 300  # of an image, over all classes
+MAX_DETECTIONS = 300  # per image, over all classes
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
 _SHAPE = {"bbox": "bbox", "segm": "segmentation"}
 
 
 class Measure(coco.Measure):
-    """LVIS's AP of boxes, and of masks where the model has them."""
+    """LVIS's AP of boxes, and of masks if the model has them."""
 
     evaluators = (coco.EVALUATORS[0],)
     rules = "the rules of LVIS"
@@ -34,30 +34,29 @@ class Measure(coco.Measure):
     def numbers(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         return evaluate_lvis(self.dataset.annotations, results, self.iou_types)
 
-    def judge(self, results: list[dict[str, Any]]) -> list[Judged]:
+    def resamplable(self, results: list[dict[str, Any]]) -> list[Resamplable]:
         truth = _read_truth(self.dataset.annotations, results, self.iou_types)
         images = len(truth.get_img_ids())
-        judged = []
+        matched = []
         for iou_type in self.iou_types:
             found, nothing = (_evaluation(truth, each, iou_type) for each in (results, []))
-            judged.append(Matched(iou_type, found, nothing, _usual_numbers(truth), images))
-        return judged
+            matched.append(Matched(iou_type, found, nothing, _usual_numbers(truth), images))
+        return matched
 
 
 def evaluate_lvis(
     annotations: str | Path, results: list[dict[str, Any]], iou_types: Sequence[str] = ("bbox", "segm")
 ) -> dict[str, dict[str, float]]:
-    """Average precision in percent.
+    """Compute average precision in percent.
 
     Args:
-        annotations: an LVIS annotation file, whose images say which classes were looked for in them.
-        results: COCO results; left as they are.
+        annotations: an LVIS annotation file, whose images list their annotated classes.
+        results: COCO results; not modified.
         iou_types: "bbox" and/or "segm".
 
     Returns:
         {iou type: {"AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"}}: the last three over rare, common
-        and frequent classes. Sizes are by box area for "bbox" and by mask area for "segm". NaN where there is no
-        object to find.
+        and frequent classes. Sizes are by box area for "bbox" and by mask area for "segm". NaN without objects.
 
     Raises:
         UserError: as `read_ground_truth` and `check_results`, or the file is not LVIS's.
@@ -67,7 +66,7 @@ def evaluate_lvis(
 
 
 def _read_truth(annotations: str | Path, results: list[dict[str, Any]], iou_types: Sequence[str]) -> hotcoco.COCO:
-    """The annotation file, once it and the results are known to be sound."""
+    """Load the annotation file, after validating it and the results."""
     checked = read_ground_truth(annotations, iou_types)
     check_results(results, checked, iou_types)
     try:
@@ -80,10 +79,10 @@ def _read_truth(annotations: str | Path, results: list[dict[str, Any]], iou_type
 
 
 def _evaluation(truth: hotcoco.COCO, results: list[dict[str, Any]], iou_type: str) -> hotcoco.COCOeval:
-    keys = ("image_id", "category_id", "score", _SHAPE[iou_type])  # with a box, too, a mask's size would be the box's
+    keys = ("image_id", "category_id", "score", _SHAPE[iou_type])  # with a box a mask's size would be the box's
     found = hotcoco.LVISResults(truth, [{key: r[key] for key in keys} for r in results], max_dets=MAX_DETECTIONS)
     evaluation = hotcoco.LVISEval(truth, found, iou_type)
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports its table
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its table
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -96,7 +95,7 @@ def _numbers(evaluation: hotcoco.COCOeval) -> dict[str, float]:
 
 
 def _usual_numbers(truth: hotcoco.COCO) -> tuple[str, ...]:
-    """Those of `NUMBERS` that practically every draw of images has an object for."""
+    """Return the numbers of `NUMBERS` that are defined in practically every draw of images."""
     frequency = {category["id"]: category.get("frequency") for category in truth.load_cats(truth.get_cat_ids())}
     images: dict[str, set[int]] = {name: set() for name in NUMBERS}
     for each in truth.load_anns(truth.get_ann_ids()):

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing beside it (page.html.j2), and the same numbers as Markdown."""
+"""Renders the report as one self-contained HTML file (page.html.j2), and as Markdown."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SECTIONS = {
     "missing": "Missing",
 }  # id -> title
 KINDS = {"bbox": "box", "segm": "mask", "bbox_TTA": "box TTA", "segm_TTA": "mask TTA"}
-EMPTY = "-"  # a table's cell without a number
+EMPTY = "-"  # a table cell without a number
 DETECTIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # Columns of the main table: detections, then rare, common and frequent classes (LVIS), then pixel labels.
 MEASURES = (*DETECTIONS, "APr", "APc", "APf", "IoU", "iIoU", "IoU_sup", "iIoU_sup")
@@ -39,12 +39,12 @@ def html_page(
     losses: tuple[list[UnitLoss], str],
     panels: list[dict[str, Any]],
 ) -> str:
-    """The page, rendered from page.html.j2, which escapes everything but our own charts.
+    """Render page.html.j2, which escapes everything but our own charts.
 
     Args:
         report: the numbers, as in report.json.
         series: heading -> title -> curves over steps.
-        losses: of the pretrainings, from `report.losses.unit_losses`.
+        losses: pretraining losses from `report.losses.unit_losses`.
         panels: the result of `report.panels.panels` for each experiment.
     """
     colours = charts.colour_of(report["backbones"])
@@ -73,7 +73,7 @@ def html_page(
 
 
 def markdown_page(report: dict[str, Any]) -> str:
-    """The tables of the page as Markdown; `report` as for `html_page`."""
+    """Render the page's tables as Markdown; `report` as for `html_page`."""
     parts = [f"# {report['title']}", f"Made {report['created']} by loco_det {report['loco_det']}."]
     for experiment in report["experiments"]:
         header, rows = _main_table(experiment)
@@ -208,7 +208,7 @@ def _machine(environment: dict[str, Any] | None) -> str:
     return f"{environment['device']}, {environment['processes']} processes; {environment['system']}; {versions}"
 
 
-# --- what the template shows of an experiment or a probe --------------------------------------------------------
+# --- template data of an experiment or a probe ------------------------------------------------------------------
 
 
 def _results(experiment: dict[str, Any], colours: dict[str, str]) -> dict[str, Any]:
@@ -224,8 +224,8 @@ def _paired(experiment: dict[str, Any]) -> dict[str, Any]:
 
 
 def _analysed(experiment: dict[str, Any]) -> dict[str, Any]:
-    """Backbone -> errors and curves by IoU type, of those whose detections were evaluated again."""
-    return {row["backbone"]: row["apart"] for row in experiment["backbones"] if row["apart"]}
+    """Map backbone -> errors and curves by IoU type, for backbones whose detections were evaluated again."""
+    return {row["backbone"]: row["analysis"] for row in experiment["backbones"] if row["analysis"]}
 
 
 def _errors(experiment: dict[str, Any], colours: dict[str, str]) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def _probe(probe: dict[str, Any], colours: dict[str, str]) -> dict[str, Any]:
 def _training(
     series: dict[str, dict[str, charts.Series]], losses: tuple[list[UnitLoss], str], colours: dict[str, str]
 ) -> dict[str, Any]:
-    """The chart of pretraining losses, if any, and heading -> charts of each experiment; {} without either."""
+    """Return the chart of pretraining losses, if any, and heading -> charts of each experiment; {} without either."""
     curves = {
         heading: [charts.lines(runs, "step", "", title, colours) for title, runs in titles.items()]
         for heading, titles in series.items()
