@@ -9,10 +9,10 @@ def get_cfg() -> CfgNode:
     """Return the tree of defaults for `loco_det.core.config.load_config`."""
     return CfgNode(
         {
-            "METHOD": "loco",  # loco | gim | simclr, each a list of units; random: no training, BN statistics only
+            "METHOD": "loco",  # loco | loco_res2 | gim | simclr, each a list of units; random: BN statistics only
             "UNITS": [],  # [[first, last], ...] stage names; overrides METHOD's list
             "SHARING": {  # how units share a stage: pretrain/sharing.py
-                "MODE": "hard",  # a stage learns from hard: all its units (LoCo) | upper: the uppermost | soft: tied copies
+                "MODE": "hard",  # hard: all units train it (LoCo) | upper: only the uppermost | soft: tied copies
                 "PENALTY": 0.0,  # soft: factor of the squared differences of the copies; 0: not tied
             },
             "BACKBONE": {

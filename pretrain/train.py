@@ -143,7 +143,10 @@ def pretrain(
     is_random = cfg.METHOD == "random" and not cfg.UNITS
     network = build_backbone(cfg) if is_random else Learner(cfg)  # refuses invalid UNITS before files are read
     with run_folder(cfg.OUTPUT_DIR), RunMetrics(cfg, wandb, resume) as metrics:
-        source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT) if source is None else source
+        if source is None:
+            source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT)
+        else:
+            cfg = config.changed(cfg, **{"DATA.PATH": source.root})  # for records and messages
         loader = build_two_view_loader(cfg, source)
         seed_everything(cfg.SEED)
         if is_random:
@@ -373,7 +376,7 @@ def write_backbone(cfg: CfgNode, backbone: StagedBackbone, units: list[list[str]
             config=yaml.safe_load(cfg.dump()),
             config_hash=config_hash(cfg),
             step=step,
-            dataset=Path(cfg.DATA.PATH or source.root).name,
+            dataset=Path(cfg.DATA.PATH).name,
             images=len(source),
         )
         save_backbone(path, backbone_tensors(backbone), manifest)
