@@ -25,17 +25,17 @@ BAD_INPUT = 2  # argparse's own status for arguments that it refuses
 
 # In the order of the help text; each is a file of loco_det/commands/.
 JOBS = {
-    "quickstart": "make a data set, pretrain on it, convert, detect: the whole road in minutes on a CPU",
-    "doctor": "check this machine, its data sets and a config with its weights, and say what to do",
-    "data": "`data check PATH`: read a whole data set, say what is wrong; `data convert SRC OUT`: to COCO's format",
+    "quickstart": "make a data set, pretrain on it, convert, detect: all steps in minutes on a CPU",
+    "doctor": "check this machine, its data sets and a config with its weights, with remedies",
+    "data": "`data check PATH`: validate a whole data set; `data convert SRC OUT`: convert it to COCO's format",
     "pretrain": "pretrain a backbone on unlabelled images with LoCo, GIM or SimCLR",
-    "convert": "turn a backbone into weights that Detectron2 and `train` read, with proof",
+    "convert": "convert a backbone to weights for Detectron2 and `train`, with a proof",
     "train": "train and evaluate Faster or Mask R-CNN on a frozen or fine-tuned backbone",
-    "evaluate": "measure a results file of any program against a data set, and compare two of them",
-    "predict": "draw what a trained detector or segmentor finds into images and videos; COCO JSON, ONNX",
+    "evaluate": "evaluate any program's results file on a data set, or compare two files",
+    "predict": "run a trained detector or segmentor on images and videos; writes pictures, COCO JSON, ONNX",
     "probe": "classify images by a backbone's frozen features, stage by stage",
     "sweep": "train and evaluate every backbone with every seed and share of the images, resumably",
-    "report": "put runs and probes side by side: one page with intervals, errors, curves and pictures",
+    "report": "compare runs and probes on one page: intervals, errors, curves and pictures",
 }
 OWN_LOG = {"doctor"}  # reads --quiet itself: it must work where torch does not
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"loco-det {__version__}")
-    parser.add_argument("command", choices=JOBS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("command", choices=JOBS, metavar="COMMAND", help="one of the commands below")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     return run_job(args.command, args.rest, prog=f"loco-det {args.command}")
@@ -96,8 +96,8 @@ def _parsed(job: ModuleType, name: str, argv: Sequence[str] | None, prog: str | 
     text = JOBS[name]
     parser = argparse.ArgumentParser(prog=prog, description=f"{text[0].upper()}{text[1:]}.")
     job.add_arguments(parser)
-    parser.add_argument("--quiet", action="store_true", help="say only what needs attention")
-    parser.add_argument("--debug", action="store_true", help="show a traceback for bad input too")
+    parser.add_argument("--quiet", action="store_true", help="show only warnings and errors")
+    parser.add_argument("--debug", action="store_true", help="show a traceback for bad input, too")
     return parser.parse_intermixed_args(argv)  # allows options between KEY and VALUE pairs
 
 

@@ -18,22 +18,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "output",
         metavar="OUTPUT",
         nargs="?",
-        help="what to write: .pkl for Detectron2, with a .yaml of the keys that must agree with it beside it; .pth or "
+        help="output: .pkl for Detectron2, with a .yaml of the keys that must agree with it; .pth or "
         ".safetensors for torchvision and timm",
     )
-    parser.add_argument("--inspect", action="store_true", help="say what INPUT is and convert nothing")
+    parser.add_argument("--inspect", action="store_true", help="report the content of INPUT, convert nothing")
     parser.add_argument(
-        "--drop", action="append", default=[], metavar="PATTERN", help="leave out tensors, e.g. 'layer*.pool_conv*'"
+        "--drop", action="append", default=[], metavar="PATTERN", help="drop tensors, e.g. 'layer*.pool_conv*'"
     )
-    parser.add_argument("--image", help="image for the proof (default: a photograph that comes with matplotlib)")
+    parser.add_argument("--image", help="image for the proof (default: matplotlib's photograph)")
     add_input_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print what would be printed as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments for facts that a backbone's file may not record; parsed by `read_stated`."""
-    parser.add_argument("--branch", help="which backbone, where the file holds several")
-    parser.add_argument("--channel-order", choices=("RGB", "BGR"), help="what the backbone was trained to see")
+    parser.add_argument("--branch", help="the backbone, if the file holds several")
+    parser.add_argument("--channel-order", choices=("RGB", "BGR"), help="channel order of training")
     for name in ("--pixel-mean", "--pixel-std"):
         parser.add_argument(name, nargs=3, type=float, metavar="X", help="in 0-255 units, in --channel-order")
     parser.add_argument("--stride-in-1x1", choices=("yes", "no"), help="yes for weights from MSRA (Caffe)")

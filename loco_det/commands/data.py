@@ -52,30 +52,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
         choices=["check", "convert"],
-        help="check: read everything, say what is wrong, draw what is there; convert: annotations to COCO's format",
+        help="check: validate a data set and draw samples; convert: annotations to COCO's format",
     )
     parser.add_argument(
         "path",
         metavar="PATH",
-        help="images as DATA.PATH takes them, or a data set as DATASETS.TRAIN does; of convert a folder or a file",
+        help="check: images as for DATA.PATH, or a data set as for DATASETS.TRAIN; convert: a folder or file",
     )
-    parser.add_argument("to", nargs="?", type=Path, metavar="OUT", help="convert: the folder for annotations/*.json")
-    parser.add_argument("--annotations", type=Path, metavar="FILE", help="a COCO file on the images in the folder PATH")
+    parser.add_argument("to", nargs="?", type=Path, metavar="OUT", help="convert: output folder of annotations/*.json")
+    parser.add_argument(
+        "--annotations", type=Path, metavar="FILE", help="a COCO file for the images in the folder PATH"
+    )
     parser.add_argument(
         "--format",
         default="auto",
         metavar="FORMAT",
-        help=f"of an image set, as DATA.FORMAT; of convert one of auto, {', '.join(FORMATS)}",
+        help=f"check: of an image set, as DATA.FORMAT; convert: auto, {', '.join(FORMATS)}",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for check.json and pictures (output/data_check/NAME)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of check.json and pictures (output/data_check/NAME)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help="reading processes (default: 4)")
-    parser.add_argument("--size", type=int, default=224, metavar="PIXELS", help="of a view on the sheet (default: 224)")
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="data workers (default: 4)")
+    parser.add_argument(
+        "--size", type=int, default=224, metavar="PIXELS", help="size of a view on the sheet (default: 224)"
+    )
     parser.add_argument("--preset", choices=PRESETS, default="simclr", help="the views' augmentation")
-    judged = "judge for this INPUT.MASK_FORMAT, or for boxes alone (default: what the file's masks need)"
-    parser.add_argument("--masks", choices=MASKS, default="auto", help=judged)
+    masks = "check for this INPUT.MASK_FORMAT, or boxes only (default: by the file's masks)"
+    parser.add_argument("--masks", choices=MASKS, default="auto", help=masks)
     parser.add_argument("--max-bad-share", type=float, default=0.01, metavar="SHARE", help="as DATA.MAX_BAD_SHARE")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of which images are drawn, and their views")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the samples and their views")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", metavar="FILE", help="a detection config to check with its data and weights")
     parser.add_argument("--weights", metavar="FILE", help="weights to check against it, instead of its MODEL.WEIGHTS")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -35,15 +35,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "results",
         type=Path,
         metavar="RESULTS",
-        help="coco_instances_results.json or any file like it; box_proposals.pkl; of pixel labels a folder",
+        help="a COCO results JSON; box_proposals.pkl; for pixel labels a folder",
     )
-    parser.add_argument("other", type=Path, nargs="?", metavar="RESULTS2", help="compared with RESULTS on every draw")
+    parser.add_argument(
+        "other", type=Path, nargs="?", metavar="RESULTS2", help="compare it with RESULTS on the same draws"
+    )
     parser.add_argument("--data", required=True, metavar="NAME|ANNOTATIONS", help="a data set as in DATASETS.TEST")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers here too")
-    parser.add_argument("--iou-type", choices=("bbox", "segm"), help="boxes or masks alone; what there is without it")
-    parser.add_argument("--measure", choices=("coco", "lvis", "proposals"), help="instead of the data set's own")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the numbers to this file")
+    parser.add_argument(
+        "--iou-type", choices=("bbox", "segm"), help="boxes or masks only (default: what the results have)"
+    )
+    parser.add_argument(
+        "--measure", choices=("coco", "lvis", "proposals"), help="measure to use instead of the data set's own"
+    )
     parser.add_argument("--evaluator", choices=(*EVALUATORS, OFFICIAL), default=EVALUATORS[0])
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="draws of images; 0 for no intervals")
+    parser.add_argument(
+        "--bootstrap", type=int, default=1000, metavar="N", help="bootstrap draws of images; 0 for no intervals"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

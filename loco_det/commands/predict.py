@@ -52,21 +52,21 @@ AHEAD = 2  # batches decoded ahead of prediction
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Configuration, weights, inputs and outputs."""
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="images, folders of them, videos")
-    parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="YAML file that the detector was trained by"
-    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="the detector's YAML file")
     parser.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint of either engine")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for pictures and JSON")
-    parser.add_argument("--score-threshold", type=float, metavar="S", help="least score of a detection (0.5)")
-    parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="images at once (2)")
+    parser.add_argument("--score-threshold", type=float, metavar="S", help="minimum score of a detection (0.5)")
+    parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="images per batch (2)")
     parser.add_argument(
         "--classes", type=Path, metavar="FILE", help="class names: a COCO annotation file, or text lines"
     )
     parser.add_argument("--no-pictures", action="store_true", help="write JSON only")
     parser.add_argument("--engine", choices=("auto", "torchvision", "detectron2"), default="auto")
     parser.add_argument("--exact", action="store_true", help="Detectron2's numbers bit for bit, slower on a CPU")
-    parser.add_argument("--export-onnx", type=Path, metavar="PATH", help="write the detector as ONNX too, and check it")
-    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="overrides of the configuration")
+    parser.add_argument(
+        "--export-onnx", type=Path, metavar="PATH", help="also export the detector to ONNX, and check it"
+    )
+    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="configuration overrides")
 
 
 def run(args: argparse.Namespace) -> None:

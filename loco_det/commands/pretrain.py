@@ -19,9 +19,13 @@ from pretrain.train import pretrain
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Config, overrides and processes, in Detectron2's style."""
     parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML file, e.g. configs/pretrain/*.yaml")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUTPUT_DIR, if any")
-    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes here, a GPU each if there are")
-    parser.add_argument("--wandb", metavar="PROJECT", help="send metrics.json's numbers to Weights & Biases too")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint in OUTPUT_DIR, if any"
+    )
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N", help="processes to start here, one GPU each if available"
+    )
+    parser.add_argument("--wandb", metavar="PROJECT", help="also log metrics.json to Weights & Biases")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides, e.g. DATA.PATH images SEED 1")
 
 

@@ -34,10 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report")
     parser.add_argument("--title", default="Backbones for detection and segmentation")
-    parser.add_argument("--baseline", metavar="NAME", help="what the others are compared with; the first without it")
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples of images; 0 for none")
-    parser.add_argument("--images", type=int, default=4, metavar="N", help="images shown with what was found")
-    parser.add_argument("--score-threshold", type=float, default=0.5, metavar="S", help="of detections shown")
+    parser.add_argument("--baseline", metavar="NAME", help="the backbone to compare with (default: the first)")
+    parser.add_argument(
+        "--bootstrap", type=int, default=1000, metavar="N", help="bootstrap draws of images; 0 for none"
+    )
+    parser.add_argument("--images", type=int, default=4, metavar="N", help="number of images shown with predictions")
+    parser.add_argument(
+        "--score-threshold", type=float, default=0.5, metavar="S", help="minimum score of detections shown"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

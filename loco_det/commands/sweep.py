@@ -53,14 +53,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="a detection config, as for `train`")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
-    parser.add_argument("--fractions", nargs="+", type=float, default=[1.0], metavar="F", help="of the training images")
+    parser.add_argument(
+        "--fractions", nargs="+", type=float, default=[1.0], metavar="F", help="fractions of the training images"
+    )
     parser.add_argument("--engine", choices=("auto", "torchvision", "detectron2"), default="auto")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes for each cell")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time; submitit takes all at once")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="cells at a time; submitit submits all at once"
+    )
     parser.add_argument("--launcher", choices=LAUNCHERS, default="local")
-    parser.add_argument("--cluster", default=None, help="submitit: slurm or local (default: what is there)")
-    parser.add_argument("--partition", help="submitit: of slurm")
-    parser.add_argument("--timeout", type=int, default=24 * 60, metavar="MIN", help="submitit: of a cell, in minutes")
+    parser.add_argument("--cluster", default=None, help="submitit: slurm or local (default: detected)")
+    parser.add_argument("--partition", help="submitit: SLURM partition")
+    parser.add_argument(
+        "--timeout", type=int, default=24 * 60, metavar="MIN", help="submitit: time limit of a cell, in minutes"
+    )
     parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="as for `train`, shared by all cells")
     parser.add_argument("--wandb", metavar="PROJECT", help="as for `train`, for every cell")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="overrides for every cell")
