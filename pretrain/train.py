@@ -184,7 +184,9 @@ def _train(
     average = GradientAverage(learner.parameters())
     stepping = Stepping(optimizer, learner.parts(), average, scaler, cfg.SOLVER.STEP_EARLY)
     if cfg.SOLVER.STEP_EARLY and not stepping.early:
-        log.info("SOLVER.AMP fp16: the optimizer steps at the end, since one infinite gradient must hold back all")
+        log.info(
+            "SOLVER.AMP fp16: the optimizer steps at the end, since one infinite gradient must skip the whole step"
+        )
     trainer = local_trainer(learner, stepping, compiler)
     log.info(
         "%s: %d images, %d steps of %d images on %s", cfg.METHOD, len(source), total, cfg.SOLVER.BATCH_SIZE, device

@@ -91,7 +91,7 @@ def test_a5_both_jobs_hold_their_folder(job: str, tmp_path: Path, images: Path) 
         "train": lambda: train_net(tiny_cfg(tmp_path), engine="torchvision"),
         "pretrain": lambda: pretrain(tiny_pretraining(tmp_path, images)),
     }
-    with held_by_another(tmp_path), pytest.raises(UserError, match="another run is at work in it"):
+    with held_by_another(tmp_path), pytest.raises(UserError, match="another run is using it"):
         jobs[job]()
     assert {file.name for file in tmp_path.iterdir()} == {".lock"}
 
@@ -399,5 +399,5 @@ def test_a3_an_evaluation_that_fails_does_not_end_a_training(
     monkeypatch.setattr(loop.log, "error", lambda text, *values: said.append(text % values))
     monkeypatch.setattr(loop, "evaluate", on_call(0, True, fail, loop.evaluate))
     train_net(tiny_cfg(tmp_path, **EVERY), engine="torchvision")
-    assert said == ["iteration 2 is not evaluated, and training goes on: img/7.png is damaged"]
+    assert said == ["evaluation after iteration 2 failed, training continues: img/7.png is damaged"]
     assert lines(tmp_path) == [line for line in whole if line["iteration"] != 1]

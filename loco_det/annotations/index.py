@@ -207,13 +207,13 @@ def _renewed(cache: Path, path: Path) -> CocoIndex:
                 _save(index, cache)
                 index = _open(cache, path) or index
         except (UserError, OSError) as error:
-            log.info("the index of %s is not cached: %s (LOCO_DET_CACHE names another place)", path, error)
+            log.info("the index of %s is not cached: %s (set LOCO_DET_CACHE to another folder)", path, error)
     return index
 
 
 @functools.cache  # once per process
 def _log_notes(path: Path, copy: Path, notes: str) -> None:
-    log.warning("%s is not written as COCO writes its files, and was read as %s: %s", path, copy, notes)
+    log.warning("%s is not strict COCO and was read as %s: %s", path, copy, notes)
 
 
 def _load_same(path: Path, sha256: str) -> CocoIndex:
@@ -367,5 +367,5 @@ def _written(path: Path, text: bytes) -> AnnotationFile:
         with atomic_write(path) as file:
             file.write(text)
     except UserError as error:
-        raise UserError(f"{error} (LOCO_DET_CACHE names another place for copies of annotation files)") from None
+        raise UserError(f"{error} (set LOCO_DET_CACHE to another folder for copies of annotation files)") from None
     return AnnotationFile(path, hashlib.sha256(text).hexdigest(), _stamp(path), time.time_ns())

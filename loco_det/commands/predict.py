@@ -185,7 +185,7 @@ def class_names(cfg: CfgNode, given: Path | None) -> dict[int, str]:
                 names = load_index(find_dataset(dataset).annotations).categories
             if len(names) == count:
                 return names
-    log.warning("no data set of DATASETS is here to name the classes: they are numbered; --classes names them")
+    log.warning("no data set of DATASETS is available for class names, so classes are numbered; give --classes")
     return {number: f"class {number}" for number in range(1, count + 1)}
 
 

@@ -150,7 +150,9 @@ def _named(backbones: list[str]) -> dict[str, Path]:
         if not equals:
             name = path.parent.name if path.stem in ("backbone", "backbone_d2") and path.parent.name else path.stem
         if not name or name in found or name == "backbones" or "/" in name:
-            raise UserError(f"--backbones {text}: {name!r} cannot name it here, or is there twice; write NAME={path}")
+            raise UserError(
+                f"--backbones {text}: {name!r} is not a valid name here, or is used twice; write NAME={path}"
+            )
         found[name] = path
     return found
 

@@ -456,8 +456,8 @@ def choose(path: object, tensors: dict[str, Tensor], branch: str | None) -> Cand
     refuse_small_stem(path, tuple(tensors[chosen[0].prefix + NAMINGS[chosen[0].naming][0]].shape))
     if chosen[0].source is None and branch is None:
         raise UserError(
-            f"{path}: no known code base keeps its backbone under {chosen[0].prefix!r}; "
-            f"if it is the one you mean, say --branch {shlex.quote(chosen[0].prefix)}"
+            f"{path}: no known code base has its backbone under {chosen[0].prefix!r}; "
+            f"to use it, give --branch {shlex.quote(chosen[0].prefix)}"
         )
     return chosen[0]
 

@@ -90,6 +90,5 @@ class Stated:
                 shown = " ".join(f"{value:g}" for value in values)
                 times = " ".join(f"{255 * value:g}" for value in values)
                 raise UserError(
-                    f"{option} {shown} looks as if pixels went from 0 to 1, and 0-255 units are asked for; if so, "
-                    f"give {option} {times}"
+                    f"{option} {shown} looks like pixels from 0 to 1 instead of 0 to 255; if so, give {option} {times}"
                 )

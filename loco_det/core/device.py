@@ -48,7 +48,7 @@ def common_seed(seed: int) -> int:
     if world_size() > 1:
         drawn = drawn.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.broadcast(drawn, 0)
-    log.info("SEED is %d: this run drew %d; set it to draw the same again", seed, int(drawn))
+    log.info("SEED is %d: this run drew %d; set it to repeat the run", seed, int(drawn))
     return int(drawn)
 
 

@@ -40,7 +40,7 @@ def run_folder(folder: str | Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             file.seek(0)
             raise UserError(
-                f"{folder}: another run is at work in it ({file.read().strip() or 'it has not said which'}); wait for "
+                f"{folder}: another run is using it ({file.read().strip() or 'unknown process'}); wait for "
                 "its end, or choose another OUTPUT_DIR"
             ) from None
         except OSError:

@@ -142,7 +142,7 @@ def check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
     Raises:
         UserError: other keys differ, or a training set's annotations.
     """
-    advice = "resume with what the run was started with, or choose another OUTPUT_DIR and start anew"
+    advice = "resume with the original ones, or start a new run in another OUTPUT_DIR"
     annotations = before.get("annotations")
     if annotations:  # the same annotations may have another path
         free = (*free, "DATASETS.TRAIN")
@@ -150,9 +150,9 @@ def check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
         one, other = (yaml.safe_load(text) for text in (before["config"], now["config"]))
         found = differences(one, other, (*FREE_KEYS, *free))
         if found:
-            raise UserError(f"{path} is of a run with another configuration ({summary(found)}); {advice}.")
+            raise UserError(f"{path} is a checkpoint of another configuration ({summary(found)}); {advice}.")
         if found := differences(one, other, [key for key in FREE_KEYS if key not in _LOGGED]):
-            log.info("goes on with another configuration: %s", summary(found))
+            log.info("resuming with a changed configuration: %s", summary(found))
     if annotations and now.get("annotations") and list(annotations.values()) != list(now["annotations"].values()):
         names = ", ".join(now["annotations"])
         raise UserError(f"{path} is of a run on other annotations than those of {names}; {advice}.")

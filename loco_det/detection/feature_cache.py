@@ -67,7 +67,7 @@ class FeatureCache:
                 torch.save(features, file)
         except UserError as error:  # the evaluation continues without it
             self.full = True
-            log.warning("feature cache: %s; from here on features are computed and not kept", error)
+            log.warning("feature cache: %s; further features are not cached", error)
 
     def _key(self, x: Tensor, fast: bool) -> str:
         """Hash weights, configuration, image, software and everything else that affects rounding."""
@@ -84,7 +84,7 @@ def _read(path: Path, device: torch.device) -> Features | None:
     try:
         features = load_tensors(path)
     except UserError:
-        log.warning("feature cache: %s is damaged and made again", path)
+        log.warning("feature cache: %s is damaged and rewritten", path)
         return None
     return {name: tensor.to(device) for name, tensor in features.items()}
 

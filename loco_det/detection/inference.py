@@ -46,7 +46,7 @@ def evaluate_finally(cfg: CfgNode, model: nn.Module, engine: Engine, evaluator: 
     """
     results = evaluate(cfg, model, engine, evaluator)
     if cfg.TEST.AUG.ENABLED:
-        log.info("once more, with test-time augmentation")
+        log.info("evaluating with test-time augmentation")
         augmented = engine.augment(cfg, model)
         more = _evaluate_all(cfg, augmented, engine, evaluator, "inference_TTA")
         results.update({f"{name}_TTA": values for name, values in more.items()})
@@ -69,7 +69,7 @@ def check_expected(cfg: CfgNode, results: dict[str, Any]) -> None:
                 f"says {expected} within {tolerance}."
             )
     if cfg.TEST.EXPECTED_RESULTS:
-        log.info("all results are what TEST.EXPECTED_RESULTS says")
+        log.info("all results match TEST.EXPECTED_RESULTS")
 
 
 def _evaluate_all(cfg: CfgNode, model: nn.Module, engine: Engine, evaluator: str, folder: str) -> dict[str, Any]:

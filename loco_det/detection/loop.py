@@ -87,7 +87,7 @@ def train(run: Run, evaluator: str, metrics: RunMetrics) -> None:
                 barrier()
                 raise UserError(
                     f"stopped by {stop.received or 'a signal'} after iteration {iteration + 1}; {path} holds the run, "
-                    "go on with --resume."
+                    "continue with --resume."
                 )
             _write_line(run, iteration, evaluator, metrics)
             run.checkpointer.note[LINE_DUE] = False
@@ -119,7 +119,7 @@ def _write_line(run: Run, iteration: int, evaluator: str, metrics: RunMetrics) -
         except UserError as error:
             if world_size() > 1:  # the other processes wait for this one
                 raise UserError(f"{error} (TEST.EVAL_PERIOD 0 trains on without this evaluation)") from error
-            log.error("iteration %d is not evaluated, and training goes on: %s", iteration + 1, error)
+            log.error("evaluation after iteration %d failed, training continues: %s", iteration + 1, error)
     if line:
         metrics.write(line)
 

@@ -41,7 +41,7 @@ _HEADS = {
     "RPN's predictor": re.compile(r"proposal_generator\.rpn_head\.(objectness_logits|anchor_deltas)\..*"),
     "predictor of labels": re.compile(r"sem_seg_head\.predictor\..*"),
 }
-_NEW_HEADS = "let the heads that do not fit start anew: loco-det train --new-heads"
+_NEW_HEADS = "initialise the heads that do not fit: loco-det train --new-heads"
 TOLERANCE = 0.01  # in 0-255 units: published means are rounded to two or three digits
 
 
@@ -200,10 +200,12 @@ def _drop_heads(weights: Weights, target: dict[str, Tensor]) -> None:
         weights.new_heads[title] = list(wanted)
         for name in wanted:
             del target[name]
-        state = f"starts anew: {len(wanted)} tensors of the model keep their random values" if wanted else "is not used"
+        state = (
+            f"is initialised: {len(wanted)} tensors of the model keep their random values" if wanted else "is not used"
+        )
         log.warning("--new-heads: the %s of %s %s (%s)", title, weights.path, state, next(iter(wanted or given)))
     if not weights.new_heads:
-        log.info("--new-heads: every head of %s fits, so all are taken over", weights.path)
+        log.info("--new-heads: every head of %s fits, so all are loaded", weights.path)
 
 
 def _match_detector(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ def log_unread(where: str, names: Iterable[str]) -> None:
     counts = Counter(suffix for suffix in (Path(name).suffix.lower() for name in names) if suffix in UNREAD)
     if counts:
         kinds = ", ".join(f"{count} x {suffix}" for suffix, count in sorted(counts.items()))
-        log.warning("%s: passed over images that are not read here (%s); save them as PNG or JPEG", where, kinds)
+        log.warning("%s: skipped images of unsupported formats (%s); save them as PNG or JPEG", where, kinds)
 
 
 def read_image(path: str | Path, order: Order) -> np.ndarray:

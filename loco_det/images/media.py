@@ -80,7 +80,7 @@ def find_media(
         elif not given.is_file():
             raise UserError(f"{given}: no such file or folder; correct the path.")
         elif own_names(given.parent, [given.name]):
-            log.warning("%s: written by this package, and no input: left out", given)
+            log.warning("%s: written by this package, not an input: skipped", given)
         else:
             files.append((given, Path(given.name)))
     if not files:
@@ -91,7 +91,7 @@ def find_media(
         name = next(name for name in _names(relative) if taken.add(places(name, is_video)))
         medium = _video(path, name) if is_video else Medium(path, name)
         if medium is None:
-            log.warning("%s: not a video that OpenCV can read: left out", path)
+            log.warning("%s: not a video that OpenCV can read: skipped", path)
             unreadable.append(path)
         else:
             found.append(medium)

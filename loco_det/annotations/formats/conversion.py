@@ -111,7 +111,7 @@ def convert_annotations(source: Path, kind: str = "auto", images: Path | None = 
     _count_others(tree, kind, summary)
     kept = {id(picture): list(_usable_objects(tree, picture, summary)) for picture in pictures}
     if not any(kept.values()):
-        raise UserError(f"{source}: not one object came over as {kind}{_first_reason(summary)}.")
+        raise UserError(f"{source}: no object could be converted as {kind}{_first_reason(summary)}.")
     names = _classes(kept.values(), summary)
     pictures.sort(key=lambda picture: str(picture.image))
     folder = Path(os.path.commonpath([picture.image.parent for picture in pictures]))

@@ -72,7 +72,7 @@ class Extractor:
                 for stage, features in new.items():
                     _write(folder / f"{stage}.npy", features)
             except UserError as error:  # continue without the cache
-                log.warning("%s; these features are not kept", error)
+                log.warning("%s; these features are not cached", error)
             found.update(new)
         else:
             log.info("%s: features of %d images from the cache", what, len(images))
