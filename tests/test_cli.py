@@ -1,4 +1,4 @@
-"""The command line: one frame round every job, in this process and as a user starts it."""
+"""The command line: options and exit status common to all jobs, in this process and as a user starts it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/conversion.md keeps its word: every line to copy runs as it stands, on a checkpoint of the layout it is for."""
+"""Every command of docs/conversion.md runs unchanged, on a checkpoint of its layout."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_inspection_of_our_own_file(tmp_path: Path) -> None:
 
 
 def test_inspection_reads_no_value(tmp_path: Path) -> None:
-    """A file whose tensors are all damaged is still told, because none of them is looked at."""
+    """A file whose tensors are all damaged is still reported, because no value is read."""
     path = tmp_path / "c.pth"
     file = {"state_dict": {k: v for k, v in moco()[0]["state_dict"].items() if "encoder_k" not in k}, "epoch": 7}
     torch.save(file, path)

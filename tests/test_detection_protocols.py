@@ -1,4 +1,4 @@
-"""Runs that end in something else than one AP: proposals alone, several views of an image, precise BatchNorm."""
+"""Proposal recall, test-time augmentation and precise BatchNorm."""
 
 from __future__ import annotations
 

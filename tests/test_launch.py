@@ -1,4 +1,4 @@
-"""Jobs of several processes, and signals: what is stopped saves, and what fails is told once."""
+"""Jobs of several processes, and signals: a stopped job saves, and a failure is reported once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that are killed, wherever it hurts most, and resumed end as the run that was not."""
+"""Runs that are killed at critical points and resumed equal the uninterrupted run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole road through the three commands as a user types them: images, pretraining, conversion, detector, AP."""
+"""All steps through the three commands as a user types them: images, pretraining, conversion, detector, AP."""
 
 from __future__ import annotations
 

@@ -316,7 +316,7 @@ def test_with_detectron2_as_reader_a_training_sets_oddities_are_told_before_its_
     monkeypatch.setattr(engine_d2, "installed", lambda: True)
 
     class Reached(Exception):
-        """The data are judged."""
+        """The data are validated."""
 
     def build_model(*_):
         raise Reached
@@ -401,7 +401,7 @@ def test_metrics_of_an_earlier_run_are_dropped(data, tmp_path, monkeypatch):
     assert all(line.get("total_loss", 0) >= 0 for line in metrics(tmp_path))
 
 
-# --- what is judged before the first step -----------------------------------------------------------------------
+# --- checks before the first step -------------------------------------------------------------------------------
 
 
 @pytest.fixture

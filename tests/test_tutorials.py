@@ -1,4 +1,4 @@
-"""The tutorials of docs/ are run as they stand: every `sh` block of a page, in one shell, in an empty folder."""
+"""The tutorials of docs/ run unchanged: every `sh` block of a page, in one shell, in an empty folder."""
 
 from __future__ import annotations
 
