@@ -204,7 +204,7 @@ def _train(
     unread = UnreadLosses(learner.unit_labels, source)
     batches = waited.through(loader.batches(start))
     with StopSignal() as stop, Progress(total, "pretrain", start, unit="it") as progress:
-        told_to_stop = CommonStop(stop)
+        should_stop = CommonStop(stop)
         for step in range(start, total):
             try:
                 batch = next(batches)
@@ -230,7 +230,7 @@ def _train(
             with waited.paused():
                 found = probe(learner.backbone) if probing else {}
             progress.advance(**monitor(step, losses, stepping.lr, found))
-            stopped = done < total and told_to_stop()
+            stopped = done < total and should_stop()
             if done % cfg.CHECKPOINT_PERIOD == 0 or done == total or stopped:
                 unread.read()
                 stepping.finish()

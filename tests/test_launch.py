@@ -191,13 +191,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the ba
 import test_launch
 from loco_det.core.launch import launch
 try:
-    launch(test_launch._told, 2, *sys.argv[1:])
+    launch(test_launch._signalled, 2, *sys.argv[1:])
 except (test_launch.UserError, KeyboardInterrupt) as error:
     print(type(error).__name__, error)
 """
 
 
-def _told(folder: str, how: str) -> None:
+def _signalled(folder: str, how: str) -> None:
     with StopSignal() if how != "unprepared" else contextlib.nullcontext() as stop:
         (Path(folder) / f"started{os.getpid()}").touch()
         while stop is None or stop.received is None:

@@ -33,7 +33,7 @@ from loco_det.core.log import log
 
 _FILE = re.compile(r"(.*?\.(?:json|json\.gz|xml|ya?ml))(?:@(.*))?", re.IGNORECASE | re.DOTALL)
 COCO_FILES = ("_annotations.coco.json", "result.json")  # files that are found in a given folder
-_told: set[Path] = set()
+_logged: set[Path] = set()
 
 
 class Place(NamedTuple):
@@ -183,9 +183,9 @@ def _chosen_split(whole: str, splits: list[str], split: str | None) -> str:
 
 
 def _log_summary(source: Path, file: Path, summary: dict[str, Any]) -> None:
-    if file in _told:
+    if file in _logged:
         return
-    _told.add(file)
+    _logged.add(file)
     counts = ", ".join(f"{k} {v['images']} images, {v['objects']} objects" for k, v in summary["splits"].items())
     log.info("%s: %s, read as COCO: %s", source, summary["format"], counts)
     for line in lines(summary):

@@ -162,8 +162,8 @@ def _described(path: Path, tensors: dict[str, Tensor], manifest: Manifest, norm:
     """Build the network of our own manifest, with fresh weights: PResNet-50 or a ResNet with CIFAR stem."""
     stem, weight = manifest.stages.get("stem"), tensors.get("conv1.weight")
     if manifest.depth not in BLOCKS or stem is None or weight is None or weight.shape[:1] != (stem.channels,):
-        said = f"depth {manifest.depth}, stem {'absent' if stem is None else f'of {stem.channels} channels'}"
-        raise UserError(f"{path}: its tensors are not what its manifest says ({said}); write it again")
+        described = f"depth {manifest.depth}, stem {'absent' if stem is None else f'of {stem.channels} channels'}"
+        raise UserError(f"{path}: its tensors are not what its manifest says ({described}); write it again")
     if manifest.architecture == PRESNET:
         try:
             return PResNet(stem=manifest.stem, norm=norm, stem_channels=stem.channels)

@@ -122,14 +122,14 @@ def inspect(path: str | Path) -> Report:
         except UserError as error:
             problem = str(error)
     metadata = dict(list(_scalar_entries(opened))[:MAX_ENTRIES])
-    said = json.loads(msgspec.json.encode(manifest)) if manifest else {}
+    plain = json.loads(msgspec.json.encode(manifest)) if manifest else {}
     return Report(
         file=str(path),
         kind=file_kind(path),
         size=path.stat().st_size,
         metadata=metadata,
         left_out=left_out(opened),
-        manifest=said,
+        manifest=plain,
         backbones=backbones,
         problem=problem,
         groups=_groups(tensors, found),

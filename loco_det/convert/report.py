@@ -199,9 +199,9 @@ def _network(path: object, loaded: dict[str, Any]) -> str:
             return loaded[key]
     path = Path(str(path))
     with contextlib.suppress(OSError, ValueError):
-        said = json.loads((path.parent / "config.json").read_bytes())
-        if isinstance(said, dict) and isinstance(said.get("architecture"), str):
-            return said["architecture"]
+        config = json.loads((path.parent / "config.json").read_bytes())
+        if isinstance(config, dict) and isinstance(config.get("architecture"), str):
+            return config["architecture"]
     return re.split(r"[-.]", path.name)[0]
 
 

@@ -37,8 +37,8 @@ def write_record(cfg: CfgNode, engine: str, weights: Weights | None) -> None:
         return
     found = None
     if weights is not None:
-        said = {} if weights.manifest is None else {k: getattr(weights.manifest, k) for k in _OF_MANIFEST}
-        found = {**_file(weights.path, file_sha256(weights.path)), **said, "new_heads": weights.new_heads}
+        manifest = {} if weights.manifest is None else {k: getattr(weights.manifest, k) for k in _OF_MANIFEST}
+        found = {**_file(weights.path, file_sha256(weights.path)), **manifest, "new_heads": weights.new_heads}
     record = {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "engine": engine,

@@ -122,9 +122,11 @@ def _paths(run: DetectorRun) -> Dataset:
     except UserError:
         pass
     # It is not below DETECTRON2_DATASETS, or another set of that name is; try the run's own path.
-    told = (((run.record or {}).get("datasets") or {}).get(name) or {}).get("images")
+    recorded = (((run.record or {}).get("datasets") or {}).get(name) or {}).get("images")
     images = (
-        Path(told) if isinstance(told, str) else annotations.parent.parent / annotations.stem.removeprefix("instances_")
+        Path(recorded)
+        if isinstance(recorded, str)
+        else annotations.parent.parent / annotations.stem.removeprefix("instances_")
     )
     if not images.is_dir():
         raise UserError(f"the images of {name} are not there; set DETECTRON2_DATASETS")

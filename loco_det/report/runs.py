@@ -120,9 +120,9 @@ class DetectorRun:
         names = self.config["DATASETS.TEST"]
         if len(names) != 1:
             return None
-        told = ((self.record or {}).get("datasets") or {}).get(names[0])
-        if told and Path(told["path"]).is_file():
-            return Path(told["path"])
+        recorded = ((self.record or {}).get("datasets") or {}).get(names[0])
+        if recorded and Path(recorded["path"]).is_file():
+            return Path(recorded["path"])
         try:
             return find_dataset(names[0]).annotations
         except UserError:
@@ -275,9 +275,9 @@ def _read(place: Path, name: str | None, runs: Runs) -> None:
         if content is None or not _has_stages(content):
             raise UserError(f"{place}: is no result of loco-det probe; write one with loco-det probe ... --json PATH")
         probe = Probe(name or "", place, content, named=name is not None)
-        told = probe.facts("backbone")
-        ours = {"method": told.get("source")} if str(told.get("name")).endswith(".safetensors") else None
-        probe.backbone = name or _name_of(str(told.get("name") or place.stem), ours)
+        facts = probe.facts("backbone")
+        ours = {"method": facts.get("source")} if str(facts.get("name")).endswith(".safetensors") else None
+        probe.backbone = name or _name_of(str(facts.get("name") or place.stem), ours)
         runs.probes.append(probe)
         return
     folder = place.parent

@@ -50,16 +50,16 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
             if label and label not in summary.classes:
                 summary.classes.append(label)
         for element in root.iterfind("image"):
-            said = element.get("name", "")
-            match = tree.find(said, path.parent)
+            given = element.get("name", "")
+            match = tree.find(given, path.parent)
             if match is None:
-                summary.leave_out_image("it is not there", f"{name}: <image name={said!r}>", len(element))
+                summary.leave_out_image("it is not there", f"{name}: <image name={given!r}>", len(element))
                 continue
             stated = _stated(element)
             # A mask has the size of the actual image: the annotation can state any size.
-            objects = list(_objects(element, tree.size(match.image), f"{name}: {said}", summary))
+            objects = list(_objects(element, tree.size(match.image), f"{name}: {given}", summary))
             split = (element.get("subset") or WHOLE,)
-            yield Picture(match.image, f"{name}: {said}", objects, split, stated, match.claim)
+            yield Picture(match.image, f"{name}: {given}", objects, split, stated, match.claim)
 
 
 def _stated(element: ElementTree.Element) -> tuple[int, int] | None:

@@ -123,8 +123,8 @@ class Tree:
         ends = [part for part in parts if part != ".."]
         candidates = self._by_name.get(ends[-1].lower(), []) if ends else []
         exact = [path for path in candidates if path.name == ends[-1]] or candidates
-        said = split_of_folder(Path(*ends[-3:]), Path())[0] if ends else WHOLE
-        there = [path for path in exact if path.parent == near or not are_apart(self._split(path), said)]
+        split = split_of_folder(Path(*ends[-3:]), Path())[0] if ends else WHOLE
+        there = [path for path in exact if path.parent == near or not are_apart(self._split(path), split)]
         return self._best(there, near, lambda path: _common_end(path.parts, ends))
 
     def find_stem(self, stem: str, near: Path) -> Match | None:

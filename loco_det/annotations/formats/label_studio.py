@@ -65,15 +65,15 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
 
 
 def _picture(tree: Tree, path: Path, name: str, task: dict[str, Any], summary: Summary) -> Iterator[Picture]:
-    said, match = _image(tree, path, task.get("data"))
+    given, match = _image(tree, path, task.get("data"))
     annotations = next((task[key] for key in _RESULTS if isinstance(task.get(key), list)), [])
     done = [a for a in annotations if isinstance(a, dict) and not a.get("was_cancelled")]
     results = [a["result"] if isinstance(a.get("result"), list) else [] for a in done]
     if match is None:
-        summary.leave_out_image("it is not there", f"{name}: {said}", len(results[0]) if results else 0)
+        summary.leave_out_image("it is not there", f"{name}: {given}", len(results[0]) if results else 0)
         return
     if not results:
-        summary.leave_out_image("its task has no annotation", f"{name}: {said}", 0, match.image)
+        summary.leave_out_image("its task has no annotation", f"{name}: {given}", 0, match.image)
         return
     for other in filter(None, results[1:]):
         summary.objects.add("of another annotation of the same task than the first", name, len(other))

@@ -46,13 +46,13 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
         if not is_labelme(content):
             summary.notes.add("a JSON file without 'shapes' and 'imagePath' is not LabelMe's", name)
             continue
-        said = content["imagePath"] if isinstance(content["imagePath"], str) else ""
-        match = tree.find(said, path.parent)
+        given = content["imagePath"] if isinstance(content["imagePath"], str) else ""
+        match = tree.find(given, path.parent)
         if match is None and (alike := tree.find_stem(path.stem, path.parent)):
             match = alike.as_second()
         if match is None:
             inside = ", only inside the JSON (imageData)" if content.get("imageData") else ""
-            summary.leave_out_image(f"it is not there{inside}", f"{name}: imagePath {said!r}", len(content["shapes"]))
+            summary.leave_out_image(f"it is not there{inside}", f"{name}: imagePath {given!r}", len(content["shapes"]))
             continue
         size = tree.size(match.image)
         objects = [] if size is None else list(_objects(content["shapes"], size, name, summary))

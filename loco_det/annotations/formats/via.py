@@ -53,9 +53,9 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
     attribute = _class_attribute([entry for _, entries in contents for entry in entries], summary)
     for path, entries in contents:
         for entry in entries:
-            said = entry.get("filename") if isinstance(entry, dict) else None
-            name = f"{tree.name(path)}: {said}"
-            match = tree.find(said, path.parent) if isinstance(said, str) else None
+            given = entry.get("filename") if isinstance(entry, dict) else None
+            name = f"{tree.name(path)}: {given}"
+            match = tree.find(given, path.parent) if isinstance(given, str) else None
             if match is None:
                 summary.leave_out_image("it is not there", name, len(_regions(entry)))
                 continue

@@ -34,12 +34,12 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
     splits = _listed_splits(tree, files, summary)
     for path, root in summary.documents(tree, files, ROOT_ELEMENT):
         name = tree.name(path)
-        said, count = root.findtext("filename") or "", len(root.findall("object"))
+        given, count = root.findtext("filename") or "", len(root.findall("object"))
         match = tree.find_stem(path.stem, path.parent)
-        if match is None and (named := tree.find(said, path.parent)):
+        if match is None and (named := tree.find(given, path.parent)):
             match = named.as_second()
         if match is None:
-            summary.leave_out_image("it is not there", f"{name}: <filename> {said!r}", count)
+            summary.leave_out_image("it is not there", f"{name}: <filename> {given!r}", count)
         elif splits and path.stem not in splits:
             summary.leave_out_image("it is in no list of ImageSets/Main", name, count, match.image)
         else:
