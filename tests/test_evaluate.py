@@ -170,6 +170,19 @@ def test_c6_lvis(tmp_path):
     assert found["paired"]["segm"]["AP"]["difference"] == pytest.approx(whole[1] - whole[0])
 
 
+def test_c6_lvis_without_an_area_and_with_an_annotation_that_does_not_count(tmp_path):
+    content, results = lvis_cases.made_up(0)
+    file, options = write(tmp_path / "r.json", results), ("--measure", "lvis", "--bootstrap", 30)
+    whole = evaluated(tmp_path, file, "--data", write(tmp_path / "lvis.json", content), *options)["results"]
+    assert whole[0]["ci95"]["segm"]
+    for annotation in content["annotations"][:3]:
+        del annotation["area"]  # that of its mask, so nothing changes
+    unlisted = {**content["annotations"][0], "id": 10_000, "category_id": 1}
+    content["annotations"] = [unlisted, *content["annotations"]]
+    found = evaluated(tmp_path, file, "--data", write(tmp_path / "lvis.json", content), *options)["results"]
+    assert found == whole
+
+
 @pytest.mark.parametrize("year", ["2007", "2012"])
 def test_c6_voc_against_slow_draws_of_images(tmp_path, monkeypatch, year):
     """An image drawn twice is two images, so AP of a draw is that of a list of images with repetitions."""

@@ -122,16 +122,22 @@ def match(truth: GroundTruth, detections: Detections, iou_types: Sequence[str]) 
     none = Detections(*(np.zeros(0, np.int64) for _ in range(2)), np.zeros(0), np.zeros((0, 4)), [])
     found, nothing = (hotcoco_evaluations(truth, each, iou_types) for each in (detections, none))
     images = len(truth.index.image_id)
-    return [Matched(t, found[t], nothing[t], _usual_numbers(truth), images) for t in iou_types]
+    return [Matched(t, found[t], nothing[t], usual_numbers(truth), images) for t in iou_types]
 
 
-def _usual_numbers(truth: GroundTruth) -> tuple[str, ...]:
-    """Those of `SUMMARY` that practically every draw of images has an object for."""
+def usual_numbers(truth: GroundTruth, groups: dict[str, list[int]] | None = None) -> tuple[str, ...]:
+    """Those of `SUMMARY` and of `groups` that practically every draw of images has an object for.
+
+    Args:
+        groups: further numbers, each with the ids of the categories that it is a mean over.
+    """
     index, rows = truth.index, truth.rows[~truth.index.crowd[truth.rows]]
-    area, image, images = index.area[rows], index.annotation_image[rows], len(index.image_id)
-    chosen = {name: (area >= least) & (area <= most) for name, (least, most) in AREAS.items()}
-    with_object = {name: len(np.unique(image[chosen.get(name, slice(None))])) for name in SUMMARY}
-    return tuple(name for name, count in with_object.items() if in_every_draw(count, images))
+    area, category, image = index.area[rows], index.annotation_category[rows], index.annotation_image[rows]
+    chosen = dict.fromkeys(SUMMARY, np.ones(len(rows), bool))
+    chosen |= {name: (area >= least) & (area <= most) for name, (least, most) in AREAS.items()}
+    chosen |= {name: np.isin(category, ids) for name, ids in (groups or {}).items()}
+    with_object = {name: len(np.unique(image[those])) for name, those in chosen.items()}
+    return tuple(name for name, count in with_object.items() if in_every_draw(count, len(index.image_id)))
 
 
 def _hotcoco(

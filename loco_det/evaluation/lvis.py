@@ -17,8 +17,8 @@ import hotcoco
 
 from loco_det.core.errors import UserError
 from loco_det.evaluation import coco
-from loco_det.evaluation.bootstrap import Judged, Matched, in_every_draw
-from loco_det.evaluation.coco_checks import check_results, read_ground_truth
+from loco_det.evaluation.bootstrap import Judged, Matched
+from loco_det.evaluation.coco_checks import GroundTruth, check_results, read_ground_truth
 
 MAX_DETECTIONS = 300  # of an image, over all classes
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
@@ -35,12 +35,12 @@ class Measure(coco.Measure):
         return evaluate_lvis(self.dataset.annotations, results, self.iou_types)
 
     def judge(self, results: list[dict[str, Any]]) -> list[Judged]:
-        truth = _read_truth(self.dataset.annotations, results, self.iou_types)
-        images = len(truth.get_img_ids())
+        checked, truth = _read_truth(self.dataset.annotations, results, self.iou_types)
         judged = []
         for iou_type in self.iou_types:
             found, nothing = (_evaluation(truth, each, iou_type) for each in (results, []))
-            judged.append(Matched(iou_type, found, nothing, _usual_numbers(truth), images))
+            names = _usual_numbers(checked, truth)
+            judged.append(Matched(iou_type, found, nothing, names, len(checked.index.image_id)))
         return judged
 
 
@@ -62,12 +62,14 @@ def evaluate_lvis(
     Raises:
         UserError: as `read_ground_truth` and `check_results`, or the file is not LVIS's.
     """
-    truth = _read_truth(annotations, results, iou_types)
+    _, truth = _read_truth(annotations, results, iou_types)
     return {iou_type: _numbers(_evaluation(truth, results, iou_type)) for iou_type in iou_types}
 
 
-def _read_truth(annotations: str | Path, results: list[dict[str, Any]], iou_types: Sequence[str]) -> hotcoco.COCO:
-    """The annotation file, once it and the results are known to be sound."""
+def _read_truth(
+    annotations: str | Path, results: list[dict[str, Any]], iou_types: Sequence[str]
+) -> tuple[GroundTruth, hotcoco.COCO]:
+    """The annotation file, checked and as hotcoco has it, once it and the results are known to be sound."""
     checked = read_ground_truth(annotations, iou_types)
     check_results(results, checked, iou_types)
     try:
@@ -76,7 +78,7 @@ def _read_truth(annotations: str | Path, results: list[dict[str, Any]], iou_type
         raise UserError(f"{annotations} is no LVIS annotation file ({error}); take an intact copy.") from error
     if not any(image.get("neg_category_ids") for image in truth.load_imgs(truth.get_img_ids())):
         raise UserError(f"{annotations} has no image with neg_category_ids, so it is not LVIS's; take an intact copy.")
-    return truth
+    return checked, truth
 
 
 def _evaluation(truth: hotcoco.COCO, results: list[dict[str, Any]], iou_type: str) -> hotcoco.COCOeval:
@@ -95,12 +97,9 @@ def _numbers(evaluation: hotcoco.COCOeval) -> dict[str, float]:
     return {name: 100 * numbers[name] if numbers[name] > -1 else float("nan") for name in NUMBERS}
 
 
-def _usual_numbers(truth: hotcoco.COCO) -> tuple[str, ...]:
+def _usual_numbers(checked: GroundTruth, truth: hotcoco.COCO) -> tuple[str, ...]:
     """Those of `NUMBERS` that practically every draw of images has an object for."""
-    frequency = {category["id"]: category.get("frequency") for category in truth.load_cats(truth.get_cat_ids())}
-    images: dict[str, set[int]] = {name: set() for name in NUMBERS}
-    for each in truth.load_anns(truth.get_ann_ids()):
-        sizes = [name for name, (least, most) in coco.AREAS.items() if least <= each["area"] <= most]
-        for name in (*NUMBERS[:3], *sizes, f"AP{frequency[each['category_id']]}"):
-            images.get(name, set()).add(each["image_id"])
-    return tuple(name for name in NUMBERS if in_every_draw(len(images[name]), len(truth.get_img_ids())))
+    groups: dict[str, list[int]] = {name: [] for name in NUMBERS[-3:]}
+    for category in truth.load_cats(truth.get_cat_ids()):
+        groups.get(f"AP{category.get('frequency')}", []).append(category["id"])
+    return coco.usual_numbers(checked, groups)
