@@ -27,12 +27,13 @@ from loco_det.core.device import no_garbage_collection
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
 
+_Int = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]  # an annotation file has no larger ids either
 _Box = tuple[float, float, float, float]  # x, y, width, height in pixels
 _Polygon = Annotated[list[float], msgspec.Meta(min_length=6)]  # four numbers would be a box to pycocotools
 
 
 class _Rle(msgspec.Struct, gc=False):
-    size: tuple[int, int]
+    size: tuple[_Int, _Int]
     counts: Annotated[str, msgspec.Meta(min_length=1)]
 
 
@@ -174,7 +175,7 @@ def check_results(
         UserError: a result lacks a field or has it in another type, is not finite, has a negative width or
             height, a mask of another size than its image, or an image or category that `truth` does not have.
     """
-    fields = [("image_id", int), ("category_id", int), ("score", float), *(_RESULT_FIELDS[t] for t in iou_types)]
+    fields = [("image_id", _Int), ("category_id", _Int), ("score", float), *(_RESULT_FIELDS[t] for t in iou_types)]
     try:
         with no_garbage_collection():
             records = msgspec.convert(results, list[msgspec.defstruct("Detection", fields, gc=False)])
