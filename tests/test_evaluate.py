@@ -183,6 +183,24 @@ def test_c6_lvis_without_an_area_and_with_an_annotation_that_does_not_count(tmp_
     assert found == whole
 
 
+def test_c6_lvis_what_few_images_have_gets_no_interval(tmp_path):
+    """Of 20 images six have a medium object, as few as nearly every draw has one of; one has one of a rare class."""
+    classes = [{"id": 1, "name": "a", "frequency": "f"}, {"id": 2, "name": "b", "frequency": "r"}]
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": 300, "width": 300, "neg_category_ids": [2] * (i > 1),
+               "not_exhaustive_category_ids": []} for i in range(1, 21)]  # fmt: skip
+    objects = [(i, 1, 20) for i in range(1, 21)] + [(i, 1, 40) for i in range(1, 7)] + [(1, 2, 20)]
+    objects += [(i, 3, 200) for i in range(1, 21)]  # large, of a class that is not listed
+    rows = [{"id": number, "image_id": i, "category_id": category, "bbox": [0, 0, side, side], "area": side**2}
+            for number, (i, category, side) in enumerate(objects, 1)]  # fmt: skip
+    file = write(tmp_path / "results.json", [{**row, "score": 0.5} for row in rows if row["category_id"] < 3])
+    del rows[20]["area"]  # of a medium one
+    path = saved(tmp_path, {"images": images, "annotations": rows, "categories": classes})
+    (found,) = evaluated(tmp_path, file, "--data", path, "--measure", "lvis", "--bootstrap", 100)["results"]
+    assert found["numbers"]["bbox"]["APr"] == pytest.approx(100)
+    assert set(found["ci95"]["bbox"]) == {"AP", "AP50", "AP75", "APs", "APm", "APf"}
+    assert found["ci95"]["bbox"]["APf"] == pytest.approx([100, 100])
+
+
 @pytest.mark.parametrize("year", ["2007", "2012"])
 def test_c6_voc_against_slow_draws_of_images(tmp_path, monkeypatch, year):
     """An image drawn twice is two images, so AP of a draw is that of a list of images with repetitions."""
