@@ -26,6 +26,7 @@ from test_voc import slow_ap, write_voc
 
 from loco_det.annotations.registry import find_dataset
 from loco_det.cli import run_job
+from loco_det.evaluation.bootstrap import Counted
 from loco_det.evaluation.cityscapes import evaluate_cityscapes
 from loco_det.evaluation.lvis import evaluate_lvis
 from loco_det.evaluation.pixels import evaluate_semantic
@@ -149,6 +150,26 @@ def test_c6_a_size_that_few_images_have_gets_no_interval(tmp_path):
     (found,) = evaluated(tmp_path, file, "--data", path, "--bootstrap", 100)["results"]
     assert found["numbers"]["bbox"]["APl"] == pytest.approx(100)
     assert set(found["ci95"]["bbox"]) == {"AP", "AP50", "AP75", "APs"}
+
+
+def test_c6_proposals_of_a_size_that_few_images_have_get_no_interval(tmp_path):
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": 300, "width": 300} for i in range(1, 21)]
+    rows = [{"id": i, "image_id": i, "category_id": 1, "bbox": [0, 0, side, side], "area": side**2, "iscrowd": 0}
+            for i, side in enumerate([200] + [20] * 19, 1)]  # fmt: skip
+    path = saved(tmp_path, {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "a"}]})
+    file = write(tmp_path / "results.json", [{**row, "score": 0.5} for row in rows])
+    found = evaluated(tmp_path, file, file, "--data", path, "--measure", "proposals", "--bootstrap", 50)
+    assert found["results"][0]["numbers"]["box_proposals"]["ARl@100"] == pytest.approx(100)
+    usual = {"AR@100", "ARs@100", "AR@1000", "ARs@1000"}
+    assert set(found["results"][0]["ci95"]["box_proposals"]) == set(found["paired"]["box_proposals"]) == usual
+
+
+@pytest.mark.parametrize(("empty", "kept"), [(0, True), (2, True), (3, False)])
+def test_c6_one_draw_in_a_thousand_may_lack_a_number(empty, kept):
+    """A number of 2000 draws that the first few have no object for."""
+    values = iter([1.0] + [math.nan] * empty + [1.0] * (2000 - empty))
+    found = Counted("bbox", ("AP",), 3, lambda times: [next(values)]).intervals(2000)
+    assert found == ({"AP": [1.0, 1.0]} if kept else {})
 
 
 # --- other measures ---------------------------------------------------------------------------------------------

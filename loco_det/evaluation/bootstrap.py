@@ -125,10 +125,11 @@ def in_every_draw(images_with: int, images: int) -> bool:
 
 
 def _limits(names: tuple[str, ...], drawn: np.ndarray) -> dict[str, Interval]:
-    """The interval of each number over those of the (draws, numbers) that have it: images without any object have no
-    AP."""
+    """The interval of each number that practically every one of the (draws, numbers) has."""
     columns = {name: column[np.isfinite(column)] for name, column in zip(names, drawn.T)}
-    return {name: np.percentile(column, [2.5, 97.5]).tolist() for name, column in columns.items() if len(column)}
+    most = _EMPTY_DRAWS * len(drawn)
+    usual = {name: column for name, column in columns.items() if len(drawn) - len(column) <= most}
+    return {name: np.percentile(column, [2.5, 97.5]).tolist() for name, column in usual.items()}
 
 
 def _draws(images: int, resamples: int) -> Iterator[np.ndarray]:
