@@ -366,6 +366,19 @@ def test_c6_nothing_is_measured_before_all_is_known_to_be_sound(coco, tmp_path, 
     assert "no bbox or segm" in refused(capsys, boxes, masks, "--data", path)
 
 
+def test_c6_options_that_would_be_passed_over_are_refused(coco, tmp_path, monkeypatch, capsys):
+    path, *_ = coco
+    file = write_proposals(tmp_path, [Proposals(3, torch.zeros(1, 4), torch.zeros(1))])
+    write_cityscapes(tmp_path / "sets", images=1)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "sets"))
+    for given, data in ((file, path), (tmp_path, "cityscapes_fine_sem_seg_val")):
+        for option in (("--iou-type", "bbox"), ("--measure", "coco")):
+            assert f"so {' '.join(option)} does not apply; leave it out" in refused(
+                capsys, given, "--data", data, *option
+            )
+    evaluated(tmp_path, file, "--data", path, "--measure", "proposals", "--bootstrap", 0)
+
+
 def test_every_command_of_the_page_runs(coco, tmp_path, monkeypatch):
     """The names of the page stand for files of the test's own."""
     page = (DOCS / "evaluation.md").read_text()

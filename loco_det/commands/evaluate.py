@@ -132,11 +132,13 @@ def _read(
     Every file is read before anything is measured.
     """
     if dataset.is_pixels:
+        _refuse_choices(f"{dataset.name} has a label for each pixel", "pixels", iou_type, measure)
         return [_label_files(path, dataset) for path in files], (), "pixels"
     for path in files:
         if path.is_dir():
             raise UserError(f"{path} is a folder; give the file of results, as inference/coco_instances_results.json.")
     if all(path.suffix == ".pkl" for path in files):
+        _refuse_choices(f"{files[0]} holds proposals", "proposals", iou_type, measure)
         return [_proposals(path, dataset) for path in files], (), "proposals"
     rows = [read_results(path) for path in files]
     # Only of what is to be measured, so that the other shape may be missing.
@@ -155,6 +157,13 @@ def _read(
     for path, each in zip(files, rows):
         check_results(each, truth, types, source=path)
     return [_as_proposals(each) if name == "proposals" else each for each in rows], types, name
+
+
+def _refuse_choices(because: str, name: str, iou_type: str | None, measure: str | None) -> None:
+    """Raise UserError for options that measure `name` would pass over."""
+    for option, value in (("--iou-type", iou_type), ("--measure", None if measure == name else measure)):
+        if value is not None:
+            raise UserError(f"{because}, so {option} {value} does not apply; leave it out.")
 
 
 def _label_files(path: Path, dataset: Dataset) -> list[str]:
