@@ -32,6 +32,9 @@ class Judged(Protocol):
     kind: str
     images: int
 
+    def numbers(self) -> dict[str, float]:
+        """{number: percent} of every image once; not of every number of the measure."""
+
     def intervals(self, resamples: int) -> dict[str, Interval]:
         """{number: its interval}."""
 
@@ -59,7 +62,6 @@ class Counted:
     _drawn: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def numbers(self) -> dict[str, float]:
-        """Of every image once."""
         return dict(zip(self.names, self.measure(np.ones(self.images, np.int64))))
 
     def intervals(self, resamples: int) -> dict[str, Interval]:
@@ -98,6 +100,10 @@ class Matched:
     nothing: hotcoco.COCOeval
     names: tuple[str, ...]
     images: int
+
+    def numbers(self) -> dict[str, float]:
+        precision = np.asarray(self.evaluation.eval["precision"])[:, :, :, 0, -1]
+        return {"AP": 100 * precision[precision > -1].mean()}
 
     def intervals(self, resamples: int) -> dict[str, Interval]:
         return {name: found["ci95"] for name, found in self._compare(self.nothing, resamples).items()}
