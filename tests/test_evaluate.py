@@ -9,7 +9,9 @@ import math
 import re
 import shlex
 import shutil
+import weakref
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import lvis_cases
@@ -24,11 +26,13 @@ from test_semantic import predicted
 from test_voc import detections as voc_detections
 from test_voc import slow_ap, write_voc
 
-from loco_det.annotations.registry import find_dataset
+import loco_det.evaluation as measures
+from loco_det.annotations.registry import Dataset, find_dataset
 from loco_det.cli import run_job
 from loco_det.evaluation.bootstrap import Counted
 from loco_det.evaluation.cityscapes import evaluate_cityscapes
-from loco_det.evaluation.lvis import evaluate_lvis
+from loco_det.evaluation.lvis import NUMBERS, evaluate_lvis
+from loco_det.evaluation.measure import Subject
 from loco_det.evaluation.pixels import evaluate_semantic
 from loco_det.evaluation.proposals import Proposals, evaluate_proposals, write_proposals
 from loco_det.evaluation.voc import evaluate_voc
@@ -299,6 +303,88 @@ def test_c6_proposals_of_a_pickle_and_of_detections_without_their_classes(coco, 
     low, high = one["ci95"]["box_proposals"]["AR@100"]
     assert low <= expected["AR@100"] <= high
     assert low < high
+
+
+# --- once -------------------------------------------------------------------------------------------------------
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list[object]:
+    """Grows by one whenever a function is called."""
+    function, calls = getattr(module, name), []
+    monkeypatch.setattr(module, name, lambda *args: calls.append(1) or function(*args))
+    return calls
+
+
+@pytest.mark.parametrize("draws", [0, 5])
+def test_c6_results_are_matched_once(coco, tmp_path, monkeypatch, draws):
+    """COCO's and LVIS's intervals need the matching of no results at all besides."""
+    path, file, _, _ = coco
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "sets"))
+    content, found = lvis_cases.made_up(0, images=3)
+    lvis_path, lvis_file = write(tmp_path / "lvis.json", content), write(tmp_path / "l.json", found)
+    ids = write_voc(tmp_path / "sets", "2007", "val", count=3)
+    voc_file = write(tmp_path / "v.json", voc_detections(tmp_path / "sets", "2007", ids))
+    root = write_cityscapes(tmp_path / "sets", images=2)
+    dataset = find_dataset("cityscapes_fine_instance_seg_val")
+    city_file = write(tmp_path / "c.json", noisy_results(root, dataset.annotations, "val", 0))
+    predicted(root, tmp_path / "labels", 0)
+    for module, name, calls, argv in (
+        (measures.coco, "hotcoco_evaluations", 2 if draws else 1, (file, "--data", path)),
+        (measures.coco, "hotcoco_evaluations", 2 if draws else 0, (file, "--data", path, "--evaluator", "pycocotools")),
+        (measures.coco, "_pycocotools", 1, (file, "--data", path, "--evaluator", "pycocotools")),
+        (measures.lvis, "_evaluation", 4 if draws else 2, (lvis_file, "--data", lvis_path, "--measure", "lvis")),
+        (measures.voc, "_best_objects", 20, (voc_file, "--data", "voc_2007_val")),  # for each class
+        (measures.cityscapes, "_match", 2, (city_file, "--data", dataset.name)),  # for each image
+        (measures.pixels, "read_pair", 2, (tmp_path / "labels", "--data", "cityscapes_fine_sem_seg_val")),
+        (measures.proposals, "_cases", 1, (file, "--data", path, "--measure", "proposals")),
+    ):
+        with monkeypatch.context() as patch:
+            count = counted(patch, module, name)
+            evaluated(tmp_path, *argv, "--bootstrap", draws)
+        assert len(count) == calls, (module.__name__, name)
+
+
+def test_c6_what_is_odd_in_the_annotations_is_told_once(coco, capsys):
+    path, file, truth, _ = coco
+    del truth["annotations"][0]["area"]
+    path.write_text(json.dumps(truth))
+    assert run_job("evaluate", [str(file), str(file), "--data", str(path), "--bootstrap", "5"]) == 0
+    assert capsys.readouterr().err.count("without an area") == 1
+
+
+def test_c6_an_evaluation_alone_keeps_nothing(coco, monkeypatch):
+    """As in training: what was matched is free once its numbers are there, of LVIS's one kind at a time."""
+    path, _, _, results = coco
+    made = []
+
+    class Watched(measures.coco.Outcomes):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(measures.coco, "Outcomes", Watched)
+    subject = Subject(Dataset("x", Path(), path), Path(), True, (), "hotcoco")
+    measure = measures.coco.Measure(subject)
+    numbers = measure.evaluate(results)
+    assert [one() for one in made] == [None]
+    assert [one.kind for one in measure.judge(results)] == [*BOTH]
+    assert bits(measure.evaluate(results)["segm"]) == bits(numbers["segm"])
+    assert len(made) == 2
+
+    class Evaluation:
+        def __init__(self, *_: object) -> None:
+            assert all(one() is None for one in alive)
+            alive.append(weakref.ref(self))
+
+        def get_results(self) -> dict[str, float]:
+            return dict.fromkeys(NUMBERS, 0.5)
+
+    alive: list[weakref.ref] = []
+    monkeypatch.setattr(measures.lvis, "_evaluation", Evaluation)
+    content, found = lvis_cases.made_up(0, images=2)
+    path.write_text(json.dumps(content))
+    measures.lvis.Measure(subject).evaluate(found)
+    assert len(alive) == 2
 
 
 # --- bad files --------------------------------------------------------------------------------------------------

@@ -200,7 +200,8 @@ def _evaluated(path: Path, measure: Measure, results: list[Any], resamples: int)
     if dataset.is_pixels:
         measure.folder = path
     log.info("%s: results in %d of the %d images of %s", path, images, len(dataset.index.image_id), dataset.name)
-    return _Evaluated(path, images, measure.evaluate(results), measure.judge(results) if resamples else [])
+    judged = measure.judge(results) if resamples else []  # first, so that `evaluate` takes no second matching
+    return _Evaluated(path, images, measure.evaluate(results), judged)
 
 
 def _image_of(result: Any) -> int | str:

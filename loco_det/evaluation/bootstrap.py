@@ -91,13 +91,13 @@ class Matched:
 
     Attributes:
         evaluation: evaluated and accumulated.
-        nothing: the same of no results at all, whose every number is 0.
+        nothing: makes the same of no results at all, whose every number is 0, for each kind.
         names: the numbers that practically every draw has; see `in_every_draw`.
     """
 
     kind: str
     evaluation: hotcoco.COCOeval
-    nothing: hotcoco.COCOeval
+    nothing: Callable[[], dict[str, hotcoco.COCOeval]]
     names: tuple[str, ...]
     images: int
 
@@ -106,7 +106,8 @@ class Matched:
         return {"AP": 100 * precision[precision > -1].mean()}
 
     def intervals(self, resamples: int) -> dict[str, Interval]:
-        return {name: found["ci95"] for name, found in self._compare(self.nothing, resamples).items()}
+        compared = self._compare(self.nothing()[self.kind], resamples)
+        return {name: found["ci95"] for name, found in compared.items()}
 
     def differences(self, reference: Matched, resamples: int) -> dict[str, dict[str, Any]]:
         return self._compare(reference.evaluation, resamples)

@@ -12,6 +12,7 @@ import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
@@ -85,8 +86,8 @@ def read_ground_truth(annotations: str | Path, iou_types: Sequence[str]) -> Grou
     rows = np.flatnonzero(np.isin(index.annotation_category[: index.first[-1]], index.category_id))
     masks = _read_masks(index, rows) if "segm" in iou_types else None
     if (index.annotation_id == 0).any():
-        log.warning("%s has annotation id 0, whose matches pycocotools (and Detectron2) count as misses;"
-                    " here they count as matches.", index.path)  # fmt: skip
+        _tell(index.path, "has annotation id 0, whose matches pycocotools (and Detectron2) count as misses; here they "
+                          "count as matches.")  # fmt: skip
     return GroundTruth(index, rows, masks)
 
 
@@ -95,8 +96,8 @@ def _with_areas(index: CocoIndex) -> CocoIndex:
     missing = np.flatnonzero(np.isnan(index.area))
     if not len(missing):
         return index
-    log.warning("%s: %d of %d annotations have no area; theirs are those of their masks, or of their boxes where they "
-                "have no mask", index.path, len(missing), len(index.area))  # fmt: skip
+    _tell(index.path, f"has {len(missing)} of {len(index.area)} annotations without an area; theirs are those of their "
+                      "masks, or of their boxes where they have no mask")  # fmt: skip
     area = index.area.copy()
     owner = np.searchsorted(index.first, missing, "right") - 1
     for row, i, text in zip(missing.tolist(), owner.tolist(), index.segmentations(missing)):
@@ -107,6 +108,12 @@ def _with_areas(index: CocoIndex) -> CocoIndex:
                 found = mask_area(decode(text, *size, ""), *size)
         area[row] = index.bbox[row, 2] * index.bbox[row, 3] if found is None else found
     return replace(index, area=area, mapped=False)
+
+
+@cache
+def _tell(path: Path, what: str) -> None:
+    """Warn of a file once, however often it is read."""
+    log.warning("%s %s", path, what)
 
 
 def _read_masks(index: CocoIndex, rows: np.ndarray) -> list[Any]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +33,11 @@ class Measure(coco.Measure):
     evaluators = (coco.EVALUATORS[0],)
     rules = "the rules of LVIS"
 
-    def numbers(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-        return evaluate_lvis(self.dataset.annotations, results, self.iou_types)
+    def match(self, results: list[dict[str, Any]]) -> Outcomes:
+        return lvis_outcomes(self.dataset.annotations, results, self.iou_types)
 
-    def judge(self, results: list[dict[str, Any]]) -> list[Judged]:
-        checked, truth = _read_truth(self.dataset.annotations, results, self.iou_types)
-        judged = []
-        for iou_type in self.iou_types:
-            found, nothing = (_evaluation(truth, each, iou_type) for each in (results, []))
-            names = _usual_numbers(checked, truth)
-            judged.append(Matched(iou_type, found, nothing, names, len(checked.index.image_id)))
-        return judged
+    def numbers(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+        return self.matched(results).numbers()
 
 
 def evaluate_lvis(
@@ -62,14 +58,36 @@ def evaluate_lvis(
     Raises:
         UserError: as `read_ground_truth` and `check_results`, or the file is not LVIS's.
     """
-    _, truth = _read_truth(annotations, results, iou_types)
-    return {iou_type: _numbers(_evaluation(truth, results, iou_type)) for iou_type in iou_types}
+    return lvis_outcomes(annotations, results, iou_types).numbers()
 
 
-def _read_truth(
-    annotations: str | Path, results: list[dict[str, Any]], iou_types: Sequence[str]
-) -> tuple[GroundTruth, hotcoco.COCO]:
-    """The annotation file, checked and as hotcoco has it, once it and the results are known to be sound."""
+@dataclass
+class Outcomes:
+    """Sound results beside the annotation file, as it was checked and as hotcoco has it, and what is judged of them."""
+
+    checked: GroundTruth
+    truth: hotcoco.COCO
+    results: list[dict[str, Any]]
+    iou_types: Sequence[str]
+    evaluations: dict[str, hotcoco.COCOeval] = field(default_factory=dict)
+
+    def numbers(self) -> dict[str, dict[str, float]]:
+        """As `evaluate_lvis`; of what is not judged one evaluation is in memory at a time."""
+        return {iou_type: _numbers(self._evaluation(iou_type)) for iou_type in self.iou_types}
+
+    def _evaluation(self, iou_type: str) -> hotcoco.COCOeval:
+        return self.evaluations.get(iou_type) or _evaluation(self.truth, self.results, iou_type)
+
+    def judged(self) -> list[Judged]:
+        """What hotcoco draws images of, for each IoU type."""
+        self.evaluations = self.evaluations or _evaluations(self.truth, self.results, self.iou_types)
+        nothing = cache(partial(_evaluations, self.truth, [], self.iou_types))
+        names, images = _usual_numbers(self.checked, self.truth), len(self.checked.index.image_id)
+        return [Matched(t, found, nothing, names, images) for t, found in self.evaluations.items()]
+
+
+def lvis_outcomes(annotations: str | Path, results: list[dict[str, Any]], iou_types: Sequence[str]) -> Outcomes:
+    """What `evaluate_lvis` makes its numbers of; takes and raises the same."""
     checked = read_ground_truth(annotations, iou_types)
     check_results(results, checked, iou_types)
     try:
@@ -78,7 +96,13 @@ def _read_truth(
         raise UserError(f"{annotations} is no LVIS annotation file ({error}); take an intact copy.") from error
     if not any(image.get("neg_category_ids") for image in truth.load_imgs(truth.get_img_ids())):
         raise UserError(f"{annotations} has no image with neg_category_ids, so it is not LVIS's; take an intact copy.")
-    return checked, truth
+    return Outcomes(checked, truth, results, iou_types)
+
+
+def _evaluations(
+    truth: hotcoco.COCO, results: list[dict[str, Any]], iou_types: Sequence[str]
+) -> dict[str, hotcoco.COCOeval]:
+    return {iou_type: _evaluation(truth, results, iou_type) for iou_type in iou_types}
 
 
 def _evaluation(truth: hotcoco.COCO, results: list[dict[str, Any]], iou_type: str) -> hotcoco.COCOeval:

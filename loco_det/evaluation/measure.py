@@ -57,7 +57,29 @@ class Measure(Protocol):
         """{task: {metric: percent}}; {} where the truth is secret."""
 
     def judge(self, results: list[Any]) -> list[Judged]:
-        """The results matched with the truth, for the numbers of any draw of images; not where the truth is secret."""
+        """The results matched with the truth, for the numbers of any draw of images; not where the truth is secret.
+
+        To `evaluate` the same list afterwards takes no second matching.
+        """
+
+
+class MatchesOnce:
+    """A measure that matches the results of `judge` once, and needs no second matching to `evaluate` them."""
+
+    _kept: tuple[list[Any], Any] | None = None
+
+    def match(self, results: list[Any]) -> Any:
+        """The results matched with the truth: what the measure's numbers are made of."""
+        raise NotImplementedError
+
+    def matched(self, results: list[Any], *, keep: bool = False) -> Any:
+        """What `match` gives for `results`, or gave for the same list when it was last to `keep` it."""
+        if self._kept is not None and self._kept[0] is results:
+            return self._kept[1]
+        outcome = self.match(results)
+        if keep:
+            self._kept = results, outcome
+        return outcome
 
 
 def check_known_evaluator(measure: type[Measure], evaluator: str, name: str) -> None:

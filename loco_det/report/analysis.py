@@ -147,16 +147,16 @@ def take_apart(run: DetectorRun) -> Taken | str:
         results = [] if run.is_segmentor else msgspec.json.decode(run.results.read_bytes())
         subject = Subject(_dataset(run, measure), run.results.parent, run.config["MODEL.MASK_ON"], (), EVALUATORS[0])
         judged = measure_class(measure)(subject).judge(results)
+        numbers = [(each.kind, name, again) for each in judged for name, again in each.numbers().items()]
     except (UserError, msgspec.DecodeError) as error:
         return f"its {what} cannot be evaluated again, so {without}: {error}"
-    for each in judged:
-        for name, again in each.numbers().items():
-            recorded = run.recorded.get(f"{each.kind}/{name}")
-            if recorded is not None and not math.isclose(again, recorded, abs_tol=AGREES):
-                return (
-                    f"its {what} give {each.kind} {name} {again:.3f} and metrics.json says {recorded:.3f}; evaluate it "
-                    f"again with --eval-only. So {without}"
-                )
+    for kind, name, again in numbers:
+        recorded = run.recorded.get(f"{kind}/{name}")
+        if recorded is not None and not math.isclose(again, recorded, abs_tol=AGREES):
+            return (
+                f"its {what} give {kind} {name} {again:.3f} and metrics.json says {recorded:.3f}; evaluate it "
+                f"again with --eval-only. So {without}"
+            )
     return Taken(run, measure, judged)
 
 
