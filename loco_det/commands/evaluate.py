@@ -106,7 +106,7 @@ def evaluate_files(
     check_known_evaluator(kind, evaluator, dataset.name)
     found = []
     for path, results in zip(files, rows):
-        subject = Subject(dataset, path.parent, "segm" in types, (), evaluator, boxes="bbox" in types)
+        subject = Subject(dataset, path.parent, "segm" in types, (), evaluator, boxes="bbox" in types, labels=path)
         found.append(_evaluated(path, kind(subject), results, resamples))
     content = {
         "loco_det": __version__,
@@ -197,8 +197,6 @@ def _as_proposals(rows: list[dict[str, Any]]) -> list[Proposals]:
 
 def _evaluated(path: Path, measure: Measure, results: list[Any], resamples: int) -> _Evaluated:
     dataset, images = measure.dataset, len(set(map(_image_of, results)))
-    if dataset.is_pixels:
-        measure.folder = path
     log.info("%s: results in %d of the %d images of %s", path, images, len(dataset.index.image_id), dataset.name)
     judged = measure.judge(results) if resamples else []  # first, so that `evaluate` takes no second matching
     return _Evaluated(path, images, measure.evaluate(results), judged)

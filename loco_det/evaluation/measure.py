@@ -26,6 +26,7 @@ class Subject:
         boxes: the model has them; without them masks alone are measured.
         category_ids: the data set's id of each of the model's classes; None for one that it does not have.
         evaluator: one of the measure's `evaluators`.
+        labels: of pixels, the folder that holds what was predicted; None for sem_seg below `folder`.
     """
 
     dataset: Dataset
@@ -34,6 +35,7 @@ class Subject:
     category_ids: tuple[int | None, ...]
     evaluator: str
     boxes: bool = True
+    labels: Path | None = None
 
 
 class Measure(Protocol):

@@ -59,7 +59,7 @@ class Measure:
 
     def __init__(self, subject: Subject) -> None:
         self.dataset, self.evaluator = subject.dataset, subject.evaluator
-        self.folder = subject.folder / "sem_seg"
+        self.folder = subject.labels or subject.folder / "sem_seg"
 
     def collect(self, image_id: int, file_name: str, found: Tensor) -> list[str]:
         """Writes the labels of (K, H, W) logits; gives the image's name."""
