@@ -90,6 +90,14 @@ def test_the_line_runs(
         assert manifest.channel_order == ("BGR" if {"BGR", "--d2-config", "R-50.pkl"} & set(arguments) else "RGB")
 
 
+def test_the_documented_account_is_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path, _ = BY_FILE["moco_v2_800ep_pretrain.pth.tar"].write(tmp_path)
+    assert run_job("convert", [str(path), str(tmp_path / "out.pkl"), "--branch", "query"]) == 0
+    page = (ROOT / "docs" / "conversion.md").read_text()
+    (block,) = re.findall(r"^```\n(source .*?)\n\.\.\.\n```", page, re.MULTILINE | re.DOTALL)
+    assert capsys.readouterr().out.startswith(block)
+
+
 # --- --inspect ---------------------------------------------------------------------------------------------------
 
 

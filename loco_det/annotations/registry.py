@@ -103,7 +103,7 @@ def present_datasets() -> list[str]:
 
 
 def benchmark_of(name: str) -> str:
-    """Whose rules measure a data set, from its name alone: coco, lvis, voc, cityscapes or, of pixels, semantic."""
+    """Whose rules measure a data set, from its name alone: coco, lvis, voc, cityscapes or pixels."""
     whole = name.partition("@")[0]
     families = {
         "cityscapes": is_cityscapes(name),
