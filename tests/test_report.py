@@ -207,7 +207,7 @@ def test_other_measures_have_paired_differences_and_no_errors(benchmark, tmp_pat
         assert low < pair[kind]["AP"]["difference"] < high
     shown = [f"{KINDS[kind]} {each}" for kind, names in columns.items() for each in names]
     assert "| backbone | seed | " + " | ".join(shown) + " |" in (tmp_path / "out/report.md").read_text()
-    assert not any(row["apart"] for row in experiment["backbones"])
+    assert not any(row["analysis"] for row in experiment["backbones"])
     assert not [told for told in report["missing"] if "pictures" not in told]
 
     lines = (tmp_path / "two/metrics.json").read_text()
