@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import multiprocessing
 import os
@@ -141,8 +142,8 @@ def test_an_impossible_place_is_bad_input(place: str, tmp_path: Path) -> None:
 
 def _write_slowly(path: str) -> None:
     with atomic_write(path) as file:
-        for _ in range(1000):
-            file.write(b"x" * 1000)
+        for _ in range(100):
+            file.write(b"x" * 10_000)
             file.flush()
             time.sleep(0.01)
 
@@ -162,6 +163,30 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     with atomic_write(path) as file:  # and the rest of the killed one is not in the way
         file.write(b"new")
     assert path.read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_writers_of_one_file_leave_one_of_theirs(
+    locks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    path = tmp_path / "file"
+    process = multiprocessing.get_context("fork").Process(target=_write_slowly, args=(str(path),))
+    process.start()
+    while not list(tmp_path.glob(".*.tmp")):
+        time.sleep(0.01)
+    for content in (b"short", b"another"):
+        with atomic_write(path) as file:
+            file.write(content)
+        assert path.read_bytes() == content
+    process.join()
+    assert path.read_bytes() == b"x" * 10**6
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_json_that_cannot_be_encoded_leaves_nothing(tmp_path: Path) -> None:
