@@ -130,6 +130,21 @@ def test_a_disk_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not (tmp_path / "results.json").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_costs_lines_of_the_log_and_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    setup_logging(tmp_path, quiet=False)
+    for number in range(3):
+        log.info("line %d", number)
+    setup_logging()  # closes the file
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert [told.count(f"line {number}") for number in range(3)] == [1, 1, 1]
+    assert told.count("log.txt: cannot be written (No space left on device)") == 1
+
+
 @pytest.mark.parametrize("place", ["under a file", "onto a folder"])
 def test_an_impossible_place_is_bad_input(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
