@@ -117,9 +117,14 @@ def read_checked_json(path: str | Path) -> dict[str, Any] | None:
     """What `write_checked_json` wrote; None if the file is not there, cannot be read or is not as it was written."""
     try:
         value = json.loads(Path(path).read_bytes())
-        return value if isinstance(value, dict) and value.pop("sha256", None) == _digest(value) else None
+        return value if isinstance(value, dict) and has_checksum(value) and value.pop("sha256") else None
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def has_checksum(value: dict[str, Any]) -> bool:
+    """Whether what was read from a file is as `write_checked_json` wrote it."""
+    return value.get("sha256") == _digest({key: item for key, item in value.items() if key != "sha256"})
 
 
 def _digest(value: dict[str, Any]) -> str:
