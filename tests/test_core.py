@@ -7,6 +7,7 @@ import fcntl
 import io
 import multiprocessing
 import os
+import pickle
 import platform
 import random
 import re
@@ -153,6 +154,15 @@ def test_an_impossible_place_is_bad_input(place: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
         write_json(path, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [("a\nb", r"a\nb"), ("\x1b[2J", r"\x1b[2J"), ("\udcff", r"\udcff"), ("ü b", "ü b")]
+)
+def test_a_message_is_one_line_of_text_whatever_it_names(name: str, shown: str) -> None:
+    error = UserError(f"{name}: is not there")
+    assert str(error) == f"{shown}: is not there"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def _write_slowly(path: str) -> None:

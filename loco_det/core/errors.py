@@ -15,8 +15,16 @@ class UserError(Exception):
     """Something the user gave cannot be used.
 
     The message is one sentence that names the file, key or tensor and says what to do. The command line
-    prints it and exits with status 2; everything else that is raised is a bug and keeps its traceback.
+    prints it and exits with status 2; everything else that is raised is a bug and keeps its traceback. Whatever a
+    name in it holds, it stays one line: what cannot be printed is escaped.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if message.isprintable() else "".join(map(_printable, message)))
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 def raising(batches: Iterable[_Batch | UserError]) -> Iterator[_Batch]:
