@@ -17,6 +17,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
+import hotcoco
 import msgspec
 import numpy as np
 
@@ -27,12 +28,13 @@ from loco_det.core.device import no_garbage_collection
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
 
+_Integer = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _Box = tuple[float, float, float, float]  # x, y, width, height in pixels
 _Polygon = Annotated[list[float], msgspec.Meta(min_length=6)]  # four numbers would be a box to pycocotools
 
 
 class _Rle(msgspec.Struct, gc=False):
-    size: tuple[int, int]
+    size: tuple[_Integer, _Integer]
     counts: Annotated[str, msgspec.Meta(min_length=1)]
 
 
@@ -174,11 +176,16 @@ def check_results(
         UserError: a result lacks a field or has it in another type, is not finite, has a negative width or
             height, a mask of another size than its image, or an image or category that `truth` does not have.
     """
-    fields = [("image_id", int), ("category_id", int), ("score", float), *(_RESULT_FIELDS[t] for t in iou_types)]
+    fields = [
+        ("image_id", _Integer),
+        ("category_id", _Integer),
+        ("score", float),
+        *(_RESULT_FIELDS[t] for t in iou_types),
+    ]
     try:
         with no_garbage_collection():
             records = msgspec.convert(results, list[msgspec.defstruct("Detection", fields, gc=False)])
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter of halves of a surrogate pair
         place = re.match(r"(.*) - at `\$\[(\d+)\](.*)`", str(error))
         which = f"row {int(place[2]) + 1}: {place[1]}{place[3] and f' at {place[3][1:]}'}" if place else str(error)
         raise UserError(
@@ -205,7 +212,18 @@ def check_results(
         image = np.searchsorted(truth.index.image_id, columns["image_id"])
         size = np.stack([truth.index.height[image], truth.index.width[image]], 1)
         _refuse(source, "a mask of another [height, width] than its image", (found.reshape(-1, 2) != size).any(1))
+        if not _are_masks(masks):
+            wrong = np.array([not _are_masks([mask]) for mask in masks])
+            _refuse(source, "a mask whose run lengths cannot be read or do not fit into its image", wrong)
     return Detections(columns["image_id"], columns["category_id"], scores, boxes, masks)
+
+
+def _are_masks(masks: list[dict[str, Any]]) -> bool:
+    try:
+        hotcoco.mask.area(masks)
+    except ValueError:
+        return False
+    return True
 
 
 def _refuse(source: str | Path, what: str, wrong: np.ndarray) -> None:
