@@ -43,6 +43,7 @@ RANGES = {
     "KNN.TEMPERATURE": (1e-6, _MOST),
     "LOG_PERIOD": (1, _MOST),
     "CHECKPOINT_PERIOD": (1, _MOST),
+    "SHARING.PENALTY": (0, _MOST),
     "SEED": (-(2**63), 2**63 - 1),
 }
 CHOICES = {
@@ -112,8 +113,6 @@ def _check_decoder(cfg: CfgNode, settings: Settings | None) -> None:
 
 def _check_sharing(cfg: CfgNode, settings: Settings | None) -> None:
     mode, penalty = cfg.SHARING.MODE, cfg.SHARING.PENALTY
-    if not 0 <= penalty < float("inf"):
-        raise refusal(cfg, settings, "SHARING.PENALTY", "; use a finite number of 0 or more, such as 0.001")
     if penalty and mode != "soft":
         reason = f" and ties copies, which SHARING.MODE {mode} has none of; set SHARING.MODE soft or SHARING.PENALTY 0"
         raise refusal(cfg, settings, "SHARING.PENALTY", reason)

@@ -9,7 +9,7 @@ def get_cfg() -> CfgNode:
     """The tree that `loco_det.core.config.load_config` merges a YAML file over."""
     return CfgNode(
         {
-            "METHOD": "loco",  # loco | gim | simclr, each a list of units; random: no training, BN statistics only
+            "METHOD": "loco",  # loco | loco_res2 | gim | simclr, each a list of units; random: BN statistics only
             "UNITS": [],  # [[first, last], ...] stage names; overrides METHOD's list
             "SHARING": {  # what a stage that several units cover learns from: pretrain/sharing.py
                 "MODE": "hard",  # hard: all of them (LoCo) | upper: the uppermost | soft: copies, tied by a penalty

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det.backbones.resnet import StagedBackbone
@@ -93,18 +92,28 @@ class UnreadLosses:
 
 
 class Monitor:
-    """Turns a step into the numbers on the progress bar and, every LOG_PERIOD steps, a line of metrics.json."""
+    """Turns a step into the numbers on the progress bar and, every `period` steps, a line of metrics.json.
+
+    Args:
+        period: steps between two lines.
+        batch_size: images a step, of all processes.
+        backbone: the norms of its stages' gradients are recorded.
+        labels: names of the units, in the order of the losses.
+        embeddings: of the last step by unit, (2b, D).
+    """
 
     def __init__(
         self,
-        cfg: CfgNode,
+        period: int,
+        batch_size: int,
         backbone: StagedBackbone,
         labels: list[str],
         embeddings: dict[int, Tensor],
         stopwatch: Stopwatch,
         metrics: RunMetrics,
     ) -> None:
-        self.cfg, self.backbone, self.labels, self.embeddings = cfg, backbone, labels, embeddings
+        self.period, self.batch_size = period, batch_size
+        self.backbone, self.labels, self.embeddings = backbone, labels, embeddings
         self.stopwatch, self.metrics = stopwatch, metrics
         self.norms: dict[nn.Parameter, Tensor] = {}
         self.steps = 0
@@ -113,7 +122,7 @@ class Monitor:
 
     def due(self, step: int) -> bool:
         """Whether this step writes a line."""
-        return step == 0 or (step + 1) % self.cfg.LOG_PERIOD == 0
+        return step == 0 or (step + 1) % self.period == 0
 
     @torch.no_grad()
     def see_gradients(self, parameters: list[nn.Parameter]) -> None:
@@ -136,7 +145,7 @@ class Monitor:
             values.update({f"{name}/{label}": value for name, value in embedding_health(few).items()})
         means = reduce_mean({**values, **stage_norms(self.backbone, self.norms)})
         seconds, waiting = self.stopwatch.lap()
-        rate = self.steps * self.cfg.SOLVER.BATCH_SIZE / seconds
+        rate = self.steps * self.batch_size / seconds
         self.steps = 0
         extra = {"lr": lr, "images_per_second": rate, "data_wait_share": waiting / seconds}
         self.metrics.write({"iteration": step, **means, **extra, **found})

@@ -143,7 +143,10 @@ def pretrain(
     is_random = cfg.METHOD == "random" and not cfg.UNITS
     network = build_backbone(cfg) if is_random else Learner(cfg)  # refuses UNITS that do not fit, before files are read
     with run_folder(cfg.OUTPUT_DIR), RunMetrics(cfg, wandb, resume) as metrics:
-        source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT) if source is None else source
+        if source is None:
+            source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT)
+        else:
+            cfg = config.changed(cfg, **{"DATA.PATH": source.root})  # for records and messages
         loader = build_two_view_loader(cfg, source)
         seed_everything(cfg.SEED)
         if is_random:
@@ -187,7 +190,15 @@ def _train(
         "%s: %d images, %d steps of %d images on %s", cfg.METHOD, len(source), total, cfg.SOLVER.BATCH_SIZE, device
     )
     waited = Stopwatch()
-    monitor = Monitor(cfg, learner.backbone, learner.unit_labels, learner.embeddings, waited, metrics)
+    monitor = Monitor(
+        cfg.LOG_PERIOD,
+        cfg.SOLVER.BATCH_SIZE,
+        learner.backbone,
+        learner.unit_labels,
+        learner.embeddings,
+        waited,
+        metrics,
+    )
     unread = UnreadLosses(learner.unit_labels, source)
     batches = waited.through(loader.batches(start))
     with StopSignal() as stop, Progress(total, "pretrain", start, unit="it") as progress:
@@ -367,7 +378,7 @@ def write_backbone(cfg: CfgNode, backbone: StagedBackbone, units: list[list[str]
             config=yaml.safe_load(cfg.dump()),
             config_hash=config_hash(cfg),
             step=step,
-            dataset=Path(cfg.DATA.PATH or source.root).name,
+            dataset=Path(cfg.DATA.PATH).name,
             images=len(source),
         )
         save_backbone(path, backbone_tensors(backbone), manifest)

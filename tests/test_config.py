@@ -101,6 +101,8 @@ def test_settings_know_where_they_were_written(tmp_path):
         ("SOLVER: {STEPS: [1, x]}", [], ["SOLVER.STEPS", "numbers", "'x'"]),
         ("SOLVER: 3", [], ["SOLVER", "section", "3 of type int"]),
         ("DECAY: {A: 1}", [], ["DECAY"]),
+        ("SOLVER: \"{'BASE_LR': 1.0}\"", [], ["SOLVER", "section"]),
+        ("SEED: \"{'A': 1}\"", [], ["a.yaml, line 1", "SEED", "type int"]),
         ("NAME.X: 3", [], ["NAME.X", "nested"]),
         ("1: 3", [], ["keys are words"]),
         ("SEED: !!int ''", [], ["a.yaml, line 1", "'' is not of type int"]),

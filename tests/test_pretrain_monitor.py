@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from fvcore.common.config import CfgNode
 
 from loco_det.backbones.resnet import ResNet
 from loco_det.core.metrics import RunMetrics
@@ -49,13 +51,17 @@ def test_a_lap_counts_waiting_and_training_but_no_pause(clock: Clock) -> None:
     assert watch.lap() == (1, 0)
 
 
+def watch_run(cfg: CfgNode, *rest: Any) -> Monitor:
+    return Monitor(cfg.LOG_PERIOD, cfg.SOLVER.BATCH_SIZE, *rest, RunMetrics(cfg))
+
+
 def test_a_line_tells_what_happened_since_the_one_before(clock: Clock, tmp_path: Path) -> None:
     cfg = get_cfg()
     cfg.OUTPUT_DIR, cfg.LOG_PERIOD, cfg.SOLVER.BATCH_SIZE = str(tmp_path), 2, 8
     backbone = ResNet(18, res2_out_channels=16)
     embeddings = {0: torch.randn(6, 4), 1: torch.randn(6, 4)}
     watch = Stopwatch()
-    watching = Monitor(cfg, backbone, ["low", "high"], embeddings, watch, RunMetrics(cfg))
+    watching = watch_run(cfg, backbone, ["low", "high"], embeddings, watch)
     generator = torch.Generator().manual_seed(0)
     for step, _ in enumerate(watch.through(batches(clock, 0.5))):
         clock.now += 1.5
@@ -77,7 +83,7 @@ def test_steps_without_a_line_count_for_the_next(clock: Clock, tmp_path: Path) -
     cfg = get_cfg()
     cfg.OUTPUT_DIR, cfg.LOG_PERIOD, cfg.SOLVER.BATCH_SIZE = str(tmp_path), 3, 8
     watch = Stopwatch()
-    watching = Monitor(cfg, ResNet(18, res2_out_channels=16), ["all"], {0: torch.randn(6, 4)}, watch, RunMetrics(cfg))
+    watching = watch_run(cfg, ResNet(18, res2_out_channels=16), ["all"], {0: torch.randn(6, 4)}, watch)
     for step in range(6):
         clock.now += 2
         watching(step, [torch.tensor(1.0)], 0.1, {})
@@ -95,7 +101,7 @@ def test_collapse_is_a_spread_below_a_twentieth_of_the_sphere(
     watch = Stopwatch()
     clock.now += 1
     z = 1 + spread * torch.randn(2 * HEALTH_IMAGES, 256, generator=torch.Generator().manual_seed(0))
-    watching = Monitor(cfg, ResNet(18, res2_out_channels=16), ["all"], {0: z}, watch, RunMetrics(cfg))
+    watching = watch_run(cfg, ResNet(18, res2_out_channels=16), ["all"], {0: z}, watch)
     watching(0, [torch.tensor(1.0)], 0.1, {})
     assert ("the embeddings of unit all have collapsed" in caplog.text) == warned
 
@@ -109,7 +115,7 @@ def test_health_is_of_each_units_own_embeddings_and_of_the_first_pairs(clock: Cl
         i: torch.cat([z.chunk(2)[0], torch.ones(9, 3), z.chunk(2)[1], -torch.ones(9, 3)]) for i, z in enumerate(few)
     }
     clock.now += 1
-    watching = Monitor(cfg, ResNet(18, res2_out_channels=16), ["low", "high"], more, watch, RunMetrics(cfg))
+    watching = watch_run(cfg, ResNet(18, res2_out_channels=16), ["low", "high"], more, watch)
     watching(0, [torch.tensor(1.0)] * 2, 0.1, {})
     line = json.loads((tmp_path / "metrics.json").read_text())
     for label, z in zip(("low", "high"), few):

@@ -269,7 +269,9 @@ def test_a_python_data_set_trains(images: Path, tmp_path: Path) -> None:
     arrays = [cv2.imread(str(file))[:, :, ::-1] for file in sorted(images.glob("*.png"))]
     own = pretrain(config(Path("unused"), tmp_path / "own"), source=DatasetSource(arrays))
     files = pretrain(config(images, tmp_path / "files"))
-    assert load_backbone(own)[1].tensors_sha256 == load_backbone(files)[1].tensors_sha256
+    manifests = [load_backbone(path)[1] for path in (own, files)]
+    assert manifests[0].tensors_sha256 == manifests[1].tensors_sha256
+    assert [manifest.dataset for manifest in manifests] == ["list", images.name]
 
 
 class Noise:

@@ -26,7 +26,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from loco_det.annotations.converted import derived_file, files_digest
-from loco_det.annotations.segmentation import FARTHEST, check_outlines
+from loco_det.annotations.segmentation import FARTHEST, check_outlines, mask_area
 from loco_det.core.device import usable_cores
 from loco_det.core.errors import UserError
 from loco_det.core.launch import leave_stopping_to_parent
@@ -135,7 +135,7 @@ def coco_format(frames: list[Frame], folder: Path, from_polygons: bool) -> dict[
                     "image_id": number,
                     "category_id": entry["category_id"],
                     "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": _area(entry["segmentation"], found["height"], found["width"]),
+                    "area": mask_area(entry["segmentation"], found["height"], found["width"]),
                     "iscrowd": int(entry["iscrowd"]),
                     "segmentation": entry["segmentation"],
                 }
@@ -160,12 +160,6 @@ def _all(read: Any, frames: list[Frame]) -> Any:
             for found in pool.map(read, frames, chunksize=8):
                 yield found
                 progress.advance()
-
-
-def _area(segmentation: list[list[float]] | dict[str, Any], height: int, width: int) -> float:
-    if isinstance(segmentation, dict):
-        return float(coco_mask.area({**segmentation, "counts": segmentation["counts"].encode()}))
-    return float(coco_mask.area(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))))
 
 
 # --- polygons ---------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 
 from loco_det.annotations.converted import derived_file
-from loco_det.annotations.index import CocoIndex, load_index
+from loco_det.annotations.index import CocoIndex
 from loco_det.annotations.registry import Dataset
 from loco_det.annotations.rules import LEFT_OUT, RUN, Use, corners, findings, kept, refuse, warn
 from loco_det.annotations.segmentation import Segmentation, decode
@@ -122,7 +122,7 @@ def load_coco(paths: Dataset, *, need_annotations: bool = True, masks: str = "")
         UserError: the file is unreadable or malformed, a rule of `rules.py` stops its use, or an image is listed and
             not there.
     """
-    index = load_index(paths.annotations)
+    index = paths.index
     use = Use("train", masks) if need_annotations else RUN
     refuse(index, use)
     names, absent, renamed = match_files(paths, index)
@@ -224,7 +224,7 @@ def readable_annotations(paths: Dataset) -> Path:
     Raises:
         UserError: as `load_index` and `match_files`.
     """
-    index = load_index(paths.annotations)
+    index = paths.index
     names, _, renamed = match_files(paths, index)
     if not renamed:
         return index.readable

@@ -159,10 +159,16 @@ def _converted(whole: str, source: Path, images: Path | None, split: str | None)
     summary = msgspec.json.decode(file.read_bytes())
     split = _chosen_split(whole, list(summary["splits"]), split)
     _tell(source, file, summary)
-    annotations = derived_file(
-        f"{title}-split", {**facts, "split": split}, lambda: msgspec.json.encode(conversion().splits[split])
-    )
-    return Place(Path(summary["image_folder"]), annotations, True)
+    # Where the source has just been converted, all of its splits are kept.
+    files = {
+        name: derived_file(
+            f"{title}-split",
+            {**facts, "split": name},
+            lambda name=name: msgspec.json.encode(conversion().splits[name]),
+        )
+        for name in (summary["splits"] if made else [split])
+    }
+    return Place(Path(summary["image_folder"]), files[split], True)
 
 
 def _chosen_split(whole: str, splits: list[str], split: str | None) -> str:

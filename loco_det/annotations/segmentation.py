@@ -120,12 +120,13 @@ def _outline(polygon: np.ndarray) -> float:
     return np.abs(points - np.roll(points, -1, 0)).max(1).sum()
 
 
-def mask_area(segmentation: Segmentation, height: int, width: int) -> float | None:
+def mask_area(segmentation: Segmentation | list[list[float]], height: int, width: int) -> float | None:
     """The area of a mask in pixels, by which COCO measures an object's size; None if there is no mask."""
     if not segmentation:
         return None
     if isinstance(segmentation, list):
-        segmentation = coco_mask.merge(coco_mask.frPyObjects([p.tolist() for p in segmentation], height, width))
+        polygons = [np.asarray(p).tolist() for p in segmentation]
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
     return float(coco_mask.area(segmentation))
 
 

@@ -88,6 +88,9 @@ def run(args: argparse.Namespace) -> int:
         return _convert(args)
     if args.to is not None:
         raise UserError(f"data check takes one PATH; give {args.to} as --out {args.to} if the pictures belong there.")
+    for option, value, least in (("seed", args.seed, 0), ("workers", args.workers, 0), ("size", args.size, 1)):
+        if value < least:
+            raise UserError(f"--{option} is {value}; give {least} or more.")
     asked = _asked(args)
     out = args.out or Path("output") / "data_check" / folder_name(asked.name)
     masks = ""
@@ -230,7 +233,7 @@ def _histogram(classes: dict[str, int], unit: str, out: Path) -> None:
     figure = Figure(figsize=(7, 1 + 0.17 * len(shown)), layout="constrained")
     axes = figure.subplots()
     axes.barh(range(len(shown)), values, color="#0072B2", height=0.75)
-    axes.set_yticks(range(len(shown)), [name[:40] for name in names], fontsize=7)
+    axes.set_yticks(range(len(shown)), [name[:40] for name in names], fontsize=7, parse_math=False)
     axes.set_ylim(-0.6, len(shown) - 0.4)
     positive = [value for value in values if value]
     if positive and max(positive) > 50 * min(positive):

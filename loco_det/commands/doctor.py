@@ -226,6 +226,7 @@ def _packages() -> Check:
     missing = []
     for name in (
         "fvcore.common.config",
+        "jinja2",
         "matplotlib",
         "msgspec",
         "numpy",

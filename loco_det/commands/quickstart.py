@@ -20,6 +20,7 @@ from loco_det.annotations.synthetic import make_shapes_dataset
 from loco_det.commands.pretrain import pretrain_file
 from loco_det.convert import convert
 from loco_det.core.config import load_config
+from loco_det.core.errors import UserError
 from loco_det.core.files import write_json
 from loco_det.core.log import is_quiet, log, setup_logging
 from loco_det.detection.keys import get_cfg
@@ -42,8 +43,10 @@ def run(args: argparse.Namespace) -> None:
     """The whole road as the arguments say.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: a negative seed, or the folder cannot be written.
     """
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}; give 0 or more.")
     quickstart(args.out, args.seed)
 
 

@@ -302,11 +302,10 @@ def _flatten(mapping: dict[str, _Line], path: Path, prefix: str) -> dict[str, Se
         origin = f"{path}, line {item.line}"
         if "." in key or not key:
             raise UserError(f"{origin}: write {prefix}{key} as nested keys, one line for each part.")
-        value = _decode(item.value)
-        if isinstance(value, dict) and value:
-            settings.update(_flatten(value, path, f"{prefix}{key}."))
+        if isinstance(item.value, dict) and item.value:
+            settings.update(_flatten(item.value, path, f"{prefix}{key}."))
         else:
-            settings[prefix + key] = Setting(value, origin)
+            settings[prefix + key] = Setting(_decode(item.value), origin)
     return settings
 
 

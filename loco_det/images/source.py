@@ -1,6 +1,6 @@
 """`Source`: encoded images by number, which is all that pretraining and probes ask of a data set.
 
-`sources.py` finds the right one for a path; `tar.py` and `indexed.py` have their own kinds.
+`folders.py` finds the right one for a path; `tar.py` and `indexed.py` have their own kinds.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class TarSource(Source):
         return next(n for n in range(max(most, world_size), 0, -1) if batch % n == 0 and n % world_size == 0)
 
     def run(
-        self, run: int, runs: int, length: int, *, buffer: int, seed: int, epoch: int, first: int = 0
+        self, run: int, length: int, *, buffer: int, seed: int, epoch: int, first: int = 0
     ) -> Iterator[tuple[int, bytes]]:
         """(image, encoded bytes) of one run of an epoch, from its `first` on in the order after the shuffle buffer.
 
@@ -183,7 +183,12 @@ def open_tar(path: str, root: Path) -> TarSource:
 
 def expand_braces(path: str) -> list[str]:
     """`a-{00..02}.tar` -> a-00.tar, a-01.tar, a-02.tar."""
-    return list(_webdataset().shardlists.expand_urls(path)) if "{" in path else [path]
+    if "{" not in path:
+        return [path]
+    try:
+        return list(_webdataset().shardlists.expand_urls(path))
+    except ValueError as error:
+        raise UserError(f"DATA.PATH {path}: {error}; correct the braces, as in train-{{000..099}}.tar") from None
 
 
 def _webdataset() -> Any:

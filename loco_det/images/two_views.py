@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from loco_det.core import distributed
 from loco_det.core.device import keep_freed_memory, resolve_device, usable_cores
-from loco_det.core.errors import UserError
+from loco_det.core.errors import UserError, raising
 from loco_det.core.launch import leave_stopping_to_parent
 from loco_det.images.batched_views import packed
 from loco_det.images.batches import Answer, TwoViews, deliver_decoded, deliver_views, delivered, joined
 from loco_det.images.decode import decode_image
-from loco_det.images.folders import Source
+from loco_det.images.source import Source
 from loco_det.images.tar import TarSource
 from loco_det.images.unusable import SUBSTITUTES, Unusable
 from loco_det.images.views import (
@@ -210,7 +210,6 @@ class TarViews(IterableDataset):
     def _run(self, number: int, epoch: int, position: int) -> Iterator[tuple[int, bytes]]:
         return self.source.run(
             number,
-            self.runs,
             self.steps * self.share,
             buffer=self.buffer,
             seed=self.dataset.seed,
@@ -240,10 +239,7 @@ class TwoViewLoader:
         Raises:
             UserError: more than DATA.MAX_BAD_SHARE of the images cannot be read.
         """
-        for answer in self._answers(start):
-            if isinstance(answer, UserError):
-                raise answer
-            views, bad = answer
+        for views, bad in raising(self._answers(start)):
             self.bad.count(bad)
             yield views
 
@@ -363,10 +359,7 @@ class PlainLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[PlainBatch]:
-        for batch in self._loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        yield from raising(self._loader)
 
 
 def build_plain_loader(

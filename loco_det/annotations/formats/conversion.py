@@ -20,10 +20,10 @@ import msgspec
 from loco_det import __version__
 from loco_det.annotations.formats import cvat, label_studio, labelme, png_masks, via, voc_xml, yolo
 from loco_det.annotations.formats.files import Tree
-from loco_det.annotations.formats.objects import Found, Picture, area, mask_area
+from loco_det.annotations.formats.objects import Found, Picture, area
 from loco_det.annotations.formats.recognition import recognise
 from loco_det.annotations.formats.summary import Summary, printable
-from loco_det.annotations.segmentation import FARTHEST
+from loco_det.annotations.segmentation import FARTHEST, mask_area
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, write_json
 from loco_det.core.outputs import CONVERTED, SUMMARY, is_converted
@@ -242,7 +242,7 @@ def _annotation(number: int, image_id: int, category_id: int, found: Found) -> d
         "iscrowd": 0,
     }
     if found.mask is not None:
-        content |= {"segmentation": found.mask, "area": mask_area(found.mask)}
+        content |= {"segmentation": found.mask, "area": mask_area(found.mask, *found.mask["size"])}
     elif found.polygons:
         content |= {"segmentation": [list(outline) for outline in found.polygons], "area": area(found.polygons)}
     if found.difficult:

@@ -27,7 +27,6 @@ from loco_det.images.decode import SUFFIXES as IMAGE_SUFFIXES
 
 _READ = (*IMAGE_SUFFIXES, ".xml", ".json", ".gz", ".yaml", ".yml", ".txt", ".names")  # by some format
 _ORIENTATION = 274  # EXIF's tag; 5 to 8 are turned by a quarter
-_LINE_NUMBER = re.compile(r"line \d+")
 
 
 class Size(NamedTuple):

@@ -120,12 +120,8 @@ def encoded(mask: np.ndarray) -> dict[str, Any]:
 
 def mask_box(rle: dict[str, Any]) -> Box:
     """Around the pixels of a mask; without area where there are none."""
-    x, y, width, height = coco_mask.toBbox({**rle, "counts": rle["counts"].encode()}).tolist()
+    x, y, width, height = coco_mask.toBbox(rle).tolist()
     return x, y, x + width, y + height
-
-
-def mask_area(rle: dict[str, Any]) -> float:
-    return float(coco_mask.area({**rle, "counts": rle["counts"].encode()}))
 
 
 def pasted(part: np.ndarray, x: int, y: int, width: int, height: int) -> dict[str, Any]:

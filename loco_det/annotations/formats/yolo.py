@@ -85,7 +85,7 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
         else:
             settings = _read_settings(path)
             _check_paths(settings)
-            summary.classes = _names(path, settings)
+            summary.classes = _names(settings)
             keypoints = "kpt_shape" in settings
             images = _images(tree, path, settings, summary)
     except Unreadable as error:
@@ -148,7 +148,7 @@ def _plain(node: yaml.Node) -> Any:
     return {key: value.value if isinstance(value, yaml.ScalarNode) else None for key, value in _pairs(node).items()}
 
 
-def _names(path: Path, settings: dict[str, Any]) -> list[str]:
+def _names(settings: dict[str, Any]) -> list[str]:
     """The class names by number."""
     names = settings.get("names")
     if isinstance(names, dict):

@@ -114,7 +114,8 @@ def draw(points: np.ndarray, labels: np.ndarray, classes: Sequence[str], title: 
     axes = figure.subplots()
     colours = matplotlib.colormaps["tab10"].colors
     for colour, label in zip(colours, np.unique(labels)):
-        axes.scatter(*points[labels == label].T, s=14, color=colour, label=classes[label], linewidths=0)
+        name = classes[label].replace("$", r"\$")  # else the start of a formula
+        axes.scatter(*points[labels == label].T, s=14, color=colour, label=name, linewidths=0)
     axes.set(title=title, xticks=[], yticks=[], aspect="equal")
     axes.set_adjustable("datalim")
     figure.legend(loc="outside right upper", frameon=False, fontsize=9, markerscale=1.6)
