@@ -29,6 +29,7 @@ from test_voc import slow_ap, write_voc
 import loco_det.evaluation as measures
 from loco_det.annotations.registry import Dataset, find_dataset
 from loco_det.cli import run_job
+from loco_det.core.run_folder import run_folder
 from loco_det.evaluation.bootstrap import Counted
 from loco_det.evaluation.cityscapes import evaluate_cityscapes
 from loco_det.evaluation.lvis import NUMBERS, evaluate_lvis
@@ -400,6 +401,9 @@ def test_c6_an_evaluation_alone_keeps_nothing(coco, monkeypatch):
         (lambda row: row.update(image_id=-(10**30)), r"row 3: .*at image_id"),
         (lambda row: row.update(category_id=10**30), r"row 3: .*at category_id"),
         (lambda row: row["segmentation"].update(size=[10**30, 9]), r"row 3: .*at segmentation.size"),
+        (lambda row: row.update({"\ud800": 1}), "not in COCO's result format"),
+        (lambda row: row["segmentation"].update(counts="-"), "row 3 has a mask whose run lengths cannot be read"),
+        (lambda row: row["segmentation"].update(counts="oooo6"), "row 3 has a mask whose run lengths .* do not fit"),
         (lambda row: row.update(score=None), "row 3: Expected `float`, got `null` at score"),
         (lambda row: row.pop("score"), "row 3: .*missing required field `score`"),
         (lambda row: row.update(score=math.nan), "row 3 has a score that is not finite"),
@@ -438,6 +442,17 @@ def test_c6_a_file_that_is_no_results_file_is_one_sentence(coco, capsys, content
     line = refused(capsys, file, "--data", path)
     assert words in line
     assert str(file) in line
+
+
+def test_results_of_a_run_that_were_changed_are_refused(coco, tmp_path, capsys):
+    annotations, results = coco[0], coco[1]
+    inside = tmp_path / "run" / "inference" / "results.json"
+    inside.parent.mkdir(parents=True)
+    with run_folder(tmp_path / "run"):
+        write(inside, json.loads(results.read_text()))
+    evaluated(tmp_path, inside, "--data", annotations, "--bootstrap", 0)
+    inside.write_text(inside.read_text().replace("1", "2", 1))
+    assert "results.json: is not what the run wrote" in refused(capsys, inside, "--data", annotations)
 
 
 def test_c6_nothing_is_measured_before_all_is_known_to_be_sound(coco, tmp_path, capsys):

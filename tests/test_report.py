@@ -25,6 +25,7 @@ from loco_det.annotations.registry import find_dataset
 from loco_det.cli import main
 from loco_det.commands.report import training_series
 from loco_det.core.errors import UserError
+from loco_det.core.files import write_checked_json
 from loco_det.evaluation.coco import evaluate_coco
 from loco_det.evaluation.lvis import NUMBERS, evaluate_lvis
 from loco_det.evaluation.voc import evaluate_voc
@@ -332,6 +333,9 @@ def test_a_run_that_left_nothing_is_named(data, runs, tmp_path, capsys):
         ("config.yaml", "MODEL: {META_ARCHITECTURE: GeneralizedRCNN}", "config.yaml: lacks DATASETS.TEST"),
         ("metrics.json", '3\n{"iteration": 1}\n', "metrics.json: line 1 is no JSON object"),
         ("metrics.json", b"\xff\xfe\n", "metrics.json: cannot be read"),
+        ("run.json", '{"seed": 1', "run.json: is not as a run writes it"),
+        ("run.json", '{"seed": 1, "environment": {"devi": "cpu"}}', "run.json: is not as a run writes it"),
+        ("SHA256SUMS", f"{'0' * 64}  config.yaml\n", "config.yaml: is not what the run wrote"),
     ],
 )
 def test_a_damaged_run_is_one_sentence(runs, tmp_path, capsys, file, content, words):
@@ -349,6 +353,17 @@ def test_damaged_detections_are_a_gap(runs, tmp_path, capsys, content):
     assert main(["report", str(runs), "--out", str(out), "--bootstrap", "0", "--images", "1", "--quiet"]) == 0
     told = json.loads((out / "report.json").read_text())["missing"]
     assert any(text.startswith(f"{runs / 'loco0'}: its detections") for text in told)
+
+
+def test_a_probe_that_was_changed_is_refused(tmp_path):
+    content = {"stages": {"res5": {"top1": 30.0, "top1_interval": [29, 31]}}, "features": {"batchnorm": "as stored"}}
+    write_checked_json(tmp_path / "probe.json", content)
+    assert len(find_runs([str(tmp_path)]).probes) == 1
+    text = (tmp_path / "probe.json").read_text()
+    for changed in (text.replace("30.0", "80.0"), text[:-9]):
+        (tmp_path / "probe.json").write_text(changed)
+        with pytest.raises(UserError, match=r"probe\.json: is no"):
+            find_runs([str(tmp_path)])
 
 
 @pytest.mark.parametrize("stages", [5, ["res5"], {"res5": 3.0}, {"res5": {"top1": None}}, {}])

@@ -16,6 +16,7 @@ from loco_det.annotations.registry import Dataset, find_dataset, measure_of
 from loco_det.core.errors import UserError
 from loco_det.core.files import check_writable, file_sha256, write_json
 from loco_det.core.log import log
+from loco_det.core.run_folder import check_sums
 from loco_det.detection.precomputed import read_proposals
 from loco_det.evaluation.bootstrap import Resamplable
 from loco_det.evaluation.cityscapes import OFFICIAL
@@ -143,6 +144,8 @@ def _read(
         _refuse_choices(f"{dataset.name} has a label for each pixel", "pixels", iou_type, measure)
         return [_label_files(path, dataset) for path in files], (), "pixels"
     for path in files:
+        for folder in path.absolute().parents[1:3]:  # of a run
+            check_sums(folder, path.absolute())
         if path.is_dir():
             raise UserError(f"{path} is a folder; give the file of results, as inference/coco_instances_results.json.")
     if all(path.suffix == ".pkl" for path in files):

@@ -18,6 +18,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
+import hotcoco
 import msgspec
 import numpy as np
 
@@ -186,7 +187,7 @@ def check_results(
     try:
         with no_garbage_collection():
             records = msgspec.convert(results, list[msgspec.defstruct("Detection", fields, gc=False)])
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter of halves of a surrogate pair
         place = re.match(r"(.*) - at `\$\[(\d+)\](.*)`", str(error))
         which = f"row {int(place[2]) + 1}: {place[1]}{place[3] and f' at {place[3][1:]}'}" if place else str(error)
         raise UserError(
@@ -213,7 +214,18 @@ def check_results(
         image = np.searchsorted(truth.index.image_id, columns["image_id"])
         size = np.stack([truth.index.height[image], truth.index.width[image]], 1)
         _refuse(source, "a mask of another [height, width] than its image", (found.reshape(-1, 2) != size).any(1))
+        if not _are_masks(masks):
+            wrong = np.array([not _are_masks([mask]) for mask in masks])
+            _refuse(source, "a mask whose run lengths cannot be read or do not fit into its image", wrong)
     return Detections(columns["image_id"], columns["category_id"], scores, boxes, masks)
+
+
+def _are_masks(masks: list[dict[str, Any]]) -> bool:
+    try:
+        hotcoco.mask.area(masks)
+    except ValueError:
+        return False
+    return True
 
 
 def _refuse(source: str | Path, what: str, wrong: np.ndarray) -> None:
