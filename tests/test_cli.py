@@ -310,7 +310,7 @@ def test_a_tool_runs_from_anywhere_without_an_installation(name: str, tmp_path: 
 
 @pytest.mark.parametrize(
     ("processes", "workers", "name", "send"),
-    [(1, 0, "SIGINT", os.kill), (1, 1, "SIGTERM", os.killpg), (2, 1, "SIGINT", os.killpg)],
+    [(1, 1, "SIGTERM", os.killpg), (2, 1, "SIGINT", os.killpg)],
 )
 def test_a_stopped_pretraining_saves_and_says_how_to_go_on(
     processes: int, workers: int, name: str, send: Callable, tmp_path: Path

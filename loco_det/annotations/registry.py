@@ -102,7 +102,7 @@ def present_datasets() -> list[str]:
 
 
 def benchmark_of(name: str) -> str:
-    """Return the benchmark of a data set by its name: coco, lvis, voc, cityscapes or, for pixel labels, semantic."""
+    """Return the benchmark of a data set by its name: coco, lvis, voc, cityscapes or, for pixel labels, pixels."""
     whole = name.partition("@")[0]
     families = {
         "cityscapes": is_cityscapes(name),

@@ -6,7 +6,9 @@ they expect. Reading one executes nothing.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
@@ -25,6 +27,7 @@ from loco_det.core.files import atomic_write
 
 FORMAT = 1
 HEADER_KEY = "loco_det"
+_SEAL = re.compile(rb',"sha256":"([0-9a-f]{64})"\}\Z')  # ends a manifest: the hash of it without this
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -99,7 +102,7 @@ def save_backbone(path: str | Path, tensors: dict[str, Tensor], manifest: Manife
 
 def write_backbone(file: IO[bytes], tensors: dict[str, Tensor], manifest: Manifest) -> None:
     """Write the artifact to `file`, an open named file, positioned at its start."""
-    header = {HEADER_KEY: msgspec.json.encode(manifest).decode()}  # one key: safetensors does not order several
+    header = {HEADER_KEY: encode_manifest(manifest)}  # one key: safetensors does not order several
     save_file(tensors, file.name, metadata=header)  # by name, which avoids a second copy
     file.seek(0, os.SEEK_END)
 
@@ -140,12 +143,23 @@ def require_resnet(path: str | Path, manifest: Manifest) -> None:
         )
 
 
+def encode_manifest(manifest: Manifest) -> str:
+    """A manifest as JSON, with a checksum at its end."""
+    text = msgspec.json.encode(manifest).decode()
+    return f'{text[:-1]},"sha256":"{hashlib.sha256(text.encode()).hexdigest()}"}}'
+
+
 def decode_manifest(text: str | bytes, path: str | Path) -> Manifest:
     """Decode a manifest from JSON; errors name `path`.
 
     Raises:
-        UserError: malformed, or written by a newer format.
+        UserError: malformed, changed since it was written, or written by a newer format.
     """
+    text = text.encode("utf-8", "replace") if isinstance(text, str) else text
+    if seal := _SEAL.search(text):
+        text = text[: seal.start()] + b"}"
+        if hashlib.sha256(text).hexdigest().encode() != seal[1]:
+            raise UserError(f"{path}: its manifest does not match the sha256 at its end; take an intact copy")
     try:
         found = msgspec.json.decode(text, type=dict[str, Any]).get("format")
         if found != FORMAT:

@@ -16,6 +16,7 @@ from loco_det.annotations.registry import Dataset, find_dataset, measure_of
 from loco_det.core.errors import UserError
 from loco_det.core.files import check_writable, file_sha256, write_json
 from loco_det.core.log import log
+from loco_det.core.run_folder import check_sums
 from loco_det.detection.precomputed import read_proposals
 from loco_det.evaluation.bootstrap import Resamplable
 from loco_det.evaluation.cityscapes import OFFICIAL
@@ -114,7 +115,7 @@ def evaluate_files(
     check_known_evaluator(kind, evaluator, dataset.name)
     found = []
     for path, results in zip(files, rows):
-        subject = Subject(dataset, path.parent, "segm" in types, (), evaluator, boxes="bbox" in types)
+        subject = Subject(dataset, path.parent, "segm" in types, (), evaluator, boxes="bbox" in types, labels=path)
         found.append(_evaluated(path, kind(subject), results, resamples))
     content = {
         "loco_det": __version__,
@@ -140,11 +141,15 @@ def _read(
     All files are read before anything is evaluated.
     """
     if dataset.is_pixels:
+        _refuse_choices(f"{dataset.name} has a label for each pixel", "pixels", iou_type, measure)
         return [_label_files(path, dataset) for path in files], (), "pixels"
     for path in files:
+        for folder in path.absolute().parents[1:3]:  # of a run
+            check_sums(folder, path.absolute())
         if path.is_dir():
             raise UserError(f"{path} is a folder; give the file of results, as inference/coco_instances_results.json.")
     if all(path.suffix == ".pkl" for path in files):
+        _refuse_choices(f"{files[0]} holds proposals", "proposals", iou_type, measure)
         return [_proposals(path, dataset) for path in files], (), "proposals"
     rows = [read_results(path) for path in files]
     # Check only the evaluated shape, so that the other may be missing.
@@ -163,6 +168,13 @@ def _read(
     for path, each in zip(files, rows):
         check_results(each, truth, types, source=path)
     return [_as_proposals(each) if name == "proposals" else each for each in rows], types, name
+
+
+def _refuse_choices(because: str, name: str, iou_type: str | None, measure: str | None) -> None:
+    """Raise UserError for options that measure `name` would pass over."""
+    for option, value in (("--iou-type", iou_type), ("--measure", None if measure == name else measure)):
+        if value is not None:
+            raise UserError(f"{because}, so {option} {value} does not apply; leave it out.")
 
 
 def _label_files(path: Path, dataset: Dataset) -> list[str]:
@@ -196,10 +208,9 @@ def _as_proposals(rows: list[dict[str, Any]]) -> list[Proposals]:
 
 def _evaluated(path: Path, measure: Measure, results: list[Any], resamples: int) -> _Evaluated:
     dataset, images = measure.dataset, len(set(map(_image_of, results)))
-    if dataset.is_pixels:
-        measure.folder = path
     log.info("%s: results in %d of the %d images of %s", path, images, len(dataset.index.image_id), dataset.name)
-    return _Evaluated(path, images, measure.evaluate(results), measure.resamplable(results) if resamples else [])
+    judged = measure.resamplable(results) if resamples else []  # first, so that `evaluate` takes no second matching
+    return _Evaluated(path, images, measure.evaluate(results), judged)
 
 
 def _image_of(result: Any) -> int | str:

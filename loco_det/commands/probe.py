@@ -16,7 +16,7 @@ from loco_det import __version__
 from loco_det.commands.convert import add_input_arguments, read_stated
 from loco_det.core.device import resolve_device
 from loco_det.core.errors import UserError
-from loco_det.core.files import cache_folder, check_writable, write_json
+from loco_det.core.files import cache_folder, check_writable, write_checked_json
 from loco_det.core.log import Progress, log
 from loco_det.evaluation.knn import knn_predict
 from loco_det.evaluation.probes.backbones import choose_stages, load_backbone_for_probe
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.quiet:
         _print(results)
     if args.json:
-        write_json(args.json, results)
+        write_checked_json(args.json, results)
 
 
 def probe(args: argparse.Namespace) -> dict[str, Any]:

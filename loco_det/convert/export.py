@@ -9,12 +9,11 @@ import pickle
 from pathlib import Path
 from typing import IO, Any
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
-from loco_det.backbones.artifact import HEADER_KEY, Manifest, write_backbone
+from loco_det.backbones.artifact import HEADER_KEY, Manifest, encode_manifest, write_backbone
 from loco_det.convert.architecture import Architecture
 
 
@@ -42,7 +41,7 @@ def write_pickle(file: IO[bytes], tensors: dict[str, Tensor], manifest: Manifest
         "model": {name: tensor.numpy() for name, tensor in tensors.items()},
         "__author__": "loco_det",
         "matching_heuristics": True,
-        HEADER_KEY: msgspec.json.encode(manifest).decode(),
+        HEADER_KEY: encode_manifest(manifest),
     }
     file.seek(0)
     file.truncate()

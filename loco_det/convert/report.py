@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -233,9 +233,14 @@ def _best_row(
     """Return the backbone by the first row that knows every tensor; without one, for `alone`, by no row."""
     rows = list(fitting(tensors, chosen.prefix, chosen.naming))
     if alone or not rows:
-        rows.append(Candidate(None, chosen.prefix, chosen.prefix, chosen.naming))
+        rows.append(_as_no_row(chosen))
     knowing = (row for row in rows if _unknown(tensors, row, others, drop) is None)
     return next(knowing, rows[-1] if alone else rows[0])
+
+
+def _as_no_row(chosen: Candidate) -> Candidate:
+    """The backbone alone, of an unknown code base: what stands outside its prefix is dropped."""
+    return Candidate(None, chosen.prefix, chosen.prefix, chosen.naming)
 
 
 def _sorted(
@@ -266,17 +271,19 @@ def _sorted(
             dropped.setdefault(reason, []).append(file_key)
         else:
             where = f"a {chosen.source.name} checkpoint, the nearest known" if chosen.source else "this checkpoint"
-            prefix = shlex.quote(chosen.prefix)
-            alone = f"take the backbone alone, --branch {prefix}, or " if chosen.source else ""
-            raise UserError(f"{path}: tensor {file_key!r} is unknown in {where}; {alone}leave it out, --drop PATTERN")
+            # As a whole command, for this file may be read by one that has no such options.
+            remedies = [f"leave it out: loco-det convert {shlex.quote(str(path))} backbone.pkl --drop PATTERN"]
+            if _unknown(original, _as_no_row(chosen), others, drop) is None:
+                remedies.append(f"take the backbone alone with --branch {shlex.quote(chosen.prefix)} in its place")
+            raise UserError(f"{path}: tensor {file_key!r} is unknown in {where}; {', or '.join(remedies)}")
     if unused := [pattern for pattern in drop if pattern not in used]:
         raise UserError(f"{path}: --drop {unused[0]} matches no tensor; correct it or leave it out")
     return found, keys, dropped
 
 
-def _unknown(tensors: dict[str, Tensor], chosen: Candidate, others: dict[str, str], drop: Sequence[str]) -> str | None:
-    """Return the first tensor that a row does not know."""
-    for key in tensors:
+def _unknown(keys: Iterable[str], chosen: Candidate, others: dict[str, str], drop: Sequence[str]) -> str | None:
+    """The first tensor that a row does not know."""
+    for key in keys:
         if _place(key, chosen, others) == (None, None) and _drop_pattern(key, key, chosen, drop) is None:
             return key
     return None

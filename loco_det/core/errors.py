@@ -15,8 +15,16 @@ class UserError(Exception):
     """Invalid input from the user.
 
     The message is one sentence that names the file, key or tensor and the remedy. The command line prints it and exits
-    with status 2; any other exception is a bug and keeps its traceback.
+    with status 2; any other exception is a bug and keeps its traceback. It stays one line whatever a name in it holds:
+    unprintable characters are escaped.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if message.isprintable() else "".join(map(_printable, message)))
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 def raising(batches: Iterable[_Batch | UserError]) -> Iterator[_Batch]:

@@ -20,28 +20,57 @@ from loco_det.core.errors import UserError
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a file that appears at `path` complete when the block ends, or not at all if it fails.
 
-    The file is written under a temporary name in the same folder, flushed to disk and renamed.
+    The file is written under a temporary name in the same folder, flushed to disk and renamed. A temporary file that a
+    killed process left is overwritten.
 
     Raises:
         UserError: the folder or file cannot be written, or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with _temporary(path, mode, encoding=None if "b" in mode else "utf-8") as file:
+            try:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)  # so that the rename survives a power cut
+                os.replace(file.name, path)  # before the lock goes with the file, or the next writer would empty it
+            except BaseException:
+                os.unlink(file.name)
+                raise
+        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _temporary(path: Path, mode: str, encoding: str | None) -> IO[Any]:
+    """The file that is to become `path`: locked, under one name, or under one's own where that cannot be had."""
+    try:
+        return open(path.with_name(f".{path.name}.tmp"), mode, encoding=encoding, opener=_locked_and_empty)
+    except OSError:
+        return open(path.with_name(f".{path.name}.{os.getpid()}.tmp"), mode, encoding=encoding)
+
+
+def _locked_and_empty(name: str, flags: int) -> int:
+    """A descriptor for `open`; raises OSError if another process writes the file, or the file system has no locks."""
+    fd = os.open(name, flags & ~os.O_TRUNC, 0o666)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            os.unlink(name)
+            raise
+        if os.fstat(fd).st_ino != os.stat(name).st_ino:  # renamed since it was opened
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        os.ftruncate(fd, 0)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 @contextlib.contextmanager
@@ -88,9 +117,14 @@ def read_checked_json(path: str | Path) -> dict[str, Any] | None:
     """Read a file of `write_checked_json`; None if it is missing, unreadable or fails its checksum."""
     try:
         value = json.loads(Path(path).read_bytes())
-        return value if isinstance(value, dict) and value.pop("sha256", None) == _digest(value) else None
+        return value if isinstance(value, dict) and has_checksum(value) and value.pop("sha256") else None
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def has_checksum(value: dict[str, Any]) -> bool:
+    """Whether what was read from a file is as `write_checked_json` wrote it."""
+    return value.get("sha256") == _digest({key: item for key, item in value.items() if key != "sha256"})
 
 
 def _digest(value: dict[str, Any]) -> str:

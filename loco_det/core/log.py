@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -37,6 +38,24 @@ class _Console(logging.StreamHandler):
         return sys.stderr
 
 
+class _File(logging.FileHandler):
+    """log.txt; a disk that is full is told of once, and ends nothing."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.told:
+            self.told = True
+            log.warning("%s: cannot be written (%s); lines are missing from it", self.baseFilename, error.strerror)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of what is still to be written
+            super().close()
+
+
 def setup_logging(output_dir: str | Path | None = None, quiet: bool | None = None) -> None:
     """Send the `loco_det` logger to standard error and, on the main process, to OUTPUT_DIR/log.txt.
 
@@ -64,7 +83,7 @@ def setup_logging(output_dir: str | Path | None = None, quiet: bool | None = Non
     if output_dir is not None and is_main():
         with os_errors(output_dir):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            file = logging.FileHandler(Path(output_dir) / "log.txt", encoding="utf-8")
+            file = _File(Path(output_dir) / "log.txt", encoding="utf-8")
         file.setFormatter(logging.Formatter(_LINE, "%Y-%m-%d %H:%M:%S"))
         log.addHandler(file)
 

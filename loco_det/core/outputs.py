@@ -24,7 +24,7 @@ _WRITTEN = {  # marker file -> names that the command writes
     SUMMARY: (SUMMARY,),
     "report.json": ("report.json", "report.md", "index.html", "pretraining_losses.png"),
 }
-_OF_A_RUN = ("config.yaml", "run.json", "metrics.json", "log.txt", "inference", "wandb")
+_OF_A_RUN = ("config.yaml", "run.json", "metrics.json", "SHA256SUMS", "log.txt", "inference", "wandb")
 _HEAD = 4096  # bytes in which a marker file names the package
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import socket
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -13,15 +14,19 @@ from typing import Any
 from loco_det.core.config import flat
 from loco_det.core.distributed import is_main
 from loco_det.core.errors import UserError
-from loco_det.core.files import os_errors
+from loco_det.core.files import atomic_write, file_sha256, os_errors
 
 LOCK = ".lock"
+SUMS = "SHA256SUMS"
+_SUMMED = ("config.yaml", "run.json", "metrics.json", "inference*/*.json", "*/inference*/*.json")
+_SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 @contextlib.contextmanager
 def run_folder(folder: str | Path) -> Iterator[None]:
     """Lock OUTPUT_DIR for one run, on its main process; removes temporary files of a killed run.
 
+    While the run works there is no SHA256SUMS. It is written at the end, or after a failure restored if it still holds.
     The system releases the lock when the process ends, however it ends. Without effect on file systems without locks.
 
     Raises:
@@ -51,7 +56,53 @@ def run_folder(folder: str | Path) -> Iterator[None]:
             file.flush()
             for left in folder.glob(".*.tmp"):
                 left.unlink(missing_ok=True)
-        yield
+            before = (folder / SUMS).read_bytes() if (folder / SUMS).is_file() else None
+            (folder / SUMS).unlink(missing_ok=True)
+        try:
+            yield
+        except UserError:
+            with contextlib.suppress(UserError):
+                if before is not None and before == _sums(folder):
+                    _write_sums(folder, before)
+            raise
+        _write_sums(folder, _sums(folder))
+
+
+def _sums(folder: Path) -> bytes:
+    """What a run has left, as `sha256sum` lists it."""
+    files = sorted(file for pattern in _SUMMED for file in folder.glob(pattern) if file.is_file())
+    with os_errors(folder):
+        return "".join(f"{file_sha256(file)}  {file.relative_to(folder)}\n" for file in files).encode()
+
+
+def _write_sums(folder: Path, content: bytes) -> None:
+    with atomic_write(folder / SUMS) as file:
+        file.write(content)
+
+
+def check_sums(folder: Path, only: Path | None = None) -> None:
+    """Compare what a run left in `folder` with its SHA256SUMS, if it has one; files that are gone are no concern here.
+
+    Args:
+        only: compare this file alone.
+
+    Raises:
+        UserError: a file is not what the run wrote.
+    """
+    sums = folder / SUMS
+    advice = f"take an intact copy, or delete {sums} to use the files as they are"
+    if not sums.is_file():
+        return
+    try:
+        for line in sums.read_text(errors="replace").splitlines():
+            found = _SUM.fullmatch(line)
+            if found is None:
+                raise UserError(f"{sums}: is damaged; {advice}")
+            file = folder / found[2]
+            if (only is None or file == only) and file.is_file() and file_sha256(file) != found[1]:
+                raise UserError(f"{file}: is not what the run wrote; {advice}")
+    except (OSError, ValueError) as error:  # a name with a NUL
+        raise UserError(f"{folder}: cannot be compared with its {SUMS} ({error}); {advice}") from error
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> dict[str, str]:

@@ -63,7 +63,7 @@ class Run:
 
 def train(run: Run, evaluator: str, metrics: RunMetrics) -> None:
     """Run iterations run.start to SOLVER.MAX_ITER, with logs, checkpoints and periodic evaluation; no final one."""
-    cfg, last = run.cfg, run.cfg.SOLVER.MAX_ITER - 1
+    last = run.cfg.SOLVER.MAX_ITER - 1
     periodic = run.checkpointer.periodic()
     run.wrapped.train()
     metrics.trim(run.start - bool(run.checkpointer.note.get(LINE_DUE)))
@@ -74,13 +74,14 @@ def train(run: Run, evaluator: str, metrics: RunMetrics) -> None:
     )
     with StopSignal() as stop, Progress(last + 1, "train", run.start) as progress, _save_on_failure(run):
         if run.checkpointer.note.pop(LINE_DUE, False):
+            _precise_statistics(run, run.start - 1)
             _write_line(run, run.start - 1, evaluator, metrics)
+            periodic.step(run.start - 1)
         for iteration, stopped in _steps(run, stop):
-            if precise_bn.is_due(cfg, iteration):
-                precise_bn.recompute(cfg, run.engine, run.model, iteration)
-            progress.advance(**_shown(run, _metrics(run, iteration)))
             run.checkpointer.note[RECENT] = {name: list(values) for name, values in run.recent.items()}
             run.checkpointer.note[LINE_DUE] = True
+            _precise_statistics(run, iteration)
+            progress.advance(**_shown(run, _metrics(run, iteration)))
             if stopped and iteration < last:
                 path = run.checkpointer.save(f"model_{iteration:07d}", iteration)
                 run.done = None
@@ -104,6 +105,13 @@ def _save_on_failure(run: Run) -> Iterator[None]:
         if run.done is not None:
             run.checkpointer.save(f"model_{run.done:07d}", run.done)
         raise
+
+
+def _precise_statistics(run: Run, iteration: int) -> None:
+    """Recompute BatchNorm's statistics if due; seeded by the iteration, since a resumed run may have to repeat it."""
+    if precise_bn.is_due(run.cfg, iteration):
+        seed_iteration(run.cfg.SEED, iteration)
+        precise_bn.recompute(run.cfg, run.engine, run.model, iteration)
 
 
 def _write_line(run: Run, iteration: int, evaluator: str, metrics: RunMetrics) -> None:

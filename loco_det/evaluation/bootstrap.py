@@ -31,6 +31,9 @@ class Resamplable(Protocol):
     kind: str
     images: int
 
+    def numbers(self) -> dict[str, float]:
+        """{number: percent} of every image once; not of every number of the measure."""
+
     def intervals(self, resamples: int) -> dict[str, Interval]:
         """Return {number: its interval}."""
 
@@ -58,7 +61,6 @@ class Counted:
     _drawn: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def numbers(self) -> dict[str, float]:
-        """Return the numbers with every image counted once."""
         return dict(zip(self.names, self.measure(np.ones(self.images, np.int64))))
 
     def intervals(self, resamples: int) -> dict[str, Interval]:
@@ -88,18 +90,23 @@ class Matched:
 
     Attributes:
         evaluation: evaluated and accumulated.
-        nothing: the same without any results, whose every number is 0.
-        names: numbers defined in practically every draw; see `in_every_draw`.
+        nothing: makes the same of no results at all, whose every number is 0, for each kind.
+        names: the numbers that practically every draw has; see `in_every_draw`.
     """
 
     kind: str
     evaluation: hotcoco.COCOeval
-    nothing: hotcoco.COCOeval
+    nothing: Callable[[], dict[str, hotcoco.COCOeval]]
     names: tuple[str, ...]
     images: int
 
+    def numbers(self) -> dict[str, float]:
+        precision = np.asarray(self.evaluation.eval["precision"])[:, :, :, 0, -1]
+        return {"AP": 100 * precision[precision > -1].mean()}
+
     def intervals(self, resamples: int) -> dict[str, Interval]:
-        return {name: found["ci95"] for name, found in self._compare(self.nothing, resamples).items()}
+        compared = self._compare(self.nothing()[self.kind], resamples)
+        return {name: found["ci95"] for name, found in compared.items()}
 
     def differences(self, reference: Matched, resamples: int) -> dict[str, dict[str, Any]]:
         return self._compare(reference.evaluation, resamples)
@@ -124,9 +131,11 @@ def in_every_draw(images_with: int, images: int) -> bool:
 
 
 def _limits(names: tuple[str, ...], drawn: np.ndarray) -> dict[str, Interval]:
-    """Return each number's interval over the (draws, numbers) where it is defined: draws without objects have no AP."""
+    """The interval of each number that practically every one of the (draws, numbers) has."""
     columns = {name: column[np.isfinite(column)] for name, column in zip(names, drawn.T)}
-    return {name: np.percentile(column, [2.5, 97.5]).tolist() for name, column in columns.items() if len(column)}
+    most = _EMPTY_DRAWS * len(drawn)
+    usual = {name: column for name, column in columns.items() if len(drawn) - len(column) <= most}
+    return {name: np.percentile(column, [2.5, 97.5]).tolist() for name, column in usual.items()}
 
 
 def _draws(images: int, resamples: int) -> Iterator[np.ndarray]:

@@ -55,12 +55,22 @@ class Measure(coco.Measure):
         log.info("%s: its truth is secret; %s can be submitted to cityscapes-dataset.com", self.dataset.name, file)
         return {}
 
+    def match(self, results: list[dict[str, Any]]) -> Outcomes:
+        return cityscapes_outcomes(self.dataset.annotations, self.dataset.images, results)
+
     def numbers(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-        official = self.evaluator == OFFICIAL
-        return evaluate_cityscapes(self.dataset.annotations, self.dataset.images, results, official=official)
+        if self.evaluator == OFFICIAL:
+            return evaluate_cityscapes(self.dataset.annotations, self.dataset.images, results, official=True)
+        return {"segm": in_percent(self.matched(results).precision())}
 
     def resamplable(self, results: list[dict[str, Any]]) -> list[Resamplable]:
-        return [count_instances(self.dataset.annotations, self.dataset.images, results)]
+        outcomes, names = self.matched(results, keep=True), ("AP", "AP50")
+
+        def measure(times: np.ndarray) -> list[float]:
+            numbers = in_percent(outcomes.precision(times))
+            return [numbers[name] for name in names]
+
+        return [Counted("segm", names, outcomes.images, measure)]
 
 
 def evaluate_cityscapes(
@@ -88,17 +98,6 @@ def evaluate_cityscapes(
 def cityscapes_outcomes(annotations: Path, images: Path, results: list[dict[str, Any]]) -> Outcomes:
     """Match once for AP of any weighting of images; arguments and errors as for `evaluate_cityscapes`."""
     return Outcomes(*_checked(annotations, images, results))
-
-
-def count_instances(annotations: Path, images: Path, results: list[dict[str, Any]]) -> Counted:
-    """Return AP and AP50 for any draw of images; arguments and errors as for `evaluate_cityscapes`."""
-    outcomes, names = cityscapes_outcomes(annotations, images, results), ("AP", "AP50")
-
-    def measure(times: np.ndarray) -> list[float]:
-        numbers = in_percent(outcomes.precision(times))
-        return [numbers[name] for name in names]
-
-    return Counted("segm", names, outcomes.images, measure)
 
 
 def _checked(annotations: Path, images: Path, results: list[dict[str, Any]]) -> tuple[list[_Frame], Detections]:

@@ -13,6 +13,8 @@ import contextlib
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from loco_det.core.files import atomic_write
 from loco_det.core.log import log
 from loco_det.evaluation.bootstrap import Matched, Resamplable, in_every_draw
 from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
-from loco_det.evaluation.measure import Subject
+from loco_det.evaluation.measure import MatchesOnce, Subject
 
 EVALUATORS = ("hotcoco", "pycocotools")
 SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -71,9 +73,40 @@ def evaluate_coco(
     if not iou_types or not set(iou_types) <= {"bbox", "segm"}:
         raise ValueError(f"iou_types must be some of 'bbox', 'segm', not {iou_types!r}")
     truth = read_ground_truth(annotations, iou_types)
-    detections = check_results(results, truth, iou_types)
-    precision = (_hotcoco if evaluator == "hotcoco" else _pycocotools)(truth, detections, iou_types, max_dets)
-    return {iou_type: _summarise(values, truth.categories) for iou_type, values in precision.items()}
+    return Outcomes(truth, check_results(results, truth, iou_types), iou_types, max_dets).numbers(evaluator)
+
+
+@dataclass
+class Outcomes:
+    """Sound results beside their truth; hotcoco matches them once, when its numbers are first asked for."""
+
+    truth: GroundTruth
+    detections: Detections
+    iou_types: Sequence[str]
+    max_dets: int = 100
+
+    @cached_property
+    def evaluations(self) -> dict[str, hotcoco.COCOeval]:
+        """As `hotcoco_evaluations`."""
+        return hotcoco_evaluations(self.truth, self.detections, self.iou_types, self.max_dets)
+
+    def precision(self, evaluator: str) -> dict[str, np.ndarray]:
+        """{iou type: precision (T, R, K, A) float64, -1 where undefined}."""
+        if evaluator == "pycocotools":
+            return _pycocotools(self.truth, self.detections, self.iou_types, self.max_dets)
+        return {iou_type: np.asarray(e.eval["precision"])[..., -1] for iou_type, e in self.evaluations.items()}
+
+    def numbers(self, evaluator: str) -> dict[str, dict[str, float]]:
+        """As `evaluate_coco`."""
+        precision = self.precision(evaluator)
+        return {iou_type: _summarise(values, self.truth.categories) for iou_type, values in precision.items()}
+
+    def judged(self) -> list[Resamplable]:
+        """What hotcoco draws images of, for each IoU type."""
+        none = Detections(*(np.zeros(0, np.int64) for _ in range(2)), np.zeros(0), np.zeros((0, 4)), [])
+        nothing = cache(partial(hotcoco_evaluations, self.truth, none, self.iou_types))
+        names, images = usual_numbers(self.truth), len(self.truth.index.image_id)
+        return [Matched(t, found, nothing, names, images) for t, found in self.evaluations.items()]
 
 
 def hotcoco_evaluations(
@@ -117,35 +150,25 @@ def hotcoco_evaluations(
     return evaluations
 
 
-def match(truth: GroundTruth, detections: Detections, iou_types: Sequence[str]) -> list[Matched]:
-    """Match detections with the ground truth, for each IoU type; raises as `hotcoco_evaluations`."""
-    none = Detections(*(np.zeros(0, np.int64) for _ in range(2)), np.zeros(0), np.zeros((0, 4)), [])
-    found, nothing = (hotcoco_evaluations(truth, each, iou_types) for each in (detections, none))
-    images = len(truth.index.image_id)
-    return [Matched(t, found[t], nothing[t], _usual_numbers(truth), images) for t in iou_types]
+def usual_numbers(truth: GroundTruth, groups: dict[str, list[int]] | None = None) -> tuple[str, ...]:
+    """Those of `SUMMARY` and of `groups` that practically every draw of images has an object for.
 
-
-def _usual_numbers(truth: GroundTruth) -> tuple[str, ...]:
-    """Return the numbers of `SUMMARY` that are defined in practically every draw of images."""
+    Args:
+        groups: further numbers, each with the ids of the categories that it is a mean over.
+    """
     index, rows = truth.index, truth.rows[~truth.index.crowd[truth.rows]]
-    area, image, images = index.area[rows], index.annotation_image[rows], len(index.image_id)
-    chosen = {name: (area >= least) & (area <= most) for name, (least, most) in AREAS.items()}
-    with_object = {name: len(np.unique(image[chosen.get(name, slice(None))])) for name in SUMMARY}
-    return tuple(name for name, count in with_object.items() if in_every_draw(count, images))
-
-
-def _hotcoco(
-    truth: GroundTruth, detections: Detections, iou_types: Sequence[str], max_dets: int
-) -> dict[str, np.ndarray]:
-    """Return {iou type: precision (T, R, K, A) float64, -1 where undefined}."""
-    evaluations = hotcoco_evaluations(truth, detections, iou_types, max_dets)
-    return {iou_type: np.asarray(e.eval["precision"])[..., -1] for iou_type, e in evaluations.items()}
+    area, category, image = index.area[rows], index.annotation_category[rows], index.annotation_image[rows]
+    chosen = dict.fromkeys(SUMMARY, np.ones(len(rows), bool))
+    chosen |= {name: (area >= least) & (area <= most) for name, (least, most) in AREAS.items()}
+    chosen |= {name: np.isin(category, ids) for name, ids in (groups or {}).items()}
+    with_object = {name: len(np.unique(image[those])) for name, those in chosen.items()}
+    return tuple(name for name, count in with_object.items() if in_every_draw(count, len(index.image_id)))
 
 
 def _pycocotools(
     truth: GroundTruth, detections: Detections, iou_types: Sequence[str], max_dets: int
 ) -> dict[str, np.ndarray]:
-    """Compute as `_hotcoco`, by pycocotools' standard protocol."""
+    """As `Outcomes.precision`, in pycocotools' standard protocol."""
     precision = {}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints every step
         gt = COCO()
@@ -211,8 +234,8 @@ def _percent(precision: np.ndarray) -> float:
     return float(np.mean(defined) * 100) if defined.size else math.nan
 
 
-class Measure:
-    """COCO's AP of boxes, and of masks if the model has them; see `evaluation/measure.py`."""
+class Measure(MatchesOnce):
+    """COCO's AP of boxes, and of masks where the model has them; see `evaluation/measure.py`."""
 
     evaluators: tuple[str, ...] = EVALUATORS
     rules = ""  # name of the protocol in the log; default: the evaluator
@@ -237,12 +260,15 @@ class Measure:
         log.info("%s, by %s:\n%s", self.dataset.name, protocol, format_results(numbers))
         return numbers
 
+    def match(self, results: list[dict[str, Any]]) -> Any:
+        truth = read_ground_truth(self.dataset.annotations, self.iou_types)
+        return Outcomes(truth, check_results(results, truth, self.iou_types), self.iou_types)
+
     def numbers(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-        return evaluate_coco(self.dataset.annotations, results, self.iou_types, evaluator=self.evaluator)
+        return self.matched(results).numbers(self.evaluator)
 
     def resamplable(self, results: list[dict[str, Any]]) -> list[Resamplable]:
-        truth = read_ground_truth(self.dataset.annotations, self.iou_types)
-        return [*match(truth, check_results(results, truth, self.iou_types), self.iou_types)]
+        return self.matched(results, keep=True).judged()
 
 
 # --- predictions in, files and tables out -----------------------------------------------------------------------

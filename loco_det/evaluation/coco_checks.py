@@ -12,11 +12,13 @@ import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
+import hotcoco
 import msgspec
 import numpy as np
 
@@ -27,12 +29,13 @@ from loco_det.core.device import no_garbage_collection
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
 
+_Int = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]  # an annotation file has no larger ids either
 _Box = tuple[float, float, float, float]  # x, y, width, height in pixels
 _Polygon = Annotated[list[float], msgspec.Meta(min_length=6)]  # pycocotools would read four numbers as a box
 
 
 class _Rle(msgspec.Struct, gc=False):
-    size: tuple[int, int]
+    size: tuple[_Int, _Int]
     counts: Annotated[str, msgspec.Meta(min_length=1)]
 
 
@@ -84,8 +87,8 @@ def read_ground_truth(annotations: str | Path, iou_types: Sequence[str]) -> Grou
     rows = np.flatnonzero(np.isin(index.annotation_category[: index.first[-1]], index.category_id))
     masks = _read_masks(index, rows) if "segm" in iou_types else None
     if (index.annotation_id == 0).any():
-        log.warning("%s has annotation id 0, whose matches pycocotools (and Detectron2) count as misses;"
-                    " here they count as matches.", index.path)  # fmt: skip
+        _tell(index.path, "has annotation id 0, whose matches pycocotools (and Detectron2) count as misses; here they "
+                          "count as matches.")  # fmt: skip
     return GroundTruth(index, rows, masks)
 
 
@@ -94,8 +97,8 @@ def _with_areas(index: CocoIndex) -> CocoIndex:
     missing = np.flatnonzero(np.isnan(index.area))
     if not len(missing):
         return index
-    log.warning("%s: %d of %d annotations have no area; theirs are those of their masks, or of their boxes where they "
-                "have no mask", index.path, len(missing), len(index.area))  # fmt: skip
+    _tell(index.path, f"has {len(missing)} of {len(index.area)} annotations without an area; theirs are those of their "
+                      "masks, or of their boxes where they have no mask")  # fmt: skip
     area = index.area.copy()
     owner = np.searchsorted(index.first, missing, "right") - 1
     for row, i, text in zip(missing.tolist(), owner.tolist(), index.segmentations(missing)):
@@ -106,6 +109,12 @@ def _with_areas(index: CocoIndex) -> CocoIndex:
                 found = mask_area(decode(text, *size, ""), *size)
         area[row] = index.bbox[row, 2] * index.bbox[row, 3] if found is None else found
     return replace(index, area=area, mapped=False)
+
+
+@cache
+def _tell(path: Path, what: str) -> None:
+    """Warn of a file once, however often it is read."""
+    log.warning("%s %s", path, what)
 
 
 def _read_masks(index: CocoIndex, rows: np.ndarray) -> list[Any]:
@@ -174,11 +183,11 @@ def check_results(
         UserError: a field is missing, mistyped or not finite, a width or height is negative, a mask has another size
             than its image, or `truth` lacks the image or category.
     """
-    fields = [("image_id", int), ("category_id", int), ("score", float), *(_RESULT_FIELDS[t] for t in iou_types)]
+    fields = [("image_id", _Int), ("category_id", _Int), ("score", float), *(_RESULT_FIELDS[t] for t in iou_types)]
     try:
         with no_garbage_collection():
             records = msgspec.convert(results, list[msgspec.defstruct("Detection", fields, gc=False)])
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter of halves of a surrogate pair
         place = re.match(r"(.*) - at `\$\[(\d+)\](.*)`", str(error))
         which = f"row {int(place[2]) + 1}: {place[1]}{place[3] and f' at {place[3][1:]}'}" if place else str(error)
         raise UserError(
@@ -205,7 +214,18 @@ def check_results(
         image = np.searchsorted(truth.index.image_id, columns["image_id"])
         size = np.stack([truth.index.height[image], truth.index.width[image]], 1)
         _refuse(source, "a mask of another [height, width] than its image", (found.reshape(-1, 2) != size).any(1))
+        if not _are_masks(masks):
+            wrong = np.array([not _are_masks([mask]) for mask in masks])
+            _refuse(source, "a mask whose run lengths cannot be read or do not fit into its image", wrong)
     return Detections(columns["image_id"], columns["category_id"], scores, boxes, masks)
+
+
+def _are_masks(masks: list[dict[str, Any]]) -> bool:
+    try:
+        hotcoco.mask.area(masks)
+    except ValueError:
+        return False
+    return True
 
 
 def _refuse(source: str | Path, what: str, wrong: np.ndarray) -> None:

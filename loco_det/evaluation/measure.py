@@ -26,6 +26,7 @@ class Subject:
         boxes: the model predicts boxes; otherwise only masks are measured.
         category_ids: the data set's id of each of the model's classes; None for classes that it lacks.
         evaluator: one of the measure's `evaluators`.
+        labels: of pixels, the folder that holds what was predicted; None for sem_seg below `folder`.
     """
 
     dataset: Dataset
@@ -34,6 +35,7 @@ class Subject:
     category_ids: tuple[int | None, ...]
     evaluator: str
     boxes: bool = True
+    labels: Path | None = None
 
 
 class Measure(Protocol):
@@ -57,7 +59,29 @@ class Measure(Protocol):
         """Return {task: {metric: percent}}; {} if the ground truth is secret."""
 
     def resamplable(self, results: list[Any]) -> list[Resamplable]:
-        """Match the results once, for the numbers of any draw of images; not if the ground truth is secret."""
+        """The results matched with the truth, for the numbers of any draw of images; not where the truth is secret.
+
+        To `evaluate` the same list afterwards takes no second matching.
+        """
+
+
+class MatchesOnce:
+    """A measure that matches the results of `resamplable` once, and needs no second matching to `evaluate` them."""
+
+    _kept: tuple[list[Any], Any] | None = None
+
+    def match(self, results: list[Any]) -> Any:
+        """The results matched with the truth: what the measure's numbers are made of."""
+        raise NotImplementedError
+
+    def matched(self, results: list[Any], *, keep: bool = False) -> Any:
+        """What `match` gives for `results`, or gave for the same list when it was last to `keep` it."""
+        if self._kept is not None and self._kept[0] is results:
+            return self._kept[1]
+        outcome = self.match(results)
+        if keep:
+            self._kept = results, outcome
+        return outcome
 
 
 def check_known_evaluator(measure: type[Measure], evaluator: str, name: str) -> None:

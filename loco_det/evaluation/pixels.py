@@ -14,6 +14,7 @@ import math
 import operator
 import zipfile
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Measure:
 
     def __init__(self, subject: Subject) -> None:
         self.dataset, self.evaluator = subject.dataset, subject.evaluator
-        self.folder = subject.folder / "sem_seg"
+        self.folder = subject.labels or subject.folder / "sem_seg"
 
     def collect(self, image_id: int, file_name: str, found: Tensor) -> list[str]:
         """Write the labels of (K, H, W) logits; returns the image's name."""
@@ -75,12 +76,26 @@ class Measure:
             write_submission(images, self.folder, file)
             log.info("%s: its truth is secret; %s can be submitted to cityscapes-dataset.com", self.dataset.name, file)
             return {}
-        numbers = evaluate_semantic(images, self.folder, official=self.evaluator == OFFICIAL)
+        if self.evaluator == OFFICIAL:
+            scores = _by_cityscapesscripts(images, self.folder)
+        else:
+            scores, self.confusions = _by_histograms(images, self.folder)
+        numbers = _in_percent(scores)
         log.info("%s: %s", self.dataset.name, ", ".join(f"{k} {v:.3f}" for k, v in numbers["sem_seg"].items()))
         return numbers
 
     def resamplable(self, results: list[str]) -> list[Resamplable]:
-        return [count_labels(self._images(), self.folder)]
+        """Mean IoU; the labels are read when its first number is asked for, if `evaluate` has not read them then."""
+
+        def measure(times: np.ndarray) -> list[float]:
+            return [100 * float(mean_iou(np.einsum("ikl,i->kl", self.confusions, times)))]
+
+        return [Counted("sem_seg", ("IoU",), len(self._images()), measure)]
+
+    @cached_property
+    def confusions(self) -> np.ndarray:
+        """(images, K, K) int64, as `confusion_of`."""
+        return np.stack([confusion_of(*read_pair(image, self.folder)) for image in self._images()])
 
     def _images(self) -> list[Path]:
         return [self.dataset.images / file for file in self.dataset.index.file_name.tolist()]
@@ -141,29 +156,34 @@ def evaluate_semantic(images: Sequence[Path], folder: Path, *, official: bool = 
     Raises:
         UserError: invalid files, or cityscapesscripts is not installed.
     """
-    scores = (_by_cityscapesscripts if official else _by_histograms)(images, folder)
+    return _in_percent(_by_cityscapesscripts(images, folder) if official else _by_histograms(images, folder)[0])
+
+
+def _in_percent(scores: dict[str, float]) -> dict[str, dict[str, float]]:
     return {"sem_seg": {name: 100 * value for name, value in scores.items()}}
 
 
 # --- our own implementation -------------------------------------------------------------------------------------
 
 
-def _by_histograms(images: Sequence[Path], folder: Path) -> dict[str, float]:
-    confusion = np.zeros((len(CLASSES), len(CLASSES)), np.int64)  # truth, prediction
+def _by_histograms(images: Sequence[Path], folder: Path) -> tuple[dict[str, float], np.ndarray]:
+    """The scores, and (images, K, K) int64, as `confusion_of`."""
+    confusions = np.zeros((len(images), len(CLASSES), len(CLASSES)), np.int64)
     right = dict.fromkeys((*INSTANCE_PIXELS, "human", "vehicle"), 0.0)  # weighted pixels of instances
     wrong = dict(right)
     with Progress(len(images), "scores", unit="images") as progress:
-        for image in images:
+        for confusion, image in zip(confusions, images):
             truth, predicted = read_pair(image, folder)
             confusion += confusion_of(truth, predicted)
             _add_instances(image, predicted, right, wrong)
             progress.advance()
+    confusion = confusions.sum(0)
     one = [_score(confusion, range(k, k + 1)) for k in range(len(CLASSES))]
     weighted = [_weighted(confusion, range(k, k + 1), right[k], wrong[k]) for k in INSTANCE_PIXELS]
     groups = [_score(confusion, members) for members in CATEGORIES.values()]
     both = [_weighted(confusion, CATEGORIES[name], right[name], wrong[name]) for name in ("human", "vehicle")]
     scores = {"IoU": _mean(one), "iIoU": _mean(weighted), "IoU_sup": _mean(groups), "iIoU_sup": _mean(both)}
-    return {**scores, **{f"IoU-{name}": value for name, value in zip(CLASSES, one)}}
+    return {**scores, **{f"IoU-{name}": value for name, value in zip(CLASSES, one)}}, confusions
 
 
 def read_pair(image: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -189,16 +209,6 @@ def confusion_of(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     counted = truth != IGNORED
     pairs = truth[counted].astype(np.int64) * len(CLASSES) + predicted[counted]
     return np.bincount(pairs, minlength=len(CLASSES) ** 2).reshape(len(CLASSES), len(CLASSES))
-
-
-def count_labels(images: Sequence[Path], folder: Path) -> Counted:
-    """Return mean IoU for any draw of images; arguments and errors as for `evaluate_semantic`."""
-    confusions = np.stack([confusion_of(*read_pair(image, folder)) for image in images])
-
-    def measure(times: np.ndarray) -> list[float]:
-        return [100 * float(mean_iou(np.einsum("ikl,i->kl", confusions, times)))]
-
-    return Counted("sem_seg", ("IoU",), len(images), measure)
 
 
 def mean_iou(confusions: np.ndarray) -> np.ndarray:

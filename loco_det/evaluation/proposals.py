@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from loco_det.core.log import log
 from loco_det.evaluation.bootstrap import Counted, Resamplable
 from loco_det.evaluation.coco import EVALUATORS
 from loco_det.evaluation.coco_checks import read_ground_truth
-from loco_det.evaluation.measure import Subject
+from loco_det.evaluation.measure import MatchesOnce, Subject
 
 AREAS = {"": (0.0, 1e5**2), "s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, 1e5**2)}
 LIMITS = (100, 1000)
@@ -37,7 +38,7 @@ class Proposals(NamedTuple):
     logits: torch.Tensor
 
 
-class Measure:
+class Measure(MatchesOnce):
     """Average recall of a proposal network's boxes."""
 
     evaluators = EVALUATORS
@@ -54,12 +55,15 @@ class Measure:
         log.info("%s: proposals of %d images written to %s", self.dataset.name, len(results), file)
 
     def evaluate(self, results: list[Proposals]) -> dict[str, dict[str, float]]:
-        numbers = evaluate_proposals(self.dataset.annotations, results)
+        numbers = self.matched(results).numbers()
         log.info("%s: %s", self.dataset.name, ", ".join(f"{k} {v:.3f}" for k, v in numbers["box_proposals"].items()))
         return numbers
 
+    def match(self, results: list[Proposals]) -> Outcomes:
+        return proposal_outcomes(self.dataset.annotations, results)
+
     def resamplable(self, results: list[Proposals]) -> list[Resamplable]:
-        return [count_proposals(self.dataset.annotations, results)]
+        return [self.matched(results, keep=True).counted()]
 
 
 def evaluate_proposals(annotations: str | Path, proposals: Sequence[Proposals]) -> dict[str, dict[str, float]]:
@@ -79,22 +83,41 @@ def evaluate_proposals(annotations: str | Path, proposals: Sequence[Proposals]) 
     Raises:
         UserError: as `read_ground_truth`.
     """
-    cases = _cases(read_ground_truth(annotations, ("bbox",)).index, proposals)
-    return {"box_proposals": {name: _average_recall(covers) for name, (_, covers) in _covers(cases).items()}}
+    return proposal_outcomes(annotations, proposals).numbers()
 
 
-def count_proposals(annotations: str | Path, proposals: Sequence[Proposals]) -> Counted:
-    """Return average recall for any draw of images; arguments and errors as for `evaluate_proposals`."""
+@dataclass(frozen=True)
+class Outcomes:
+    """What became of every object.
+
+    Attributes:
+        covers: by name of the number the place of each object's image, and the object's IoU with its own proposal.
+        images: how many there are.
+    """
+
+    covers: dict[str, tuple[np.ndarray, np.ndarray]]
+    images: int
+
+    def numbers(self) -> dict[str, dict[str, float]]:
+        """As `evaluate_proposals`."""
+        return {"box_proposals": {name: _average_recall(found) for name, (_, found) in self.covers.items()}}
+
+    def counted(self) -> Counted:
+        """Average recall for any draw of images."""
+        # Of each object the share of thresholds at which it is covered, and its image.
+        shares = {name: (image, _hits(found).mean(0)) for name, (image, found) in self.covers.items()}
+
+        def measure(times: np.ndarray) -> list[float]:
+            weighted = ((times[image], share) for image, share in shares.values())
+            return [100 * float(w @ share / w.sum()) if w.any() else math.nan for w, share in weighted]
+
+        return Counted("box_proposals", tuple(shares), self.images, measure)
+
+
+def proposal_outcomes(annotations: str | Path, proposals: Sequence[Proposals]) -> Outcomes:
+    """What `evaluate_proposals` makes its numbers of; takes and raises the same."""
     index = read_ground_truth(annotations, ("bbox",)).index
-    covers = _covers(_cases(index, proposals))
-    # Per object, the share of thresholds at which it is covered, and its image.
-    shares = {name: (image, _hits(found).mean(0)) for name, (image, found) in covers.items()}
-
-    def measure(times: np.ndarray) -> list[float]:
-        weighted = ((times[image], share) for image, share in shares.values())
-        return [100 * float(weight @ share / weight.sum()) if weight.any() else math.nan for weight, share in weighted]
-
-    return Counted("box_proposals", tuple(shares), len(index.image_id), measure)
+    return Outcomes(_covers(_cases(index, proposals)), len(index.image_id))
 
 
 class _Case(NamedTuple):

@@ -32,11 +32,15 @@ class Measure(coco.Measure):
     def rules(self) -> str:
         return f"the rules of VOC {2007 if self._is_2007() else 2012}"
 
+    def match(self, results: list[dict[str, Any]]) -> Outcomes:
+        return voc_outcomes(self.dataset.annotations, results, eleven_points=self._is_2007())
+
     def numbers(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-        return evaluate_voc(self.dataset.annotations, results, eleven_points=self._is_2007())
+        outcomes = self.matched(results)
+        return {"bbox": outcomes.numbers(np.ones(outcomes.images, np.int64))}
 
     def resamplable(self, results: list[dict[str, Any]]) -> list[Resamplable]:
-        outcomes = voc_outcomes(self.dataset.annotations, results, eleven_points=self._is_2007())
+        outcomes = self.matched(results, keep=True)
         names = ("AP", "AP50", "AP75")
 
         def measure(times: np.ndarray) -> list[float]:

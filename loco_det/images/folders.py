@@ -40,6 +40,7 @@ FORMATS = ("auto", "folder", "flat", "list", "zip", "tar", "huggingface")
 _PATH_AND_CLASS = re.compile(
     rf"(?!.*({'|'.join(map(re.escape, SUFFIXES))})$)(.*?(?:{'|'.join(map(re.escape, SUFFIXES))}))([ ,]+)(\S.*)", re.I
 )
+_DEFLATED = 1032  # bytes that a packed byte can stand for, by deflate's longest match of its shortest codes
 _LOCAL_HEADER = 30  # bytes before the name; PKWARE APPNOTE 4.3.7
 
 
@@ -198,7 +199,10 @@ def _open_zip(path: Path, inner: str) -> Source:
     if not members:
         where = f"folder {inner} of this zip" if inner else "this zip"
         raise UserError(f"DATA.PATH {path}: no images in {where} (looked for {' '.join(SUFFIXES)}); correct the path")
+    most = path.stat().st_size
     for member in members:
+        if member.compress_size > most or member.file_size > _DEFLATED * most:
+            raise UserError(f"DATA.PATH {path}: {member.filename} is larger than can be in it; take an intact zip")
         if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UserError(
                 f"DATA.PATH {path}: {member.filename} is encrypted or packed unusually; pack with plain zip"

@@ -1,9 +1,8 @@
 """Computes every number of the report, as plain data: means over seeds, paired differences, errors by kind, curves.
 
-AP is what each run recorded. If its detections and the ground truth are present, they are evaluated again, which must
-reproduce that AP, and analysed: hotcoco provides the paired bootstrap over images, the errors by kind (TIDE, Bolya et
-al. 2020) and the precision at every recall. Pixel labels and the instances of Cityscapes, which have measures of their
-own, are evaluated again image by image, for the same bootstrap.
+AP is what each run recorded. If its detections, or labels, and the ground truth are present, they are evaluated again,
+which must reproduce that AP, for the paired bootstrap over images. Runs under COCO's rules are analysed further:
+hotcoco provides the errors by kind (TIDE, Bolya et al. 2020) and the precision at every recall.
 """
 
 from __future__ import annotations
@@ -11,23 +10,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from loco_det.annotations.cityscapes import is_cityscapes
-from loco_det.annotations.index import load_index
-from loco_det.annotations.registry import find_dataset, measure_of
+from loco_det.annotations.registry import Dataset, find_dataset, measure_of
 from loco_det.core.errors import UserError
 from loco_det.core.files import file_sha256
 from loco_det.core.log import Progress, log
-from loco_det.evaluation.bootstrap import Counted, Matched, Resamplable
-from loco_det.evaluation.cityscapes import count_instances
-from loco_det.evaluation.coco import match
-from loco_det.evaluation.coco_checks import check_results, read_ground_truth
-from loco_det.evaluation.pixels import count_labels
+from loco_det.evaluation.bootstrap import Matched, Resamplable
+from loco_det.evaluation.coco import EVALUATORS
+from loco_det.evaluation.measure import Subject, measure_class
 from loco_det.report.runs import DetectorRun, Runs
 from loco_det.report.statistics import summarise
 
@@ -37,9 +33,11 @@ AGREES = 1e-6  # percent; covers the JSON round trip of the recorded AP
 
 @dataclass
 class EvaluatedRun:
-    """A run with its evaluated detections, or labels; one entry per kind of numbers."""
+    """A run with its detections, or labels, evaluated again by the measure called `measure`; one entry per kind of
+    numbers."""
 
     run: DetectorRun
+    measure: str
     evaluations: list[Resamplable]
 
 
@@ -94,7 +92,8 @@ def _experiment(
     paired = []
     for seed in dict.fromkeys(run.seed for run in group):
         for one, reference in _of_one_seed(group, seed, first, missing, progress):
-            analyses[one.run.backbone].append(_analyse(one))
+            if one.measure == "coco":
+                analyses[one.run.backbone].append({each.kind: _errors_and_curves(each) for each in one.evaluations})
             if reference is not None and resamples:
                 paired.append(_compare(reference, one, resamples))
             elif one.run.backbone != first and resamples:
@@ -135,67 +134,39 @@ def _of_one_seed(
 
 def evaluate_again(run: DetectorRun) -> EvaluatedRun | str:
     """Evaluate the run's predictions; returns the reason if that is impossible."""
-    if len(run.config["DATASETS.TEST"]) > 1:
+    names = run.config["DATASETS.TEST"]
+    if len(names) > 1:
         return "it was tested on several data sets, which are not analysed, so no errors, curves, intervals"
-    if run.is_segmentor or (run.config["MODEL.MASK_ON"] and is_cityscapes(run.config["DATASETS.TEST"][0])):
-        return _evaluate_by_image(run)
-    own = [name for name in run.config["DATASETS.TEST"] if measure_of(name, run.config["MODEL.MASK_ON"]) != "coco"]
-    if own:
-        return f"{own[0]} has a measure of its own, which is not analysed, so no errors, curves, intervals"
-    if not run.results.is_file():
-        return "its detections (inference/coco_instances_results.json) are not there, so no errors, curves, intervals"
-    annotations = run.annotations
-    if annotations is None or annotations.suffix != ".json":
-        return "its COCO ground truth is not there (set DETECTRON2_DATASETS), so no errors, curves, intervals"
-    kinds = ("bbox", "segm") if run.config["MODEL.MASK_ON"] else ("bbox",)
-    try:
-        truth = read_ground_truth(annotations, kinds)
-        results = msgspec.json.decode(run.results.read_bytes())
-        evaluations = match(truth, check_results(results, truth, kinds), kinds)
-    except (UserError, msgspec.DecodeError) as error:
-        return f"its detections cannot be evaluated again: {error}"
-    for each in evaluations:
-        precision = np.asarray(each.evaluation.eval["precision"])[:, :, :, 0, -1]
-        again, recorded = 100 * precision[precision > -1].mean(), run.recorded.get(f"{each.kind}/AP")
-        if recorded is not None and not math.isclose(again, recorded, abs_tol=AGREES):
-            return (
-                f"its detections give {each.kind} AP {again:.3f} and metrics.json says {recorded:.3f}; evaluate it "
-                "again with --eval-only. No errors, curves, intervals"
-            )
-    return EvaluatedRun(run, [*evaluations])
-
-
-def _evaluate_by_image(run: DetectorRun) -> EvaluatedRun | str:
-    """`evaluate_again` for measures other than COCO's AP: pixel labels, and instances of Cityscapes."""
+    measure = measure_of(names[0], run.config["MODEL.MASK_ON"])
     what = "labels" if run.is_segmentor else "detections"
-    if run.annotations is None:
-        return "its ground truth is not there (set DETECTRON2_DATASETS), so no paired differences"
+    without = "no errors, curves, intervals" if measure == "coco" else "no paired differences"
     if not run.results.exists():
-        return f"its {what} (inference/{run.results.name}) are not there, so no paired differences"
+        return f"its {what} (inference/{run.results.name}) are not there, so {without}"
+    if run.annotations is None or run.annotations.suffix != ".json":
+        return f"its ground truth is not there (set DETECTRON2_DATASETS), so {without}"
     try:
-        counted = _count(run)
+        results = [] if run.is_segmentor else msgspec.json.decode(run.results.read_bytes())
+        subject = Subject(_dataset(run, measure), run.results.parent, run.config["MODEL.MASK_ON"], (), EVALUATORS[0])
+        evaluations = measure_class(measure)(subject).resamplable(results)
+        numbers = [(each.kind, name, again) for each in evaluations for name, again in each.numbers().items()]
     except (UserError, msgspec.DecodeError) as error:
-        return f"its {what} cannot be counted again, so no paired differences: {error}"
-    for name, again in counted.numbers().items():
-        recorded = run.recorded.get(f"{counted.kind}/{name}")
+        return f"its {what} cannot be evaluated again, so {without}: {error}"
+    for kind, name, again in numbers:
+        recorded = run.recorded.get(f"{kind}/{name}")
         if recorded is not None and not math.isclose(again, recorded, abs_tol=AGREES):
             return (
-                f"its {what} give {name} {again:.3f} and metrics.json says {recorded:.3f}; evaluate it again with "
-                "--eval-only. No paired differences"
+                f"its {what} give {kind} {name} {again:.3f} and metrics.json says {recorded:.3f}; evaluate it "
+                f"again with --eval-only. So {without}"
             )
-    return EvaluatedRun(run, [counted])
+    return EvaluatedRun(run, measure, evaluations)
 
 
-def _count(run: DetectorRun) -> Counted:
-    paths = find_dataset(run.config["DATASETS.TEST"][0])
-    if run.is_segmentor:
-        images = [paths.images / name for name in load_index(run.annotations).file_name.tolist()]
-        return count_labels(images, run.results)
-    return count_instances(paths.annotations, paths.images, msgspec.json.decode(run.results.read_bytes()))
-
-
-def _analyse(run: EvaluatedRun) -> dict[str, dict[str, Any]]:
-    return {one.kind: _errors_and_curves(one) for one in run.evaluations if isinstance(one, Matched)}
+def _dataset(run: DetectorRun, measure: str) -> Dataset:
+    """Return the test set with the annotations that the run recorded; only Cityscapes' measures need its folders."""
+    (name,) = run.config["DATASETS.TEST"]
+    if measure in ("cityscapes", "pixels"):
+        return replace(find_dataset(name), annotations=run.annotations)
+    return Dataset(name, Path(), run.annotations)
 
 
 def _errors_and_curves(matched: Matched) -> dict[str, Any]:

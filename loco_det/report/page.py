@@ -24,10 +24,13 @@ SECTIONS = {
     "missing": "Missing",
 }  # id -> title
 KINDS = {"bbox": "box", "segm": "mask", "bbox_TTA": "box TTA", "segm_TTA": "mask TTA"}
-EMPTY = "-"  # a table cell without a number
-DETECTIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-# Columns of the main table: detections, then rare, common and frequent classes (LVIS), then pixel labels.
-MEASURES = (*DETECTIONS, "APr", "APc", "APf", "IoU", "iIoU", "IoU_sup", "iIoU_sup")
+EMPTY = "-"  # a table's cell without a number
+# Columns in their order: detections, then rare, common and frequent classes (LVIS), then pixel labels.
+MEASURES = (
+    *("AP", "AP50", "AP75", "APs", "APm", "APl"),
+    *("APr", "APc", "APf"),
+    *("IoU", "iIoU", "IoU_sup", "iIoU_sup"),
+)
 _OF_CLASS = re.compile(r"(.+?/(?:AP|IoU))-(.+)")  # bbox/AP-person, or NAME/bbox/AP-person with several data sets
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
@@ -123,8 +126,9 @@ def _number(summary: dict[str, Any] | None) -> str:
 
 
 def _paired_table(experiment: dict[str, Any]) -> Table:
-    names = {"bbox": DETECTIONS, "segm": DETECTIONS, "sem_seg": ("IoU",)}
-    keys = [(k, name) for k in names if any(k in pair for pair in experiment["paired"]) for name in names[k]]
+    kinds = [kind for kind in ("bbox", "segm", "sem_seg") if any(kind in pair for pair in experiment["paired"])]
+    found = {(kind, name) for pair in experiment["paired"] for kind in kinds for name in pair[kind]}
+    keys = [(kind, name) for kind in kinds for name in MEASURES if (kind, name) in found]
     header = ["backbone", "seed", *(_column(f"{kind}/{name}") for kind, name in keys)]
     rows = []
     for pair in experiment["paired"]:

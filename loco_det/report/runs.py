@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from safetensors import SafetensorError, safe_open
 
 from loco_det.annotations.registry import find_dataset
 from loco_det.backbones.artifact import HEADER_KEY, decode_manifest
 from loco_det.core.config import read_yaml
 from loco_det.core.errors import UserError
+from loco_det.core.files import has_checksum
+from loco_det.core.run_folder import check_sums
 
 # Keys in which runs of one experiment may differ: machine, seed, and the backbone's own.
 _FREE = (
@@ -48,6 +51,7 @@ _NEEDED = (
     "SOLVER.MAX_ITER",
 )
 _PROBE_BYTES = 4 << 20  # no probe's JSON is larger
+_OF_A_PROBE = (b'"top1_interval"', b'"batchnorm"')  # keys that only a probe writes into one file
 
 
 @dataclass
@@ -251,7 +255,11 @@ def _places(path: Path) -> Iterator[Path]:
 def _is_probe(file: Path) -> bool:
     if file.suffix != ".json" or file.name == "metrics.json" or not file.is_file():
         return False
-    return file.stat().st_size < _PROBE_BYTES and _has_stages(_json(file))
+    if file.stat().st_size >= _PROBE_BYTES:
+        return False
+    return _has_stages(_json(file)) or all(
+        key in file.read_bytes() for key in _OF_A_PROBE
+    )  # `_read` refuses the latter
 
 
 def _has_stages(content: dict[str, Any] | None) -> bool:
@@ -274,6 +282,8 @@ def _read(place: Path, name: str | None, runs: Runs) -> None:
         content = _json(place)
         if content is None or not _has_stages(content):
             raise UserError(f"{place}: is no result of loco-det probe; write one with loco-det probe ... --json PATH")
+        if "sha256" in content and not has_checksum(content):
+            raise UserError(f"{place}: is not what loco-det probe wrote; take an intact copy, or delete its key sha256")
         probe = Probe(name or "", place, content, named=name is not None)
         facts = probe.facts("backbone")
         ours = {"method": facts.get("source")} if str(facts.get("name")).endswith(".safetensors") else None
@@ -281,18 +291,62 @@ def _read(place: Path, name: str | None, runs: Runs) -> None:
         runs.probes.append(probe)
         return
     folder = place.parent
+    check_sums(folder)
     config = dict(_flatten(read_yaml(place)))
     metrics = _lines(folder / "metrics.json")
     if "MODEL.META_ARCHITECTURE" in config:
         lacking = [key for key in _NEEDED if key not in config]
         if lacking:
             raise UserError(f"{place}: lacks {lacking[0]}; give a run's folder, whose config.yaml has every key")
-        record = _json(folder / "run.json")
+        record = _record(folder / "run.json")
         label = name or _name_of(config["MODEL.WEIGHTS"], (record or {}).get("weights"))
         runs.detectors.append(DetectorRun(label, folder, config, metrics, record))
     elif "METHOD" in config:
         images = _images(folder / "backbone.safetensors")
         runs.pretrainings.append(PretrainRun(name or config["METHOD"], folder, config, metrics, images))
+
+
+class _Weights(msgspec.Struct):
+    path: str
+    sha256: str | None = None
+    method: str | None = None
+
+
+class _Data(msgspec.Struct):
+    path: str
+    images: str | None = None
+
+
+class _Environment(msgspec.Struct):
+    packages: dict[str, str | None]
+    loco_det: str
+    python: str
+    system: str
+    device: str
+    processes: int
+
+
+class _Record(msgspec.Struct):
+    """What is read of a run.json."""
+
+    seed: int
+    engine: str | None = None
+    started: str | None = None
+    weights: _Weights | None = None
+    datasets: dict[str, _Data] | None = None
+    environment: _Environment | None = None
+
+
+def _record(file: Path) -> dict[str, Any] | None:
+    """run.json as plain data; None if there is none."""
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_bytes())
+        msgspec.convert(content, _Record)
+    except (OSError, ValueError, RecursionError) as error:  # ValidationError is a ValueError
+        raise UserError(f"{file}: is not as a run writes it ({error}); take an intact copy, or delete it") from error
+    return content
 
 
 def _images(backbone: Path) -> int | None:
