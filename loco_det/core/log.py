@@ -39,7 +39,7 @@ class _Console(logging.StreamHandler):
 
 
 class _File(logging.FileHandler):
-    """log.txt; a disk that is full is told of once, and ends nothing."""
+    """Handler of log.txt; a full disk is reported once and does not end the run."""
 
     told = False
 

@@ -62,7 +62,7 @@ def evaluate_lvis(
 
 @dataclass
 class Outcomes:
-    """Sound results beside the annotation file, as it was checked and as hotcoco has it, and what is judged of them."""
+    """Validated results with the annotation file, as checked and as hotcoco's, and the evaluated IoU types."""
 
     checked: GroundTruth
     truth: hotcoco.COCO
@@ -71,7 +71,7 @@ class Outcomes:
     evaluations: dict[str, hotcoco.COCOeval] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, dict[str, float]]:
-        """As `evaluate_lvis`; of what is not judged one evaluation is in memory at a time."""
+        """Compute as `evaluate_lvis`; evaluations that are not resampled are in memory one at a time."""
         return {iou_type: _numbers(self._evaluation(iou_type)) for iou_type in self.iou_types}
 
     def _evaluation(self, iou_type: str) -> hotcoco.COCOeval:
