@@ -25,8 +25,8 @@ from loco_det.backbones.artifact import (
     Stage,
     backbone_tensors,
     decode_manifest,
-    encode_manifest,
     describe,
+    encode_manifest,
     load_backbone,
     save_backbone,
 )
