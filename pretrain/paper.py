@@ -1,4 +1,4 @@
-"""The paper's pretraining rows: what each figure is, which configuration it belongs to, what is ours in it.
+"""The paper's pretraining rows: each figure, its configuration, and the choices made here.
 
 Figures are top-1 accuracies in percent of a linear classifier on ImageNet; source: Xiong, Ren, Urtasun, "LoCo: Local
 Contrastive Representation Learning", NeurIPS 2020, arXiv 2008.01342. None was reproduced with this software.
@@ -17,14 +17,14 @@ CURVES = "training curves"
 
 
 class Row(NamedTuple):
-    """One figure of the paper; `config` is a file of configs/pretrain/ without its ending."""
+    """One figure of the paper; `config` is the stem of a file in configs/pretrain/."""
 
     config: str
     place: str
     words: str
     top1: float | None
     epochs: int
-    ours: str = ""  # what the paper does not state and this software chose
+    ours: str = ""  # choices made here because the paper does not state them
 
 
 _BLOCK = "the block's channels (those of the unit) and kind"
@@ -67,7 +67,7 @@ EVERYWHERE = (
 
 
 def table() -> str:
-    """The rows as a Markdown table, and what holds for all of them."""
+    """Return the rows as a Markdown table, and the choices common to all."""
     lines = [
         "| the paper's row | its place | epochs | the paper, top-1 | ours | configuration | not stated, chosen here |",
         "|---|---|--:|--:|---|---|---|",

@@ -1,4 +1,4 @@
-"""Configuration: files, bases, overrides, what is refused and with which words; the detection tree and its table."""
+"""Configuration: files, bases, overrides, error messages; the detection tree and its table."""
 
 from __future__ import annotations
 

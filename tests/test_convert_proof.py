@@ -1,4 +1,4 @@
-"""The road from a file to Detectron2's .pkl and YAML: what is written, and that failure leaves nothing."""
+"""From a file to Detectron2's .pkl and YAML: the output, and that failure leaves nothing."""
 
 from __future__ import annotations
 

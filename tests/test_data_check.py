@@ -1,4 +1,4 @@
-"""`loco-det data check`: every kind of defect is found, counted and named, and the exit status says what it means."""
+"""`loco-det data check`: every kind of defect is found, counted and named, and sets the exit status."""
 
 from __future__ import annotations
 

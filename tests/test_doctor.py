@@ -1,4 +1,4 @@
-"""loco-det doctor: each check on a machine that is well and on one that is not."""
+"""loco-det doctor: each check on a healthy and on a broken machine."""
 
 from __future__ import annotations
 

@@ -1063,8 +1063,8 @@ def test_two_formats_are_not_guessed_between(tmp_path):
         (["plain", "--out", "out"], ["SRC OUT"]),
         (["plain", "out", "--out", "there"], ["--out there is of data check"]),
         (["coco", "out"], ["COCO's format already", "FILE.json@FOLDER"]),
-        (["empty", "out"], ["not one object came over as voc", "no area", "a.xml: object 1 (x)"]),
-        (["strangers", "out"], ["not one object came over as voc", "it is not there"]),
+        (["empty", "out"], ["no object could be converted as voc", "no area", "a.xml: object 1 (x)"]),
+        (["strangers", "out"], ["no object could be converted as voc", "it is not there"]),
     ],
 )
 def test_what_cannot_be_converted_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, words):

@@ -1,4 +1,4 @@
-"""Data sets spelled as paths: what each spelling stands for, in every place that takes a data set's name."""
+"""Data sets given as paths, in every place that takes a data set's name."""
 
 from __future__ import annotations
 

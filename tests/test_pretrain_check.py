@@ -1,4 +1,4 @@
-"""Every number of a pretraining configuration: what can be is let through, all else is one sentence about its key."""
+"""Every number of a pretraining configuration: valid values pass, all others give one sentence that names the key."""
 
 from __future__ import annotations
 

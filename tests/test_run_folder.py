@@ -25,7 +25,7 @@ from loco_det.backbones.artifact import load_backbone
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.core.metrics import RunMetrics
-from loco_det.core.run_folder import SUMS, check_sums, differences, run_folder, told
+from loco_det.core.run_folder import SUMS, check_sums, differences, run_folder, summary
 from loco_det.detection import loop
 from loco_det.detection.checkpoint import Checkpointer
 from loco_det.detection.engine_torchvision import TorchvisionEngine
@@ -92,7 +92,7 @@ def test_a5_both_jobs_hold_their_folder(job: str, tmp_path: Path, images: Path) 
         "train": lambda: train_net(tiny_cfg(tmp_path), engine="torchvision"),
         "pretrain": lambda: pretrain(tiny_pretraining(tmp_path, images)),
     }
-    with held_by_another(tmp_path), pytest.raises(UserError, match="another run is at work in it"):
+    with held_by_another(tmp_path), pytest.raises(UserError, match="another run is using it"):
         jobs[job]()
     assert {file.name for file in tmp_path.iterdir()} == {".lock"}
 
@@ -140,8 +140,8 @@ def test_differences_names_the_keys_that_count() -> None:
     now = {"A": {"B": 2, "C": [1, 2]}, "D": "y", "KNN": {"K": 2}, "NEW": None}
     found = differences(before, now, ("D", "KNN."))
     assert found == {"A.B": "1 before, 2 now", "GONE": "1 before, absent now"}
-    assert told(found) == "A.B is 1 before, 2 now; GONE is 1 before, absent now"
-    assert told(dict.fromkeys("abcde", "1 before, 2 now")).endswith("; and 2 more")
+    assert summary(found) == "A.B is 1 before, 2 now; GONE is 1 before, absent now"
+    assert summary(dict.fromkeys("abcde", "1 before, 2 now")).endswith("; and 2 more")
 
 
 # --- pretraining ------------------------------------------------------------------------------------------------
@@ -433,5 +433,5 @@ def test_a3_an_evaluation_that_fails_does_not_end_a_training(
     monkeypatch.setattr(loop.log, "error", lambda text, *values: said.append(text % values))
     monkeypatch.setattr(loop, "evaluate", on_call(0, True, fail, loop.evaluate))
     train_net(tiny_cfg(tmp_path, **EVERY), engine="torchvision")
-    assert said == ["iteration 2 is not evaluated, and training goes on: img/7.png is damaged"]
+    assert said == ["evaluation after iteration 2 failed, training continues: img/7.png is damaged"]
     assert lines(tmp_path) == [line for line in whole if line["iteration"] != 1]

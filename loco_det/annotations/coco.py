@@ -1,9 +1,9 @@
-"""COCO instance annotations as a detector sees them: a view of the index of their file (index.py).
+"""COCO instance annotations for a detector: a view of their file's index (index.py).
 
-What is kept, and in which order, is what Detectron2 keeps (data/datasets/coco.py), except that boxes without area go
-at once.
+The kept annotations and their order are Detectron2's (data/datasets/coco.py), except that boxes without area are
+dropped at once.
 
-Shape legend: I images sorted by id, A annotations that are kept, grouped by image and in file order within one.
+Shape legend: I images sorted by id, A kept annotations, grouped by image, in file order within one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from loco_det.images.packed import PackedStrings
 
 
 class Segmentations(Sequence[bytes]):
-    """Some annotations' segmentations as they stand in the JSON, each read when it is asked for."""
+    """Encoded segmentations of some annotations, each read from the JSON on access."""
 
     def __init__(self, index: CocoIndex, rows: np.ndarray):
         self.index, self.rows = index, rows
@@ -69,12 +69,12 @@ class CocoDataset:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """By contiguous class, i.e. by ascending category id."""
+        """Class names by contiguous class, i.e. by ascending category id."""
         return self.index.category_names
 
     @property
     def category_ids(self) -> tuple[int, ...]:
-        """The category id in the file of every class."""
+        """The file's category id of every class."""
         return tuple(self.index.category_id.tolist())
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class CocoDataset:
         return (self[i] for i in range(len(self)))
 
     def objects(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of every annotation the image number, the class and whether it is a crowd: (A,) int64, int64, bool."""
+        """Return every annotation's image index, class and crowd flag: (A,) int64, int64, bool."""
         index = self.index
         rows = np.flatnonzero(kept(index, slice(0, int(index.first[-1]))))
         image = np.repeat(np.arange(len(self)), np.diff(index.first))
@@ -112,15 +112,15 @@ def _classes(index: CocoIndex, rows: np.ndarray) -> np.ndarray:
 
 
 def load_coco(paths: Dataset, *, need_annotations: bool = True, masks: str = "") -> CocoDataset:
-    """Read and check an instances file.
+    """Read and validate an instances file.
 
     Args:
-        need_annotations: it is to be learned from; False for sets that are only run on.
-        masks: INPUT.MASK_FORMAT where masks are learned, too.
+        need_annotations: for training; False if the detector only runs on the images.
+        masks: INPUT.MASK_FORMAT for training masks, else empty.
 
     Raises:
-        UserError: the file is unreadable or malformed, a rule of `rules.py` stops its use, or an image is listed and
-            not there.
+        UserError: the file is unreadable or malformed, a rule of `rules.py` stops its use, or a listed image is
+            missing.
     """
     index = paths.index
     use = Use("train", masks) if need_annotations else RUN
@@ -137,12 +137,12 @@ def load_coco(paths: Dataset, *, need_annotations: bool = True, masks: str = "")
             "%s: %d file names are not those of the files in %s; the first, '%s', is taken for '%s'.",
             *(index.path, len(renamed), paths.images, index.file_name[renamed[0]], names[renamed[0]]),
         )
-    _tell_left_out(index, use)
+    _log_skipped(index, use)
     warn(index, use)
     return CocoDataset(paths, index, names)
 
 
-def _tell_left_out(index: CocoIndex, use: Use) -> None:
+def _log_skipped(index: CocoIndex, use: Use) -> None:
     total, used = len(index.annotation_id), int(kept(index)[: index.first[-1]].sum())
     if used < total:
         kinds = [f"{len(found.rows)} x {found.rule.name}" for found in findings(index, use, (LEFT_OUT,))]
@@ -150,10 +150,10 @@ def _tell_left_out(index: CocoIndex, use: Use) -> None:
 
 
 def decode_segmentation(record: Record, k: int) -> Segmentation:
-    """The segmentation of annotation k of an image; see `segmentation.decode`.
+    """Decode the segmentation of annotation k of an image; see `segmentation.decode`.
 
     Raises:
-        UserError: it is malformed.
+        UserError: malformed.
     """
     where = f"{record.file_name}: the segmentation of annotation id {record.annotation_ids[k]}"
     return decode(record.segmentations[k], record.height, record.width, where)
@@ -166,9 +166,9 @@ class Matched(NamedTuple):
     """The files of a set's images.
 
     Attributes:
-        names: as they are called, below the folder of images.
-        absent: images that have no file.
-        renamed: images whose file is called otherwise than the annotation file says.
+        names: file names below the image folder.
+        absent: images without a file.
+        renamed: images whose file name differs from the annotated one.
     """
 
     names: PackedStrings
@@ -177,10 +177,10 @@ class Matched(NamedTuple):
 
 
 def match_files(paths: Dataset, index: CocoIndex) -> Matched:
-    """Find the files of the images that are listed.
+    """Find the files of the listed images.
 
-    A name that is no file's is read as one that was written elsewhere: with backslashes, %20, a drive, a URL or
-    folders in front. It must lead to one file and no other name there.
+    A name without a file is interpreted as written on another machine: with backslashes, %20, a drive, a URL or leading
+    folders. It must match exactly one file, which no other name matches.
 
     Raises:
         UserError: the folder cannot be listed.

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and an unwritable folder as one sentence."""
+"""Atomic writes, checksummed JSON, locks, and one-sentence errors for unwritable folders."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from loco_det.core.errors import UserError
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """A file object whose content appears at `path` whole when the block ends, and not at all if it fails.
+    """Open a file that appears at `path` complete when the block ends, or not at all if it fails.
 
-    It is written under a temporary name in the same folder, flushed to the disk and renamed. What a process that was
-    killed has left under that name is written over.
+    The file is written under a temporary name in the same folder, flushed to disk and renamed. A temporary file that a
+    killed process left is overwritten.
 
     Raises:
         UserError: the folder or file cannot be written, or the disk is full.
@@ -76,11 +76,11 @@ def _locked_and_empty(name: str, flags: int) -> int:
 
 @contextlib.contextmanager
 def os_errors(path: str | Path) -> Iterator[None]:
-    """An OSError of the block is the user's: `path` cannot be written."""
+    """Convert an OSError of the block to a UserError: `path` cannot be written."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save fails once more on its way out
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises again on exit
         if not isinstance(cause, OSError):
             raise
         reason = cause.strerror or str(cause)
@@ -88,10 +88,10 @@ def os_errors(path: str | Path) -> Iterator[None]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Refuse a file that could not be written, before hours go into what it is to hold; its folder is made.
+    """Check that a file can be written before hours of work produce it; creates its folder.
 
     Raises:
-        UserError: the folder cannot be written, or `path` is one.
+        UserError: the folder cannot be written, or `path` is a folder.
     """
     path = Path(path)
     with os_errors(path):
@@ -103,19 +103,19 @@ def check_writable(path: str | Path) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """`value` as indented JSON at `path`, atomically."""
+    """Write `value` as indented JSON, atomically."""
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=1)
         file.write("\n")
 
 
 def write_checked_json(path: str | Path, value: dict[str, Any]) -> None:
-    """`value` as `write_json` writes it, with the sha256 of it beside its keys."""
+    """Write `value` as JSON with its sha256 as a further key."""
     write_json(path, {**value, "sha256": _digest(value)})
 
 
 def read_checked_json(path: str | Path) -> dict[str, Any] | None:
-    """What `write_checked_json` wrote; None if the file is not there, cannot be read or is not as it was written."""
+    """Read a file of `write_checked_json`; None if it is missing, unreadable or fails its checksum."""
     try:
         value = json.loads(Path(path).read_bytes())
         return value if isinstance(value, dict) and has_checksum(value) and value.pop("sha256") else None
@@ -148,7 +148,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def file_sha256(path: str | Path) -> str:
-    """The sha256 of a file's content, in hexadecimal.
+    """Return the sha256 of a file's content, in hexadecimal.
 
     Raises:
         OSError: the file cannot be read.
@@ -161,15 +161,15 @@ def file_sha256(path: str | Path) -> str:
 
 
 def stat_line(found: os.stat_result) -> str:
-    """By what a file is known to be unchanged without reading it: its size, and its times of change.
+    """Return size and change times as one line, to detect a changed file without reading it.
 
-    A copy that keeps the time of modification (`cp -p`, `rsync -t`) sets that of the inode all the same.
+    Copies that preserve the modification time (`cp -p`, `rsync -t`) still update the inode's change time.
     """
     return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
 
 def cache_folder() -> Path:
-    """LOCO_DET_CACHE, or loco_det below XDG_CACHE_HOME, or ~/.cache/loco_det."""
+    """Return LOCO_DET_CACHE, or loco_det below XDG_CACHE_HOME, or ~/.cache/loco_det."""
     if chosen := os.environ.get("LOCO_DET_CACHE"):
         return Path(os.path.expanduser(chosen))
     return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "loco_det"
@@ -177,13 +177,13 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """One process at a time runs the block; the system releases the lock when that process ends, however it ends.
+    """Run the block in one process at a time; the system releases the lock when the process ends, however it ends.
 
-    On a file system without locks nobody waits.
+    Without effect on file systems that do not support locks.
 
     Args:
-        path: the lock file; its folder is made.
-        waiting: called before this process waits for another.
+        path: the lock file; its folder is created.
+        waiting: called before waiting for another process.
 
     Raises:
         OSError: the file cannot be opened.

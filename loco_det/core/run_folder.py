@@ -1,4 +1,4 @@
-"""The folder of a run: one run at work in it, and what a resumed run must have in common with its beginning."""
+"""Locks a run's folder, and compares a resumed run's configuration with the original."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 
 @contextlib.contextmanager
 def run_folder(folder: str | Path) -> Iterator[None]:
-    """Hold OUTPUT_DIR for one run, on its main process; temporary files that a killed run left are removed.
+    """Lock OUTPUT_DIR for one run, on its main process; removes temporary files of a killed run.
 
-    While it is at work there is no SHA256SUMS. At its end it is written, or after a failure restored if it still holds.
-    The system releases the lock when the process ends, however it ends. On a file system without locks nothing is held.
+    While the run works there is no SHA256SUMS. It is written at the end, or after a failure restored if it still holds.
+    The system releases the lock when the process ends, however it ends. Without effect on file systems without locks.
 
     Raises:
         UserError: another run is at work in the folder, or it cannot be written.
@@ -41,11 +41,11 @@ def run_folder(folder: str | Path) -> Iterator[None]:
         file = open(folder / LOCK, "a+")  # noqa: SIM115 (closed below)
     with file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which workers do not inherit: they may outlive a kill
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by workers, which may outlive a kill
         except (BlockingIOError, PermissionError):
             file.seek(0)
             raise UserError(
-                f"{folder}: another run is at work in it ({file.read().strip() or 'it has not said which'}); wait for "
+                f"{folder}: another run is using it ({file.read().strip() or 'unknown process'}); wait for "
                 "its end, or choose another OUTPUT_DIR"
             ) from None
         except OSError:
@@ -106,12 +106,12 @@ def check_sums(folder: Path, only: Path | None = None) -> None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> dict[str, str]:
-    """{"SOLVER.BASE_LR": "0.1 before, 0.2 now", ...}: where two configurations differ.
+    """Return where two configurations differ: {"SOLVER.BASE_LR": "0.1 before, 0.2 now", ...}.
 
     Args:
         before: nested plain data, as YAML has it.
         now: likewise.
-        free: dotted keys that may differ; one that ends in a dot stands for all below it.
+        free: dotted keys that may differ; a trailing dot means all keys below it.
     """
     one, other = flat(before), flat(now)
     return {
@@ -122,7 +122,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collect
     }
 
 
-def told(found: Mapping[str, str]) -> str:
-    """`differences` in a sentence: the first three, and how many more."""
+def summary(found: Mapping[str, str]) -> str:
+    """Format `differences` as text: the first three, and the number of the others."""
     shown = "; ".join(f"{key} is {values}" for key, values in list(found.items())[:3])
     return shown + (f"; and {len(found) - 3} more" if len(found) > 3 else "")

@@ -1,4 +1,4 @@
-"""What a report is made of: the folders of runs, found and read as they are on disk. Nothing here is computed anew."""
+"""Finds runs and reads their files for a report; computes nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loco_det.core.errors import UserError
 from loco_det.core.files import has_checksum, read_bytes
 from loco_det.core.run_folder import check_sums
 
-# Keys in which two runs of one experiment may differ: where it ran, its seed, and what belongs to the backbone.
+# Keys in which runs of one experiment may differ: machine, seed, and the backbone's own.
 _FREE = (
     "OUTPUT_DIR",
     "SEED",
@@ -38,14 +38,19 @@ _FREE = (
     "SOLVER.CHECKPOINT_PERIOD",
     "TEST.EVAL_PERIOD",
 )
-_PLAIN_NAMES = ("backbone", "backbone_d2", "model_final", "model")  # of weights files; the folder's name says more
-# Keys without which a config.yaml is none that a run has left.
+_PLAIN_NAMES = (
+    "backbone",
+    "backbone_d2",
+    "model_final",
+    "model",
+)  # uninformative names of weights files; the folder's name is used instead
+# Keys that the config.yaml of every run has.
 _NEEDED = (
     *("DATASETS.TEST", "DATASETS.TRAIN", "MODEL.BACKBONE.FREEZE_AT", "MODEL.BACKBONE.NAME", "MODEL.MASK_ON"),
     *("MODEL.RESNETS.RES5_DILATION", "MODEL.ROI_HEADS.NAME", "MODEL.WEIGHTS", "SEED", "SOLVER.IMS_PER_BATCH"),
     "SOLVER.MAX_ITER",
 )
-_PROBE_BYTES = 4 << 20  # a larger JSON is no probe's
+_PROBE_BYTES = 4 << 20  # no probe's JSON is larger
 _OF_A_PROBE = (b'"top1_interval"', b'"batchnorm"')  # keys that only a probe writes into one file
 
 
@@ -54,7 +59,7 @@ class DetectorRun:
     """One run of `loco-det train`.
 
     Attributes:
-        backbone: the name under which its numbers stand.
+        backbone: its name in the report.
         path: its folder.
         config: every key of config.yaml, "MODEL.MASK_ON" -> True.
         metrics: the lines of metrics.json.
@@ -77,12 +82,12 @@ class DetectorRun:
 
     @property
     def experiment(self) -> dict[str, Any]:
-        """The keys that must agree for two numbers to be comparable."""
+        """The keys that must agree for numbers to be comparable."""
         return {key: value for key, value in self.config.items() if key not in _FREE}
 
     @property
     def title(self) -> str:
-        """The experiment in words."""
+        """A readable title of the experiment."""
         c = self.config
         kind = "Mask R-CNN" if c["MODEL.MASK_ON"] else "Faster R-CNN"
         if c["MODEL.META_ARCHITECTURE"] == "ProposalNetwork":
@@ -99,7 +104,7 @@ class DetectorRun:
 
     @property
     def recorded(self) -> dict[str, float | None]:
-        """The numbers of the last evaluation, "bbox/AP" -> percent; empty where there was none."""
+        """The numbers of the last evaluation, "bbox/AP" -> percent; empty without one."""
         for line in reversed(self.metrics):
             found = {
                 key: value for key, value in line.items() if any(kind in key for kind in ("/AP", "/AR", "sem_seg/"))
@@ -110,18 +115,18 @@ class DetectorRun:
 
     @property
     def results(self) -> Path:
-        """The file of detections, or a segmentor's folder of labels; there or not."""
+        """The path of the detections, or of a segmentor's folder of labels; it may be missing."""
         return self.path / "inference" / ("sem_seg" if self.is_segmentor else "coco_instances_results.json")
 
     @property
     def annotations(self) -> Path | None:
-        """The COCO ground truth, if this run is judged by one data set that is still where it was."""
+        """The COCO ground truth, if the run is evaluated on one data set that still exists."""
         names = self.config["DATASETS.TEST"]
         if len(names) != 1:
             return None
-        told = ((self.record or {}).get("datasets") or {}).get(names[0])
-        if told and Path(told["path"]).is_file():
-            return Path(told["path"])
+        recorded = ((self.record or {}).get("datasets") or {}).get(names[0])
+        if recorded and Path(recorded["path"]).is_file():
+            return Path(recorded["path"])
         try:
             return find_dataset(names[0]).annotations
         except UserError:
@@ -133,8 +138,8 @@ class PretrainRun:
     """One run of `loco-det pretrain`.
 
     Attributes:
-        backbone, path, config, metrics: as a `DetectorRun`'s.
-        images: how many it learnt from, as the backbone that it left says; None where there is none.
+        backbone, path, config, metrics: as in `DetectorRun`.
+        images: number of training images, from its backbone's manifest; None without one.
     """
 
     backbone: str
@@ -145,16 +150,16 @@ class PretrainRun:
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Whole batches in an epoch, or None where the number of images is not known."""
+        """Whole batches per epoch; None if the number of images is unknown."""
         batch = self.config.get("SOLVER.BATCH_SIZE")
         return self.images // batch or None if self.images and isinstance(batch, int) and batch > 0 else None
 
 
 @dataclass
 class Probe:
-    """One file that `loco-det probe --json` wrote; `content` has "stages" and "protocol".
+    """A file of `loco-det probe --json`; `content` has "stages" and "protocol".
 
-    `named` says whether the user gave the backbone's name.
+    `named`: the user gave the backbone's name.
     """
 
     backbone: str
@@ -163,13 +168,13 @@ class Probe:
     named: bool = False
 
     def facts(self, part: str) -> dict[str, Any]:
-        """What it says of "data" or "backbone"."""
+        """Return its record of "data" or "backbone"."""
         found = self.content.get(part)
         return found if isinstance(found, dict) else {}
 
     @property
     def protocol(self) -> str:
-        """The protocol, with its recipe where that is not the usual one; numbers of different ones do not compare."""
+        """The protocol, with its recipe if not the default; numbers of different ones are not comparable."""
         name, recipe = str(self.content.get("protocol", "")), self.content.get("recipe", "sweep")
         return name if recipe == "sweep" else f"{name} ({recipe} recipe)"
 
@@ -179,14 +184,14 @@ class Probe:
 
     @property
     def data(self) -> str:
-        """The images in words; numbers for other images do not compare."""
+        """A description of the images; numbers for other images are not comparable."""
         name, images = Path(str(self.facts("data").get("path") or "")).name, self.facts("data").get("train_images")
         return f"{name}, {images} images" if images else name
 
 
 @dataclass
 class Runs:
-    """All that was found, in the order in which it was named."""
+    """Everything found, in the order of the arguments."""
 
     detectors: list[DetectorRun] = field(default_factory=list)
     pretrainings: list[PretrainRun] = field(default_factory=list)
@@ -197,16 +202,15 @@ class Runs:
 
 
 def find_runs(arguments: Sequence[str]) -> Runs:
-    """Every run in the named places.
+    """Find every run in the given places.
 
     Args:
         arguments: PATH or NAME=PATH; a run's folder, a folder with runs below it at any depth, or a probe's JSON.
-            NAME is the backbone's name for all that is found there.
+            NAME is the backbone's name for everything found there.
 
     Raises:
-        UserError: a path that does not exist or holds no run, a file of a run that cannot be read or is no run's, or
-            two runs of one name and seed whose backbones are not the same. (Probes of one name that the user gave
-            to different backbones are of several pretrainings.)
+        UserError: a path that does not exist or holds no run, an invalid file of a run, or two runs of one name and
+            seed with different backbones. (Probes to which the user gave one name may be of several pretraining runs.)
     """
     runs = Runs()
     seen: set[Path] = set()
@@ -236,12 +240,14 @@ def _split(argument: str) -> tuple[str | None, Path]:
 
 
 def _places(path: Path) -> Iterator[Path]:
-    """config.yaml files and probes' JSON files at or below `path`."""
+    """Yield config.yaml files and probes' JSON files at or below `path`."""
     if path.is_file():
         yield path
         return
     for file in sorted(path.rglob("*")):
-        beside = (file.with_name(name) for name in ("metrics.json", "run.json"))  # the latter from a run's start on
+        beside = (
+            file.with_name(name) for name in ("metrics.json", "run.json")
+        )  # run.json exists from a run's start on
         if (file.name == "config.yaml" and any(map(Path.is_file, beside))) or _is_probe(file):
             yield file
 
@@ -277,9 +283,9 @@ def _read(place: Path, name: str | None, runs: Runs) -> None:
         if "sha256" in content and not has_checksum(content):
             raise UserError(f"{place}: is not what loco-det probe wrote; take an intact copy, or delete its key sha256")
         probe = Probe(name or "", place, content, named=name is not None)
-        told = probe.facts("backbone")
-        ours = {"method": told.get("source")} if str(told.get("name")).endswith(".safetensors") else None
-        probe.backbone = name or _name_of(str(told.get("name") or place.stem), ours)
+        facts = probe.facts("backbone")
+        ours = {"method": facts.get("source")} if str(facts.get("name")).endswith(".safetensors") else None
+        probe.backbone = name or _name_of(str(facts.get("name") or place.stem), ours)
         runs.probes.append(probe)
         return
     folder = place.parent
@@ -342,7 +348,7 @@ def _record(file: Path) -> dict[str, Any] | None:
 
 
 def _images(backbone: Path) -> int | None:
-    """How many images a backbone of ours was made from, by its manifest alone; no tensor is read."""
+    """Return the number of images a backbone was pretrained on, from its manifest only."""
     try:
         with safe_open(backbone, framework="pt") as file:
             header = (file.metadata() or {})[HEADER_KEY]
@@ -352,7 +358,7 @@ def _images(backbone: Path) -> int | None:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.json, none if it is not there; a last line that a kill cut off is left out."""
+    """Read the lines of a metrics.json, [] if it is missing; an incomplete last line is dropped."""
     found: list[dict[str, Any]] = []
     if not file.is_file():
         return found
@@ -378,7 +384,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _name_of(weights: str, record: dict[str, Any] | None) -> str:
-    """A backbone's name where the user gave none: its method, else its file's name."""
+    """Return a backbone's name if the user gave none: its method, else its file's name."""
     if record and record.get("method"):
         return record["method"]
     if not weights:
@@ -388,7 +394,7 @@ def _name_of(weights: str, record: dict[str, Any] | None) -> str:
 
 
 def _check_names(runs: Runs) -> None:
-    """Two different backbones must not end up in one row."""
+    """Check that no two different backbones share a name."""
     known: dict[tuple, DetectorRun] = {}
     for run in runs.detectors:
         key = (run.backbone, run.seed, json.dumps(run.experiment, sort_keys=True, default=str))
