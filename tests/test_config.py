@@ -9,7 +9,7 @@ import pytest
 import yaml
 from fvcore.common.config import CfgNode
 
-from loco_det.core.config import MAX_NODES, find_config, flat, load_config, read_yaml
+from loco_det.core.config import MAX_NODES, find_config, flat, load_config, read_settings, read_yaml
 from loco_det.core.errors import UserError
 from loco_det.detection.keys import SUPPORTED, check_supported, get_cfg
 
@@ -195,6 +195,12 @@ def test_a_value_that_contains_itself_is_refused(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UserError, match="contains it"):
         read_yaml(tmp_path / "a.yaml")
+
+
+def test_what_is_too_large_for_a_configuration_is_refused_before_it_is_parsed(tmp_path):
+    (tmp_path / "a.yaml").write_text("a: " + "x" * (1 << 22))
+    with pytest.raises(UserError, match=r"a\.yaml has more than 2 MB"):
+        read_settings(tmp_path / "a.yaml")
 
 
 def test_an_alias_bomb_is_refused_before_it_fills_the_memory(tmp_path):

@@ -212,6 +212,16 @@ def test_an_image_larger_than_its_zip_can_hold_is_refused_before_memory_is_taken
             open_source(made)
 
 
+def test_a_pipe_is_neither_a_zip_nor_an_image_nor_a_list(tmp_path):
+    for name in ("a.zip", "a.txt", "b.png"):
+        os.mkfifo(tmp_path / name)
+    for name in ("a.zip", "a.txt"):
+        with pytest.raises(UserError, match=rf"{name}: .*it is no regular file"):
+            open_source(tmp_path / name)
+    with pytest.raises(UserError, match=r"b\.png: cannot be read \(it is no regular file\)"):
+        open_source(tmp_path, "flat").read(0)
+
+
 def test_damage_inside_a_zip_is_named(folder, tmp_path):
     path = packed(folder, tmp_path / "set.zip", method=zipfile.ZIP_STORED)
     data = bytearray(path.read_bytes())

@@ -12,6 +12,7 @@ Shape legend: H x W the image's size in pixels, 1024 x 2048 in the original.
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from loco_det.annotations.converted import derived_file, files_digest
 from loco_det.annotations.segmentation import FARTHEST, check_outlines, mask_area
 from loco_det.core.device import usable_cores
 from loco_det.core.errors import UserError
+from loco_det.core.files import read_bytes
 from loco_det.core.launch import leave_stopping_to_parent
 from loco_det.core.log import Progress, log
 
@@ -224,12 +226,12 @@ def instances_from_polygons(frame: Frame) -> dict[str, Any]:
 
 def _read_polygons(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_bytes(path))
         sizes = content["imgHeight"], content["imgWidth"]
         labels = [entry["label"] for entry in content["objects"]]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); complete the data set") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: is no Cityscapes polygon file ({error!r}); take an intact copy") from error
     sized = all(isinstance(size, int) and 0 < size <= FARTHEST for size in sizes)
     if not sized or not all(isinstance(label, str) for label in labels):
@@ -248,9 +250,11 @@ def opened_map(path: Path, remedy: str = "take an intact copy") -> Iterator[Imag
         UserError: missing or damaged.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read_bytes(path))) as image:
             yield image
-    except (OSError, SyntaxError, ValueError) as error:  # PIL raises any of them, depending on the damage
+    except UserError:
+        raise
+    except Exception as error:  # PIL raises nearly anything, depending on the damage
         raise UserError(f"{path}: cannot be read ({error}); {remedy}") from error
 
 

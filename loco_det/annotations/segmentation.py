@@ -45,7 +45,7 @@ def decode(encoded: bytes, height: int, width: int, where: str) -> Segmentation:
     """
     try:
         found = _polygons_or_rle.decode(encoded) if encoded else None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{where} is neither a list of polygons nor an RLE ({error}).") from None
     if not found:
         return None

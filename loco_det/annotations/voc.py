@@ -15,6 +15,7 @@ import msgspec
 
 from loco_det.annotations.converted import derived_file, files_digest
 from loco_det.core.errors import UserError
+from loco_det.core.files import read_bytes
 
 CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
@@ -46,7 +47,10 @@ def voc_annotations(name: str, root: Path) -> tuple[Path, Path]:
             f"folder that holds {VOC_SETS[name][0]} (now '{root}')."
         )
     listing, annotations, images = voc_places(name, root)
-    file_ids = listing.read_text().split()
+    try:
+        file_ids = read_bytes(listing).decode().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{listing} cannot be read as text: {error}; take an intact copy.") from error
     files = [listing, *(annotations / f"{file_id}.xml" for file_id in file_ids)]
     facts = {"format": 1, "files": files_digest(files, annotations.parent)}
     return images, derived_file(name, facts, lambda: msgspec.json.encode(_as_coco(annotations, file_ids)))
@@ -65,12 +69,12 @@ def _as_coco(folder: Path, file_ids: list[str]) -> dict[str, Any]:
         path = folder / f"{file_id}.xml"
         try:
             image_id = image_number(file_id)
-            tree = ElementTree.parse(path)
+            tree = ElementTree.fromstring(read_bytes(path))
             size = {side: int(tree.findtext(f"size/{side}", "")) for side in ("height", "width")}
             objects = [_as_annotation(each) for each in tree.iterfind("object")]
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-        except (ElementTree.ParseError, ValueError) as error:
+        except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last of encodings
             raise UserError(f"{path} is not a Pascal VOC annotation: {error}.") from None
         images.append({"id": image_id, "file_name": f"{file_id}.jpg", **size})
         annotations += [{"id": len(annotations) + k, "image_id": image_id, **each} for k, each in enumerate(objects, 1)]

@@ -20,12 +20,14 @@ import yaml
 from fvcore.common.config import BASE_KEY, CfgNode
 
 from loco_det.core.errors import UserError
+from loco_det.core.files import read_bytes
 
 _YAML_TAG = "tag:yaml.org,2002:"
 _SCALARS = ("null", "bool", "int", "float")
 _PYTHON_SCALARS = {"none": "null", "long": "int"}  # names that YAML spells differently
 # Far above any real file; stops a few lines of nested aliases from exhausting memory.
 MAX_NODES = 200_000
+MAX_BYTES = 1 << 21  # likewise; the reader takes a second for each megabyte
 
 
 class Setting(NamedTuple):
@@ -178,7 +180,10 @@ def _without_lines(item: Any) -> Any:
 
 def _read_mapping(path: Path) -> dict[str, _Line]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+        text = read_bytes(path).decode()
+        if len(text) > MAX_BYTES:
+            raise UserError(f"{path} has more than {MAX_BYTES >> 20} MB, which is no configuration; name another file.")
+        content = yaml.load(text, _PlainLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a text file: {error}.") from error
     except yaml.constructor.ConstructorError as error:

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,6 +130,21 @@ def has_checksum(value: dict[str, Any]) -> bool:
 
 def _digest(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file that somebody gave: read as `Path.read_bytes` reads it, if it has an end.
+
+    Raises:
+        OSError: it cannot be read, is a pipe, a socket or a device, or is larger than this machine's memory.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # a pipe would wait
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        if found.st_size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            raise OSError(errno.EFBIG, "it is larger than the memory", str(path))
+        return file.read()
 
 
 def file_sha256(path: str | Path) -> str:

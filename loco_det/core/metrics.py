@@ -107,7 +107,7 @@ class JsonLines(Sink):
 def _iteration(line: str) -> float:
     try:
         return json.loads(line)["iteration"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf  # cut off when the process was killed
 
 

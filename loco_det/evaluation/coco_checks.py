@@ -123,7 +123,7 @@ def _read_masks(index: CocoIndex, rows: np.ndarray) -> list[Any]:
     try:
         with no_garbage_collection():
             masks = _decode_masks(b"[" + b",".join(texts) + b"]")
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         place = re.match(r".*`\$\[(\d+)\]", str(error))
         which = f"annotation {index.annotation_id[rows[int(place[1])]]}" if place else "an annotation"
         raise UserError(f"{path}: {which} has no segmentation that can be evaluated: {error}; {remedy}.") from error
@@ -223,7 +223,7 @@ def check_results(
 def _are_masks(masks: list[dict[str, Any]]) -> bool:
     try:
         hotcoco.mask.area(masks)
-    except ValueError:
+    except (ValueError, TypeError):  # the latter of text that is no UTF-8
         return False
     return True
 

@@ -11,6 +11,7 @@ import msgspec
 
 from loco_det.core.device import no_garbage_collection
 from loco_det.core.errors import UserError
+from loco_det.core.files import read_bytes
 
 KEYS = {"bbox": "bbox", "segm": "segmentation"}  # IoU type -> key of a result
 
@@ -24,7 +25,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; give a results file in COCO's format.")
     try:
-        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        content = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
         with no_garbage_collection():
             rows = _decoded(content)
     except OSError as error:

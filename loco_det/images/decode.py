@@ -38,6 +38,7 @@ import numpy as np
 from PIL import Image
 
 from loco_det.core.errors import UserError
+from loco_det.core.files import read_bytes
 from loco_det.core.log import log
 
 Order = Literal["RGB", "BGR"]
@@ -118,7 +119,7 @@ def read_file(path: str | Path) -> bytes:
         UserError: missing or unreadable.
     """
     try:
-        return Path(path).read_bytes()
+        return read_bytes(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such image file; correct the path or restore the file") from None
     except OSError as error:

@@ -29,6 +29,7 @@ from typing import BinaryIO
 import numpy as np
 
 from loco_det.core.errors import UserError
+from loco_det.core.files import read_bytes
 from loco_det.core.outputs import walk_data
 from loco_det.images.decode import SUFFIXES, log_unread
 from loco_det.images.indexed import open_huggingface, open_torchvision
@@ -168,7 +169,7 @@ def _open_folder(root: Path, format: str) -> Source:
 
 def _open_list(path: Path) -> Source:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_bytes(path).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"DATA.PATH {path}: cannot be read as a UTF-8 text list ({error}); correct the file") from error
     lines = [line.rstrip() for line in lines if line.strip() and not line.startswith("#")]
@@ -188,6 +189,8 @@ def _open_list(path: Path) -> Source:
 
 def _open_zip(path: Path, inner: str) -> Source:
     try:
+        if not os.path.isfile(path):  # a pipe would keep it waiting
+            raise OSError("it is no regular file")
         with zipfile.ZipFile(path) as archive:
             members = [m for m in archive.infolist() if not m.is_dir() and _is_image(PurePosixPath(m.filename).name)]
     except (zipfile.BadZipFile, OSError) as error:

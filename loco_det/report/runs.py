@@ -15,7 +15,7 @@ from loco_det.annotations.registry import find_dataset
 from loco_det.backbones.artifact import HEADER_KEY, decode_manifest
 from loco_det.core.config import read_yaml
 from loco_det.core.errors import UserError
-from loco_det.core.files import has_checksum
+from loco_det.core.files import has_checksum, read_bytes
 from loco_det.core.run_folder import check_sums
 
 # Keys in which runs of one experiment may differ: machine, seed, and the backbone's own.
@@ -257,9 +257,7 @@ def _is_probe(file: Path) -> bool:
         return False
     if file.stat().st_size >= _PROBE_BYTES:
         return False
-    return _has_stages(_json(file)) or all(
-        key in file.read_bytes() for key in _OF_A_PROBE
-    )  # `_read` refuses the latter
+    return _has_stages(_json(file)) or all(key in read_bytes(file) for key in _OF_A_PROBE)  # `_read` refuses the latter
 
 
 def _has_stages(content: dict[str, Any] | None) -> bool:
@@ -271,7 +269,7 @@ def _has_stages(content: dict[str, Any] | None) -> bool:
 
 def _json(file: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_bytes(file))
     except (ValueError, OSError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -342,7 +340,7 @@ def _record(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_bytes(file))
         msgspec.convert(content, _Record)
     except (OSError, ValueError, RecursionError) as error:  # ValidationError is a ValueError
         raise UserError(f"{file}: is not as a run writes it ({error}); take an intact copy, or delete it") from error
@@ -365,13 +363,13 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return found
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(file).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error}); take an intact copy") from error
     for number, line in enumerate(lines, 1):
         try:
             found.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             if number < len(lines):
                 raise UserError(f"{file}: line {number} is no JSON object ({error}); take an intact copy") from error
     return found

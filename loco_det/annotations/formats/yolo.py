@@ -22,6 +22,7 @@ from loco_det.annotations.formats.files import Tree, Unreadable, path_parts, rea
 from loco_det.annotations.formats.objects import BadShape, Found, Picture, extent, number, polygon
 from loco_det.annotations.formats.splits import split_of_folder
 from loco_det.annotations.formats.summary import Summary, printable
+from loco_det.core.config import MAX_BYTES
 from loco_det.core.errors import UserError
 
 SUFFIXES = (".yaml", ".yml")
@@ -111,7 +112,10 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
 def _read_settings(path: Path) -> dict[str, Any]:
     """Return keys with text, a list of texts or, for `names`, {text: text}; constructs nothing in the file."""
     try:
-        root = yaml.compose(read_text(path), Loader=yaml.SafeLoader)
+        text = read_text(path)
+        if len(text) > MAX_BYTES:
+            raise Unreadable(f"it has more than {MAX_BYTES >> 20} MB")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise Unreadable(" ".join(str(error).split())) from None
     except RecursionError:
