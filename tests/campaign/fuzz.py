@@ -41,7 +41,7 @@ from loco_det.core.config import load_config
 from loco_det.core.run_folder import check_sums
 from loco_det.detection import keys
 from loco_det.detection.precomputed import read_proposals
-from loco_det.evaluation.coco import match
+from loco_det.evaluation.coco import hotcoco_evaluations
 from loco_det.evaluation.coco_checks import check_results, read_ground_truth
 from loco_det.evaluation.probes.cifar import open_cifar
 from loco_det.evaluation.proposals import Proposals, write_proposals
@@ -171,7 +171,7 @@ def _results(folder: Path) -> tuple[list[bytes], Read]:
     def read() -> None:
         found = read_results(path)
         types = held_types(path, found)
-        match(known, check_results(found, known, types, source=path), types)
+        hotcoco_evaluations(known, check_results(found, known, types, source=path), types)
 
     return [json.dumps([{**r, "segmentation": _rle(64, 80)} for r in rows]).encode()], Written(path, read)
 

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # before torch is imported: it is forked
+if __name__ == "__main__":  # before torch is imported: processes are forked from this one
+    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -56,7 +57,7 @@ def chosen(names: list[str] | None) -> dict[str, Part]:
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="PART", help="e.g. kill, or kill:train")
     parser.add_argument("--hours", type=float, default=1.0, metavar="H", help="how many trials, in hours of one core")
@@ -64,7 +65,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--index", type=int, metavar="N", help="make this one trial of the part")
     parser.add_argument("--sample", action="store_true", help="a few trials of some parts, in seconds")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments().parse_args(argv)
     os.chdir(Path(__file__).resolve().parents[2])
     tallies, share = [], args.hours
     if args.sample:
