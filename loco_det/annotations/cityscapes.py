@@ -31,6 +31,7 @@ from loco_det.core.device import usable_cores
 from loco_det.core.errors import UserError
 from loco_det.core.launch import leave_stopping_to_parent
 from loco_det.core.log import Progress, log
+from loco_det.images.decode import SUFFIXES as IMAGE_SUFFIXES
 
 # Source: cityscapesscripts/helpers/labels.py, which a test compares. Ids from 24 to 33 have instances.
 LABELS = {
@@ -76,11 +77,15 @@ def cityscapes_frames(root: Path, split: str) -> list[Frame]:
                 f"and gtFine_trainvaltest.zip into {root}, or set DETECTRON2_DATASETS to the folder that holds it."
             )
     suffix = "_leftImg8bit.png"
+    of_frame: dict[str, Path] = {}  # by CITY/NAME; PNG before what was made of it
+    for image in sorted(images.glob("*/*_leftImg8bit.*"), key=lambda image: image.suffix == ".png"):
+        if image.suffix.lower() in IMAGE_SUFFIXES:
+            of_frame[frame_name(image)] = image
     frames = []
-    for image in sorted(images.glob(f"*/*{suffix}")):
-        stem = truth / image.parent.name / image.name.removesuffix(suffix)
+    for name, image in sorted(of_frame.items()):
+        stem = truth / name
         frames.append(Frame(image, Path(f"{stem}_gtFine_instanceIds.png"), Path(f"{stem}_gtFine_polygons.json")))
-    have = {f"{frame.image.parent.name}/{frame.image.name.removesuffix(suffix)}" for frame in frames}
+    have = set(of_frame)
     of_truth = (path.relative_to(truth).as_posix() for path in truth.glob("*/*_gtFine_*"))
     lost = sorted({name.partition("_gtFine_")[0] for name in of_truth} - have)
     if frames and lost:
@@ -91,6 +96,11 @@ def cityscapes_frames(root: Path, split: str) -> list[Frame]:
     if not frames:
         raise UserError(f"{images} holds no CITY/*{suffix}; unpack leftImg8bit_trainvaltest.zip into {root}.")
     return frames
+
+
+def frame_name(image: Path) -> str:
+    """CITY/NAME of .../CITY/NAME_leftImg8bit.png, or .jpg and the like."""
+    return f"{image.parent.name}/{image.name.rpartition('_leftImg8bit.')[0]}"
 
 
 def cityscapes_annotations(root: Path, split: str, *, from_polygons: bool = True) -> Path:
@@ -104,7 +114,7 @@ def cityscapes_annotations(root: Path, split: str, *, from_polygons: bool = True
     """
     frames = cityscapes_frames(root, split)
     if from_polygons:
-        _require_shapely()
+        require_shapely()
     read = [frame.polygons if from_polygons else frame.instances for frame in frames]
     facts = {
         "format": 1,
@@ -171,7 +181,8 @@ def _area(segmentation: list[list[float]] | dict[str, Any], height: int, width: 
 # --- polygons ---------------------------------------------------------------------------------------------------
 
 
-def _require_shapely() -> None:
+def require_shapely() -> None:
+    """Refuse with UserError to go on without shapely."""
     try:
         import shapely  # noqa: F401
     except ImportError as error:

@@ -24,6 +24,7 @@ import numpy as np
 
 from loco_det.annotations.converted import derived_file
 from loco_det.annotations.index import CocoIndex, load_index
+from loco_det.annotations.pixels import PixelLabels
 from loco_det.annotations.registry import Dataset
 from loco_det.annotations.rules import LEFT_OUT, RUN, Use, corners, findings, kept, refuse, warn
 from loco_det.annotations.segmentation import Segmentation, decode
@@ -57,6 +58,7 @@ class Record(NamedTuple):
     crowd: np.ndarray  # (n,) bool
     annotation_ids: np.ndarray  # (n,) int64
     segmentations: Sequence[bytes]  # n, as in the JSON; see `decode_segmentation`
+    labels: PixelLabels | None = None  # of a set with a label for each pixel
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class CocoDataset:
             index.crowd[rows],
             index.annotation_id[rows],
             Segmentations(index, rows),
+            self.paths.labels if self.paths.is_pixels else None,
         )
 
     def __iter__(self) -> Iterator[Record]:

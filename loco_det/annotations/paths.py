@@ -30,7 +30,7 @@ from loco_det.annotations.subsets import is_part
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
 
-_FILE = re.compile(r"(.*?\.(?:json|json\.gz|xml|ya?ml))(?:@(.*))?", re.IGNORECASE | re.DOTALL)
+ANNOTATION_FILE = re.compile(r"(.*?\.(?:json|json\.gz|xml|ya?ml))(?:@(.*))?", re.IGNORECASE | re.DOTALL)
 COCO_FILES = ("_annotations.coco.json", "result.json")  # that stand for the folder they lie in
 _told: set[Path] = set()
 
@@ -46,10 +46,10 @@ class Place(NamedTuple):
 def is_path(name: str) -> bool:
     """Whether a data set's name is a path, without or with anything behind an @."""
     head = name.partition("@")[0]
-    return "/" in head or head.startswith("~") or _FILE.fullmatch(head) is not None
+    return "/" in head or head.startswith("~") or ANNOTATION_FILE.fullmatch(head) is not None
 
 
-def _path(text: str) -> Path:
+def local_path(text: str) -> Path:
     """With ~ and ~user as their homes, or as they stand where there is no such user.
 
     Ask os.path whether it is there: a Path raises OSError for a name that is too long.
@@ -71,13 +71,13 @@ def find_path(whole: str) -> Place:
     Raises:
         UserError: something is not there or is of no known format, or a split must be named.
     """
-    found = _FILE.fullmatch(whole)
-    if found and not os.path.isdir(_path(whole)):
-        return _of_file(whole, _path(found[1]), found[2])
-    source, split = _path(whole), None
+    found = ANNOTATION_FILE.fullmatch(whole)
+    if found and not os.path.isdir(local_path(whole)):
+        return _of_file(whole, local_path(found[1]), found[2])
+    source, split = local_path(whole), None
     if not os.path.isdir(source) and "@" in whole:
         head, _, split = whole.rpartition("@")
-        source = _path(head)
+        source = local_path(head)
     if source.suffix.lower() in ARCHIVES and os.path.isfile(source):
         raise UserError(f"DATASETS: '{whole}': {source} is an archive; unpack it and name the folder.")
     if not os.path.isdir(source):
@@ -92,7 +92,7 @@ def _of_file(whole: str, file: Path, rest: str | None) -> Place:
     if not os.path.isfile(file):
         raise UserError(f"DATASETS: '{whole}': there is no file {file}; correct the path.")
     if file.name.lower().endswith((".json", ".json.gz")) and _may_be_coco(file):
-        images = _default_images(file) if rest is None else _path(rest)
+        images = _default_images(file) if rest is None else local_path(rest)
         if not os.path.isdir(images):
             raise UserError(
                 f"DATASETS: '{whole}': there is no folder {images}; write FILE.json@FOLDER with the images' folder."
@@ -101,10 +101,10 @@ def _of_file(whole: str, file: Path, rest: str | None) -> Place:
     images, split = None, None
     if rest is not None:
         head, _, tail = rest.rpartition("@")
-        if os.path.isdir(_path(rest)):
-            images = _path(rest)
-        elif head and os.path.isdir(_path(head)):
-            images, split = _path(head), tail
+        if os.path.isdir(local_path(rest)):
+            images = local_path(rest)
+        elif head and os.path.isdir(local_path(head)):
+            images, split = local_path(head), tail
         elif head or "/" in tail:
             raise UserError(f"DATASETS: '{whole}': there is no folder {head or tail}; correct the path.")
         else:
@@ -131,7 +131,7 @@ def _default_images(file: Path) -> Path:
 def is_annotated(path: Path) -> bool:
     """Whether a folder or a file is one of those above, so that its images come with annotations."""
     if not os.path.isdir(path):
-        return _FILE.fullmatch(path.name) is not None
+        return ANNOTATION_FILE.fullmatch(path.name) is not None
     if any((path / name).is_file() for name in COCO_FILES):
         return True
     return bool(set(recognise(Tree(path))) - {"coco"})

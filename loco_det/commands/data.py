@@ -21,7 +21,6 @@ from loco_det.annotations.formats.conversion import FORMATS, convert_annotations
 from loco_det.annotations.formats.summary import lines
 from loco_det.annotations.index import CocoIndex, load_index
 from loco_det.annotations.paths import is_annotated, is_path
-from loco_det.annotations.pixels import is_semantic
 from loco_det.annotations.registry import COCO_NAMES, Dataset, find_dataset, folder_name
 from loco_det.annotations.rules import SUSPECT, finite_boxes
 from loco_det.core.errors import UserError
@@ -140,7 +139,7 @@ def _asked(args: argparse.Namespace) -> Asked:
 
 def _masks(asked_for: str, asked: Asked, index: CocoIndex) -> str:
     """INPUT.MASK_FORMAT of the training to judge for; empty for one on boxes or pixel labels."""
-    if is_semantic(asked.name) or asked_for == "none":
+    if asked.paths.is_pixels or asked_for == "none":
         return ""
     return masks_of(index) if asked_for == "auto" else asked_for
 
@@ -189,7 +188,7 @@ def _pictures(args: argparse.Namespace, asked: Asked, checked: Checked, out: Pat
     written = []
     if checked.classes:
         written.append(out / "histogram.png")
-        in_images = asked.paths is None or is_semantic(asked.name)
+        in_images = asked.paths is None or asked.paths.is_pixels
         _histogram(checked.classes, "images" if in_images else "annotations", written[-1])
     readable = np.flatnonzero(checked.readable)
     if not len(readable):
@@ -267,7 +266,7 @@ def _print(asked: Asked, checked: Checked, masks: str, files: list[Path]) -> Non
     what = f"train on {asked.name}"
     if asked.paths is None:
         what = f"pretrain on the images of {asked.name}"
-    elif not is_semantic(asked.name):
+    elif not asked.paths.is_pixels:
         what += f" with masks (INPUT.MASK_FORMAT {masks})" if masks else " with boxes alone (MODEL.MASK_ON False)"
     console.print(f"{'NOT ' * bool(kinds)}OK to {what}: {verdict}")
 

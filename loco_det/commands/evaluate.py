@@ -132,7 +132,7 @@ def _read(
     Every file is read before anything is measured.
     """
     if dataset.is_pixels:
-        return [_label_files(path, dataset) for path in files], (), "pixels"
+        return [_label_files(path, dataset) for path in files], (), dataset.benchmark
     for path in files:
         if path.is_dir():
             raise UserError(f"{path} is a folder; give the file of results, as inference/coco_instances_results.json.")

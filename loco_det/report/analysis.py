@@ -23,6 +23,7 @@ from loco_det.annotations.registry import find_dataset, measure_of
 from loco_det.core.errors import UserError
 from loco_det.core.files import file_sha256
 from loco_det.core.log import Progress, log
+from loco_det.evaluation import labels
 from loco_det.evaluation.bootstrap import Counted, Judged, Matched
 from loco_det.evaluation.cityscapes import count_instances
 from loco_det.evaluation.coco import match
@@ -188,6 +189,8 @@ def _count_pixels(run: DetectorRun) -> Taken | str:
 
 def _counted(run: DetectorRun) -> Counted:
     paths = find_dataset(run.config["DATASETS.TEST"][0])
+    if run.is_segmentor and paths.benchmark == "labels":
+        return labels.count_labels(paths, run.results)
     if run.is_segmentor:
         images = [paths.images / name for name in load_index(run.annotations).file_name.tolist()]
         return count_labels(images, run.results)
