@@ -12,8 +12,10 @@ Shape legend: H x W the image's size in pixels, 1024 x 2048 in the original.
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -29,9 +31,11 @@ from loco_det.annotations.converted import derived_file, files_digest
 from loco_det.annotations.segmentation import FARTHEST, check_outlines
 from loco_det.core.device import usable_cores
 from loco_det.core.errors import UserError
+from loco_det.core.files import read_regular
 from loco_det.core.launch import leave_stopping_to_parent
 from loco_det.core.log import Progress, log
 from loco_det.images.decode import SUFFIXES as IMAGE_SUFFIXES
+from loco_det.images.decode import check_pixels
 
 # Source: cityscapesscripts/helpers/labels.py, which a test compares. Ids from 24 to 33 have instances.
 LABELS = {
@@ -241,12 +245,12 @@ def instances_from_polygons(frame: Frame) -> dict[str, Any]:
 
 def _read_polygons(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path))
         sizes = content["imgHeight"], content["imgWidth"]
         labels = [entry["label"] for entry in content["objects"]]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); complete the data set") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: is no Cityscapes polygon file ({error!r}); take an intact copy") from error
     sized = all(isinstance(size, int) and 0 < size <= FARTHEST for size in sizes)
     if not sized or not all(isinstance(label, str) for label in labels):
@@ -265,10 +269,15 @@ def opened_map(path: Path, remedy: str = "take an intact copy") -> Iterator[Imag
         UserError: missing or damaged.
     """
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(read_regular(path))) as image:
+            warnings.simplefilter("ignore")
+            check_pixels(*image.size, str(path))
             yield image
-    except (OSError, SyntaxError, ValueError) as error:  # by where a PNG is damaged, PIL raises any of them
-        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from error
+    except UserError:
+        raise
+    except Exception as error:  # hostile bytes make PIL's parsers raise nearly anything
+        reason = str(error).replace("<_io.BytesIO object at ", "<").split("<")[0].strip()
+        raise UserError(f"{path}: cannot be read ({reason}); {remedy}") from error
 
 
 def read_instance_ids(path: Path) -> np.ndarray:

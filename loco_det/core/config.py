@@ -20,12 +20,15 @@ import yaml
 from fvcore.common.config import BASE_KEY, CfgNode
 
 from loco_det.core.errors import UserError
+from loco_det.core.files import read_regular
 
 _YAML_TAG = "tag:yaml.org,2002:"
 _SCALARS = ("null", "bool", "int", "float")
 _PYTHON_SCALARS = {"none": "null", "long": "int"}  # where YAML's name is another
 # Far above any real file; stops a few lines of nested aliases from filling the memory.
 MAX_NODES = 200_000
+MAX_DIGITS = 100  # of a number as it is written
+MAX_BASES = 100  # files of which each is the base of the next
 
 
 class Setting(NamedTuple):
@@ -77,7 +80,7 @@ def read_settings(path: str | Path) -> dict[str, Setting]:
     Raises:
         UserError: a file is missing or not YAML, or a key appears twice.
     """
-    return _read_with_bases(find_config(path), ())
+    return _read_with_bases(find_config(path), (), {})
 
 
 def refusal(cfg: CfgNode, settings: Settings | None, key: str, reason: str) -> UserError:
@@ -140,14 +143,14 @@ def find_config(path: str | Path) -> Path:
         UserError: neither exists; the message offers the closest name.
     """
     path = Path(os.path.expanduser(path))
-    if path.is_file():
+    if os.path.isfile(path):  # a Path raises OSError for a name that is too long
         return path
     package = Path(__file__).parent.parent
     inside = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
     folders = [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
     if not path.is_absolute():
         for folder in folders:
-            if (folder / inside).is_file():
+            if os.path.isfile(folder / inside):
                 return folder / inside
     known = [f.relative_to(folder).as_posix() for folder in folders for f in sorted(folder.rglob("*.yaml"))]
     close = difflib.get_close_matches(inside.as_posix(), known, n=1)
@@ -180,7 +183,7 @@ def _without_lines(item: Any) -> Any:
 
 def _read_mapping(path: Path) -> dict[str, _Line]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+        content = yaml.load(read_regular(path).decode("utf-8"), _PlainLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a text file: {error}.") from error
     except yaml.constructor.ConstructorError as error:
@@ -212,9 +215,12 @@ class _PlainLoader(yaml.SafeLoader):
             raise _fault(node, f"aliases expand to more than {MAX_NODES} values by here; remove them")
         if node in self.recursive_objects:
             raise _fault(node, "an alias refers to the value that contains it")
+        number = node.tag in (f"{_YAML_TAG}int", f"{_YAML_TAG}float")
+        if number and len(node.value) > MAX_DIGITS:  # 1:1:1... is one to the base of 60
+            raise _fault(node, f"a number of {len(node.value)} characters; write at most {MAX_DIGITS}")
         try:
             made = super().construct_object(node, deep=True)
-        except (ValueError, KeyError, IndexError) as error:  # of a scalar whose tag says another type than its text
+        except (ValueError, LookupError, OverflowError) as error:  # its tag says another type than its text
             raise _fault(node, f"{node.value!r} is not of type {node.tag.rpartition(':')[2]}") from error
         del self.constructed_objects[node]  # an alias is made, and counted, anew
         return made
@@ -273,12 +279,16 @@ def _fault(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
     return yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
 
 
-def _read_with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Setting]:
-    """Settings of a file over those of its bases; `above` are the files that led here."""
+def _read_with_bases(path: Path, above: tuple[Path, ...], known: dict[Path, Settings]) -> Settings:
+    """Settings of a file over those of its bases; `above` are the files that led here, `known` those read before."""
     here = path.resolve()
+    if here in known:
+        return known[here]
     if here in above:
         chain = " -> ".join(f.name for f in (*above, here))
         raise UserError(f"{path}: {BASE_KEY} leads back to a file that is being read ({chain}); break the circle.")
+    if len(above) > MAX_BASES:
+        raise UserError(f"{path}: is the {BASE_KEY} of more than {MAX_BASES} files, each of the next; leave some out.")
     mapping = _read_mapping(path)
     bases = mapping.pop(BASE_KEY, _Line([], 0))
     names = [bases.value] if isinstance(bases.value, str) else bases.value
@@ -289,10 +299,11 @@ def _read_with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Setting]:
         if "://" in name:
             raise UserError(f"{path}, line {bases.line}: download the {BASE_KEY} {name} and name the local file.")
         base = path.parent / os.path.expanduser(name)
-        if not base.is_file():
+        if not os.path.isfile(base):
             raise UserError(f"{path}, line {bases.line}: the {BASE_KEY} file {base} does not exist.")
-        settings.update(_read_with_bases(base, (*above, here)))
+        settings.update(_read_with_bases(base, (*above, here), known))
     settings.update(_flatten(mapping, path, ""))
+    known[here] = settings
     return settings
 
 
@@ -344,7 +355,7 @@ def _fit(value: Any, default: Any, key: str, origin: str) -> Any:
     """`value` in the type of `default`: as yacs, and an int is also good where a float is expected."""
     if default is None and (value is None or type(value) in (str, bool, int, float, list, tuple)):
         return value
-    if type(default) is float and type(value) is int:
+    if type(default) is float and type(value) is int and abs(value) < 10**MAX_DIGITS:
         return float(value)
     if isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
         kinds = {_leaf_kind(leaf) for leaf in _leaves(default)}

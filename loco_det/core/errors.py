@@ -7,6 +7,7 @@ from typing import TypeVar
 
 _Batch = TypeVar("_Batch")
 
+LONGEST = 2000  # characters of a sentence
 INTERRUPTED = 130  # as a shell reports SIGINT
 _CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 
@@ -15,8 +16,13 @@ class UserError(Exception):
     """Something the user gave cannot be used.
 
     The message is one sentence that names the file, key or tensor and says what to do. The command line
-    prints it and exits with status 2; everything else that is raised is a bug and keeps its traceback.
+    prints it and exits with status 2; everything else that is raised is a bug and keeps its traceback. Of one that is
+    longer than `LONGEST`, since a hostile file has a name or a value of any length, the middle is left out.
     """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def raising(batches: Iterable[_Batch | UserError]) -> Iterator[_Batch]:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and an unwritable folder as one sentence."""
+"""Files that appear whole or not at all, those that are read to their end, and an unwritable folder as one sentence."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,6 +71,26 @@ def check_writable(path: str | Path) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with tempfile.TemporaryFile(dir=path.parent):
             pass
+
+
+def read_regular(path: str | Path) -> bytes:
+    """The content of a regular file. A device has no end and a FIFO no beginning, so neither is read.
+
+    Raises:
+        OSError: the file cannot be read, or is none; its strerror says why.
+        ValueError: the name is none that a file can have.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # of a FIFO it would wait for a writer
+    try:
+        found = os.fstat(fd)
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
+        with open(fd, "rb", closefd=False) as file:
+            return file.read() if found.st_size else b""  # what the kernel makes up, as in /proc, has no size
+    finally:
+        os.close(fd)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -27,6 +27,7 @@ Refused means UserError naming the file.
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -38,6 +39,7 @@ import numpy as np
 from PIL import Image
 
 from loco_det.core.errors import UserError
+from loco_det.core.files import read_regular
 from loco_det.core.log import log
 
 Order = Literal["RGB", "BGR"]
@@ -81,6 +83,10 @@ _REDUCED = {1: 0, 2: 16, 4: 32, 8: 64}
 # OpenCV before 4.11 has no RGB flag.
 _READ_RGB = getattr(cv2, "IMREAD_COLOR_RGB", None)
 REDUCTIONS = (8, 4, 2)
+MOST_MEGAPIXELS = 100  # of an image that is decoded, which takes some ten bytes a pixel
+_BYTES_OF_A_PIXEL = 8  # at most, in a file
+_LIMIT = "LOCO_DET_MAX_MEGAPIXELS"
+_TOO_LARGE = f"cut it into tiles or scale it down, or set {_LIMIT} if the memory suffices"
 
 
 def tell_unread(where: str, names: Iterable[str]) -> None:
@@ -118,7 +124,8 @@ def read_file(path: str | Path) -> bytes:
         UserError: missing or unreadable.
     """
     try:
-        return Path(path).read_bytes()
+        check_bytes(os.path.getsize(path), str(path))
+        return read_regular(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such image file; correct the path or restore the file") from None
     except OSError as error:
@@ -138,6 +145,8 @@ def decode_image(data: bytes, name: str, order: Order = "RGB", reduce: int = 1) 
         UserError: empty, truncated, not an image, or with pixels of unknown range.
     """
     header = _jpeg_header(data)
+    if header is not None:
+        check_pixels(header[1], header[0], name)
     if header is not None and header[2] and data.rfind(b"\xff\xd9", header[3]) >= 0:
         pixels = _cv2_pixels(data, order, reduce)
         if pixels is not None:
@@ -194,16 +203,44 @@ def _pil_pixels(data: bytes, name: str, order: Order, *, exact: bool) -> np.ndar
         # PIL warns of odd metadata on standard error; the pixels are what matters here.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pixels = _to_rgb(_upright(Image.open(io.BytesIO(data))), name, exact)
+            image = Image.open(io.BytesIO(data))
+            check_pixels(*image.size, name)
+            pixels = _to_rgb(_upright(image), name, exact)
     except UserError:
         raise
     except Exception as error:  # hostile bytes make PIL's parsers raise nearly anything
-        if isinstance(error, Image.DecompressionBombError):
-            most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
-            raise UserError(f"{name}: has more than {most} megapixels; cut it into tiles or scale it down") from error
+        if isinstance(error, Image.DecompressionBombError):  # by which Pillow refuses to open it
+            raise UserError(f"{name}: has more than {most_pixels() // 10**6} megapixels; {_TOO_LARGE}") from error
         reason = str(error).replace("<_io.BytesIO object at ", "<").split("<")[0].strip()
         raise UserError(f"{name}: not a readable image ({reason}); restore or remove it") from error
     return np.ascontiguousarray(pixels[:, :, ::-1]) if order == "BGR" else pixels
+
+
+def most_pixels() -> int:
+    """How many pixels an image may have that is decoded; Pillow's own limit is raised to as many.
+
+    Raises:
+        UserError: LOCO_DET_MAX_MEGAPIXELS is no number of them.
+    """
+    given = os.environ.get(_LIMIT, str(MOST_MEGAPIXELS))
+    if not given.isdecimal() or not 0 < int(given) <= 10**5:
+        raise UserError(f"{_LIMIT} is {given!r}; give whole megapixels, such as {MOST_MEGAPIXELS}.")
+    most = int(given) * 10**6
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, most)
+    return most
+
+
+def check_bytes(count: int, name: str) -> None:
+    """Refuse with UserError, before it is read or unpacked, a file of more bytes than any image has that is decoded."""
+    if count > _BYTES_OF_A_PIXEL * most_pixels():
+        raise UserError(f"{name}: has {count >> 20} MiB, more than an image of {most_pixels() // 10**6} megapixels")
+
+
+def check_pixels(width: int, height: int, name: str) -> None:
+    """Refuse with UserError, before it is decoded, an image that would take much memory, whatever its bytes are."""
+    most = most_pixels()
+    if width * height > most:
+        raise UserError(f"{name}: has {width} x {height} pixels, more than {most // 10**6} megapixels; {_TOO_LARGE}")
 
 
 def count_frames(path: str | Path) -> int:
@@ -222,6 +259,7 @@ def pil_rgb(image: Image.Image, name: str) -> np.ndarray:
     Raises:
         UserError: pixels of unknown range.
     """
+    check_pixels(*image.size, name)
     return _to_rgb(_upright(image), name, exact=False)
 
 

@@ -35,6 +35,7 @@ from loco_det.images.views import stream
 
 _SHARDS, _BUFFER = 2**63 + 1, 2**63 + 2  # random streams that no image's index reaches
 _MOST_RUNS = 64
+_LONGEST_LABEL = 1 << 16  # bytes
 _INDEX_VERSION = 2
 
 
@@ -254,12 +255,12 @@ def _samples(shard: Path) -> Iterator[tuple[str, tuple[int, int, int], str]]:
                 if f".{suffix}" in SUFFIXES and "image" not in found:
                     found["image"] = (member.name, member.offset_data, member.size)
                 elif suffix == "cls":
-                    found["label"] = tar.extractfile(member).read().decode().strip()
+                    found["label"] = tar.extractfile(member).read(_LONGEST_LABEL).decode().strip()
             tar.fileobj.seek(tar.offset)
             # tarfile takes a header that is cut off or damaged for the end.
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"at byte {tar.offset:,} is neither a header nor the end")
-    except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
+    except (OSError, tarfile.TarError, ValueError, OverflowError) as error:  # the latter two of sizes that cannot be
         raise UserError(f"{shard}: not readable as a plain tar ({error}); take an intact, uncompressed one") from error
     yield from _finished(found)
 

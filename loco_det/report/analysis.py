@@ -153,7 +153,7 @@ def take_apart(run: DetectorRun) -> Taken | str:
         truth = read_ground_truth(annotations, kinds)
         results = msgspec.json.decode(run.results.read_bytes())
         judged = match(truth, check_results(results, truth, kinds), kinds)
-    except (UserError, msgspec.DecodeError) as error:
+    except (UserError, msgspec.DecodeError, RecursionError) as error:
         return f"its detections cannot be evaluated again: {error}"
     for each in judged:
         precision = np.asarray(each.evaluation.eval["precision"])[:, :, :, 0, -1]
@@ -175,7 +175,7 @@ def _count_pixels(run: DetectorRun) -> Taken | str:
         return f"its {what} (inference/{run.results.name}) are not there, so no paired differences"
     try:
         counted = _counted(run)
-    except (UserError, msgspec.DecodeError) as error:
+    except (UserError, msgspec.DecodeError, RecursionError) as error:
         return f"its {what} cannot be counted again, so no paired differences: {error}"
     for name, again in counted.numbers().items():
         recorded = run.recorded.get(f"{counted.kind}/{name}")

@@ -63,7 +63,7 @@ def panels(runs: list[DetectorRun], count: int, threshold: float, missing: list[
                 columns[name] = (
                     _labels(run, dataset, records) if labelled else _detections(run, dataset, records, threshold)
                 )
-        except (UserError, msgspec.DecodeError, KeyError, TypeError) as error:
+        except (UserError, msgspec.DecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
             missing.append(f"{run.path}: no pictures: {error}")
     rows = []
     for i, record in enumerate(records):

@@ -14,6 +14,8 @@ from loco_det.annotations.registry import find_dataset
 from loco_det.backbones.artifact import HEADER_KEY, decode_manifest
 from loco_det.core.config import read_yaml
 from loco_det.core.errors import UserError
+from loco_det.core.files import read_regular
+from loco_det.report.schemas import DETECTOR_KEYS, LINE, ProbeResult, ProbeWeights, Record, check
 
 # Keys in which two runs of one experiment may differ: where it ran, its seed, and what belongs to the backbone.
 _FREE = (
@@ -36,12 +38,6 @@ _FREE = (
     "TEST.EVAL_PERIOD",
 )
 _PLAIN_NAMES = ("backbone", "backbone_d2", "model_final", "model")  # of weights files; the folder's name says more
-# Keys without which a config.yaml is none that a run has left.
-_NEEDED = (
-    *("DATASETS.TEST", "DATASETS.TRAIN", "MODEL.BACKBONE.FREEZE_AT", "MODEL.BACKBONE.NAME", "MODEL.MASK_ON"),
-    *("MODEL.RESNETS.RES5_DILATION", "MODEL.ROI_HEADS.NAME", "MODEL.WEIGHTS", "SEED", "SOLVER.IMS_PER_BATCH"),
-    "SOLVER.MAX_ITER",
-)
 _PROBE_BYTES = 4 << 20  # a larger JSON is no probe's
 
 
@@ -257,7 +253,7 @@ def _has_stages(content: dict[str, Any] | None) -> bool:
 
 def _json(file: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(file))
     except (ValueError, OSError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -268,7 +264,9 @@ def _read(place: Path, name: str | None, runs: Runs) -> None:
         content = _json(place)
         if content is None or not _has_stages(content):
             raise UserError(f"{place}: is no result of loco-det probe; write one with loco-det probe ... --json PATH")
+        check(content, ProbeResult, place)
         probe = Probe(name or "", place, content, named=name is not None)
+        check(probe.facts("backbone"), ProbeWeights, place)
         told = probe.facts("backbone")
         ours = {"method": told.get("source")} if str(told.get("name")).endswith(".safetensors") else None
         probe.backbone = name or _name_of(str(told.get("name") or place.stem), ours)
@@ -278,13 +276,17 @@ def _read(place: Path, name: str | None, runs: Runs) -> None:
     config = dict(_flatten(read_yaml(place)))
     metrics = _lines(folder / "metrics.json")
     if "MODEL.META_ARCHITECTURE" in config:
-        lacking = [key for key in _NEEDED if key not in config]
+        lacking = [key for key in DETECTOR_KEYS if key not in config]
         if lacking:
             raise UserError(f"{place}: lacks {lacking[0]}; give a run's folder, whose config.yaml has every key")
+        for key, kind in DETECTOR_KEYS.items():
+            check(config[key], kind, f"{place}: {key}")
         record = _json(folder / "run.json")
+        check(record, Record | None, folder / "run.json", "take an intact copy, or remove it")
         label = name or _name_of(config["MODEL.WEIGHTS"], (record or {}).get("weights"))
         runs.detectors.append(DetectorRun(label, folder, config, metrics, record))
     elif "METHOD" in config:
+        check(config["METHOD"], str, f"{place}: METHOD")
         images = _images(folder / "backbone.safetensors")
         runs.pretrainings.append(PretrainRun(name or config["METHOD"], folder, config, metrics, images))
 
@@ -305,15 +307,17 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return found
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_regular(file).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error}); take an intact copy") from error
     for number, line in enumerate(lines, 1):
         try:
             found.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             if number < len(lines):
                 raise UserError(f"{file}: line {number} is no JSON object ({error}); take an intact copy") from error
+            continue
+        check(found[-1], LINE, f"{file}: line {number}")
     return found
 
 

@@ -6,6 +6,7 @@ entry of a list or mapping. Where they say nothing, the names of all keys are re
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import zlib
@@ -134,6 +135,8 @@ def _keys(text: str, whole: bool) -> _Keys:
 def _head(path: Path) -> tuple[bytes, bool]:
     """The first bytes of a file, unpacked if it is compressed by gzip; and whether they are all."""
     try:
+        if not path.is_file():
+            raise OSError(errno.EINVAL, "is no regular file")
         with open(path, "rb") as file:
             data = file.read(_HEAD)
             whole = not file.read(1)
