@@ -14,6 +14,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +29,10 @@ from loco_det.annotations.pixels import PixelLabels
 from loco_det.annotations.registry import Dataset
 from loco_det.annotations.rules import LEFT_OUT, RUN, Use, corners, findings, kept, refuse, warn
 from loco_det.annotations.segmentation import Segmentation, decode
+from loco_det.core.device import usable_cores
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
+from loco_det.images.decode import image_size
 from loco_det.images.packed import PackedStrings
 
 
@@ -143,6 +146,36 @@ def load_coco(paths: Dataset, *, need_annotations: bool = True, masks: str = "")
     _tell_left_out(index, use)
     warn(index, use)
     return CocoDataset(paths, index, names)
+
+
+def check_images(dataset: CocoDataset) -> None:
+    """Refuse, with UserError, a set with an image that cannot be read or has another size than its annotations say.
+
+    Headers and ends of the files are read, which finds what most files are damaged by.
+    """
+
+    def problem(i: int) -> str:
+        path = os.path.join(dataset.paths.images, dataset.file_name[i])
+        try:
+            height, width = image_size(path)
+        except UserError as error:
+            return str(error)
+        said = int(dataset.index.width[i]), int(dataset.index.height[i])
+        return "" if said == (width, height) else size_problem(path, (width, height), dataset.index.image_id[i], said)
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        found = [text for text in pool.map(problem, range(len(dataset))) if text]
+    if found:
+        others = f" (and {len(found) - 1} others of {dataset.paths.name})" if len(found) > 1 else ""
+        raise UserError(f"{found[0].rstrip('.')}{others}.")
+
+
+def size_problem(path: str, found: tuple[int, int], image_id: int, said: tuple[int, int]) -> str:
+    """What to tell of an image of another (width, height) than its annotations say."""
+    return (
+        f"{path} is {found[0]} x {found[1]} pixels but annotated (image id {image_id}) as {said[0]} x {said[1]}; "
+        "correct the one or the other."
+    )
 
 
 def _tell_left_out(index: CocoIndex, use: Use) -> None:

@@ -83,6 +83,7 @@ _REDUCED = {1: 0, 2: 16, 4: 32, 8: 64}
 # OpenCV before 4.11 has no RGB flag.
 _READ_RGB = getattr(cv2, "IMREAD_COLOR_RGB", None)
 REDUCTIONS = (8, 4, 2)
+_ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PN": b"IEND"}  # of a JPEG and a PNG, by their beginning
 MOST_MEGAPIXELS = 100  # of an image that is decoded, which takes some ten bytes a pixel
 _BYTES_OF_A_PIXEL = 8  # at most, in a file
 _LIMIT = "LOCO_DET_MAX_MEGAPIXELS"
@@ -106,6 +107,33 @@ def read_image(path: str | Path, order: Order) -> np.ndarray:
         UserError: missing, unreadable, truncated or not an image.
     """
     return decode_exactly(read_file(path), str(path), order)
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width), upright, of an image file that `read_image` can read as far as header and end tell.
+
+    Where the end is not that of a whole JPEG or PNG, or the file is of another kind, it is decoded.
+
+    Raises:
+        UserError: as `read_image`.
+    """
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            end = _ENDS.get(file.read(3))
+            file.seek(-min(os.path.getsize(path), 1 << 16), os.SEEK_END)
+            if end and end in file.read() and os.path.isfile(path):
+                file.seek(0)
+                image = Image.open(file)
+                check_pixels(*image.size, str(path))
+                width, height = image.size
+                turned = image.getexif().get(_EXIF_ORIENTATION, 1) > 4
+                return (width, height) if turned else (height, width)
+    except UserError:
+        raise
+    except Exception:  # by what is wrong with the file, which decoding tells
+        pass
+    return read_image(path, "RGB").shape[:2]
 
 
 def decode_exactly(data: bytes, name: str, order: Order) -> np.ndarray:
