@@ -35,7 +35,7 @@ from loco_det.core.files import read_regular
 from loco_det.core.launch import leave_stopping_to_parent
 from loco_det.core.log import Progress, log
 from loco_det.images.decode import SUFFIXES as IMAGE_SUFFIXES
-from loco_det.images.decode import check_pixels
+from loco_det.images.decode import check_pixels, too_large
 
 # Source: cityscapesscripts/helpers/labels.py, which a test compares. Ids from 24 to 33 have instances.
 LABELS = {
@@ -275,6 +275,8 @@ def opened_map(path: Path, remedy: str = "take an intact copy") -> Iterator[Imag
             yield image
     except UserError:
         raise
+    except Image.DecompressionBombError as error:
+        raise too_large(str(path)) from error
     except Exception as error:  # hostile bytes make PIL's parsers raise nearly anything
         reason = str(error).replace("<_io.BytesIO object at ", "<").split("<")[0].strip()
         raise UserError(f"{path}: cannot be read ({reason}); {remedy}") from error

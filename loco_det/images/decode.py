@@ -118,11 +118,13 @@ def image_size(path: str | Path) -> tuple[int, int]:
         UserError: as `read_image`.
     """
     try:
+        if not os.path.isfile(path):  # of which opening alone may not end
+            return read_image(path, "RGB").shape[:2]
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             end = _ENDS.get(file.read(3))
             file.seek(-min(os.path.getsize(path), 1 << 16), os.SEEK_END)
-            if end and end in file.read() and os.path.isfile(path):
+            if end and end in file.read():
                 file.seek(0)
                 image = Image.open(file)
                 check_pixels(*image.size, str(path))
@@ -238,7 +240,7 @@ def _pil_pixels(data: bytes, name: str, order: Order, *, exact: bool) -> np.ndar
         raise
     except Exception as error:  # hostile bytes make PIL's parsers raise nearly anything
         if isinstance(error, Image.DecompressionBombError):  # by which Pillow refuses to open it
-            raise UserError(f"{name}: has more than {most_pixels() // 10**6} megapixels; {_TOO_LARGE}") from error
+            raise too_large(name) from error
         reason = str(error).replace("<_io.BytesIO object at ", "<").split("<")[0].strip()
         raise UserError(f"{name}: not a readable image ({reason}); restore or remove it") from error
     return np.ascontiguousarray(pixels[:, :, ::-1]) if order == "BGR" else pixels
@@ -256,6 +258,11 @@ def most_pixels() -> int:
     most = int(given) * 10**6
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, most)
     return most
+
+
+def too_large(name: str) -> UserError:
+    """What to tell of an image that Pillow holds for a decompression bomb, and so does not say how large it is."""
+    return UserError(f"{name}: has more than {most_pixels() // 10**6} megapixels; {_TOO_LARGE}")
 
 
 def check_bytes(count: int, name: str) -> None:
