@@ -296,7 +296,7 @@ def test_c8_an_image_beyond_the_limit_is_one_sentence(tmp_path: Path, caplog: py
     unreadable: list[Path] = []
     assert not list(read_frames(find_media([tmp_path / "huge.png"])[0], "RGB", unreadable))
     assert unreadable == [tmp_path / "huge.png"]
-    assert "more than 178 megapixels; cut it into tiles" in caplog.text
+    assert "14000 x 14000 pixels, more than 100 megapixels; cut it into tiles" in caplog.text
 
 
 def test_a1_pictures_and_labels_of_a_segmentor_are_apart_too(tmp_path: Path) -> None:

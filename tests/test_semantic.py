@@ -523,7 +523,7 @@ def test_labels_of_a_sample_are_what_detectron2s_mapper_makes(tmp_path: Path) ->
             else d2.HFlipTransform(t.length) for t in mapper._transforms(record, sample_rng(k, 0))
         ]  # fmt: skip
         other = DatasetMapper(is_train=True, augmentations=steps, image_format="RGB")
-        found = engine_d2._SemanticMapper(other)(theirs)
+        found = engine_d2._SemanticMapper(other, [find_dataset(f"{NAME}_train")])(theirs)
         assert (found["image"] == sample["image"]).all()
         assert (found["sem_seg"] == sample["sem_seg"]).all()
 

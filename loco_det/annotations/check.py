@@ -20,7 +20,7 @@ from torch.utils import data as torch_data
 from loco_det.annotations.coco import match_files
 from loco_det.annotations.coco_json import NO_MASK, RLE
 from loco_det.annotations.index import CocoIndex
-from loco_det.annotations.pixels import IGNORED, is_semantic, label_file, read_labels
+from loco_det.annotations.pixels import IGNORED, PixelLabels
 from loco_det.annotations.registry import Dataset
 from loco_det.annotations.rules import COMPUTED, EFFECTS, LEFT_OUT, NOTE, STOPS, Use, findings, kept, objects
 from loco_det.core.errors import UserError
@@ -140,8 +140,8 @@ def check_coco(paths: Dataset, index: CocoIndex, *, workers: int, masks: str = "
         _defect("image with the same bytes as another", _same_bytes(reports, files), NOTE),
     ]
     readable[wrong_size] = False
-    if is_semantic(paths.name):
-        problems, classes = _check_labels(files, index, workers)
+    if paths.is_pixels:
+        problems, classes = _check_labels(paths, files, workers)
         defects.append(_defect("unusable labels", problems, STOPS))
         counts = {"images": len(files), "classes": len(classes), **_sizes(reports)}
         return Checked(counts, classes, _found(defects), readable)
@@ -167,10 +167,11 @@ def check_coco(paths: Dataset, index: CocoIndex, *, workers: int, masks: str = "
     return Checked(counts, classes, _found(defects), readable)
 
 
-def _check_labels(files: list[str], index: CocoIndex, workers: int) -> tuple[list[str], dict[str, int]]:
+def _check_labels(paths: Dataset, files: list[str], workers: int) -> tuple[list[str], dict[str, int]]:
     """Return the problems of label files, and the number of images per class."""
+    index = paths.index
     problems, images = [], np.zeros(len(index.category_id), np.int64)
-    dataset = _Labels(files, list(zip(index.height.tolist(), index.width.tolist())))
+    dataset = _Labels(paths.labels, files, list(zip(index.height.tolist(), index.width.tolist())))
     for problem, classes in _in_workers(dataset, len(files), workers, "labels"):
         problems += problem
         images[classes] += 1
@@ -234,18 +235,15 @@ class _Files(_Images):
 class _Labels(_Chunks):
     """Inspects an image's pixel labels: problems, and the classes present."""
 
-    def __init__(self, files: list[str], sizes: list[tuple[int, int]]) -> None:
-        self.files, self.sizes = files, sizes
+    def __init__(self, labels: PixelLabels, files: list[str], sizes: list[tuple[int, int]]) -> None:
+        self.labels, self.files, self.sizes = labels, files, sizes
 
     def inspect(self, i: int) -> tuple[list[str], list[int]]:
-        file = label_file(self.files[i])
         try:
-            labels = read_labels(file)
+            labels = self.labels.read(self.files[i], self.sizes[i])
         except UserError as error:
             return [str(error)], []
-        fits = labels.shape == self.sizes[i]
-        problem = [] if fits else [f"{file} has shape {labels.shape} and its image {self.sizes[i]}"]
-        return problem, [int(k) for k in np.unique(labels) if k != IGNORED]
+        return [], [int(k) for k in np.unique(labels) if k != IGNORED]
 
     def is_bad(self, report: tuple[list[str], list[int]]) -> bool:
         return bool(report[0])

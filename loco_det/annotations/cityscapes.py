@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -30,9 +31,11 @@ from loco_det.annotations.converted import derived_file, files_digest
 from loco_det.annotations.segmentation import FARTHEST, check_outlines, mask_area
 from loco_det.core.device import usable_cores
 from loco_det.core.errors import UserError
-from loco_det.core.files import read_bytes
+from loco_det.core.files import read_regular
 from loco_det.core.launch import leave_stopping_to_parent
 from loco_det.core.log import Progress, log
+from loco_det.images.decode import SUFFIXES as IMAGE_SUFFIXES
+from loco_det.images.decode import check_pixels, too_large
 
 # Source: cityscapesscripts/helpers/labels.py, compared in a test. Ids from 24 to 33 have instances.
 LABELS = {
@@ -78,11 +81,15 @@ def cityscapes_frames(root: Path, split: str) -> list[Frame]:
                 f"and gtFine_trainvaltest.zip into {root}, or set DETECTRON2_DATASETS to the folder that holds it."
             )
     suffix = "_leftImg8bit.png"
+    of_frame: dict[str, Path] = {}  # by CITY/NAME; PNG before what was made of it
+    for image in sorted(images.glob("*/*_leftImg8bit.*"), key=lambda image: image.suffix == ".png"):
+        if image.suffix.lower() in IMAGE_SUFFIXES:
+            of_frame[frame_name(image)] = image
     frames = []
-    for image in sorted(images.glob(f"*/*{suffix}")):
-        stem = truth / image.parent.name / image.name.removesuffix(suffix)
+    for name, image in sorted(of_frame.items()):
+        stem = truth / name
         frames.append(Frame(image, Path(f"{stem}_gtFine_instanceIds.png"), Path(f"{stem}_gtFine_polygons.json")))
-    have = {f"{frame.image.parent.name}/{frame.image.name.removesuffix(suffix)}" for frame in frames}
+    have = set(of_frame)
     of_truth = (path.relative_to(truth).as_posix() for path in truth.glob("*/*_gtFine_*"))
     lost = sorted({name.partition("_gtFine_")[0] for name in of_truth} - have)
     if frames and lost:
@@ -93,6 +100,11 @@ def cityscapes_frames(root: Path, split: str) -> list[Frame]:
     if not frames:
         raise UserError(f"{images} holds no CITY/*{suffix}; unpack leftImg8bit_trainvaltest.zip into {root}.")
     return frames
+
+
+def frame_name(image: Path) -> str:
+    """CITY/NAME of .../CITY/NAME_leftImg8bit.png, or .jpg and the like."""
+    return f"{image.parent.name}/{image.name.rpartition('_leftImg8bit.')[0]}"
 
 
 def cityscapes_annotations(root: Path, split: str, *, from_polygons: bool = True) -> Path:
@@ -106,7 +118,7 @@ def cityscapes_annotations(root: Path, split: str, *, from_polygons: bool = True
     """
     frames = cityscapes_frames(root, split)
     if from_polygons:
-        _require_shapely()
+        require_shapely()
     read = [frame.polygons if from_polygons else frame.instances for frame in frames]
     facts = {
         "format": 1,
@@ -167,7 +179,8 @@ def _all(read: Any, frames: list[Frame]) -> Any:
 # --- polygons ---------------------------------------------------------------------------------------------------
 
 
-def _require_shapely() -> None:
+def require_shapely() -> None:
+    """Refuse with UserError to go on without shapely."""
     try:
         import shapely  # noqa: F401
     except ImportError as error:
@@ -226,7 +239,7 @@ def instances_from_polygons(frame: Frame) -> dict[str, Any]:
 
 def _read_polygons(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_bytes(path))
+        content = json.loads(read_regular(path))
         sizes = content["imgHeight"], content["imgWidth"]
         labels = [entry["label"] for entry in content["objects"]]
     except OSError as error:
@@ -250,12 +263,17 @@ def opened_map(path: Path, remedy: str = "take an intact copy") -> Iterator[Imag
         UserError: missing or damaged.
     """
     try:
-        with Image.open(io.BytesIO(read_bytes(path))) as image:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(read_regular(path))) as image:
+            warnings.simplefilter("ignore")
+            check_pixels(*image.size, str(path))
             yield image
     except UserError:
         raise
+    except Image.DecompressionBombError as error:
+        raise too_large(str(path)) from error
     except Exception as error:  # PIL raises nearly anything, depending on the damage
-        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from error
+        reason = str(error).replace("<_io.BytesIO object at ", "<").split("<")[0].strip()
+        raise UserError(f"{path}: cannot be read ({reason}); {remedy}") from error
 
 
 def read_instance_ids(path: Path) -> np.ndarray:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from fvcore.common.config import CfgNode
 
 from loco_det.annotations.paths import split_parts
-from loco_det.annotations.pixels import is_semantic
-from loco_det.annotations.registry import Dataset, benchmark_of, find_dataset
+from loco_det.annotations.registry import Dataset, benchmark_of, find_dataset, has_pixels
+from loco_det.core.config import value
 from loco_det.core.errors import UserError
 
 _SHOWN = 12  # maximum number of names in a message
@@ -20,13 +20,13 @@ _SHOWN = 12  # maximum number of names in a message
 
 def num_classes_key(name: str) -> str:
     """Return the key with the number of classes of the model for a data set."""
-    return f"MODEL.{'SEM_SEG_HEAD' if is_semantic(name) else 'ROI_HEADS'}.NUM_CLASSES"
+    return f"MODEL.{'SEM_SEG_HEAD' if has_pixels(name) else 'ROI_HEADS'}.NUM_CLASSES"
 
 
 def check_count(cfg: CfgNode, name: str, classes: int) -> None:
     """Raise UserError if a data set's number of classes is not the model's."""
     key = num_classes_key(name)
-    expected = (cfg.MODEL.SEM_SEG_HEAD if is_semantic(name) else cfg.MODEL.ROI_HEADS).NUM_CLASSES
+    expected = value(cfg, key)
     if classes != expected:
         raise UserError(f"data set {name} has {classes} classes and {key} is {expected}; set {key} {classes}.")
 
@@ -97,7 +97,7 @@ def _trained_classes(cfg: CfgNode, name: str) -> tuple[str, tuple[str, ...]] | N
         names = find_dataset(training_set).index.category_names
     except UserError:
         return None
-    return (training_set, names) if len(names) == cfg.MODEL.ROI_HEADS.NUM_CLASSES else None
+    return (training_set, names) if len(names) == value(cfg, num_classes_key(training_set)) else None
 
 
 def _is_of_one_family(one: str, other: str) -> bool:
@@ -105,7 +105,7 @@ def _is_of_one_family(one: str, other: str) -> bool:
     (whole, parts), (other_whole, other_parts) = split_parts(one), split_parts(other)
     if any(part.startswith("classes_") for part in (*parts, *other_parts)):
         return False
-    return whole == other_whole or benchmark_of(one) == benchmark_of(other) != "coco"
+    return whole == other_whole or benchmark_of(one) == benchmark_of(other) not in ("coco", "labels")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +25,14 @@ import numpy as np
 
 from loco_det.annotations.converted import derived_file
 from loco_det.annotations.index import CocoIndex
+from loco_det.annotations.pixels import PixelLabels
 from loco_det.annotations.registry import Dataset
 from loco_det.annotations.rules import LEFT_OUT, RUN, Use, corners, findings, kept, refuse, warn
 from loco_det.annotations.segmentation import Segmentation, decode
+from loco_det.core.device import usable_cores
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
+from loco_det.images.decode import image_size
 from loco_det.images.packed import PackedStrings
 
 
@@ -57,6 +61,7 @@ class Record(NamedTuple):
     crowd: np.ndarray  # (n,) bool
     annotation_ids: np.ndarray  # (n,) int64
     segmentations: Sequence[bytes]  # n, as in the JSON; see `decode_segmentation`
+    labels: PixelLabels | None = None  # of a set with a label for each pixel
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class CocoDataset:
             index.crowd[rows],
             index.annotation_id[rows],
             Segmentations(index, rows),
+            self.paths.labels if self.paths.is_pixels else None,
         )
 
     def __iter__(self) -> Iterator[Record]:
@@ -140,6 +146,38 @@ def load_coco(paths: Dataset, *, need_annotations: bool = True, masks: str = "")
     _log_skipped(index, use)
     warn(index, use)
     return CocoDataset(paths, index, names)
+
+
+def check_images(dataset: CocoDataset) -> None:
+    """Raise UserError if an image of the set cannot be read or has another size than its annotations.
+
+    Reads headers and ends of the files, which reveals most damage.
+    """
+
+    def problem(i: int) -> str:
+        path = os.path.join(dataset.paths.images, dataset.file_name[i])
+        try:
+            height, width = image_size(path)
+        except UserError as error:
+            return str(error)
+        listed = int(dataset.index.width[i]), int(dataset.index.height[i])
+        if listed == (width, height):
+            return ""
+        return size_problem(path, (width, height), dataset.index.image_id[i], listed)
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        found = [text for text in pool.map(problem, range(len(dataset))) if text]
+    if found:
+        others = f" (and {len(found) - 1} others of {dataset.paths.name})" if len(found) > 1 else ""
+        raise UserError(f"{found[0].rstrip('.')}{others}.")
+
+
+def size_problem(path: str, found: tuple[int, int], image_id: int, listed: tuple[int, int]) -> str:
+    """Return the message about an image of another (width, height) than its annotations."""
+    return (
+        f"{path} is {found[0]} x {found[1]} pixels but annotated (image id {image_id}) as {listed[0]} x {listed[1]}; "
+        "correct the one or the other."
+    )
 
 
 def _log_skipped(index: CocoIndex, use: Use) -> None:

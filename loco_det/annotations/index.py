@@ -35,7 +35,7 @@ import numpy as np
 from loco_det.annotations.coco_json import MALFORMED, parse
 from loco_det.annotations.lenient import rewritten
 from loco_det.core.errors import UserError
-from loco_det.core.files import atomic_write, cache_folder, file_sha256, locked, read_bytes
+from loco_det.core.files import atomic_write, cache_folder, file_sha256, locked, read_regular
 from loco_det.core.log import log
 from loco_det.images.packed import PackedStrings
 
@@ -344,7 +344,7 @@ def _build(path: Path, cache: Path) -> CocoIndex:
     seen = time.time_ns()
     stamp = _stamp(path)
     try:
-        text = read_bytes(path)
+        text = read_regular(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     copy, notes = None, {}

@@ -22,8 +22,7 @@ from torch.utils.data import DataLoader
 from loco_det.annotations.classes import category_ids, check_training_classes
 from loco_det.annotations.coco import CocoDataset, load_coco
 from loco_det.annotations.mapper import DetectionMapper, ProposalsOfImage, sample_rng
-from loco_det.annotations.pixels import is_semantic
-from loco_det.annotations.registry import Dataset, find_dataset
+from loco_det.annotations.registry import Dataset, find_dataset, has_pixels
 from loco_det.core.device import common_seed, usable_cores
 from loco_det.core.distributed import rank, world_size
 from loco_det.core.errors import UserError, raising
@@ -284,12 +283,13 @@ def _load(cfg: CfgNode, dataset: Dataset, train: bool) -> CocoDataset:
 
 def check_kind(cfg: CfgNode, name: str) -> None:
     """Raise UserError if MODEL.META_ARCHITECTURE does not fit a data set's kind of labels."""
-    semantic = is_semantic(name)
+    semantic = has_pixels(name)
     if semantic != (cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor"):
         wanted = "SemanticSegmentor" if semantic else "GeneralizedRCNN"
+        other = "another data set" if semantic else "pixel labels, by path as MASKS@IMAGES, street/masks@street/images"
         raise UserError(
             f"data set {name} has {'pixel labels' if semantic else 'objects and no pixel labels'}, and "
-            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; set it to {wanted}, or name another data set."
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; set it to {wanted}, or name {other}."
         )
 
 

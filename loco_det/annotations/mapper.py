@@ -16,10 +16,9 @@ import torch
 from fvcore.common.config import CfgNode
 from pycocotools import mask as coco_mask
 
-from loco_det.annotations.coco import Record, decode_segmentation
+from loco_det.annotations.coco import Record, decode_segmentation, size_problem
 from loco_det.annotations.instances import Instances
 from loco_det.annotations.masks import BitMasks, PolygonMasks, rasterize
-from loco_det.annotations.pixels import label_file, read_labels
 from loco_det.annotations.transforms import Transform, check_input, draw_transforms, resize_short_side
 from loco_det.core.errors import UserError
 from loco_det.images.decode import read_image
@@ -88,10 +87,8 @@ class DetectionMapper:
         """
         image = read_image(record.file_name, self.input.FORMAT)
         if image.shape[:2] != (record.height, record.width):
-            raise UserError(
-                f"{record.file_name} is {image.shape[1]} x {image.shape[0]} pixels but annotated (image id "
-                f"{record.image_id}) as {record.width} x {record.height}; correct the one or the other."
-            )
+            found = image.shape[1], image.shape[0]
+            raise UserError(size_problem(record.file_name, found, record.image_id, (record.width, record.height)))
         transforms = self._transforms(record, rng)
         for transform in transforms:
             image = transform.image(image)
@@ -122,12 +119,7 @@ class DetectionMapper:
         return [resize_short_side(*size)]
 
     def _labels(self, record: Record, transforms: list[Transform]) -> torch.Tensor:
-        path = label_file(record.file_name)
-        labels = read_labels(path)
-        if labels.shape != (record.height, record.width):
-            raise UserError(
-                f"{path} has shape {labels.shape} and its image {(record.height, record.width)}; correct it."
-            )
+        labels = record.labels.read(record.file_name, (record.height, record.width))
         for transform in transforms:
             labels = transform.mask(labels)
         return torch.from_numpy(labels.astype(np.int64))

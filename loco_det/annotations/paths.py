@@ -31,7 +31,7 @@ from loco_det.annotations.subsets import is_part
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
 
-_FILE = re.compile(r"(.*?\.(?:json|json\.gz|xml|ya?ml))(?:@(.*))?", re.IGNORECASE | re.DOTALL)
+ANNOTATION_FILE = re.compile(r"(.*?\.(?:json|json\.gz|xml|ya?ml))(?:@(.*))?", re.IGNORECASE | re.DOTALL)
 COCO_FILES = ("_annotations.coco.json", "result.json")  # files that are found in a given folder
 _logged: set[Path] = set()
 
@@ -47,10 +47,10 @@ class Place(NamedTuple):
 def is_path(name: str) -> bool:
     """Whether a data set's name, with or without anything after an @, is a path."""
     head = name.partition("@")[0]
-    return "/" in head or head.startswith("~") or _FILE.fullmatch(head) is not None
+    return "/" in head or head.startswith("~") or ANNOTATION_FILE.fullmatch(head) is not None
 
 
-def _path(text: str) -> Path:
+def local_path(text: str) -> Path:
     """Expand ~ and ~user, unless there is no such user.
 
     Check existence by os.path: a Path raises OSError for a name that is too long.
@@ -72,13 +72,13 @@ def find_path(whole: str) -> Place:
     Raises:
         UserError: something is missing or of no known format, or a split must be named.
     """
-    found = _FILE.fullmatch(whole)
-    if found and not os.path.isdir(_path(whole)):
-        return _of_file(whole, _path(found[1]), found[2])
-    source, split = _path(whole), None
+    found = ANNOTATION_FILE.fullmatch(whole)
+    if found and not os.path.isdir(local_path(whole)):
+        return _of_file(whole, local_path(found[1]), found[2])
+    source, split = local_path(whole), None
     if not os.path.isdir(source) and "@" in whole:
         head, _, split = whole.rpartition("@")
-        source = _path(head)
+        source = local_path(head)
     if source.suffix.lower() in ARCHIVES and os.path.isfile(source):
         raise UserError(f"DATASETS: '{whole}': {source} is an archive; unpack it and name the folder.")
     if not os.path.isdir(source):
@@ -93,7 +93,7 @@ def _of_file(whole: str, file: Path, rest: str | None) -> Place:
     if not os.path.isfile(file):
         raise UserError(f"DATASETS: '{whole}': there is no file {file}; correct the path.")
     if file.name.lower().endswith((".json", ".json.gz")) and _may_be_coco(file):
-        images = _default_images(file) if rest is None else _path(rest)
+        images = _default_images(file) if rest is None else local_path(rest)
         if not os.path.isdir(images):
             raise UserError(
                 f"DATASETS: '{whole}': there is no folder {images}; write FILE.json@FOLDER with the images' folder."
@@ -102,10 +102,10 @@ def _of_file(whole: str, file: Path, rest: str | None) -> Place:
     images, split = None, None
     if rest is not None:
         head, _, tail = rest.rpartition("@")
-        if os.path.isdir(_path(rest)):
-            images = _path(rest)
-        elif head and os.path.isdir(_path(head)):
-            images, split = _path(head), tail
+        if os.path.isdir(local_path(rest)):
+            images = local_path(rest)
+        elif head and os.path.isdir(local_path(head)):
+            images, split = local_path(head), tail
         elif head or "/" in tail:
             raise UserError(f"DATASETS: '{whole}': there is no folder {head or tail}; correct the path.")
         else:
@@ -132,7 +132,7 @@ def _default_images(file: Path) -> Path:
 def is_annotated(path: Path) -> bool:
     """Whether a folder or file is one of the above, so that its images have annotations."""
     if not os.path.isdir(path):
-        return _FILE.fullmatch(path.name) is not None
+        return ANNOTATION_FILE.fullmatch(path.name) is not None
     if any((path / name).is_file() for name in COCO_FILES):
         return True
     return bool(set(recognise(Tree(path))) - {"coco"})

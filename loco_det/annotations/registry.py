@@ -10,7 +10,8 @@ layout:
 LVIS's images are COCO's: ROOT/coco/{train2017,val2017}/ and ROOT/lvis/lvis_v1_{train,val}.json. Cityscapes
 (`cityscapes.py`, pixel labels: `pixels.py`) is read in its original folders; NAME@masks uses its bitmaps instead of its
 polygons. NAME@1pct_seed0 and the like are subsets of any of them (`subsets.py`); pixel labels have percentages only. A
-path (`annotations/paths.py`), such as cells/annotations.json@cells/images, can replace a name.
+path can replace a name: of objects (`paths.py`), as in cells/annotations.json@cells/images; of pixel labels
+(`label_folders.py`), as in street/masks@street/images.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from typing import Literal
 
 from loco_det.annotations.cityscapes import PREFIX, SPLITS, cityscapes_annotations, is_cityscapes
 from loco_det.annotations.index import CocoIndex, load_index
+from loco_det.annotations.label_folders import find_folders, folder_annotations, is_labels_path
 from loco_det.annotations.paths import find_path, is_path, split_parts
 from loco_det.annotations.pixels import PREFIX as SEMANTIC
-from loco_det.annotations.pixels import is_semantic, semantic_annotations
+from loco_det.annotations.pixels import PixelLabels, is_semantic, semantic_annotations
 from loco_det.annotations.subsets import check_part, part_of
 from loco_det.annotations.voc import VOC_SETS, voc_annotations, voc_places
 from loco_det.core.errors import UserError
@@ -76,8 +78,13 @@ class Dataset:
         """The index of the annotation file, read once."""
         return load_index(self.annotations)
 
+    @cached_property
+    def labels(self) -> PixelLabels:
+        """Of a data set of pixels."""
+        return PixelLabels(self.annotations, self.images, self.index.category_id, self.index.category_names)
+
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "index"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("index", "labels")}
 
     @property
     def is_pixels(self) -> bool:
@@ -102,11 +109,12 @@ def present_datasets() -> list[str]:
 
 
 def benchmark_of(name: str) -> str:
-    """Return the benchmark of a data set by its name: coco, lvis, voc, cityscapes or, for pixel labels, pixels."""
+    """Return a data set's benchmark: coco, lvis, voc, cityscapes; of pixel labels pixels (Cityscapes) or labels."""
     whole = name.partition("@")[0]
     families = {
         "cityscapes": is_cityscapes(name),
         "pixels": is_semantic(name),
+        "labels": is_labels_path(name),
         "voc": whole in VOC_SETS,
         "lvis": whole in LVIS_NAMES,
     }
@@ -145,11 +153,24 @@ def find_dataset(name: str) -> Dataset:
         masks = is_cityscapes(whole) and parts[:1] == ["masks"]
         parts = parts[masks:]
     for part in parts:
-        check_part(part, name, objects=not is_semantic(whole))  # before anything is read
-    dataset = Dataset(name, *find_path(whole)) if is_path(name) else _find_whole(whole, masks)
+        check_part(part, name, objects=not has_pixels(whole))  # before anything is read
+    dataset = _find_path(whole) if is_path(name) else _find_whole(whole, masks)
     for part in parts:
         dataset = replace(dataset, annotations=part_of(dataset.annotations, part, name), derived=True)
     return replace(dataset, name=name, benchmark=benchmark_of(name))
+
+
+def has_pixels(name: str) -> bool:
+    """Whether a data set has a label for each pixel and no objects, from its name or path."""
+    return is_semantic(name) or is_labels_path(name)
+
+
+def _find_path(whole: str) -> Dataset:
+    folders = find_folders(whole)
+    if folders is None:
+        return Dataset(whole, *find_path(whole))
+    task = "objects" if folders.instances else "pixels"
+    return Dataset(whole, folders.images, folder_annotations(whole, folders), derived=True, task=task)
 
 
 def _find_whole(name: str, masks: bool) -> Dataset:

@@ -56,6 +56,8 @@ def decode(encoded: bytes, height: int, width: int, where: str) -> Segmentation:
     rle: dict[str, Any] = {"size": list(found.size), "counts": found.counts}
     if found.size != (height, width):
         raise UserError(f"{where} has size {rle['size']}, the image {[height, width]}.")
+    if height * width >= 1 << 32:
+        raise UserError(f"{where} is of {height} x {width} pixels, more than run lengths of 32 bits can count.")
     # pycocotools would leave pixels without a run uninitialised.
     runs = found.counts
     if isinstance(runs, str):

@@ -7,6 +7,7 @@ Names, classes, boxes and the training on difficult objects are those of Detectr
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,8 +15,8 @@ from xml.etree import ElementTree
 import msgspec
 
 from loco_det.annotations.converted import derived_file, files_digest
+from loco_det.annotations.formats.files import Unreadable, read_text, read_xml
 from loco_det.core.errors import UserError
-from loco_det.core.files import read_bytes
 
 CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
@@ -48,9 +49,9 @@ def voc_annotations(name: str, root: Path) -> tuple[Path, Path]:
         )
     listing, annotations, images = voc_places(name, root)
     try:
-        file_ids = read_bytes(listing).decode().split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{listing} cannot be read as text: {error}; take an intact copy.") from error
+        file_ids = read_text(listing).split()
+    except Unreadable as error:
+        raise UserError(f"{listing}: cannot be read ({error}); take an intact copy of the data set.") from None
     files = [listing, *(annotations / f"{file_id}.xml" for file_id in file_ids)]
     facts = {"format": 1, "files": files_digest(files, annotations.parent)}
     return images, derived_file(name, facts, lambda: msgspec.json.encode(_as_coco(annotations, file_ids)))
@@ -69,12 +70,10 @@ def _as_coco(folder: Path, file_ids: list[str]) -> dict[str, Any]:
         path = folder / f"{file_id}.xml"
         try:
             image_id = image_number(file_id)
-            tree = ElementTree.fromstring(read_bytes(path))
+            tree = read_xml(path)
             size = {side: int(tree.findtext(f"size/{side}", "")) for side in ("height", "width")}
             objects = [_as_annotation(each) for each in tree.iterfind("object")]
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-        except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last of encodings
+        except (Unreadable, ValueError) as error:
             raise UserError(f"{path} is not a Pascal VOC annotation: {error}.") from None
         images.append({"id": image_id, "file_name": f"{file_id}.jpg", **size})
         annotations += [{"id": len(annotations) + k, "image_id": image_id, **each} for k, each in enumerate(objects, 1)]
@@ -88,11 +87,13 @@ def _as_annotation(found: ElementTree.Element) -> dict[str, Any]:
         raise ValueError(f"there is no class '{name}'; name a folder of other classes by its path, as ./VOC2007@train")
     # Pixels count from 1 and both ends are inside: xmin 1, xmax W is the full width.
     x0, y0, x1, y1 = (float(found.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax"))
+    if not all(map(math.isfinite, (x0, y0, x1, y1))):
+        raise ValueError(f"a box of a '{name}' is not finite")
     width, height = x1 - (x0 - 1), y1 - (y0 - 1)
     return {
         "category_id": CLASSES.index(name) + 1,
         "bbox": [x0 - 1, y0 - 1, width, height],
         "area": width * height,
         "iscrowd": 0,
-        "difficult": int(found.findtext("difficult", "0")),
+        "difficult": int(found.findtext("difficult", "0").strip() == "1"),  # some write a word for 0
     }

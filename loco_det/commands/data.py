@@ -21,7 +21,6 @@ from loco_det.annotations.formats.conversion import FORMATS, convert_annotations
 from loco_det.annotations.formats.summary import lines
 from loco_det.annotations.index import CocoIndex, load_index
 from loco_det.annotations.paths import is_annotated, is_path
-from loco_det.annotations.pixels import is_semantic
 from loco_det.annotations.registry import COCO_NAMES, Dataset, find_dataset, folder_name
 from loco_det.annotations.rules import SUSPECT, finite_boxes
 from loco_det.core.errors import UserError
@@ -149,7 +148,7 @@ def _target(args: argparse.Namespace) -> Target:
 
 def _masks(requested: str, target: Target, index: CocoIndex) -> str:
     """INPUT.MASK_FORMAT of the training to check for; empty for boxes only or pixel labels."""
-    if is_semantic(target.name) or requested == "none":
+    if target.paths.is_pixels or requested == "none":
         return ""
     return masks_of(index) if requested == "auto" else requested
 
@@ -198,7 +197,7 @@ def _pictures(args: argparse.Namespace, target: Target, checked: Checked, out: P
     written = []
     if checked.classes:
         written.append(out / "histogram.png")
-        in_images = target.paths is None or is_semantic(target.name)
+        in_images = target.paths is None or target.paths.is_pixels
         _histogram(checked.classes, "images" if in_images else "annotations", written[-1])
     readable = np.flatnonzero(checked.readable)
     if not len(readable):
@@ -276,7 +275,7 @@ def _print(target: Target, checked: Checked, masks: str, files: list[Path]) -> N
     what = f"train on {target.name}"
     if target.paths is None:
         what = f"pretrain on the images of {target.name}"
-    elif not is_semantic(target.name):
+    elif not target.paths.is_pixels:
         what += f" with masks (INPUT.MASK_FORMAT {masks})" if masks else " with boxes alone (MODEL.MASK_ON False)"
     console.print(f"{'NOT ' * bool(kinds)}OK to {what}: {verdict}")
 

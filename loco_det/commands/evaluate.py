@@ -141,8 +141,8 @@ def _read(
     All files are read before anything is evaluated.
     """
     if dataset.is_pixels:
-        _refuse_choices(f"{dataset.name} has a label for each pixel", "pixels", iou_type, measure)
-        return [_label_files(path, dataset) for path in files], (), "pixels"
+        _refuse_choices(f"{dataset.name} has a label for each pixel", dataset.benchmark, iou_type, measure)
+        return [_label_files(path, dataset) for path in files], (), dataset.benchmark
     for path in files:
         for folder in path.absolute().parents[1:3]:  # of a run
             check_sums(folder, path.absolute())

@@ -33,7 +33,7 @@ from loco_det.annotations.transforms import resize_short_side
 from loco_det.core import config
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
-from loco_det.core.files import atomic_write, read_bytes, write_json
+from loco_det.core.files import atomic_write, read_regular, write_json
 from loco_det.core.log import Progress, log, setup_logging
 from loco_det.core.outputs import PREDICTED, check_places, check_written, record_places
 from loco_det.detection.cpu_speed import speed_up
@@ -191,7 +191,7 @@ def class_names(cfg: CfgNode, given: Path | None) -> dict[int, str]:
 
 def _lines(path: Path) -> dict[int, str]:
     try:
-        lines = read_bytes(path).decode("utf-8-sig").split("\n")
+        lines = read_regular(path).decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({error}); give one class name a line.") from error
     return dict(enumerate(filter(None, map(str.strip, lines)), start=1))

@@ -32,7 +32,7 @@ from loco_det.convert import convert
 from loco_det.core import config
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
-from loco_det.core.files import file_sha256, read_checked_json, write_checked_json, write_json
+from loco_det.core.files import file_sha256, read_checked_json, read_regular, write_checked_json, write_json
 from loco_det.core.log import Progress, log, setup_logging
 from loco_det.core.metrics import check_wandb
 from loco_det.detection.feature_cache import check_cacheable
@@ -280,12 +280,15 @@ def _locked(file: Any) -> bool:
 def _results(folder: Path) -> dict[str, float] | None:
     """Return the last AP or IoU line of metrics.json as {"bbox/AP": percent, ...}."""
     try:
-        lines = (folder / "metrics.json").read_text().splitlines()
+        lines = read_regular(folder / "metrics.json").splitlines()
     except OSError:
         return None
     for line in reversed(lines):
-        values = json.loads(line)
-        if any(name.endswith(MEASURES) for name in values):
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            return None  # a damaged last evaluation is none
+        if isinstance(values, dict) and any(name.endswith(MEASURES) for name in values):
             return {name: value for name, value in values.items() if "/AP" in name or "sem_seg/" in name}
     return None
 

@@ -20,7 +20,7 @@ import yaml
 from fvcore.common.config import BASE_KEY, CfgNode
 
 from loco_det.core.errors import UserError
-from loco_det.core.files import read_bytes
+from loco_det.core.files import read_regular
 
 _YAML_TAG = "tag:yaml.org,2002:"
 _SCALARS = ("null", "bool", "int", "float")
@@ -28,6 +28,8 @@ _PYTHON_SCALARS = {"none": "null", "long": "int"}  # names that YAML spells diff
 # Far above any real file; stops a few lines of nested aliases from exhausting memory.
 MAX_NODES = 200_000
 MAX_BYTES = 1 << 21  # likewise; the reader takes a second for each megabyte
+MAX_DIGITS = 100  # of a number as it is written
+MAX_BASES = 100  # files of which each is the base of the next
 
 
 class Setting(NamedTuple):
@@ -79,7 +81,7 @@ def read_settings(path: str | Path) -> dict[str, Setting]:
     Raises:
         UserError: a file is missing or not YAML, or a key appears twice.
     """
-    return _read_with_bases(find_config(path), ())
+    return _read_with_bases(find_config(path), (), {})
 
 
 def refusal(cfg: CfgNode, settings: Settings | None, key: str, reason: str) -> UserError:
@@ -142,14 +144,14 @@ def find_config(path: str | Path) -> Path:
         UserError: neither exists; the message suggests the closest name.
     """
     path = Path(os.path.expanduser(path))
-    if path.is_file():
+    if os.path.isfile(path):  # a Path raises OSError for a name that is too long
         return path
     package = Path(__file__).parent.parent
     inside = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
     folders = [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
     if not path.is_absolute():
         for folder in folders:
-            if (folder / inside).is_file():
+            if os.path.isfile(folder / inside):
                 return folder / inside
     known = [f.relative_to(folder).as_posix() for folder in folders for f in sorted(folder.rglob("*.yaml"))]
     close = difflib.get_close_matches(inside.as_posix(), known, n=1)
@@ -180,7 +182,7 @@ def _without_lines(item: Any) -> Any:
 
 def _read_mapping(path: Path) -> dict[str, _Line]:
     try:
-        text = read_bytes(path).decode()
+        text = read_regular(path).decode()
         if len(text) > MAX_BYTES:
             raise UserError(f"{path} has more than {MAX_BYTES >> 20} MB, which is no configuration; name another file.")
         content = yaml.load(text, _PlainLoader)
@@ -215,9 +217,12 @@ class _PlainLoader(yaml.SafeLoader):
             raise _fault(node, f"aliases expand to more than {MAX_NODES} values by here; remove them")
         if node in self.recursive_objects:
             raise _fault(node, "an alias refers to the value that contains it")
+        number = node.tag in (f"{_YAML_TAG}int", f"{_YAML_TAG}float")
+        if number and len(node.value) > MAX_DIGITS:  # 1:1:1... is one to the base of 60
+            raise _fault(node, f"a number of {len(node.value)} characters; write at most {MAX_DIGITS}")
         try:
             made = super().construct_object(node, deep=True)
-        except (ValueError, KeyError, IndexError) as error:  # a scalar whose text does not fit its tag
+        except (ValueError, LookupError, OverflowError) as error:  # a scalar whose text does not fit its tag
             raise _fault(node, f"{node.value!r} is not of type {node.tag.rpartition(':')[2]}") from error
         del self.constructed_objects[node]  # so that aliases are constructed, and counted, again
         return made
@@ -276,12 +281,16 @@ def _fault(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
     return yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
 
 
-def _read_with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Setting]:
-    """Merge a file's settings over those of its bases; `above` are the files that include it."""
+def _read_with_bases(path: Path, above: tuple[Path, ...], known: dict[Path, Settings]) -> Settings:
+    """Merge a file's settings over its bases'; `above` are the files that include it, `known` those read before."""
     here = path.resolve()
+    if here in known:
+        return known[here]
     if here in above:
         chain = " -> ".join(f.name for f in (*above, here))
         raise UserError(f"{path}: {BASE_KEY} leads back to a file that is being read ({chain}); break the circle.")
+    if len(above) > MAX_BASES:
+        raise UserError(f"{path}: is the {BASE_KEY} of more than {MAX_BASES} files, each of the next; leave some out.")
     mapping = _read_mapping(path)
     bases = mapping.pop(BASE_KEY, _Line([], 0))
     names = [bases.value] if isinstance(bases.value, str) else bases.value
@@ -292,10 +301,11 @@ def _read_with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Setting]:
         if "://" in name:
             raise UserError(f"{path}, line {bases.line}: download the {BASE_KEY} {name} and name the local file.")
         base = path.parent / os.path.expanduser(name)
-        if not base.is_file():
+        if not os.path.isfile(base):
             raise UserError(f"{path}, line {bases.line}: the {BASE_KEY} file {base} does not exist.")
-        settings.update(_read_with_bases(base, (*above, here)))
+        settings.update(_read_with_bases(base, (*above, here), known))
     settings.update(_flatten(mapping, path, ""))
+    known[here] = settings
     return settings
 
 
@@ -346,7 +356,7 @@ def _fit(value: Any, default: Any, key: str, origin: str) -> Any:
     """Convert `value` to the type of `default` by yacs's rules; an int is also valid for a float."""
     if default is None and (value is None or type(value) in (str, bool, int, float, list, tuple)):
         return value
-    if type(default) is float and type(value) is int:
+    if type(default) is float and type(value) is int and abs(value) < 10**MAX_DIGITS:
         return float(value)
     if isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
         kinds = {_leaf_kind(leaf) for leaf in _leaves(default)}

@@ -42,6 +42,8 @@ def seed_everything(seed: int) -> None:
 
 def common_seed(seed: int) -> int:
     """Return `seed`; if negative, a number drawn for this run, the same in all processes."""
+    if seed >= 2**63:
+        raise UserError(f"SEED is {seed}; give less than 2**63.")
     if seed >= 0:
         return seed
     drawn = torch.tensor(np.random.SeedSequence().generate_state(1)[0] % 2**31, dtype=torch.int64)

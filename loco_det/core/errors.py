@@ -7,6 +7,7 @@ from typing import TypeVar
 
 _Batch = TypeVar("_Batch")
 
+LONGEST = 2000  # characters of a sentence
 INTERRUPTED = 130  # as a shell reports SIGINT
 _CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 
@@ -15,12 +16,16 @@ class UserError(Exception):
     """Invalid input from the user.
 
     The message is one sentence that names the file, key or tensor and the remedy. The command line prints it and exits
-    with status 2; any other exception is a bug and keeps its traceback. It stays one line whatever a name in it holds:
-    unprintable characters are escaped.
+    with status 2; any other exception is a bug and keeps its traceback. A hostile name or value in it changes neither
+    its one line (unprintable characters are escaped) nor its length (the middle beyond `LONGEST` is left out).
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(message if message.isprintable() else "".join(map(_printable, message)))
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def _printable(character: str) -> str:

@@ -1,4 +1,4 @@
-"""Atomic writes, checksummed JSON, locks, and one-sentence errors for unwritable folders."""
+"""Atomic writes, reads that end, checksummed JSON, locks, and one-sentence errors for unwritable folders."""
 
 from __future__ import annotations
 
@@ -102,6 +102,28 @@ def check_writable(path: str | Path) -> None:
             pass
 
 
+def read_regular(path: str | Path) -> bytes:
+    """Read a file that somebody gave; refuses what has no end (a device) or no beginning (a FIFO).
+
+    Raises:
+        OSError: the file cannot be read, is not regular, or is larger than this machine's memory.
+        ValueError: no file can have such a name.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # of a FIFO it would wait for a writer
+    try:
+        found = os.fstat(fd)
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        if found.st_size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            raise OSError(errno.EFBIG, "it is larger than the memory", str(path))
+        with open(fd, "rb", closefd=False) as file:
+            return file.read() if found.st_size else b""  # what the kernel makes up, as in /proc, has no size
+    finally:
+        os.close(fd)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_write(path, "w") as file:
@@ -130,21 +152,6 @@ def has_checksum(value: dict[str, Any]) -> bool:
 
 def _digest(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def read_bytes(path: str | Path) -> bytes:
-    """The content of a file that somebody gave: read as `Path.read_bytes` reads it, if it has an end.
-
-    Raises:
-        OSError: it cannot be read, is a pipe, a socket or a device, or is larger than this machine's memory.
-    """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # a pipe would wait
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file", str(path))
-        if found.st_size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-            raise OSError(errno.EFBIG, "it is larger than the memory", str(path))
-        return file.read()
 
 
 def file_sha256(path: str | Path) -> str:

@@ -14,7 +14,7 @@ from fvcore.common.config import CfgNode
 
 from loco_det.core.distributed import is_main
 from loco_det.core.errors import UserError
-from loco_det.core.files import atomic_write, os_errors
+from loco_det.core.files import atomic_write, os_errors, read_regular
 from loco_det.core.log import is_quiet, log
 
 
@@ -99,16 +99,18 @@ class JsonLines(Sink):
     def trim(self, iteration: int) -> None:
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text().splitlines(keepends=True) if _iteration(line) < iteration]
-        with atomic_write(self.path, "w") as file:
-            file.writelines(kept)
+        with os_errors(self.path):
+            lines = read_regular(self.path).splitlines(keepends=True)
+        with atomic_write(self.path) as file:
+            file.writelines(line for line in lines if _iteration(line) < iteration)
 
 
-def _iteration(line: str) -> float:
+def _iteration(line: bytes) -> float:
     try:
-        return json.loads(line)["iteration"]
+        iteration = json.loads(line)["iteration"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf  # cut off when the process was killed
+        return math.inf  # cut off by a kill in the middle of the line, or damaged
+    return iteration if isinstance(iteration, (int, float)) else math.inf
 
 
 class TensorBoard(Sink):

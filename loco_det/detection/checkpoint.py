@@ -7,6 +7,7 @@ last one finished, counted from 0.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,7 +198,7 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     if not pointer.is_file():
         return None
     path = pointer.parent / pointer.read_text(errors="replace").strip()
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(
             f"{pointer} names {path.name}, which is gone; write the name of an existing checkpoint into it."
         )

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from loco_det.annotations.coco import readable_annotations
 from loco_det.annotations.instances import Instances
-from loco_det.annotations.pixels import CLASSES, IGNORED, label_file, to_classes
+from loco_det.annotations.pixels import IGNORED
 from loco_det.annotations.registry import Dataset, find_dataset
 from loco_det.core.config import Settings
 from loco_det.core.errors import UserError
@@ -71,7 +69,7 @@ class Detectron2Engine:
         native = _native(cfg)
         mapper = DatasetMapper(native, is_train=True)
         if any(dataset.is_pixels for dataset in datasets):
-            mapper = _SemanticMapper(mapper)
+            mapper = _SemanticMapper(mapper, datasets)
         return build_detection_train_loader(native, mapper=_WorkersMapper(mapper))
 
     def test_batches(self, cfg: CfgNode, dataset: Dataset) -> Iterable[Batch]:
@@ -132,15 +130,21 @@ class _WorkersMapper:
 
 
 class _SemanticMapper:
-    """Detectron2's mapper, which transforms label ids as plain numbers, then maps them to classes."""
+    """Detectron2's mapper on labels that this package reads as classes; its own would read a palette's colours."""
 
-    def __init__(self, mapper: Any) -> None:
-        self.mapper = mapper
+    def __init__(self, mapper: Any, datasets: Sequence[Dataset]) -> None:
+        self.mapper, self.labels = mapper, {dataset.name: dataset.labels for dataset in datasets}
+        self.augmentations, self.read = mapper.augmentations, None  # the labels of the record that it is called with
+        mapper.augmentations = self._augmented
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
-        sample = self.mapper(record)
-        classes = to_classes(sample["sem_seg"].numpy(), Path(record["sem_seg_file_name"]))
-        return {**sample, "sem_seg": torch.from_numpy(classes).long()}
+        labels = self.labels[record["dataset"]]
+        self.read = labels.read(record["file_name"], (record["height"], record["width"]))
+        return self.mapper(record)
+
+    def _augmented(self, given: Any) -> Any:
+        given.sem_seg = self.read
+        return self.augmentations(given)
 
 
 def _semantic_records(dataset: Dataset) -> list[dict[str, Any]]:
@@ -149,8 +153,7 @@ def _semantic_records(dataset: Dataset) -> list[dict[str, Any]]:
     columns = zip(index.image_id.tolist(), index.file_name.tolist(), index.height.tolist(), index.width.tolist())
     images = [(number, str(dataset.images / file), height, width) for number, file, height, width in columns]
     return [
-        {"image_id": i, "file_name": file, "height": h, "width": w, "sem_seg_file_name": str(label_file(file))}
-        for i, file, h, w in images
+        {"image_id": i, "file_name": file, "height": h, "width": w, "dataset": dataset.name} for i, file, h, w in images
     ]
 
 
@@ -176,7 +179,7 @@ def _register(dataset: Dataset) -> None:
         MetadataCatalog.remove(name)
     if dataset.is_pixels:
         DatasetCatalog.register(name, functools.partial(_semantic_records, dataset))
-        MetadataCatalog.get(name).set(stuff_classes=list(CLASSES), ignore_label=IGNORED)
+        MetadataCatalog.get(name).set(stuff_classes=list(dataset.index.category_names), ignore_label=IGNORED)
     else:
         register_coco_instances(name, {}, *places)
     _registered[name] = places

@@ -13,7 +13,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det.annotations.classes import category_ids
-from loco_det.annotations.coco import load_coco
+from loco_det.annotations.coco import check_images, load_coco
 from loco_det.annotations.registry import Dataset, find_dataset, folder_name, measure_of
 from loco_det.annotations.rules import Use, warn
 from loco_det.annotations.voc import image_number
@@ -128,7 +128,7 @@ def check_data(cfg: CfgNode, *, own_reader: bool) -> None:
             warn(find_dataset(name).index, Use("train"))
     for dataset in map(find_dataset, cfg.DATASETS.TEST):
         if own_reader:
-            load_coco(dataset, need_annotations=False)
+            check_images(load_coco(dataset, need_annotations=False))
         if not dataset.is_pixels and not dataset.secret:
             truth = read_ground_truth(dataset.annotations, ("bbox", "segm") if masks else ("bbox",))
             warn(truth.index, Use("train"))

@@ -256,7 +256,7 @@ def check_task(cfg: CfgNode, settings: Settings | None = None) -> None:
     for key, others in _OTHER_TASKS.items():
         if config.value(cfg, key) in others:
             reason = (
-                "; runs here train and evaluate boxes, instance masks and Cityscapes' pixel labels, with either "
+                "; runs here train and evaluate boxes, instance masks and pixel labels, with either "
                 "engine; use Detectron2 itself for other tasks."
             )
             raise refusal(cfg, settings, key, reason)

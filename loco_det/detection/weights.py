@@ -108,7 +108,7 @@ def read_weights(path: str | Path) -> Weights:
             "(loco-det convert FILE backbone.pkl), and give the path."
         )
     path = Path(os.path.expanduser(path))
-    if not path.is_file():
+    if not os.path.exists(path):
         raise UserError(f"MODEL.WEIGHTS {path} does not exist; pretrain and convert a backbone, or correct the path.")
     if path.suffix == ".safetensors":
         tensors, manifest = load_backbone(path)

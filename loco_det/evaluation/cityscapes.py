@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from loco_det.annotations.cityscapes import CLASSES, VOID, read_instance_ids
+from loco_det.annotations.cityscapes import CLASSES, VOID, frame_name, read_instance_ids
 from loco_det.annotations.index import CocoIndex, load_index
 from loco_det.annotations.segmentation import rle_lengths
 from loco_det.core.errors import UserError
@@ -123,14 +123,14 @@ class _Frame:
 
 
 def _frames(index: CocoIndex, images: Path) -> list[_Frame]:
-    root, suffix = images.parent.parent / "gtFine" / images.name, "_leftImg8bit.png"
+    root = images.parent.parent / "gtFine" / images.name
     columns = zip(index.image_id.tolist(), index.file_name.tolist(), index.height.tolist(), index.width.tolist())
     return [
         _Frame(
             image_id,
             Path(name).stem,
             (height, width),
-            root / f"{name.removesuffix(suffix)}_gtFine_instanceIds.png",
+            root / f"{frame_name(images / name)}_gtFine_instanceIds.png",
         )
         for image_id, name, height, width in columns
     ]

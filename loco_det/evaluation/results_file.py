@@ -11,7 +11,7 @@ import msgspec
 
 from loco_det.core.device import no_garbage_collection
 from loco_det.core.errors import UserError
-from loco_det.core.files import read_bytes
+from loco_det.core.files import read_regular
 
 KEYS = {"bbox": "bbox", "segm": "segmentation"}  # IoU type -> key of a result
 
@@ -25,7 +25,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; give a results file in COCO's format.")
     try:
-        content = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+        content = read_regular(path).removeprefix(b"\xef\xbb\xbf")
         with no_garbage_collection():
             rows = _decoded(content)
     except OSError as error:

@@ -27,6 +27,7 @@ Refused means UserError naming the file.
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -38,7 +39,7 @@ import numpy as np
 from PIL import Image
 
 from loco_det.core.errors import UserError
-from loco_det.core.files import read_bytes
+from loco_det.core.files import read_regular
 from loco_det.core.log import log
 
 Order = Literal["RGB", "BGR"]
@@ -82,6 +83,11 @@ _REDUCED = {1: 0, 2: 16, 4: 32, 8: 64}
 # OpenCV before 4.11 has no RGB flag.
 _READ_RGB = getattr(cv2, "IMREAD_COLOR_RGB", None)
 REDUCTIONS = (8, 4, 2)
+_ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PN": b"IEND"}  # of a JPEG and a PNG, by their beginning
+MOST_MEGAPIXELS = 100  # of an image that is decoded, which takes some ten bytes a pixel
+_BYTES_OF_A_PIXEL = 8  # at most, in a file
+_LIMIT = "LOCO_DET_MAX_MEGAPIXELS"
+_TOO_LARGE = f"cut it into tiles or scale it down, or set {_LIMIT} if the memory suffices"
 
 
 def log_unread(where: str, names: Iterable[str]) -> None:
@@ -103,6 +109,35 @@ def read_image(path: str | Path, order: Order) -> np.ndarray:
     return decode_exactly(read_file(path), str(path), order)
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width), upright, of an image file that `read_image` can read as far as header and end tell.
+
+    Where the end is not that of a whole JPEG or PNG, or the file is of another kind, it is decoded.
+
+    Raises:
+        UserError: as `read_image`.
+    """
+    try:
+        if not os.path.isfile(path):  # of which opening alone may not end
+            return read_image(path, "RGB").shape[:2]
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            end = _ENDS.get(file.read(3))
+            file.seek(-min(os.path.getsize(path), 1 << 16), os.SEEK_END)
+            if end and end in file.read():
+                file.seek(0)
+                image = Image.open(file)
+                check_pixels(*image.size, str(path))
+                width, height = image.size
+                turned = image.getexif().get(_EXIF_ORIENTATION, 1) > 4
+                return (width, height) if turned else (height, width)
+    except UserError:
+        raise
+    except Exception:  # by what is wrong with the file, which decoding tells
+        pass
+    return read_image(path, "RGB").shape[:2]
+
+
 def decode_exactly(data: bytes, name: str, order: Order) -> np.ndarray:
     """Decode bytes as `read_image` does; `name` is for error messages.
 
@@ -119,7 +154,8 @@ def read_file(path: str | Path) -> bytes:
         UserError: missing or unreadable.
     """
     try:
-        return read_bytes(path)
+        check_bytes(os.path.getsize(path), str(path))
+        return read_regular(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such image file; correct the path or restore the file") from None
     except OSError as error:
@@ -139,6 +175,8 @@ def decode_image(data: bytes, name: str, order: Order = "RGB", reduce: int = 1) 
         UserError: empty, truncated, not an image, or pixels of unknown range.
     """
     header = _jpeg_header(data)
+    if header is not None:
+        check_pixels(header[1], header[0], name)
     if header is not None and header[2] and data.rfind(b"\xff\xd9", header[3]) >= 0:
         pixels = _cv2_pixels(data, order, reduce)
         if pixels is not None:
@@ -195,16 +233,49 @@ def _pil_pixels(data: bytes, name: str, order: Order, *, exact: bool) -> np.ndar
         # PIL warns of odd metadata on standard error; only the pixels matter here.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pixels = _to_rgb(_upright(Image.open(io.BytesIO(data))), name, exact)
+            image = Image.open(io.BytesIO(data))
+            check_pixels(*image.size, name)
+            pixels = _to_rgb(_upright(image), name, exact)
     except UserError:
         raise
     except Exception as error:  # PIL's parsers raise various exceptions on hostile bytes
-        if isinstance(error, Image.DecompressionBombError):
-            most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
-            raise UserError(f"{name}: has more than {most} megapixels; cut it into tiles or scale it down") from error
+        if isinstance(error, Image.DecompressionBombError):  # by which Pillow refuses to open it
+            raise too_large(name) from error
         reason = str(error).replace("<_io.BytesIO object at ", "<").split("<")[0].strip()
         raise UserError(f"{name}: not a readable image ({reason}); restore or remove it") from error
     return np.ascontiguousarray(pixels[:, :, ::-1]) if order == "BGR" else pixels
+
+
+def most_pixels() -> int:
+    """How many pixels an image may have that is decoded; Pillow's own limit is raised to as many.
+
+    Raises:
+        UserError: LOCO_DET_MAX_MEGAPIXELS is no number of them.
+    """
+    given = os.environ.get(_LIMIT, str(MOST_MEGAPIXELS))
+    if not given.isdecimal() or not 0 < int(given) <= 10**5:
+        raise UserError(f"{_LIMIT} is {given!r}; give whole megapixels, such as {MOST_MEGAPIXELS}.")
+    most = int(given) * 10**6
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, most)
+    return most
+
+
+def too_large(name: str) -> UserError:
+    """What to tell of an image that Pillow holds for a decompression bomb, and so does not say how large it is."""
+    return UserError(f"{name}: has more than {most_pixels() // 10**6} megapixels; {_TOO_LARGE}")
+
+
+def check_bytes(count: int, name: str) -> None:
+    """Refuse with UserError, before it is read or unpacked, a file of more bytes than any image has that is decoded."""
+    if count > _BYTES_OF_A_PIXEL * most_pixels():
+        raise UserError(f"{name}: has {count >> 20} MiB, more than an image of {most_pixels() // 10**6} megapixels")
+
+
+def check_pixels(width: int, height: int, name: str) -> None:
+    """Refuse with UserError, before it is decoded, an image that would take much memory, whatever its bytes are."""
+    most = most_pixels()
+    if width * height > most:
+        raise UserError(f"{name}: has {width} x {height} pixels, more than {most // 10**6} megapixels; {_TOO_LARGE}")
 
 
 def count_frames(path: str | Path) -> int:
@@ -223,6 +294,7 @@ def pil_rgb(image: Image.Image, name: str) -> np.ndarray:
     Raises:
         UserError: pixels of unknown range.
     """
+    check_pixels(*image.size, name)
     return _to_rgb(_upright(image), name, exact=False)
 
 

@@ -29,9 +29,9 @@ from typing import BinaryIO
 import numpy as np
 
 from loco_det.core.errors import UserError
-from loco_det.core.files import read_bytes
+from loco_det.core.files import read_regular
 from loco_det.core.outputs import walk_data
-from loco_det.images.decode import SUFFIXES, log_unread
+from loco_det.images.decode import SUFFIXES, check_bytes, log_unread
 from loco_det.images.indexed import open_huggingface, open_torchvision
 from loco_det.images.source import Source
 from loco_det.images.tar import open_tar
@@ -67,6 +67,7 @@ class ZipSource(Source):
 
     def read(self, index: int) -> bytes:
         offset, packed, size, checksum, method = (int(value) for value in self._table[index])
+        check_bytes(size, self.name(index))
         try:
             file = self._file()
             file.seek(offset)
@@ -116,6 +117,8 @@ def open_source(path: str | Path, format: str = "auto") -> Source:
     if format == "auto":
         by_suffix = {".zip": "zip", ".txt": "list"}
         format = "folder or flat" if os.path.isdir(root) else by_suffix.get(root.suffix.lower(), "")
+    if not (os.path.isdir(root) or os.path.isfile(root)):
+        raise UserError(f"DATA.PATH {root}: is no regular file; name a file or a folder")
     if not format or os.path.isdir(root) != (format not in ("zip", "list")):
         kind = "a folder" if os.path.isdir(root) else "a file"
         raise UserError(f"DATA.PATH {root} is {kind}, which DATA.FORMAT {wanted!r} does not read; change one")
@@ -169,7 +172,7 @@ def _open_folder(root: Path, format: str) -> Source:
 
 def _open_list(path: Path) -> Source:
     try:
-        lines = read_bytes(path).decode("utf-8-sig").splitlines()
+        lines = read_regular(path).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"DATA.PATH {path}: cannot be read as a UTF-8 text list ({error}); correct the file") from error
     lines = [line.rstrip() for line in lines if line.strip() and not line.startswith("#")]
@@ -193,7 +196,7 @@ def _open_zip(path: Path, inner: str) -> Source:
             raise OSError("it is no regular file")
         with zipfile.ZipFile(path) as archive:
             members = [m for m in archive.infolist() if not m.is_dir() and _is_image(PurePosixPath(m.filename).name)]
-    except (zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # damage makes zipfile raise nearly anything
         raise UserError(f"DATA.PATH {path}: not a readable zip ({error}); take an intact one") from error
     members = [m for m in members if not m.filename.startswith("__MACOSX/")]  # resource forks named like images
     prefix = tuple(PurePosixPath(inner).parts)

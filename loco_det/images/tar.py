@@ -32,6 +32,7 @@ from loco_det.images.views import stream
 
 _SHARDS, _BUFFER = 2**63 + 1, 2**63 + 2  # random streams beyond any image's index
 _MOST_RUNS = 64
+_LONGEST_LABEL = 1 << 16  # bytes
 _INDEX_VERSION = 2
 
 
@@ -258,12 +259,12 @@ def _samples(shard: Path) -> Iterator[tuple[str, tuple[int, int, int], str]]:
                 if f".{suffix}" in SUFFIXES and "image" not in found:
                     found["image"] = (member.name, member.offset_data, member.size)
                 elif suffix == "cls":
-                    found["label"] = tar.extractfile(member).read().decode().strip()
+                    found["label"] = tar.extractfile(member).read(_LONGEST_LABEL).decode().strip()
             tar.fileobj.seek(tar.offset)
             # tarfile treats a truncated or damaged header as the end.
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"at byte {tar.offset:,} is neither a header nor the end")
-    except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
+    except (OSError, tarfile.TarError, ValueError, OverflowError) as error:  # the latter two of sizes that cannot be
         raise UserError(f"{shard}: not readable as a plain tar ({error}); take an intact, uncompressed one") from error
     yield from _finished(found)
 

@@ -149,7 +149,7 @@ def evaluate_again(run: DetectorRun) -> EvaluatedRun | str:
         subject = Subject(_dataset(run, measure), run.results.parent, run.config["MODEL.MASK_ON"], (), EVALUATORS[0])
         evaluations = measure_class(measure)(subject).resamplable(results)
         numbers = [(each.kind, name, again) for each in evaluations for name, again in each.numbers().items()]
-    except (UserError, msgspec.DecodeError) as error:
+    except (UserError, msgspec.DecodeError, RecursionError) as error:
         return f"its {what} cannot be evaluated again, so {without}: {error}"
     for kind, name, again in numbers:
         recorded = run.recorded.get(f"{kind}/{name}")
@@ -162,9 +162,9 @@ def evaluate_again(run: DetectorRun) -> EvaluatedRun | str:
 
 
 def _dataset(run: DetectorRun, measure: str) -> Dataset:
-    """Return the test set with the annotations that the run recorded; only Cityscapes' measures need its folders."""
+    """Return the test set with the annotations that the run recorded; some measures need its folders, too."""
     (name,) = run.config["DATASETS.TEST"]
-    if measure in ("cityscapes", "pixels"):
+    if measure in ("cityscapes", "pixels", "labels"):
         return replace(find_dataset(name), annotations=run.annotations)
     return Dataset(name, Path(), run.annotations)
 

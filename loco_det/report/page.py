@@ -77,24 +77,24 @@ def html_page(
 
 def markdown_page(report: dict[str, Any]) -> str:
     """Render the page's tables as Markdown; `report` as for `html_page`."""
-    parts = [f"# {report['title']}", f"Made {report['created']} by loco_det {report['loco_det']}."]
+    parts = [f"# {_plain(report['title'])}", f"Made {report['created']} by loco_det {report['loco_det']}."]
     for experiment in report["experiments"]:
         header, rows = _main_table(experiment)
-        parts += [f"## {experiment['title']}", _markdown_table(header, rows)]
+        parts += [f"## {_plain(experiment['title'])}", _markdown_table(header, rows)]
         header, rows = _paired_table(experiment)
         if rows:
-            parts += [f"Differences to {experiment['baseline']} ({_bootstrap(experiment)}):"]
+            parts += [f"Differences to {_plain(experiment['baseline'])} ({_bootstrap(experiment)}):"]
             parts.append(_markdown_table(header, rows))
         header, rows = _class_table(experiment)
         if rows:
             parts += ["Per class:", _markdown_table(header, rows)]
     for probe in report["probes"]:
         header, rows = _probe_table(probe)
-        parts += [f"## {_probe_title(probe)}", _markdown_table(header, rows)]
+        parts += [f"## {_plain(_probe_title(probe))}", _markdown_table(header, rows)]
     if report["inputs"] or report["other_inputs"]:
         parts += ["## Inputs and environment", _markdown_table(*_inputs_table(report))]
     if report["missing"]:
-        parts += ["## Missing", "\n".join(f"- {text}" for text in report["missing"])]
+        parts += ["## Missing", "\n".join(f"- {_plain(text)}" for text in report["missing"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -182,7 +182,13 @@ def _top1(found: dict[str, Any] | None) -> str:
 
 def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_plain, line)) + " |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, on one line: neither HTML nor a link nor the end of a cell."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([|`*])|(?<=\])(?=\()", r"\\\1", text)
 
 
 def _inputs_table(report: dict[str, Any]) -> Table:

@@ -12,9 +12,10 @@ import msgspec
 import numpy as np
 
 from loco_det.annotations.coco import CocoDataset, Record, load_coco
-from loco_det.annotations.pixels import IGNORED, label_file, read_labels
-from loco_det.annotations.registry import Dataset, find_dataset
+from loco_det.annotations.pixels import IGNORED
+from loco_det.annotations.registry import Dataset, benchmark_of, find_dataset
 from loco_det.core.errors import UserError
+from loco_det.evaluation import labels
 from loco_det.evaluation.pixels import read_pair
 from loco_det.images.decode import read_image
 from loco_det.report.drawing import Shape, annotated_shapes, class_colours, detected_shapes, draw_instances, draw_labels
@@ -48,7 +49,7 @@ def panels(runs: list[DetectorRun], count: int, threshold: float, missing: list[
         filled = range(len(dataset)) if labelled else sorted(set(dataset.objects()[0].tolist()))
         records = [dataset[i] for i in _spread(filled, count)]
         pixels = [read_image(record.file_name, "RGB") for record in records]
-        truth = [read_labels(label_file(r.file_name)) if labelled else annotated_shapes(r) for r in records]
+        truth = [_truth(record) if labelled else annotated_shapes(record) for record in records]
     except UserError as error:
         missing.append(f"pictures of {reference.title}: {error}")
         return {}
@@ -59,8 +60,10 @@ def panels(runs: list[DetectorRun], count: int, threshold: float, missing: list[
             if run and run.annotations != reference.annotations:
                 raise UserError(f"it was tested on other images than {reference.path}")
             if run:
-                columns[name] = _labels(run, records) if labelled else _detections(run, dataset, records, threshold)
-        except (UserError, msgspec.DecodeError, KeyError, TypeError) as error:
+                columns[name] = (
+                    _labels(run, dataset, records) if labelled else _detections(run, dataset, records, threshold)
+                )
+        except (UserError, msgspec.DecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
             missing.append(f"{run.path}: no pictures: {error}")
     rows = []
     for i, record in enumerate(records):
@@ -79,9 +82,16 @@ def _legend(columns: dict[str, list[np.ndarray] | None], names: Sequence[str]) -
     return [[names[k], "#{:02x}{:02x}{:02x}".format(*colours[k])] for k in sorted(seen - {IGNORED})]
 
 
-def _labels(run: DetectorRun, records: Sequence[Record]) -> list[np.ndarray]:
+def _truth(record: Record) -> np.ndarray:
+    return record.labels.read(record.file_name, (record.height, record.width))
+
+
+def _labels(run: DetectorRun, dataset: CocoDataset, records: Sequence[Record]) -> list[np.ndarray]:
     """Load the predicted classes (H, W) of each image."""
-    return [read_pair(Path(record.file_name), run.results)[1] for record in records]
+    if dataset.paths.benchmark == "pixels":
+        return [read_pair(Path(record.file_name), run.results)[1] for record in records]
+    rows = np.searchsorted(dataset.index.image_id, [record.image_id for record in records])
+    return [labels.read_pair(dataset.paths, row, run.results)[1] for row in rows.tolist()]
 
 
 def _detections(
@@ -130,7 +140,8 @@ def _paths(run: DetectorRun) -> Dataset:
     )
     if not images.is_dir():
         raise UserError(f"the images of {name} are not there; set DETECTRON2_DATASETS")
-    return Dataset(name, images, annotations)
+    task = "pixels" if run.is_segmentor else "objects"
+    return Dataset(name, images, annotations, task=task, benchmark=benchmark_of(name))
 
 
 def _spread(filled: Sequence[int], count: int) -> list[int]:

@@ -15,8 +15,9 @@ from loco_det.annotations.registry import find_dataset
 from loco_det.backbones.artifact import HEADER_KEY, decode_manifest
 from loco_det.core.config import read_yaml
 from loco_det.core.errors import UserError
-from loco_det.core.files import has_checksum, read_bytes
+from loco_det.core.files import has_checksum, read_regular
 from loco_det.core.run_folder import check_sums
+from loco_det.report.schemas import DETECTOR_KEYS, LINE, ProbeResult, ProbeWeights, Record, check
 
 # Keys in which runs of one experiment may differ: machine, seed, and the backbone's own.
 _FREE = (
@@ -38,18 +39,7 @@ _FREE = (
     "SOLVER.CHECKPOINT_PERIOD",
     "TEST.EVAL_PERIOD",
 )
-_PLAIN_NAMES = (
-    "backbone",
-    "backbone_d2",
-    "model_final",
-    "model",
-)  # uninformative names of weights files; the folder's name is used instead
-# Keys that the config.yaml of every run has.
-_NEEDED = (
-    *("DATASETS.TEST", "DATASETS.TRAIN", "MODEL.BACKBONE.FREEZE_AT", "MODEL.BACKBONE.NAME", "MODEL.MASK_ON"),
-    *("MODEL.RESNETS.RES5_DILATION", "MODEL.ROI_HEADS.NAME", "MODEL.WEIGHTS", "SEED", "SOLVER.IMS_PER_BATCH"),
-    "SOLVER.MAX_ITER",
-)
+_PLAIN_NAMES = ("backbone", "backbone_d2", "model_final", "model")  # of weights files; the folder's name says more
 _PROBE_BYTES = 4 << 20  # no probe's JSON is larger
 _OF_A_PROBE = (b'"top1_interval"', b'"batchnorm"')  # keys that only a probe writes into one file
 
@@ -257,7 +247,9 @@ def _is_probe(file: Path) -> bool:
         return False
     if file.stat().st_size >= _PROBE_BYTES:
         return False
-    return _has_stages(_json(file)) or all(key in read_bytes(file) for key in _OF_A_PROBE)  # `_read` refuses the latter
+    return _has_stages(_json(file)) or all(
+        key in read_regular(file) for key in _OF_A_PROBE
+    )  # `_read` refuses the latter
 
 
 def _has_stages(content: dict[str, Any] | None) -> bool:
@@ -269,7 +261,7 @@ def _has_stages(content: dict[str, Any] | None) -> bool:
 
 def _json(file: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(read_bytes(file))
+        value = json.loads(read_regular(file))
     except (ValueError, OSError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -282,8 +274,10 @@ def _read(place: Path, name: str | None, runs: Runs) -> None:
             raise UserError(f"{place}: is no result of loco-det probe; write one with loco-det probe ... --json PATH")
         if "sha256" in content and not has_checksum(content):
             raise UserError(f"{place}: is not what loco-det probe wrote; take an intact copy, or delete its key sha256")
+        check(content, ProbeResult, place)
         probe = Probe(name or "", place, content, named=name is not None)
         facts = probe.facts("backbone")
+        check(facts, ProbeWeights, place)
         ours = {"method": facts.get("source")} if str(facts.get("name")).endswith(".safetensors") else None
         probe.backbone = name or _name_of(str(facts.get("name") or place.stem), ours)
         runs.probes.append(probe)
@@ -293,13 +287,17 @@ def _read(place: Path, name: str | None, runs: Runs) -> None:
     config = dict(_flatten(read_yaml(place)))
     metrics = _lines(folder / "metrics.json")
     if "MODEL.META_ARCHITECTURE" in config:
-        lacking = [key for key in _NEEDED if key not in config]
+        lacking = [key for key in DETECTOR_KEYS if key not in config]
         if lacking:
             raise UserError(f"{place}: lacks {lacking[0]}; give a run's folder, whose config.yaml has every key")
-        record = _record(folder / "run.json")
+        for key, kind in DETECTOR_KEYS.items():
+            check(config[key], kind, f"{place}: {key}")
+        record = _json(folder / "run.json")
+        check(record, Record | None, folder / "run.json", "take an intact copy, or remove it")
         label = name or _name_of(config["MODEL.WEIGHTS"], (record or {}).get("weights"))
         runs.detectors.append(DetectorRun(label, folder, config, metrics, record))
     elif "METHOD" in config:
+        check(config["METHOD"], str, f"{place}: METHOD")
         images = _images(folder / "backbone.safetensors")
         runs.pretrainings.append(PretrainRun(name or config["METHOD"], folder, config, metrics, images))
 
@@ -340,7 +338,7 @@ def _record(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(read_bytes(file))
+        content = json.loads(read_regular(file))
         msgspec.convert(content, _Record)
     except (OSError, ValueError, RecursionError) as error:  # ValidationError is a ValueError
         raise UserError(f"{file}: is not as a run writes it ({error}); take an intact copy, or delete it") from error
@@ -363,7 +361,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return found
     try:
-        lines = read_bytes(file).decode().splitlines()
+        lines = read_regular(file).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error}); take an intact copy") from error
     for number, line in enumerate(lines, 1):
@@ -372,6 +370,8 @@ def _lines(file: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, RecursionError) as error:
             if number < len(lines):
                 raise UserError(f"{file}: line {number} is no JSON object ({error}); take an intact copy") from error
+            continue
+        check(found[-1], LINE, f"{file}: line {number}")
     return found
 
 

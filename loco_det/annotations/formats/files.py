@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 from PIL import Image
 
 from loco_det.annotations.formats.splits import WHOLE, are_apart, split_of_folder
-from loco_det.core import files as core_files
+from loco_det.core.files import read_regular
 from loco_det.core.outputs import walk_data
 from loco_det.images.decode import SUFFIXES as IMAGE_SUFFIXES
 
@@ -212,7 +212,7 @@ class Unreadable(Exception):
 
 def read_bytes(path: Path) -> bytes:
     try:
-        return core_files.read_bytes(path)
+        return read_regular(path)
     except OSError as error:
         raise Unreadable(error.strerror or str(error)) from None
 

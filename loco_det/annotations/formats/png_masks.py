@@ -19,6 +19,7 @@ from loco_det.annotations.formats.files import Tree, Unreadable
 from loco_det.annotations.formats.objects import Found, Picture, encoded, mask_box
 from loco_det.annotations.formats.splits import split_of_folder
 from loco_det.annotations.formats.summary import Summary
+from loco_det.images.decode import check_pixels
 
 SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
 ONE_CLASS = "object"
@@ -60,6 +61,7 @@ def _values(path: Path) -> np.ndarray:
     """Read (H, W) integers."""
     try:
         with Image.open(path) as image:
+            check_pixels(*image.size, "it")
             values = np.array(image)
     except Exception as error:  # PIL's parsers raise various exceptions on hostile bytes
         raise Unreadable(f"it cannot be decoded ({error})") from None

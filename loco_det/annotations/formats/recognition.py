@@ -6,6 +6,7 @@ or mapping. If they are inconclusive, the names of all keys are read.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import zlib
@@ -134,6 +135,8 @@ def _keys(text: str, whole: bool) -> _Keys:
 def _head(path: Path) -> tuple[bytes, bool]:
     """Return the first bytes of a file, decompressed if it is gzip; and whether they are all."""
     try:
+        if not path.is_file():
+            raise OSError(errno.EINVAL, "is no regular file")
         with open(path, "rb") as file:
             data = file.read(_HEAD)
             whole = not file.read(1)

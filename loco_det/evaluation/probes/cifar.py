@@ -13,7 +13,7 @@ import numpy as np
 
 from loco_det.convert.load import load_tensors
 from loco_det.core.errors import UserError
-from loco_det.core.files import read_bytes
+from loco_det.core.files import read_regular
 from loco_det.images.source import Source
 
 _TEN = [f"data_batch_{i}" for i in range(1, 6)]
@@ -103,6 +103,6 @@ def _text(name: Any) -> str:
 
 def _bytes(file: Path) -> bytes:
     try:
-        return read_bytes(file)
+        return read_regular(file)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); take an intact copy of the data set") from error
