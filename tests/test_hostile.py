@@ -373,7 +373,7 @@ def written(file: str, data: bytes) -> Callable[[Path], None]:
         (written("det/metrics.json", b"\xff\xfe{}\n{}\n"), r"metrics\.json: cannot be read"),
         (written("det/metrics.json", b"[" * 200_000 + b"\n{}\n"), r"metrics\.json: line 1 is no JSON"),
         (written("det/config.yaml", b"\xff"), r"config\.yaml cannot be read"),
-        (written("det/run.json", b"[" * 200_000), None),
+        (written("det/run.json", b"[" * 200_000), r"run\.json: is damaged"),
         (written("det/inference/coco_instances_results.json", b"[" * 200_000), None),
         (written("det/inference/coco_instances_results.json", b'[{"image_id": {}}]'), None),
         (written("det/last_checkpoint", b"\xff" * 5000), None),
@@ -386,6 +386,7 @@ def test_e_damaged_files_of_a_run_in_a_report(
     """One sentence, or a report that says what is missing."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(trained.parent))
     shutil.copytree(trained, tmp_path / "runs")
+    (tmp_path / "runs/det/SHA256SUMS").unlink()  # by which any change is known
     change(tmp_path / "runs")
     if message is not None:
         with pytest.raises(UserError, match=message):

@@ -347,6 +347,7 @@ def judged(tree: Path, tmp_path: Path) -> Path:
     shutil.copytree(tmp_path / "runs/one", tmp_path / "runs/two")
     for seed, name in enumerate(("one", "two")):
         run = tmp_path / "runs" / name
+        (run / "SHA256SUMS").unlink()
         predicted(tree, run / "inference/sem_seg", seed)
         found = scores.evaluate_semantic(frames(tree), run / "inference/sem_seg")["sem_seg"]
         flat = {f"sem_seg/{key}": None if np.isnan(value) else value for key, value in found.items()}

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from safetensors import SafetensorError, safe_open
 
 from loco_det.annotations.registry import find_dataset
@@ -292,8 +291,7 @@ def _read(place: Path, name: str | None, runs: Runs) -> None:
             raise UserError(f"{place}: lacks {lacking[0]}; give a run's folder, whose config.yaml has every key")
         for key, kind in DETECTOR_KEYS.items():
             check(config[key], kind, f"{place}: {key}")
-        record = _json(folder / "run.json")
-        check(record, Record | None, folder / "run.json", "take an intact copy, or remove it")
+        record = _record(folder / "run.json")
         label = name or _name_of(config["MODEL.WEIGHTS"], (record or {}).get("weights"))
         runs.detectors.append(DetectorRun(label, folder, config, metrics, record))
     elif "METHOD" in config:
@@ -302,46 +300,12 @@ def _read(place: Path, name: str | None, runs: Runs) -> None:
         runs.pretrainings.append(PretrainRun(name or config["METHOD"], folder, config, metrics, images))
 
 
-class _Weights(msgspec.Struct):
-    path: str
-    sha256: str | None = None
-    method: str | None = None
-
-
-class _Data(msgspec.Struct):
-    path: str
-    images: str | None = None
-
-
-class _Environment(msgspec.Struct):
-    packages: dict[str, str | None]
-    loco_det: str
-    python: str
-    system: str
-    device: str
-    processes: int
-
-
-class _Record(msgspec.Struct):
-    """What is read of a run.json."""
-
-    seed: int
-    engine: str | None = None
-    started: str | None = None
-    weights: _Weights | None = None
-    datasets: dict[str, _Data] | None = None
-    environment: _Environment | None = None
-
-
 def _record(file: Path) -> dict[str, Any] | None:
-    """run.json as plain data; None if there is none."""
+    """Read run.json; None if there is none."""
     if not file.is_file():
         return None
-    try:
-        content = json.loads(read_regular(file))
-        msgspec.convert(content, _Record)
-    except (OSError, ValueError, RecursionError) as error:  # ValidationError is a ValueError
-        raise UserError(f"{file}: is not as a run writes it ({error}); take an intact copy, or delete it") from error
+    content = _json(file)
+    check(content, Record, file, "take an intact copy, or remove it")
     return content
 
 
