@@ -38,13 +38,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout it stands in, installed or not
 
-from loco_det.core.files import atomic_write, write_json
+from loco_det.core.config import load_config, value
+from loco_det.core.files import atomic_write, locked, write_json
 from loco_det.core.log import log, setup_logging
 from loco_det.detection.run_record import environment
+from pretrain.defaults import get_cfg
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
@@ -90,6 +91,7 @@ def main() -> None:
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.job == "detect":
+        args.data = args.data.resolve()
         detect(args)
         return
     images = unpacked(args.cifar, args.out)
@@ -117,17 +119,12 @@ def arguments() -> argparse.ArgumentParser:
 
 def switches(row: Row) -> dict[str, Any]:
     """{"METHOD": "loco", "DECODER.CONV_BLOCKS": 1, ...}: what the paper's configuration sets, its bases included."""
-    found: dict[str, Any] = {}
-    path: Path | None = ROOT / "configs" / "pretrain" / f"{row.config}.yaml"
-    while path is not None and not path.name.startswith("base_"):
-        content = yaml.safe_load(path.read_text())
-        for key in SWITCHES:
-            value = content.get(key)
-            leaves = (
-                {f"{key}.{name}": leaf for name, leaf in value.items()} if isinstance(value, dict) else {key: value}
-            )
-            found = {**{name: leaf for name, leaf in leaves.items() if leaf is not None}, **found}
-        path = path.with_name(content["_BASE_"]) if "_BASE_" in content else None
+    cfg, settings = load_config(get_cfg(), ROOT / "configs" / "pretrain" / f"{row.config}.yaml")
+    found = {
+        key: value(cfg, key)
+        for key, setting in settings.items()
+        if key.partition(".")[0] in SWITCHES and "/base_" not in setting.origin
+    }
     return {**found, **({"UNITS": row.units} if row.units else {})}
 
 
@@ -136,8 +133,7 @@ def switches(row: Row) -> dict[str, Any]:
 
 def unpacked(archive: Path, out: Path) -> Path:
     """The folder with train and test, the archive's only one; beside it the lists train.txt and held_out.txt."""
-    with zipfile.ZipFile(archive) as file, open(out / ".unpacking.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with zipfile.ZipFile(archive) as file, locked(out / ".unpacking.lock"):
         (top,) = {name.partition("/")[0] for name in file.namelist()}
         if not (out / "held_out.txt").is_file():  # the last that is written
             file.extractall(out)

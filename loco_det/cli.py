@@ -1,8 +1,8 @@
-"""The command line: `loco-det COMMAND ...`, and the same jobs behind the files in tools/.
+"""The command line: `loco-det COMMAND ...`, and the same jobs for the files in tools/.
 
-A job is a file of `loco_det/commands/` with two functions: `add_arguments` adds its arguments to a parser, `run` runs
-them and returns an exit status, None for 0. It is imported only when that job is asked for. What all jobs share is
-here: `--quiet`, `--debug`, bad input as one sentence, the exit status.
+A job is a module of `loco_det/commands/` with two functions: `add_arguments` adds its arguments to a parser, `run`
+executes it and returns an exit status, None for 0. It is imported only when requested. This module has what all jobs
+share: `--quiet`, `--debug`, one-sentence errors, the exit status.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ BAD_INPUT = 2  # argparse's own status for arguments that it refuses
 
 # In the order of the help text; each is a file of loco_det/commands/.
 JOBS = {
-    "quickstart": "make a data set, pretrain on it, convert, detect: the whole road in minutes on a CPU",
-    "doctor": "check this machine, its data sets and a config with its weights, and say what to do",
-    "data": "`data check PATH`: read a whole data set, say what is wrong; `data convert SRC OUT`: to COCO's format",
+    "quickstart": "make a data set, pretrain on it, convert, detect: all steps in minutes on a CPU",
+    "doctor": "check this machine, its data sets and a config with its weights, with remedies",
+    "data": "`data check PATH`: validate a whole data set; `data convert SRC OUT`: convert it to COCO's format",
     "pretrain": "pretrain a backbone on unlabelled images with LoCo, GIM or SimCLR",
-    "convert": "turn a backbone into weights that Detectron2 and `train` read, with proof",
+    "convert": "convert a backbone to weights for Detectron2 and `train`, with a proof",
     "train": "train and evaluate Faster or Mask R-CNN on a frozen or fine-tuned backbone",
-    "evaluate": "measure a results file of any program against a data set, and compare two of them",
-    "predict": "draw what a trained detector or segmentor finds into images and videos; COCO JSON, ONNX",
+    "evaluate": "evaluate any program's results file on a data set, or compare two files",
+    "predict": "run a trained detector or segmentor on images and videos; writes pictures, COCO JSON, ONNX",
     "probe": "classify images by a backbone's frozen features, stage by stage",
     "sweep": "train and evaluate every backbone with every seed and share of the images, resumably",
-    "report": "put runs and probes side by side: one page with intervals, errors, curves and pictures",
+    "report": "compare runs and probes on one page: intervals, errors, curves and pictures",
 }
 OWN_LOG = {"doctor"}  # reads --quiet itself: it must work where torch does not
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"loco-det {__version__}")
-    parser.add_argument("command", choices=JOBS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("command", choices=JOBS, metavar="COMMAND", help="one of the commands below")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     return run_job(args.command, args.rest, prog=f"loco-det {args.command}")
@@ -67,9 +67,8 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
         prog: its name in usage and error texts; None for the script's.
 
     Returns:
-        0; 1 where a check failed (`doctor`, `data check`); 2 for bad input and for memory that is short, with one
-        sentence on standard error and a traceback only under --debug; 130 when interrupted by SIGINT or SIGTERM. A bug
-        raises.
+        0; 1 if a check failed (`doctor`, `data check`); 2 for bad input or insufficient memory, with one sentence on
+        standard error and a traceback only under --debug; 130 when interrupted by SIGINT or SIGTERM. A bug raises.
     """
     try:
         with _sigterm_interrupts():
@@ -82,8 +81,8 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, so that nothing half done stays behind."""
-    if threading.current_thread() is not threading.main_thread():  # only that one may ask for signals
+    """Make SIGTERM end the block as Ctrl-C does, so that cleanup runs."""
+    if threading.current_thread() is not threading.main_thread():  # signal.signal works in the main thread only
         yield
         return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -97,9 +96,9 @@ def _parsed(job: ModuleType, name: str, argv: Sequence[str] | None, prog: str | 
     text = JOBS[name]
     parser = argparse.ArgumentParser(prog=prog, description=f"{text[0].upper()}{text[1:]}.")
     job.add_arguments(parser)
-    parser.add_argument("--quiet", action="store_true", help="say only what needs attention")
-    parser.add_argument("--debug", action="store_true", help="show a traceback for bad input too")
-    return parser.parse_intermixed_args(argv)  # options may stand between KEY and VALUE pairs
+    parser.add_argument("--quiet", action="store_true", help="show only warnings and errors")
+    parser.add_argument("--debug", action="store_true", help="show a traceback for bad input, too")
+    return parser.parse_intermixed_args(argv)  # allows options between KEY and VALUE pairs
 
 
 def _run(job: ModuleType, args: argparse.Namespace, logs: bool) -> int:
@@ -112,12 +111,12 @@ def _run(job: ModuleType, args: argparse.Namespace, logs: bool) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if logs:
             log_failure(error)
-        told = error if isinstance(error, UserError) else out_of_memory(error)
-        if args.debug and (told or isinstance(error, KeyboardInterrupt)):
+        message = error if isinstance(error, UserError) else out_of_memory(error)
+        if args.debug and (message or isinstance(error, KeyboardInterrupt)):
             traceback.print_exc()
-        if told is None:
+        if message is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return BAD_INPUT
 
 

@@ -1,7 +1,7 @@
 """Averaging gradients over processes while later stages still run.
 
-A gradient joins a message the moment autograd has written it. A message leaves when it is large, or, with what has
-gathered, when a stage is done; the receiver is asked for it only when the weights are about to be stepped.
+A gradient joins a bucket as soon as autograd has written it. A bucket is sent when it is full, or at the end of a stage
+if it is large enough; it is waited for only when its weights are about to be stepped.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor, nn
 
 from loco_det.core.distributed import world_size
 
-FULL = 25 * 2**20  # bytes after which a message leaves, as in torch's DistributedDataParallel
-WORTHWHILE = 2**20  # bytes that are sent at the end of a stage; less waits for the next, to save on latencies
+FULL = 25 * 2**20  # bytes at which a bucket is sent, as in torch's DistributedDataParallel
+WORTHWHILE = 2**20  # minimum bytes to send at the end of a stage; less waits for the next, to save latency
 
 
 class Work(Protocol):
-    """An all-reduce under way, as `torch.distributed.Work` is."""
+    """An all-reduce in progress, the interface of `torch.distributed.Work`."""
 
     def wait(self) -> object: ...
 
     def is_completed(self) -> bool: ...
 
 
-class _Message:
-    """Gradients that travel as one flat tensor, of which each `.grad` is from now on a view."""
+class _Bucket:
+    """Gradients sent as one flat tensor, of which each `.grad` becomes a view."""
 
     def __init__(self, parameters: list[nn.Parameter], send: Callable[[Tensor], Work]) -> None:
         self.flat = torch.empty(
@@ -52,20 +52,20 @@ class _Message:
 
 
 class GradientAverage:
-    """Turns each `.grad` into its mean over processes; on a single process there is nothing to do.
+    """Replaces each `.grad` by its mean over processes; without effect on a single process.
 
     Every process must add the same gradients in the same order, as processes that run the same steps do.
 
     Args:
-        parameters: their gradients are added as autograd writes them, so each may be written once a step.
-        send: starts to sum a flat tensor over processes in place; by default an all-reduce in a process group of its
-            own, so that BatchNorm's and the loss's small messages need not queue behind the large ones.
+        parameters: their gradients are added as autograd writes them, so each may be written once per step.
+        send: starts to sum a flat tensor over processes in place; by default an all-reduce in a separate process group,
+            so that small messages of BatchNorm and the loss do not queue behind large ones.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter] = (), send: Callable[[Tensor], Work] | None = None) -> None:
         self.alone = world_size() == 1
         self.gathered: list[nn.Parameter] = []
-        self.sent: dict[nn.Parameter, _Message] = {}
+        self.sent: dict[nn.Parameter, _Bucket] = {}
         self.send = send
         if self.alone:
             return
@@ -76,7 +76,7 @@ class GradientAverage:
             p.register_post_accumulate_grad_hook(self.add)
 
     def add(self, parameter: nn.Parameter) -> None:
-        """This parameter's gradient is final."""
+        """Add this parameter's gradient, which is final."""
         if self.alone or parameter.grad is None:
             return
         if self.gathered and self.gathered[0].dtype != parameter.dtype:
@@ -86,10 +86,10 @@ class GradientAverage:
             self.flush()
 
     def flush(self, least: int = 0) -> None:
-        """Send what has gathered, if it is at least so many bytes."""
+        """Send the current bucket, if it has at least `least` bytes."""
         if self.gathered and self._bytes() >= least:
-            message = _Message(self.gathered, self.send)
-            self.sent.update(dict.fromkeys(self.gathered, message))
+            bucket = _Bucket(self.gathered, self.send)
+            self.sent.update(dict.fromkeys(self.gathered, bucket))
             self.gathered = []
 
     def is_completed(self, parameters: list[nn.Parameter]) -> bool:
@@ -100,7 +100,7 @@ class GradientAverage:
         return waiting.isdisjoint(parameters)
 
     def wait(self, parameters: list[nn.Parameter]) -> None:
-        """These gradients now hold the mean over processes, if they were added."""
+        """Wait until these gradients, if added, hold the mean over processes."""
         if not set(self.gathered).isdisjoint(parameters):
             self.flush()
         for p in parameters:

@@ -1,6 +1,6 @@
-"""Judges the keys of a pretraining configuration once, before any image is looked for or network built.
+"""Validates a pretraining configuration once, before images are read or a network is built.
 
-UNITS, and SOLVER.RECOMPUTE, name blocks of the backbone, which judges them when it is cut (pretrain/loco.py).
+UNITS and SOLVER.RECOMPUTE name blocks of the backbone and are validated when it is split (pretrain/loco.py).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from loco_det.images.two_views import augmenting_device
 from loco_det.images.views import view_config
 from pretrain.loco import METHODS
 
-_MOST = 10**9  # of what has no other upper limit; a typing error, infinite, or overflows somewhere
-# Least and most, both included.
+_MOST = 10**9  # for values without another upper limit; more is a typing error, infinite, or overflows
+# Minimum and maximum, both inclusive.
 RANGES = {
     "DECODER.CONV_BLOCKS": (0, 1000),
     "DECODER.MLP_LAYERS": (1, 4),
@@ -43,6 +43,7 @@ RANGES = {
     "KNN.TEMPERATURE": (1e-6, _MOST),
     "LOG_PERIOD": (1, _MOST),
     "CHECKPOINT_PERIOD": (1, _MOST),
+    "SHARING.PENALTY": (0, _MOST),
     "SEED": (-(2**63), 2**63 - 1),
 }
 CHOICES = {
@@ -57,18 +58,18 @@ CHOICES = {
 
 
 def check(cfg: CfgNode, settings: Settings | None = None) -> None:
-    """Refuse a key whose value cannot be, alone or beside the others.
+    """Refuse a value that is invalid, alone or in combination.
 
     Args:
         cfg: a complete configuration.
-        settings: what the user set (`loco_det.core.config.load_config`), to say where.
+        settings: what the user set (`loco_det.core.config.load_config`), for the origin in messages.
 
     Raises:
-        UserError: naming the place, the key, its value and what can stand there.
+        UserError: naming the origin, the key, its value and the accepted values.
     """
     for key, (least, most) in RANGES.items():
         value = config.value(cfg, key)
-        if not value >= least:  # nan, too
+        if not value >= least:  # also for NaN
             raise refusal(cfg, settings, key, f"; use {least} or more")
         if value > most:
             raise refusal(cfg, settings, key, f"; use {most} or less")
@@ -112,8 +113,6 @@ def _check_decoder(cfg: CfgNode, settings: Settings | None) -> None:
 
 def _check_sharing(cfg: CfgNode, settings: Settings | None) -> None:
     mode, penalty = cfg.SHARING.MODE, cfg.SHARING.PENALTY
-    if not 0 <= penalty < float("inf"):
-        raise refusal(cfg, settings, "SHARING.PENALTY", "; use a finite number of 0 or more, such as 0.001")
     if penalty and mode != "soft":
         reason = f" and ties copies, which SHARING.MODE {mode} has none of; set SHARING.MODE soft or SHARING.PENALTY 0"
         raise refusal(cfg, settings, "SHARING.PENALTY", reason)

@@ -1,4 +1,4 @@
-"""Training state for --resume; the backbone that others read is a separate file."""
+"""Training state for --resume; the backbone for other commands is a separate file."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from loco_det.convert.load import left_out, load_tensors
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, os_errors
 
-KEPT = 2  # the newest, and the one before in case the newest is lost
-EARLIER = "earlier_run_"  # begins the names of an earlier run's, from which nothing resumes
+KEPT = 2  # the newest, and the previous one as a backup
+EARLIER = "earlier_run_"  # prefix of an earlier run's checkpoints, which are not resumed from
 KEYS = {"learner", "optimizer", "scaler", "step", "images", "config_hash"}
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
-    """Write folder/checkpoint_STEP.pth atomically; drop all but it and the one before, and an earlier run's.
+    """Write folder/checkpoint_STEP.pth atomically; deletes all but it and the previous one, and an earlier run's.
 
     Args:
-        state: what `KEYS` names, as tensors, numbers, strings and containers of them.
+        state: the entries in `KEYS`: tensors, numbers, strings and containers of them.
     """
     path = folder / f"checkpoint_{state['step']:08d}.pth"
     with atomic_write(path) as file:
@@ -32,9 +32,9 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
 
 
 def retire_checkpoints(folder: Path) -> None:
-    """A run begins anew: rename the checkpoints of an earlier one, so that no --resume takes its state for this run's.
+    """Rename an earlier run's checkpoints, so that --resume does not mistake them for the new run's.
 
-    They stay until this run has one of its own.
+    They are kept until the new run has its own.
     """
     with os_errors(folder):
         for path in folder.glob("checkpoint_*.pth"):
@@ -42,10 +42,10 @@ def retire_checkpoints(folder: Path) -> None:
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint and its state on the CPU, or None.
+    """Return the newest checkpoint and its state on the CPU, or None.
 
     Raises:
-        UserError: it is damaged or of something else; the message names it and the one before.
+        UserError: damaged or not a checkpoint; names it and the previous one.
     """
     paths = sorted(folder.glob("checkpoint_*.pth"))
     if not paths:

@@ -1,9 +1,9 @@
-"""Decoders: what turns a unit's output into the vector that its loss sees.
+"""Decoders: map a unit's output to the embedding for its loss.
 
-The paper's LoCo has one residual block that halves the map before the pooling; its SimCLR and GIM have the MLP alone,
-and its ablations try other depths. Any method can have any decoder here. Not stated in the paper, and so this
-software's choice: the blocks keep the unit's channels and are of the kind (basic or bottleneck) that the unit ends
-with, where that is the stem the first stage's; every hidden linear layer is followed by BatchNorm and ReLU.
+The paper's LoCo has one residual block that halves the map before the pooling; its SimCLR and GIM have only the MLP,
+and its ablations try other depths. Here any method can have any decoder. Not stated in the paper, so chosen here: the
+blocks keep the unit's channels and have the kind (basic or bottleneck) of the unit's last block (for the stem, of the
+first stage); every hidden linear layer is followed by BatchNorm and ReLU.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Decoder(nn.Module):
     """Residual blocks, global average pool, MLP: (2B, C, H, W) -> (2B, out_dim).
 
     Args:
-        channels: that are pooled: C, unless `blocks` change it.
-        blocks: what comes before the pool; `residual_blocks` makes the usual ones.
-        mlp_layers: how many linear layers; every hidden one is followed by BatchNorm and ReLU, as in SimCLR's code.
+        channels: channels before the pool: C, unless `blocks` change it.
+        blocks: modules before the pool, usually from `residual_blocks`.
+        mlp_layers: number of linear layers; hidden ones are followed by BatchNorm and ReLU, as in SimCLR's code.
         hidden_dim: width of the hidden layers; 0 means `channels`.
         out_dim: size of the embedding.
         norm: BN, or SyncBN on several processes.
@@ -53,21 +53,21 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(x)
-        # The mean as a quotient: the gradient is then one number for a whole map, not a map, in any layout.
+        # As a quotient: the mean's gradient is then one number per map, not a map, in any layout.
         total = x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
         return self.mlp(total / (x.shape[2] * x.shape[3]))
 
 
 def build_decoder(settings: dict[str, Any], backbone: StagedBackbone, stage: str, norm: str = "BN") -> Decoder:
-    """The decoder that the keys of DECODER describe, for a unit that ends in `stage`, "res3" say.
+    """Build the decoder of the DECODER keys for a unit that ends in `stage`, e.g. "res3".
 
-    `CONV` chooses what stands before the pool:
+    `CONV` selects the modules before the pool:
 
-    - "blocks": `CONV_BLOCKS` residual blocks, the first of which halves the map if `DOWNSAMPLE`;
-    - "stage": the architecture of the backbone's next stage, with fresh weights. The last stage has no next one: it
-      gets as many blocks as it has itself, the first of which halves the map (not stated in the paper);
-    - "full": as many blocks as the whole backbone has, halving where its stages shrink the map (their channels are
-      not stated).
+    - "blocks": `CONV_BLOCKS` residual blocks, the first of which halves the map if `DOWNSAMPLE`; - "stage": the
+    architecture of the backbone's next stage, with fresh weights. The last stage has no next one: it gets
+      its own number of blocks, the first of which halves the map (not stated in the paper);
+    - "full": as many blocks as the whole backbone, halving where its stages shrink the map (their channels are not
+      stated).
     """
     channels = backbone.channels[stage]
     kind, blocks = settings["CONV"], settings["CONV_BLOCKS"]
@@ -91,7 +91,7 @@ def build_decoder(settings: dict[str, Any], backbone: StagedBackbone, stage: str
 def residual_blocks(
     channels: int, count: int, halved: set[int], *, bottleneck: bool = False, norm: str = "BN"
 ) -> nn.Sequential:
-    """`count` blocks of `channels` channels, of which those at the positions `halved` halve the map."""
+    """Return `count` blocks of `channels` channels; those at the positions `halved` halve the map."""
     return nn.Sequential(*(_block(channels, 2 if i in halved else 1, bottleneck, norm) for i in range(count)))
 
 
@@ -103,7 +103,7 @@ def _block(channels: int, stride: int, bottleneck: bool, norm: str) -> nn.Module
 
 
 def _ends_in_bottleneck(backbone: StagedBackbone, stage: str) -> bool:
-    """Whether the stage's last block is one; the stem has no block, and the first stage's stands for it."""
+    """Whether the stage's last block is a bottleneck; the stem has no block, so the first stage's counts."""
     blocks = getattr(backbone, backbone.stage_names[1] if stage == "stem" else stage)
     return isinstance(blocks[-1], (Bottleneck, PBottleneck))
 

@@ -1,37 +1,37 @@
 """The paper in one file: units, the stop-gradient between them, and one exact local training step.
 
-LoCo (Xiong, Ren, Urtasun, NeurIPS 2020), SimCLR end to end and Greedy InfoMax (GIM) are one thing with
-different units. A **unit** is a run of consecutive stages trained by one contrastive loss. Its gradient stops at
-its first stage. Units may overlap: the stage that two units share is the last stage of the lower one, so part of
-its decoder, and the first of the upper one, whose loss it carries back to the unit below.
+LoCo (Xiong, Ren, Urtasun, NeurIPS 2020), SimCLR end to end and Greedy InfoMax (GIM) differ only in their units. A
+**unit** is a range of consecutive stages trained by one contrastive loss. Its gradient stops at its first stage. Units
+may overlap: the stage that two units share is the last stage of the lower one, so part of its decoder, and the first of
+the upper one, whose loss it propagates to the unit below.
 
     simclr   [res2 res3 res4 res5]                      one loss, end to end
-    gim      [res2] [res3] [res4] [res5]                no overlap, nothing crosses a border
-    loco     [res2 res3] [res3 res4] [res4 res5]        each inner stage stands in two units (the paper's figure 1)
+    gim      [res2] [res3] [res4] [res5]                no overlap, no gradient between stages
+    loco     [res2 res3] [res3 res4] [res4 res5]        each inner stage is in two units (the paper's figure 1)
     loco_res2  [res2] and loco's                        a loss after every stage (the paper's training curves)
 
-These are the four stages of a ResNet; a backbone of any other number has the same units over its own stages.
+These are the four stages of a ResNet; other backbones follow the same pattern over their own stages.
 
 Shape legend: B images, two views each, so stages run on a batch of 2B; D numbers in an embedding.
 
-**The step.** Each stage is forwarded once, from a detached input, so that autograd's graph ends at its borders. As
-soon as the last stage of a unit has run, the unit's loss is known, and its gradient walks down by hand, one
-vector-Jacobian product per stage. Call U(k, t) the units that cover stage k and start at t or below. These sets
-are nested; the largest, all units that cover k, is what k's weights learn from:
+**The step.** Each stage is forwarded once, from a detached input, so autograd's graph ends at its borders. After the
+last stage of a unit the unit's loss is computed, and its gradient propagates down explicitly, one vector-Jacobian
+product per stage. Call U(k, t) the units that cover stage k and start at t or below. These sets are nested; the
+largest, all units that cover k, trains k's weights:
 
-- the *parameter pass* of k sends the summed gradient of all units covering k through k. It is the only pass
-  that computes weight gradients, and it also gives the input gradient if none of those units starts at k.
-- each smaller set must be passed on alone, because the others' gradient stops at a start further up: one
-  *input-only pass* per set, no weight gradients.
+- the *parameter pass* of k propagates the summed gradient of all units covering k through k. It is the only pass that
+  computes weight gradients, and it also computes the input gradient if none of those units starts at k.
+- each smaller set must be propagated separately, because the others' gradient stops at a start further up: one
+  *input-only pass* per set, without weight gradients.
 
-A pass runs as soon as the last unit in its set has its loss. After the parameter pass the stage's activations are
-dropped and its gradients are final, while the stages above have yet to run.
+A pass runs as soon as the last unit in its set has its loss. After the parameter pass the stage's activations are freed
+and its gradients are final, before the stages above have run.
 
-A stage that is *recomputed* keeps its input only, and each of its passes runs its forward once more; such stages are
-cut into single blocks, so that one block's activations are alive at a time. Values and gradients stay the same to the
-last bit, and BatchNorm's running statistics see the first forward alone.
+A *recomputed* stage keeps only its input and repeats its forward in each of its passes; such stages are cut into single
+blocks, so that one block's activations are alive at a time. Values and gradients are bitwise the same, and only the
+first forward updates BatchNorm's running statistics.
 
-Every forward, loss and pass carries its name into a profiler's trace; benchmarks/step_timeline.py draws them.
+Forwards, losses and passes are named in profiler traces; benchmarks/step_timeline.py draws them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ METHODS = ("simclr", "gim", "loco", "loco_res2")
 
 
 def method_units(method: str, stages: Sequence[str]) -> list[list[str]]:
-    """The [first, last] stage names of each unit of `method`, one of METHODS, over `stages`: res2 and those above."""
+    """Return the [first, last] stage names of each unit of `method`, one of METHODS, over `stages`: res2 and above."""
     neighbours = [list(pair) for pair in pairwise(stages)]
     return {
         "simclr": [[stages[0], stages[-1]]],
@@ -68,7 +68,7 @@ def method_units(method: str, stages: Sequence[str]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Unit:
-    """Stages `first`..`last` (positions, both included) that one loss trains."""
+    """Stages `first`..`last` (indices, both inclusive) trained by one loss."""
 
     first: int
     last: int
@@ -79,31 +79,31 @@ class Unit:
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of the backbone's blocks that no unit border divides; a single block where it is recomputed."""
+    """A run of the backbone's blocks without a unit border; a single block if it is recomputed."""
 
     name: str
     module: nn.Sequential
-    ends_in: str  # the backbone's stage that its last block belongs to, "res3" say
+    ends_in: str  # the backbone's stage of its last block, e.g. "res3"
     recompute: bool
 
 
 def split_backbone(
     backbone: StagedBackbone, units: list[list[str]], recompute: str | list[str] | None = None
 ) -> tuple[list[Stage], list[Unit]]:
-    """Cut the backbone into stages at the borders of `units` and at every block that is recomputed.
+    """Cut the backbone into stages at the borders of `units` and at every recomputed block.
 
     Args:
         backbone: its modules are shared with the stages, not copied.
-        units: [first, last] pairs of stage names: "res3", or some of its blocks, "res3.1" or "res3.0-1". "stem"
-            may be named; where it is not, it belongs to res2's first block.
+        units: [first, last] pairs of stage names: "res3", or some of its blocks, "res3.1" or "res3.0-1". "stem" may be
+            named; otherwise it belongs to res2's first block.
         recompute: the stages (names as above) whose activations are not kept; "first" means stem and res2, "all"
-            every stage, "none" or None no stage. A string may list names too, "res2, res3".
+            every stage, "none" or None no stage. A string may also list names, "res2, res3".
 
     Returns:
         The stages in order and, for each pair, the unit over them.
 
     Raises:
-        UserError: a name that the backbone lacks, a unit that ends before it starts, a block that no unit trains.
+        UserError: an unknown name, a unit that ends before it starts, a block without a unit.
     """
     blocks = [
         (f"{name}.{i}", block) for name in backbone.stage_names[1:] for i, block in enumerate(getattr(backbone, name))
@@ -132,13 +132,13 @@ def split_backbone(
 
 
 def _recomputed(recompute: str | list[str] | None, blocks: list[str]) -> set[int]:
-    """Positions of the blocks whose activations are not kept."""
+    """Return the positions of the blocks whose activations are not kept."""
     if recompute in (None, "none"):
         return set()
     if recompute == "all":
         return set(range(len(blocks)))
     names = ["stem", "res2"] if recompute == "first" else recompute
-    if isinstance(names, str):  # as the command line gives a list of words
+    if isinstance(names, str):  # a list of words on the command line
         names = re.findall(r"[^\s,\[\]]+", names)
     if not isinstance(names, (list, tuple)):
         raise UserError(f"SOLVER.RECOMPUTE is {recompute!r}; use none, first, all or a list such as [res2, res3]")
@@ -147,7 +147,7 @@ def _recomputed(recompute: str | list[str] | None, blocks: list[str]) -> set[int
 
 
 def _block_range(name: str, blocks: list[str], key: str) -> tuple[int, int]:
-    """Positions of the first and last block that `name` in the configuration's `key` means."""
+    """Return the positions of the first and last block of `name` in the configuration's `key`."""
     match = re.fullmatch(r"(stem|res\d)(?:\.(\d+)(?:-(\d+))?)?", name)
     if match:
         stage, low, high = match.groups()
@@ -179,15 +179,15 @@ class Pass:
 
     units: frozenset[int]
     when: int  # the stage after whose forward the last of these units has its loss
-    weights: bool  # the parameter pass: weight gradients too, then the stage's activations are dropped
-    input: bool  # the gradient goes on to the stage below
+    weights: bool  # the parameter pass: computes weight gradients, then frees the activations
+    input: bool  # the gradient continues to the stage below
 
 
 def plan_passes(units: list[Unit], stages: int) -> list[list[Pass]]:
-    """The passes of each stage in the order in which they run; the last of a stage is its parameter pass.
+    """Return the passes of each stage in execution order; the last one is its parameter pass.
 
-    In units of one forward the parameter pass costs 2 and an input-only pass 1, so inner stages of LoCo cost 4 with
-    their forward and everything in GIM and SimCLR costs 3.
+    In units of one forward the parameter pass costs 2 and an input-only pass 1, so inner stages of LoCo cost 4
+    including their forward, and all stages of GIM and SimCLR 3.
     """
     plan = []
     for k in range(stages):
@@ -203,9 +203,9 @@ def plan_passes(units: list[Unit], stages: int) -> list[list[Pass]]:
 
 @dataclass
 class _Forward:
-    """A stage's forward, kept until its parameter pass, and the gradients that have reached its output.
+    """A stage's forward, kept until its parameter pass, and the gradients received at its output.
 
-    Where the stage is recomputed, `output` has no graph.
+    For a recomputed stage `output` has no graph.
     """
 
     input: Tensor
@@ -215,7 +215,7 @@ class _Forward:
 
 
 class _Catch(torch.autograd.Function):
-    """Identity; the gradient that comes back is kept as it is, which may be a small tensor expanded, and ends here."""
+    """Identity whose backward stores the incoming gradient unchanged, possibly an expanded small tensor, and ends."""
 
     @staticmethod
     def forward(ctx, output: Tensor, unit: int, gradients: dict[int, Tensor]) -> Tensor:
@@ -229,17 +229,17 @@ class _Catch(torch.autograd.Function):
 
 
 class LocalTrainer:
-    """Runs the stages under their units' losses and leaves every gradient in `.grad`.
+    """Runs the stages under their units' losses and accumulates every gradient in `.grad`.
 
     Args:
         stages: in order; stage k reads stage k-1's output.
         units: any list; together they cover every stage.
-        losses: for each unit, from its last stage's output (2B, C, H, W) to a scalar (a decoder and NT-Xent).
-        on_final: called with a stage's position once its weight gradients are final, in the middle of the step;
-            the place for an all-reduce.
-        on_start: called with a stage's position just before its forward; the last moment to bring its weights up to
-            date with the step before.
-        recompute: positions of the stages that keep no activations.
+        losses: per unit, from its last stage's output (2B, C, H, W) to a scalar (a decoder and NT-Xent).
+        on_final: called with a stage's index once its weight gradients are final, in the middle of the step; the place
+            for an all-reduce.
+        on_start: called with a stage's index just before its forward; the last moment to update its weights from the
+            previous step.
+        recompute: indices of the stages that keep no activations.
     """
 
     def __init__(
@@ -263,12 +263,12 @@ class LocalTrainer:
         autocast: Callable[[], object] | None = None,
         scale: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Tensor]:
-        """One forward and all gradients, added to `.grad` as backward does.
+        """Run one forward and compute all gradients, added to `.grad` as by backward.
 
         Args:
             x: (2B, 3, H, W), the first view of every image, then the second.
-            autocast: makes the context in which forwards run; gradients are computed outside it.
-            scale: what multiplies a loss before its gradient is taken (fp16's loss scaling).
+            autocast: creates the context of the forwards; gradients are computed outside it.
+            scale: scales a loss before its gradient is computed (fp16's loss scaling).
 
         Returns:
             Each unit's loss, detached scalars.
@@ -279,7 +279,7 @@ class LocalTrainer:
         for k, stage in enumerate(self.stages):
             if self.on_start is not None:
                 self.on_start(k)
-            x = x.detach()  # the stop-gradient: from here on autograd cannot see the stage below
+            x = x.detach()  # the stop-gradient: autograd does not see the stage below
             x.requires_grad_(any(p.input for p in self.plan[k]))
             with record_function(f"stage {k} forward"), context(), torch.set_grad_enabled(k not in self.recompute):
                 alive[k] = _Forward(x, stage(x))
@@ -293,7 +293,7 @@ class LocalTrainer:
         return [i for i, unit in enumerate(self.units) if unit.last == k]
 
     def _loss(self, i: int, top: _Forward, context: Callable[[], object], scale: Callable | None) -> Tensor:
-        """Unit i's loss; its decoder learns at once and its gradient waits at the top of its last stage."""
+        """Compute unit i's loss and its decoder's gradients; its own gradient is stored at its last stage."""
         with record_function(f"unit {i} loss"):
             with context():
                 loss = self.losses[i](_Catch.apply(top.output.detach().requires_grad_(), i, top.from_losses))
@@ -301,7 +301,7 @@ class LocalTrainer:
         return loss.detach()
 
     def _walk_down(self, when: int, alive: dict[int, _Forward], context: Callable[[], object]) -> None:
-        """Every pass that the losses known after stage `when` complete, from the top down."""
+        """Run every pass completed by the losses known after stage `when`, from the top down."""
         for k in range(when, -1, -1):
             for p in self.plan[k]:
                 if p.when == when:
@@ -334,10 +334,10 @@ class LocalTrainer:
 
 @contextmanager
 def running_statistics_kept(module: nn.Module) -> Iterator[None]:
-    """A forward inside computes what it would outside, but BatchNorm's running statistics stay as they are."""
+    """In this context forwards compute the same, but do not update BatchNorm's running statistics."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
     for norm in norms:
-        norm.track_running_stats = False  # in training mode: batch statistics, and none are written
+        norm.track_running_stats = False  # in training mode: uses batch statistics, writes none
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """NT-Xent, the contrastive loss of SimCLR (Chen et al. 2020, eq. 1), over the global batch.
 
-Shape legend: b images on this process, B on all of them, D numbers in an embedding; z holds the first view of
-every image and then the second, (2b, D).
+Shape legend: b images on this process, B on all of them, D numbers in an embedding; z has the first view of every
+image, then the second, (2b, D).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from loco_det.core.distributed import rank, world_size
 
 
 def nt_xent(z: Tensor, temperature: float, chunk: int = 0) -> Tensor:
-    """The mean over this process's 2b embeddings of the cross-entropy of finding the other view of the image.
+    """Mean over this process's 2b embeddings of the cross-entropy of finding the other view of the image.
 
-    Candidates are the 2B - 1 other embeddings of all processes; similarities are cosines over `temperature`. The
-    mean of this value over processes is the loss of the whole batch, and so is the mean of the gradients, since
-    the gather passes gradients back to the process that owns an embedding. Computed in float32 at least.
+    Candidates are the 2B - 1 other embeddings of all processes; similarities are cosines over `temperature`. The mean
+    of this value over processes is the loss of the whole batch, and likewise for the gradients, since the gather
+    returns gradients to the process that owns an embedding. Computed in float32 at least.
 
     Args:
-        z: (2b, D), any float type, not normalised; every process must bring the same b.
+        z: (2b, D), any float type, not normalised; b must be the same on every process.
         temperature: above 0.
-        chunk: rows of the (2b, 2B) similarities that exist at a time, so that memory is linear in the batch; they
-            are computed again in the backward. 0: all at once.
+        chunk: rows of the (2b, 2B) similarities in memory at a time, so that memory is linear in the batch; recomputed
+            in backward. 0: all at once.
 
     Returns:
-        A scalar. With a single image in all there is no negative and the loss is exactly 0.
+        A scalar. With a single image in total there is no negative and the loss is exactly 0.
     """
     with torch.autocast(z.device.type, enabled=False):
         return _nt_xent(F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1), temperature, chunk)
@@ -51,14 +51,14 @@ def _nt_xent(z: Tensor, temperature: float, chunk: int) -> Tensor:
 
 
 def _row_losses(rows: Tensor, candidates: Tensor, own: Tensor, other: Tensor, temperature: float) -> Tensor:
-    """Sum of the rows' cross-entropies; own and other are the positions of each row's two views in candidates."""
+    """Sum the rows' cross-entropies; own and other are the indices of each row's two views in candidates."""
     logits = rows @ candidates.T / temperature
-    logits = logits.scatter(1, own[:, None], float("-inf"))  # an embedding is no candidate for itself
+    logits = logits.scatter(1, own[:, None], float("-inf"))  # an embedding is not its own candidate
     return F.cross_entropy(logits, other, reduction="sum")
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' rows in the order of their ranks; the backward sums each row's gradient at its owner."""
+    """Concatenate all processes' rows by rank; the backward sums each row's gradient at its owner."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def gather_with_gradient(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def embedding_health(z: Tensor) -> dict[str, Tensor]:
-    """What tells a collapse from learning (Wang and Isola 2020), from one process's (2b, D) embeddings.
+    """Measure collapse (Wang and Isola 2020) of one process's (2b, D) embeddings.
 
     Returns:
         alignment: mean squared distance of the two views, 0 when they coincide.

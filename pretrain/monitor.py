@@ -1,4 +1,4 @@
-"""Monitoring of pretraining: lines of metrics.json, numbers on the progress bar, a warning of collapse."""
+"""Monitors pretraining: lines of metrics.json, the progress bar's numbers, a warning of collapse."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from loco_det.core.metrics import RunMetrics
 from loco_det.images.source import Source
 from pretrain.loss import embedding_health
 
-MIN_STD = 0.05  # of the embeddings, where 1 is spread over the sphere; below it the training has collapsed
-NAMED_IMAGES = 4  # of a step whose loss is not finite
-HEALTH_IMAGES = 128  # pairs that alignment and uniformity are computed from; their cost grows with the square
+MIN_STD = 0.05  # of the embeddings, 1 when spread over the sphere; collapsed below
+NAMED_IMAGES = 4  # in the message about a non-finite loss
+HEALTH_IMAGES = 128  # pairs for alignment and uniformity, whose cost is quadratic
 
 
 class Stopwatch:
@@ -41,13 +41,13 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside the block counts neither as training nor as waiting."""
+        """Exclude the block's time from training and from waiting."""
         begun = time.perf_counter()
         yield
         self.since += time.perf_counter() - begun
 
     def lap(self) -> tuple[float, float]:
-        """(seconds since the last lap, seconds of them spent waiting)."""
+        """Return (seconds since the last lap, seconds of them spent waiting)."""
         now = time.perf_counter()
         result = now - self.since, self.waited
         self.since, self.waited = now, 0.0
@@ -55,20 +55,20 @@ class Stopwatch:
 
 
 class UnreadLosses:
-    """Losses that stay on the device until they are read, since every read makes the host wait for the device.
+    """Losses kept on the device until they are read, since every read synchronises with the device.
 
     Args:
-        labels: the units'.
-        source: of the images, for their names.
+        labels: names of the units.
+        source: the images, for their names.
     """
 
     def __init__(self, labels: list[str], source: Source) -> None:
         self.labels, self.source = labels, source
-        self.steps: list[tuple[int, Tensor]] = []  # step, the first of its images
-        self.losses: list[Tensor] = []  # of all these steps, those of a step in the order of the labels
+        self.steps: list[tuple[int, Tensor]] = []  # step, index of its first image
+        self.losses: list[Tensor] = []  # of all these steps, a step's in the order of the labels
 
     def add(self, step: int, losses: list[Tensor], indices: Tensor) -> None:
-        """A step's loss of each unit, scalars, and the (b,) images that it saw."""
+        """Add a step's scalar loss of each unit, and its (b,) image indices."""
         self.steps.append((step, indices[:NAMED_IMAGES].clone()))
         self.losses += losses
 
@@ -76,7 +76,7 @@ class UnreadLosses:
         """Check all losses added since the last read.
 
         Raises:
-            UserError: one is not finite; names its unit, the first such step, and the images.
+            UserError: a loss is not finite; names its unit, the first such step, and the images.
         """
         values = torch.stack(self.losses).view(len(self.steps), -1).tolist() if self.steps else []
         for (step, indices), losses in zip(self.steps, values):
@@ -92,14 +92,14 @@ class UnreadLosses:
 
 
 class Monitor:
-    """Turns a step into the numbers on the progress bar and, every `period` steps, a line of metrics.json.
+    """Converts a step into the progress bar's numbers and, every `period` steps, a line of metrics.json.
 
     Args:
         period: steps between two lines.
-        batch_size: images a step, of all processes.
-        backbone: the norms of its stages' gradients are recorded.
+        batch_size: images per step over all processes.
+        backbone: its stages' gradient norms are recorded.
         labels: names of the units, in the order of the losses.
-        embeddings: of the last step by unit, (2b, D).
+        embeddings: embeddings of the last step by unit, (2b, D).
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Monitor:
         self.stopwatch, self.metrics = stopwatch, metrics
         self.norms: dict[nn.Parameter, Tensor] = {}
         self.steps = 0
-        self.shown: dict[str, float] = {}  # what the progress bar shows between two lines
+        self.shown: dict[str, float] = {}  # the progress bar's numbers between two lines
         self.warned = False
 
     def due(self, step: int) -> bool:
@@ -125,15 +125,15 @@ class Monitor:
         return step == 0 or (step + 1) % self.period == 0
 
     @torch.no_grad()
-    def see_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Keep the norms of these gradients, whose memory is reused before the step ends."""
+    def record_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Record the norms of these gradients, whose memory is reused before the step ends."""
         self.norms.update({p: p.grad.norm() for p in parameters if p.grad is not None})
 
     def __call__(self, step: int, losses: list[Tensor], lr: float, found: dict[str, float]) -> dict[str, float]:
-        """Count the step; write a line if one is due, or if there are results of a probe (`found`) to add.
+        """Count the step; write a line if one is due or a probe has results (`found`).
 
         Returns:
-            The losses and images a second of the last line; between lines nothing is read from the device.
+            The last line's losses and images a second; between lines nothing is read from the device.
         """
         self.steps += 1
         if not self.due(step) and not found:
@@ -167,7 +167,7 @@ class Monitor:
 
 
 def stage_norms(backbone: StagedBackbone, norms: dict[nn.Parameter, Tensor]) -> dict[str, Tensor]:
-    """Euclidean norm of each stage's gradient from its tensors' norms: {"grad_norm/stem": scalar, ...}."""
+    """Return the Euclidean norm of each stage's gradient from its tensors' norms: {"grad_norm/stem": scalar, ...}."""
     found = {}
     for name in backbone.stage_names:
         each = [norms[p] for p in getattr(backbone, name).parameters() if p in norms]

@@ -14,17 +14,17 @@ from torch import nn
 
 
 def build_optimizer(cfg: CfgNode, modules: nn.Module) -> torch.optim.Optimizer:
-    """LARS, SGD or AdamW over all parameters; biases and normalisation terms get no weight decay.
+    """Build LARS, SGD or AdamW over all parameters; biases and normalisation get no weight decay.
 
-    With LARS every weight of more than one dimension gets the trust ratio, whatever its decay, and biases and
-    normalisation terms never do, as in SimCLR. timm's ratio is that of You et al. 2017 (arXiv 1708.03888),
-    0.001 |w| / (|g| + decay |w|); SimCLR's and MAE's code divide by |g + decay w|. The two are equal without decay
-    and nearly so at 1e-6. timm and MAE apply the learning rate to the momentum, SimCLR to what enters it, which
-    differs only while the rate changes. The learning rate is set by the schedule before every step.
+    LARS applies the trust ratio to every weight of more than one dimension, whatever its decay, and never to biases and
+    normalisation, as in SimCLR. timm's ratio is that of You et al. 2017 (arXiv 1708.03888), 0.001 |w| / (|g| + decay
+    |w|); SimCLR's and MAE's code divide by |g + decay w|. The two are equal without decay and nearly so at 1e-6. timm
+    and MAE multiply the momentum by the learning rate, SimCLR its input, which differs only while the rate changes. The
+    schedule sets the learning rate before every step.
     """
     weights = [p for p in modules.parameters() if p.ndim > 1]
     plain = [p for p in modules.parameters() if p.ndim <= 1]
-    # Without always_adapt timm's Lars is SGD where nothing decays.
+    # Without always_adapt timm's Lars is SGD for parameters without decay.
     lars = {"always_adapt": True} if cfg.SOLVER.OPTIMIZER == "lars" else {}
     groups = [
         {"params": weights, "weight_decay": cfg.SOLVER.WEIGHT_DECAY, **lars},
@@ -32,7 +32,7 @@ def build_optimizer(cfg: CfgNode, modules: nn.Module) -> torch.optim.Optimizer:
     ]
     groups = [group for group in groups if group["params"]]
     if cfg.SOLVER.OPTIMIZER == "lars":
-        from timm.optim import Lars  # only now: it takes as long to import as torch
+        from timm.optim import Lars  # lazy: importing it takes as long as torch
 
         return Lars(groups, lr=0.0, momentum=cfg.SOLVER.MOMENTUM)
     if cfg.SOLVER.OPTIMIZER == "sgd":
@@ -41,7 +41,7 @@ def build_optimizer(cfg: CfgNode, modules: nn.Module) -> torch.optim.Optimizer:
 
 
 def learning_rate(cfg: CfgNode, total_steps: int, steps_per_epoch: int) -> ParamScheduler:
-    """Linear warm-up from 0, then a half cosine to 0; call it with the share of the run that is done, in [0, 1).
+    """Return the schedule as a function of progress in [0, 1): linear warm-up from 0, then a half cosine to 0.
 
     The peak is BASE_LR * BATCH_SIZE / 256 for lars and sgd (BATCH_SIZE counts all processes) and BASE_LR itself
     for adamw.

@@ -1,4 +1,4 @@
-"""The paper's pretraining rows: what each figure is, which configuration it belongs to, what is ours in it.
+"""The paper's pretraining rows: each figure, its configuration, and the choices made here.
 
 Figures are top-1 accuracies in percent of a linear classifier on ImageNet; source: Xiong, Ren, Urtasun, "LoCo: Local
 Contrastive Representation Learning", NeurIPS 2020, arXiv 2008.01342. None was reproduced with this software.
@@ -17,19 +17,20 @@ CURVES = "training curves"
 
 
 class Row(NamedTuple):
-    """One figure of the paper; `config` is a file of configs/pretrain/ without its ending."""
+    """One figure of the paper; `config` is the stem of a file in configs/pretrain/."""
 
     config: str
     place: str
     words: str
     top1: float | None
     epochs: int
-    ours: str = ""  # what the paper does not state and this software chose
+    ours: str = ""  # choices made here because the paper does not state them
 
 
 _BLOCK = "the block's channels (those of the unit) and kind"
-_COPIES = "the factor of the penalty; the upper unit's copy is the network that is read out"
-_UNITS = "res5 has a unit of its own, as without sharing"
+_COPIES = _BLOCK + "; the factor of the penalty; the upper unit's copy is the network that is read out"
+_UNITS = _BLOCK + "; res5 has a unit of its own, as without sharing"
+_RESIZED = "where and how maps are interpolated; the groups of the last 1x1 of res5 and res6"
 ROWS = (
     Row("simclr_r50", MAIN, "SimCLR", 69.8, 800),
     Row("gim_r50", MAIN, "GIM", 64.7, 800),
@@ -54,18 +55,19 @@ ROWS = (
     Row("loco_soft_1e-2_r50_100ep", SHARING, "L2 penalty 1e-2", 65.9, 100, _COPIES),
     Row("loco_share1block_r50_100ep", SHARING, "sharing 1 block", 64.8, 100, _UNITS),
     Row("loco_share2blocks_r50_100ep", SHARING, "sharing 2 blocks", 65.3, 100, _UNITS),
-    Row("simclr_presnet50_100ep", PROGRESSIVE, "SimCLR", 66.8, 100),
-    Row("gim_presnet50_100ep", PROGRESSIVE, "GIM", 52.6, 100),
-    Row("loco_presnet50_100ep", PROGRESSIVE, "LoCo", 66.6, 100, _BLOCK),
+    Row("simclr_presnet50_100ep", PROGRESSIVE, "SimCLR", 66.8, 100, _RESIZED),
+    Row("gim_presnet50_100ep", PROGRESSIVE, "GIM", 52.6, 100, _RESIZED),
+    Row("loco_presnet50_100ep", PROGRESSIVE, "LoCo", 66.6, 100, f"{_BLOCK}; {_RESIZED}"),
 )
 EVERYWHERE = (
     "In every row the paper leaves open, and this software sets as in SimCLR's code: the temperature (0.1), the weight "
-    "decay (1e-6), the width of the MLP (2048), equal weights of the losses, BatchNorm over all processes (SyncBN)."
+    "decay (1e-6), the width of the MLP (2048), equal weights of the losses, BatchNorm over all processes (SyncBN). "
+    "bfloat16 (SOLVER.AMP) is ours."
 )
 
 
 def table() -> str:
-    """The rows as a Markdown table, and what holds for all of them."""
+    """Return the rows as a Markdown table, and the choices common to all."""
     lines = [
         "| the paper's row | its place | epochs | the paper, top-1 | ours | configuration | not stated, chosen here |",
         "|---|---|--:|--:|---|---|---|",

@@ -1,7 +1,7 @@
-"""The nearest-neighbour probe that watches a run: how well each stage's features tell the labels of images apart.
+"""The nearest-neighbour probe during pretraining: classification accuracy of each stage's features.
 
-Labels never reach the training: the probe runs between two steps, in evaluation mode, draws no global random number,
-and leaves the network as it was.
+Labels are never trained on: the probe runs between two steps, in evaluation mode, uses no global random number, and
+does not change the network.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from loco_det.images.source import Source
 from loco_det.images.two_views import build_plain_loader
 from loco_det.images.views import normalise
 
-TEST_SHARE = 0.2  # of each class, where KNN.VAL_PATH is empty
+TEST_SHARE = 0.2  # of each class, if KNN.VAL_PATH is empty
 BATCH = 64
 
 
 class KnnProbe:
-    """Top-1 of every stage's globally averaged features, by the K nearest of labelled images.
+    """Top-1 accuracy of every stage's globally averaged features by K nearest labelled images.
 
     Args:
-        source: the images of the training; a fifth of each class is asked about, the rest answers, unless
-            KNN.VAL_PATH names other images to ask about. At most KNN.IMAGES of either are used.
-        memory_format: of the network.
+        source: the training images; a fifth of each class are queries, the rest references, unless KNN.VAL_PATH names
+            other queries. At most KNN.IMAGES of either are used.
+        memory_format: memory format of the network.
 
     Raises:
-        UserError: KNN.VAL_PATH cannot be read, has no classes, or some that the training images lack.
+        UserError: KNN.VAL_PATH is unreadable, has no classes, or some that the training images lack.
     """
 
     def __init__(
@@ -66,24 +66,24 @@ class KnnProbe:
             if unknown or not self.test.classes:
                 what = f"class {unknown[0]!r}, which DATA.PATH lacks" if unknown else "no classes"
                 raise UserError(f"KNN.VAL_PATH {cfg.KNN.VAL_PATH} has {what}; take images of the same classes")
-            asked, answering = np.arange(len(self.test)), every
+            queries, references = np.arange(len(self.test)), every
         else:
-            asked = self._share(source, every, TEST_SHARE)
-            answering = np.setdiff1d(every, asked)
-        self.asked, self.answering = self._few(self.test, asked), self._few(source, answering)
-        self.active = len(self.answering) > 0  # none where every class has a single image
+            queries = self._subset(source, every, TEST_SHARE)
+            references = np.setdiff1d(every, queries)
+        self.queries, self.references = self._limited(self.test, queries), self._limited(source, references)
+        self.active = len(self.references) > 0  # no references if every class has a single image
 
     def due(self, done: int, steps_per_epoch: int, total: int) -> bool:
-        """Whether to probe after so many steps: every KNN.PERIOD epochs and at the end."""
+        """Whether to probe after `done` steps: every KNN.PERIOD epochs and at the end."""
         return self.active and (done % (self.cfg.KNN.PERIOD * steps_per_epoch) == 0 or done == total)
 
     @torch.no_grad()
     def __call__(self, backbone: StagedBackbone) -> dict[str, float]:
-        """{"knn/res2": percent right, ...}; unreadable images are left out."""
+        """Return {"knn/res2": percent correct, ...}; unreadable images are skipped."""
         training = backbone.training
         backbone.eval()
-        bank, labels = self._features(backbone, self.train, self.answering)
-        asked, truth = self._features(backbone, self.test, self.asked)
+        bank, labels = self._features(backbone, self.train, self.references)
+        queries, truth = self._features(backbone, self.test, self.queries)
         backbone.train(training)
         if not len(labels) or not len(truth):
             log.warning(
@@ -96,7 +96,7 @@ class KnnProbe:
             scores = knn_predict(
                 bank[stage],
                 labels,
-                asked[stage],
+                queries[stage],
                 k=self.cfg.KNN.K,
                 temperature=self.cfg.KNN.TEMPERATURE,
                 classes=len(self.classes),
@@ -106,19 +106,19 @@ class KnnProbe:
         log.info("%d nearest neighbours, %d images by %d: %s", self.cfg.KNN.K, len(truth), len(labels), shown)
         return found
 
-    def _share(self, source: Source, index: np.ndarray, share: float) -> np.ndarray:
+    def _subset(self, source: Source, index: np.ndarray, share: float) -> np.ndarray:
         labels = np.array([source.label(i) for i in index], np.int64)
         names = [f"{source.classes[label]}/{PurePosixPath(source.name(i)).name}" for i, label in zip(index, labels)]
         return index[share_of_each_class(labels, names, share, self.cfg.SEED)]
 
-    def _few(self, source: Source, index: np.ndarray) -> np.ndarray:
+    def _limited(self, source: Source, index: np.ndarray) -> np.ndarray:
         most = self.cfg.KNN.IMAGES
-        return index if len(index) <= most else self._share(source, index, most / len(index))
+        return index if len(index) <= most else self._subset(source, index, most / len(index))
 
     def _features(
         self, backbone: StagedBackbone, source: Source, index: np.ndarray
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Every stage's (N, C) float32 features and (N,) labels; processes share the work and all get the result."""
+        """Compute every stage's (N, C) float32 features and (N,) labels, shared by and returned on all processes."""
         loader = build_plain_loader(
             source,
             self.cfg.DATA.IMAGE_SIZE,
@@ -149,12 +149,12 @@ class KnnProbe:
 def _open(path: str) -> Source:
     try:
         return open_source(path)
-    except UserError as error:  # it speaks of the training images
+    except UserError as error:  # its message is about the training images
         raise UserError(str(error).replace("DATA.PATH", "KNN.VAL_PATH")) from error
 
 
 def gather(x: Tensor) -> Tensor:
-    """The rows (n, ...) of all processes, n differing between them, in the order of their ranks."""
+    """Concatenate rows (n, ...) of all processes by rank; n may differ."""
     if world_size() == 1:
         return x
     counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]

@@ -1,17 +1,17 @@
-"""Two weaker forms of sharing, the paper's ablation: what a stage that several units cover learns from.
+"""Two weaker forms of sharing, the paper's ablation: which units train a stage that several cover.
 
-`SHARING.MODE` hard is LoCo itself and stands in pretrain/loco.py: a stage learns from all units that cover it. Here:
+`SHARING.MODE` hard is LoCo itself, in pretrain/loco.py: all units that cover a stage train it. Here:
 
-- **upper**: a stage learns from its uppermost unit alone, which is that with the highest first stage (or those, where
-  several units start there). The lower units' gradient passes through the stage to those below, as in hard.
-- **soft**: every unit has its own copy of its stages. Where several units cover stage k, the uppermost unit's copy is
-  the backbone's own (of several with the same first stage, that of the first in the list); the others hold private
-  copies, equal to it at the start. A penalty ties them: lambda * sum of (copy - backbone)^2 over all trainable
-  tensors, added once to the sum of the units' losses for every private copy, and differentiated for both sides.
+- **upper**: only a stage's uppermost unit trains it, the one with the highest first stage (or those, if several start
+  there). The lower units' gradient propagates through the stage to those below, as in hard.
+- **soft**: every unit has its own copy of its stages. If several units cover stage k, the uppermost unit's copy is the
+backbone's own (of several with the same first stage, the first in the list); the others have private copies, initially
+equal. A penalty ties them: lambda * sum of (copy - backbone)^2 over all trainable tensors, added once to the
+  sum of the units' losses for every private copy, and differentiated for both sides.
 
-Not stated in the paper, and so this software's choice for soft: the penalty is neither halved nor averaged, and norms'
-weights and biases are in it; the backbone is made of the uppermost copies; a unit reads the backbone's output of the
-stage below its first, detached; running statistics of BatchNorm are each copy's own, and the penalty leaves them alone.
+Not stated in the paper, so chosen here for soft: the penalty is neither halved nor averaged, and includes norms'
+weights and biases; the backbone consists of the uppermost copies; a unit reads the backbone's output of the stage below
+its first, detached; each copy has its own BatchNorm running statistics, which the penalty ignores.
 
 Source: Xiong, Ren, Urtasun, NeurIPS 2020, arXiv 2008.01342, ablation of sharing.
 Shape legend: as in pretrain/loco.py.
@@ -34,13 +34,13 @@ from pretrain.loco import LocalTrainer, Pass, Unit, running_statistics_kept
 
 
 def plan_upper_passes(units: list[Unit], stages: int) -> list[list[Pass]]:
-    """The passes of each stage, one for the units of each first stage; the highest is last and has the weights.
+    """Return the passes of each stage, one per first stage of its units; the highest is last and has the weights.
 
-    A pass of units that go on above needs their pass there. The parameter pass also waits for the stage's other passes,
-    for it drops the activations; so with nested units it may run later than its own losses are known.
+    A pass of units that continue above needs their pass there. The parameter pass also waits for the stage's other
+    passes, because it frees the activations; with nested units it may run later than its own losses are known.
     """
     plan: list[list[Pass]] = []
-    above: dict[int, int] = {}  # first stage -> when those units' pass through the stage above runs
+    above: dict[int, int] = {}  # first stage -> step at which those units' pass through the stage above runs
     for k in reversed(range(stages)):
         groups = {
             first: frozenset(i for i, unit in enumerate(units) if unit.covers(k) and unit.first == first)
@@ -55,7 +55,7 @@ def plan_upper_passes(units: list[Unit], stages: int) -> list[list[Pass]]:
 
 
 class UpperTrainer(LocalTrainer):
-    """The local step in which each stage's weights learn from its uppermost unit alone; arguments as LocalTrainer's."""
+    """The local step in which only its uppermost unit trains each stage; arguments as for LocalTrainer."""
 
     def __init__(self, stages: list[nn.Module], units: list[Unit], *args: Any, **options: Any) -> None:
         super().__init__(stages, units, *args, **options)
@@ -66,9 +66,9 @@ class UpperTrainer(LocalTrainer):
 
 
 def number_copies(units: list[Unit], stages: int) -> dict[tuple[int, int], int]:
-    """(unit, stage) -> the part that is the unit's copy of the stage.
+    """Map (unit, stage) -> the part that is the unit's copy of the stage.
 
-    Parts below `stages` are the backbone's stages; those above are private copies, by stage and then by unit.
+    Parts below `stages` are the backbone's stages; higher ones are private copies, by stage and then by unit.
     """
     parts: dict[tuple[int, int], int] = {}
     private = stages
@@ -82,23 +82,23 @@ def number_copies(units: list[Unit], stages: int) -> dict[tuple[int, int], int]:
 
 
 def private_copies(stages: list[nn.Module], units: list[Unit]) -> list[nn.Module]:
-    """What the units hold besides the backbone's stages, equal to these, in `number_copies`' order."""
+    """Return the units' private copies, equal to the backbone's stages, in the order of `number_copies`."""
     return [copy.deepcopy(stages[k]) for (_, k), part in number_copies(units, len(stages)).items() if part != k]
 
 
 class SoftTrainer:
-    """Runs every unit through its own copies and leaves the gradients of losses and penalty in `.grad`.
+    """Runs every unit through its own copies and accumulates the gradients of losses and penalty in `.grad`.
 
-    No weight is in two units, so a unit is differentiated as a whole, as soon as its loss is known.
+    No weight is in two units, so a unit is differentiated as a whole once its loss is known.
 
     Args:
         stages: the backbone's, in order; stage k reads stage k-1's output.
-        copies: the private copies, as `private_copies` orders them.
+        copies: the private copies, in the order of `private_copies`.
         units: any list; together they cover every stage.
-        losses: for each unit, from its last stage's output (2B, C, H, W) to a scalar.
+        losses: per unit, from its last stage's output (2B, C, H, W) to a scalar.
         penalty: lambda.
-        on_final: called with a part (a stage's position, or the number of stages plus a copy's position) once its
-            gradients are final, in the middle of the step.
+        on_final: called with a part (a stage's index, or the number of stages plus a copy's index) once its gradients
+            are final, in the middle of the step.
         on_start: called with a part before its weights are read.
     """
 
@@ -124,12 +124,12 @@ class SoftTrainer:
         autocast: Callable[[], object] | None = None,
         scale: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Tensor]:
-        """One forward and all gradients, added to `.grad`; arguments and result as LocalTrainer.step's.
+        """Run one forward and compute all gradients, added to `.grad`; arguments and result as for LocalTrainer.step.
 
-        The penalty is in the gradients and not in the losses that are returned.
+        The penalty is in the gradients, not in the returned losses.
         """
         context = autocast or nullcontext
-        paths: dict[int, Tensor] = {}  # unit -> the output of its latest copy
+        paths: dict[int, Tensor] = {}  # unit -> output of its latest copy
         losses: dict[int, Tensor] = {}
         x = x.detach()
         for k in range(len(self.stages)):
@@ -137,16 +137,16 @@ class SoftTrainer:
             if self.on_start is not None:
                 for part in sorted(parts.values()):
                     self.on_start(part)
-            self._pull_together(k, [self.modules[part] for part in parts.values() if part != k], scale)
+            self._penalise(k, [self.modules[part] for part in parts.values() if part != k], scale)
             x = self._forward(k, x, parts, paths, context)
             for i in [i for i in parts if self.units[i].last == k]:
-                losses[i] = self._learn(i, paths.pop(i), context, scale)
+                losses[i] = self._backward(i, paths.pop(i), context, scale)
         return [losses[i] for i in range(len(self.units))]
 
-    def _pull_together(self, k: int, copies: list[nn.Module], scale: Callable | None) -> None:
-        """Begin the gradients of stage k's parts with the penalty's.
+    def _penalise(self, k: int, copies: list[nn.Module], scale: Callable | None) -> None:
+        """Initialise the gradients of stage k's parts with the penalty's.
 
-        Before the loss's, so that a backward writes each gradient once, whole, as those who average it expect.
+        Before the loss's, so that a backward writes each gradient once, complete, as GradientAverage requires.
         """
         pairs = [(own, p) for c in copies for own, p in zip(c.parameters(), self.stages[k].parameters())]
         pairs = [(own, p) for own, p in pairs if p.requires_grad]
@@ -160,10 +160,10 @@ class SoftTrainer:
     def _forward(
         self, k: int, x: Tensor, parts: dict[int, int], paths: dict[int, Tensor], context: Callable[[], object]
     ) -> Tensor:
-        """Stage k in each of its copies; returns the backbone's output (2B, C, H, W), detached.
+        """Run stage k in each of its copies; returns the backbone's output (2B, C, H, W), detached.
 
-        Where units are nested, a unit may come to a stage of the backbone by way of a private copy below. The
-        backbone's output then takes another forward, and that one is what the running statistics are of.
+        If units are nested, a unit may reach a stage of the backbone through a private copy below. The backbone's
+        output then needs another forward, which determines the running statistics.
         """
         output = None
         for i, part in parts.items():
@@ -179,8 +179,8 @@ class SoftTrainer:
                 output = self.stages[k](x)
         return output
 
-    def _learn(self, i: int, features: Tensor, context: Callable[[], object], scale: Callable | None) -> Tensor:
-        """Unit i's loss, detached, its gradient in all that the unit owns."""
+    def _backward(self, i: int, features: Tensor, context: Callable[[], object], scale: Callable | None) -> Tensor:
+        """Compute unit i's loss, detached, and its gradient in all that the unit owns."""
         with record_function(f"unit {i} loss and backward"):
             with context():
                 loss = self.losses[i](features)

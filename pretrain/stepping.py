@@ -1,12 +1,12 @@
-"""When the optimizer steps: each part of the network, a stage or a decoder, as early as its gradient allows.
+"""Steps each part of the network, a stage or a decoder, as soon as its gradient allows.
 
-The gradient of a part is final in the middle of a local step. On one process the part is stepped there and then and
-its gradient freed, while the stages above have yet to run. On several, the gradient is on its way meanwhile, and the
-part is stepped when it has arrived: at the end of some later stage, or at the latest before the part runs again, which
-is in the next step. So the large messages of the top stages, which are final last, travel while the next step's lower
-stages run. Every optimizer of this package treats a parameter by itself, so all this changes no bit of the result.
+A part's gradient is final in the middle of a local step. On one process the part is stepped at once and its gradient
+freed, before the stages above have run. On several, the gradient is being averaged meanwhile, and the part is stepped
+when it arrives: at the end of a later stage, or at the latest before the part runs again, in the next step. So the
+large messages of the top stages, which are final last, are sent while the next step's lower stages run. Every optimizer
+of this package treats parameters separately, so the result is bitwise the same.
 
-With fp16's loss scaling, one gradient that is not finite must hold back all, so everything is stepped at the end.
+With fp16's loss scaling one non-finite gradient must skip the whole step, so everything is stepped at the end.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Stepping:
     """Averages and steps the parts of a network.
 
     Args:
-        optimizer: over all parameters of all parts; no other than LARS, SGD or AdamW without clipping.
-        parts: the modules that are stepped one at a time; no parameter is in two.
-        average: takes their gradients to the other processes.
-        scaler: of fp16; disabled otherwise.
-        early: step each part as early as can be. False, or a scaler that is enabled: everything in `finish`.
+        optimizer: over all parameters of all parts; LARS, SGD or AdamW without clipping.
+        parts: modules that are stepped one at a time; no parameter is in two.
+        average: averages their gradients over processes.
+        scaler: fp16's; otherwise disabled.
+        early: step each part as early as possible. False, or an enabled scaler: everything in `finish`.
 
     Attributes:
-        lr: learning rate of the gradients that become final from now on.
+        lr: learning rate for gradients that become final from now on.
         observe: if set, called with each part's parameters before they are stepped, their `.grad` averaged and
             unscaled.
     """
@@ -48,14 +48,14 @@ class Stepping:
         self.early = early and not scaler.is_enabled()
         self.lr = 0.0
         self.observe: Callable[[list[nn.Parameter]], None] | None = None
-        self.waiting: dict[nn.Module, float] = {}  # the learning rate of each part's step
-        self.split: dict[nn.Module, list[list[nn.Parameter]]] = {}  # each part's share of the optimizer's groups
+        self.waiting: dict[nn.Module, float] = {}  # part -> learning rate of its step
+        self.split: dict[nn.Module, list[list[nn.Parameter]]] = {}  # part -> its share of the optimizer's groups
         for part, parameters in self.parts.items():
             own = set(parameters)
             self.split[part] = [[p for p in group["params"] if p in own] for group in optimizer.param_groups]
 
     def final(self, *parts: nn.Module) -> None:
-        """This process's gradients of these parts are final; step whatever can be."""
+        """Mark these parts' gradients as final on this process; step every part that is ready."""
         self.waiting.update(dict.fromkeys(parts, self.lr))
         self.average.flush(WORTHWHILE)
         if self.early:
@@ -63,13 +63,13 @@ class Stepping:
                 self.ready(part)
 
     def ready(self, part: nn.Module) -> None:
-        """The part's weights are needed: they are now up to date."""
+        """Update the part's weights, because they are needed now."""
         if self.early and part in self.waiting:
             self.average.wait(self.parts[part])
             self._step(part, self.waiting.pop(part))
 
     def finish(self) -> None:
-        """All weights are now up to date and all gradients freed."""
+        """Update all weights and free all gradients."""
         if self.early:
             for part in list(self.waiting):
                 self.ready(part)
@@ -80,7 +80,7 @@ class Stepping:
             self.average.wait(parameters)
         self.scaler.unscale_(self.optimizer)
         for parameters in self.parts.values():
-            self._see(parameters)
+            self._observe(parameters)
         self._set_rate(self.lr)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -88,7 +88,7 @@ class Stepping:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _step(self, part: nn.Module, lr: float) -> None:
-        self._see(self.parts[part])
+        self._observe(self.parts[part])
         self._set_rate(lr)
         groups = self.optimizer.param_groups
         self.optimizer.param_groups = [
@@ -101,7 +101,7 @@ class Stepping:
         for p in self.parts[part]:
             p.grad = None
 
-    def _see(self, parameters: list[nn.Parameter]) -> None:
+    def _observe(self, parameters: list[nn.Parameter]) -> None:
         if self.observe is not None:
             self.observe(parameters)
 

@@ -1,4 +1,4 @@
-"""BatchNorm over the batch of all processes that also runs on a CPU, where torch's own refuses to.
+"""Synchronised BatchNorm that also runs on a CPU, which torch's own does not support.
 
 Shape legend: b images on this process, C channels, N numbers of one channel on all processes.
 """
@@ -14,7 +14,7 @@ from loco_det.core.distributed import world_size
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """As `torch.nn.SyncBatchNorm`, which it still is on a GPU; on a CPU the sums travel over gloo."""
+    """`torch.nn.SyncBatchNorm`, unchanged on a GPU; on a CPU the sums are reduced over gloo."""
 
     def forward(self, input: Tensor) -> Tensor:
         if input.device.type != "cpu" or not self.training or world_size() == 1:
@@ -30,7 +30,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
 
 class _Normalise(torch.autograd.Function):
-    """(b, C, ...) by the mean and biased variance over all processes, which are returned in float64 beside it."""
+    """Normalise (b, c, ...) by the mean and biased variance over all processes, also returned in float64."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,7 +67,7 @@ class _Normalise(torch.autograd.Function):
 
 
 def sync_anywhere(module: nn.Module) -> nn.Module:
-    """`module` with every torch SyncBatchNorm inside replaced by the one above; tensors and names stay."""
+    """Replace every torch SyncBatchNorm in `module` by the one above; tensors and names stay."""
     for name, child in module.named_children():
         if type(child) is nn.SyncBatchNorm:
             new = SyncBatchNorm(child.num_features, child.eps, child.momentum)

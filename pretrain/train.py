@@ -25,7 +25,7 @@ from loco_det.core.files import atomic_write
 from loco_det.core.launch import CommonStop, StopSignal
 from loco_det.core.log import Progress, log
 from loco_det.core.metrics import RunMetrics
-from loco_det.core.run_folder import differences, run_folder, told
+from loco_det.core.run_folder import differences, run_folder, summary
 from loco_det.images.folders import open_source
 from loco_det.images.source import Source
 from loco_det.images.two_views import TwoViewLoader, TwoViews, build_two_view_loader
@@ -44,9 +44,9 @@ from pretrain.sharing import SoftTrainer, UpperTrainer, private_copies
 from pretrain.stepping import Stepping
 from pretrain.sync_batchnorm import sync_anywhere
 
-RANDOM_BATCHES = 50  # batches that METHOD random measures BatchNorm's statistics on
-LAYOUT = torch.channels_last  # of images and weights: the faster one on a CPU; not timed on GPUs
-# Keys that change where and how fast a run goes but not what it computes; --resume lets them differ.
+RANDOM_BATCHES = 50  # batches for BatchNorm's statistics with METHOD random
+LAYOUT = torch.channels_last  # memory format of images and weights: faster on a CPU; not timed on GPUs
+# Keys that affect where and how fast a run goes but not its result; they may differ under --resume.
 FREE_KEYS = (
     "OUTPUT_DIR",
     "DEVICE",
@@ -63,7 +63,7 @@ FREE_KEYS = (
 
 
 class Learner(nn.Module):
-    """The backbone, cut at the units' borders, and one decoder and loss for each unit.
+    """The backbone, cut at the units' borders, with one decoder and loss per unit.
 
     With SHARING.MODE soft also the units' private copies of shared stages.
     """
@@ -83,22 +83,22 @@ class Learner(nn.Module):
         modules = [stage.module for stage in self.stages]
         self.copies = nn.ModuleList(private_copies(modules, self.units) if self.sharing.MODE == "soft" else [])
         self.temperature, self.chunk = cfg.LOSS.TEMPERATURE, cfg.LOSS.CHUNK
-        self.embeddings: dict[int, Tensor] = {}  # of the last step, for the monitoring
+        self.embeddings: dict[int, Tensor] = {}  # of the last step, for monitoring
         self.to(memory_format=LAYOUT)
 
     def parts(self) -> list[nn.Module]:
-        """What is stepped at a time: every stage, then every private copy, then every decoder."""
+        """The modules stepped one at a time: every stage, then every private copy, then every decoder."""
         return [*(stage.module for stage in self.stages), *self.copies, *self.decoders]
 
     def loss(self, i: int, features: Tensor) -> Tensor:
-        """Unit i's NT-Xent from its last stage's output (2b, C, H, W)."""
+        """Compute unit i's NT-Xent from its last stage's output (2b, C, H, W)."""
         z = self.decoders[i](features)
         self.embeddings[i] = z.detach()
         return nt_xent(z, self.temperature, self.chunk)
 
 
 def build_backbone(cfg: CfgNode) -> StagedBackbone:
-    """The network that BACKBONE.* describes, as `check` lets it pass."""
+    """Build the network of BACKBONE.*, validated by `check`."""
     width, stem, norm = cfg.BACKBONE.WIDTH, cfg.BACKBONE.STEM, cfg.BACKBONE.NORM
     if cfg.BACKBONE.NAME == PRESNET:
         return sync_anywhere(PResNet(stem=stem, norm=norm, stem_channels=width // 2))
@@ -107,7 +107,7 @@ def build_backbone(cfg: CfgNode) -> StagedBackbone:
 
 
 def unit_names(cfg: CfgNode, backbone: StagedBackbone) -> list[list[str]]:
-    """The [first, last] stage names of the units that UNITS, else METHOD, asks for."""
+    """Return the [first, last] stage names of the units of UNITS, else METHOD."""
     if cfg.UNITS:
         return [list(unit) if isinstance(unit, (list, tuple)) else unit for unit in cfg.UNITS]
     return method_units(cfg.METHOD, backbone.stage_names[1:])
@@ -120,20 +120,20 @@ def pretrain(
     wandb: str | None = None,
     settings: Settings | None = None,
 ) -> Path:
-    """Train a backbone as `cfg` says (keys: pretrain/defaults.py) and write it.
+    """Train the backbone of `cfg` (keys: pretrain/defaults.py) and write it.
 
     Args:
         cfg: the frozen configuration.
         resume: continue from the newest checkpoint in OUTPUT_DIR, if there is one.
-        source: the images, where they are not those of DATA.PATH: images/indexed.py makes one of any data set.
-        wandb: W&B project that also gets the numbers of metrics.json.
-        settings: what the user set (`loco_det.core.config.load_config`), for error messages to say where.
+        source: the images, instead of those of DATA.PATH; images/indexed.py makes one from any data set.
+        wandb: W&B project to log metrics.json to.
+        settings: what the user set (`loco_det.core.config.load_config`), for the origin in error messages.
 
     Returns:
         OUTPUT_DIR/backbone.safetensors.
 
     Raises:
-        UserError: unusable configuration or data, a loss that is not finite, a stop by signal (after saving).
+        UserError: invalid configuration or data, a non-finite loss, a stop by signal (after saving).
     """
     check(cfg, settings)
     device = resolve_device(cfg.DEVICE)
@@ -141,9 +141,12 @@ def pretrain(
         keep_freed_memory()
     torch.manual_seed(cfg.SEED)  # the same weights on every process
     is_random = cfg.METHOD == "random" and not cfg.UNITS
-    network = build_backbone(cfg) if is_random else Learner(cfg)  # refuses UNITS that do not fit, before files are read
+    network = build_backbone(cfg) if is_random else Learner(cfg)  # refuses invalid UNITS before files are read
     with run_folder(cfg.OUTPUT_DIR), RunMetrics(cfg, wandb, resume) as metrics:
-        source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT) if source is None else source
+        if source is None:
+            source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT)
+        else:
+            cfg = config.changed(cfg, **{"DATA.PATH": source.root})  # for records and messages
         loader = build_two_view_loader(cfg, source)
         seed_everything(cfg.SEED)
         if is_random:
@@ -167,7 +170,7 @@ def _train(
     resume: bool,
     metrics: RunMetrics,
 ) -> int:
-    """All steps; returns how many there were."""
+    """Run all steps; returns their number."""
     compiler = stage_compiler(device) if cfg.SOLVER.COMPILE else None
     optimizer = build_optimizer(cfg, learner)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.SOLVER.AMP == "fp16")
@@ -181,7 +184,9 @@ def _train(
     average = GradientAverage(learner.parameters())
     stepping = Stepping(optimizer, learner.parts(), average, scaler, cfg.SOLVER.STEP_EARLY)
     if cfg.SOLVER.STEP_EARLY and not stepping.early:
-        log.info("SOLVER.AMP fp16: the optimizer steps at the end, since one infinite gradient must hold back all")
+        log.info(
+            "SOLVER.AMP fp16: the optimizer steps at the end, since one infinite gradient must skip the whole step"
+        )
     trainer = local_trainer(learner, stepping, compiler)
     log.info(
         "%s: %d images, %d steps of %d images on %s", cfg.METHOD, len(source), total, cfg.SOLVER.BATCH_SIZE, device
@@ -199,12 +204,12 @@ def _train(
     unread = UnreadLosses(learner.unit_labels, source)
     batches = waited.through(loader.batches(start))
     with StopSignal() as stop, Progress(total, "pretrain", start, unit="it") as progress:
-        told_to_stop = CommonStop(stop)
+        should_stop = CommonStop(stop)
         for step in range(start, total):
             try:
                 batch = next(batches)
             except UserError:
-                if step > start and world_size() == 1:  # several processes would have to meet
+                if step > start and world_size() == 1:  # with several processes a collective would be needed
                     unread.read()
                     stepping.finish()
                     _save(cfg, state, step, source)
@@ -213,7 +218,7 @@ def _train(
             done = step + 1
             probing = probe.due(done, loader.steps_per_epoch, total)
             looking = monitor.due(step) or probing
-            stepping.observe = monitor.see_gradients if looking else None
+            stepping.observe = monitor.record_gradients if looking else None
             losses = trainer.step(
                 _input(batch), autocast=_autocast(cfg, device), scale=scaler.scale if scaler.is_enabled() else None
             )
@@ -225,7 +230,7 @@ def _train(
             with waited.paused():
                 found = probe(learner.backbone) if probing else {}
             progress.advance(**monitor(step, losses, stepping.lr, found))
-            stopped = done < total and told_to_stop()
+            stopped = done < total and should_stop()
             if done % cfg.CHECKPOINT_PERIOD == 0 or done == total or stopped:
                 unread.read()
                 stepping.finish()
@@ -241,17 +246,15 @@ def local_trainer(
     stepping: Stepping | None = None,
     compiler: Callable[[nn.Module], nn.Module] | None = None,
 ) -> LocalTrainer | SoftTrainer:
-    """The learner's local step, by its SHARING.MODE.
+    """Build the learner's local step for its SHARING.MODE.
 
     Args:
         learner: its stages, units and losses.
-        stepping: learns which of `learner.parts()` are needed and final; None where nobody steps.
+        stepping: is notified when `learner.parts()` are needed and final; None without an optimizer.
         compiler: replaces the module of each stage and private copy.
     """
-    parts = learner.parts()  # by the trainers' numbers: stages and copies come first
-    taken: list[
-        nn.Module
-    ] = []  # decoders whose loss is known, so that their gradients are final when next a stage's are
+    parts = learner.parts()  # in the trainers' order: stages and copies first
+    taken: list[nn.Module] = []  # decoders whose loss is known; their gradients are final with the next stage's
 
     def loss(i: int, features: Tensor) -> Tensor:
         if stepping:
@@ -280,7 +283,7 @@ def local_trainer(
 
 
 def _input(batch: TwoViews) -> Tensor:
-    """(2b, 3, S, S) float32 on the device of the views: the first view of every image, then the second."""
+    """Convert to (2b, 3, S, S) float32 on the views' device: the first view of every image, then the second."""
     return normalise(batch.views.flatten(0, 1), IMAGENET_MEAN, IMAGENET_STD, LAYOUT)
 
 
@@ -292,7 +295,7 @@ def _autocast(cfg: CfgNode, device: torch.device) -> Callable[[], object]:
 
 
 def measure_statistics(backbone: StagedBackbone, loader: TwoViewLoader) -> None:
-    """METHOD random: BatchNorm's statistics over up to 50 batches."""
+    """Measure BatchNorm's statistics over up to 50 batches (METHOD random)."""
     batches = loader.batches(0)
     count = min(RANDOM_BATCHES, loader.steps_per_epoch)
     with Progress(count, "batch statistics") as progress:
@@ -309,13 +312,13 @@ def measure_statistics(backbone: StagedBackbone, loader: TwoViewLoader) -> None:
 
 
 def config_hash(cfg: CfgNode) -> str:
-    """sha256 of the configuration without the keys that do not change what is computed."""
+    """Return the sha256 of the configuration without keys that do not affect the result."""
     keys = [key.removesuffix(".") for key in FREE_KEYS]
     return hashlib.sha256(config.without(cfg, keys).dump().encode()).hexdigest()
 
 
 def _begin(cfg: CfgNode, start: int) -> None:
-    """Only now that a refused --resume can no longer lose the configuration that the folder's run was made with."""
+    """Write config.yaml, only after a refused --resume can no longer overwrite the folder's configuration."""
     if is_main():
         if start == 0:
             retire_checkpoints(Path(cfg.OUTPUT_DIR))
@@ -324,7 +327,7 @@ def _begin(cfg: CfgNode, start: int) -> None:
 
 
 def _save(cfg: CfgNode, state: dict[str, object], step: int, source: Source) -> None:
-    barrier()  # until every process has found its losses finite
+    barrier()  # until every process has verified its losses
     if is_main():
         values = {name: part.state_dict() for name, part in state.items()}
         facts = {"step": step, "images": len(source), "names": source.identity()}
@@ -341,12 +344,12 @@ def _restore(cfg: CfgNode, state: dict[str, object], source: Source) -> int:
     path, values = found
     if values["config_hash"] != config_hash(cfg):
         before = yaml.safe_load(values.get("config", "")) or {}
-        found = told(differences(before, yaml.safe_load(cfg.dump()), FREE_KEYS)) if before else "its hash differs"
+        found = summary(differences(before, yaml.safe_load(cfg.dump()), FREE_KEYS)) if before else "its hash differs"
         raise UserError(
             f"{path} was made with another configuration ({found}); resume with the {path.parent / 'config.yaml'} that "
             "it was made with, or choose another OUTPUT_DIR"
         )
-    if values["images"] != len(source):  # epochs would be cut elsewhere, and no step would be what it was to be
+    if values["images"] != len(source):  # epochs would be cut differently
         raise UserError(
             f"{path} was made with {values['images']} images and DATA.PATH {cfg.DATA.PATH} has {len(source)}; resume "
             "with the images that it was made with, or choose another OUTPUT_DIR"
@@ -363,7 +366,7 @@ def _restore(cfg: CfgNode, state: dict[str, object], source: Source) -> int:
 
 
 def write_backbone(cfg: CfgNode, backbone: StagedBackbone, units: list[list[str]], source: Source, step: int) -> Path:
-    """OUTPUT_DIR/backbone.safetensors with its manifest; returns its path."""
+    """Write OUTPUT_DIR/backbone.safetensors with its manifest; returns its path."""
     path = Path(cfg.OUTPUT_DIR) / "backbone.safetensors"
     if is_main():
         manifest = describe(
@@ -375,7 +378,7 @@ def write_backbone(cfg: CfgNode, backbone: StagedBackbone, units: list[list[str]
             config=yaml.safe_load(cfg.dump()),
             config_hash=config_hash(cfg),
             step=step,
-            dataset=Path(cfg.DATA.PATH or source.root).name,
+            dataset=Path(cfg.DATA.PATH).name,
             images=len(source),
         )
         save_backbone(path, backbone_tensors(backbone), manifest)

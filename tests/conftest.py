@@ -63,10 +63,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def real_coco() -> Path:
     """The dataset root that holds `coco/`, or a skip where no real images are."""
-    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).absolute()
+    root = datasets_root()
     if not (root / "coco" / "annotations" / "instances_val2017.json").is_file():
         pytest.skip(f"no real COCO images under {root} (set DETECTRON2_DATASETS)")
     return root
+
+
+def datasets_root() -> Path:
+    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).absolute()
 
 
 @pytest.fixture(scope="module")

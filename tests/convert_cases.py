@@ -1,4 +1,4 @@
-"""Checkpoints for the conversion tests: ResNets whose every tensor is random, and files that mean harm."""
+"""Checkpoints for the conversion tests: ResNets with random tensors, and malicious files."""
 
 from __future__ import annotations
 

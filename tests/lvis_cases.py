@@ -1,4 +1,4 @@
-"""A made-up LVIS set: rare and common classes, images that are judged for some of them only, results of all kinds.
+"""A made-up LVIS set: rare and common classes, images annotated for some of them only, results of all kinds.
 
 No mask fills its box, a result's mask is moved on its own, and one image has more results than count.
 """

@@ -1,4 +1,4 @@
-"""Write the tables of honoured keys and of Detectron2's own files into docs/engines.md.
+"""Write the tables of supported keys and of Detectron2's own files into docs/engines.md.
 
 After a change of either: python tests/record_key_table.py
 """
@@ -34,14 +34,14 @@ def table() -> str:
 
 
 def stock_rows() -> list[str]:
-    """One row a folder of Detectron2's own YAML files: how many are honoured whole, and what the others want."""
+    """One row a folder of Detectron2's own YAML files: how many are supported, and why the others are refused."""
     found: dict[str, Counter[str | None]] = {}
     for name, recorded in json.loads(STOCK.read_text())["configs"].items():
         cfg = get_cfg()
         cfg.merge_from_list([item for pair in recorded["sets"].items() for item in pair])
         folder = name.rpartition("/")[0] or "*.yaml"
         found.setdefault(f"configs/{folder}", Counter())[refusal(cfg)] += 1
-    rows = ["| Detectron2's files | honoured | refused, for |", "|---|---|---|"]
+    rows = ["| Detectron2's files | supported | refused, for |", "|---|---|---|"]
     for folder, counts in found.items():
         refused = "; ".join(f"{count} for {reason}" for reason, count in counts.items() if reason)
         rows.append(f"| `{folder}` | {counts[None]} | {refused or '0'} |")
@@ -49,7 +49,7 @@ def stock_rows() -> list[str]:
 
 
 def refusal(cfg: CfgNode) -> str | None:
-    """Key and value that the torchvision engine refuses a configuration for; None if it honours all."""
+    """Key and value that the torchvision engine refuses a configuration for; None if it supports all."""
     try:
         check_supported(cfg)
     except UserError as error:

@@ -26,6 +26,7 @@ from loco_det.backbones.artifact import (
     backbone_tensors,
     decode_manifest,
     describe,
+    encode_manifest,
     load_backbone,
     save_backbone,
 )
@@ -263,6 +264,15 @@ def test_a_forged_header_reaches_the_same_refusal(artifact: Path) -> None:
 def test_a_manifest_survives_its_json() -> None:
     _, manifest = small()
     assert decode_manifest(msgspec.json.encode(manifest), "x") == manifest
+    assert decode_manifest(encode_manifest(manifest), "x") == manifest
+
+
+def test_a_manifest_of_which_a_bit_was_changed_is_refused() -> None:
+    text = encode_manifest(small()[1]).encode()
+    for at in range(len(text)):
+        for bit in (0, 2, 6):
+            with pytest.raises(UserError, match=r"^some\.file: "):
+                decode_manifest(text[:at] + bytes([text[at] ^ 1 << bit]) + text[at + 1 :], "some.file")
 
 
 # --- a disk that fills up ---------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from view_cases import SIZE, config, encode, photograph
 from loco_det.core.errors import UserError
 from loco_det.images import batches, two_views
 from loco_det.images.batched_views import Decoded
-from loco_det.images.batches import TwoViews, delivered, joined
+from loco_det.images.batches import TwoViews, joined, prefetch
 from loco_det.images.folders import open_source
 from loco_det.images.two_views import DecodedDataset, TwoViewDataset, build_two_view_loader
 from pretrain import train
@@ -54,8 +54,8 @@ def test_on_a_cpu_the_worker_s_tensor_is_the_one_that_is_normalised(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, normalised = [], []
-    answer, normalise = TwoViewDataset.answer, train.normalise
-    monkeypatch.setattr(TwoViewDataset, "answer", lambda *args: made.append(answer(*args)) or made[-1])
+    process, normalise = TwoViewDataset.process, train.normalise
+    monkeypatch.setattr(TwoViewDataset, "process", lambda *args: made.append(process(*args)) or made[-1])
     monkeypatch.setattr(train, "normalise", lambda x, *args: normalised.append(x) or normalise(x, *args))
     stream = build_two_view_loader(config(folder), open_source(folder)).batches()
     with Copies() as copies:
@@ -133,8 +133,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 def test_what_arrives_on_a_gpu_is_what_was_pinned_and_the_next_is_on_its_way(
     folder: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, answer = [], TwoViewDataset.answer
-    monkeypatch.setattr(TwoViewDataset, "answer", lambda *args: made.append(answer(*args)) or made[-1])
+    made, process = [], TwoViewDataset.process
+    monkeypatch.setattr(TwoViewDataset, "process", lambda *args: made.append(process(*args)) or made[-1])
     stream = build_two_view_loader(config(folder), open_source(folder)).batches()
     found = []
     for step in range(3):
@@ -154,12 +154,12 @@ def test_what_arrives_on_a_gpu_is_what_was_pinned_and_the_next_is_on_its_way(
 
 def test_an_error_ahead_waits_for_its_turn(gpu: Gpu) -> None:
     """It belongs to the next step, before which this one is to be finished, and perhaps saved."""
-    answers = [(TwoViews(torch.ones(2, 1, 3, 1, 1), torch.ones(1)), []), UserError("the second")]
+    results = [(TwoViews(torch.ones(2, 1, 3, 1, 1), torch.ones(1)), []), UserError("the second")]
     deliver = batches.deliver_views
-    stream = delivered(iter(answers), GPU, lambda answer: deliver(answer, GPU))
+    stream = prefetch(iter(results), GPU, lambda result: deliver(result, GPU))
     (views, _), _ = next(stream)
     assert views.shape == (2, 1, 3, 1, 1)
-    assert next(stream) is answers[1]
+    assert next(stream) is results[1]
     assert next(stream, None) is None
 
 
@@ -175,8 +175,8 @@ def test_parts_of_tar_workers_are_written_into_one_pinned_tensor(count: int, gpu
 def test_decoded_images_travel_pinned_or_else_the_views_made_of_them_do(
     name: str, makes: str, folder: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, answer = [], DecodedDataset.answer
-    monkeypatch.setattr(DecodedDataset, "answer", lambda *args: made.append(answer(*args)) or made[-1])
+    made, process = [], DecodedDataset.process
+    monkeypatch.setattr(DecodedDataset, "process", lambda *args: made.append(process(*args)) or made[-1])
     batch = next(build_two_view_loader(config(folder, AUGMENT__DEVICE=name), open_source(folder)).batches())
     pixels = made[0][0].pixels
     pins = {event[1]: event[2] for event in gpu.events if event[0] == "pin"}

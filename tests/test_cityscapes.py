@@ -389,6 +389,7 @@ def test_what_is_missing_or_damaged_is_named(root: Path, monkeypatch: pytest.Mon
     polygons = root / "gtFine/val/aachen/aachen_000000_000019_gtFine_polygons.json"
     for content, message in (
         ("{", "polygon file"),
+        ("[" * 100_000, "polygon file"),
         (json.dumps({"imgHeight": 0, "imgWidth": 5, "objects": []}), "size"),
         (json.dumps({"imgHeight": 5, "imgWidth": 5, "objects": [{"label": "cat", "polygon": []}]}), "label 'cat'"),
         (json.dumps({"imgHeight": 5, "imgWidth": 5, "objects": [{"label": "car", "polygon": [[1]]}]}), "object 0"),

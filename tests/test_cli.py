@@ -1,4 +1,4 @@
-"""The command line: one frame round every job, in this process and as a user starts it."""
+"""The command line: options and exit status common to all jobs, in this process and as a user starts it."""
 
 from __future__ import annotations
 
@@ -310,7 +310,7 @@ def test_a_tool_runs_from_anywhere_without_an_installation(name: str, tmp_path: 
 
 @pytest.mark.parametrize(
     ("processes", "workers", "name", "send"),
-    [(1, 0, "SIGINT", os.kill), (1, 1, "SIGTERM", os.killpg), (2, 1, "SIGINT", os.killpg)],
+    [(1, 1, "SIGTERM", os.killpg), (2, 1, "SIGINT", os.killpg)],
 )
 def test_a_stopped_pretraining_saves_and_says_how_to_go_on(
     processes: int, workers: int, name: str, send: Callable, tmp_path: Path

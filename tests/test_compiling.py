@@ -1,4 +1,4 @@
-"""Compiled stages in the local step against eager ones, and what is said where nothing can be compiled."""
+"""Compiled stages in the local step against eager ones, and the message if nothing can be compiled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configuration: files, bases, overrides, what is refused and with which words; the detection tree and its table."""
+"""Configuration: files, bases, overrides, error messages; the detection tree and its table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import yaml
 from fvcore.common.config import CfgNode
 
-from loco_det.core.config import MAX_NODES, find_config, flat, load_config, read_yaml
+from loco_det.core.config import MAX_NODES, find_config, flat, load_config, read_settings, read_yaml
 from loco_det.core.errors import UserError
 from loco_det.detection.keys import SUPPORTED, check_supported, get_cfg
 
@@ -101,6 +101,8 @@ def test_settings_know_where_they_were_written(tmp_path):
         ("SOLVER: {STEPS: [1, x]}", [], ["SOLVER.STEPS", "numbers", "'x'"]),
         ("SOLVER: 3", [], ["SOLVER", "section", "3 of type int"]),
         ("DECAY: {A: 1}", [], ["DECAY"]),
+        ("SOLVER: \"{'BASE_LR': 1.0}\"", [], ["SOLVER", "section"]),
+        ("SEED: \"{'A': 1}\"", [], ["a.yaml, line 1", "SEED", "type int"]),
         ("NAME.X: 3", [], ["NAME.X", "nested"]),
         ("1: 3", [], ["keys are words"]),
         ("SEED: !!int ''", [], ["a.yaml, line 1", "'' is not of type int"]),
@@ -193,6 +195,12 @@ def test_a_value_that_contains_itself_is_refused(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UserError, match="contains it"):
         read_yaml(tmp_path / "a.yaml")
+
+
+def test_what_is_too_large_for_a_configuration_is_refused_before_it_is_parsed(tmp_path):
+    (tmp_path / "a.yaml").write_text("a: " + "x" * (1 << 22))
+    with pytest.raises(UserError, match=r"a\.yaml has more than 2 MB"):
+        read_settings(tmp_path / "a.yaml")
 
 
 def test_an_alias_bomb_is_refused_before_it_fills_the_memory(tmp_path):

@@ -1,4 +1,4 @@
-"""docs/conversion.md keeps its word: every line to copy runs as it stands, on a checkpoint of the layout it is for."""
+"""Every command of docs/conversion.md runs unchanged, on a checkpoint of its layout."""
 
 from __future__ import annotations
 
@@ -90,6 +90,14 @@ def test_the_line_runs(
         assert manifest.channel_order == ("BGR" if {"BGR", "--d2-config", "R-50.pkl"} & set(arguments) else "RGB")
 
 
+def test_the_documented_account_is_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path, _ = BY_FILE["moco_v2_800ep_pretrain.pth.tar"].write(tmp_path)
+    assert run_job("convert", [str(path), str(tmp_path / "out.pkl"), "--branch", "query"]) == 0
+    page = (ROOT / "docs" / "conversion.md").read_text()
+    (block,) = re.findall(r"^```\n(source .*?)\n\.\.\.\n```", page, re.MULTILINE | re.DOTALL)
+    assert capsys.readouterr().out.startswith(block)
+
+
 # --- --inspect ---------------------------------------------------------------------------------------------------
 
 
@@ -115,7 +123,7 @@ def test_inspection_of_our_own_file(tmp_path: Path) -> None:
 
 
 def test_inspection_reads_no_value(tmp_path: Path) -> None:
-    """A file whose tensors are all damaged is still told, because none of them is looked at."""
+    """A file whose tensors are all damaged is still reported, because no value is read."""
     path = tmp_path / "c.pth"
     file = {"state_dict": {k: v for k, v in moco()[0]["state_dict"].items() if "encoder_k" not in k}, "epoch": 7}
     torch.save(file, path)
@@ -125,7 +133,7 @@ def test_inspection_reads_no_value(tmp_path: Path) -> None:
     path.write_bytes(content)
     report = inspection.inspect(path)
     assert report.backbones[0]["architecture"] == "resnet18"
-    assert report.says["epoch"] == 7
+    assert report.metadata["epoch"] == 7
     assert report.kind == "torch (zip)"
 
 
@@ -162,11 +170,19 @@ def test_inspection_and_conversion_exclude_each_other(tmp_path: Path, capsys: py
         (D2_CONFIG.replace("true", "7"), "STRIDE_IN_1X1 7 is neither true nor false"),
         (D2_CONFIG.replace("[103.53, 116.28, 123.675]", "[1.0, 2.0]"), "PIXEL_MEAN"),
         (D2_CONFIG.replace("[103.53, 116.28, 123.675]", "[a, b, c]"), "PIXEL_MEAN"),
-        (D2_CONFIG.replace("BGR", "YUV"), "YUV"),
+        (D2_CONFIG.replace("BGR", "YUV"), "INPUT.FORMAT 'YUV' is neither RGB nor BGR"),
+        (D2_CONFIG.replace("BGR", "null"), "INPUT.FORMAT None is neither RGB nor BGR"),
+        (
+            D2_CONFIG.replace("[103.53, 116.28, 123.675]", "[0.406, 0.456, 0.485]"),
+            "MODEL.PIXEL_MEAN 0.406 .* from 0 to 1",
+        ),
+        (D2_CONFIG.replace("[103.53, 116.28, 123.675]", "[.inf, 1.0, 1.0]"), r"MODEL.PIXEL_MEAN .*inf.* must be"),
+        (D2_CONFIG.replace("tuple [1.0, 1.0, 1.0]", "tuple [0.225, 0.224, 0.229]"), "give MODEL.PIXEL_STD 57.375 "),
+        (D2_CONFIG.replace("tuple [1.0, 1.0, 1.0]", "tuple [0, 1, 1]"), r"MODEL.PIXEL_STD .* three positive"),
     ],
 )
 def test_a_detectron2_configuration_that_does_not_say_it(tmp_path: Path, text: str, said: str) -> None:
     path, _ = BY_FILE["model_final.pth"].write(tmp_path)
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=f"config.yaml: .*{said}"):
         load_any_backbone(path, stated=Stated.from_d2_config(tmp_path / "config.yaml"))

@@ -186,7 +186,7 @@ def test_a_manifest_of_any_text(folder: Path) -> None:
 
 
 def search(name: str, examples: int, seed: int, folder: Path) -> str:
-    """So many inputs for one parser; says how many were taken and how long the slowest took."""
+    """Run one parser on many inputs; return how many were accepted and the slowest time."""
     parser, random, taken, slowest = PARSERS[name], Random(f"{name} {seed}"), 0, 0.0
     started = time.monotonic()
     for number in range(examples):

@@ -1,4 +1,4 @@
-"""Safe loading: the tensors that torch, numpy and safetensors give, and nothing from a file that means harm."""
+"""Safe loading: the tensors that torch, numpy and safetensors give, and nothing from a malicious file."""
 
 from __future__ import annotations
 

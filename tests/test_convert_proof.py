@@ -1,4 +1,4 @@
-"""The road from a file to Detectron2's .pkl and YAML: what is written, and that failure leaves nothing."""
+"""From a file to Detectron2's .pkl and YAML: the output, and that failure leaves nothing."""
 
 from __future__ import annotations
 
@@ -371,7 +371,7 @@ def test_the_backbone_of_torchvisions_detector(tmp_path: Path) -> None:
     """Its prefix is no code base's own, so it must be said; what stands beside it is dropped by that."""
     model = randomised(torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None))
     torch.save(model.state_dict(), tmp_path / "maskrcnn.pth")
-    with pytest.raises(UserError, match=r"say --branch backbone\.body\."):
+    with pytest.raises(UserError, match=r"give --branch backbone\.body\."):
         convert(tmp_path / "maskrcnn.pth", tmp_path / "out.pkl")
     stated = Stated("RGB", IMAGENET_MEAN, IMAGENET_STD, stride_in_1x1=False)
     account = convert(tmp_path / "maskrcnn.pth", tmp_path / "out.pkl", branch="backbone.body.", stated=stated)

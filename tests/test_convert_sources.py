@@ -36,7 +36,7 @@ from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD, describe, s
 from loco_det.backbones.names import to_detectron2, to_torchvision
 from loco_det.backbones.resnet import ResNet
 from loco_det.cli import run_job
-from loco_det.convert import load_backbone_weights, load_checkpoint
+from loco_det.convert import load_any_backbone, load_backbone_weights, load_checkpoint
 from loco_det.convert.inspect import inspect
 from loco_det.convert.load import load_tensors, open_tensors
 from loco_det.convert.name_patterns import NAMINGS
@@ -470,7 +470,7 @@ def test_d4_the_prefix_takes_a_backbone_alone_whatever_stands_beside_it(prefix: 
     container, _, name = prefix.partition(":")
     state = resnet().state_dict()
     file = {container: prefixed(name, state) | more}
-    with pytest.raises(UserError, match=rf"is unknown in .*--branch {re.escape(prefix)}, or leave it out, --drop"):
+    with pytest.raises(UserError, match=rf"is unknown in .*--drop PATTERN, or .* --branch {re.escape(prefix)} "):
         take_account("x", file)
     account, chosen = take_account("x", file, prefix)
     assert_converted(account, state)
@@ -532,6 +532,9 @@ def test_d6_heads_inside_the_resnet_are_left_out_only_when_named(tmp_path: Path)
     heads = beside("pool_conv_block1.0.weight", "layer3.fpn_lateral.weight", "layer3.fpn_lateral.bias")
     torch.save(state | heads, tmp_path / "heads.pth")
     arguments = [str(tmp_path / "heads.pth"), str(tmp_path / "out.pkl")]
+    for read in (load_backbone_weights, load_any_backbone):  # for commands without --drop; --branch would not help
+        with pytest.raises(UserError, match=rf"loco-det convert {tmp_path}/heads.pth backbone.pkl --drop PATTERN$"):
+            read(tmp_path / "heads.pth")
     assert run_job("convert", arguments) == 2
     assert run_job("convert", [*arguments, "--drop", "pool_conv_block*"]) == 2
     assert run_job("convert", [*arguments, "--drop", "pool_conv_block*", "--drop", "*.fpn_*"]) == 0

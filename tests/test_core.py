@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import multiprocessing
 import os
+import pickle
 import platform
 import random
 import re
@@ -24,7 +26,7 @@ from torch.utils.data import DataLoader
 from loco_det.core import log as log_module
 from loco_det.core.device import resolve_device, seed_everything
 from loco_det.core.errors import UserError, raising
-from loco_det.core.files import atomic_write, write_json
+from loco_det.core.files import atomic_write, read_bytes, write_json
 from loco_det.core.log import Progress, log, log_failure, setup_logging
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,6 +131,36 @@ def test_a_disk_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not (tmp_path / "results.json").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_costs_lines_of_the_log_and_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    setup_logging(tmp_path, quiet=False)
+    for number in range(3):
+        log.info("line %d", number)
+    setup_logging()  # closes the file
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert [told.count(f"line {number}") for number in range(3)] == [1, 1, 1]
+    assert told.count("log.txt: cannot be written (No space left on device)") == 1
+
+
+def test_only_what_has_an_end_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(1 << 42)
+    for name, reason in (("pipe", "regular file"), ("link", "regular file"), ("sparse", "larger than the memory")):
+        with pytest.raises(OSError, match=reason):
+            read_bytes(tmp_path / name)
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(OSError, match=str(path)):
+            read_bytes(path)
+    (tmp_path / "file").write_bytes(b"content")
+    assert read_bytes(tmp_path / "file") == b"content"
+
+
 @pytest.mark.parametrize("place", ["under a file", "onto a folder"])
 def test_an_impossible_place_is_bad_input(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
@@ -139,10 +171,19 @@ def test_an_impossible_place_is_bad_input(place: str, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"), [("a\nb", r"a\nb"), ("\x1b[2J", r"\x1b[2J"), ("\udcff", r"\udcff"), ("ü b", "ü b")]
+)
+def test_a_message_is_one_line_of_text_whatever_it_names(name: str, shown: str) -> None:
+    error = UserError(f"{name}: is not there")
+    assert str(error) == f"{shown}: is not there"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
 def _write_slowly(path: str) -> None:
     with atomic_write(path) as file:
-        for _ in range(1000):
-            file.write(b"x" * 1000)
+        for _ in range(100):
+            file.write(b"x" * 10_000)
             file.flush()
             time.sleep(0.01)
 
@@ -162,6 +203,30 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     with atomic_write(path) as file:  # and the rest of the killed one is not in the way
         file.write(b"new")
     assert path.read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_writers_of_one_file_leave_one_of_theirs(
+    locks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    path = tmp_path / "file"
+    process = multiprocessing.get_context("fork").Process(target=_write_slowly, args=(str(path),))
+    process.start()
+    while not list(tmp_path.glob(".*.tmp")):
+        time.sleep(0.01)
+    for content in (b"short", b"another"):
+        with atomic_write(path) as file:
+            file.write(content)
+        assert path.read_bytes() == content
+    process.join()
+    assert path.read_bytes() == b"x" * 10**6
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_json_that_cannot_be_encoded_leaves_nothing(tmp_path: Path) -> None:

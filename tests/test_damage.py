@@ -1,4 +1,4 @@
-"""A flipped bit in anything that is written and read back: seen, and the thing is made again or refused."""
+"""A flipped bit in any file that is read back is detected; the file is remade or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`loco-det data check`: every kind of defect is found, counted and named, and the exit status says what it means."""
+"""`loco-det data check`: every kind of defect is found, counted and named, and sets the exit status."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_shards_in_braces_are_checked(folder, tmp_path, capsys):
     for braces in (f"{tmp_path}/train-{{0000..0001}}.tar", "./train-{0000..0001}.tar", "train-{0000..0001}.tar"):
         status, answer = check(braces)
         assert (status, answer["counts"]["images"], answer["data"]) == (0, 6, braces)
-    for gone in ("./train-{0000..0002}.tar", "./gone.tar", "./gone.zip", "./gone.txt"):
+    for gone in ("./train-{0000..0002}.tar", "./train-{0..3.tar", "./gone.tar", "./gone.zip", "./gone.txt"):
         assert main(["data", "check", gone, "--out", "out"]) == 2
         said = capsys.readouterr().err
         assert "DATA.PATH" in said
@@ -165,6 +165,20 @@ def test_nothing_to_check_is_bad_input(folder, capsys):
     for arguments in (["absent"], ["pets_train"], [folder, "--annotations", "absent.json"], [folder, "--format", "x"]):
         assert main(["data", "check", *map(str, arguments), "--quiet"]) == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("option", ["--seed -1", "--workers -1", "--size 0"])
+def test_a_number_that_means_nothing_is_refused_by_its_option(option, folder, capsys):
+    assert main(["data", "check", str(folder), *option.split()]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {option.replace(' ', ' is ')}; give")
+    assert said.count("\n") == 1
+
+
+def test_a_class_may_be_called_like_a_formula(folder):
+    (folder / "cat").rename(folder / "$a_{$")
+    status, answer = check(folder)
+    assert (status, answer["classes"]) == (0, {"$a_{$": 4, "dog": 2})
 
 
 def test_the_sheet_shows_each_image_and_its_views(folder):

@@ -1,6 +1,6 @@
 """The annotation index: against json.load for every layout of a file, and a cache that is right or rebuilt.
 
-Whether a cache file was rebuilt is told by what is on the disk, under a clock that stands still: with it a rebuilt one
+Whether a cache file was rebuilt shows on the disk, under a clock that stands still: with it a rebuilt one
 is the same to the last byte.
 """
 

@@ -206,6 +206,8 @@ def test_bad_images_and_segmentations_are_named(tmp_path):
         mapper(record._replace(width=71), sample_rng(0, 0))
     with pytest.raises(UserError, match="annotation id 0 has no segmentation"):
         mapper(record._replace(segmentations=[b"[]"] * 4), sample_rng(0, 0))
+    with pytest.raises(UserError, match=r"annotation id 0 .*neither a list of polygons nor an RLE"):
+        mapper(record._replace(segmentations=[b"[" * 100_000] * 4), sample_rng(0, 0))
     with pytest.raises(UserError, match="annotation id 0 is an RLE"):
         mapper(make_dataset(tmp_path / "rle", rle=True)[0], sample_rng(0, 0))
     boxes_only = DetectionMapper(config("MODEL.MASK_ON", False), train=True)

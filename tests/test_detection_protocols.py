@@ -1,4 +1,4 @@
-"""Runs that end in something else than one AP: proposals alone, several views of an image, precise BatchNorm."""
+"""Proposal recall, test-time augmentation and precise BatchNorm."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from loco_det.detection.keys import check_supported, get_cfg
 from loco_det.detection.precomputed import read_proposals
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.train import train_net
-from loco_det.detection.tta import AugmentedRCNN, back, forth
+from loco_det.detection.tta import AugmentedRCNN, apply, invert
 from loco_det.evaluation.proposals import Proposals, best_covers, evaluate_proposals
 
 pytestmark = pytest.mark.usefixtures("one_thread", "tiny_data")
@@ -259,16 +259,16 @@ def test_a_mirrored_image_has_mirrored_detections() -> None:
     assert (mirrored.masks.flip(2) != seen.masks).float().mean() < 0.01
 
 
-def test_the_way_back_undoes_the_way_forth() -> None:
+def test_invert_undoes_apply() -> None:
     _, augmented = detectors(MIN_SIZES=(60, 88), MAX_SIZE=110, FLIP=True)
     boxes = torch.tensor([[10.0, 20, 60, 70], [0, 0, 200, 150]])
     views = augmented._views(cases.images(((75, 100),))[0], (150, 200))
     assert [tuple(view["image"].shape) for view, _ in views] == [(3, 60, 80)] * 2 + [(3, 83, 110)] * 2
-    for view, way in views:
+    for view, transforms in views:
         height, width = view["image"].shape[1:]
-        there = forth(boxes, way)
+        there = apply(boxes, transforms)
         torch.testing.assert_close(there[1], torch.tensor([0.0, 0, width, height]), rtol=0, atol=1e-4)
-        torch.testing.assert_close(back(there, way), boxes, rtol=0, atol=1e-3)
+        torch.testing.assert_close(invert(there, transforms), boxes, rtol=0, atol=1e-3)
 
 
 def test_an_augmented_evaluation_stands_beside_the_plain_one(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
 from pretrain.defaults import get_cfg
+from pretrain.loco import METHODS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -24,3 +26,5 @@ def test_every_pretraining_key_is_explained() -> None:
     for name in leaves(get_cfg()):
         shown = name.removeprefix("AUGMENT.") if name.startswith("AUGMENT.") else name
         assert f"`{shown}`" in text, f"docs/pretraining.md does not explain {name}"
+    (methods,) = re.findall(r"\| `METHOD` \|.*", text)
+    assert all(re.search(rf"\b{name}\b", methods) for name in (*METHODS, "random"))

@@ -1,4 +1,4 @@
-"""loco-det doctor: each check on a machine that is well and on one that is not."""
+"""loco-det doctor: each check on a healthy and on a broken machine."""
 
 from __future__ import annotations
 
@@ -126,10 +126,11 @@ def test_operators_that_cannot_run_are_found(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_package_that_cannot_be_imported_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "timm", None)
-    monkeypatch.setitem(sys.modules, "cv2", None)
+    for name in ("timm", "jinja2", "cv2"):
+        monkeypatch.setitem(sys.modules, name, None)
     checks = examine()
     assert "timm" in named(checks, "packages").found
+    assert "jinja2" in named(checks, "packages").found
     assert named(checks, "packages").status == named(checks, "opencv").status == "fail"
     assert "cv2" in named(checks, "opencv").found
 

@@ -9,7 +9,9 @@ import math
 import re
 import shlex
 import shutil
+import weakref
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import lvis_cases
@@ -24,10 +26,14 @@ from test_semantic import predicted
 from test_voc import detections as voc_detections
 from test_voc import slow_ap, write_voc
 
-from loco_det.annotations.registry import find_dataset
+import loco_det.evaluation as measures
+from loco_det.annotations.registry import Dataset, find_dataset
 from loco_det.cli import run_job
+from loco_det.core.run_folder import run_folder
+from loco_det.evaluation.bootstrap import Counted
 from loco_det.evaluation.cityscapes import evaluate_cityscapes
-from loco_det.evaluation.lvis import evaluate_lvis
+from loco_det.evaluation.lvis import NUMBERS, evaluate_lvis
+from loco_det.evaluation.measure import Subject
 from loco_det.evaluation.pixels import evaluate_semantic
 from loco_det.evaluation.proposals import Proposals, evaluate_proposals, write_proposals
 from loco_det.evaluation.voc import evaluate_voc
@@ -151,6 +157,26 @@ def test_c6_a_size_that_few_images_have_gets_no_interval(tmp_path):
     assert set(found["ci95"]["bbox"]) == {"AP", "AP50", "AP75", "APs"}
 
 
+def test_c6_proposals_of_a_size_that_few_images_have_get_no_interval(tmp_path):
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": 300, "width": 300} for i in range(1, 21)]
+    rows = [{"id": i, "image_id": i, "category_id": 1, "bbox": [0, 0, side, side], "area": side**2, "iscrowd": 0}
+            for i, side in enumerate([200] + [20] * 19, 1)]  # fmt: skip
+    path = saved(tmp_path, {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "a"}]})
+    file = write(tmp_path / "results.json", [{**row, "score": 0.5} for row in rows])
+    found = evaluated(tmp_path, file, file, "--data", path, "--measure", "proposals", "--bootstrap", 50)
+    assert found["results"][0]["numbers"]["box_proposals"]["ARl@100"] == pytest.approx(100)
+    usual = {"AR@100", "ARs@100", "AR@1000", "ARs@1000"}
+    assert set(found["results"][0]["ci95"]["box_proposals"]) == set(found["paired"]["box_proposals"]) == usual
+
+
+@pytest.mark.parametrize(("empty", "kept"), [(0, True), (2, True), (3, False)])
+def test_c6_one_draw_in_a_thousand_may_lack_a_number(empty, kept):
+    """A number of 2000 draws that the first few have no object for."""
+    values = iter([1.0] + [math.nan] * empty + [1.0] * (2000 - empty))
+    found = Counted("bbox", ("AP",), 3, lambda times: [next(values)]).intervals(2000)
+    assert found == ({"AP": [1.0, 1.0]} if kept else {})
+
+
 # --- other measures ---------------------------------------------------------------------------------------------
 
 
@@ -168,6 +194,37 @@ def test_c6_lvis(tmp_path):
         assert 0 <= low <= high <= 100
     whole = [one["numbers"]["segm"]["AP"] for one in found["results"]]
     assert found["paired"]["segm"]["AP"]["difference"] == pytest.approx(whole[1] - whole[0])
+
+
+def test_c6_lvis_without_an_area_and_with_an_annotation_that_does_not_count(tmp_path):
+    content, results = lvis_cases.made_up(0)
+    file, options = write(tmp_path / "r.json", results), ("--measure", "lvis", "--bootstrap", 30)
+    whole = evaluated(tmp_path, file, "--data", write(tmp_path / "lvis.json", content), *options)["results"]
+    assert whole[0]["ci95"]["segm"]
+    for annotation in content["annotations"][:3]:
+        del annotation["area"]  # that of its mask, so nothing changes
+    unlisted = {**content["annotations"][0], "id": 10_000, "category_id": 1}
+    content["annotations"] = [unlisted, *content["annotations"]]
+    found = evaluated(tmp_path, file, "--data", write(tmp_path / "lvis.json", content), *options)["results"]
+    assert found == whole
+
+
+def test_c6_lvis_what_few_images_have_gets_no_interval(tmp_path):
+    """Of 20 images six have a medium object, as few as nearly every draw has one of; one has one of a rare class."""
+    classes = [{"id": 1, "name": "a", "frequency": "f"}, {"id": 2, "name": "b", "frequency": "r"}]
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": 300, "width": 300, "neg_category_ids": [2] * (i > 1),
+               "not_exhaustive_category_ids": []} for i in range(1, 21)]  # fmt: skip
+    objects = [(i, 1, 20) for i in range(1, 21)] + [(i, 1, 40) for i in range(1, 7)] + [(1, 2, 20)]
+    objects += [(i, 3, 200) for i in range(1, 21)]  # large, of a class that is not listed
+    rows = [{"id": number, "image_id": i, "category_id": category, "bbox": [0, 0, side, side], "area": side**2}
+            for number, (i, category, side) in enumerate(objects, 1)]  # fmt: skip
+    file = write(tmp_path / "results.json", [{**row, "score": 0.5} for row in rows if row["category_id"] < 3])
+    del rows[20]["area"]  # of a medium one
+    path = saved(tmp_path, {"images": images, "annotations": rows, "categories": classes})
+    (found,) = evaluated(tmp_path, file, "--data", path, "--measure", "lvis", "--bootstrap", 100)["results"]
+    assert found["numbers"]["bbox"]["APr"] == pytest.approx(100)
+    assert set(found["ci95"]["bbox"]) == {"AP", "AP50", "AP75", "APs", "APm", "APf"}
+    assert found["ci95"]["bbox"]["APf"] == pytest.approx([100, 100])
 
 
 @pytest.mark.parametrize("year", ["2007", "2012"])
@@ -249,6 +306,88 @@ def test_c6_proposals_of_a_pickle_and_of_detections_without_their_classes(coco, 
     assert low < high
 
 
+# --- once -------------------------------------------------------------------------------------------------------
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list[object]:
+    """Grows by one whenever a function is called."""
+    function, calls = getattr(module, name), []
+    monkeypatch.setattr(module, name, lambda *args: calls.append(1) or function(*args))
+    return calls
+
+
+@pytest.mark.parametrize("draws", [0, 5])
+def test_c6_results_are_matched_once(coco, tmp_path, monkeypatch, draws):
+    """COCO's and LVIS's intervals need the matching of no results at all besides."""
+    path, file, _, _ = coco
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "sets"))
+    content, found = lvis_cases.made_up(0, images=3)
+    lvis_path, lvis_file = write(tmp_path / "lvis.json", content), write(tmp_path / "l.json", found)
+    ids = write_voc(tmp_path / "sets", "2007", "val", count=3)
+    voc_file = write(tmp_path / "v.json", voc_detections(tmp_path / "sets", "2007", ids))
+    root = write_cityscapes(tmp_path / "sets", images=2)
+    dataset = find_dataset("cityscapes_fine_instance_seg_val")
+    city_file = write(tmp_path / "c.json", noisy_results(root, dataset.annotations, "val", 0))
+    predicted(root, tmp_path / "labels", 0)
+    for module, name, calls, argv in (
+        (measures.coco, "hotcoco_evaluations", 2 if draws else 1, (file, "--data", path)),
+        (measures.coco, "hotcoco_evaluations", 2 if draws else 0, (file, "--data", path, "--evaluator", "pycocotools")),
+        (measures.coco, "_pycocotools", 1, (file, "--data", path, "--evaluator", "pycocotools")),
+        (measures.lvis, "_evaluation", 4 if draws else 2, (lvis_file, "--data", lvis_path, "--measure", "lvis")),
+        (measures.voc, "_best_objects", 20, (voc_file, "--data", "voc_2007_val")),  # for each class
+        (measures.cityscapes, "_match", 2, (city_file, "--data", dataset.name)),  # for each image
+        (measures.pixels, "read_pair", 2, (tmp_path / "labels", "--data", "cityscapes_fine_sem_seg_val")),
+        (measures.proposals, "_cases", 1, (file, "--data", path, "--measure", "proposals")),
+    ):
+        with monkeypatch.context() as patch:
+            count = counted(patch, module, name)
+            evaluated(tmp_path, *argv, "--bootstrap", draws)
+        assert len(count) == calls, (module.__name__, name)
+
+
+def test_c6_what_is_odd_in_the_annotations_is_told_once(coco, capsys):
+    path, file, truth, _ = coco
+    del truth["annotations"][0]["area"]
+    path.write_text(json.dumps(truth))
+    assert run_job("evaluate", [str(file), str(file), "--data", str(path), "--bootstrap", "5"]) == 0
+    assert capsys.readouterr().err.count("without an area") == 1
+
+
+def test_c6_an_evaluation_alone_keeps_nothing(coco, monkeypatch):
+    """As in training: what was matched is free once its numbers are there, of LVIS's one kind at a time."""
+    path, _, _, results = coco
+    made = []
+
+    class Watched(measures.coco.Outcomes):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(measures.coco, "Outcomes", Watched)
+    subject = Subject(Dataset("x", Path(), path), Path(), True, (), "hotcoco")
+    measure = measures.coco.Measure(subject)
+    numbers = measure.evaluate(results)
+    assert [one() for one in made] == [None]
+    assert [one.kind for one in measure.resamplable(results)] == [*BOTH]
+    assert bits(measure.evaluate(results)["segm"]) == bits(numbers["segm"])
+    assert len(made) == 2
+
+    class Evaluation:
+        def __init__(self, *_: object) -> None:
+            assert all(one() is None for one in alive)
+            alive.append(weakref.ref(self))
+
+        def get_results(self) -> dict[str, float]:
+            return dict.fromkeys(NUMBERS, 0.5)
+
+    alive: list[weakref.ref] = []
+    monkeypatch.setattr(measures.lvis, "_evaluation", Evaluation)
+    content, found = lvis_cases.made_up(0, images=2)
+    path.write_text(json.dumps(content))
+    measures.lvis.Measure(subject).evaluate(found)
+    assert len(alive) == 2
+
+
 # --- bad files --------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +397,13 @@ def test_c6_proposals_of_a_pickle_and_of_detections_without_their_classes(coco, 
         (lambda row: row.update(category_id=0), r"row 3 has category_id 0, which .*\.json does not list .*its place"),
         (lambda row: row.update(image_id=4), r"row 3 has image_id 4, which .* does not list"),
         (lambda row: row.update(image_id="9"), "row 3: Expected `int`, got `str` at image_id"),
+        (lambda row: row.update(image_id=2**63 + 5), r"row 3: .*at image_id"),
+        (lambda row: row.update(image_id=-(10**30)), r"row 3: .*at image_id"),
+        (lambda row: row.update(category_id=10**30), r"row 3: .*at category_id"),
+        (lambda row: row["segmentation"].update(size=[10**30, 9]), r"row 3: .*at segmentation.size"),
+        (lambda row: row.update({"\ud800": 1}), "not in COCO's result format"),
+        (lambda row: row["segmentation"].update(counts="-"), "row 3 has a mask whose run lengths cannot be read"),
+        (lambda row: row["segmentation"].update(counts="oooo6"), "row 3 has a mask whose run lengths .* do not fit"),
         (lambda row: row.update(score=None), "row 3: Expected `float`, got `null` at score"),
         (lambda row: row.pop("score"), "row 3: .*missing required field `score`"),
         (lambda row: row.update(score=math.nan), "row 3 has a score that is not finite"),
@@ -298,6 +444,17 @@ def test_c6_a_file_that_is_no_results_file_is_one_sentence(coco, capsys, content
     assert str(file) in line
 
 
+def test_results_of_a_run_that_were_changed_are_refused(coco, tmp_path, capsys):
+    annotations, results = coco[0], coco[1]
+    inside = tmp_path / "run" / "inference" / "results.json"
+    inside.parent.mkdir(parents=True)
+    with run_folder(tmp_path / "run"):
+        write(inside, json.loads(results.read_text()))
+    evaluated(tmp_path, inside, "--data", annotations, "--bootstrap", 0)
+    inside.write_text(inside.read_text().replace("1", "2", 1))
+    assert "results.json: is not what the run wrote" in refused(capsys, inside, "--data", annotations)
+
+
 def test_c6_nothing_is_measured_before_all_is_known_to_be_sound(coco, tmp_path, capsys):
     path, file, _, _ = coco
     assert "no such file" in refused(capsys, file, tmp_path / "no.json", "--data", path)
@@ -308,6 +465,19 @@ def test_c6_nothing_is_measured_before_all_is_known_to_be_sound(coco, tmp_path, 
     boxes, masks = (write(tmp_path / f"{key}.json", without(json.loads(file.read_text()), key))
                     for key in ("segmentation", "bbox"))  # fmt: skip
     assert "no bbox or segm" in refused(capsys, boxes, masks, "--data", path)
+
+
+def test_c6_options_that_would_be_passed_over_are_refused(coco, tmp_path, monkeypatch, capsys):
+    path, *_ = coco
+    file = write_proposals(tmp_path, [Proposals(3, torch.zeros(1, 4), torch.zeros(1))])
+    write_cityscapes(tmp_path / "sets", images=1)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "sets"))
+    for given, data in ((file, path), (tmp_path, "cityscapes_fine_sem_seg_val")):
+        for option in (("--iou-type", "bbox"), ("--measure", "coco")):
+            assert f"so {' '.join(option)} does not apply; leave it out" in refused(
+                capsys, given, "--data", data, *option
+            )
+    evaluated(tmp_path, file, "--data", path, "--measure", "proposals", "--bootstrap", 0)
 
 
 def test_every_command_of_the_page_runs(coco, tmp_path, monkeypatch):

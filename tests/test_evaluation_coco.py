@@ -146,8 +146,7 @@ def test_whole_precision_arrays_are_equal(tmp_path, seed):
     truth, results = made_up_set(seed)
     checked = coco.read_ground_truth(saved(tmp_path, truth), BOTH)
     detections = coco.check_results(results, checked, BOTH)
-    fast = coco._hotcoco(checked, detections, BOTH, 100)
-    slow = coco._pycocotools(checked, detections, BOTH, 100)
+    fast, slow = (coco.Outcomes(checked, detections, BOTH).precision(evaluator) for evaluator in EVALUATORS)
     for iou_type in BOTH:
         assert fast[iou_type].shape == (10, 101, len(CATEGORY_IDS), 4)
         assert np.array_equal(fast[iou_type], slow[iou_type])

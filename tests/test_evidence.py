@@ -17,6 +17,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import evidence  # noqa: E402
 import evidence_page  # noqa: E402
 
+from loco_det.images.folders import open_source  # noqa: E402
+
 
 def cell(row: str, seed: int, top1: float, losses: dict[str, list[list[float]]]) -> dict:
     probe = {
@@ -58,6 +60,8 @@ def test_tables_have_means_intervals_and_differences_seed_by_seed(cells) -> None
     assert "- GIM: `METHOD` gim\n" in text
     assert "30 epochs in batches of 128;" in " ".join(text.split())
     assert "## What was not run" in text
+    assert "- Progressive ResNet: SimCLR, end to end, GIM, LoCo." in text
+    assert "- Units of single blocks: GIM, a loss for each block, LoCo, a loss for every two blocks." in text
 
 
 def test_detection_and_calibration_are_told_where_they_were_run(cells) -> None:
@@ -145,6 +149,41 @@ def test_the_lists_share_no_image_and_have_the_same_number_of_each_class(tmp_pat
     before = train
     evidence.write_lists(tmp_path / "set/train", tmp_path)
     assert (tmp_path / "train.txt").read_text().split("\n")[:-1] == before
+
+
+def test_the_rate_of_a_row_is_the_one_with_the_highest_score(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    for rate, score in zip(evidence.RATES, (40.0, 41.8, 38.9, 36.8, 36.7), strict=True):
+        (tmp_path / f"rate_gim_{rate:g}.json").write_text(json.dumps({"held_out_top1": score}))
+    assert evidence.best_rate("gim") == evidence.RATES[1]
+
+
+@pytest.mark.parametrize("method", evidence.DETECTION_METHODS)
+def test_a_detector_is_made_with_the_decoder_of_its_method_from_images_that_are_there(
+    method: str, tmp_path: Path, monkeypatch
+) -> None:
+    data = tmp_path / "bccd"
+    for folder in ("ImageSets/Main", "JPEGImages"):
+        (data / folder).mkdir(parents=True)
+    (data / "ImageSets/Main/train.txt").write_text("0\n1\n")
+    for k in range(2):
+        (data / f"JPEGImages/{k}.jpg").write_bytes(b"%d" % k)
+    ran: list[tuple[str, ...]] = []
+    monkeypatch.setattr(evidence.Commands, "run", lambda _, made, *words: ran.append(tuple(map(str, words))))
+    jobs: list[evidence.argparse.Namespace] = []
+    monkeypatch.setattr(evidence, "detect", jobs.append)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "detect", "--data", "bccd", "--out", "out"])
+    evidence.main()
+    evidence.detector(method, 1, *jobs)
+    pretrain, _, train = ran
+    words = pretrain[pretrain.index("METHOD") :]
+    settings = dict(zip(words[::2], words[1::2]))
+    assert (settings["METHOD"], settings["SEED"]) == (method, "1")
+    assert ("DECODER.CONV_BLOCKS" not in settings) == (method == "loco")
+    source = open_source(settings["DATA.PATH"])
+    assert [source.read(k) for k in range(len(source))] == [b"0", b"1"]
+    assert f"('{data}@train',)" in train
 
 
 def test_only_the_commands_processor_time_counts(tmp_path: Path) -> None:

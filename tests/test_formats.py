@@ -534,6 +534,7 @@ def test_yolo_poses_come_over_as_boxes(tmp_path):
     [
         ("train: [images", ["data.yaml is no data.yaml of YOLO"]),
         ("[" * 20000, ["data.yaml", "nested too deep"]),
+        ("names: " + "x" * (1 << 22), ["data.yaml", "it has more than 2 MB"]),
         ("names: [cat, dog]\n", ["data.yaml", "none named"]),
         ("train: nowhere\nnames: [cat, dog]\n", ["data.yaml", "none of its splits (train) is there"]),
         ("train: images/train\nnames: {0: cat, 2: dog}\n", ["does not number its 2 classes from 0 on"]),
@@ -1062,8 +1063,8 @@ def test_two_formats_are_not_guessed_between(tmp_path):
         (["plain", "--out", "out"], ["SRC OUT"]),
         (["plain", "out", "--out", "there"], ["--out there is of data check"]),
         (["coco", "out"], ["COCO's format already", "FILE.json@FOLDER"]),
-        (["empty", "out"], ["not one object came over as voc", "no area", "a.xml: object 1 (x)"]),
-        (["strangers", "out"], ["not one object came over as voc", "it is not there"]),
+        (["empty", "out"], ["no object could be converted as voc", "no area", "a.xml: object 1 (x)"]),
+        (["strangers", "out"], ["no object could be converted as voc", "it is not there"]),
     ],
 )
 def test_what_cannot_be_converted_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, words):

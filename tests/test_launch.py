@@ -1,4 +1,4 @@
-"""Jobs of several processes, and signals: what is stopped saves, and what fails is told once."""
+"""Jobs of several processes, and signals: a stopped job saves, and a failure is reported once."""
 
 from __future__ import annotations
 
@@ -191,13 +191,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the ba
 import test_launch
 from loco_det.core.launch import launch
 try:
-    launch(test_launch._told, 2, *sys.argv[1:])
+    launch(test_launch._signalled, 2, *sys.argv[1:])
 except (test_launch.UserError, KeyboardInterrupt) as error:
     print(type(error).__name__, error)
 """
 
 
-def _told(folder: str, how: str) -> None:
+def _signalled(folder: str, how: str) -> None:
     with StopSignal() if how != "unprepared" else contextlib.nullcontext() as stop:
         (Path(folder) / f"started{os.getpid()}").touch()
         while stop is None or stop.received is None:
@@ -233,8 +233,7 @@ def _until(folder: Path, pattern: str, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("to", [os.kill, os.killpg])
+@pytest.mark.parametrize(("name", "to"), [("SIGINT", os.kill), ("SIGTERM", os.killpg)])
 def test_a_signal_to_the_job_or_its_first_process_lets_all_save(name: str, to: Callable, tmp_path: Path) -> None:
     with _job(tmp_path, "saves") as process:
         to(process.pid, signal.Signals[name])
@@ -243,10 +242,9 @@ def test_a_signal_to_the_job_or_its_first_process_lets_all_save(name: str, to: C
     assert len(list(tmp_path.glob("saved*"))) == 2
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_what_has_nothing_to_save_is_interrupted(name: str, tmp_path: Path) -> None:
+def test_what_has_nothing_to_save_is_interrupted(tmp_path: Path) -> None:
     with _job(tmp_path, "unprepared") as process:
-        os.kill(process.pid, signal.Signals[name])
+        os.kill(process.pid, signal.SIGTERM)
         assert process.communicate(timeout=120) == ("KeyboardInterrupt \n", "")
 
 

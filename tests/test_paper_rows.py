@@ -21,6 +21,8 @@ CONFIGS = ROOT / "configs" / "pretrain"
 # A small network, few pixels and rows of two images; everything else is the configuration's own.
 SMALL = {
     "BACKBONE.NORM": "BN",
+    "BACKBONE.STEM": "cifar",
+    "BACKBONE.WIDTH": 8,
     "DECODER.HIDDEN_DIM": 16,
     "DATA.IMAGE_SIZE": 32,
     "DATA.NUM_WORKERS": 0,

@@ -1,4 +1,4 @@
-"""Data sets spelled as paths: what each spelling stands for, in every place that takes a data set's name."""
+"""Data sets given as paths, in every place that takes a data set's name."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from tiny_detection import overrides, tiny_cfg, write_tiny
 
-from loco_det.annotations import classes
+from loco_det.annotations import classes, paths
 from loco_det.annotations.classes import category_ids
-from loco_det.annotations.coco import load_coco
+from loco_det.annotations.coco import load_coco, readable_annotations
+from loco_det.annotations.formats.conversion import convert_annotations
 from loco_det.annotations.index import load_index
 from loco_det.annotations.instances import Instances
 from loco_det.annotations.paths import is_path, split_parts
@@ -155,11 +156,19 @@ def test_roboflows_folders():
     assert len(load_coco(find_dataset("robo/train@10pct_seed0"))) == 1
 
 
-def test_a_folder_of_another_format_and_its_splits(caplog):
+def test_a_folder_of_another_format_and_its_splits(caplog, monkeypatch):
     voc(Path("pets"))
+    converted = []
+
+    def convert(source, **where):
+        converted.append(source)
+        return convert_annotations(source, **where)
+
+    monkeypatch.setattr(paths, "convert_annotations", convert)
     with caplog.at_level(logging.INFO, logger="loco_det"):
         sets = {split: load_coco(find_dataset(f"./pets@{split}")) for split in ("train", "val")}
         find_dataset("./pets@val")
+    assert converted == [Path("pets")]
     assert {split: len(dataset) for split, dataset in sets.items()} == {"train": 3, "val": 1}
     assert sets["val"][0].boxes.tolist() == [[4, 2, 12, 9], [4, 2, 12, 9]]
     assert sets["val"].class_names == sets["train"].class_names == ("cat", "dog")
@@ -476,6 +485,8 @@ def test_a_data_set_that_is_resolved_is_read_once(tmp_path, monkeypatch):
     train, test = find_dataset(cfg.DATASETS.TRAIN[0]), find_dataset(cfg.DATASETS.TEST[0])
     monkeypatch.setattr("loco_det.annotations.registry.load_index", load)
     for _ in range(3):
+        load_coco(train)
+        readable_annotations(train)
         classes.check_training_classes(cfg, [train, train])
         assert classes.category_ids(cfg, train) == (3, 7)
     assert read == ["instances_train.json"]

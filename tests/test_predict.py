@@ -231,7 +231,7 @@ def test_b5_no_image_of_a_folder_is_passed_over_in_silence(tmp_path: Path, caplo
         (tmp_path / name).write_bytes(b"unread")
     media, unreadable = find_media([tmp_path])
     assert [medium.name for medium in media] == sorted(read)
-    assert "passed over images that are not read here (1 x .cr2, 2 x .heic)" in caplog.text
+    assert "skipped images of unsupported formats (1 x .cr2, 2 x .heic)" in caplog.text
     frames = list(read_frames(media, "RGB", unreadable))
     assert {frame.pixels.shape for frame in frames} == {(6, 8, 3)}
     assert not unreadable

@@ -1,4 +1,4 @@
-"""Every number of a pretraining configuration: what can be is let through, all else is one sentence about its key."""
+"""Every number of a pretraining configuration: valid values pass, all others give one sentence that names the key."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ REALS = {  # (values that can be, values that cannot); infinity and nan never ca
     "AUGMENT.GRAY_PROB": ([-1.0, 0.0, 1.0], [-0.5, 1.1]),
     "AUGMENT.BLUR_PROB": ([-1.0, 0.0, 1.0], [-0.5, 1.1]),
     "AUGMENT.SOLARIZE_PROB": ([-1.0, 0.0, 1.0], [-0.5, 1.1]),
-    "SHARING.PENALTY": ([0.0, 1e-3, 1e300], [-1.0]),
+    "SHARING.PENALTY": ([0.0, 1e-3, 1e9], [-1.0, 1e300]),
 }
 LISTS = {
     "AUGMENT.CROP_SCALE": ([[0.2, 1.0]], [[0.0, 1.0], [0.5, 0.2], [0.2, 1.5], [0.2], [NAN, 1.0], [0.2, INF]]),

@@ -67,7 +67,7 @@ def test_a_line_tells_what_happened_since_the_one_before(clock: Clock, tmp_path:
         clock.now += 1.5
         for p in backbone.parameters():
             p.grad = torch.randn(p.shape, generator=generator)
-        watching.see_gradients(list(backbone.parameters()))
+        watching.record_gradients(list(backbone.parameters()))
         watching(step, [torch.tensor(1.0 + step), torch.tensor(2.0 + step)], 0.1 * (step + 1), {"knn/res5": 50.0})
     first, *_, last = (json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines())
     assert (first["iteration"], first["images_per_second"], first["data_wait_share"]) == (0, 4, 0.25)

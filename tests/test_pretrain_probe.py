@@ -24,8 +24,9 @@ from pretrain.defaults import get_cfg
 from pretrain.probe import KnnProbe
 from pretrain.train import pretrain
 
-SETTINGS = """BACKBONE.NAME resnet18 BACKBONE.STEM cifar DECODER.HIDDEN_DIM 16 DECODER.OUT_DIM 8 DATA.IMAGE_SIZE 16
-    DATA.NUM_WORKERS 0 SOLVER.BATCH_SIZE 4 SOLVER.MAX_STEPS 7 SOLVER.OPTIMIZER adamw SOLVER.BASE_LR 0.001
+SETTINGS = """BACKBONE.NAME resnet18 BACKBONE.STEM cifar BACKBONE.WIDTH 8 DECODER.HIDDEN_DIM 16
+    DECODER.OUT_DIM 8 DATA.IMAGE_SIZE 16 DATA.NUM_WORKERS 0
+    SOLVER.BATCH_SIZE 4 SOLVER.MAX_STEPS 7 SOLVER.OPTIMIZER adamw SOLVER.BASE_LR 0.001
     SOLVER.WARMUP_EPOCHS 0 LOG_PERIOD 4 DEVICE cpu KNN.K 3"""
 
 
@@ -102,7 +103,7 @@ def test_it_counts_right_and_training_is_the_same_without_it(classes: Path, tmp_
     assert {key: value for key, value in found[-1].items() if key.startswith("knn")} == pytest.approx(want)
 
 
-def test_a_fifth_of_each_class_is_asked_about_and_the_rest_answers(classes: Path, tmp_path: Path) -> None:
+def test_a_fifth_of_each_class_are_queries_and_the_rest_references(classes: Path, tmp_path: Path) -> None:
     source = open_source(classes)
 
     def probe(**extra: object) -> KnnProbe:
@@ -110,12 +111,12 @@ def test_a_fifth_of_each_class_is_asked_about_and_the_rest_answers(classes: Path
         return KnnProbe(cfg, source, torch.device("cpu"), torch.contiguous_format, torch.no_grad)
 
     half = probe()
-    assert sorted([*half.asked, *half.answering]) == list(range(13))
-    assert [source.label(i) for i in half.asked] == [0, 0, 1, 1]
-    assert list(probe().asked) == list(half.asked)
+    assert sorted([*half.queries, *half.references]) == list(range(13))
+    assert [source.label(i) for i in half.queries] == [0, 0, 1, 1]
+    assert list(probe().queries) == list(half.queries)
     few = probe(KNN__IMAGES=5)
-    assert set(few.answering) < set(half.answering)
-    assert 5 <= len(few.answering) <= 6
+    assert set(few.references) < set(half.references)
+    assert 5 <= len(few.references) <= 6
     assert [probe().due(done, 3, 40) for done in (29, 30, 31, 40)] == [False, True, False, True]
     assert not probe(KNN__PERIOD=0).due(40, 3, 40)
     torch.manual_seed(0)
@@ -154,18 +155,18 @@ def test_unreadable_images_are_left_out(classes: Path, tmp_path: Path) -> None:
     cfg = config(data, tmp_path, KNN__VAL_PATH=data)
     probe = KnnProbe(cfg, source, torch.device("cpu"), torch.contiguous_format, torch.no_grad)
     (data / "cat" / "0.png").write_bytes(b"no image")
-    _, labels = probe._features(ResNet(18, stem="cifar").eval(), source, probe.answering)
+    _, labels = probe._features(ResNet(18, stem="cifar").eval(), source, probe.references)
     assert labels.tolist() == [0] * 5 + [1] * 7
     for path in data.glob("*/*.png"):
         path.write_bytes(b"")
     assert probe(ResNet(18, stem="cifar")) == {}
 
 
-def test_classes_are_told_by_name_where_other_images_have_fewer(classes: Path, tmp_path: Path) -> None:
+def test_classes_are_matched_by_name_if_other_images_have_fewer(classes: Path, tmp_path: Path) -> None:
     shutil.copytree(classes / "dog", tmp_path / "val" / "dog")
     cfg = config(classes, tmp_path, KNN__VAL_PATH=tmp_path / "val")
     probe = KnnProbe(cfg, open_source(classes), torch.device("cpu"), torch.contiguous_format, torch.no_grad)
-    _, truth = probe._features(ResNet(18, stem="cifar").eval(), probe.test, probe.asked)
+    _, truth = probe._features(ResNet(18, stem="cifar").eval(), probe.test, probe.queries)
     assert truth.tolist() == [1] * 7  # the second class of the training, the first of these
 
 

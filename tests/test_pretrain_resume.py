@@ -1,4 +1,4 @@
-"""Runs that are killed, wherever it hurts most, and resumed end as the run that was not."""
+"""Runs that are killed at critical points and resumed equal the uninterrupted run."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ from pretrain.defaults import get_cfg
 
 STEPS = 7
 INIT_SCALE = 2.0**126  # overflows in the first step
-SETTINGS = f"""BACKBONE.NAME resnet18 BACKBONE.STEM cifar DECODER.HIDDEN_DIM 16 DECODER.OUT_DIM 8 DATA.IMAGE_SIZE 16
-    DATA.NUM_WORKERS 1 SOLVER.BATCH_SIZE 4 SOLVER.MAX_STEPS {STEPS} SOLVER.WARMUP_EPOCHS 1 LOG_PERIOD 1 DEVICE cpu
+SETTINGS = f"""BACKBONE.NAME resnet18 BACKBONE.STEM cifar BACKBONE.WIDTH 8 DECODER.HIDDEN_DIM 16
+    DECODER.OUT_DIM 8 DATA.IMAGE_SIZE 16 DATA.NUM_WORKERS 1
+    SOLVER.BATCH_SIZE 4 SOLVER.MAX_STEPS {STEPS} SOLVER.WARMUP_EPOCHS 1 LOG_PERIOD 1 DEVICE cpu
     CHECKPOINT_PERIOD 2 KNN.PERIOD 1 KNN.K 3 SOLVER.AMP fp16 SOLVER.OPTIMIZER adamw SOLVER.BASE_LR 0.001"""
 
 

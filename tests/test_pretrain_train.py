@@ -41,6 +41,8 @@ from pretrain.train import Learner, local_trainer, pretrain
 
 SMALL = {
     "BACKBONE.NAME": "resnet18",
+    "BACKBONE.STEM": "cifar",
+    "BACKBONE.WIDTH": "8",
     "DECODER.HIDDEN_DIM": "16",
     "DECODER.OUT_DIM": "8",
     "DATA.IMAGE_SIZE": "32",
@@ -53,6 +55,7 @@ SMALL = {
     "LOG_PERIOD": "1",
     "DEVICE": "cpu",
 }
+WHOLE = {"BACKBONE__STEM": "imagenet", "BACKBONE__WIDTH": 64}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +89,7 @@ def trace(output: Path) -> list[dict]:
 def test_every_method_writes_a_backbone_that_says_what_it_is(
     method: str, units: int, images: Path, tmp_path: Path
 ) -> None:
-    path = pretrain(config(images, tmp_path, METHOD=method))
+    path = pretrain(config(images, tmp_path, METHOD=method, **WHOLE))
     tensors, manifest = load_backbone(path)
     ResNet(18).load_state_dict({to_detectron2(k): v for k, v in tensors.items()}, strict=False)
     assert (manifest.method, len(manifest.units), manifest.step, manifest.images) == (method, units, 3, 12)
@@ -183,7 +186,7 @@ def test_the_loss_falls_when_there_is_something_to_learn(images: Path, tmp_path:
 def test_golden_trace(images: Path, tmp_path: Path) -> None:
     """Recorded once from this software: a refactoring must not move it. Differences between platforms are rounding."""
     torch.manual_seed(1)  # what was drawn before is not to matter
-    pretrain(config(images, tmp_path, SOLVER__MAX_STEPS=2))
+    pretrain(config(images, tmp_path, SOLVER__MAX_STEPS=2, **WHOLE))
     losses = [[v for k, v in line.items() if k.startswith("loss/")] for line in trace(tmp_path)]
     assert losses == [pytest.approx(GOLDEN[0], abs=2e-3), pytest.approx(GOLDEN[1], abs=2e-2)]
 
@@ -192,7 +195,7 @@ GOLDEN = ([5.639, 2.901, 1.890], [7.600, 4.769, 2.552])
 
 
 def test_random_measures_batch_statistics_and_trains_nothing(images: Path, tmp_path: Path) -> None:
-    random, manifest = load_backbone(pretrain(config(images, tmp_path / "r", METHOD="random")))
+    random, manifest = load_backbone(pretrain(config(images, tmp_path / "r", METHOD="random", **WHOLE)))
     torch.manual_seed(0)
     fresh = ResNet(18).state_dict()
     for name, tensor in random.items():
@@ -237,7 +240,7 @@ def test_a_run_may_be_augmented_elsewhere_from_some_step_on(images: Path, tmp_pa
     (tmp_path / "b" / "checkpoint_00000003.pth").unlink()
     pretrain(config(images, tmp_path / "b", AUGMENT__DEVICE="auto"), resume=True)
     for own, other in zip(trace(tmp_path / "a"), trace(tmp_path / "b"), strict=True):
-        assert own["loss/res4-res5"] == pytest.approx(other["loss/res4-res5"], abs=0.05)
+        assert own["loss/res4-res5"] == pytest.approx(other["loss/res4-res5"], abs=0.2)
     assert trace(tmp_path / "a")[:2] == trace(tmp_path / "b")[:2]
     assert trace(tmp_path / "a")[2] != trace(tmp_path / "b")[2]  # a blur rounds otherwise
 
@@ -269,7 +272,9 @@ def test_a_python_data_set_trains(images: Path, tmp_path: Path) -> None:
     arrays = [cv2.imread(str(file))[:, :, ::-1] for file in sorted(images.glob("*.png"))]
     own = pretrain(config(Path("unused"), tmp_path / "own"), source=DatasetSource(arrays))
     files = pretrain(config(images, tmp_path / "files"))
-    assert load_backbone(own)[1].tensors_sha256 == load_backbone(files)[1].tensors_sha256
+    manifests = [load_backbone(path)[1] for path in (own, files)]
+    assert manifests[0].tensors_sha256 == manifests[1].tensors_sha256
+    assert [manifest.dataset for manifest in manifests] == ["list", images.name]
 
 
 class Noise:
@@ -563,9 +568,9 @@ def test_unreadable_images_are_skipped_up_to_the_share(images: Path, tmp_path: P
     ],
 )
 def test_bad_values_are_named_before_files_are_opened(key: str, value: object, message: str, tmp_path: Path) -> None:
-    extra = {"SOLVER__MAX_STEPS": 0} if key == "SOLVER__EPOCHS" else {}
+    extra = {**WHOLE, **({"SOLVER__MAX_STEPS": 0} if key == "SOLVER__EPOCHS" else {})}
     with pytest.raises(UserError, match=message):  # before the missing images are noticed
-        pretrain(config(tmp_path / "missing", tmp_path / "run", **{key: value}, **extra))
+        pretrain(config(tmp_path / "missing", tmp_path / "run", **{**extra, key: value}))
     assert not list(tmp_path.iterdir())
 
 

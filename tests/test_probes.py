@@ -532,7 +532,7 @@ def test_a_cache_that_cannot_be_written_costs_no_result(
     (tmp_path / "file").write_text("")
     options = ("--protocol", "knn", "--stages", "stem")
     found = probe(artifact, images, tmp_path / "p.json", *options, "--cache", tmp_path / "file")
-    assert "these features are not kept" in capsys.readouterr().err
+    assert "these features are not cached" in capsys.readouterr().err
     assert found["stages"] == probe(artifact, images, tmp_path / "q.json", *options)["stages"]
 
 

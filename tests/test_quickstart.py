@@ -1,4 +1,4 @@
-"""What `loco-det quickstart` says and leaves; the road itself is walked in test_road.py."""
+"""Output and files of `loco-det quickstart`; test_road.py runs all steps."""
 
 from __future__ import annotations
 

@@ -11,18 +11,26 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import lvis_cases
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from test_voc import detections as voc_detections
+from test_voc import write_voc
 from tiny_detection import tiny_cfg, write_tiny
 
+from loco_det.annotations.registry import find_dataset
 from loco_det.cli import main
 from loco_det.commands.report import training_series
 from loco_det.core.errors import UserError
+from loco_det.core.files import write_checked_json
 from loco_det.evaluation.coco import evaluate_coco
+from loco_det.evaluation.lvis import NUMBERS, evaluate_lvis
+from loco_det.evaluation.voc import evaluate_voc
 from loco_det.report.analysis import experiments, probe_curves
+from loco_det.report.page import KINDS
 from loco_det.report.panels import panels
 from loco_det.report.runs import find_runs
 from loco_det.report.statistics import summarise, t95
@@ -160,6 +168,56 @@ def _resampled_ap(truth: dict, results: list[dict], images: np.ndarray) -> float
     return 100 * precision[precision > -1].mean()
 
 
+@pytest.mark.parametrize("benchmark", ["voc", "lvis"])
+def test_other_measures_have_paired_differences_and_no_errors(benchmark, tmp_path, monkeypatch):
+    """Each the difference of two evaluations, in columns of its measure; TIDE's errors stay COCO's."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "sets"))
+    if benchmark == "voc":
+        name, ids = "voc_2007_val", write_voc(tmp_path / "sets", "2007", "val")
+        found = [voc_detections(tmp_path / "sets", "2007", ids, seed) for seed in (0, 1)]
+        numbers = [evaluate_voc(find_dataset(name).annotations, rows, eleven_points=True) for rows in found]
+        columns, changes = {"bbox": ("AP", "AP50", "AP75")}, {"MODEL__MASK_ON": False}
+    else:
+        name, (content, rows) = "lvis_v1_val", lvis_cases.made_up(0)
+        path = tmp_path / "sets/lvis/lvis_v1_val.json"
+        path.parent.mkdir(parents=True)
+        (tmp_path / "sets/coco").mkdir()
+        path.write_text(json.dumps(content))
+        found = [rows, rows[::2]]
+        numbers = [evaluate_lvis(path, rows) for rows in found]
+        usual = tuple(each for each in NUMBERS if each != "APs")  # few images have a small object
+        columns, changes = dict.fromkeys(("bbox", "segm"), usual), {}
+    for run, rows, own in zip(("one", "two"), found, numbers):
+        cfg = tiny_cfg(tmp_path / run, DATASETS__TEST=(name,), **changes)
+        (tmp_path / run / "inference").mkdir(parents=True)
+        (tmp_path / run / "config.yaml").write_text(cfg.dump())
+        (tmp_path / run / "inference/coco_instances_results.json").write_text(json.dumps(rows))
+        flat = {f"{k}/{n}": None if math.isnan(v) else v for k, each in own.items() for n, v in each.items()}
+        (tmp_path / run / "metrics.json").write_text(json.dumps({"iteration": 1, **flat}) + "\n")
+    argv = [*(f"{run}={tmp_path / run}" for run in ("one", "two")), "--out", str(tmp_path / "out")]
+    assert main(["report", *argv, "--bootstrap", "50", "--images", "0", "--quiet"]) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    (experiment,) = report["experiments"]
+    (pair,) = experiment["paired"]
+    for kind, names in columns.items():
+        assert tuple(pair[kind]) == names
+        for each in names:
+            whole = numbers[1][kind][each] - numbers[0][kind][each]
+            assert pair[kind][each]["difference"] == pytest.approx(whole)
+        low, high = pair[kind]["AP"]["ci95"]
+        assert low < pair[kind]["AP"]["difference"] < high
+    shown = [f"{KINDS[kind]} {each}" for kind, names in columns.items() for each in names]
+    assert "| backbone | seed | " + " | ".join(shown) + " |" in (tmp_path / "out/report.md").read_text()
+    assert not any(row["analysis"] for row in experiment["backbones"])
+    assert not [told for told in report["missing"] if "pictures" not in told]
+
+    lines = (tmp_path / "two/metrics.json").read_text()
+    (tmp_path / "two/metrics.json").write_text(lines.replace('"bbox/AP": ', '"bbox/AP": 1'))
+    missing: list[str] = []
+    experiments(find_runs(argv[:2]), None, 10, missing)
+    assert re.search(r"its detections give bbox AP .*evaluate it again with --eval-only. So no paired", missing[0])
+
+
 def test_a_run_compared_with_itself_differs_by_nothing(data, tmp_path):
     same = detections(data, 4)
     for name in ("a", "b"):
@@ -176,13 +234,13 @@ def test_each_kind_of_error_is_found_where_it_was_made(data, tmp_path):
     for name, found in (("perfect", perfect), ("ghosts", ghosts), ("twice", twice), ("half", half)):
         make_run(tmp_path / name, data, found, name)
     (found,) = experiments(find_runs([str(tmp_path)]), None, 0, [])
-    errors = {row["backbone"]: row["apart"]["bbox"]["counts"] for row in found["backbones"]}
+    errors = {row["backbone"]: row["analysis"]["bbox"]["counts"] for row in found["backbones"]}
     objects = len(perfect)
     assert not any(errors["perfect"].values())
     assert {kind: n for kind, n in errors["ghosts"].items() if n} == {"Bkg": objects}
     assert {kind: n for kind, n in errors["twice"].items() if n} == {"Dupe": objects}
     assert errors["half"]["Miss"] == objects - len(half)
-    curves = {row["backbone"]: row["apart"]["bbox"]["curves"]["0.50"] for row in found["backbones"]}
+    curves = {row["backbone"]: row["analysis"]["bbox"]["curves"]["0.50"] for row in found["backbones"]}
     assert curves["perfect"] == [1.0] * 101
     assert curves["half"][:40] == [1.0] * 40
     assert curves["half"][-1] == 0.0
@@ -275,6 +333,10 @@ def test_a_run_that_left_nothing_is_named(data, runs, tmp_path, capsys):
         ("config.yaml", "MODEL: {META_ARCHITECTURE: GeneralizedRCNN}", "config.yaml: lacks DATASETS.TEST"),
         ("metrics.json", '3\n{"iteration": 1}\n', "metrics.json: line 1 is no JSON object"),
         ("metrics.json", b"\xff\xfe\n", "metrics.json: cannot be read"),
+        ("metrics.json", "[" * 100_000 + "\n{}\n", "metrics.json: line 1 is no JSON object"),
+        ("run.json", '{"seed": 1', "run.json: is not as a run writes it"),
+        ("run.json", '{"seed": 1, "environment": {"devi": "cpu"}}', "run.json: is not as a run writes it"),
+        ("SHA256SUMS", f"{'0' * 64}  config.yaml\n", "config.yaml: is not what the run wrote"),
     ],
 )
 def test_a_damaged_run_is_one_sentence(runs, tmp_path, capsys, file, content, words):
@@ -292,6 +354,17 @@ def test_damaged_detections_are_a_gap(runs, tmp_path, capsys, content):
     assert main(["report", str(runs), "--out", str(out), "--bootstrap", "0", "--images", "1", "--quiet"]) == 0
     told = json.loads((out / "report.json").read_text())["missing"]
     assert any(text.startswith(f"{runs / 'loco0'}: its detections") for text in told)
+
+
+def test_a_probe_that_was_changed_is_refused(tmp_path):
+    content = {"stages": {"res5": {"top1": 30.0, "top1_interval": [29, 31]}}, "features": {"batchnorm": "as stored"}}
+    write_checked_json(tmp_path / "probe.json", content)
+    assert len(find_runs([str(tmp_path)]).probes) == 1
+    text = (tmp_path / "probe.json").read_text()
+    for changed in (text.replace("30.0", "80.0"), text[:-9]):
+        (tmp_path / "probe.json").write_text(changed)
+        with pytest.raises(UserError, match=r"probe\.json: is no"):
+            find_runs([str(tmp_path)])
 
 
 @pytest.mark.parametrize("stages", [5, ["res5"], {"res5": 3.0}, {"res5": {"top1": None}}, {}])
@@ -368,7 +441,7 @@ def test_numbers_of_several_data_sets_and_of_augmentation_have_columns(data, tmp
     assert "| loco | 1 | 10.0 | 11.0 | 12.0 |" in lines
     assert "| class | tiny-train box AP, loco |" in lines
     assert "| a/b | 13.0 |" in lines
-    assert f"- {run}: it was tested on several data sets, which are not taken apart" in "\n".join(lines)
+    assert f"- {run}: it was tested on several data sets, which are not analysed" in "\n".join(lines)
 
 
 def test_pictures_are_of_the_images_that_the_run_was_tested_on(data, runs, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ metrics.json of a run that was killed and resumed is that of the run that was no
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -24,7 +25,7 @@ from loco_det.backbones.artifact import load_backbone
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.core.metrics import RunMetrics
-from loco_det.core.run_folder import differences, run_folder, told
+from loco_det.core.run_folder import SUMS, check_sums, differences, run_folder, summary
 from loco_det.detection import loop
 from loco_det.detection.checkpoint import Checkpointer
 from loco_det.detection.engine_torchvision import TorchvisionEngine
@@ -91,7 +92,7 @@ def test_a5_both_jobs_hold_their_folder(job: str, tmp_path: Path, images: Path) 
         "train": lambda: train_net(tiny_cfg(tmp_path), engine="torchvision"),
         "pretrain": lambda: pretrain(tiny_pretraining(tmp_path, images)),
     }
-    with held_by_another(tmp_path), pytest.raises(UserError, match="another run is at work in it"):
+    with held_by_another(tmp_path), pytest.raises(UserError, match="another run is using it"):
         jobs[job]()
     assert {file.name for file in tmp_path.iterdir()} == {".lock"}
 
@@ -103,13 +104,44 @@ def test_a7_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> No
         assert {file.name for file in tmp_path.iterdir()} == {".lock", "own.tmp"}
 
 
+def test_what_a_finished_run_left_is_known_by_its_checksums(tmp_path: Path) -> None:
+    def run(line: str, fail: bool = False) -> None:
+        with run_folder(tmp_path):
+            assert not (tmp_path / SUMS).exists(), "it would be wrong while the run is at work"
+            if fail:
+                raise UserError("refused")
+            (tmp_path / "metrics.json").write_text(line)
+            (tmp_path / "inference").mkdir(exist_ok=True)
+            (tmp_path / "inference" / "results.json").write_text(line)
+
+    run("[1]")
+    lines = [line.split("  ") for line in (tmp_path / SUMS).read_text().splitlines()]
+    assert lines == [[hashlib.sha256(b"[1]").hexdigest(), name] for name in ("inference/results.json", "metrics.json")]
+    check_sums(tmp_path)
+    with pytest.raises(UserError, match="refused"):
+        run("", fail=True)
+    check_sums(tmp_path)
+    assert (tmp_path / SUMS).exists(), "a run that is refused takes nothing from the earlier one"
+    (tmp_path / "metrics.json").write_text("[2]")
+    for only in (None, tmp_path / "metrics.json"):
+        with pytest.raises(UserError, match=r"metrics.json: is not what the run wrote; .* delete .*SHA256SUMS"):
+            check_sums(tmp_path, only)
+    check_sums(tmp_path, tmp_path / "inference" / "results.json")
+    with pytest.raises(UserError, match="refused"):
+        run("", fail=True)
+    assert not (tmp_path / SUMS).exists(), "what was changed is not vouched for"
+    (tmp_path / SUMS).write_text("no sums\n")
+    with pytest.raises(UserError, match="SHA256SUMS: is damaged"):
+        check_sums(tmp_path)
+
+
 def test_differences_names_the_keys_that_count() -> None:
     before = {"A": {"B": 1, "C": [1, 2]}, "D": "x", "KNN": {"K": 1}, "GONE": 1}
     now = {"A": {"B": 2, "C": [1, 2]}, "D": "y", "KNN": {"K": 2}, "NEW": None}
     found = differences(before, now, ("D", "KNN."))
     assert found == {"A.B": "1 before, 2 now", "GONE": "1 before, absent now"}
-    assert told(found) == "A.B is 1 before, 2 now; GONE is 1 before, absent now"
-    assert told(dict.fromkeys("abcde", "1 before, 2 now")).endswith("; and 2 more")
+    assert summary(found) == "A.B is 1 before, 2 now; GONE is 1 before, absent now"
+    assert summary(dict.fromkeys("abcde", "1 before, 2 now")).endswith("; and 2 more")
 
 
 # --- pretraining ------------------------------------------------------------------------------------------------
@@ -127,10 +159,12 @@ def write_images(folder: Path, prefix: str) -> Path:
     return folder
 
 
+TINY_PRETRAINING = """BACKBONE.NAME resnet18 BACKBONE.STEM cifar BACKBONE.WIDTH 8 DECODER.HIDDEN_DIM 8 DECODER.OUT_DIM 8
+    DATA.IMAGE_SIZE 16 DATA.NUM_WORKERS 0 SOLVER.BATCH_SIZE 4 SOLVER.MAX_STEPS 2 CHECKPOINT_PERIOD 1 DEVICE cpu"""
+
+
 def tiny_pretraining(output: Path, images: Path, *more: object) -> Any:
-    settings = """BACKBONE.NAME resnet18 BACKBONE.STEM cifar BACKBONE.WIDTH 8 DECODER.HIDDEN_DIM 8 DECODER.OUT_DIM 8
-        DATA.IMAGE_SIZE 16 DATA.NUM_WORKERS 0 SOLVER.BATCH_SIZE 4 SOLVER.MAX_STEPS 2 CHECKPOINT_PERIOD 1 DEVICE cpu"""
-    words = [*settings.split(), "OUTPUT_DIR", str(output), "DATA.PATH", str(images), *map(str, more)]
+    words = [*TINY_PRETRAINING.split(), "OUTPUT_DIR", str(output), "DATA.PATH", str(images), *map(str, more)]
     return load_config(get_cfg(), "configs/pretrain/loco_r18_cifar.yaml", words)[0]
 
 
@@ -399,5 +433,5 @@ def test_a3_an_evaluation_that_fails_does_not_end_a_training(
     monkeypatch.setattr(loop.log, "error", lambda text, *values: said.append(text % values))
     monkeypatch.setattr(loop, "evaluate", on_call(0, True, fail, loop.evaluate))
     train_net(tiny_cfg(tmp_path, **EVERY), engine="torchvision")
-    assert said == ["iteration 2 is not evaluated, and training goes on: img/7.png is damaged"]
+    assert said == ["evaluation after iteration 2 failed, training continues: img/7.png is damaged"]
     assert lines(tmp_path) == [line for line in whole if line["iteration"] != 1]

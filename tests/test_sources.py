@@ -201,6 +201,27 @@ def test_names_and_labels_take_little_memory_of_their_own():
     assert source.label(19999) == 9
 
 
+def test_an_image_larger_than_its_zip_can_hold_is_refused_before_memory_is_taken(folder, tmp_path):
+    """Sizes that the index of a zip claims, in its entries' fields at 20 (packed) and 24 (unpacked)."""
+    made = packed(folder, tmp_path / "a.zip")
+    whole = made.read_bytes()
+    for field in (20, 24):
+        at = whole.index(b"PK\x01\x02") + field
+        made.write_bytes(whole[:at] + b"\xf0\xff\xff\x7f" + whole[at + 4 :])
+        with pytest.raises(UserError, match=r"\.\w+ is larger than can be in it"):
+            open_source(made)
+
+
+def test_a_pipe_is_neither_a_zip_nor_an_image_nor_a_list(tmp_path):
+    for name in ("a.zip", "a.txt", "b.png"):
+        os.mkfifo(tmp_path / name)
+    for name in ("a.zip", "a.txt"):
+        with pytest.raises(UserError, match=rf"{name}: .*it is no regular file"):
+            open_source(tmp_path / name)
+    with pytest.raises(UserError, match=r"b\.png: cannot be read \(it is no regular file\)"):
+        open_source(tmp_path, "flat").read(0)
+
+
 def test_damage_inside_a_zip_is_named(folder, tmp_path):
     path = packed(folder, tmp_path / "set.zip", method=zipfile.ZIP_STORED)
     data = bytearray(path.read_bytes())

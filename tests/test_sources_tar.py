@@ -110,7 +110,7 @@ def test_odd_names_are_grouped_as_webdataset_groups_them(tmp_path):
     theirs = wds.DataPipeline(wds.SimpleShardList([str(path)]), wds.tarfile_to_samples())
     images = [next((s[k] for k in s if k in ("jpg", "png", "webp")), None) for s in theirs]
     assert list(found.values()) == [image for image in images if image is not None]
-    assert [data for _, data in source.run(0, 1, 3, buffer=1, seed=0, epoch=0)] == list(found.values())
+    assert [data for _, data in source.run(0, 3, buffer=1, seed=0, epoch=0)] == list(found.values())
 
 
 def test_a_batch_is_the_two_views_of_its_images(shards):
@@ -166,11 +166,11 @@ def test_resuming_neither_decodes_nor_opens_what_is_over(shards, monkeypatch):
     opened = []
     real = open
     monkeypatch.setattr(tar, "open", lambda path, mode: opened.append(path) or real(path, mode), raising=False)
-    rest = list(source.run(0, 1, IMAGES, buffer=2, seed=0, epoch=0, first=IMAGES - 3))
+    rest = list(source.run(0, IMAGES, buffer=2, seed=0, epoch=0, first=IMAGES - 3))
     assert len(rest) == 3
     assert len(opened) <= 2
     opened.clear()
-    assert list(source.run(0, 1, IMAGES, buffer=2, seed=0, epoch=0))[-3:] == rest
+    assert list(source.run(0, IMAGES, buffer=2, seed=0, epoch=0))[-3:] == rest
     assert len(opened) == len(COUNTS)  # each shard once, front to back
 
 
@@ -196,7 +196,7 @@ def test_each_run_of_each_epoch_is_shuffled_in_its_own_way(shards):
     for seed, epoch, run in itertools.product(range(2), range(2), range(4)):
 
         def images(buffer, run=run, epoch=epoch, seed=seed):
-            return [image for image, _ in source.run(run, 4, 9, buffer=buffer, seed=seed, epoch=epoch)]
+            return [image for image, _ in source.run(run, 9, buffer=buffer, seed=seed, epoch=epoch)]
 
         straight, shuffled = images(1), images(4)
         assert sorted(shuffled) == sorted(straight)
@@ -310,7 +310,7 @@ def test_a_shard_that_changes_under_a_run_is_noticed(shards):
         add(archive, "x.jpg", b"x" * 700)
         add(archive, "y.jpg", b"x" * 700)
     with pytest.raises(UserError, match=r"train-0002\.tar: (has changed|not readable)"):
-        list(source.run(0, 1, IMAGES, buffer=2, seed=0, epoch=0))
+        list(source.run(0, IMAGES, buffer=2, seed=0, epoch=0))
 
 
 def test_other_images_of_the_same_sizes_under_a_run_are_noticed(tmp_path):
@@ -325,7 +325,7 @@ def test_other_images_of_the_same_sizes_under_a_run_are_noticed(tmp_path):
     source = open_source(path)
     write("a.jpg", "c.jpg", "b.jpg")
     with pytest.raises(UserError, match=r"one\.tar: has changed since it was indexed"):
-        list(source.run(0, 1, 3, buffer=1, seed=0, epoch=0))
+        list(source.run(0, 3, buffer=1, seed=0, epoch=0))
 
 
 def test_what_cannot_be_shards(shards, tmp_path):

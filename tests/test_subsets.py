@@ -1,4 +1,4 @@
-"""Parts of detection data sets by name: the rule worked out by hand, nesting, shots, classes, both engines."""
+"""Subsets of detection data sets by name: the rule computed by hand, nesting, shots, classes, both engines."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ def test_submitit_that_is_not_there(weights: Path, fake: None, monkeypatch, caps
         (("--jobs", "0"), "--jobs"),
         (("--set", "SEED", "3"), "--set SEED"),
         (("--set", "SOLVER.BASE_LR", "high"), "SOLVER.BASE_LR"),
-        (("--backbones", "x/a.pkl", "y/a.pkl"), "there twice"),
+        (("--backbones", "x/a.pkl", "y/a.pkl"), "used twice"),
         (("--feature-cache", "x", "--engine", "torchvision", "--set", "TEST.AUG.ENABLED", "True"), "TEST.AUG"),
     ],
 )

@@ -316,7 +316,7 @@ def test_with_detectron2_as_reader_a_training_sets_oddities_are_told_before_its_
     monkeypatch.setattr(engine_d2, "installed", lambda: True)
 
     class Reached(Exception):
-        """The data are judged."""
+        """The data are validated."""
 
     def build_model(*_):
         raise Reached
@@ -387,6 +387,43 @@ def test_a2_two_processes_end_together_and_are_saved(third, tmp_path):
     assert torch.load(saved, weights_only=True)["iteration"] in (0, 1)
 
 
+@pytest.mark.parametrize("failing", [1, 3])  # at an evaluation; after the last step
+def test_a_run_that_precise_batch_norm_ended_is_resumed_with_its_evaluation(failing, tmp_path, monkeypatch):
+    """Its statistics depend on sampled regions too, so they must be drawn alike."""
+    head = {"NAME": "FastRCNNConvFCHead", "NUM_CONV": 1, "CONV_DIM": 8, "NORM": "BN"}
+    changes = {f"MODEL__ROI_BOX_HEAD__{key}": value for key, value in head.items()}
+    changes |= {"TEST__PRECISE_BN__ENABLED": True, "TEST__PRECISE_BN__NUM_ITER": 2, "TEST__EVAL_PERIOD": 2}
+    changes |= {"MODEL__MASK_ON": False, "SOLVER__MAX_ITER": 4, "SOLVER__STEPS": (3,)}
+    train_net(tiny_cfg(tmp_path / "whole", **changes), engine="torchvision")
+    recompute = loop.precise_bn.recompute
+
+    def fail(cfg, engine, network, iteration):
+        recompute(cfg, engine, network, iteration)
+        if iteration == failing:
+            for name, value in network.named_buffers():
+                if name.startswith("roi_heads.") and name.endswith("running_mean"):
+                    value.fill_(7)  # half done
+            raise UserError("an image cannot be read")
+
+    monkeypatch.setattr(loop.precise_bn, "recompute", fail)
+    cfg = tiny_cfg(tmp_path / "ended", **changes)
+    with pytest.raises(UserError, match="an image"):
+        train_net(cfg, engine="torchvision")
+    assert (tmp_path / "ended/last_checkpoint").read_text() == f"model_{failing:07d}.pth"
+    monkeypatch.setattr(loop.precise_bn, "recompute", recompute)
+    torch.rand(17)
+    train_net(cfg, engine="torchvision", resume=True)
+    timeless = [
+        [{key: v for key, v in line.items() if "time" not in key and key != "eta_seconds"} for line in metrics(folder)]
+        for folder in (tmp_path / "ended", tmp_path / "whole")
+    ]
+    assert timeless[0] == timeless[1]
+    assert sum("bbox/AP" in line for line in timeless[0]) == 2
+    for name, tensor in model(tmp_path / "whole").items():
+        if not name.endswith("num_batches_tracked"):  # which counts what was repeated
+            assert torch.equal(model(tmp_path / "ended")[name], tensor), name
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a2_a_share_out_of_range_is_refused(tmp_path, share):
     with pytest.raises(UserError, match="--max-bad-share"):
@@ -401,7 +438,7 @@ def test_metrics_of_an_earlier_run_are_dropped(data, tmp_path, monkeypatch):
     assert all(line.get("total_loss", 0) >= 0 for line in metrics(tmp_path))
 
 
-# --- what is judged before the first step -----------------------------------------------------------------------
+# --- checks before the first step -------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -151,11 +151,11 @@ def test_unreadable_images_are_named_once_and_replaced(folder, workers, where, c
 
 def test_many_unreadable_images_do_not_flood_the_log(tmp_path, caplog):
     (tmp_path / "list.txt").write_text("\n".join(f"{i}.jpg" for i in range(100)))
-    answers = [(f"step {i}", [(i, f"image {i} is broken"), (0, "image 0 is broken")]) for i in range(70)]
-    loader = TwoViewLoader(open_source(tmp_path / "list.txt"), 1, 1.0, lambda start: iter(answers))
+    results = [(f"step {i}", [(i, f"image {i} is broken"), (0, "image 0 is broken")]) for i in range(70)]
+    loader = TwoViewLoader(open_source(tmp_path / "list.txt"), 1, 1.0, lambda start: iter(results))
     with caplog.at_level(logging.WARNING, "loco_det"):
         logging.getLogger("loco_det").propagate = True
-        assert list(loader.batches()) == [views for views, _ in answers]
+        assert list(loader.batches()) == [views for views, _ in results]
     named = [int(record.message.split()[1]) for record in caplog.records]
     assert named == [*range(20), 31, 63]  # then the 32nd and the 64th
     assert list(loader.bad) == list(range(70))

@@ -1,1 +1,1 @@
-"""Annotated data sets: found by name or path, read, checked, and mapped to what a detector trains on."""
+"""Annotated data sets: found by name or path, read, validated, and mapped to detector input."""

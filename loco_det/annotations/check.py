@@ -1,7 +1,7 @@
-"""What is wrong with a data set, found before a training meets it: every image decoded, every annotation looked at.
+"""Checks a data set before training: decodes every image and validates every annotation.
 
-A defect stops a training (it would be refused, or an image could not be read), or is left out by it, or is only worth
-knowing. Annotations are judged by the rules that loading a training set follows (`rules.py`).
+A defect stops training (the set would be refused, or an image is unreadable), or is skipped by it, or is a note.
+Annotations are checked by the rules of loading a training set (`rules.py`).
 
 Shape legend: I images, A annotations, as in annotations/index.py.
 """
@@ -30,15 +30,15 @@ from loco_det.images.source import Source
 from loco_det.images.two_views import loader_of
 
 _EXAMPLES = 5
-_CHUNK = 32  # images that a worker takes at a time
+_CHUNK = 32  # images per task of a worker
 
 
 class Defect(NamedTuple):
-    """One kind of defect: how many there are, what a training does about it, and where the first few stand.
+    """One kind of defect: its count, its effect on training, and its first few places.
 
     Attributes:
         effect: one of `rules.EFFECTS`.
-        remedy: what to do about it, if there is more to say than to correct it.
+        remedy: what to do about it, if more than to correct it.
     """
 
     kind: str
@@ -48,8 +48,8 @@ class Defect(NamedTuple):
     remedy: str = ""
 
 
-class Look(NamedTuple):
-    """What reading one image found: (height, width) upright, or why there is none; a digest of its bytes."""
+class ImageReport(NamedTuple):
+    """The result of reading one image: (height, width) upright, or the reason for failure; a digest of its bytes."""
 
     size: tuple[int, int] | None
     problem: str
@@ -61,10 +61,10 @@ class Checked(NamedTuple):
     """The result of either check.
 
     Attributes:
-        counts: what there is: images, annotations, bytes, ...
+        counts: totals: images, annotations, bytes, ...
         classes: class name -> images (of an image set) or annotations.
-        defects: those that were found, worst first.
-        readable: (I,) bool; an annotated image only if it has the size that its file says, or nothing could be drawn.
+        defects: the defects found, worst first.
+        readable: (I,) bool; an annotated image only if it has the annotated size, so that it can be drawn.
     """
 
     counts: dict[str, Any]
@@ -81,27 +81,27 @@ def check_source(source: Source, *, workers: int, max_bad_share: float) -> Check
     """Read and decode every image of a set without annotations.
 
     Args:
-        max_bad_share: as DATA.MAX_BAD_SHARE; more unreadable images than this stop a training.
+        max_bad_share: as DATA.MAX_BAD_SHARE; more unreadable images than this stop training.
     """
-    looks = list(_in_workers(_SourceImages(source), len(source), workers, "images"))
+    reports = list(_in_workers(_SourceImages(source), len(source), workers, "images"))
     names = [source.name(i) for i in range(len(source))]
-    bad = [i for i, look in enumerate(looks) if look.size is None]
-    effect = STOPS if len(bad) > max_bad_share * len(looks) else LEFT_OUT
+    bad = [i for i, report in enumerate(reports) if report.size is None]
+    effect = STOPS if len(bad) > max_bad_share * len(reports) else LEFT_OUT
     defects = [
-        _defect("unreadable image", [looks[i].problem for i in bad], effect),
-        _defect("image with the same bytes as another", _same_bytes(looks, names), NOTE),
+        _defect("unreadable image", [reports[i].problem for i in bad], effect),
+        _defect("image with the same bytes as another", _same_bytes(reports, names), NOTE),
     ]
-    counts = {"images": len(source), **_sizes(looks)}
+    counts = {"images": len(source), **_sizes(reports)}
     classes: dict[str, int] = {}
     if source.classes:
         found = Counter(source.label(i) for i in range(len(source)))
         classes = {name: found[number] for number, name in enumerate(source.classes)}
         counts["classes"] = len(classes)
-    return Checked(counts, classes, _found(defects), np.array([look.size is not None for look in looks], bool))
+    return Checked(counts, classes, _found(defects), np.array([report.size is not None for report in reports], bool))
 
 
 def masks_of(index: CocoIndex) -> str:
-    """The INPUT.MASK_FORMAT that a training on a file's masks needs; empty if its objects have none."""
+    """Return the INPUT.MASK_FORMAT for training on a file's masks; empty if its objects have none."""
     shapes = index.shape[objects(index)]
     if (shapes == RLE).any():
         return "bitmask"
@@ -109,40 +109,41 @@ def masks_of(index: CocoIndex) -> str:
 
 
 def check_coco(paths: Dataset, index: CocoIndex, *, workers: int, masks: str = "") -> Checked:
-    """Look at every annotation, and read and decode every image that the file lists.
+    """Validate every annotation, and decode every listed image.
 
     Args:
-        masks: judge as a training with this INPUT.MASK_FORMAT would; empty: as one on boxes alone.
+        masks: check for training with this INPUT.MASK_FORMAT; empty: with boxes only.
     """
     names, absent, renamed = match_files(paths, index)
     files = [os.path.join(paths.images, name) for name in names]
     there = np.ones(len(files), bool)
     there[absent] = False
-    looks = [Look(None, "", b"", 0)] * len(files)
+    reports = [ImageReport(None, "", b"", 0)] * len(files)
     present = np.flatnonzero(there)
     found = _in_workers(_Files([files[i] for i in present]), len(present), workers, "images")
-    for i, look in zip(present.tolist(), found, strict=True):
-        looks[i] = look
-    readable = np.array([look.size is not None for look in looks], bool)
-    wrong_size = [i for i in np.flatnonzero(readable) if looks[i].size != (index.height[i], index.width[i])]
+    for i, report in zip(present.tolist(), found, strict=True):
+        reports[i] = report
+    readable = np.array([report.size is not None for report in reports], bool)
+    wrong_size = [i for i in np.flatnonzero(readable) if reports[i].size != (index.height[i], index.width[i])]
     defects = [
         _defect("image that is listed but not there", [files[i] for i in np.flatnonzero(~there)], STOPS),
-        _defect("unreadable image", [looks[i].problem for i in np.flatnonzero(there & ~readable)], STOPS),
+        _defect("unreadable image", [reports[i].problem for i in np.flatnonzero(there & ~readable)], STOPS),
         _defect(
             "image of another size than the file says",
             [
-                f"{files[i]}: {looks[i].size[1]} x {looks[i].size[0]}, in the file {index.width[i]} x {index.height[i]}"
+                f"{files[i]}: {reports[i].size[1]} x {reports[i].size[0]}, "
+                f"in the file {index.width[i]} x {index.height[i]}"
                 for i in wrong_size
             ],
             STOPS,
         ),
-        _defect("image with the same bytes as another", _same_bytes(looks, files), NOTE),
+        _defect("image with the same bytes as another", _same_bytes(reports, files), NOTE),
     ]
     readable[wrong_size] = False
     if paths.is_pixels:
         problems, classes = _check_labels(paths, files, workers)
         defects.append(_defect("unusable labels", problems, STOPS))
-        counts = {"images": len(files), "classes": len(classes), **_sizes(looks)}
+        counts = {"images": len(files), "classes": len(classes), **_sizes(reports)}
         return Checked(counts, classes, _found(defects), readable)
     taken = [f"'{index.file_name[i]}' is taken for '{names[i]}'" for i in renamed[:_EXAMPLES]]
     defects.append(Defect("file name that is not the file's", len(renamed), COMPUTED, taken))
@@ -160,14 +161,14 @@ def check_coco(paths: Dataset, index: CocoIndex, *, workers: int, masks: str = "
         "usable annotations": usable,
         "crowd annotations": int(index.crowd.sum()),
         "categories": len(index.category_id),
-        **_sizes(looks),
+        **_sizes(reports),
     }
     classes = {name: found[number] for number, name in index.categories.items()}
     return Checked(counts, classes, _found(defects), readable)
 
 
 def _check_labels(paths: Dataset, files: list[str], workers: int) -> tuple[list[str], dict[str, int]]:
-    """What is wrong with which labels, and in how many images each class is."""
+    """Return the problems of label files, and the number of images per class."""
     index = paths.index
     problems, images = [], np.zeros(len(index.category_id), np.int64)
     dataset = _Labels(paths.labels, files, list(zip(index.height.tolist(), index.width.tolist())))
@@ -189,28 +190,28 @@ def _found(defects: list[Defect]) -> list[Defect]:
 
 
 class _Chunks(torch_data.Dataset):
-    """Chunks of numbers -> what there is to say of each, with one reading of every file."""
+    """Maps chunks of image indices to findings; reads each file once."""
 
     def __getitem__(self, images: Sequence[int]) -> list[Any]:
-        return [self.look(i) for i in images]
+        return [self.inspect(i) for i in images]
 
 
 class _Images(_Chunks):
-    """Looks."""
+    """Inspects images."""
 
-    def look(self, i: int) -> Look:
+    def inspect(self, i: int) -> ImageReport:
         try:
             data, pixels = self.read(i)
         except UserError as error:
-            return Look(None, str(error), b"", 0)
-        return Look(pixels.shape[:2], "", hashlib.blake2b(data, digest_size=16).digest(), len(data))
+            return ImageReport(None, str(error), b"", 0)
+        return ImageReport(pixels.shape[:2], "", hashlib.blake2b(data, digest_size=16).digest(), len(data))
 
-    def is_bad(self, look: Look) -> bool:
-        return look.size is None
+    def is_bad(self, report: ImageReport) -> bool:
+        return report.size is None
 
 
 class _SourceImages(_Images):
-    """As pretraining reads them."""
+    """Reads images as pretraining does."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -221,7 +222,7 @@ class _SourceImages(_Images):
 
 
 class _Files(_Images):
-    """As detection reads them."""
+    """Reads images as detection does."""
 
     def __init__(self, files: list[str]) -> None:
         self.files = files
@@ -232,48 +233,48 @@ class _Files(_Images):
 
 
 class _Labels(_Chunks):
-    """What is wrong with an image's labels, and the classes in it."""
+    """Inspects an image's pixel labels: problems, and the classes present."""
 
     def __init__(self, labels: PixelLabels, files: list[str], sizes: list[tuple[int, int]]) -> None:
         self.labels, self.files, self.sizes = labels, files, sizes
 
-    def look(self, i: int) -> tuple[list[str], list[int]]:
+    def inspect(self, i: int) -> tuple[list[str], list[int]]:
         try:
             labels = self.labels.read(self.files[i], self.sizes[i])
         except UserError as error:
             return [str(error)], []
         return [], [int(k) for k in np.unique(labels) if k != IGNORED]
 
-    def is_bad(self, look: tuple[list[str], list[int]]) -> bool:
-        return bool(look[0])
+    def is_bad(self, report: tuple[list[str], list[int]]) -> bool:
+        return bool(report[0])
 
 
 def _in_workers(dataset: _Chunks, count: int, workers: int, what: str) -> Iterator[Any]:
-    """dataset.look of every image, in order, with a progress bar."""
+    """Yield dataset.inspect of every image, in order, with a progress bar."""
     chunks = [list(range(at, min(count, at + _CHUNK))) for at in range(0, count, _CHUNK)]
     bad = 0
     with Progress(count, what, unit="images") as progress:
-        for answer in loader_of(dataset, chunks, workers, False) if count else ():
-            yield from answer
-            bad += sum(map(dataset.is_bad, answer))
-            progress.advance(len(answer), unusable=bad)
+        for chunk in loader_of(dataset, chunks, workers, False) if count else ():
+            yield from chunk
+            bad += sum(map(dataset.is_bad, chunk))
+            progress.advance(len(chunk), unusable=bad)
 
 
-def _sizes(looks: Sequence[Look]) -> dict[str, Any]:
-    sizes = np.array([look.size for look in looks if look.size is not None]).reshape(-1, 2)
+def _sizes(reports: Sequence[ImageReport]) -> dict[str, Any]:
+    sizes = np.array([report.size for report in reports if report.size is not None]).reshape(-1, 2)
     if not len(sizes):
         return {"bytes": 0}
     short = sizes.min(1)
     return {
-        "bytes": sum(look.bytes for look in looks),
+        "bytes": sum(report.bytes for report in reports),
         "short side": {"least": int(short.min()), "median": int(np.median(short)), "most": int(short.max())},
     }
 
 
-def _same_bytes(looks: Sequence[Look], names: Sequence[str]) -> list[str]:
+def _same_bytes(reports: Sequence[ImageReport], names: Sequence[str]) -> list[str]:
     first: dict[bytes, int] = {}
     found = []
-    for i, look in enumerate(looks):
-        if look.size is not None and first.setdefault(look.digest, i) != i:
-            found.append(f"{names[i]} = {names[first[look.digest]]}")
+    for i, report in enumerate(reports):
+        if report.size is not None and first.setdefault(report.digest, i) != i:
+            found.append(f"{names[i]} = {names[first[report.digest]]}")
     return found

@@ -2,10 +2,10 @@
 
     ROOT/leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png         images
     ROOT/gtFine/SPLIT/CITY/NAME_gtFine_polygons.json         outlines, later ones drawn over earlier ones
-    ROOT/gtFine/SPLIT/CITY/NAME_gtFine_instanceIds.png       what the benchmark compares with
+    ROOT/gtFine/SPLIT/CITY/NAME_gtFine_instanceIds.png       the benchmark's ground truth
 
-Annotations are those of Detectron2's `load_cityscapes_instances` (data/datasets/cityscapes.py): from the polygons by
-default, each without what later ones hide of it, exteriors only; or from the bitmaps, exact to the pixel.
+Annotations are those of Detectron2's `load_cityscapes_instances` (data/datasets/cityscapes.py): by default polygons
+minus what later ones hide, exteriors only; or the bitmaps, pixel-exact.
 
 Shape legend: H x W the image's size in pixels, 1024 x 2048 in the original.
 """
@@ -28,7 +28,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from loco_det.annotations.converted import derived_file, files_digest
-from loco_det.annotations.segmentation import FARTHEST, check_outlines
+from loco_det.annotations.segmentation import FARTHEST, check_outlines, mask_area
 from loco_det.core.device import usable_cores
 from loco_det.core.errors import UserError
 from loco_det.core.files import read_regular
@@ -37,7 +37,7 @@ from loco_det.core.log import Progress, log
 from loco_det.images.decode import SUFFIXES as IMAGE_SUFFIXES
 from loco_det.images.decode import check_pixels, too_large
 
-# Source: cityscapesscripts/helpers/labels.py, which a test compares. Ids from 24 to 33 have instances.
+# Source: cityscapesscripts/helpers/labels.py, compared in a test. Ids from 24 to 33 have instances.
 LABELS = {
     "unlabeled": 0, "ego vehicle": 1, "rectification border": 2, "out of roi": 3, "static": 4, "dynamic": 5,
     "ground": 6, "road": 7, "sidewalk": 8, "parking": 9, "rail track": 10, "building": 11, "wall": 12, "fence": 13,
@@ -63,15 +63,15 @@ class Frame(NamedTuple):
 
 
 def is_cityscapes(name: str) -> bool:
-    """Whether a data set's name, without or with an @part, is one of Cityscapes' instance segmentation."""
+    """Whether a name, with or without @parts, is a Cityscapes instance segmentation set."""
     return name.startswith(PREFIX) and name.partition("@")[0].removeprefix(PREFIX) in SPLITS
 
 
 def cityscapes_frames(root: Path, split: str) -> list[Frame]:
-    """The images of a split and their annotation files, sorted by city and name.
+    """Return the images of a split and their annotation files, sorted by city and name.
 
     Raises:
-        UserError: the folders are not there or hold no images.
+        UserError: the folders are missing or hold no images.
     """
     images, truth = root / "leftImg8bit" / split, root / "gtFine" / split
     for folder in (images, truth):
@@ -108,13 +108,13 @@ def frame_name(image: Path) -> str:
 
 
 def cityscapes_annotations(root: Path, split: str, *, from_polygons: bool = True) -> Path:
-    """A COCO annotation file of a split, made where there is none yet; file names are relative to leftImg8bit/SPLIT.
+    """Return a split's COCO annotation file, made if missing; file names are relative to leftImg8bit/SPLIT.
 
     Args:
-        from_polygons: from the JSON files; False: exact masks, as RLE, from the instanceIds PNG.
+        from_polygons: use the JSON files; False: exact masks, as RLE, from the instanceIds PNG.
 
     Raises:
-        UserError: a file is missing or malformed, or shapely is not installed and polygons are asked for.
+        UserError: a file is missing or malformed, or shapely, needed for polygons, is not installed.
     """
     frames = cityscapes_frames(root, split)
     if from_polygons:
@@ -134,7 +134,7 @@ def cityscapes_annotations(root: Path, split: str, *, from_polygons: bool = True
 
 
 def coco_format(frames: list[Frame], folder: Path, from_polygons: bool) -> dict[str, Any]:
-    """The content of a COCO annotation file; `folder` is what the file names are relative to."""
+    """Return the content of a COCO annotation file; file names are relative to `folder`."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     read = instances_from_polygons if from_polygons else instances_from_masks
@@ -149,7 +149,7 @@ def coco_format(frames: list[Frame], folder: Path, from_polygons: bool) -> dict[
                     "image_id": number,
                     "category_id": entry["category_id"],
                     "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": _area(entry["segmentation"], found["height"], found["width"]),
+                    "area": mask_area(entry["segmentation"], found["height"], found["width"]),
                     "iscrowd": int(entry["iscrowd"]),
                     "segmentation": entry["segmentation"],
                 }
@@ -159,7 +159,7 @@ def coco_format(frames: list[Frame], folder: Path, from_polygons: bool) -> dict[
 
 
 def _all(read: Any, frames: list[Frame]) -> Any:
-    """`read` of every frame in order; in several processes where there is enough to do."""
+    """Apply `read` to every frame in order; in several processes if there are enough."""
     cores = usable_cores()
     description = "Cityscapes annotations"
     with Progress(len(frames), description, unit="images") as progress:
@@ -174,12 +174,6 @@ def _all(read: Any, frames: list[Frame]) -> Any:
             for found in pool.map(read, frames, chunksize=8):
                 yield found
                 progress.advance()
-
-
-def _area(segmentation: list[list[float]] | dict[str, Any], height: int, width: int) -> float:
-    if isinstance(segmentation, dict):
-        return float(coco_mask.area({**segmentation, "counts": segmentation["counts"].encode()}))
-    return float(coco_mask.area(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))))
 
 
 # --- polygons ---------------------------------------------------------------------------------------------------
@@ -197,11 +191,11 @@ def require_shapely() -> None:
 
 
 def instances_from_polygons(frame: Frame) -> dict[str, Any]:
-    """{"height", "width", "annotations": [{"iscrowd", "category_id", "segmentation", "bbox" XYXY}]} of one image.
+    """Return an image's {"height", "width", "annotations": [{"iscrowd", "category_id", "segmentation", "bbox" XYXY}]}.
 
-    Objects are drawn one over the other, so the last is whole and each earlier one keeps what no later one covers.
-    An outline's corners are pixels and the official rasteriser draws every pixel that it touches, so it is half a
-    pixel wider than the polygon through their centres.
+    Objects are drawn in order, so the last is complete and earlier ones lose what later ones cover. An outline's
+    corners are pixels and the official rasteriser draws every pixel that it touches, so it is half a pixel wider than
+    the polygon through their centres.
     """
     from shapely.geometry import Polygon
 
@@ -263,7 +257,7 @@ def _read_polygons(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def opened_map(path: Path, remedy: str = "take an intact copy") -> Iterator[Image.Image]:
-    """A PNG whose pixels are numbers, opened; its pixels are to be read inside the block.
+    """Open a PNG whose pixels are numbers; read its pixels inside the block.
 
     Raises:
         UserError: missing or damaged.
@@ -279,16 +273,16 @@ def opened_map(path: Path, remedy: str = "take an intact copy") -> Iterator[Imag
         raise
     except Image.DecompressionBombError as error:
         raise too_large(str(path)) from error
-    except Exception as error:  # hostile bytes make PIL's parsers raise nearly anything
+    except Exception as error:  # PIL raises nearly anything, depending on the damage
         reason = str(error).replace("<_io.BytesIO object at ", "<").split("<")[0].strip()
         raise UserError(f"{path}: cannot be read ({reason}); {remedy}") from error
 
 
 def read_instance_ids(path: Path) -> np.ndarray:
-    """(H, W) int32 of an instanceIds PNG: label id * 1000 + number of an object, label id alone of a group or stuff.
+    """Read an instanceIds PNG as (H, W) int32: label id * 1000 + object number, or label id for groups and stuff.
 
     Raises:
-        UserError: missing or no such image.
+        UserError: missing or invalid.
     """
     with opened_map(path) as image:
         ids = np.array(image)
@@ -298,7 +292,7 @@ def read_instance_ids(path: Path) -> np.ndarray:
 
 
 def instances_from_masks(frame: Frame, *, to_polygons: bool = False) -> dict[str, Any]:
-    """As `instances_from_polygons`, from the bitmaps; masks as compressed RLE, or as their outer contours."""
+    """Read instances as `instances_from_polygons` does, from the bitmaps: compressed RLE, or outer contours."""
     ids = read_instance_ids(frame.instances)
     annotations = []
     for instance in np.unique(ids[ids >= FIRST_INSTANCE]).tolist():

@@ -1,7 +1,7 @@
-"""Which class of the model is which category of a data set: matched by name, whatever the numbers in the files.
+"""Maps the model's classes to a data set's categories: by name, independent of their ids.
 
-A model's classes are those of the data it is trained on, by ascending category id. A test set may number the same
-classes otherwise and may lack some; one that has others is refused, for they could never be found.
+A model's classes are those of its training data, by ascending category id. A test set may number them differently and
+may lack some; a set with further classes is refused, because they could never be predicted.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from loco_det.annotations.registry import Dataset, benchmark_of, find_dataset, h
 from loco_det.core.config import value
 from loco_det.core.errors import UserError
 
-_SHOWN = 12  # names of a list in a message
+_SHOWN = 12  # maximum number of names in a message
 
 
 def num_classes_key(name: str) -> str:
-    """The key that says how many classes the model for a data set has."""
+    """Return the key with the number of classes of the model for a data set."""
     return f"MODEL.{'SEM_SEG_HEAD' if has_pixels(name) else 'ROI_HEADS'}.NUM_CLASSES"
 
 
 def check_count(cfg: CfgNode, name: str, classes: int) -> None:
-    """Refuse with UserError a data set that has another number of classes than the model is built for."""
+    """Raise UserError if a data set's number of classes is not the model's."""
     key = num_classes_key(name)
     expected = value(cfg, key)
     if classes != expected:
@@ -32,7 +32,7 @@ def check_count(cfg: CfgNode, name: str, classes: int) -> None:
 
 
 def check_training_classes(cfg: CfgNode, training_sets: Sequence[Dataset]) -> None:
-    """Refuse with UserError training sets that do not have the model's number of classes, or differ in them."""
+    """Raise UserError if training sets do not have the model's number of classes, or have different classes."""
     first: tuple[str, Sequence[str]] | None = None
     for dataset in training_sets:
         name, names = dataset.name, dataset.index.category_names
@@ -46,13 +46,13 @@ def check_training_classes(cfg: CfgNode, training_sets: Sequence[Dataset]) -> No
 
 
 def category_ids(cfg: CfgNode, dataset: Dataset) -> tuple[int | None, ...]:
-    """The category id in a test set of every class of the model; None for a class that the set does not have.
+    """Return a test set's category id for every class of the model; None for classes that it lacks.
 
-    The model's classes are those of DATASETS.TRAIN. Where that is not at hand, or has another number of classes than
-    the model (which was then trained on something else), they are taken to be the test set's own.
+    The model's classes are those of DATASETS.TRAIN. If that is unavailable, or has another number of classes than the
+    model (which was then trained on something else), the test set's own classes are used.
 
     Raises:
-        UserError: the set has a class that the model does not, or names one twice in another order, or, without
+        UserError: the set has a class that the model lacks, or duplicate names in another order, or, without
             DATASETS.TRAIN, another number of classes than the model.
     """
     name, categories = dataset.name, dataset.index.categories
@@ -82,14 +82,14 @@ def category_ids(cfg: CfgNode, dataset: Dataset) -> tuple[int | None, ...]:
 
 
 def missing_classes(cfg: CfgNode, dataset: Dataset) -> list[str]:
-    """The model's classes that a test set does not have, so that nothing is measured of them."""
+    """Return the model's classes that a test set lacks; they are not measured."""
     trained = _trained_classes(cfg, dataset.name)
     ids = category_ids(cfg, dataset)
     return [] if trained is None else [label for label, number in zip(trained[1], ids) if number is None]
 
 
 def _trained_classes(cfg: CfgNode, name: str) -> tuple[str, tuple[str, ...]] | None:
-    """The first training set and its classes, if it is here and can be what the model was trained on."""
+    """Return the first training set and its classes, if available and compatible with the model."""
     if not cfg.DATASETS.TRAIN or _is_of_one_family(cfg.DATASETS.TRAIN[0], name):
         return None
     training_set = cfg.DATASETS.TRAIN[0]
@@ -101,7 +101,7 @@ def _trained_classes(cfg: CfgNode, name: str) -> tuple[str, tuple[str, ...]] | N
 
 
 def _is_of_one_family(one: str, other: str) -> bool:
-    """Whether two data sets have the classes of one benchmark; nothing has to be read to know that they agree."""
+    """Whether two data sets belong to one benchmark and so have the same classes, without reading them."""
     (whole, parts), (other_whole, other_parts) = split_parts(one), split_parts(other)
     if any(part.startswith("classes_") for part in (*parts, *other_parts)):
         return False

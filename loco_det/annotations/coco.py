@@ -1,9 +1,9 @@
-"""COCO instance annotations as a detector sees them: a view of the index of their file (index.py).
+"""COCO instance annotations for a detector: a view of their file's index (index.py).
 
-What is kept, and in which order, is what Detectron2 keeps (data/datasets/coco.py), except that boxes without area go
-at once.
+The kept annotations and their order are Detectron2's (data/datasets/coco.py), except that boxes without area are
+dropped at once.
 
-Shape legend: I images sorted by id, A annotations that are kept, grouped by image and in file order within one.
+Shape legend: I images sorted by id, A kept annotations, grouped by image, in file order within one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 
 from loco_det.annotations.converted import derived_file
-from loco_det.annotations.index import CocoIndex, load_index
+from loco_det.annotations.index import CocoIndex
 from loco_det.annotations.pixels import PixelLabels
 from loco_det.annotations.registry import Dataset
 from loco_det.annotations.rules import LEFT_OUT, RUN, Use, corners, findings, kept, refuse, warn
@@ -37,7 +37,7 @@ from loco_det.images.packed import PackedStrings
 
 
 class Segmentations(Sequence[bytes]):
-    """Some annotations' segmentations as they stand in the JSON, each read when it is asked for."""
+    """Encoded segmentations of some annotations, each read from the JSON on access."""
 
     def __init__(self, index: CocoIndex, rows: np.ndarray):
         self.index, self.rows = index, rows
@@ -74,12 +74,12 @@ class CocoDataset:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """By contiguous class, i.e. by ascending category id."""
+        """Class names by contiguous class, i.e. by ascending category id."""
         return self.index.category_names
 
     @property
     def category_ids(self) -> tuple[int, ...]:
-        """The category id in the file of every class."""
+        """The file's category id of every class."""
         return tuple(self.index.category_id.tolist())
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ class CocoDataset:
         return (self[i] for i in range(len(self)))
 
     def objects(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of every annotation the image number, the class and whether it is a crowd: (A,) int64, int64, bool."""
+        """Return every annotation's image index, class and crowd flag: (A,) int64, int64, bool."""
         index = self.index
         rows = np.flatnonzero(kept(index, slice(0, int(index.first[-1]))))
         image = np.repeat(np.arange(len(self)), np.diff(index.first))
@@ -118,17 +118,17 @@ def _classes(index: CocoIndex, rows: np.ndarray) -> np.ndarray:
 
 
 def load_coco(paths: Dataset, *, need_annotations: bool = True, masks: str = "") -> CocoDataset:
-    """Read and check an instances file.
+    """Read and validate an instances file.
 
     Args:
-        need_annotations: it is to be learned from; False for sets that are only run on.
-        masks: INPUT.MASK_FORMAT where masks are learned, too.
+        need_annotations: for training; False if the detector only runs on the images.
+        masks: INPUT.MASK_FORMAT for training masks, else empty.
 
     Raises:
-        UserError: the file is unreadable or malformed, a rule of `rules.py` stops its use, or an image is listed and
-            not there.
+        UserError: the file is unreadable or malformed, a rule of `rules.py` stops its use, or a listed image is
+            missing.
     """
-    index = load_index(paths.annotations)
+    index = paths.index
     use = Use("train", masks) if need_annotations else RUN
     refuse(index, use)
     names, absent, renamed = match_files(paths, index)
@@ -143,15 +143,15 @@ def load_coco(paths: Dataset, *, need_annotations: bool = True, masks: str = "")
             "%s: %d file names are not those of the files in %s; the first, '%s', is taken for '%s'.",
             *(index.path, len(renamed), paths.images, index.file_name[renamed[0]], names[renamed[0]]),
         )
-    _tell_left_out(index, use)
+    _log_skipped(index, use)
     warn(index, use)
     return CocoDataset(paths, index, names)
 
 
 def check_images(dataset: CocoDataset) -> None:
-    """Refuse, with UserError, a set with an image that cannot be read or has another size than its annotations say.
+    """Raise UserError if an image of the set cannot be read or has another size than its annotations.
 
-    Headers and ends of the files are read, which finds what most files are damaged by.
+    Reads headers and ends of the files, which reveals most damage.
     """
 
     def problem(i: int) -> str:
@@ -160,8 +160,10 @@ def check_images(dataset: CocoDataset) -> None:
             height, width = image_size(path)
         except UserError as error:
             return str(error)
-        said = int(dataset.index.width[i]), int(dataset.index.height[i])
-        return "" if said == (width, height) else size_problem(path, (width, height), dataset.index.image_id[i], said)
+        listed = int(dataset.index.width[i]), int(dataset.index.height[i])
+        if listed == (width, height):
+            return ""
+        return size_problem(path, (width, height), dataset.index.image_id[i], listed)
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         found = [text for text in pool.map(problem, range(len(dataset))) if text]
@@ -170,15 +172,15 @@ def check_images(dataset: CocoDataset) -> None:
         raise UserError(f"{found[0].rstrip('.')}{others}.")
 
 
-def size_problem(path: str, found: tuple[int, int], image_id: int, said: tuple[int, int]) -> str:
-    """What to tell of an image of another (width, height) than its annotations say."""
+def size_problem(path: str, found: tuple[int, int], image_id: int, listed: tuple[int, int]) -> str:
+    """Return the message about an image of another (width, height) than its annotations."""
     return (
-        f"{path} is {found[0]} x {found[1]} pixels but annotated (image id {image_id}) as {said[0]} x {said[1]}; "
+        f"{path} is {found[0]} x {found[1]} pixels but annotated (image id {image_id}) as {listed[0]} x {listed[1]}; "
         "correct the one or the other."
     )
 
 
-def _tell_left_out(index: CocoIndex, use: Use) -> None:
+def _log_skipped(index: CocoIndex, use: Use) -> None:
     total, used = len(index.annotation_id), int(kept(index)[: index.first[-1]].sum())
     if used < total:
         kinds = [f"{len(found.rows)} x {found.rule.name}" for found in findings(index, use, (LEFT_OUT,))]
@@ -186,10 +188,10 @@ def _tell_left_out(index: CocoIndex, use: Use) -> None:
 
 
 def decode_segmentation(record: Record, k: int) -> Segmentation:
-    """The segmentation of annotation k of an image; see `segmentation.decode`.
+    """Decode the segmentation of annotation k of an image; see `segmentation.decode`.
 
     Raises:
-        UserError: it is malformed.
+        UserError: malformed.
     """
     where = f"{record.file_name}: the segmentation of annotation id {record.annotation_ids[k]}"
     return decode(record.segmentations[k], record.height, record.width, where)
@@ -202,9 +204,9 @@ class Matched(NamedTuple):
     """The files of a set's images.
 
     Attributes:
-        names: as they are called, below the folder of images.
-        absent: images that have no file.
-        renamed: images whose file is called otherwise than the annotation file says.
+        names: file names below the image folder.
+        absent: images without a file.
+        renamed: images whose file name differs from the annotated one.
     """
 
     names: PackedStrings
@@ -213,10 +215,10 @@ class Matched(NamedTuple):
 
 
 def match_files(paths: Dataset, index: CocoIndex) -> Matched:
-    """Find the files of the images that are listed.
+    """Find the files of the listed images.
 
-    A name that is no file's is read as one that was written elsewhere: with backslashes, %20, a drive, a URL or
-    folders in front. It must lead to one file and no other name there.
+    A name without a file is interpreted as written on another machine: with backslashes, %20, a drive, a URL or leading
+    folders. It must match exactly one file, which no other name matches.
 
     Raises:
         UserError: the folder cannot be listed.
@@ -260,7 +262,7 @@ def readable_annotations(paths: Dataset) -> Path:
     Raises:
         UserError: as `load_index` and `match_files`.
     """
-    index = load_index(paths.annotations)
+    index = paths.index
     names, _, renamed = match_files(paths, index)
     if not renamed:
         return index.readable

@@ -1,6 +1,6 @@
 """The JSON of a COCO annotation file as columns, in one pass that checks types and leaves segmentations encoded.
 
-Strict: what is not written as COCO writes it is an error here and may still be read by `lenient.py`.
+Strict: other spellings than COCO's are errors here and may still be read by `lenient.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from loco_det.core.device import no_garbage_collection
 from loco_det.images.packed import PackedStrings
 
-# What a segmentation is, as far as brackets and commas tell; `segmentation.py` decodes it.
+# The kind of a segmentation, by brackets and commas only; `segmentation.py` decodes it.
 NO_MASK, POLYGONS, TOO_FEW_POINTS, RLE, OTHER = range(5)
 
 MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what `parse` raises
@@ -36,8 +36,8 @@ class _Image(msgspec.Struct, gc=False):
     id: _Int64
     height: _Int64
     width: _Int64
-    file_name: str = ""  # evaluation needs none
-    coco_url: str | None = None  # LVIS names its images by it; many a converter writes null
+    file_name: str = ""  # not needed for evaluation
+    coco_url: str | None = None  # LVIS's file name; often null in converted files
 
 
 class _Annotation(msgspec.Struct, gc=False):
@@ -61,9 +61,9 @@ class _File(msgspec.Struct):
 _decode = msgspec.json.Decoder(_File).decode
 
 _KEY = b'"segmentation"'
-_NUMBER = b"0123456789+-.eE \t\r\n"  # what is left of polygons without it is brackets and commas
+_NUMBER = b"0123456789+-.eE \t\r\n"  # polygons without these are brackets and commas
 _POLYGONS = re.compile(rb"\[\[,*\](?:,\[,*\])*\]")
-_ENOUGH = range(5, 1 << 62, 2)  # commas of a polygon with three points or more
+_ENOUGH = range(5, 1 << 62, 2)  # numbers of commas of a polygon with at least three points
 
 Columns = dict[str, np.ndarray]
 
@@ -76,10 +76,10 @@ class Content(NamedTuple):
 
 
 def parse(text: bytes) -> Content:
-    """The columns of an annotation file; `text` is all of it.
+    """Parse a whole annotation file into columns.
 
     Raises:
-        MALFORMED: it is not written as COCO writes its files.
+        MALFORMED: not in COCO's strict format.
     """
     with no_garbage_collection():
         file = _decode(text)
@@ -104,7 +104,7 @@ def _name(image: _Image) -> str:
 
 
 def _annotations(annotations: list[_Annotation], text: bytes) -> Columns:
-    """In the order of the list."""
+    """Return the columns of annotations, in list order."""
     count = len(annotations)
     boxes = chain.from_iterable(map(attrgetter("bbox"), annotations))
     return {
@@ -121,7 +121,7 @@ def _annotations(annotations: list[_Annotation], text: bytes) -> Columns:
 
 
 def _by_image(image_id: np.ndarray, columns: Columns) -> Columns:
-    """The columns ordered by image, and `first`."""
+    """Sort the columns by image, and add `first`."""
     owner = columns["annotation_image"]
     row = np.searchsorted(image_id, owner)
     listed = np.append(image_id, 0)[row] == owner if len(image_id) else np.zeros(len(owner), dtype=bool)
@@ -136,9 +136,9 @@ def _integers(items: Sequence[Any], name: str) -> np.ndarray:
 
 
 def _segmentations(annotations: list[_Annotation], text: bytes) -> Columns:
-    """Of every segmentation where it starts in `text`, its length (0 where there is none), and what it is.
+    """Return every segmentation's start in `text`, its length (0 if there is none), and its kind.
 
-    A place is right if the bytes there are those of the segmentation, so a wrong guess cannot mislead.
+    A guessed position is verified against the segmentation's bytes, so a wrong guess is harmless.
     """
     starts, lengths, shapes = array("q"), array("q"), bytearray()
     at, gap, known = 0, 0, {}
@@ -147,14 +147,14 @@ def _segmentations(annotations: list[_Annotation], text: bytes) -> Columns:
         start = 0
         if raw:
             start = text.find(_KEY, at) + gap
-            if not text.startswith(raw, start):  # mostly because the gap is not known yet
+            if not text.startswith(raw, start):  # usually because the gap is not known yet
                 start = text.find(raw, max(at, start - gap))
                 start = text.find(raw) if start < 0 else start
                 gap = start - text.rfind(_KEY, 0, start)
             at = start + len(raw)
         starts.append(start)
         lengths.append(len(raw))
-        # One polygon, enough points: nearly all, told by its commas alone.
+        # One polygon with enough points: nearly all, recognised by its commas alone.
         if raw[:1] == b"[" and raw.find(b"]") == len(raw) - 2 and raw.count(b",") in _ENOUGH:
             shapes.append(POLYGONS)
         else:
@@ -170,7 +170,7 @@ def _segmentations(annotations: list[_Annotation], text: bytes) -> Columns:
 
 
 def _shape(form: bytes) -> int:
-    """What brackets and commas without numbers, or the first bytes of something else, are."""
+    """Classify brackets and commas without numbers, or the first bytes of anything else."""
     if form in (b"", b"[]", b"null"):
         return NO_MASK
     if form[:1] == b"{":

@@ -1,7 +1,7 @@
-"""COCO annotation files that are made from something else: another format, or a part of a larger file.
+"""COCO annotation files derived from another format or from a larger file.
 
-Each is made once, whole or not at all, in `cache_folder()/annotations`, under a name that holds the hash of all that
-it depends on. Where several processes want it, one makes it and the others wait.
+Each is made once, atomically, in `cache_folder()/annotations`, under a name with the hash of all its inputs. If several
+processes need it, one makes it and the others wait.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, cache_folder, file_sha256, locked, stat_line
 
-_CHECKSUM = ".sha256"  # suffix of the file beside that holds it
+_CHECKSUM = ".sha256"  # suffix of the file with its checksum
 
 
 def derived_file(name: str, facts: dict[str, Any], make: Callable[[], bytes]) -> Path:
-    """The file made by `make` from what `facts` describe.
+    """Return the file made by `make` from the inputs `facts`.
 
     Args:
-        name: for people who look into the folder.
-        facts: plain data; anything else to depend on must be in it.
-        make: gives the content; called only where there is no such file, or one whose content has changed.
+        name: readable part of the file name.
+        facts: plain data that identifies all inputs.
+        make: returns the content; called only if the file is missing or has changed.
     """
     digest = hashlib.sha256(json.dumps([name, facts], sort_keys=True).encode()).hexdigest()[:20]
     path = cache_folder() / "annotations" / f"{name}-{digest}.json"
@@ -49,7 +49,7 @@ def derived_file(name: str, facts: dict[str, Any], make: Callable[[], bytes]) ->
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the file is there with the content that was written; it is read once in a process unless it changes."""
+    """Whether the file exists with its original content; read once per process unless it changes."""
     try:
         return _has_checksum(path, stat_line(path.stat()), stat_line(path.with_suffix(_CHECKSUM).stat()))
     except OSError:
@@ -62,10 +62,10 @@ def _has_checksum(path: Path, *_: str) -> bool:
 
 
 def files_digest(files: Iterable[Path], root: Path) -> str:
-    """sha256 over names below `root` and `stat_line` of each, in the order of `files`; contents are not read.
+    """Hash the name below `root` and the `stat_line` of each file by sha256, in order; contents are not read.
 
     Raises:
-        UserError: a file is not there.
+        UserError: a file is missing.
     """
     digest = hashlib.sha256()
     for file in files:

@@ -1,15 +1,14 @@
-"""A COCO annotation file as compact arrays, in a cache that every process maps into its memory.
+"""A COCO annotation file as compact arrays, in a cache that every process memory-maps.
 
-The JSON is parsed once (`coco_json.py`). Everything but the segmentations becomes arrays, a tenth of the file; of a
-segmentation only its place in the JSON is kept, and its bytes are read when it is used. Of a file that is not written
-as COCO writes its own a copy is made that is (`lenient.py`). Nothing is judged here; the rules stand in `rules.py`.
+The JSON is parsed once (`coco_json.py`). Everything but the segmentations becomes arrays, a tenth of the file;
+segmentations are kept as offsets into the JSON and read on use. Of a file that is not strict COCO, a strict copy is
+made (`lenient.py`). Validation is in `rules.py`.
 
-A cache file is used if its checksum is right and the JSON is the one it was made of: the same by size, times and
-inode, or, where these differ or are too young to be telling, and always for a small file, by its sha256. Anything else
-is built anew.
+A cache file is valid if its checksum is right and the JSON is unchanged: by size, times and inode, or, if these differ
+or are too recent, and always for a small file, by its sha256. Otherwise it is rebuilt.
 
 Shape legend: K categories, I images, A annotations. Categories and images are sorted by id, annotations grouped by
-image, in the file's order within one, those of unlisted images last.
+image, in file order within one, those of unlisted images last.
 """
 
 from __future__ import annotations
@@ -36,19 +35,19 @@ import numpy as np
 from loco_det.annotations.coco_json import MALFORMED, parse
 from loco_det.annotations.lenient import rewritten
 from loco_det.core.errors import UserError
-from loco_det.core.files import atomic_write, cache_folder, file_sha256, locked
+from loco_det.core.files import atomic_write, cache_folder, file_sha256, locked, read_regular
 from loco_det.core.log import log
 from loco_det.images.packed import PackedStrings
 
-_MAGIC = b"LOCOIDX4"  # another number whenever a cache file holds something else
+_MAGIC = b"LOCOIDX4"  # increase when the cache format changes
 _ALIGN = 64
-_SMALL = 1 << 24  # bytes of JSON up to which its hash is compared each time, which takes a hundredth of a second
-# A file changed so shortly before it was looked at can change again without another time stamp.
+_SMALL = 1 << 24  # bytes of JSON up to which the hash is always compared, in a hundredth of a second
+# A file changed this shortly before it was read can change again without a new time stamp.
 _SETTLED_NS = 2_000_000_000
 
 
 class Stamp(NamedTuple):
-    """By what a file is known to be unchanged without reading it."""
+    """The properties by which a file is known to be unchanged without reading it."""
 
     size: int
     mtime_ns: int
@@ -61,12 +60,12 @@ class Stamp(NamedTuple):
 
 
 class AnnotationFile:
-    """The JSON that an index was made of, for reading segmentations; it refuses to read from another content.
+    """The JSON of an index, for reading segmentations; refuses to read changed content.
 
     Attributes:
         sha256: of the content, in hexadecimal.
-        stamp: of the file when it had this content.
-        seen_ns: when the stamp was taken, nanoseconds since the epoch.
+        stamp: of the file with this content.
+        seen_ns: time of the stamp, nanoseconds since the epoch.
     """
 
     def __init__(self, path: Path, sha256: str, stamp: Stamp, seen_ns: int):
@@ -77,18 +76,18 @@ class AnnotationFile:
         return AnnotationFile, (self.path, self.sha256, self.stamp, self.seen_ns)
 
     def facts(self) -> dict[str, Any]:
-        """Its attributes but the path, as plain data."""
+        """Return its attributes except the path, as plain data."""
         return {"sha256": self.sha256, "stamp": self.stamp, "seen_ns": self.seen_ns}
 
-    def __del__(self, close: Any = os.close) -> None:  # at the interpreter's end `os` may be gone
+    def __del__(self, close: Any = os.close) -> None:  # at interpreter exit `os` may be gone
         if getattr(self, "_fd", None) is not None:
             close(self._fd)
 
     def read(self, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
-        """The bytes at some places. A process that was forked off reads through the same descriptor.
+        """Read bytes at the given offsets. Forked processes share the descriptor.
 
         Raises:
-            UserError: the file cannot be read or has another content by now.
+            UserError: the file cannot be read or its content has changed.
         """
         try:
             if self._fd is None:
@@ -105,9 +104,9 @@ class AnnotationFile:
 
 @dataclass(frozen=True)
 class CocoIndex:
-    """All of an annotation file. The arrays are in this process's memory or, read-only, in the mapped cache file.
+    """A complete annotation file. Arrays are in memory or, read-only, in the mapped cache file.
 
-    Pickled, a mapped index is the path of its JSON.
+    A mapped index is pickled as the path of its JSON.
     """
 
     file: AnnotationFile
@@ -120,18 +119,18 @@ class CocoIndex:
     name_offsets: np.ndarray
     first: np.ndarray  # (I + 1,) int64: annotations first[i] to first[i + 1] belong to image i
     annotation_id: np.ndarray  # (A,) int64
-    annotation_image: np.ndarray  # (A,) int64, an image id, from first[I] on of images that are not listed
+    annotation_image: np.ndarray  # (A,) int64, an image id; from first[I] on of unlisted images
     annotation_category: np.ndarray  # (A,) int64, a category id
     bbox: np.ndarray  # (A, 4) float64: x, y, width, height in pixels
-    area: np.ndarray  # (A,) float64, square pixels; NaN where the file says nothing
+    area: np.ndarray  # (A,) float64, square pixels; NaN if missing
     crowd: np.ndarray  # (A,) bool
     ignore: np.ndarray  # (A,) bool, the key "ignore"
     difficult: np.ndarray  # (A,) bool, the key "difficult", of Pascal VOC
     shape: np.ndarray  # (A,) uint8: NO_MASK, POLYGONS, TOO_FEW_POINTS, RLE or OTHER of coco_json.py
     segmentation_start: np.ndarray  # (A,) int64, byte in the JSON
-    segmentation_length: np.ndarray  # (A,) int64, bytes; 0 where there is none
-    copy: AnnotationFile | None = None  # what was read in place of a file that is not written as COCO writes them
-    notes: dict[str, int] = field(default_factory=dict)  # entries that were read otherwise than they stand, by kind
+    segmentation_length: np.ndarray  # (A,) int64, bytes; 0 if there is none
+    copy: AnnotationFile | None = None  # strict copy that was read instead, if the file is not strict COCO
+    notes: dict[str, int] = field(default_factory=dict)  # numbers of entries that were read differently, by kind
     mapped: bool = False
 
     @property
@@ -141,7 +140,7 @@ class CocoIndex:
 
     @property
     def readable(self) -> Path:
-        """The annotation file, or a copy of it that every reader of COCO files takes."""
+        """The annotation file, or its strict copy, for any reader of COCO files."""
         return (self.copy or self.file).path
 
     @property
@@ -151,11 +150,11 @@ class CocoIndex:
 
     @property
     def categories(self) -> dict[int, str]:
-        """{category id: name} in ascending order of ids, that is in the order of a model's classes."""
+        """{category id: name} by ascending id, the order of a model's classes."""
         return dict(zip(self.category_id.tolist(), self.category_names))
 
     def segmentations(self, rows: np.ndarray | slice) -> list[bytes]:
-        """The segmentations of some annotations as they stand in the JSON; b"" where there is none.
+        """Read encoded segmentations of some annotations from the JSON; b"" if there is none.
 
         Raises:
             UserError: as `AnnotationFile.read`.
@@ -174,13 +173,13 @@ _ARRAYS = tuple(f.name for f in fields(CocoIndex) if f.type == "np.ndarray")
 
 
 def load_index(annotations: str | Path) -> CocoIndex:
-    """The index of a COCO annotation file, from the cache or else built and put there.
+    """Load the index of a COCO annotation file from the cache; built and cached if missing.
 
-    Of several processes one builds and the others wait. Where the cache cannot be written, the index stays in memory
-    and one line says so. What is read otherwise than it stands in the file is told once.
+    If several processes need it, one builds it and the others wait. If the cache cannot be written, the index stays in
+    memory, with a line in the log. Values that were read differently are logged once.
 
     Raises:
-        UserError: the file is unreadable or no COCO annotation file, or it needs a copy that cannot be written.
+        UserError: unreadable or not a COCO annotation file, or its strict copy cannot be written.
     """
     path = Path(annotations).absolute()
     cache = _cache_file(path)
@@ -188,16 +187,16 @@ def load_index(annotations: str | Path) -> CocoIndex:
     if index is None or not _unchanged(index.file):
         index = _renewed(cache, path)
     if index.copy is not None:
-        _tell(path, index.readable, ", ".join(f"{count} x {kind}" for kind, count in index.notes.items()))
+        _log_notes(path, index.readable, ", ".join(f"{count} x {kind}" for kind, count in index.notes.items()))
     return index
 
 
 def _renewed(cache: Path, path: Path) -> CocoIndex:
-    """The index, and the cache file as it should be."""
+    """Rebuild the index and its cache file under the lock."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # builders may then work side by side, and the last one's file remains
+        with contextlib.suppress(OSError):  # without locks builders work in parallel, and the last one's file remains
             stack.enter_context(locked(cache.with_suffix(".lock"), lambda: log.info(_WAITING, path)))
-            for left in cache.parent.glob(f".{escape(cache.stem)}.*.tmp"):  # by a builder that was killed
+            for left in cache.parent.glob(f".{escape(cache.stem)}.*.tmp"):  # of a killed builder
                 left.unlink()
         index = _open(cache, path)  # built while this process waited
         if index is not None and _unchanged(index.file):
@@ -208,13 +207,13 @@ def _renewed(cache: Path, path: Path) -> CocoIndex:
                 _save(index, cache)
                 index = _open(cache, path) or index
         except (UserError, OSError) as error:
-            log.info("the index of %s is not cached: %s (LOCO_DET_CACHE names another place)", path, error)
+            log.info("the index of %s is not cached: %s (set LOCO_DET_CACHE to another folder)", path, error)
     return index
 
 
-@functools.cache  # once in a process
-def _tell(path: Path, copy: Path, notes: str) -> None:
-    log.warning("%s is not written as COCO writes its files, and was read as %s: %s", path, copy, notes)
+@functools.cache  # once per process
+def _log_notes(path: Path, copy: Path, notes: str) -> None:
+    log.warning("%s is not strict COCO and was read as %s: %s", path, copy, notes)
 
 
 def _load_same(path: Path, sha256: str) -> CocoIndex:
@@ -224,15 +223,15 @@ def _load_same(path: Path, sha256: str) -> CocoIndex:
     return index
 
 
-# --- whether a cached index is of this file ---------------------------------------------------------------------
+# --- validity of a cached index -----------------------------------------------------------------------------------
 
 
 def _stamp(path: Path) -> Stamp:
-    """The file's stamp after what has been written to it is on the disk.
+    """Return the file's stamp after flushing it to disk.
 
-    Linux stamps a page of a memory-mapped file when it is first written to after it was last flushed, and not at
-    later writes, which may follow half a minute after: only of a flushed file every change shows. Opening it also makes
-    a network file system ask for the stamp instead of remembering it.
+    Linux updates the times of a memory-mapped page only on the first write after a flush, not on later ones, which may
+    follow for half a minute: only for a flushed file every change shows. Opening it also makes a network file system
+    refresh the stamp.
     """
     try:
         found = os.stat(path)
@@ -240,7 +239,7 @@ def _stamp(path: Path) -> Stamp:
             raise UserError(f"{path} is no regular file; name an annotation file.")
         fd = os.open(path, os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):  # a file system that cannot
+            with contextlib.suppress(OSError):  # not supported by the file system
                 os.fsync(fd)
             return Stamp.of(os.fstat(fd))
         finally:
@@ -260,7 +259,7 @@ def _unchanged(file: AnnotationFile) -> bool:
 
 
 def _confirmed(index: CocoIndex | None) -> CocoIndex | None:
-    """The index with the file's present stamp if the file still has the content that the index was made of."""
+    """Return the index with the file's current stamp if the content is unchanged, else None."""
     if index is None:
         return None
     path, seen = index.path, time.time_ns()
@@ -271,7 +270,7 @@ def _confirmed(index: CocoIndex | None) -> CocoIndex | None:
 
 
 # --- the cache file ---------------------------------------------------------------------------------------------
-# magic, crc32 of all that follows, length of the header, header (JSON), arrays at multiples of _ALIGN after it
+# magic, crc32 of everything that follows, length of the header, header (JSON), arrays at multiples of _ALIGN
 
 
 def _cache_file(path: Path) -> Path:
@@ -305,13 +304,13 @@ def _save(index: CocoIndex, cache: Path) -> None:
 
 
 def _open(cache: Path, path: Path) -> CocoIndex | None:
-    """A cache file mapped into memory; None if there is none that is whole and of this version."""
+    """Map a cache file into memory; None unless it is complete and of this version."""
     try:
         with open(cache, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError):  # absent or empty
+    except (OSError, ValueError):  # missing or empty
         return None
-    # The arrays are small enough to be read whole each time: no cheaper test finds a flipped bit.
+    # The arrays are small enough to be read completely each time; no cheaper test detects a flipped bit.
     if (
         len(data) < 16
         or data[:8] != _MAGIC
@@ -333,7 +332,7 @@ def _open(cache: Path, path: Path) -> CocoIndex | None:
             if file_sha256(copy.path) != copy.sha256:
                 return None
         return CocoIndex(source, tuple(header["category_names"]), **arrays, copy=copy, notes=notes, mapped=True)
-    except (ArithmeticError, LookupError, OSError, RecursionError, TypeError, ValueError):  # not what is written here
+    except (ArithmeticError, LookupError, OSError, RecursionError, TypeError, ValueError):  # not a file of ours
         return None
 
 
@@ -341,11 +340,11 @@ def _open(cache: Path, path: Path) -> CocoIndex | None:
 
 
 def _build(path: Path, cache: Path) -> CocoIndex:
-    """The index of a file, in memory; of one that is not written as COCO writes them, a copy is made beside `cache`."""
+    """Build a file's index in memory; if the file is not strict COCO, write a strict copy beside `cache`."""
     seen = time.time_ns()
     stamp = _stamp(path)
     try:
-        text = path.read_bytes()
+        text = read_regular(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     copy, notes = None, {}
@@ -368,5 +367,5 @@ def _written(path: Path, text: bytes) -> AnnotationFile:
         with atomic_write(path) as file:
             file.write(text)
     except UserError as error:
-        raise UserError(f"{error} (LOCO_DET_CACHE names another place for copies of annotation files)") from None
+        raise UserError(f"{error} (set LOCO_DET_CACHE to another folder for copies of annotation files)") from None
     return AnnotationFile(path, hashlib.sha256(text).hexdigest(), _stamp(path), time.time_ns())

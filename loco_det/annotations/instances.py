@@ -1,4 +1,4 @@
-"""The one container that data, detector and evaluator hand to each other.
+"""The container for objects that data, detector and evaluator exchange.
 
 Shape legend: N instances in an image, H x W its height and width in pixels.
 """
@@ -34,7 +34,7 @@ class Instances:
         return len(self.boxes)
 
     def __getitem__(self, index: torch.Tensor) -> Instances:
-        """The instances that a bool (N,) or int64 (K,) tensor selects."""
+        """Select instances by a bool (N,) or int64 (K,) tensor."""
         return self._map(lambda value: value[index])
 
     def to(self, device: torch.device | str) -> Instances:

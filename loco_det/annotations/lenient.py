@@ -1,20 +1,20 @@
-"""Annotation files that are not written as COCO writes its own, and whose meaning is plain all the same.
+"""Reads annotation files that are not strict COCO but unambiguous.
 
-`rewritten` makes a strict file of one, with every key that it had, and counts what it read otherwise than it stands:
+`rewritten` converts one to a strict file, keeping every key, and counts the values that it reads differently:
 
-| as it stands | as it is read |
+| in the file | read as |
 |---|---|
 | compressed by gzip, a byte-order mark, UTF-16 or UTF-32 | plain UTF-8 |
 | NaN, Infinity | null |
 | an id as "7" or 7.0 | 7 |
-| ids of which one is no number, such as a UUID | numbers from 1 on, in the order of the ids as text |
+| ids of which one is not a number, such as a UUID | numbers from 1 on, in the order of the ids as text |
 | height, width, iscrowd, ignore or difficult as "640", 640.0 or true | 640, or 0 or 1 |
 | an area, or one of a bbox's four numbers, as "12.5"; a bbox as "[1, 2, 3, 4]" | the number |
 | iscrowd, ignore or difficult null | 0 |
-| an area that is null or no number | absent |
+| an area that is null or not a number | absent |
 | a category's name or a file_name as a number; a category without a name | its text; its id |
 
-The rest is refused in one sentence, with the number of entries of each kind.
+Everything else is refused in one sentence, with the number of entries of each kind.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ from loco_det.core.device import no_garbage_collection
 from loco_det.core.errors import UserError
 
 _GZIP = b"\x1f\x8b"
-_MOST_UNPACKED = 1 << 28  # bytes that a compressed file may always have; above it 100 times its size
+_MOST_UNPACKED = 1 << 28  # bytes that a compressed file may always unpack to; beyond, 100 times its size
 _WHOLE = re.compile(r"\s*([+-]?\d{1,19})(?:\.0*)?\s*")
 _INT64 = range(-(2**63), 2**63)
 _TABLES = {"images": "image", "categories": "category", "annotations": "annotation"}
 
 Entry = dict[str, msgspec.Raw]
-Convert = Callable[[Any], Any]  # returns a sound value itself, None for one to leave out; ValueError: what it is not
+Convert = Callable[[Any], Any]  # returns a valid value itself, None to leave it out; ValueError: the expected type
 
 _decode_file = msgspec.json.Decoder(Entry).decode
 _decode_entries = msgspec.json.Decoder(list[Entry]).decode
 
 
 def rewritten(text: bytes, path: Path) -> tuple[bytes, dict[str, int]]:
-    """A strict annotation file of `text`.
+    """Convert `text` to a strict annotation file.
 
     Args:
         path: for messages.
 
     Returns:
-        The file, and how many entries of which kind are read otherwise than they stand.
+        The file, and the number of entries read differently, by kind.
 
     Raises:
-        UserError: it is no JSON, no annotation file, or has entries that mean nothing.
+        UserError: no JSON, no annotation file, or entries without a meaning.
     """
     account = _Account(path)
     try:
@@ -73,20 +73,20 @@ def rewritten(text: bytes, path: Path) -> tuple[bytes, dict[str, int]]:
 
 
 class _Account:
-    """What was read otherwise than it stands and what cannot be read, by kind."""
+    """Values read differently and unreadable values, by kind."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.read: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
-        self.first: dict[str, str] = {}  # of the refused
+        self.first: dict[str, str] = {}  # first refused entry of each kind
 
     def refuse(self, kind: str, entry: str) -> None:
         self.refused[kind] += 1
         self.first.setdefault(kind, entry)
 
     def close(self) -> None:
-        """Raises UserError if something was refused."""
+        """Raise UserError if anything was refused."""
         if self.refused:
             kinds = "; ".join(f"{n} x {kind}, the first {self.first[kind]}" for kind, n in self.refused.items())
             raise UserError(f"{self.path} cannot be read: {kinds}. Correct these entries or remove them.")
@@ -99,7 +99,7 @@ class _Account:
 
 
 def _standard(text: bytes, account: _Account) -> bytes:
-    """Standard JSON in UTF-8."""
+    """Convert to standard JSON in UTF-8."""
     if text[:2] == _GZIP:
         text = _unpacked(text, account.path)
         account.read["file compressed by gzip"] += 1
@@ -112,7 +112,7 @@ def _standard(text: bytes, account: _Account) -> bytes:
         account.read[f"file in {encoding.replace('-sig', ' with a byte-order mark')}"] += 1
     try:
         _decode_file(text)
-    except msgspec.ValidationError:  # judged by `_tables`
+    except msgspec.ValidationError:  # `_tables` reports it
         return text
     except RecursionError:
         raise account.no_json("it is nested too deep") from None
@@ -138,21 +138,21 @@ def _unpacked(text: bytes, path: Path) -> bytes:
 
 
 def _without_nan(text: bytes, account: _Account) -> bytes:
-    """What Python reads and the standard does not know: NaN and Infinity, which become null."""
+    """Replace NaN and Infinity, which Python reads but the standard does not allow, by null."""
     constants: Counter[str] = Counter()
     try:
         value = json.loads(text, parse_constant=lambda name: constants.update([name]))
         text = msgspec.json.encode(value)
     except RecursionError:
         raise account.no_json("it is nested too deep") from None
-    except ValueError as error:  # half a surrogate pair, too
+    except ValueError as error:  # also half a surrogate pair
         raise account.no_json(error) from None
     account.read.update({f"{name}, read as null": count for name, count in constants.items()})
     return text
 
 
 def _tables(text: bytes, path: Path) -> tuple[Entry, dict[str, list[Entry]]]:
-    """The whole file and its three lists."""
+    """Return the whole file and its three lists."""
     try:
         file = _decode_file(text)
         for key in ("images", "categories"):
@@ -167,10 +167,10 @@ def _tables(text: bytes, path: Path) -> tuple[Entry, dict[str, list[Entry]]]:
 
 
 def _convert(tables: dict[str, list[Entry]], account: _Account) -> None:
-    """Make the keys that are used what the strict parser takes."""
+    """Convert the used keys to the strict parser's types."""
     image_id, category_id, annotation_id = (_ids(tables[key], what, account) for key, what in _TABLES.items())
     required: dict[str, dict[str, tuple[Convert, str]]] = {
-        "images": {"height": _WIDE, "width": _WIDE, "id": image_id},  # ids last: messages show them as they stand
+        "images": {"height": _WIDE, "width": _WIDE, "id": image_id},  # ids last: messages show the originals
         "categories": {"id": category_id},
         "annotations": {"image_id": image_id, "category_id": category_id, "bbox": _BOX, "id": annotation_id},
     }
@@ -209,7 +209,7 @@ def _set(entry: Entry, key: str, convert: Convert, wanted: str, what: str, accou
 
 
 def _ids(entries: list[Entry], what: str, account: _Account) -> tuple[Convert, str]:
-    """How to convert the ids of a table, and references to them."""
+    """Return the converter for a table's ids, and for references to them."""
     values = [_value(entry, "id") for entry in entries]
     if all(_is_whole(value) or not _is_id(value) for value in values):
         return _whole, "a whole number"
@@ -219,7 +219,7 @@ def _ids(entries: list[Entry], what: str, account: _Account) -> tuple[Convert, s
     def number(value: Any) -> int:
         if not _is_id(value):
             raise ValueError
-        return numbers.setdefault(_id_text(value), len(numbers) + 1)  # one that is not listed has its own
+        return numbers.setdefault(_id_text(value), len(numbers) + 1)  # unlisted ids get their own number
 
     return number, "a number or a text"
 
@@ -265,7 +265,7 @@ def _whole(value: Any) -> int:
 
 
 def _flag(value: Any) -> int | None:
-    """0 or 1; a whole number but 0 counts as 1 to every reader."""
+    """Convert to 0 or 1; any whole number but 0 is 1 for every reader."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
@@ -274,7 +274,7 @@ def _flag(value: Any) -> int | None:
 
 
 def _number(value: Any) -> int | float:
-    """A finite number."""
+    """Convert to a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError
     number = value if not isinstance(value, str) else float(value)

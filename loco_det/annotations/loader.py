@@ -1,10 +1,10 @@
 """Batches for training and testing a detector.
 
-Training follows an infinite stream of image numbers, the same in every process: shuffled epoch after epoch from the
-seed alone. Process r of R takes positions r, r + R, r + 2R, ... of it, collects images of like orientation into
-batches, and draws the transforms of a sample from (seed, position). So the batches after iteration k are the same
-whether the run was resumed there or not and however many workers load them. The streams are those of Detectron2's
-samplers (data/samplers/distributed_sampler.py) for the same seed.
+Training follows an infinite stream of image indices, the same in every process: shuffled epoch after epoch from the
+seed alone. Process r of R takes positions r, r + R, r + 2R, ..., groups images of equal orientation into batches, and
+draws a sample's transforms from (seed, position). So the batches after iteration k do not depend on resuming or on the
+number of workers. The streams are those of Detectron2's samplers (data/samplers/distributed_sampler.py) for the same
+seed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from loco_det.core.launch import leave_stopping_to_parent
 from loco_det.core.log import log
 from loco_det.images.unusable import SUBSTITUTES, Unusable
 
-MAX_BAD_SHARE = 0.01  # of the training images may turn out to be unusable when they are decoded
-# Keys of a sample on its way from a worker: images that it replaces, and its own if an object was left out.
+MAX_BAD_SHARE = 0.01  # tolerated share of training images that fail to decode
+# Extra keys of a sample from a worker: images that it replaces, and its own if an object was skipped.
 _REPLACED, _INCOMPLETE = "_replaced", "_incomplete"
 
 Precomputed = Sequence[Mapping[str, ProposalsOfImage]]
@@ -40,13 +40,13 @@ Precomputed = Sequence[Mapping[str, ProposalsOfImage]]
 class Loader:
     """An iterable of batches, each a list of the mapper's dicts.
 
-    `len` is the number of batches of a test loader; a training loader has none and starts again at its `start_iter`
-    each time it is iterated.
+    `len` is the number of batches of a test loader; a training loader has none and restarts at its `start_iter` on each
+    iteration.
 
     Attributes:
-        datasets: the annotations that are read, for who needs class names or ids.
-        bad: images of a training set met so far by this process that only decoding showed to be unusable;
-            None for a test set, which leaves no image out.
+        datasets: the annotations, for class names or ids.
+        bad: images of a training set that this process failed to decode so far; None for a test set, which skips no
+            image.
     """
 
     def __init__(self, datasets: list[CocoDataset], batches: DataLoader, bad: Unusable | None):
@@ -69,19 +69,19 @@ def build_train_loader(
     proposals: Precomputed | None = None,
     max_bad_share: float = MAX_BAD_SHARE,
 ) -> Loader:
-    """Endless batches of this process: SOLVER.IMS_PER_BATCH images over all processes.
+    """Build endless batches of this process: SOLVER.IMS_PER_BATCH images over all processes.
 
     Args:
-        cfg: Detectron2's keys; DATASETS.TRAIN, DATALOADER, INPUT, SOLVER.IMS_PER_BATCH, SEED, MODEL.MASK_ON,
-            MODEL.DEVICE and MODEL.ROI_HEADS.NUM_CLASSES are read.
-        start_iter: how many batches to skip, for resuming. A negative SEED is drawn anew and cannot be resumed
+        cfg: Detectron2's keys; uses DATASETS.TRAIN, DATALOADER, INPUT, SOLVER.IMS_PER_BATCH, SEED, MODEL.MASK_ON,
+            MODEL.DEVICE and MODEL.ROI_HEADS.NUM_CLASSES.
+        start_iter: number of batches to skip, for resuming. A negative SEED is drawn anew and cannot be resumed
             exactly.
-        proposals: for each of DATASETS.TRAIN, those of each image by its id.
-        max_bad_share: of the images that may turn out to be unusable when they are decoded. A neighbour takes the
-            place of such a one, a function of the data alone, so that resumed and uninterrupted runs stay equal.
+        proposals: for each of DATASETS.TRAIN, proposals by image id.
+        max_bad_share: tolerated share of images that fail to decode. A neighbour replaces such an image, depending on
+            the data only, so that resumed and uninterrupted runs are equal.
 
     Raises:
-        UserError: a data set cannot be used or does not fit the configuration; while iterating, more images than
+        UserError: a data set is invalid or does not fit the configuration; while iterating, more images than
             `max_bad_share` are unusable.
     """
     if not len(cfg.DATASETS.TRAIN):
@@ -109,12 +109,12 @@ def build_train_loader(
 def build_test_loader(
     cfg: CfgNode, dataset: Dataset, proposals: Mapping[str, ProposalsOfImage] | None = None
 ) -> Loader:
-    """Each image of a data set once, one a batch, divided over the processes in runs of neighbours.
+    """Yield each image of a data set once, one per batch; each process has a contiguous share.
 
-    `proposals` are those of each image by its id.
+    `proposals` are by image id.
 
     Raises:
-        UserError: the data set cannot be used or does not fit the configuration.
+        UserError: the data set is invalid or does not fit the configuration.
     """
     annotated = _load(cfg, dataset, train=False)
     share = np.array_split(np.arange(len(annotated)), world_size())[rank()]
@@ -125,11 +125,11 @@ def build_test_loader(
 
 
 class _OtherData(UserError):
-    """A file is of another data set, which no image can take the place of."""
+    """A file belongs to another data set, so no image can replace it."""
 
 
 class _Samples(torch_data.Dataset):
-    """Mapped samples by (position in the stream, image number), or the UserError of a bad one, for `raising`."""
+    """Mapped samples by (position in the stream, image index), or the UserError of a bad one, for `raising`."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class _Samples(torch_data.Dataset):
         try:
             return self._sample(*place)
         except UserError as error:
-            return UserError(str(error))  # without its cause, which need not survive the way between processes
+            return UserError(str(error))  # without its cause, which may not be picklable
 
     def _sample(self, position: int, image: int) -> dict[str, Any]:
         record = self.datasets[self.dataset[image]][self.row[image]]
@@ -167,9 +167,9 @@ class _Samples(torch_data.Dataset):
 
 
 class _TrainSamples(_Samples):
-    """In the place of an image that cannot be used comes the next of its orientation, transformed as it would be.
+    """Replaces an unusable image by the next of its orientation, with the original's transforms.
 
-    The main process, which counts them, finds what was wrong under the keys _REPLACED and _INCOMPLETE.
+    The main process counts them by the keys _REPLACED and _INCOMPLETE.
     """
 
     def __init__(self, *args: Any):
@@ -201,14 +201,14 @@ class _TrainSamples(_Samples):
 
 
 class _TrainBatches:
-    """This process's batches of (position, image number), without end.
+    """Endless batches of (position, image index) for this process.
 
     Args:
-        stream: infinite image numbers over all processes, from the start each time it is iterated.
+        stream: infinite image indices over all processes, restarted on each iteration.
         wide: (images,) bool, wider than high.
-        size: images a batch.
-        grouped: wide images apart from the others, which saves padding.
-        start: batches to skip.
+        size: images per batch.
+        grouped: separate wide images from the others, which saves padding.
+        start: number of batches to skip.
     """
 
     def __init__(self, stream: TrainingStream, wide: np.ndarray, size: int, grouped: bool, start: int):
@@ -229,13 +229,13 @@ class _TrainBatches:
 
 
 class TrainingStream:
-    """Image numbers without end: epoch after epoch, each in a new order.
+    """Endless image indices: epoch after epoch, each in a new order.
 
     Args:
-        count: how many images there are.
-        seed: of the order and of the rounding below.
-        repeat: (count,) float32 >= 1, how often an image comes in an epoch on average: the whole part always, once
-            more with the probability of the fraction. Each image once if not given.
+        count: number of images.
+        seed: seed of the order and of the rounding below.
+        repeat: (count,) float32 >= 1, mean number of times an image occurs per epoch: its integer part, plus one with
+            the probability of its fraction. Default: once.
     """
 
     def __init__(self, count: int, seed: int, repeat: torch.Tensor | None = None):
@@ -252,13 +252,13 @@ class TrainingStream:
 
 
 def repeat_factors(images: np.ndarray, labels: np.ndarray, count: int, threshold: float, root: bool) -> torch.Tensor:
-    """How often to repeat each image so that rare classes are seen more often (LVIS, arXiv 1908.03195, appendix B.2).
+    """Return how often to repeat each image so that rare classes occur more often (LVIS, arXiv 1908.03195, app. B.2).
 
     A class in a share f < threshold of the images has factor threshold / f, or its square root; an image has the
     largest factor of its classes, at least 1.
 
     Args:
-        images, labels: (A,) image number and class of every annotation.
+        images, labels: (A,) image index and class of every annotation.
         count: number of images.
 
     Returns:
@@ -282,7 +282,7 @@ def _load(cfg: CfgNode, dataset: Dataset, train: bool) -> CocoDataset:
 
 
 def check_kind(cfg: CfgNode, name: str) -> None:
-    """Refuse, with UserError, a data set whose kind of labels MODEL.META_ARCHITECTURE is not made for."""
+    """Raise UserError if MODEL.META_ARCHITECTURE does not fit a data set's kind of labels."""
     semantic = has_pixels(name)
     if semantic != (cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor"):
         wanted = "SemanticSegmentor" if semantic else "GeneralizedRCNN"
@@ -294,7 +294,7 @@ def check_kind(cfg: CfgNode, name: str) -> None:
 
 
 def _trainable(cfg: CfgNode, dataset: CocoDataset) -> np.ndarray:
-    """The images to train on: with DATALOADER.FILTER_EMPTY_ANNOTATIONS those with an object that is no crowd."""
+    """Return the images to train on: with DATALOADER.FILTER_EMPTY_ANNOTATIONS those with a non-crowd object."""
     rows = np.arange(len(dataset))
     if dataset.paths.is_pixels:
         log.info("%s: %d images with labels of %d classes", dataset.paths.name, len(rows), len(dataset.class_names))
@@ -343,7 +343,7 @@ def _loader(
         collate_fn=_as_list,
         worker_init_fn=leave_stopping_to_parent,
         pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",
-        # Workers get their seeds from here and not from the global generator, whose state a resumed run restores.
+        # Workers get their seeds from here, not from the global generator, whose state a resumed run restores.
         generator=torch.Generator().manual_seed(samples.seed or 0),
     )
     return Loader(datasets, torch_loader, bad)

@@ -1,8 +1,8 @@
-"""From an annotated image on disk to what the detector trains on.
+"""Maps an annotated image on disk to the detector's training input.
 
-Equal to Detectron2's default mapper (data/dataset_mapper.py) for the same random draws: the image bit for bit, boxes,
-classes and masks too. One difference is meant: coordinates that a JSON file writes as whole numbers are scaled like
-any others, where Detectron2 cuts off what follows the decimal point.
+Equals Detectron2's default mapper (data/dataset_mapper.py) for the same random draws, bit for bit: image, boxes,
+classes and masks. One difference is intended: coordinates written as whole numbers in JSON are scaled like any others,
+while Detectron2 truncates their decimals.
 
 Shape legend: H x W the image after the transforms, N its annotated objects.
 """
@@ -23,32 +23,32 @@ from loco_det.annotations.transforms import Transform, check_input, draw_transfo
 from loco_det.core.errors import UserError
 from loco_det.images.decode import read_image
 
-# Pixels; an object whose box is no wider or higher after the transforms is left out.
+# Pixels; objects with a box no wider or higher than this after the transforms are dropped.
 SMALLEST_SIDE = 1e-5
 
-# Boxes (P, 4) float32 XYXY in pixels of the original image and logits (P,) float32, the best first.
+# Boxes (P, 4) float32 XYXY in pixels of the original image and logits (P,) float32, best first.
 ProposalsOfImage = tuple[np.ndarray, np.ndarray]
 
 
 def sample_rng(seed: int, position: int) -> np.random.RandomState:
-    """The random numbers of one sample, a function of the run's seed and the sample's place in the stream alone.
+    """Return the random generator of one sample, which depends only on the run's seed and the position in the stream.
 
-    RandomState, because its stream is fixed for ever, which Generator's is not, and because Detectron2 draws from
-    one, so that equality is testable.
+    RandomState, because its stream is fixed forever, unlike Generator's, and because Detectron2 uses it, so that
+    equality is testable.
     """
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, position])))
 
 
 class DetectionMapper:
-    """Turns a `Record` into the dict that the model takes.
+    """Converts a `Record` into the model's input dict.
 
     Args:
-        cfg: Detectron2's keys; INPUT, MODEL.META_ARCHITECTURE, MODEL.MASK_ON and
-            DATASETS.PRECOMPUTED_PROPOSAL_TOPK_* are read.
-        train: with random transforms and "instances", or resized for testing and without.
+        cfg: Detectron2's keys; uses INPUT, MODEL.META_ARCHITECTURE, MODEL.MASK_ON and
+            DATASETS.PRECOMPUTED_PROPOSAL_TOPK_*.
+        train: with random transforms and "instances"; otherwise resized for testing, without them.
 
     Raises:
-        UserError: a value of INPUT means nothing.
+        UserError: an invalid value in INPUT.
     """
 
     def __init__(self, cfg: CfgNode, train: bool):
@@ -66,21 +66,21 @@ class DetectionMapper:
         rng: np.random.RandomState | None = None,
         proposals: ProposalsOfImage | None = None,
     ) -> dict[str, Any]:
-        """One sample.
+        """Map one sample.
 
         Args:
-            rng: where the random transforms are drawn from; needed for training only.
-            proposals: computed before, in the original image.
+            rng: source of the random transforms; for training only.
+            proposals: precomputed, in the original image.
 
         Returns:
             file_name, image_id, height, width: as in the record, i.e. of the original image.
             image: (3, H, W) uint8 in INPUT.FORMAT order.
             instances: training only, `Instances` in pixels of `image` without crowds and empty objects.
-            sem_seg: instead of them for a semantic segmentor, (H, W) int64 classes or IGNORED of annotations/pixels.py.
-            empty_masks: training only, if there are any, ids of annotations that are left out because their mask has no
-                pixel, whatever the transforms.
-            proposals: if given, the best DATASETS.PRECOMPUTED_PROPOSAL_TOPK_{TRAIN,TEST} that are not empty, as
-                `Instances` in pixels of `image` with boxes and scores.
+            sem_seg: instead, for a semantic segmentor, (H, W) int64 classes or IGNORED of annotations/pixels.py.
+            empty_masks: training only, if there are any, ids of annotations dropped because their mask has no pixel,
+                regardless of the transforms.
+            proposals: if given, the best non-empty DATASETS.PRECOMPUTED_PROPOSAL_TOPK_{TRAIN,TEST}, as `Instances` in
+                pixels of `image` with boxes and scores.
 
         Raises:
             UserError: the image is unreadable or of another size, or a segmentation missing or malformed.
@@ -127,7 +127,7 @@ class DetectionMapper:
     def _instances(
         self, record: Record, transforms: list[Transform], size: tuple[int, int], empty: list[int]
     ) -> Instances:
-        """`empty` gets the annotations whose mask has no pixel."""
+        """Build the instances; appends to `empty` the annotations whose mask has no pixel."""
         rows = np.flatnonzero(~record.crowd)
         boxes = move_boxes(record.boxes[rows].astype(np.float64), transforms, size)
         instances = Instances(
@@ -140,7 +140,7 @@ class DetectionMapper:
             instances.masks = self._masks(record, rows, transforms, size, empty)
             keep = instances.masks.nonempty()
             if self.input.CROP.ENABLED:
-                # The cut box of a cut object is not tight: a triangle's tip may lie outside the window.
+                # A clipped box of a clipped object is not tight: a triangle's tip may lie outside the window.
                 instances.boxes = instances.masks.bounding_boxes()
         sides = instances.boxes[:, 2:] - instances.boxes[:, :2]
         return instances[keep & (sides > SMALLEST_SIDE).all(1)]
@@ -189,7 +189,7 @@ class DetectionMapper:
 
 
 def move_boxes(boxes: np.ndarray, transforms: list[Transform], size: tuple[int, int]) -> np.ndarray:
-    """(N, 4) XYXY boxes after the transforms, limited to an image of `size` (H, W); of the dtype they had."""
+    """Transform (N, 4) XYXY boxes and clip them to an image of `size` (H, W); keeps their dtype."""
     corners = boxes.reshape(-1, 2)
     for transform in transforms:
         corners = transform.points(corners)

@@ -1,7 +1,7 @@
-"""Ground-truth instance masks that are cut out and rasterised only for the boxes that ask for it.
+"""Ground-truth instance masks that are cropped and rasterised only for given boxes.
 
 Both classes have a length, are indexed by a bool or integer tensor and crop to boxes; `Instances.masks` holds either.
-Same results, bit for bit, as the classes of the same name in Detectron2's structures/masks.py.
+Results equal those of the same classes in Detectron2's structures/masks.py bit for bit.
 
 Shape legend: N instances, H x W the image in pixels, M the side of a cropped mask.
 """
@@ -18,14 +18,14 @@ from torchvision.ops import roi_align
 
 from loco_det.annotations.segmentation import outline_is_long
 
-# Detectron2 never divides by a box side shorter than this when it scales polygons to the mask grid.
+# Detectron2's minimum box side as a divisor when polygons are scaled to the mask grid.
 SHORTEST_SIDE = 0.1
-# Bits of a pixel's fraction that OpenCV is given, and how far from the origin its fixed-point numbers reach, in pixels.
+# Fractional bits of a pixel for OpenCV, and the range of its fixed-point numbers around the origin, in pixels.
 _SHIFT, _FARTHEST = 4, 2**14
 
 
 def rasterize(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
-    """Union of polygons as COCO's own rasteriser draws it, or OpenCV's where the outlines would take it gigabytes.
+    """Rasterise the union of polygons by COCO's rasteriser, or by OpenCV's if outlines would cost COCO's gigabytes.
 
     Args:
         polygons: flat float arrays x0, y0, x1, y1, ... in pixels, at least three points each; may be empty.
@@ -44,10 +44,10 @@ def rasterize(polygons: Sequence[np.ndarray], height: int, width: int) -> np.nda
 
 
 def _filled(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
-    """As `rasterize`, up to a pixel along the outlines, in the memory of the points and the mask."""
+    """As `rasterize`, up to a pixel along the outlines, with memory only for points and mask."""
     mask = np.zeros((height, width), dtype=bool)
     for polygon in polygons:
-        points = np.clip(polygon.reshape(-1, 2) - 0.5, -_FARTHEST, _FARTHEST)  # OpenCV counts from a pixel's middle
+        points = np.clip(polygon.reshape(-1, 2) - 0.5, -_FARTHEST, _FARTHEST)  # OpenCV counts from pixel centres
         part = np.zeros((height, width), dtype=np.uint8)
         cv2.fillPoly(part, [np.rint(points * 2**_SHIFT).astype(np.int32)], 1, shift=_SHIFT)
         mask |= part.astype(bool)
@@ -75,14 +75,14 @@ class PolygonMasks:
         return len(self.polygons)
 
     def __getitem__(self, index: torch.Tensor) -> PolygonMasks:
-        """The instances that a bool (N,) or integer (K,) tensor selects."""
+        """Select instances by a bool (N,) or integer (K,) tensor."""
         index = index.nonzero()[:, 0] if index.dtype == torch.bool else index
         chosen = PolygonMasks([])
         chosen.polygons = [self.polygons[i] for i in index.tolist()]
         return chosen
 
     def to(self, device: torch.device | str) -> PolygonMasks:
-        """Itself: polygons stay on the CPU, the crops go to the device of the boxes."""
+        """Return itself: polygons stay on the CPU, the crops go to the device of the boxes."""
         return self
 
     def nonempty(self) -> torch.Tensor:
@@ -90,7 +90,7 @@ class PolygonMasks:
         return torch.tensor([bool(instance) for instance in self.polygons], dtype=torch.bool)
 
     def bounding_boxes(self) -> torch.Tensor:
-        """(N, 4) float32 XYXY boxes round the polygons; inf, inf, 0, 0 for an empty mask, as Detectron2 gives."""
+        """Return (N, 4) float32 XYXY boxes around the polygons; inf, inf, 0, 0 for an empty mask, as in Detectron2."""
         boxes = torch.tensor([float("inf"), float("inf"), 0.0, 0.0]).repeat(len(self), 1)
         for box, instance in zip(boxes, self.polygons):
             if instance:
@@ -100,7 +100,7 @@ class PolygonMasks:
         return boxes
 
     def crop_and_resize(self, boxes: torch.Tensor, size: int) -> torch.Tensor:
-        """Mask i as seen through box i.
+        """Crop mask i to box i.
 
         Args:
             boxes: (N, 4) float32 XYXY in pixels, on any device.
@@ -118,7 +118,7 @@ class PolygonMasks:
 
 
 def _to_grid(polygons: list[np.ndarray], box: np.ndarray, size: int) -> list[np.ndarray]:
-    """Polygons moved from the image to the size x size grid that covers the box."""
+    """Transform polygons from the image to the size x size grid that covers the box."""
     # The ratios stay float32 like the box: a float64 ratio would move a few pixels away from Detectron2's.
     sides = [max(side, SHORTEST_SIDE) for side in (box[2] - box[0], box[3] - box[1])]
     ratio = np.array([size / side for side in sides], dtype=np.float64)
@@ -128,12 +128,12 @@ def _to_grid(polygons: list[np.ndarray], box: np.ndarray, size: int) -> list[np.
 class BitMasks:
     """Masks as bitmaps.
 
-    Indexing keeps the bitmaps and remembers which are meant, so a hundred sampled proposals of ten objects cost ten
-    bitmaps and not a hundred.
+    Indexing keeps the bitmaps and stores indices, so a hundred sampled proposals of ten objects cost ten bitmaps, not a
+    hundred.
 
     Args:
         bitmaps: (U, H, W) bool, the distinct masks.
-        index: (N,) int64, the bitmap of each instance; all of them in order if not given.
+        index: (N,) int64, the bitmap of each instance; default: all in order.
     """
 
     def __init__(self, bitmaps: torch.Tensor, index: torch.Tensor | None = None):
@@ -144,14 +144,14 @@ class BitMasks:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """(N, H, W) bool, one bitmap for each instance."""
+        """(N, H, W) bool, one bitmap per instance."""
         return self.bitmaps[self.index]
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, index: torch.Tensor) -> BitMasks:
-        """The instances that a bool (N,) or integer (K,) tensor selects."""
+        """Select instances by a bool (N,) or integer (K,) tensor."""
         return BitMasks(self.bitmaps, self.index[index.to(self.index.device)])
 
     def to(self, device: torch.device | str) -> BitMasks:
@@ -162,7 +162,7 @@ class BitMasks:
         return self.bitmaps.flatten(1).any(1)[self.index]
 
     def bounding_boxes(self) -> torch.Tensor:
-        """(N, 4) float32 XYXY boxes round the set pixels, whole pixels included; zeros for an empty mask."""
+        """Return (N, 4) float32 XYXY boxes around the set pixels, whole pixels included; zeros for an empty mask."""
         sides = []
         for used in (self.bitmaps.any(1), self.bitmaps.any(2)):
             count = torch.arange(1, used.shape[1] + 1, device=used.device)
@@ -173,7 +173,7 @@ class BitMasks:
         return torch.stack([x0, y0, x1, y1], 1).float()[self.index]
 
     def crop_and_resize(self, boxes: torch.Tensor, size: int) -> torch.Tensor:
-        """Mask i as seen through box i: ROIAlign on the bitmap, at least half of the cell covered.
+        """Crop mask i to box i: ROIAlign on the bitmap, at least half of the cell covered.
 
         Args:
             boxes: (N, 4) float32 XYXY in pixels.

@@ -1,13 +1,14 @@
-"""Data sets spelled as paths, and converted on the way where they are not in COCO's format.
+"""Data sets given as paths; other formats than COCO's are converted into the cache.
 
-    FILE.json[@IMAGES]              a COCO annotation file and its folder of images, which may be left out where it is
-                                    the file's own folder or `images` in it
+    FILE.json[@IMAGES]              a COCO annotation file and its image folder, which may be omitted if it is the
+    file's
+                                    own folder or `images` in it
     FOLDER                          with _annotations.coco.json (Roboflow) or COCO's result.json (Label Studio) in it
     SOURCE[@IMAGES][@SPLIT]         a folder or file that `loco-det data convert` reads (`formats/`)
 
-and behind any of them @PART as behind a name (`subsets.py`). What is a path has a / before its first @, or ends there
-in .json, .xml, .yaml or .yml; anything else is a name. What stands behind an @ is a part if it is written as one, so a
-folder called 10pct_seed0 is ./10pct_seed0.
+each optionally with @PART, as for names (`subsets.py`). A path has a / before its first @, or ends there in .json,
+.xml, .yaml or .yml; anything else is a name. Text after an @ that has the form of a part is one, so write a folder
+called 10pct_seed0 as ./10pct_seed0.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from loco_det.core.errors import UserError
 from loco_det.core.log import log
 
 ANNOTATION_FILE = re.compile(r"(.*?\.(?:json|json\.gz|xml|ya?ml))(?:@(.*))?", re.IGNORECASE | re.DOTALL)
-COCO_FILES = ("_annotations.coco.json", "result.json")  # that stand for the folder they lie in
-_told: set[Path] = set()
+COCO_FILES = ("_annotations.coco.json", "result.json")  # files that are found in a given folder
+_logged: set[Path] = set()
 
 
 class Place(NamedTuple):
-    """What a path stands for: a folder of images and a COCO file, `derived` if that was made here."""
+    """The image folder and COCO file of a path; `derived` if the file was made here."""
 
     images: Path
     annotations: Path
@@ -44,21 +45,21 @@ class Place(NamedTuple):
 
 
 def is_path(name: str) -> bool:
-    """Whether a data set's name is a path, without or with anything behind an @."""
+    """Whether a data set's name, with or without anything after an @, is a path."""
     head = name.partition("@")[0]
     return "/" in head or head.startswith("~") or ANNOTATION_FILE.fullmatch(head) is not None
 
 
 def local_path(text: str) -> Path:
-    """With ~ and ~user as their homes, or as they stand where there is no such user.
+    """Expand ~ and ~user, unless there is no such user.
 
-    Ask os.path whether it is there: a Path raises OSError for a name that is too long.
+    Check existence by os.path: a Path raises OSError for a name that is too long.
     """
     return Path(os.path.expanduser(text))
 
 
 def split_parts(name: str) -> tuple[str, list[str]]:
-    """A path without the parts behind it, and these."""
+    """Split a path into itself without parts, and its parts."""
     pieces, parts = name.split("@"), []
     while len(pieces) > 1 and is_part(pieces[-1]):
         parts.insert(0, pieces.pop())
@@ -66,10 +67,10 @@ def split_parts(name: str) -> tuple[str, list[str]]:
 
 
 def find_path(whole: str) -> Place:
-    """The place that a path without parts stands for.
+    """Return the place of a path without parts.
 
     Raises:
-        UserError: something is not there or is of no known format, or a split must be named.
+        UserError: something is missing or of no known format, or a split must be named.
     """
     found = ANNOTATION_FILE.fullmatch(whole)
     if found and not os.path.isdir(local_path(whole)):
@@ -113,12 +114,12 @@ def _of_file(whole: str, file: Path, rest: str | None) -> Place:
 
 
 def _may_be_coco(file: Path) -> bool:
-    """Whether JSON is COCO's, or nothing that is known, of which COCO's parser says what it lacks."""
+    """Whether JSON may be COCO's; unrecognised JSON may, so that COCO's parser reports what it lacks."""
     return json_format(file) in ("coco", None)
 
 
 def _default_images(file: Path) -> Path:
-    """The folder of the file, or `images` in it if the file's first image is there and not beside the file."""
+    """Return the file's folder, or `images` in it if its first image is there and not beside the file."""
     names = load_index(file).file_name
     inside = file.parent / "images"
     beside = not len(names) or (file.parent / names[0]).is_file() or not (inside / names[0]).is_file()
@@ -129,7 +130,7 @@ def _default_images(file: Path) -> Path:
 
 
 def is_annotated(path: Path) -> bool:
-    """Whether a folder or a file is one of those above, so that its images come with annotations."""
+    """Whether a folder or file is one of the above, so that its images have annotations."""
     if not os.path.isdir(path):
         return ANNOTATION_FILE.fullmatch(path.name) is not None
     if any((path / name).is_file() for name in COCO_FILES):
@@ -138,9 +139,9 @@ def is_annotated(path: Path) -> bool:
 
 
 def _converted(whole: str, source: Path, images: Path | None, split: str | None) -> Place:
-    """The COCO file of one split, made where there is none yet; the log tells once what did not come over."""
+    """Return the COCO file of one split, made if missing; the log reports once what was not converted."""
     tree = Tree(source, images)
-    yolo.add_folders(tree)  # else what a data.yaml names elsewhere could change unnoticed
+    yolo.add_folders(tree)  # otherwise changes in folders that a data.yaml names elsewhere would not be noticed
     facts = {
         "format": VERSION,
         "source": str(tree.source),
@@ -158,11 +159,17 @@ def _converted(whole: str, source: Path, images: Path | None, split: str | None)
     file = derived_file(f"{title}-summary", facts, lambda: msgspec.json.encode(conversion().summary))
     summary = msgspec.json.decode(file.read_bytes())
     split = _chosen_split(whole, list(summary["splits"]), split)
-    _tell(source, file, summary)
-    annotations = derived_file(
-        f"{title}-split", {**facts, "split": split}, lambda: msgspec.json.encode(conversion().splits[split])
-    )
-    return Place(Path(summary["image_folder"]), annotations, True)
+    _log_summary(source, file, summary)
+    # After a conversion, keep all splits of the source.
+    files = {
+        name: derived_file(
+            f"{title}-split",
+            {**facts, "split": name},
+            lambda name=name: msgspec.json.encode(conversion().splits[name]),
+        )
+        for name in (summary["splits"] if made else [split])
+    }
+    return Place(Path(summary["image_folder"]), files[split], True)
 
 
 def _chosen_split(whole: str, splits: list[str], split: str | None) -> str:
@@ -175,10 +182,10 @@ def _chosen_split(whole: str, splits: list[str], split: str | None) -> str:
     return split
 
 
-def _tell(source: Path, file: Path, summary: dict[str, Any]) -> None:
-    if file in _told:
+def _log_summary(source: Path, file: Path, summary: dict[str, Any]) -> None:
+    if file in _logged:
         return
-    _told.add(file)
+    _logged.add(file)
     counts = ", ".join(f"{k} {v['images']} images, {v['objects']} objects" for k, v in summary["splits"].items())
     log.info("%s: %s, read as COCO: %s", source, summary["format"], counts)
     for line in lines(summary):

@@ -4,8 +4,8 @@ Of Cityscapes, 19 classes, everything else ignored:
 
     ROOT/leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png
     ROOT/gtFine/SPLIT/CITY/NAME_gtFine_labelIds.png          as downloaded: the benchmark's 34 label ids
-    ROOT/gtFine/SPLIT/CITY/NAME_gtFine_labelTrainIds.png     as its preparation script writes them, read where the
-                                                             other is missing: classes 0 to 18, 255 ignored
+    ROOT/gtFine/SPLIT/CITY/NAME_gtFine_labelTrainIds.png     as written by its preparation script, used if the other is
+                                                             missing: classes 0 to 18, 255 ignored
 
 A data set is listed as a COCO file without annotations, whose categories are the classes. The labels of an image are
 found by its name; of one's own (`label_folders.py`) the list says where they are.
@@ -28,8 +28,8 @@ from loco_det.annotations.cityscapes import LABELS, SPLITS, cityscapes_frames, o
 from loco_det.annotations.converted import derived_file, files_digest
 from loco_det.core.errors import UserError
 
-# Source of these and of the colours: cityscapesscripts/helpers/labels.py, which a test compares; a class is the place
-# in this list.
+# Source of names and colours: cityscapesscripts/helpers/labels.py, compared in a test; the class is the index in this
+# list.
 CLASSES = (
     *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"),
     *("terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
@@ -42,19 +42,19 @@ COLOURS = (
 )
 IGNORED = 255
 PREFIX = "cityscapes_fine_sem_seg_"
-_UNKNOWN = 254  # in a table: no label has this value
+_UNKNOWN = 254  # unused as a class
 
 
 def is_semantic(name: str) -> bool:
-    """Whether a data set's name, without or with an @part, is one of Cityscapes' pixel labels."""
+    """Whether a name, with or without @parts, is a Cityscapes pixel-label set."""
     return name.partition("@")[0].removeprefix(PREFIX) in SPLITS and name.startswith(PREFIX)
 
 
 def semantic_annotations(root: Path, split: str) -> Path:
-    """The list of a split's images in COCO's format, made where there is none yet.
+    """Return the list of a split's images in COCO's format, made if missing.
 
     Raises:
-        UserError: the folders or an image's labels are not there.
+        UserError: the folders or an image's labels are missing.
     """
     images = [frame.image for frame in cityscapes_frames(root, split)]
     labels = [label_file(image) for image in images]
@@ -64,7 +64,7 @@ def semantic_annotations(root: Path, split: str) -> Path:
 
 
 def _listed(images: list[Path], labels: list[Path], folder: Path) -> bytes:
-    entries, digest = [], hashlib.sha256()  # of the labels, so that the file's own hash tells them apart too
+    entries, digest = [], hashlib.sha256()  # of the labels, so that the file's own hash depends on them
     for number, (image, label) in enumerate(zip(images, labels), 1):
         digest.update(label.read_bytes())
         name = image.relative_to(folder).as_posix()
@@ -77,7 +77,7 @@ def _listed(images: list[Path], labels: list[Path], folder: Path) -> bytes:
 
 
 def label_file(image: str | Path) -> Path:
-    """The labels of ROOT/leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png.
+    """Return the label file of ROOT/leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png.
 
     Raises:
         UserError: there are none.
@@ -93,10 +93,10 @@ def label_file(image: str | Path) -> Path:
 
 
 def to_classes(values: np.ndarray, path: Path) -> np.ndarray:
-    """Classes, or IGNORED, uint8, of the values in the file of labels at `path`, whose name says which they are.
+    """Convert label values to uint8 classes, or IGNORED; the file name of `path` determines the kind of values.
 
     Raises:
-        UserError: a value that is no label.
+        UserError: an invalid value.
     """
     table = np.full(256, _UNKNOWN, np.uint8)
     if path.name.endswith("_labelTrainIds.png"):
@@ -111,10 +111,10 @@ def to_classes(values: np.ndarray, path: Path) -> np.ndarray:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """(H, W) uint8 classes, or IGNORED, of a file of labels.
+    """Read a label file as (H, W) uint8 classes, or IGNORED.
 
     Raises:
-        UserError: missing, or no map of labels.
+        UserError: missing or invalid.
     """
     with opened_map(path) as image:
         found = np.array(image)

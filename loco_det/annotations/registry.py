@@ -1,18 +1,17 @@
-"""Where a dataset lies on disk, from its name alone.
+"""Finds a data set on disk by its name.
 
-The root is the environment variable DETECTRON2_DATASETS, ./datasets if unset; the names of COCO and Pascal VOC are
-those that Detectron2 registers (data/datasets/builtin.py; voc.py has VOC's). Any other name FOO_SPLIT is a COCO-format
-set in the same shape:
+The root is the environment variable DETECTRON2_DATASETS, default ./datasets; names of COCO and Pascal VOC are
+Detectron2's (data/datasets/builtin.py; voc.py has VOC's). Any other name FOO_SPLIT is a COCO-format set in the same
+layout:
 
     ROOT/FOO/SPLIT/                               images
     ROOT/FOO/annotations/instances_SPLIT.json     annotations
 
-LVIS's images are COCO's: ROOT/coco/{train2017,val2017}/ and ROOT/lvis/lvis_v1_{train,val}.json.
-Cityscapes (`cityscapes.py`, pixel labels: `pixels.py`) is read in its original folders; NAME@masks means its bitmaps,
-not its polygons. NAME@1pct_seed0 and the like are parts of any of them (`subsets.py`); of pixel labels, shares of the
-images alone.
-In place of a name stands a path: of objects (`paths.py`) as in cells/annotations.json@cells/images, of pixel labels
-(`label_folders.py`) as in street/masks@street/images.
+LVIS's images are COCO's: ROOT/coco/{train2017,val2017}/ and ROOT/lvis/lvis_v1_{train,val}.json. Cityscapes
+(`cityscapes.py`, pixel labels: `pixels.py`) is read in its original folders; NAME@masks uses its bitmaps instead of its
+polygons. NAME@1pct_seed0 and the like are subsets of any of them (`subsets.py`); pixel labels have percentages only. A
+path can replace a name: of objects (`paths.py`), as in cells/annotations.json@cells/images; of pixel labels
+(`label_folders.py`), as in street/masks@street/images.
 """
 
 from __future__ import annotations
@@ -54,16 +53,16 @@ LVIS_NAMES = ("lvis_v1_train", "lvis_v1_val")
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set: resolved once from its name, then handed on.
+    """A data set, resolved once from its name.
 
     Attributes:
-        name: as the configuration names it, parts included.
+        name: as in the configuration, parts included.
         images: the folder that file names are relative to.
         annotations: a JSON file in COCO's format.
-        derived: that file was made here from another format or file, so Detectron2 must be told of it.
-        task: "objects" have boxes, and masks perhaps; "pixels" have a label each.
-        benchmark: as `benchmark_of` gives it.
-        secret: the truth is not public, so that results can only be submitted.
+        derived: the file was made here from another format or file, so it must be registered in Detectron2.
+        task: "objects" have boxes and possibly masks; "pixels" have a label each.
+        benchmark: from `benchmark_of`.
+        secret: the ground truth is not public, so results can only be submitted.
     """
 
     name: str
@@ -76,7 +75,7 @@ class Dataset:
 
     @cached_property
     def index(self) -> CocoIndex:
-        """The annotation file, read once."""
+        """The index of the annotation file, read once."""
         return load_index(self.annotations)
 
     @cached_property
@@ -93,12 +92,12 @@ class Dataset:
 
 
 def datasets_root() -> Path:
-    """The folder under which every dataset is looked for."""
+    """Return the root folder of data sets."""
     return Path(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets")))
 
 
 def present_datasets() -> list[str]:
-    """Those of the known names whose files or folders are there; nothing is read, so they may still be incomplete."""
+    """Return the known names whose files or folders exist; nothing is read, so they may be incomplete."""
     root = datasets_root()
     there = {name: (root / "coco" / i, root / "coco" / "annotations" / f"{a}.json") for name, (i, a) in _COCO.items()}
     there.update({name: (root / "coco", root / "lvis" / f"{name}.json") for name in LVIS_NAMES})
@@ -110,7 +109,7 @@ def present_datasets() -> list[str]:
 
 
 def benchmark_of(name: str) -> str:
-    """Whose rules measure a data set: coco, lvis, voc, cityscapes; of pixels Cityscapes' (pixels), or labels."""
+    """Return a data set's benchmark: coco, lvis, voc, cityscapes; of pixel labels pixels (Cityscapes) or labels."""
     whole = name.partition("@")[0]
     families = {
         "cityscapes": is_cityscapes(name),
@@ -123,13 +122,13 @@ def benchmark_of(name: str) -> str:
 
 
 def measure_of(name: str, masks: bool) -> str:
-    """Whose rules measure detections with or without masks, a file of `evaluation/`: Cityscapes' are for masks."""
+    """Return the measure, a module of `evaluation/`, for detections with or without masks: Cityscapes' needs masks."""
     benchmark = benchmark_of(name)
     return "coco" if benchmark == "cityscapes" and not masks else benchmark
 
 
 def folder_name(name: str) -> str:
-    """What a folder with results on a data set is called: its name, or of a path its end and a digest of the whole."""
+    """Return a folder name for results on a data set: its name, or a path's end and a digest of the whole."""
     if not is_path(name):
         return name
     end = re.sub(r"[^\w.@+-]+", "_", name).strip("_")[-60:]
@@ -137,14 +136,14 @@ def folder_name(name: str) -> str:
 
 
 def find_dataset(name: str) -> Dataset:
-    """A data set by its name; its files are known to exist.
+    """Find a data set by its name; its files exist.
 
     Args:
-        name: `coco_2017_train`, `voc_2007_test` and their kin, or FOO_SPLIT; any of them with @PART behind it
-            (`annotations/subsets.py`); or a path (`annotations/paths.py`).
+        name: e.g. `coco_2017_train`, `voc_2007_test`, or FOO_SPLIT; optionally with @PART (`annotations/subsets.py`);
+            or a path (`annotations/paths.py`).
 
     Raises:
-        UserError: the name has no split, the folder or the file is not there, or the part means nothing.
+        UserError: the name has no split, the folder or file is missing, or the part is invalid.
     """
     if is_path(name):
         whole, parts = split_parts(name)
@@ -154,7 +153,7 @@ def find_dataset(name: str) -> Dataset:
         masks = is_cityscapes(whole) and parts[:1] == ["masks"]
         parts = parts[masks:]
     for part in parts:
-        check_part(part, name, objects=not has_pixels(whole))  # before anything is read for it
+        check_part(part, name, objects=not has_pixels(whole))  # before anything is read
     dataset = _find_path(whole) if is_path(name) else _find_whole(whole, masks)
     for part in parts:
         dataset = replace(dataset, annotations=part_of(dataset.annotations, part, name), derived=True)

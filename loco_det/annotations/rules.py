@@ -1,6 +1,6 @@
-"""What makes an annotation file sound: one list of rules, by which training, evaluation and `data check` judge it.
+"""The validity rules for annotation files, used by training, evaluation and `data check`.
 
-Loading a file raises the first rule that stops its use; `loco-det data check` prints all that hit.
+Loading a file raises the first rule that stops its use; `loco-det data check` prints all that apply.
 
 Shape legend: I images, K categories, A annotations, in the order of their index (index.py).
 """
@@ -19,7 +19,7 @@ from loco_det.annotations.segmentation import decode, extent
 from loco_det.core.errors import UserError
 from loco_det.core.log import Progress, log
 
-STOPS = "stops training"  # or what else it is read for
+STOPS = "stops training"  # or the other use that the file is read for
 SUSPECT = "probably wrong"
 LEFT_OUT = "left out"
 COMPUTED = "computed"
@@ -28,19 +28,19 @@ EFFECTS = (STOPS, SUSPECT, LEFT_OUT, COMPUTED, NOTE)
 
 FILE, IMAGES, CATEGORIES, ANNOTATIONS = "file", "image", "category", "annotation"
 
-_LARGEST_ID = 2**53  # hotcoco's ids are unsigned and travel in float64 columns
-_BEYOND = 1.0  # pixels that a box may reach over the border; files round
+_LARGEST_ID = 2**53  # hotcoco's ids are unsigned and stored in float64 columns
+_BEYOND = 1.0  # pixels that a box may exceed the border, for rounding
 _SAMPLE = 300  # polygons that are compared with their boxes
-_MOST = 0.5  # share of the boxes from which on it is the file that is wrong
-_OVERLAP = 0.1  # IoU of a box with its polygon's, below which it is another object's
+_MOST = 0.5  # share of the boxes from which on the whole file is suspect
+_OVERLAP = 0.1  # minimum IoU of a box with its polygon's
 
 
 class Use(NamedTuple):
-    """What a file is read for.
+    """The purpose for which a file is read.
 
     Attributes:
         purpose: "train", "run" (a detector runs on the images) or "evaluate".
-        masks: for training INPUT.MASK_FORMAT, "polygon" or "bitmask"; empty for boxes alone.
+        masks: for training INPUT.MASK_FORMAT, "polygon" or "bitmask"; empty for boxes only.
     """
 
     purpose: str
@@ -52,17 +52,17 @@ RUN, EVALUATE = Use("run"), Use("evaluate")
 
 @dataclass(frozen=True)
 class Rule:
-    """One way in which a file can be wrong or odd.
+    """One way in which a file can be invalid or suspect.
 
     Attributes:
-        name: what an entry is that it hits, in the singular.
+        name: noun for a matching entry, in the singular.
         of: FILE, IMAGES, CATEGORIES or ANNOTATIONS.
         hits: index -> (1,), (I,), (K,) or (A,) bool.
         remedy: what to do about it.
-        train, run, evaluate: the effect on such a use; empty where it does not matter.
-        masks: the values of `Use.masks` that it matters for.
-        deep: it takes decoding every mask, so that loading leaves it to the time when a mask is used.
-        says: index, row -> what is wrong with one entry, where that is more than what the entry is.
+        train, run, evaluate: the effect on such a use; empty if irrelevant.
+        masks: the values of `Use.masks` for which it is relevant.
+        deep: needs every mask decoded, so that loading leaves it to the use of a mask.
+        describe: index, row -> the problem of one entry, if more specific than the entry's own description.
     """
 
     name: str
@@ -74,14 +74,14 @@ class Rule:
     evaluate: str = ""
     masks: tuple[str, ...] = ("", "polygon", "bitmask")
     deep: bool = False
-    says: Callable[[CocoIndex, int], str] | None = None
+    describe: Callable[[CocoIndex, int], str] | None = None
 
     def effect(self, use: Use) -> str:
         return getattr(self, use.purpose) if use.masks in self.masks else ""
 
 
 class Finding(NamedTuple):
-    """A rule that hits a file, and which rows."""
+    """A rule that matches a file, and the matching rows."""
 
     rule: Rule
     effect: str
@@ -89,18 +89,18 @@ class Finding(NamedTuple):
     rows: np.ndarray
 
     def examples(self, count: int) -> list[str]:
-        """The first few entries that are hit."""
-        return [(self.rule.says or _SAYS[self.rule.of])(self.index, int(row)) for row in self.rows[:count]]
+        """Return descriptions of the first few matching entries."""
+        return [(self.rule.describe or _DESCRIBE[self.rule.of])(self.index, int(row)) for row in self.rows[:count]]
 
     def sentence(self) -> str:
-        """All of it, with the file and the remedy."""
+        """The complete message, with the file and the remedy."""
         first = "".join(f", the first {example}" for example in self.examples(1) if example)
         count = f"{len(self.rows)} x " if self.rule.of != FILE else ""
         return f"{self.index.path}: {count}{self.rule.name}{first}; {self.rule.remedy}."
 
 
 def findings(index: CocoIndex, use: Use, effects: Sequence[str], *, deep: bool = False) -> Iterator[Finding]:
-    """The rules of these effects that hit, in the list's order; with `deep` also those that decode every mask."""
+    """Yield the matching rules with these effects, in list order; with `deep` also those that decode every mask."""
     for rule in RULES:
         effect = rule.effect(use)
         if effect in effects and (deep or not rule.deep):
@@ -110,28 +110,28 @@ def findings(index: CocoIndex, use: Use, effects: Sequence[str], *, deep: bool =
 
 
 def refuse(index: CocoIndex, use: Use) -> None:
-    """Raises UserError for the first rule that stops the use."""
+    """Raise UserError for the first rule that stops the use."""
     for finding in findings(index, use, (STOPS,)):
         raise UserError(finding.sentence())
 
 
 def warn(index: CocoIndex, use: Use) -> None:
-    """Say what is probably wrong with the whole file."""
+    """Log what is probably wrong with the whole file."""
     for finding in findings(index, use, (SUSPECT,)):
         log.warning("%s", finding.sentence())
 
 
-# --- what the rules look at -----------------------------------------------------------------------------------------
+# --- helpers of the rules -------------------------------------------------------------------------------------------
 
 
 def kept(index: CocoIndex, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-    """(n,) bool of some annotations: those that a training and its data set keep."""
+    """Return (n,) bool for some annotations: kept by training and its data set."""
     return (index.bbox[rows, 2] > 0) & (index.bbox[rows, 3] > 0) & (index.shape[rows] != TOO_FEW_POINTS)
 
 
 def corners(bbox: np.ndarray) -> np.ndarray:
-    """(n, 4) float32 XYXY of float64 x, y, width, height."""
-    # float32 before x + w: Detectron2 adds in float32, and a box is equal only if the rounding is.
+    """Convert (n, 4) float64 x, y, width, height to float32 XYXY."""
+    # float32 before x + w: Detectron2 adds in float32, and equality requires the same rounding.
     with np.errstate(over="ignore"):
         box = bbox.astype(np.float32)
         box[:, 2:] += box[:, :2]
@@ -139,24 +139,24 @@ def corners(bbox: np.ndarray) -> np.ndarray:
 
 
 def _all(columns: np.ndarray) -> np.ndarray:
-    """(n,) of (n, 4) bool: `all(1)`, ten times as fast."""
+    """Reduce (n, 4) bool by `all(1)`, ten times as fast: (n,)."""
     return columns[:, 0] & columns[:, 1] & columns[:, 2] & columns[:, 3]
 
 
 def finite_boxes(index: CocoIndex) -> np.ndarray:
-    """(A,) bool: the corners are finite in float32, as a training computes them."""
+    """Return (A,) bool: corners are finite in float32, as computed in training."""
     return _all(np.isfinite(corners(index.bbox)))
 
 
 def objects(index: CocoIndex) -> np.ndarray:
-    """(A,) bool: what a training learns from, which is kept, of a listed image, and no crowd."""
+    """Return (A,) bool: training targets, i.e. kept non-crowd annotations of a listed image."""
     found = kept(index) & ~index.crowd
     found[index.first[-1] :] = False
     return found
 
 
 def _sizes(index: CocoIndex) -> tuple[np.ndarray, np.ndarray]:
-    """(A,) float64 height and width of each annotation's image; infinite where it is not listed."""
+    """Return (A,) float64 height and width of each annotation's image; infinite if unlisted."""
     strays = len(index.annotation_id) - int(index.first[-1])
     return tuple(
         np.append(np.repeat(side, np.diff(index.first)).astype(float), np.full(strays, np.inf))
@@ -165,7 +165,7 @@ def _sizes(index: CocoIndex) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _repeated(ids: np.ndarray) -> np.ndarray:
-    """(n,) bool: occurs before."""
+    """Return (n,) bool: occurred before."""
     again, ascending = np.zeros(len(ids), bool), np.sort(ids)
     if (ascending[1:] == ascending[:-1]).any():
         order = np.argsort(ids, kind="stable")  # much slower
@@ -174,7 +174,7 @@ def _repeated(ids: np.ndarray) -> np.ndarray:
 
 
 def _is_minival(index: CocoIndex) -> bool:
-    """The public minival files of COCO 2014 double a few annotation ids; Detectron2 lets them pass too."""
+    """Whether the file is a public minival of COCO 2014, whose few duplicate annotation ids Detectron2 also accepts."""
     return "minival" in index.path.name
 
 
@@ -187,7 +187,7 @@ def _one(hit: bool) -> np.ndarray:
 
 
 def _beyond(index: CocoIndex) -> tuple[np.ndarray, np.ndarray]:
-    """(A,) bool twice: sound boxes that lie outside their image, and those that reach beyond it."""
+    """Return (A,) bool twice: valid boxes outside their image, and those that reach beyond it."""
     x, y, w, h = index.bbox.T
     height, width = _sizes(index)
     area = finite_boxes(index) & (w > 0) & (h > 0)
@@ -213,7 +213,7 @@ def _same_names(index: CocoIndex) -> np.ndarray:
     return np.array([(names[:k] == name).any() for k, name in enumerate(names)], bool)
 
 
-# --- boxes that are none ----------------------------------------------------------------------------------------
+# --- implausible boxes ----------------------------------------------------------------------------------------------
 
 
 def _if_most(hit: np.ndarray, of: np.ndarray) -> np.ndarray:
@@ -221,7 +221,7 @@ def _if_most(hit: np.ndarray, of: np.ndarray) -> np.ndarray:
 
 
 def _in_units(index: CocoIndex) -> np.ndarray:
-    """Boxes whose numbers are shares of the image and not pixels."""
+    """Match boxes that are relative to the image instead of in pixels."""
     looked_at = objects(index)
     height, width = _sizes(index)
     inside = _all((index.bbox >= 0) & (index.bbox <= 1 + 1e-3))
@@ -229,7 +229,7 @@ def _in_units(index: CocoIndex) -> np.ndarray:
 
 
 def _as_corners(index: CocoIndex) -> np.ndarray:
-    """Boxes that are x1, y1, x2, y2: as such they lie in their images, as x, y, width, height many do not."""
+    """Match boxes that are x1, y1, x2, y2: as such they fit their images, as x, y, width, height many do not."""
     looked_at = objects(index)
     height, width = _sizes(index)
     x, y, right, bottom = index.bbox.T
@@ -239,14 +239,14 @@ def _as_corners(index: CocoIndex) -> np.ndarray:
 
 
 def _far_from_polygon(index: CocoIndex) -> np.ndarray:
-    """Of some annotations, evenly spread over the file, those whose box is not where their polygon is."""
+    """Match boxes far from their polygon, in a sample evenly spread over the file."""
     candidates = np.flatnonzero(objects(index) & finite_boxes(index) & (index.shape == POLYGONS))
     rows = candidates[np.linspace(0, len(candidates) - 1, min(_SAMPLE, len(candidates))).astype(int)]
     far, seen = np.zeros(len(index.annotation_id), bool), np.zeros(len(index.annotation_id), bool)
     for row, text in zip(rows.tolist(), index.segmentations(rows)):
         try:
             polygons = decode(text, 0, 0, "")
-        except UserError:  # another rule's
+        except UserError:  # reported by another rule
             continue
         seen[row] = True
         x, y, w, h = index.bbox[row]
@@ -255,7 +255,7 @@ def _far_from_polygon(index: CocoIndex) -> np.ndarray:
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two boxes XYXY; one of polygons on a line, which has no area, counts as a pixel wide."""
+    """Return the IoU of two XYXY boxes; a polygon on a line, without area, counts as a pixel wide."""
     sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
     areas = [np.maximum(box[2:] - box[:2], 1).prod() for box in (a, b)]
     both = np.maximum(sides, 0).prod()
@@ -266,12 +266,12 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def describe_mask(index: CocoIndex, row: int) -> str:
-    """What a message calls the segmentation of an annotation."""
+    """Return the description of an annotation's segmentation for messages."""
     return f"the segmentation of annotation id {index.annotation_id[row]} of image id {index.annotation_image[row]}"
 
 
 def _problem(index: CocoIndex, row: int) -> str:
-    """Why a segmentation cannot be used; empty if it can."""
+    """Return why a segmentation is unusable; empty if it is valid."""
     i = int(np.searchsorted(index.first, row, "right")) - 1
     size = int(index.height[i]), int(index.width[i])
     try:
@@ -293,7 +293,7 @@ def _malformed(index: CocoIndex) -> np.ndarray:
 
 # --- the list -----------------------------------------------------------------------------------------------------
 
-_SAYS: dict[str, Callable[[CocoIndex, int], str]] = {
+_DESCRIBE: dict[str, Callable[[CocoIndex, int], str]] = {
     FILE: lambda index, row: "",
     IMAGES: lambda index, i: f"image id {index.image_id[i]}, {index.width[i]} x {index.height[i]}",
     CATEGORIES: lambda index, k: f"category id {index.category_id[k]}, '{index.category_names[k]}'",
@@ -406,7 +406,7 @@ RULES: Sequence[Rule] = (
         train=STOPS,
         masks=_MASKS,
         deep=True,
-        says=_problem,
+        describe=_problem,
     ),
     Rule(
         "box in units of the image and not in pixels",

@@ -1,4 +1,4 @@
-"""Reads the segmentation of an annotation and checks it before any C code sees it."""
+"""Decodes an annotation's segmentation, and validates it before any C code sees it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pycocotools import mask as coco_mask
 
 from loco_det.core.errors import UserError
 
-# A rasteriser needs 200 bytes for each pixel of an outline, inside the image or not, and crashes without memory.
+# A rasteriser needs 200 bytes per pixel of an outline, inside the image or not, and crashes without memory.
 FARTHEST = 100_000  # pixels from the origin
 LONGEST = 1_000_000  # pixels of all outlines of a mask
 
-Segmentation = list[np.ndarray] | dict[str, Any] | None  # polygons, or an RLE as pycocotools takes it
+Segmentation = list[np.ndarray] | dict[str, Any] | None  # polygons, or an RLE in pycocotools' format
 
 
 class _Rle(msgspec.Struct, gc=False):
@@ -29,7 +29,7 @@ _polygons_or_rle = msgspec.json.Decoder(list[list[float]] | _Rle | None)
 
 
 def decode(encoded: bytes, height: int, width: int, where: str) -> Segmentation:
-    """The segmentation of one annotation.
+    """Decode the segmentation of one annotation.
 
     Args:
         encoded: its JSON; b"" if there is none.
@@ -37,15 +37,15 @@ def decode(encoded: bytes, height: int, width: int, where: str) -> Segmentation:
         where: its name in messages.
 
     Returns:
-        Polygons as flat float64 arrays x0, y0, x1, y1, ... in pixels, those of fewer than three points left out; or
-        an RLE as pycocotools takes it; or None if there is none.
+        Polygons as flat float64 arrays x0, y0, x1, y1, ... in pixels, without those of fewer than three points; or an
+        RLE in pycocotools' format; or None if there is none.
 
     Raises:
-        UserError: it is neither, or an RLE that is not one of the image's pixels; or as `check_outlines`.
+        UserError: neither, or an RLE that does not fit the image; or as `check_outlines`.
     """
     try:
         found = _polygons_or_rle.decode(encoded) if encoded else None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{where} is neither a list of polygons nor an RLE ({error}).") from None
     if not found:
         return None
@@ -58,7 +58,7 @@ def decode(encoded: bytes, height: int, width: int, where: str) -> Segmentation:
         raise UserError(f"{where} has size {rle['size']}, the image {[height, width]}.")
     if height * width >= 1 << 32:
         raise UserError(f"{where} is of {height} x {width} pixels, more than run lengths of 32 bits can count.")
-    # pycocotools would leave what runs do not cover as it finds it in memory.
+    # pycocotools would leave pixels without a run uninitialised.
     runs = found.counts
     if isinstance(runs, str):
         try:
@@ -71,13 +71,13 @@ def decode(encoded: bytes, height: int, width: int, where: str) -> Segmentation:
 
 
 def rle_lengths(counts: bytes) -> np.ndarray:
-    """Run lengths, int64, of a compressed RLE: of zeros first, then of ones, in turn. Their range is not checked.
+    """Decode the run lengths, int64, of a compressed RLE: zeros and ones in turn. Their range is not checked.
 
     Each character minus 48 holds five bits of a signed number, lowest first, and a sixth bit if more follow; from the
     fourth number on it is the difference to the last but one. Source: pycocotools common/maskApi.c, rleFrString.
 
     Raises:
-        ValueError: the text is no RLE; says what it does, "breaks off in the middle of a number" for example.
+        ValueError: invalid RLE; the message has the reason, e.g. "breaks off in the middle of a number".
     """
     codes = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
     if ((codes < 0) | (codes > 63)).any():
@@ -87,7 +87,7 @@ def rle_lengths(counts: bytes) -> np.ndarray:
         raise ValueError("breaks off in the middle of a number")
     first = np.concatenate([[0], last[:-1] + 1])
     digits = np.arange(len(codes)) - np.repeat(first, last - first + 1)
-    if digits.max() > 6:  # lengths are of 32 bits
+    if digits.max() > 6:  # lengths have 32 bits
         raise ValueError("holds a number that is too large")
     values = np.add.reduceat((codes & 31) << (5 * digits), first)
     values -= np.where(codes[last] & 16, 1 << (5 * (last - first + 1)), 0)
@@ -97,7 +97,7 @@ def rle_lengths(counts: bytes) -> np.ndarray:
 
 
 def check_outlines(polygons: Sequence[np.ndarray], where: str) -> None:
-    """Raises UserError for outlines that would take a rasteriser gigabytes.
+    """Raise UserError for outlines that would cost a rasteriser gigabytes.
 
     Args:
         polygons: flat float64 arrays x0, y0, x1, y1, ... in pixels.
@@ -111,27 +111,28 @@ def check_outlines(polygons: Sequence[np.ndarray], where: str) -> None:
 
 
 def outline_is_long(polygons: Sequence[np.ndarray]) -> bool:
-    """Whether a rasteriser would take more memory than `check_outlines` allows, as it may once polygons are scaled."""
+    """Whether a rasteriser would need more memory than `check_outlines` allows, e.g. after polygons are scaled."""
     most = sum(len(p) / 2 * (p.max() - p.min()) for p in polygons)
     return most > LONGEST and sum(map(_outline, polygons)) > LONGEST
 
 
 def _outline(polygon: np.ndarray) -> float:
-    """Length in pixels; a diagonal counts as its longer side, as a rasteriser steps along it."""
+    """Return the length in pixels; a diagonal counts as its longer side, as rasterisers step along it."""
     points = polygon[: len(polygon) // 2 * 2].reshape(-1, 2)
     return np.abs(points - np.roll(points, -1, 0)).max(1).sum()
 
 
-def mask_area(segmentation: Segmentation, height: int, width: int) -> float | None:
-    """The area of a mask in pixels, by which COCO measures an object's size; None if there is no mask."""
+def mask_area(segmentation: Segmentation | list[list[float]], height: int, width: int) -> float | None:
+    """Return a mask's area in pixels, COCO's measure of an object's size; None without a mask."""
     if not segmentation:
         return None
     if isinstance(segmentation, list):
-        segmentation = coco_mask.merge(coco_mask.frPyObjects([p.tolist() for p in segmentation], height, width))
+        polygons = [np.asarray(p).tolist() for p in segmentation]
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
     return float(coco_mask.area(segmentation))
 
 
 def extent(polygons: list[np.ndarray]) -> np.ndarray:
-    """(4,) float64 XYXY: the smallest box around polygons."""
+    """Return (4,) float64 XYXY: the smallest box around polygons."""
     points = np.concatenate(polygons).reshape(-1, 2)
     return np.concatenate([points.min(0), points.max(0)])

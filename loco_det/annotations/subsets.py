@@ -1,19 +1,19 @@
-"""Parts of a set, chosen by the hash of their members' names, so that anyone can work them out again.
+"""Subsets of a data set, chosen by the hash of their members' names, so that anyone can reproduce them.
 
-The order of a set under a seed is that of sha256("SEED NAME"), in hexadecimal, of its members' names; the first n of
-it are the part of n members. So the parts of one seed are nested (1 % lies within 10 %), they depend on neither the
-machine, the library nor the order of a file, and `printf '0 42' | sha256sum` tells where a member stands.
+For a seed the members are ordered by sha256("SEED NAME"), in hexadecimal; the first n are the subset of n members. So
+the subsets of one seed are nested (1 % is part of 10 %), they depend on neither machine, library nor file order, and
+`printf '0 42' | sha256sum` gives a member's position.
 
-A detection data set's part is asked for by its name, NAME@PART, or several one after the other:
+A detection data set's subset is named NAME@PART, with one or more parts:
 
 | PART | what is kept |
 |---|---|
-| 1pct_seed0, 0.5pct_seed3 | that share of all images listed, rounded up; an image's name is its id |
-| 10shot_seed0 | of each class 10 objects that are no crowds, or all, and their images; an object's name is its id |
-| classes_person+traffic-light | these classes alone, with all images; a space is written as - |
+| 1pct_seed0, 0.5pct_seed3 | that share of all listed images, rounded up; an image's name is its id |
+| 10shot_seed0 | 10 non-crowd objects of each class, or all, and their images; an object's name is its id |
+| classes_person+traffic-light | only these classes, with all images; a space is written as - |
 
-As in TFA (Wang et al. 2020, arXiv 2003.06957) shots count objects, and other objects of their images lose their
-annotation. Unlike there the shots of one seed are nested and exactly as many as were asked for.
+As in TFA (Wang et al. 2020, arXiv 2003.06957) shots count objects, and other objects in their images lose their
+annotation. Unlike there, the shots of one seed are nested and exact in number.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from loco_det.annotations.converted import derived_file, files_digest
 from loco_det.annotations.index import load_index
 from loco_det.core.errors import UserError
 
-_SHARE = re.compile(r"(\d+(?:\.\d+)?(?:e-\d+)?)pct_seed(\d+)")  # part_name writes a tiny share as 1e-07
+_SHARE = re.compile(r"(\d+(?:\.\d+)?(?:e-\d+)?)pct_seed(\d+)")  # part_name formats a tiny share as 1e-07
 _SHOTS = re.compile(r"(\d+)shot_seed(\d+)")
 _CLASSES = re.compile(r"classes_(.+)")
 
 
 def hashed_order(names: Sequence[str], seed: int) -> np.ndarray:
-    """(n,) int64 positions in `names`, in the order of the module's rule; equal names stay in their order."""
+    """Return (n,) int64 positions in `names`, in hash order; equal names keep their order."""
     digests = [hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogateescape")).hexdigest() for name in names]
     return np.array(sorted(range(len(names)), key=digests.__getitem__), dtype=np.int64)
 
 
 def part_size(share: float, total: int) -> int:
-    """How many of `total` members a share of (0, 1] means: rounded up, so never none, and exact for 1 % of 100."""
+    """Return the size of a share in (0, 1] of `total`: rounded up, so at least one, and exact for 1 % of 100."""
     return min(total, max(1, math.ceil(round(share * total, 6))))
 
 
 def share_of_each_class(labels: np.ndarray, names: Sequence[str], share: float, seed: int) -> np.ndarray:
-    """Ascending positions of `share` of the members of every class, and of at least one of each.
+    """Return ascending positions of `share` of the members of every class, at least one each.
 
     Args:
         labels: (n,) integers.
-        names: n, as `hashed_order` takes them.
+        names: n names, as for `hashed_order`.
     """
     chosen = []
     for label in np.unique(labels):
@@ -93,18 +93,18 @@ class _Listed(msgspec.Struct):
     annotations: list[_Annotation] = []
 
 
-Kept = tuple[list[bool], list[bool], list[bool]]  # which images, categories, annotations
+Kept = tuple[list[bool], list[bool], list[bool]]  # flags of images, categories, annotations
 
 
 def part_of(annotations: Path, part: str, name: str) -> Path:
-    """The COCO file of a part of a COCO file, made where there is none yet.
+    """Return the COCO file of a part of a COCO file, made if missing.
 
     Args:
-        part: what stands behind an @, see the module's table.
-        name: of the whole with its parts, for messages and the file's name.
+        part: the text after an @, see the module's table.
+        name: the set's name with its parts, for messages and the file's name.
 
     Raises:
-        UserError: `part` means nothing or keeps nothing, or the file cannot be read.
+        UserError: `part` is invalid or keeps nothing, or the file cannot be read.
     """
     choose = _chooser(part, name)
     facts = {
@@ -117,7 +117,7 @@ def part_of(annotations: Path, part: str, name: str) -> Path:
 
 
 def check_part(part: str, name: str, objects: bool) -> None:
-    """Refuse with UserError what does not name a part, and where a set has no `objects` what chooses by them."""
+    """Raise UserError for an invalid part, or one that selects by objects if the set has no `objects`."""
     _chooser(part, name)
     if not (objects or _SHARE.fullmatch(part)):
         raise UserError(
@@ -126,12 +126,12 @@ def check_part(part: str, name: str, objects: bool) -> None:
 
 
 def is_part(text: str) -> bool:
-    """Whether what stands behind an @ is written as a part."""
+    """Whether the text after an @ has the form of a part."""
     return any(pattern.fullmatch(text) for pattern in (_SHARE, _SHOTS, _CLASSES))
 
 
 def part_name(share: float | None = None, shots: int | None = None, seed: int = 0) -> str:
-    """What to append to a data set's name for a share of its images in (0, 1] or for `shots` objects a class."""
+    """Return the suffix of a data set's name for a share of its images in (0, 1] or for `shots` objects per class."""
     if shots is not None:
         return f"@{shots}shot_seed{seed}"
     return "" if share in (None, 1) else f"@{100 * share:.10g}pct_seed{seed}"

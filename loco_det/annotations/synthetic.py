@@ -1,14 +1,14 @@
 """A made-up detection set: textured shapes over clutter, in COCO format, from a seed.
 
 A class is a shape with a texture: a striped disc and a dotted disc are two classes, and so are a striped disc and a
-striped star. Colours say nothing of the class, and plain shapes and textured blobs that belong to no class lie between
-the objects. Each image is a scene: its objects share the class and the grain of their textures, while every object
-has colours of its own and all images the same grey clouds behind them. So colour and brightness, which make up most
-of what an untrained network passes on, are noise here, and what two crops of an image share, which is what
-contrastive learning finds, is what tells the classes apart.
+striped star. Colours carry no class information, and plain shapes and textured blobs of no class lie between the
+objects. Each image is a scene: its objects share the class and the grain of their textures, while every object has
+random colours and all images have similar grey clouds. So colour and brightness, which dominate an untrained network's
+features, are noise here, and what two crops of an image share, which contrastive learning finds, is what distinguishes
+the classes.
 
-Objects hide parts of each other; masks are the visible parts, exact to the pixel (RLE, so train on them with
-INPUT.MASK_FORMAT bitmask).
+Objects occlude each other; masks are the visible parts, pixel-exact (RLE, so train on them with INPUT.MASK_FORMAT
+bitmask).
 
 Shape legend: S the side of an image in pixels.
 """
@@ -31,16 +31,16 @@ SHAPES = ("disc", "star", "cross")
 TEXTURES = ("striped", "dotted")
 CLASSES = tuple((shape, texture) for shape in SHAPES for texture in TEXTURES)
 CLASS_NAMES = tuple(f"{texture} {shape}" for shape, texture in CLASSES)
-# What belongs to no class: class shapes without texture, and class textures on a shapeless blob.
+# Distractors: class shapes without texture, and class textures on a shapeless blob.
 DISTRACTORS = (*((shape, "plain") for shape in SHAPES), *(("blob", texture) for texture in TEXTURES))
 
 GREYS = (90.0, 165.0)  # the darkest and lightest cloud
-LEAST_VISIBLE = 0.4  # share of an object that later ones must leave
-VERSION = 2  # of the drawing; raise it when the images change
+LEAST_VISIBLE = 0.4  # share of an object that must stay visible
+VERSION = 2  # of the drawing; increase when the images change
 
 
 class Grain(NamedTuple):
-    """How a scene's textures run."""
+    """Period and direction of a scene's textures."""
 
     period: float  # pixels
     turn: float  # radians
@@ -49,19 +49,19 @@ class Grain(NamedTuple):
 def make_shapes_dataset(
     root: str | Path, train: int = 400, val: int = 100, size: int = 128, seed: int = 0
 ) -> dict[str, Dataset]:
-    """Draw the set below ROOT/shapes, where `find_dataset` expects shapes_train and shapes_val.
+    """Draw the set in ROOT/shapes, where `find_dataset` expects shapes_train and shapes_val.
 
-    The same arguments give the same pixels. A set that is already there with the same arguments is kept.
+    The same arguments give the same pixels. An existing set with the same arguments is kept.
 
     Args:
-        train, val: how many images.
+        train, val: number of images.
         size: S, at least 48.
 
     Returns:
         The paths of "shapes_train" and "shapes_val".
 
     Raises:
-        UserError: the counts or the size make no sense, ROOT/shapes holds something else or cannot be written.
+        UserError: invalid counts or size, or ROOT/shapes holds something else or cannot be written.
     """
     if min(train, val) < 1 or size < 48:
         raise UserError(
@@ -80,7 +80,7 @@ def make_shapes_dataset(
         if all(_made_by(p.annotations) == made_by for p in paths.values()):
             return paths
         raise UserError(f"{folder} exists and is not '{made_by}'; remove it or choose another folder.")
-    # Drawn beside its place and renamed, so that an interrupted run leaves no half set.
+    # Drawn in a temporary folder and renamed, so that an interrupted run leaves no incomplete set.
     half = root / ".shapes.half"
     try:
         shutil.rmtree(half, ignore_errors=True)
@@ -97,17 +97,17 @@ def make_shapes_dataset(
 
 
 def draw_image(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-    """One image.
+    """Draw one image.
 
     Returns:
-        (S, S, 3) uint8 pixels, and for each object its class and its (S, S) bool visible part.
+        (S, S, 3) uint8 pixels, and each object's class and (S, S) bool visible part.
     """
     image = _background(size, rng)
     theme = int(rng.integers(len(CLASSES)))
     grain = Grain(rng.uniform(0.06, 0.14) * size, rng.uniform(0, 2 * np.pi))
     wanted = [(theme, *CLASSES[theme])] * int(rng.integers(5, 9))
     wanted += [(-1, *DISTRACTORS[k]) for k in rng.integers(0, len(DISTRACTORS), int(rng.integers(0, 2)))]
-    placed: list[tuple[int, np.ndarray, int]] = []  # class, visible part, pixels of the whole
+    placed: list[tuple[int, np.ndarray, int]] = []  # class, visible part, total pixels
     for kind, shape, texture in (wanted[k] for k in rng.permutation(len(wanted))):
         for _ in range(8):
             centre, radius = rng.uniform(0.1, 0.9, 2) * size, rng.uniform(0.12, 0.2) * size
@@ -166,7 +166,7 @@ def _made_by(annotations: Path) -> str | None:
 
 
 def _colours(rng: np.random.Generator, contrast: float) -> tuple[np.ndarray, np.ndarray]:
-    """Two colours (3,) in 0-255 that differ by `contrast` or more in grey, so that a texture is left in greyscale."""
+    """Draw two colours (3,) in 0-255 whose greys differ by at least `contrast`, so that textures survive greyscale."""
     while True:
         one, other = rng.uniform(0, 255, (2, 3))
         if abs(one.mean() - other.mean()) >= contrast:
@@ -174,12 +174,12 @@ def _colours(rng: np.random.Generator, contrast: float) -> tuple[np.ndarray, np.
 
 
 def _noise(size: int, cells: int, rng: np.random.Generator) -> np.ndarray:
-    """(S, S) smooth random field in about 0-1 with `cells` bumps along a side."""
+    """Return an (S, S) smooth random field in about 0-1 with `cells` bumps along a side."""
     return cv2.resize(rng.random((cells, cells)), (size, size), interpolation=cv2.INTER_CUBIC)
 
 
 def _background(size: int, rng: np.random.Generator) -> np.ndarray:
-    """(S, S, 3) float64: grey clouds with strokes and spots of random colours, alike in all images."""
+    """Return (S, S, 3) float64: grey clouds with strokes and spots of random colours, similar in all images."""
     cloud = 0.7 * _noise(size, 4, rng) + 0.3 * _noise(size, max(size // 6, 4), rng)
     image = np.repeat((GREYS[0] + (GREYS[1] - GREYS[0]) * cloud)[..., None], 3, axis=2)
     for _ in range(12):
@@ -195,7 +195,7 @@ def _background(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _shape(kind: str, centre: np.ndarray, radius: float, size: int, rng: np.random.Generator) -> np.ndarray:
-    """(S, S) float64 in 0-1: how much of a pixel the shape covers."""
+    """Return (S, S) float64 in 0-1: the share of each pixel that the shape covers."""
     if kind == "disc":
         angle, length = np.linspace(0, 2 * np.pi, 48, endpoint=False), np.ones(48)
     elif kind == "star":
@@ -217,7 +217,7 @@ def _shape(kind: str, centre: np.ndarray, radius: float, size: int, rng: np.rand
 
 
 def _texture(kind: str, grain: Grain, size: int, rng: np.random.Generator) -> np.ndarray:
-    """(S, S, 3) float64 colours of a texture all over the image."""
+    """Return (S, S, 3) float64: a texture over the whole image."""
     one, other = _colours(rng, 60)
     y, x = np.mgrid[:size, :size] * (2 * np.pi / grain.period)
     u = x * np.cos(grain.turn) + y * np.sin(grain.turn) + rng.uniform(0, 2 * np.pi)

@@ -1,7 +1,7 @@
-"""The geometric changes of detection training: crop, resize by the short side, flip.
+"""The geometric transforms of detection training: crop, resize by the short side, flip.
 
-Each is a small tuple that moves an image, a bitmap mask, points and polygons in the same way; what to do is drawn by
-`draw_transforms`. Arithmetic, random draws and their order are those of Detectron2 (data/transforms/).
+Each is a small tuple that transforms an image, a bitmap mask, points and polygons consistently; `draw_transforms` draws
+them. Arithmetic, random draws and their order are Detectron2's (data/transforms/).
 
 Shape legend: image (H, W, 3) uint8, mask (H, W) uint8, points (P, 2) float64 or float32 x, y in pixels, polygon a flat
 float64 array x0, y0, x1, y1, ...
@@ -34,7 +34,7 @@ class Crop(NamedTuple):
         return points - np.array((self.x, self.y), points.dtype)
 
     def polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
-        """The parts inside the window; one polygon may become several or none."""
+        """Return the parts inside the window; one polygon may become several or none."""
         for axis, low, side in ((0, self.x, self.w), (1, self.y, self.h)):
             polygons = [part for p in polygons for part in _clip(p, axis, low, 1.0)]
             polygons = [part for p in polygons for part in _clip(p, axis, low + side, -1.0)]
@@ -67,7 +67,7 @@ class Resize(NamedTuple):
 
 
 class Flip(NamedTuple):
-    """Mirrored along axis 0 (vertical flip) or 1 (horizontal) of an image with `length` pixels on that axis."""
+    """Mirrors along axis 0 (vertical flip) or 1 (horizontal) of an image with `length` pixels on that axis."""
 
     axis: int
     length: int
@@ -90,7 +90,7 @@ Transform = Crop | Resize | Flip
 
 
 def draw_transforms(cfg: Any, height: int, width: int, rng: np.random.RandomState) -> list[Transform]:
-    """What to do to a training image of height x width pixels, in order: crop, resize, flip.
+    """Draw the transforms of a training image of height x width pixels, in order: crop, resize, flip.
 
     Args:
         cfg: the INPUT node, its values checked by `check_input`.
@@ -115,7 +115,7 @@ def draw_transforms(cfg: Any, height: int, width: int, rng: np.random.RandomStat
 
 
 def resize_short_side(height: int, width: int, short: int, longest: int) -> Resize:
-    """Scaled to a short side of `short` pixels, or less where the long side would exceed `longest`, but not 0."""
+    """Scale to a short side of `short` pixels, or less if the long side would exceed `longest`, but not 0."""
     scale = short * 1.0 / min(height, width)
     new_height, new_width = (short, scale * width) if height < width else (scale * height, short)
     if max(new_height, new_width) > longest:
@@ -125,7 +125,7 @@ def resize_short_side(height: int, width: int, short: int, longest: int) -> Resi
 
 
 def check_input(cfg: Any) -> None:
-    """Refuse values of the INPUT node that mean nothing.
+    """Refuse invalid values of the INPUT node.
 
     Raises:
         UserError: naming the key.
@@ -168,7 +168,7 @@ def _crop_size(
         return tuple(rng.randint(min(side, least), min(side, most) + 1) for side in (height, width))
     h, w = size
     if kind == "relative_range":
-        # In float32 because Detectron2 holds the least size so; float64 could round to another pixel.
+        # In float32 because Detectron2 stores the minimum size so; float64 could round to another pixel.
         least = np.asarray(size, dtype=np.float32)
         h, w = least + rng.rand(2) * (1 - least)
     return max(1, int(height * h + 0.5)), max(1, int(width * w + 0.5))
@@ -179,11 +179,11 @@ def _move(transform: Transform, polygons: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def _clip(polygon: np.ndarray, axis: int, edge: float, sign: float) -> list[np.ndarray]:
-    """The parts of a polygon where sign * (coordinate - edge) >= 0.
+    """Return the parts of a polygon where sign * (coordinate - edge) >= 0.
 
-    The border is cut into runs of points inside; where runs leave and enter the half-plane they meet its edge, and
-    along the edge inside and outside alternate, so that sorted meeting points are joined in pairs. Unlike
-    Sutherland-Hodgman this leaves no bridges of zero width between parts, which would widen their boxes.
+    The border is cut into runs of points inside; runs meet the edge where they leave and enter the half-plane, and
+    along the edge inside and outside alternate, so that sorted intersections are joined in pairs. Unlike
+    Sutherland-Hodgman this leaves no zero-width bridges between parts, which would widen their boxes.
     """
     points = polygon.reshape(-1, 2)
     depth = sign * (points[:, axis] - edge)
@@ -210,7 +210,7 @@ def _clip(polygon: np.ndarray, axis: int, edge: float, sign: float) -> list[np.n
 
 
 def _meet(points: np.ndarray, depth: np.ndarray, i: int, axis: int, edge: float) -> np.ndarray:
-    """Where the side from point i to the next one crosses the edge."""
+    """Return where the side from point i to the next one crosses the edge."""
     j = (i + 1) % len(points)
     found = points[i] + (points[j] - points[i]) * (depth[i] / (depth[i] - depth[j]))
     found[axis] = edge
@@ -218,7 +218,7 @@ def _meet(points: np.ndarray, depth: np.ndarray, i: int, axis: int, edge: float)
 
 
 def _join(runs: list[list[np.ndarray]], partner: dict[tuple[int, int], tuple[int, int]]) -> list[np.ndarray]:
-    """Closed polygons from runs and the pairs of their ends (run, 0 for its first point or -1 for its last)."""
+    """Join runs to closed polygons by the pairs of their ends (run, 0 for its first point or -1 for its last)."""
     closed, left = [], set(range(len(runs)))
     while left:
         ring: list[np.ndarray] = []

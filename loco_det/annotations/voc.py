@@ -1,4 +1,4 @@
-"""Pascal VOC as COCO-format annotations, made from the XML files of an unpacked VOCdevkit.
+"""Converts Pascal VOC's XML files in an unpacked VOCdevkit to COCO format.
 
     ROOT/VOC2007/{Annotations/*.xml, ImageSets/Main/SPLIT.txt, JPEGImages/*.jpg}
 
@@ -31,15 +31,15 @@ VOC_SETS = {
 
 
 def image_number(file_id: str | int) -> int:
-    """ "000005" -> 5, "2008_000008" -> 2008000008: VOC's names of images as COCO's ids; a number is one already."""
+    """ "000005" -> 5, "2008_000008" -> 2008000008: convert VOC's image names to COCO's ids; numbers are unchanged."""
     return int(str(file_id).replace("_", ""))
 
 
 def voc_annotations(name: str, root: Path) -> tuple[Path, Path]:
-    """The image folder of one of `VOC_SETS` and its annotations as a COCO file, made where there is none yet.
+    """Return the image folder of one of `VOC_SETS` and its annotations as a COCO file, made if missing.
 
     Raises:
-        UserError: the set is not there or not whole, an XML file is malformed, or the cache cannot be written.
+        UserError: the set is missing or incomplete, an XML file is malformed, or the cache cannot be written.
     """
     missing = next((path for path in voc_places(name, root) if not path.exists()), None)
     if missing:
@@ -58,7 +58,7 @@ def voc_annotations(name: str, root: Path) -> tuple[Path, Path]:
 
 
 def voc_places(name: str, root: Path) -> tuple[Path, Path, Path]:
-    """The list of a set's images, the folder of its XML files and that of its images."""
+    """Return the list of a set's images, the folder of its XML files and that of its images."""
     folder, split = root / VOC_SETS[name][0], VOC_SETS[name][1]
     return folder / "ImageSets" / "Main" / f"{split}.txt", folder / "Annotations", folder / "JPEGImages"
 
@@ -85,7 +85,7 @@ def _as_annotation(found: ElementTree.Element) -> dict[str, Any]:
     name = found.findtext("name", "")
     if name not in CLASSES:
         raise ValueError(f"there is no class '{name}'; name a folder of other classes by its path, as ./VOC2007@train")
-    # Pixels count from 1 and both ends are inside: xmin 1, xmax W is the whole width.
+    # Pixels count from 1 and both ends are inside: xmin 1, xmax W is the full width.
     x0, y0, x1, y1 = (float(found.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax"))
     if not all(map(math.isfinite, (x0, y0, x1, y1))):
         raise ValueError(f"a box of a '{name}' is not finite")

@@ -1,12 +1,14 @@
-"""The backbone on disk: `backbone.safetensors`, the only bridge from pretraining to everything else.
+"""The backbone on disk: `backbone.safetensors`, the only interface between pretraining and everything else.
 
-Tensors stand under torchvision's names; the header's key "loco_det" holds one JSON manifest that says what they
-are and what pixels they expect. Reading one executes nothing.
+Tensors have torchvision's names; the header's key "loco_det" holds a JSON manifest that describes them and the pixels
+they expect. Reading one executes nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
@@ -25,6 +27,7 @@ from loco_det.core.files import atomic_write
 
 FORMAT = 1
 HEADER_KEY = "loco_det"
+_SEAL = re.compile(rb',"sha256":"([0-9a-f]{64})"\}\Z')  # ends a manifest: the hash of it without this
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -34,11 +37,11 @@ class Stage(msgspec.Struct, frozen=True):
     """One stage's output: channels, and input pixels per output pixel."""
 
     channels: int
-    stride: int | float  # not whole where maps are interpolated (loco_det/backbones/presnet.py)
+    stride: int | float  # fractional for interpolated maps (loco_det/backbones/presnet.py)
 
 
 class Manifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What a backbone file says of itself; `pixel_mean` and `pixel_std` are in 0-255 units, in `channel_order`."""
+    """The description in a backbone file; `pixel_mean` and `pixel_std` are in 0-255 units, in `channel_order`."""
 
     format: int = FORMAT
     architecture: str
@@ -60,11 +63,11 @@ class Manifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     loco_det_version: str = __version__
     tensors_sha256: str = ""
     proof: dict[str, Any] = {}
-    dropped: dict[str, list[str]] = {}  # of the file it was converted from, by the pattern that the user gave
+    dropped: dict[str, list[str]] = {}  # tensors of the converted file that the user dropped, by pattern
 
 
 def describe(backbone: StagedBackbone, *, stem: str, method: str, **fields: Any) -> Manifest:
-    """The manifest of a pretrained `backbone`; `fields` are any of the manifest's others."""
+    """Return the manifest of a pretrained `backbone`; `fields` are any further fields."""
     stages = {name: Stage(backbone.channels[name], backbone.strides[name]) for name in backbone.stage_names}
     return Manifest(
         architecture=backbone.architecture,
@@ -77,7 +80,7 @@ def describe(backbone: StagedBackbone, *, stem: str, method: str, **fields: Any)
 
 
 def backbone_tensors(backbone: StagedBackbone) -> dict[str, Tensor]:
-    """The backbone's tensors under torchvision's names, on the CPU, in float32; counters left out."""
+    """Return the backbone's tensors under torchvision's names, on the CPU, in float32, without counters."""
     return {
         to_torchvision(name): tensor.detach().to("cpu", torch.float32).contiguous()
         for name, tensor in backbone.state_dict().items()
@@ -98,17 +101,17 @@ def save_backbone(path: str | Path, tensors: dict[str, Tensor], manifest: Manife
 
 
 def write_backbone(file: IO[bytes], tensors: dict[str, Tensor], manifest: Manifest) -> None:
-    """The artifact's bytes into `file`, an open file that has a name, from its beginning."""
-    header = {HEADER_KEY: msgspec.json.encode(manifest).decode()}  # one key: safetensors writes several in any order
-    save_file(tensors, file.name, metadata=header)  # by name, because it then holds no second copy
+    """Write the artifact to `file`, an open named file, positioned at its start."""
+    header = {HEADER_KEY: encode_manifest(manifest)}  # one key: safetensors does not order several
+    save_file(tensors, file.name, metadata=header)  # by name, which avoids a second copy
     file.seek(0, os.SEEK_END)
 
 
 def load_backbone(path: str | Path) -> tuple[dict[str, Tensor], Manifest]:
-    """Tensors under torchvision's names, and the manifest, whose hash they are checked against.
+    """Load tensors under torchvision's names, and the manifest, and verify the tensors' hash.
 
     Raises:
-        UserError: no such file, damaged, not a loco_det backbone, of a newer format, or its tensors were changed.
+        UserError: no such file, damaged, not a loco_det backbone, of a newer format, or modified tensors.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such backbone file; run loco-det pretrain first or correct the path")
@@ -126,13 +129,13 @@ def load_backbone(path: str | Path) -> tuple[dict[str, Tensor], Manifest]:
 
 
 def check_hash(path: str | Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
-    """Raise UserError unless `tensors` (torchvision's names) are those that the manifest was written for."""
+    """Raise UserError unless `tensors` (torchvision's names) have the manifest's hash."""
     if tensors_hash(tensors.items()) != manifest.tensors_sha256:
         raise UserError(f"{path}: its tensors do not match the sha256 in its manifest; take an intact copy")
 
 
 def require_resnet(path: str | Path, manifest: Manifest) -> None:
-    """Raise UserError if the backbone is none that Detectron2's, torchvision's or timm's ResNet could hold."""
+    """Raise UserError if the backbone is not a ResNet of Detectron2, torchvision or timm."""
     if manifest.architecture == PRESNET:
         raise UserError(
             f"{path}: is a Progressive ResNet-50 ({PRESNET}), which no ResNet of Detectron2, torchvision or timm can "
@@ -140,12 +143,23 @@ def require_resnet(path: str | Path, manifest: Manifest) -> None:
         )
 
 
+def encode_manifest(manifest: Manifest) -> str:
+    """A manifest as JSON, with a checksum at its end."""
+    text = msgspec.json.encode(manifest).decode()
+    return f'{text[:-1]},"sha256":"{hashlib.sha256(text.encode()).hexdigest()}"}}'
+
+
 def decode_manifest(text: str | bytes, path: str | Path) -> Manifest:
-    """A manifest from its JSON; `path` is named in errors.
+    """Decode a manifest from JSON; errors name `path`.
 
     Raises:
-        UserError: malformed, or written by a newer format.
+        UserError: malformed, changed since it was written, or written by a newer format.
     """
+    text = text.encode("utf-8", "replace") if isinstance(text, str) else text
+    if seal := _SEAL.search(text):
+        text = text[: seal.start()] + b"}"
+        if hashlib.sha256(text).hexdigest().encode() != seal[1]:
+            raise UserError(f"{path}: its manifest does not match the sha256 at its end; take an intact copy")
     try:
         found = msgspec.json.decode(text, type=dict[str, Any]).get("format")
         if found != FORMAT:

@@ -1,8 +1,8 @@
-"""Convolution, normalisation, sum and ReLU in a row: as Detectron2 rounds them, or folded into one convolution.
+"""Convolution, normalisation, sum and ReLU: rounded as in Detectron2, or folded into one convolution.
 
 With `conv.fast` set, a normalisation that is constant (frozen, or in evaluation) is folded into the weights of its
 convolution. On an x86 CPU the convolution then also adds the residual and applies the ReLU, and keeps its weights in
-oneDNN's layout. Parameters, buffers, checkpoints and the hash of what is frozen do not change; results differ by
+oneDNN's layout. Parameters, buffers, checkpoints and the hash of frozen tensors do not change; results differ by
 rounding.
 
 Shape legend: x (B, C, H, W), out channels O, groups G, kernel k.
@@ -35,13 +35,13 @@ def convolve(conv: nn.Conv2d, x: Tensor, *, relu: bool = False, add: Tensor | No
 
     Args:
         conv: has `norm`, a module or None, and `fast`, whether a constant `norm` is folded into the weights.
-        add: is not written to; the result shares no memory with it.
+        add: not modified; the result shares no memory with it.
     """
     norm = conv.norm
     if not conv.fast or not _is_constant(norm):
         out = conv._conv_forward(x, conv.weight, conv.bias)
         return _finish(out if norm is None else norm(out), add, relu)
-    if not len(x) or (torch.is_grad_enabled() and _needs_gradient(conv, x, add)):  # oneDNN takes no empty batch
+    if not len(x) or (torch.is_grad_enabled() and _needs_gradient(conv, x, add)):  # oneDNN accepts no empty batch
         weight, bias = _folded(conv)
         return _finish(conv._conv_forward(x, weight, bias), add, relu)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def _finish(out: Tensor, add: Tensor | None, relu: bool) -> Tensor:
 def _is_constant(norm: nn.Module | None) -> bool:
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return not norm.training and norm.running_mean is not None
-    # FrozenBatchNorm2d is resnet.py's, which imports this file.
+    # FrozenBatchNorm2d is in resnet.py, which imports this file.
     return norm is None or (
         hasattr(norm, "running_mean") and not isinstance(norm, nn.modules.instancenorm._InstanceNorm)
     )
@@ -78,7 +78,7 @@ def _needs_gradient(conv: nn.Conv2d, x: Tensor, add: Tensor | None) -> bool:
 
 
 def _folded(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the one convolution that equals `conv` followed by its constant normalisation."""
+    """Return weight and bias of one convolution equal to `conv` followed by its constant normalisation."""
     norm = conv.norm
     if norm is None:
         return conv.weight, conv.bias
@@ -110,13 +110,13 @@ def _pack(conv: nn.Conv2d, x: Tensor) -> _Packed:
 
 
 def _identity(tensor: Tensor) -> tuple[int, int]:
-    """Address and version, which change when the tensor is replaced, moved or written to."""
+    """Return address and version, which change when the tensor is replaced, moved or modified."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def _onednn_takes(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cpu" or not torch._C._get_mkldnn_enabled():
         return False
-    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):  # an operator of torch's compiler, on x86 only
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):  # an operator of torch's compiler, x86 only
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

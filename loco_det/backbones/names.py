@@ -1,8 +1,8 @@
-"""The one table of ResNet tensor names: torchvision's on one side, Detectron2's on the other.
+"""The table of ResNet tensor names, torchvision's and Detectron2's.
 
-Rows are (torchvision pattern, Detectron2 pattern) with {n} standing for a number; a stage's number differs by
-one between the two (layer1 is res2). The table is a bijection and serves both directions. It goes on to layer6 and
-res7 for the backbone of six stages, loco_det/backbones/presnet.py, which neither library has.
+Rows are (torchvision pattern, Detectron2 pattern), where {n} is a number; stage numbers differ by one (layer1 is res2).
+The table is a bijection for both directions. It includes layer5, layer6 and res6, res7 of the six-stage backbone
+loco_det/backbones/presnet.py, which neither library has.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ROWS = (
     ("layer{s}.{b}.downsample.1", "res{s}.{b}.shortcut.norm"),
 )
 _LEAVES = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
-# Numbers without leading zeros, or two names of one side would become one of the other.
+# Numbers without leading zeros; otherwise two names of one side would map to the same name.
 _NUMBERS = {"b": "0|[1-9][0-9]{0,2}", "k": "[123]"}
 _STAGE_SHIFT = 1
 
@@ -37,19 +37,19 @@ _DETECTRON2 = [(_pattern(d2, "[2-7]"), tv) for tv, d2 in _ROWS]
 
 
 def to_detectron2(name: str) -> str:
-    """Detectron2's name of a torchvision ResNet tensor: `layer1.0.bn1.bias` -> `res2.0.conv1.norm.bias`.
+    """Convert torchvision's name to Detectron2's: `layer1.0.bn1.bias` -> `res2.0.conv1.norm.bias`.
 
     Raises:
-        UserError: the name is no ResNet tensor's.
+        UserError: not a ResNet tensor's name.
     """
     return _rename(name, _TORCHVISION, _STAGE_SHIFT, "torchvision")
 
 
 def to_torchvision(name: str) -> str:
-    """torchvision's name of a Detectron2 ResNet tensor, the inverse of `to_detectron2`.
+    """Convert Detectron2's name to torchvision's, the inverse of `to_detectron2`.
 
     Raises:
-        UserError: the name is no ResNet tensor's.
+        UserError: not a ResNet tensor's name.
     """
     return _rename(name, _DETECTRON2, -_STAGE_SHIFT, "Detectron2")
 

@@ -1,15 +1,16 @@
-"""Progressive ResNet-50 (PResNet-50): six stages of three blocks, with about as much memory and work in each of them.
+"""Progressive ResNet-50 (PResNet-50): six stages of three blocks, with similar memory and work in each.
 
 Source: LoCo (Xiong, Ren, Urtasun, NeurIPS 2020), its section on memory and its table of the architecture. Maps shrink
 by bilinear interpolation instead of strided convolution, 56, 36, 24, 16, 12 and 8 pixels wide for images of 224.
 
-The paper does not say where the interpolation stands, and its table of blocks contradicts its table of costs (4.16
-GFLOPs, and 4.14 for ResNet-50). What is built here is what the costs say:
+The paper does not state the position of the interpolation, and its table of blocks contradicts its table of costs (4.16
+GFLOPs, and 4.14 for ResNet-50). This implementation follows the costs:
 
-- The interpolation stands where a ResNet has its stride: before the first 3x3 convolution of a stage's first block,
-  and before its shortcut, an ungrouped 1x1 convolution. The 1x1 before that 3x3 still sees the larger map.
-- The last 1x1 of res5's and res6's blocks is never grouped. The table gives it groups in the second and third block;
-  3.79 GFLOPs would then be left, and 14.85 % of them in res6.
+- The interpolation replaces a ResNet's stride: before the first 3x3 convolution of a stage's first block, and before
+its
+  shortcut, an ungrouped 1x1 convolution. The 1x1 before that 3x3 still has the larger map.
+- The last 1x1 of res5's and res6's blocks is never grouped. The table groups it in the second and third block, which
+  would give 3.79 GFLOPs, 14.85 % of them in res6.
 
 | share in percent | res2 | res3 | res4 | res5 | res6 | res7 |
 |---|---|---|---|---|---|---|
@@ -18,14 +19,14 @@ GFLOPs, and 4.14 for ResNet-50). What is built here is what the costs say:
 | activations, paper | 15.46 | 10.96 | 19.48 | 17.31 | 19.48 | 17.31 |
 | activations, here | 15.10 | 10.70 | 21.39 | 16.90 | 19.01 | 16.90 |
 
-Convolutions alone (the 7x7 counts with res2) are 4.14 GFLOPs here; a classifier for 1000 classes and two operations
-for each number that goes into BatchNorm make it 4.16 (of ResNet-50 4.09 and 4.11). Activations are the outputs of the
-blocks' convolutions without shortcuts, each counted at its stage's size, which gives the paper's shares of ResNet-50 to
-the last digit. Those of PResNet-50 would need 128, 128 and 512 channels in res4; the paper's text, its table of blocks
-and the multiplications say 144, 144 and 576, and so it is here.
+Convolutions alone (the 7x7 counts with res2) are 4.14 GFLOPs here; a classifier for 1000 classes and two operations per
+input of BatchNorm make it 4.16 (ResNet-50: 4.09 and 4.11). Activations are the outputs of the blocks' convolutions
+without shortcuts, each at its stage's size, which reproduces the paper's shares of ResNet-50 to the last digit. Those
+of PResNet-50 would need 128, 128 and 512 channels in res4; the paper's text, its table of blocks and the
+multiplications give 144, 144 and 576, used here.
 
-Not stated, and so a choice: bilinear interpolation is torch's without `align_corners` and without antialiasing; for
-images of another size a map is the one before it times 36/56, 24/36, 16/24, 12/16 or 8/12, rounded.
+Not stated, so chosen here: bilinear interpolation is torch's without `align_corners` and antialiasing; for images of
+another size a map is the previous one times 36/56, 24/36, 16/24, 12/16 or 8/12, rounded.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ _STEM_SIDE = 56
 class _Stage:
     """A stage at full width."""
 
-    side: int  # of its maps, where the stem's are 56 pixels wide
+    side: int  # of its maps, for 56 pixels after the stem
     outputs: int  # channels
     middle: int = 0  # channels inside a bottleneck; 0: basic blocks
-    groups: int = 1  # of a bottleneck's first 1x1 and of its 3x3
-    last_groups: int = 1  # of its last 1x1, in all blocks but the first
+    groups: int = 1  # in a bottleneck's first 1x1 and its 3x3
+    last_groups: int = 1  # in its last 1x1, except in the first block
 
 
 _STAGES = {
@@ -68,7 +69,7 @@ _STAGES = {
 class Resize(nn.Module):
     """Bilinear interpolation to `new` pixels for every `old` ones: (B, C, H, W) -> (B, C, H new / old, W new / old).
 
-    Sides are rounded, a half up, and at least 1.
+    Sides are rounded half up, and at least 1.
     """
 
     def __init__(self, old: int, new: int) -> None:
@@ -94,7 +95,7 @@ class PBasicBlock(BasicBlock):
 
 
 class PBottleneck(Residual):
-    """1x1 on the map as it comes; 3x3, 1x1 and the shortcut on the resized one."""
+    """1x1 on the incoming map; 3x3, 1x1 and the shortcut on the resized one."""
 
     def __init__(
         self, inputs: int, outputs: int, norm: str, resize: Resize, *, middle: int, groups: int, last_groups: int
@@ -115,13 +116,13 @@ class PResNet(StagedBackbone):
     """PResNet-50: children are `stem` and `res2`..`res7`.
 
     Args:
-        stem: as `backbone.Stem`'s: imagenet or cifar.
-        norm: a name that `backbone.make_norm` takes.
-        stem_channels: all other channels are in proportion: 32 is the paper's network, and 4, 8, ... 28 are narrower
-            ones with the same numbers of blocks and groups.
+        stem: as for `backbone.Stem`: imagenet or cifar.
+        norm: a name for `backbone.make_norm`.
+        stem_channels: scales all other channels: 32 is the paper's network; 4, 8, ... 28 are narrower ones with the
+            same numbers of blocks and groups.
 
     Raises:
-        UserError: `stem_channels` is none of these.
+        UserError: another `stem_channels`.
     """
 
     def __init__(self, *, stem: str = "imagenet", norm: str = "BN", stem_channels: int = STEM_CHANNELS) -> None:

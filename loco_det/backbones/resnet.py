@@ -1,9 +1,8 @@
 """ResNets as a list of stages, under Detectron2's parameter names; freezing, and the hash that proves it.
 
-Shape legend: B images of H x W pixels; `stem` has stride 4 (imagenet) or 1 (cifar), each of res3, res4, res5 halves
-again. The same class is the backbone that is pretrained and the one that the detector reads, so nothing can be
-lost between the two. Arithmetic and initialisation follow Detectron2's modeling/backbone/resnet.py, which for
-`stride_in_1x1=False` is torchvision's ResNet v1.5.
+Shape legend: B images of H x W pixels; `stem` has stride 4 (imagenet) or 1 (cifar), each of res3, res4, res5 halves the
+map. Pretraining and detector use the same class, so nothing can be lost between the two. Arithmetic and initialisation
+follow Detectron2's modeling/backbone/resnet.py, which for `stride_in_1x1=False` is torchvision's ResNet v1.5.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ STEM_CHANNELS = 64
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Batch normalisation with constant statistics and affine terms, all of them buffers.
+    """Batch normalisation with constant statistics and affine parameters, all buffers.
 
-    Source: Detectron2 layers/batch_norm.py. Where the input needs a gradient, scale and shift are applied as a
-    product, which keeps one activation less for the backward than `F.batch_norm` does.
+    Source: Detectron2 layers/batch_norm.py. If the input needs a gradient, scale and shift are applied as a product,
+    which saves one activation less for backward than `F.batch_norm`.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
@@ -45,7 +44,7 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        state_dict.pop(prefix + "num_batches_tracked", None)  # counts training steps; means nothing here
+        state_dict.pop(prefix + "num_batches_tracked", None)  # unused training step counter
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -58,12 +57,12 @@ _NORMS = {
 
 
 def make_norm(name: str, channels: int) -> nn.Module:
-    """The normalisation that Detectron2 calls `name`: BN, SyncBN, FrozenBN or GN."""
+    """Build Detectron2's normalisation `name`: BN, SyncBN, FrozenBN or GN."""
     return _NORMS[name](channels)
 
 
 class Conv2d(nn.Conv2d):
-    """A bias-free convolution that carries its normalisation as `.norm`, as Detectron2 names it."""
+    """A bias-free convolution with its normalisation as `.norm`, as in Detectron2."""
 
     fast = False  # fold a constant normalisation into the weights
 
@@ -74,12 +73,12 @@ class Conv2d(nn.Conv2d):
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor, relu: bool = False, add: Tensor | None = None) -> Tensor:
-        """Convolution and normalisation; then, if asked for, the sum with `add` and a ReLU."""
+        """Apply convolution and normalisation; optionally the sum with `add` and a ReLU."""
         return convolve(self, x, relu=relu, add=add)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # On a map one pixel wide the stride along the width changes nothing. oneDNN (as of torch 2.14) does not write
-        # all of the weight's bf16 gradient there unless that stride is 1: what was in memory before becomes gradient.
+        # On a map one pixel wide the horizontal stride has no effect. With a stride above 1, oneDNN (as of torch 2.14)
+        # leaves part of the weight's bf16 gradient unwritten there: uninitialised memory becomes gradient.
         if input.shape[-1] == 1 and self.stride[1] > 1:
             stride = (self.stride[0], 1)
             return F.conv2d(input, weight, bias, stride, self.padding, self.dilation, self.groups)
@@ -101,13 +100,14 @@ class Stem(nn.Module):
 
 
 class Residual(nn.Module):
-    """What every kind of block shares: (B, C, H, W) -> (B, out, H / stride, W / stride)."""
+    """Base of all blocks: (B, C, H, W) -> (B, out, H / stride, W / stride)."""
 
     shortcut: nn.Module | None
 
     def beside(self, x: Tensor) -> Tensor:
-        """What is added to the last convolution. Computed after those before it, as Detectron2 orders them: where the
-        gradients of block, shortcut and pyramid meet, the order in which they are added shows in the last digit."""
+        """Compute the shortcut, after the convolutions before the last, in Detectron2's order: it decides the order in
+        which gradients of block, shortcut and pyramid are summed, and so the last digit.
+        """
         return x if self.shortcut is None else self.shortcut(x)
 
 
@@ -166,9 +166,9 @@ def make_stage(
     stem_channels: int = STEM_CHANNELS,
     dilation: int = 1,
 ) -> nn.Sequential:
-    """One of res2..res5 as a sequence of blocks; with `dilation` 2 the stage keeps its input's resolution.
+    """Build one of res2..res5 as a sequence of blocks; with `dilation` 2 the stage keeps its input's resolution.
 
-    Input (B, channels of the stage below, H, W); output `stage_channels(...)[name]` channels at half the size
+    Input (B, channels of the previous stage, H, W); output `stage_channels(...)[name]` channels at half the size
     (res2: the same size).
     """
     level = STAGES.index(name) - 1
@@ -198,27 +198,26 @@ def make_stage(
 def stage_channels(
     depth: int, res2_out_channels: int | None = None, stem_channels: int = STEM_CHANNELS
 ) -> dict[str, int]:
-    """Output channels of every stage, {"stem": 64, "res2": 256, ..., "res5": 2048} for depth 50."""
+    """Return the output channels of every stage, {"stem": 64, "res2": 256, ..., "res5": 2048} for depth 50."""
     res2 = res2_out_channels or (64 if depth < 50 else 256)
     return {"stem": stem_channels, **{name: res2 * 2**i for i, name in enumerate(STAGES[1:])}}
 
 
 def stage_strides(stem: str = "imagenet") -> dict[str, int]:
-    """Pixels of the input per pixel of each stage's output."""
+    """Return the input pixels per pixel of each stage's output."""
     first = 4 if stem == "imagenet" else 1
     return {name: first * 2 ** max(0, i - 1) for i, name in enumerate(STAGES)}
 
 
 class StagedBackbone(nn.Module):
-    """What every backbone here is: a child `stem`, and each stage a child that is an `nn.Sequential` of blocks, so that
-    a training method can run any part of it alone.
+    """Base of every backbone: `stem` and one `nn.Sequential` of blocks per stage, so that any part can run alone.
 
     Attributes:
-        architecture: its name, "resnet50" say.
-        depth: layers with weights, as the name counts them.
-        stage_names: of its children in order, from "stem" on.
-        channels: of each stage's output.
-        strides: pixels of the input per pixel of each stage's output; not whole where maps are interpolated.
+        architecture: its name, e.g. "resnet50".
+        depth: number of weighted layers in the name.
+        stage_names: its children in order, from "stem" on.
+        channels: channels of each stage's output.
+        strides: input pixels per pixel of each stage's output; fractional for interpolated maps.
     """
 
     architecture: str
@@ -278,7 +277,7 @@ class ResNet(StagedBackbone):
 
 
 def narrow(depth: int, width: int) -> dict[str, int]:
-    """The options of a `ResNet` whose stem has `width` channels instead of 64 and whose stages shrink with it."""
+    """Return the options of a `ResNet` whose stem has `width` instead of 64 channels, and stages in proportion."""
     return {
         "stem_channels": width,
         "res2_out_channels": width if depth < 50 else 4 * width,
@@ -288,7 +287,7 @@ def narrow(depth: int, width: int) -> dict[str, int]:
 
 @torch.no_grad()
 def initialise(module: nn.Module) -> None:
-    """Fresh weights as at construction: Kaiming normal for convolutions, 1 and 0 for normalisation."""
+    """Initialise as at construction: Kaiming normal for convolutions, 1 and 0 for normalisation."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
@@ -297,10 +296,10 @@ def initialise(module: nn.Module) -> None:
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """Take `module` out of training: no parameter asks for a gradient, every BatchNorm becomes a frozen one.
+    """Freeze `module`: no parameter requires a gradient, every BatchNorm becomes a frozen one.
 
-    Source: Detectron2 CNNBlockBase.freeze. Children are replaced in place; a BatchNorm given itself is returned
-    as its frozen replacement.
+    Source: Detectron2 CNNBlockBase.freeze. Children are replaced in place; a BatchNorm given itself is returned as its
+    frozen replacement.
     """
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         frozen = FrozenBatchNorm2d(module.num_features, module.eps).to(module.running_mean)  # its device and dtype
@@ -317,16 +316,16 @@ def freeze(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def measure_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Give a random model the BatchNorm statistics of the images: plain means over `batches` of (B, 3, H, W).
+    """Set a random model's BatchNorm statistics to plain means over `batches` of (B, 3, H, W).
 
-    Without them activations grow or vanish with depth and "random" would be a degenerate baseline. The model is left
-    in training mode.
+    Without them activations grow or vanish with depth and "random" would be a degenerate baseline. The model is left in
+    training mode.
     """
     norms = [m for m in model.train().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [m.momentum for m in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a cumulative mean
+        norm.momentum = None  # cumulative mean
     for batch in batches:
         model(batch)
     for norm, momentum in zip(norms, before):
@@ -334,7 +333,7 @@ def measure_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 def tensors_hash(named: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
+    """Hash names, dtypes, shapes and bytes by sha256, in the order of the names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda item: item[0]):
         data = tensor.detach().cpu().contiguous()

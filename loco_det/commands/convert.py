@@ -1,4 +1,4 @@
-"""The conversion job: its arguments, and what they start."""
+"""The command `convert`: a checkpoint to weights for Detectron2, torchvision or timm, or a report of its content."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from loco_det.core.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """INPUT OUTPUT and what a file cannot say of itself."""
+    """INPUT, OUTPUT and the facts that a file does not record."""
     parser.add_argument("input", metavar="INPUT", help="a .pth, .pt, .tar, .ckpt, .bin, .safetensors or .pkl")
     parser.add_argument(
         "output",
         metavar="OUTPUT",
         nargs="?",
-        help="what to write: .pkl for Detectron2, with a .yaml of the keys that must agree with it beside it; .pth or "
+        help="output: .pkl for Detectron2, with a .yaml of the keys that must agree with it; .pth or "
         ".safetensors for torchvision and timm",
     )
-    parser.add_argument("--inspect", action="store_true", help="say what INPUT is and convert nothing")
+    parser.add_argument("--inspect", action="store_true", help="report the content of INPUT, convert nothing")
     parser.add_argument(
-        "--drop", action="append", default=[], metavar="PATTERN", help="leave out tensors, e.g. 'layer*.pool_conv*'"
+        "--drop", action="append", default=[], metavar="PATTERN", help="drop tensors, e.g. 'layer*.pool_conv*'"
     )
-    parser.add_argument("--image", help="image for the proof (default: a photograph that comes with matplotlib)")
+    parser.add_argument("--image", help="image for the proof (default: matplotlib's photograph)")
     add_input_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print what would be printed as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a file that is read as a backbone may not say of itself; `read_stated` makes values of them."""
-    parser.add_argument("--branch", help="which backbone, where the file holds several")
-    parser.add_argument("--channel-order", choices=("RGB", "BGR"), help="what the backbone was trained to see")
+    """Arguments for facts that a backbone's file may not record; parsed by `read_stated`."""
+    parser.add_argument("--branch", help="the backbone, if the file holds several")
+    parser.add_argument("--channel-order", choices=("RGB", "BGR"), help="channel order of training")
     for name in ("--pixel-mean", "--pixel-std"):
         parser.add_argument(name, nargs=3, type=float, metavar="X", help="in 0-255 units, in --channel-order")
     parser.add_argument("--stride-in-1x1", choices=("yes", "no"), help="yes for weights from MSRA (Caffe)")
@@ -43,7 +43,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_stated(args: argparse.Namespace) -> Stated:
-    """What the arguments of `add_input_arguments` state, one by one or through Detectron2's configuration.
+    """Read the arguments of `add_input_arguments`, given singly or as Detectron2's configuration.
 
     Raises:
         UserError: both are given, or the configuration cannot be used.
@@ -62,7 +62,7 @@ def read_stated(args: argparse.Namespace) -> Stated:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert, and print the account of every tensor and the numeric proof; or with --inspect only say what it is.
+    """Convert, and print the account of every tensor and the numeric proof; with --inspect only report the content.
 
     Raises:
         UserError: as `convert`, `inspect`, or OUTPUT is given with --inspect or missing without.

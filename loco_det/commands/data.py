@@ -1,4 +1,4 @@
-"""`loco-det data`: whether a training on a data set may start, with pictures; and any tool's annotations as COCO's."""
+"""`loco-det data`: check a data set for training, with pictures, or convert any tool's annotations to COCO."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from loco_det.report.contact_sheet import annotated_sheet, two_view_sheet
 from loco_det.report.plots import save_figure
 
 PAIRS, ANNOTATED = 10, 12  # images on the sheets
-IMAGE_FILES = (".tar", ".zip", ".txt")  # what DATA.PATH takes, besides folders
+IMAGE_FILES = (".tar", ".zip", ".txt")  # files that DATA.PATH accepts besides folders
 BARS, BAR_WIDTH = 20, 30  # classes in the text; characters of the longest bar
 PLOTTED = 100  # classes in histogram.png
 MASKS = ("auto", "polygon", "bitmask", "none")
 
 
-class Asked(NamedTuple):
-    """What is to be checked: an image set, or images with their COCO annotations."""
+class Target(NamedTuple):
+    """What to check: an image set, or images with their COCO annotations."""
 
     name: str
     source: Source | None
@@ -47,61 +47,70 @@ class Asked(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to check or to convert and where the results go."""
+    """What to check or convert, and the output."""
     parser.add_argument(
         "action",
         choices=["check", "convert"],
-        help="check: read everything, say what is wrong, draw what is there; convert: annotations to COCO's format",
+        help="check: validate a data set and draw samples; convert: annotations to COCO's format",
     )
     parser.add_argument(
         "path",
         metavar="PATH",
-        help="images as DATA.PATH takes them, or a data set as DATASETS.TRAIN does; of convert a folder or a file",
+        help="check: images as for DATA.PATH, or a data set as for DATASETS.TRAIN; convert: a folder or file",
     )
-    parser.add_argument("to", nargs="?", type=Path, metavar="OUT", help="convert: the folder for annotations/*.json")
-    parser.add_argument("--annotations", type=Path, metavar="FILE", help="a COCO file on the images in the folder PATH")
+    parser.add_argument("to", nargs="?", type=Path, metavar="OUT", help="convert: output folder of annotations/*.json")
+    parser.add_argument(
+        "--annotations", type=Path, metavar="FILE", help="a COCO file for the images in the folder PATH"
+    )
     parser.add_argument(
         "--format",
         default="auto",
         metavar="FORMAT",
-        help=f"of an image set, as DATA.FORMAT; of convert one of auto, {', '.join(FORMATS)}",
+        help=f"check: of an image set, as DATA.FORMAT; convert: auto, {', '.join(FORMATS)}",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for check.json and pictures (output/data_check/NAME)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of check.json and pictures (output/data_check/NAME)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help="reading processes (default: 4)")
-    parser.add_argument("--size", type=int, default=224, metavar="PIXELS", help="of a view on the sheet (default: 224)")
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="data workers (default: 4)")
+    parser.add_argument(
+        "--size", type=int, default=224, metavar="PIXELS", help="size of a view on the sheet (default: 224)"
+    )
     parser.add_argument("--preset", choices=PRESETS, default="simclr", help="the views' augmentation")
-    judged = "judge for this INPUT.MASK_FORMAT, or for boxes alone (default: what the file's masks need)"
-    parser.add_argument("--masks", choices=MASKS, default="auto", help=judged)
+    masks = "check for this INPUT.MASK_FORMAT, or boxes only (default: by the file's masks)"
+    parser.add_argument("--masks", choices=MASKS, default="auto", help=masks)
     parser.add_argument("--max-bad-share", type=float, default=0.01, metavar="SHARE", help="as DATA.MAX_BAD_SHARE")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of which images are drawn, and their views")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the samples and their views")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check or convert, and print; returns 0, or 1 if a training on what was checked would stop.
+    """Check or convert, and print; returns 0, or 1 if the check found a defect that stops training.
 
     Raises:
-        UserError: nothing to check or to convert there, or an annotation file that is none.
+        UserError: nothing to check or to convert, or an invalid annotation file.
     """
     if args.action == "convert":
         return _convert(args)
     if args.to is not None:
         raise UserError(f"data check takes one PATH; give {args.to} as --out {args.to} if the pictures belong there.")
-    asked = _asked(args)
-    out = args.out or Path("output") / "data_check" / folder_name(asked.name)
+    for option, value, least in (("seed", args.seed, 0), ("workers", args.workers, 0), ("size", args.size, 1)):
+        if value < least:
+            raise UserError(f"--{option} is {value}; give {least} or more.")
+    target = _target(args)
+    out = args.out or Path("output") / "data_check" / folder_name(target.name)
     masks = ""
-    if asked.paths is None:
-        checked = check_source(asked.source, workers=args.workers, max_bad_share=args.max_bad_share)
+    if target.paths is None:
+        checked = check_source(target.source, workers=args.workers, max_bad_share=args.max_bad_share)
     else:
-        index = load_index(asked.paths.annotations)
-        masks = _masks(args.masks, asked, index)
-        checked = check_coco(asked.paths, index, workers=args.workers, masks=masks)
-    pictures = _pictures(args, asked, checked, out)
+        index = load_index(target.paths.annotations)
+        masks = _masks(args.masks, target, index)
+        checked = check_coco(target.paths, index, workers=args.workers, masks=masks)
+    pictures = _pictures(args, target, checked, out)
     answer = {
         "loco_det": __version__,
         "data": args.path
-        if asked.paths is None
-        else {k: str(getattr(asked.paths, k)) for k in ("name", "images", "annotations", "derived")},
+        if target.paths is None
+        else {k: str(getattr(target.paths, k)) for k in ("name", "images", "annotations", "derived")},
         "ok": not checked.stops,
         "masks": masks,
         "counts": checked.counts,
@@ -113,35 +122,35 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(answer, indent=1))
     else:
-        _print(asked, checked, masks, [out / "check.json", *pictures])
+        _print(target, checked, masks, [out / "check.json", *pictures])
     return 1 if checked.stops else 0
 
 
-def _asked(args: argparse.Namespace) -> Asked:
+def _target(args: argparse.Namespace) -> Target:
     if args.annotations is not None:
         folder = Path(args.path)
         for path, there in ((folder, os.path.isdir(folder)), (args.annotations, os.path.isfile(args.annotations))):
             if not there:
                 raise UserError(f"{path}: not there; --annotations FILE goes with PATH, the folder of its images")
         name = args.annotations.stem
-        return Asked(name, None, Dataset(name, folder, args.annotations))
+        return Target(name, None, Dataset(name, folder, args.annotations))
     place = Path(args.path.partition("!")[0])
     if args.path in COCO_NAMES or (not os.path.exists(place) and _is_name(args.path)):
-        return Asked(args.path, None, find_dataset(args.path))
-    of_images = place.suffix.lower() in IMAGE_FILES and not os.path.isdir(place)  # shards in braces are no file
+        return Target(args.path, None, find_dataset(args.path))
+    of_images = place.suffix.lower() in IMAGE_FILES and not os.path.isdir(place)  # a pattern of shards is not a file
     folder_of_split = os.path.isdir(args.path.rpartition("@")[0])
     annotated = is_annotated(place) if os.path.exists(place) else is_path(args.path) or folder_of_split
     if args.format == "auto" and annotated and not of_images:
         name = args.path if is_path(args.path) else f"./{args.path}"
-        return Asked(name, None, find_dataset(name))
-    return Asked(Path(args.path).stem or "data", open_source(args.path, args.format), None)
+        return Target(name, None, find_dataset(name))
+    return Target(Path(args.path).stem or "data", open_source(args.path, args.format), None)
 
 
-def _masks(asked_for: str, asked: Asked, index: CocoIndex) -> str:
-    """INPUT.MASK_FORMAT of the training to judge for; empty for one on boxes or pixel labels."""
-    if asked.paths.is_pixels or asked_for == "none":
+def _masks(requested: str, target: Target, index: CocoIndex) -> str:
+    """INPUT.MASK_FORMAT of the training to check for; empty for boxes only or pixel labels."""
+    if target.paths.is_pixels or requested == "none":
         return ""
-    return masks_of(index) if asked_for == "auto" else asked_for
+    return masks_of(index) if requested == "auto" else requested
 
 
 def _is_name(text: str) -> bool:
@@ -149,7 +158,7 @@ def _is_name(text: str) -> bool:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    """Write COCO files of all splits; tell what came over and what did not."""
+    """Write COCO files of all splits; report what was converted and what was not."""
     if args.to is None:
         raise UserError("data convert takes SRC OUT: what to convert, and the folder for annotations/*.json.")
     for option, value in (("--annotations", args.annotations), ("--out", args.out)):
@@ -183,12 +192,12 @@ def _console() -> Console:
     return Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False)
 
 
-def _pictures(args: argparse.Namespace, asked: Asked, checked: Checked, out: Path) -> list[Path]:
-    """Draw what can be drawn; the files written."""
+def _pictures(args: argparse.Namespace, target: Target, checked: Checked, out: Path) -> list[Path]:
+    """Draw the sample pictures; returns the files written."""
     written = []
     if checked.classes:
         written.append(out / "histogram.png")
-        in_images = asked.paths is None or asked.paths.is_pixels
+        in_images = target.paths is None or target.paths.is_pixels
         _histogram(checked.classes, "images" if in_images else "annotations", written[-1])
     readable = np.flatnonzero(checked.readable)
     if not len(readable):
@@ -196,14 +205,14 @@ def _pictures(args: argparse.Namespace, asked: Asked, checked: Checked, out: Pat
     rng = np.random.default_rng(args.seed)
     config = view_config(args.size, {"PRESET": args.preset})
     chosen = np.sort(rng.choice(readable, min(PAIRS, len(readable)), replace=False))
-    if asked.paths is None:
-        images = [(asked.source.read(int(i)), asked.source.name(int(i))) for i in chosen]
+    if target.paths is None:
+        images = [(target.source.read(int(i)), target.source.name(int(i))) for i in chosen]
     else:
-        index = load_index(asked.paths.annotations)
-        names = match_files(asked.paths, index).names
-        files = [asked.paths.images / names[int(i)] for i in chosen]
+        index = load_index(target.paths.annotations)
+        names = match_files(target.paths, index).names
+        files = [target.paths.images / names[int(i)] for i in chosen]
         images = [(file.read_bytes(), str(file)) for file in files]
-        written += _annotated(CocoDataset(asked.paths, index, names), readable, rng, out)
+        written += _annotated(CocoDataset(target.paths, index, names), readable, rng, out)
     written.append(out / "two_views.png")
     two_view_sheet(images, config, args.seed, written[-1])
     return written
@@ -222,14 +231,14 @@ def _annotated(dataset: CocoDataset, readable: np.ndarray, rng: np.random.Genera
 
 
 def _histogram(classes: dict[str, int], unit: str, out: Path) -> None:
-    """Horizontal bars, the most frequent on top; on a logarithmic scale where they differ by more than 50 times."""
+    """Horizontal bars, most frequent on top; logarithmic if counts differ by more than a factor of 50."""
     top = sorted(classes.items(), key=lambda item: -item[1])
     shown = top if len(top) <= PLOTTED else [*top[: PLOTTED // 2], *top[-PLOTTED // 2 :]]
     names, values = zip(*shown[::-1])
     figure = Figure(figsize=(7, 1 + 0.17 * len(shown)), layout="constrained")
     axes = figure.subplots()
     axes.barh(range(len(shown)), values, color="#0072B2", height=0.75)
-    axes.set_yticks(range(len(shown)), [name[:40] for name in names], fontsize=7)
+    axes.set_yticks(range(len(shown)), [name[:40] for name in names], fontsize=7, parse_math=False)
     axes.set_ylim(-0.6, len(shown) - 0.4)
     positive = [value for value in values if value]
     if positive and max(positive) > 50 * min(positive):
@@ -242,7 +251,7 @@ def _histogram(classes: dict[str, int], unit: str, out: Path) -> None:
     save_figure(figure, out)
 
 
-def _print(asked: Asked, checked: Checked, masks: str, files: list[Path]) -> None:
+def _print(target: Target, checked: Checked, masks: str, files: list[Path]) -> None:
     console = _console()
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in checked.counts.items():
@@ -263,10 +272,10 @@ def _print(asked: Asked, checked: Checked, masks: str, files: list[Path]) -> Non
     verdict = f"{kinds} kind{'s' * (kinds != 1)} of defect would stop it" if kinds else "nothing stands against it"
     if not kinds and any(defect.effect == SUSPECT for defect in checked.defects):
         verdict = f"nothing stops it, but look at what is {SUSPECT}"
-    what = f"train on {asked.name}"
-    if asked.paths is None:
-        what = f"pretrain on the images of {asked.name}"
-    elif not asked.paths.is_pixels:
+    what = f"train on {target.name}"
+    if target.paths is None:
+        what = f"pretrain on the images of {target.name}"
+    elif not target.paths.is_pixels:
         what += f" with masks (INPUT.MASK_FORMAT {masks})" if masks else " with boxes alone (MODEL.MASK_ON False)"
     console.print(f"{'NOT ' * bool(kinds)}OK to {what}: {verdict}")
 

@@ -1,6 +1,6 @@
-"""`loco-det doctor`: what this machine and a configuration are good for, and what to do where they are not.
+"""`loco-det doctor`: check this machine and a configuration, with a remedy for each problem.
 
-Every check imports what it looks at, so that a broken installation becomes a line in the table and not a traceback.
+Every check imports what it tests, so a broken installation becomes a line of the table and not a traceback.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ PYTHON = (3, 10)
 TORCH = (2, 4)
 REINSTALL = "reinstall it: pip install --upgrade --force-reinstall "
 GIB = 2**30
-LINE_WIDTH = 200  # where the answer goes to a file or a pipe
+LINE_WIDTH = 200  # if the output is not a terminal
 BASELINE_RATE, BASELINE_IMAGES = 0.02, 16  # of Detectron2's COCO configurations
-RATE_SPAN = 2.5  # times more or less than the rule is worth a word
+RATE_SPAN = 2.5  # deviations from the rule by a larger factor get a note
 NORM_KEYS = tuple(f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD"))
 SMALL_DISK, SMALL_SHARED_MEMORY = 5 * GIB, 1 * GIB
 
@@ -43,24 +43,24 @@ class Check(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The configuration to check beside the machine, and the form of the answer."""
+    """The optional configuration to check, and the output format."""
     parser.add_argument("--config-file", metavar="FILE", help="a detection config to check with its data and weights")
     parser.add_argument("--weights", metavar="FILE", help="weights to check against it, instead of its MODEL.WEIGHTS")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
 
 
 def run(args: argparse.Namespace) -> int:
     """Check and print; returns 0, or 1 if a check failed.
 
     Raises:
-        UserError: the configuration cannot be read, or a file was named that is not there.
+        UserError: the configuration cannot be read, or a named file is missing.
     """
     if not args.config_file and (args.weights or args.opts):
         raise UserError("--weights and KEY VALUE are checked against a configuration; give --config-file too.")
     if args.weights and not Path(args.weights).is_file():
         raise UserError(f"--weights {args.weights} does not exist; correct the path.")
-    with _stdout_to_stderr():  # whatever a library prints, the answer stands alone
+    with _stdout_to_stderr():  # so that stdout has only the result
         checks = examine()
         if args.config_file:
             checks += examine_config(args.config_file, args.opts, args.weights)
@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine() -> list[Check]:
-    """Every check of the machine itself."""
-    looks: dict[str, Callable[[], Check]] = {
+    """Run every check of the machine."""
+    checks: dict[str, Callable[[], Check]] = {
         "python": _python,
         "torch": _torch,
         "torchvision": _torchvision,
@@ -89,11 +89,11 @@ def examine() -> list[Check]:
         "disk": _disk,
         "shared memory": _shared_memory,
     }
-    return [_guarded(name, look) for name, look in looks.items()]
+    return [_guarded(name, check) for name, check in checks.items()]
 
 
 def examine_config(config: str, overrides: list[str], weights: str | None = None) -> list[Check]:
-    """A detection configuration, its data sets, and `weights` (None: its MODEL.WEIGHTS) against it.
+    """Check a detection configuration, its data sets, and `weights` (None: its MODEL.WEIGHTS).
 
     Raises:
         UserError: the configuration cannot be read.
@@ -136,11 +136,11 @@ def examine_config(config: str, overrides: list[str], weights: str | None = None
     return checks
 
 
-def _guarded(name: str, look: Callable[[], Check]) -> Check:
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return look()
+            return check()
     except UserError as error:
         return Check(name, "fail", str(error))
     except Exception as error:
@@ -181,7 +181,7 @@ def _torchvision() -> Check:
         kept = torchvision.ops.nms(boxes, torch.tensor([0.9, 0.8, 0.7], device=device), 0.5)
         ramp = torch.arange(64.0, device=device).view(1, 1, 8, 8)
         pooled = torchvision.ops.roi_align(ramp, [torch.tensor([[2.0, 2, 6, 6]], device=device)], 1, aligned=True)
-        # NMS drops the second box; the middle of the box lies between the pixels of rows and columns 3 and 4.
+        # NMS drops the second box; the centre of the box lies between the pixels of rows and columns 3 and 4.
         if kept.tolist() != [0, 2] or abs(pooled.item() - 31.5) > 1e-4:
             return Check(
                 "torchvision", "fail", f"operators compute wrongly on {device}", f"{REINSTALL}torch torchvision"
@@ -222,10 +222,11 @@ def _hotcoco() -> Check:
 
 
 def _packages() -> Check:
-    """The other dependencies, each of which some command imports only when it runs."""
+    """Check the other dependencies, which commands import lazily."""
     missing = []
     for name in (
         "fvcore.common.config",
+        "jinja2",
         "matplotlib",
         "msgspec",
         "numpy",
@@ -309,7 +310,7 @@ def _shared_memory() -> Check:
 
 
 def _weights(cfg: Any, settings: Any, path: str) -> Check:
-    """Into the model that the configuration describes, exactly as training would load them."""
+    """Load them into the configured model exactly as training would."""
     from loco_det.detection.keys import check_supported
     from loco_det.detection.rcnn import build_model
     from loco_det.detection.weights import apply_weights, read_weights
@@ -317,7 +318,7 @@ def _weights(cfg: Any, settings: Any, path: str) -> Check:
     if not path:
         return Check("weights", "note", "MODEL.WEIGHTS is empty: random values", "pretrain or convert a backbone")
     weights = read_weights(path)
-    check_supported(cfg, settings)  # for the model is the torchvision engine's, whichever engine the config is for
+    check_supported(cfg, settings)  # because the model is built with the torchvision engine
     apply_weights(build_model(cfg), weights, cfg)
     kind = "backbone" if weights.is_backbone else "detector"
     if weights.is_backbone and weights.manifest is None:
@@ -327,7 +328,7 @@ def _weights(cfg: Any, settings: Any, path: str) -> Check:
 
 
 def _schedule(cfg: Any) -> Check:
-    """The learning rate against the rule of Detectron2's baselines, 0.02 for 16 images, linear in the batch."""
+    """Compare the learning rate with the rule of Detectron2's baselines, 0.02 for 16 images, linear in the batch."""
     images, rate = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR
     rule = BASELINE_RATE * images / BASELINE_IMAGES
     found = f"SOLVER.BASE_LR {rate:g} for {images} images a step"
@@ -342,7 +343,7 @@ def _schedule(cfg: Any) -> Check:
 
 
 def _norm(cfg: Any) -> Check:
-    """Normalisation whose statistics depend on how many processes there are."""
+    """Check normalisation whose statistics depend on the number of processes."""
     import torch
 
     from loco_det.core.config import value
@@ -358,12 +359,12 @@ def _norm(cfg: Any) -> Check:
     return Check("norm", "ok", shown)
 
 
-# --- the answer -------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Send what this process writes to descriptor 1, Python or not, to descriptor 2."""
+    """Redirect everything this process writes to descriptor 1, also from C, to descriptor 2."""
     sys.stdout.flush()
     kept = os.dup(1)
     try:

@@ -1,4 +1,4 @@
-"""`loco-det evaluate`: results of any program measured as `train` measures its own, and two of them compared."""
+"""`loco-det evaluate`: evaluate any program's results as `train` does its own, and compare two of them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from loco_det.annotations.registry import Dataset, find_dataset, measure_of
 from loco_det.core.errors import UserError
 from loco_det.core.files import check_writable, file_sha256, write_json
 from loco_det.core.log import log
+from loco_det.core.run_folder import check_sums
 from loco_det.detection.precomputed import read_proposals
-from loco_det.evaluation.bootstrap import Judged
+from loco_det.evaluation.bootstrap import Resamplable
 from loco_det.evaluation.cityscapes import OFFICIAL
 from loco_det.evaluation.coco import EVALUATORS, table
 from loco_det.evaluation.coco_checks import check_results, read_ground_truth
@@ -25,29 +26,37 @@ from loco_det.evaluation.measure import Measure, Results, Subject, check_known_e
 from loco_det.evaluation.proposals import Proposals
 from loco_det.evaluation.results_file import held_types, read_results
 
-# What a measure takes of the shapes in a results file; the others take both.
+# The shapes of a results file that a measure uses; other measures use both.
 _TYPES = {"voc": ("bbox",), "cityscapes": ("segm",), "proposals": ("bbox",)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The results, what they are measured on, and how."""
+    """Results, data set and measure."""
     parser.add_argument(
         "results",
         type=Path,
         metavar="RESULTS",
-        help="coco_instances_results.json or any file like it; box_proposals.pkl; of pixel labels a folder",
+        help="a COCO results JSON; box_proposals.pkl; for pixel labels a folder",
     )
-    parser.add_argument("other", type=Path, nargs="?", metavar="RESULTS2", help="compared with RESULTS on every draw")
+    parser.add_argument(
+        "other", type=Path, nargs="?", metavar="RESULTS2", help="compare it with RESULTS on the same draws"
+    )
     parser.add_argument("--data", required=True, metavar="NAME|ANNOTATIONS", help="a data set as in DATASETS.TEST")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers here too")
-    parser.add_argument("--iou-type", choices=("bbox", "segm"), help="boxes or masks alone; what there is without it")
-    parser.add_argument("--measure", choices=("coco", "lvis", "proposals"), help="instead of the data set's own")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the numbers to this file")
+    parser.add_argument(
+        "--iou-type", choices=("bbox", "segm"), help="boxes or masks only (default: what the results have)"
+    )
+    parser.add_argument(
+        "--measure", choices=("coco", "lvis", "proposals"), help="measure to use instead of the data set's own"
+    )
     parser.add_argument("--evaluator", choices=(*EVALUATORS, OFFICIAL), default=EVALUATORS[0])
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="draws of images; 0 for no intervals")
+    parser.add_argument(
+        "--bootstrap", type=int, default=1000, metavar="N", help="bootstrap draws of images; 0 for no intervals"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, compare and write.
+    """Evaluate, compare and write.
 
     Raises:
         UserError: bad arguments, results, data or a file that cannot be written.
@@ -70,12 +79,12 @@ def run(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """One file of results: how many of the images they are of, the numbers, and the results as they were judged."""
+    """One results file: its number of images, its metrics, and its results as evaluated."""
 
     path: Path
     images: int
     numbers: Results
-    judged: list[Judged]
+    evaluations: list[Resamplable]
 
 
 def evaluate_files(
@@ -88,16 +97,16 @@ def evaluate_files(
     resamples: int = 1000,
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure one or two files of results on a data set; returns what `out` holds.
+    """Evaluate one or two results files on a data set; returns the content of `out`.
 
     Args:
-        iou_type: "bbox" or "segm" alone; None for what all files have.
-        measure: a file of `evaluation/`; None for the data set's own.
+        iou_type: "bbox" or "segm" only; None for the shapes that all files have.
+        measure: a module of `evaluation/`; None for the data set's own.
         resamples: draws of the bootstrap over images.
         out: a JSON file to write.
 
     Raises:
-        UserError: results or a data set that cannot be used.
+        UserError: invalid results or data set.
     """
     if dataset.secret:
         raise UserError(f"the truth of {dataset.name} is not public; submit the results to its benchmark instead.")
@@ -106,7 +115,7 @@ def evaluate_files(
     check_known_evaluator(kind, evaluator, dataset.name)
     found = []
     for path, results in zip(files, rows):
-        subject = Subject(dataset, path.parent, "segm" in types, (), evaluator, boxes="bbox" in types)
+        subject = Subject(dataset, path.parent, "segm" in types, (), evaluator, boxes="bbox" in types, labels=path)
         found.append(_evaluated(path, kind(subject), results, resamples))
     content = {
         "loco_det": __version__,
@@ -127,19 +136,23 @@ def evaluate_files(
 def _read(
     files: Sequence[Path], dataset: Dataset, iou_type: str | None, measure: str | None
 ) -> tuple[list[list[Any]], tuple[str, ...], str]:
-    """Each file's results as its measure takes them, the IoU types to measure, and the measure's name.
+    """Return each file's results in its measure's format, the IoU types to evaluate, and the measure's name.
 
-    Every file is read before anything is measured.
+    All files are read before anything is evaluated.
     """
     if dataset.is_pixels:
+        _refuse_choices(f"{dataset.name} has a label for each pixel", dataset.benchmark, iou_type, measure)
         return [_label_files(path, dataset) for path in files], (), dataset.benchmark
     for path in files:
+        for folder in path.absolute().parents[1:3]:  # of a run
+            check_sums(folder, path.absolute())
         if path.is_dir():
             raise UserError(f"{path} is a folder; give the file of results, as inference/coco_instances_results.json.")
     if all(path.suffix == ".pkl" for path in files):
+        _refuse_choices(f"{files[0]} holds proposals", "proposals", iou_type, measure)
         return [_proposals(path, dataset) for path in files], (), "proposals"
     rows = [read_results(path) for path in files]
-    # Only of what is to be measured, so that the other shape may be missing.
+    # Check only the evaluated shape, so that the other may be missing.
     every = [[iou_type] if iou_type else held_types(path, each) for path, each in zip(files, rows)]
     types = tuple(t for t in ("bbox", "segm") if all(t in held for held in every))
     name = measure or measure_of(dataset.name, "segm" in types)
@@ -150,11 +163,18 @@ def _read(
             f"{' and '.join(map(str, files))}: no {needs} to measure {dataset.name} by; give every row one."
         )
     if not any(rows) and iou_type is None and "bbox" in types:
-        types = ("bbox",)  # masks may be missing from the truth, too
+        types = ("bbox",)  # masks may be missing from the ground truth, too
     truth = read_ground_truth(dataset.annotations, types)
     for path, each in zip(files, rows):
         check_results(each, truth, types, source=path)
     return [_as_proposals(each) if name == "proposals" else each for each in rows], types, name
+
+
+def _refuse_choices(because: str, name: str, iou_type: str | None, measure: str | None) -> None:
+    """Raise UserError for options that measure `name` would pass over."""
+    for option, value in (("--iou-type", iou_type), ("--measure", None if measure == name else measure)):
+        if value is not None:
+            raise UserError(f"{because}, so {option} {value} does not apply; leave it out.")
 
 
 def _label_files(path: Path, dataset: Dataset) -> list[str]:
@@ -174,7 +194,7 @@ def _proposals(path: Path, dataset: Dataset) -> list[Proposals]:
 
 
 def _as_proposals(rows: list[dict[str, Any]]) -> list[Proposals]:
-    """Checked detections without their classes."""
+    """Convert checked detections to class-agnostic proposals."""
     by_image: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
         by_image.setdefault(row["image_id"], []).append(row)
@@ -188,14 +208,13 @@ def _as_proposals(rows: list[dict[str, Any]]) -> list[Proposals]:
 
 def _evaluated(path: Path, measure: Measure, results: list[Any], resamples: int) -> _Evaluated:
     dataset, images = measure.dataset, len(set(map(_image_of, results)))
-    if dataset.is_pixels:
-        measure.folder = path
     log.info("%s: results in %d of the %d images of %s", path, images, len(dataset.index.image_id), dataset.name)
-    return _Evaluated(path, images, measure.evaluate(results), measure.judge(results) if resamples else [])
+    judged = measure.resamplable(results) if resamples else []  # first, so that `evaluate` takes no second matching
+    return _Evaluated(path, images, measure.evaluate(results), judged)
 
 
 def _image_of(result: Any) -> int | str:
-    """The image of one result as its measure takes it."""
+    """Return the image of one result, whatever its measure."""
     if isinstance(result, Proposals):
         return result.image_id
     return result if isinstance(result, str) else result["image_id"]
@@ -210,7 +229,7 @@ def _content(one: _Evaluated, resamples: int) -> dict[str, Any]:
             kind: {name: value if math.isfinite(value) else None for name, value in values.items()}
             for kind, values in one.numbers.items()
         },
-        "ci95": {judged.kind: judged.intervals(resamples) for judged in one.judged},
+        "ci95": {own.kind: own.intervals(resamples) for own in one.evaluations},
     }
 
 
@@ -226,7 +245,7 @@ def _show_intervals(results: list[dict[str, Any]]) -> None:
 
 
 def _paired(reference: _Evaluated, one: _Evaluated, resamples: int) -> dict[str, dict[str, Any]]:
-    found = {own.kind: own.differences(other, resamples) for own, other in zip(one.judged, reference.judged)}
+    found = {own.kind: own.differences(other, resamples) for own, other in zip(one.evaluations, reference.evaluations)}
     rows = [
         [f"{kind} {name}", f"{each['difference']:+.3f}", "{:+.3f} to {:+.3f}".format(*each["ci95"])]
         for kind, names in found.items()

@@ -1,11 +1,11 @@
-"""`loco-det predict`: a trained detector or segmentor on one's own images, folders and videos; pictures, JSON, ONNX.
+"""`loco-det predict`: run a trained detector or segmentor on images, folders and videos; writes pictures, JSON, ONNX.
 
-DIR gets, for every input, a picture (or a video) of the same name with boxes, masks, classes and scores drawn in, and
-for all of them together coco_instances_results.json, a list of detections as an evaluation writes it, and
-instances.json, which is an annotation file: images, categories and the same detections as annotations.
+For every input the output folder gets a picture (or video) of the same name with boxes, masks, classes and scores. It
+also gets coco_instances_results.json, the detections in an evaluation's format, and instances.json, an annotation file:
+images, categories and the same detections as annotations.
 
-Of a semantic segmentor the pictures are coloured by class, over a legend; sem_seg/ has the category of every pixel as
-PNG, sem_seg_predictions.json a result for each category of an image, and sem_seg.json is the annotation file.
+A semantic segmentor's pictures are coloured by class, above a legend; sem_seg/ has the category of every pixel as PNG,
+sem_seg_predictions.json one result per category of an image, and sem_seg.json is the annotation file.
 """
 
 from __future__ import annotations
@@ -46,34 +46,34 @@ from loco_det.evaluation.pixels import labels_to_coco, write_labels
 from loco_det.images.media import Frame, Medium, VideoWriter, find_media, read_ahead, read_frames
 from loco_det.report.drawing import Shape, class_colours, draw_instances, draw_labels, draw_legend
 
-AHEAD = 2  # batches that are decoded while one is predicted
+AHEAD = 2  # batches decoded ahead of prediction
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Configuration, weights, inputs and outputs."""
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="images, folders of them, videos")
-    parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="YAML file that the detector was trained by"
-    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="the detector's YAML file")
     parser.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint of either engine")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for pictures and JSON")
-    parser.add_argument("--score-threshold", type=float, metavar="S", help="least score of a detection (0.5)")
-    parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="images at once (2)")
+    parser.add_argument("--score-threshold", type=float, metavar="S", help="minimum score of a detection (0.5)")
+    parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="images per batch (2)")
     parser.add_argument(
         "--classes", type=Path, metavar="FILE", help="class names: a COCO annotation file, or text lines"
     )
     parser.add_argument("--no-pictures", action="store_true", help="write JSON only")
     parser.add_argument("--engine", choices=("auto", "torchvision", "detectron2"), default="auto")
     parser.add_argument("--exact", action="store_true", help="Detectron2's numbers bit for bit, slower on a CPU")
-    parser.add_argument("--export-onnx", type=Path, metavar="PATH", help="write the detector as ONNX too, and check it")
-    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="overrides of the configuration")
+    parser.add_argument(
+        "--export-onnx", type=Path, metavar="PATH", help="also export the detector to ONNX, and check it"
+    )
+    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="configuration overrides")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Predict as the arguments say.
+    """Predict with the parsed arguments.
 
     Raises:
-        UserError: bad arguments, configuration or weights; at the end, if an input could not be read.
+        UserError: bad arguments, configuration or weights; at the end, if an input was unreadable.
     """
     threshold = 0.5 if args.score_threshold is None else args.score_threshold
     if not 0 <= threshold <= 1:
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     cfg, settings = load_config(get_cfg(), args.config_file, overrides)
     engine = choose_engine("torchvision" if args.export_onnx and args.engine == "auto" else args.engine)
     log_engine(engine)
-    if engine.name == "torchvision":  # Detectron2's predicts with what a training here would refuse
+    if engine.name == "torchvision":  # Detectron2 also predicts with configurations that training here refuses
         engine.check(cfg, settings)
     if _is_segmentor(cfg) and (args.score_threshold is not None or args.export_onnx):
         raise UserError("a SemanticSegmentor takes no --score-threshold (every pixel has a class) nor --export-onnx.")
@@ -107,10 +107,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _claimed(args: argparse.Namespace, cfg: CfgNode) -> tuple[list[Medium], list[Path], list[str]]:
-    """The media, those that cannot be opened, and the files that will be written below --out.
+    """Return the media, the unreadable ones, and the files to be written below --out.
 
     Raises:
-        UserError: an input is missing, or a file would be written over an input or what is not predict's own.
+        UserError: an input is missing, or an output would overwrite an input or a file that predict did not write.
     """
     of_input = partial(places, labels=_is_segmentor(cfg), pictures=not args.no_pictures)
     media, unreadable = find_media(args.inputs, of_input)
@@ -125,7 +125,7 @@ def _claimed(args: argparse.Namespace, cfg: CfgNode) -> tuple[list[Medium], list
 
 
 def places(name: str, is_video: bool, *, labels: bool, pictures: bool) -> list[str]:
-    """What is written for an input below --out: a picture or video, a segmentor's labels, of a video in a folder."""
+    """Return the outputs for an input: a picture or video, a segmentor's labels (for a video, in a folder)."""
     found = []
     if pictures:
         kinds = (".mp4",) if is_video else (".jpg", ".jpeg", ".png")
@@ -140,10 +140,10 @@ def _is_segmentor(cfg: CfgNode) -> bool:
 
 
 def load_detector(cfg: CfgNode, engine: Engine) -> tuple[nn.Module, CfgNode]:
-    """The detector or segmentor with MODEL.WEIGHTS, in evaluation mode, and the configuration with the device it is on.
+    """Return the detector or segmentor with MODEL.WEIGHTS, in evaluation mode, and the configuration with its device.
 
     Raises:
-        UserError: there are no weights or those of a backbone, they do not fit, or the model finds no classes.
+        UserError: no weights, a backbone only, weights that do not fit, or a model that predicts no classes.
     """
     if cfg.MODEL.META_ARCHITECTURE not in ("GeneralizedRCNN", "SemanticSegmentor") or cfg.MODEL.LOAD_PROPOSALS:
         raise UserError(
@@ -162,14 +162,14 @@ def load_detector(cfg: CfgNode, engine: Engine) -> tuple[nn.Module, CfgNode]:
 
 
 def class_names(cfg: CfgNode, given: Path | None) -> dict[int, str]:
-    """{category id: name} in the order of the model's classes.
+    """Return {category id: name} in the order of the model's classes.
 
-    From `given`, a COCO annotation file or a text file of one name a line (ids from 1); else from the first data set
-    of DATASETS.TRAIN, which numbers the model's classes, and TEST that is on this machine, or has Cityscapes' pixel
-    labels; else "class 1" and so on.
+    Names come from `given`, a COCO annotation file or a text file with one name per line (ids from 1). Without it they
+    come from the first data set on this machine of DATASETS.TRAIN, which numbers the model's classes, and TEST, or from
+    Cityscapes' pixel labels; else they are "class 1" and so on.
 
     Raises:
-        UserError: `given` is unreadable or names another number of classes than the model has.
+        UserError: `given` is unreadable or has another number of classes than the model.
     """
     count = (cfg.MODEL.SEM_SEG_HEAD if _is_segmentor(cfg) else cfg.MODEL.ROI_HEADS).NUM_CLASSES
     if given is not None:
@@ -185,7 +185,7 @@ def class_names(cfg: CfgNode, given: Path | None) -> dict[int, str]:
                 names = load_index(find_dataset(dataset).annotations).categories
             if len(names) == count:
                 return names
-    log.warning("no data set of DATASETS is here to name the classes: they are numbered; --classes names them")
+    log.warning("no data set of DATASETS is available for class names, so classes are numbered; give --classes")
     return {number: f"class {number}" for number in range(1, count + 1)}
 
 
@@ -211,7 +211,7 @@ def predict(
     draw: bool,
     unreadable: list[Path],
 ) -> None:
-    """Write what is found in all `media` below `out`; appends to `unreadable` what cannot be decoded."""
+    """Write the predictions for all `media` below `out`; appends undecodable ones to `unreadable`."""
     output = (Labels if _is_segmentor(cfg) else Detections)(names, out)
     images: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
@@ -233,17 +233,17 @@ def predict(
 
 @torch.inference_mode()
 def detect(model: nn.Module, cfg: CfgNode, engine: Engine, pixels: Sequence[np.ndarray]) -> list[Any]:
-    """What is found in each (H, W, 3) uint8 image of INPUT.FORMAT order, in that image's pixels.
+    """Predict for (H, W, 3) uint8 images in INPUT.FORMAT order, in each image's pixels.
 
     Returns:
-        Instances for each image; of a semantic segmentor the classes (H, W) int64 of its pixels.
+        Instances per image; for a semantic segmentor (H, W) int64 classes.
     """
     found = engine.predict(model, [network_input(cfg, image) for image in pixels])
     return [one.argmax(0).cpu().numpy() if isinstance(one, Tensor) else one for one in found]
 
 
 def network_input(cfg: CfgNode, pixels: np.ndarray) -> dict[str, Any]:
-    """What the test loader makes of an image: resized to INPUT.MIN_SIZE_TEST, (3, H, W)."""
+    """Prepare an image as the test loader does: resized to INPUT.MIN_SIZE_TEST, (3, H, W)."""
     height, width = pixels.shape[:2]
     if cfg.INPUT.MIN_SIZE_TEST:
         pixels = resize_short_side(height, width, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST).image(pixels)
@@ -257,7 +257,7 @@ def _image(number: int, frame: Frame) -> dict[str, Any]:
 
 
 def _annotation(number: int, result: dict[str, Any]) -> dict[str, Any]:
-    """Box and area are those of the mask where the result does not have them, as in pycocotools' loadRes."""
+    """Convert a result to an annotation; missing box and area come from the mask, as in pycocotools' loadRes."""
     mask = result.get("segmentation")
     box = result["bbox"] if "bbox" in result else coco_mask.toBbox(mask).tolist()
     area = box[2] * box[3] if mask is None else int(coco_mask.area(mask))
@@ -265,7 +265,7 @@ def _annotation(number: int, result: dict[str, Any]) -> dict[str, Any]:
 
 
 class Detections:
-    """What is written of a detector's Instances."""
+    """Converts and draws a detector's Instances."""
 
     RESULTS, ANNOTATIONS, WHAT = "coco_instances_results.json", "instances.json", "detections"
 
@@ -280,7 +280,7 @@ class Detections:
 
 
 class Labels:
-    """What is written of the classes (H, W) that a semantic segmentor gives to pixels."""
+    """Converts and draws a semantic segmentor's (H, W) classes."""
 
     RESULTS, ANNOTATIONS, WHAT = "sem_seg_predictions.json", "sem_seg.json", "segments"
 
@@ -290,14 +290,14 @@ class Labels:
         self.out = out
 
     def results(self, found: np.ndarray, image: dict[str, Any]) -> list[dict[str, Any]]:
-        """COCO's for each category of the image; the labels themselves go to a PNG, of a video's frame to its own."""
+        """Return COCO results, one per category of the image, and write the labels as PNG (one per video frame)."""
         labels = self.ids[found]
         (place,) = places(image["file_name"], "frame" in image, labels=True, pictures=False)
         write_labels(self.out / (f"{place}{image['frame']:06d}.png" if "frame" in image else place), labels)
         return labels_to_coco(labels, image)
 
     def draw(self, pixels: np.ndarray, found: np.ndarray, is_video: bool) -> np.ndarray:
-        """Colours over the classes that are there; below a video over all, for its frames are of one size."""
+        """Colour the classes above a legend of those present; for video of all, since its frames have one size."""
         drawn = draw_labels(pixels, found, self.colours)
         there = np.arange(len(self.names)) if is_video else np.unique(found)
         legend = draw_legend([self.names[k] for k in there], self.colours[there], drawn.shape)
@@ -305,7 +305,7 @@ class Labels:
 
 
 class Pictures:
-    """Draws what was found and writes it below `out`: images one by one, the frames of a video into one file."""
+    """Draws predictions and writes them below `out`: images one by one, the frames of a video into one file."""
 
     def __init__(self, out: Path, output: Detections | Labels, on: bool) -> None:
         self.out, self.output, self.on = out, output, on
@@ -320,7 +320,7 @@ class Pictures:
         self.video.__exit__(*error)
 
     def draw(self, frame: Frame, found: Instances | np.ndarray, order: str) -> None:
-        """One image, or the next frame of a video; `order` is that of its channels."""
+        """Draw one image, or the next frame of a video; `order` is its channel order."""
         if not self.on:
             return
         pixels = frame.pixels if order == "RGB" else np.ascontiguousarray(frame.pixels[:, :, ::-1])
@@ -344,7 +344,7 @@ class Pictures:
 
 
 def shapes(found: Instances) -> Iterator[Shape]:
-    """Detections as `draw_instances` takes them."""
+    """Convert detections to the shapes of `draw_instances`."""
     boxes = found.boxes.cpu().clone()
     boxes[:, 2:] -= boxes[:, :2]
     masks = [None] * len(found) if found.masks is None else found.masks.cpu().numpy()
@@ -352,7 +352,7 @@ def shapes(found: Instances) -> Iterator[Shape]:
 
 
 def export(model: nn.Module, cfg: CfgNode, engine: Engine, media: Sequence[Medium], path: Path) -> None:
-    """Write the detector as ONNX for images of the first image's size, and hold it to the model on that image.
+    """Export the detector to ONNX for images of the first image's size, and compare it with the model on that image.
 
     Raises:
         UserError: the engine or the model cannot be exported, there is no image, or the results differ.

@@ -1,4 +1,4 @@
-"""The pretraining job: its arguments, and what they start."""
+"""The command `pretrain`: arguments, processes and logging around `pretrain.train`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from pretrain.train import pretrain
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Config, overrides and processes, in Detectron2's style."""
     parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML file, e.g. configs/pretrain/*.yaml")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUTPUT_DIR, if any")
-    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes here, a GPU each if there are")
-    parser.add_argument("--wandb", metavar="PROJECT", help="send metrics.json's numbers to Weights & Biases too")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint in OUTPUT_DIR, if any"
+    )
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N", help="processes to start here, one GPU each if available"
+    )
+    parser.add_argument("--wandb", metavar="PROJECT", help="also log metrics.json to Weights & Biases")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides, e.g. DATA.PATH images SEED 1")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train a backbone as the arguments say.
+    """Train a backbone with the parsed arguments.
 
     Raises:
         UserError: bad arguments, configuration or data.
@@ -44,7 +48,7 @@ def _worker(cfg: CfgNode, settings: Settings, resume: bool, wandb: str | None) -
 
 
 def pretrain_file(config: str, overrides: list[str]) -> Path:
-    """Train in this process what a YAML file and overrides describe; returns its backbone.safetensors."""
+    """Pretrain in this process from a YAML file and overrides; returns the path of backbone.safetensors."""
     cfg, settings = load_config(get_cfg(), config, overrides)
     setup_logging(cfg.OUTPUT_DIR)
     return pretrain(cfg, settings=settings)

@@ -1,4 +1,4 @@
-"""The probe job: its arguments, the four protocols, and the record of what was done."""
+"""The command `probe`: its arguments, the four protocols, and the JSON record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loco_det import __version__
 from loco_det.commands.convert import add_input_arguments, read_stated
 from loco_det.core.device import resolve_device
 from loco_det.core.errors import UserError
-from loco_det.core.files import cache_folder, check_writable, write_json
+from loco_det.core.files import cache_folder, check_writable, write_checked_json
 from loco_det.core.log import Progress, log
 from loco_det.evaluation.knn import knn_predict
 from loco_det.evaluation.probes.backbones import choose_stages, load_backbone_for_probe
@@ -32,7 +32,7 @@ from loco_det.evaluation.probes.tsne import CLASSES, IMAGES, balanced, check_tsn
 
 PROTOCOLS = ("linear", "knn", "semi", "ridge")
 RECIPES = ("sweep", "paper")
-# Options of single protocols: a value given to another would be read by nobody.
+# Options of single protocols; refused for the others.
 _OPTIONS = {
     "recipe": ("linear",),
     "optimizer": ("linear",),
@@ -42,19 +42,19 @@ _OPTIONS = {
     "temperature": ("knn",),
     "labels": ("semi",),
 }
-_OF_THE_SWEEP = ("optimizer", "rates")  # which the paper's recipe fixes
+_OF_THE_SWEEP = ("optimizer", "rates")  # fixed by the paper's recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """BACKBONE, data, protocol and what each protocol can be told."""
+    """BACKBONE, data, protocol and the options of each protocol."""
     parser.add_argument("backbone", metavar="BACKBONE", help="a weights file, timm:NAME or random:resnet50")
     parser.add_argument("--data", required=True, metavar="PATH", help="labelled images: folders, a zip, a list, CIFAR")
-    parser.add_argument("--val", metavar="PATH", help="the test images, where --data does not hold them")
+    parser.add_argument("--val", metavar="PATH", help="the test images, if --data does not hold them")
     parser.add_argument("--protocol", choices=PROTOCOLS, required=True)
     parser.add_argument("--stages", nargs="+", metavar="STAGE", help="stem res2 ... (default: all; semi: the last)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results to this file")
     parser.add_argument("--image-size", type=int, metavar="N", help="side in pixels (default: the backbone's own)")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="at most about N images of each split")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="use about N images of each split")
     parser.add_argument(
         "--recipe", choices=RECIPES, help="linear: sweep of learning rates (default) or the paper's own"
     )
@@ -62,16 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rates", nargs="+", type=float, metavar="LR", help="learning rates for batches of 256")
     parser.add_argument("--epochs", type=int, metavar="N", help="linear: 100; semi: 60 up to 1 %%, 30 above")
     parser.add_argument("--k", type=int, metavar="N", help="knn: neighbours (default 20)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="knn: of the weights (default 0.07)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="knn: temperature of the votes (default 0.07)")
     parser.add_argument("--labels", nargs="+", type=float, metavar="PERCENT", help="semi: default 1 10")
-    parser.add_argument("--tsne", type=Path, metavar="PNG", help="write a t-SNE picture of test images' features there")
-    parser.add_argument("--tsne-images", type=int, metavar="N", help=f"in it, of {CLASSES} classes (default {IMAGES})")
+    parser.add_argument("--tsne", type=Path, metavar="PNG", help="write a t-SNE plot of the test images' features")
+    parser.add_argument(
+        "--tsne-images", type=int, metavar="N", help=f"its number of images, of {CLASSES} classes (default {IMAGES})"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N")
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help="loading processes")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="of features (default: ~/.cache/loco_det/features)")
-    parser.add_argument("--no-cache", action="store_true", help="keep no features on disk")
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="data workers")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="feature cache (default: ~/.cache/loco_det/features)")
+    parser.add_argument("--no-cache", action="store_true", help="do not cache features")
     add_input_arguments(parser)
 
 
@@ -87,11 +89,11 @@ def run(args: argparse.Namespace) -> None:
     if not args.quiet:
         _print(results)
     if args.json:
-        write_json(args.json, results)
+        write_checked_json(args.json, results)
 
 
 def probe(args: argparse.Namespace) -> dict[str, Any]:
-    """What --json gets; see docs/probes.md for every key."""
+    """Probe; returns the content of --json (docs/probes.md lists the keys)."""
     begun = time.monotonic()
     _check(args)
     device = resolve_device(args.device)
@@ -144,7 +146,7 @@ def _check(args: argparse.Namespace) -> None:
     positive = {"image-size": args.image_size, "epochs": args.epochs, "k": args.k, "batch-size": args.batch_size,
                 "temperature": args.temperature, "tsne-images": args.tsne_images}  # fmt: skip
     for option, value in positive.items():
-        if value is not None and not value > 0:  # nan is neither
+        if value is not None and not value > 0:  # also refuses NaN
             raise UserError(f"--{option} is {value}; give a number above 0")
     for option, value in {"limit": args.limit, "seed": args.seed, "workers": args.workers}.items():
         if value < 0:

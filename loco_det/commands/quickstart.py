@@ -1,4 +1,4 @@
-"""The whole road on made-up images: data, four backbones, conversion, frozen detectors, AP, pictures."""
+"""The command `quickstart`: all steps on made-up images, from data and four backbones to frozen detectors and AP."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from loco_det.annotations.synthetic import make_shapes_dataset
 from loco_det.commands.pretrain import pretrain_file
 from loco_det.convert import convert
 from loco_det.core.config import load_config
+from loco_det.core.errors import UserError
 from loco_det.core.files import write_json
 from loco_det.core.log import is_quiet, log, setup_logging
 from loco_det.detection.keys import get_cfg
@@ -33,17 +34,19 @@ SHOWN_SCORE = 0.3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where to, and the seed."""
+    """Output folder and seed."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for data, runs, results")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
 
 
 def run(args: argparse.Namespace) -> None:
-    """The whole road as the arguments say.
+    """Run all steps with the parsed arguments.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: a negative seed, or the folder cannot be written.
     """
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}; give 0 or more.")
     quickstart(args.out, args.seed)
 
 
@@ -51,12 +54,12 @@ def quickstart(out: Path, seed: int = 0) -> dict[str, Any]:
     """Pretrain, convert, train and evaluate on the CPU; the same data, budget and schedule for every backbone.
 
     Args:
-        out: folder for everything; each run is a folder of its own in it.
+        out: folder for everything; each run has its own folder in it.
         seed: of the images, the weights, the augmentation and the sampling.
 
     Returns:
-        {"frozen": {method: {"bbox": {"AP": percent, ...}, "segm": {...}}}, "seed": ..., "seconds": ...}, which also
-        stands in out/results.json; out/detections.png and out/losses.png show it.
+        {"frozen": {method: {"bbox": {"AP": percent, ...}, "segm": {...}}}, "seed": ..., "seconds": ...}, as written to
+        out/results.json; out/detections.png and out/losses.png show it.
 
     Raises:
         UserError: out cannot be written.
@@ -68,7 +71,7 @@ def quickstart(out: Path, seed: int = 0) -> dict[str, Any]:
     frozen = {}
     with _datasets_in(root):
         for method in METHODS:
-            setup_logging(out)  # the last run's own log is at its end
+            setup_logging(out)  # after the last run's own log ended
             log.info("%s: pretraining, conversion, detector on its frozen features", method)
             frozen[method] = _evaluate(method, out, seed)
         results = {"frozen": frozen, "seed": seed, "seconds": round(time.monotonic() - begun, 1)}
@@ -81,7 +84,7 @@ def quickstart(out: Path, seed: int = 0) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _datasets_in(root: Path) -> Iterator[None]:
-    """Data sets are found through the environment, as Detectron2 does; it is given back as it was."""
+    """Set DETECTRON2_DATASETS to `root` for the block."""
     before = os.environ.get("DETECTRON2_DATASETS")
     os.environ["DETECTRON2_DATASETS"] = str(root)
     try:
@@ -119,7 +122,7 @@ def _draw(out: Path) -> None:
 
 
 def print_table(frozen: dict[str, Any]) -> None:
-    """AP of boxes and masks of every backbone, on standard output."""
+    """Print box and mask AP of every backbone."""
     table = Table(title="Mask R-CNN R18-FPN on frozen features, made-up shapes")
     table.add_column("backbone")
     columns = [(kind, name) for kind in ("bbox", "segm") for name in ("AP", "AP50", "AP75")]

@@ -19,13 +19,13 @@ from loco_det.report.panels import panels
 from loco_det.report.plots import save_figure
 from loco_det.report.runs import Runs, find_runs
 
-# Title -> key of metrics.json: what is drawn of a detector's training.
+# Title -> key of metrics.json, for the curves of a detector's training.
 CURVES = {"total loss": "total_loss", "box AP": "bbox/AP", "mask AP": "segm/AP", "mean IoU": "sem_seg/IoU"}
 LOSSES = "pretraining_losses.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which runs, where to, and how much."""
+    """Runs, output folder and options."""
     parser.add_argument(
         "runs",
         nargs="+",
@@ -34,10 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report")
     parser.add_argument("--title", default="Backbones for detection and segmentation")
-    parser.add_argument("--baseline", metavar="NAME", help="what the others are compared with; the first without it")
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples of images; 0 for none")
-    parser.add_argument("--images", type=int, default=4, metavar="N", help="images shown with what was found")
-    parser.add_argument("--score-threshold", type=float, default=0.5, metavar="S", help="of detections shown")
+    parser.add_argument("--baseline", metavar="NAME", help="the backbone to compare with (default: the first)")
+    parser.add_argument(
+        "--bootstrap", type=int, default=1000, metavar="N", help="bootstrap draws of images; 0 for none"
+    )
+    parser.add_argument("--images", type=int, default=4, metavar="N", help="number of images shown with predictions")
+    parser.add_argument(
+        "--score-threshold", type=float, default=0.5, metavar="S", help="minimum score of detections shown"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -69,18 +73,18 @@ def report(
     images: int = 4,
     threshold: float = 0.5,
 ) -> dict[str, Any]:
-    """Write out/index.html, out/report.md and out/report.json, and of pretrainings out/pretraining_losses.png.
+    """Write out/index.html, out/report.md, out/report.json, and for pretraining runs out/pretraining_losses.png.
 
-    Returns what report.json holds.
+    Returns the content of report.json.
 
     Args:
-        runs: `find_runs` finds them.
-        out: is made if it is not there.
-        title: of the page.
+        runs: from `find_runs`.
+        out: output folder, created if missing.
+        title: title of the page.
         baseline: the backbone that the others are compared with; None for the first.
-        resamples: of the paired bootstrap over images.
-        images: how many are shown with ground truth and what was found.
-        threshold: the lowest score of a detection that is shown.
+        resamples: draws of the paired bootstrap over images.
+        images: number of images shown with ground truth and predictions.
+        threshold: minimum score of the detections shown.
 
     Raises:
         UserError: an unknown baseline, or `out` cannot be written.
@@ -118,11 +122,11 @@ def report(
 
 
 def training_series(runs: Runs, titles: dict[str, str]) -> dict[str, dict[str, Series]]:
-    """Heading -> title -> curves over steps: loss and scores of detectors while they train, one heading for each
+    """Map heading -> title -> curves over steps: a detector's loss and scores during training, one heading per
     experiment.
 
     Args:
-        titles: of the experiments, by the folders of their runs.
+        titles: experiment titles by run folder.
     """
     found: dict[str, dict[str, Series]] = {}
 

@@ -1,12 +1,12 @@
-"""The sweep job: every backbone with every seed and every share of the training images, each a `train` of its own.
+"""The command `sweep`: trains every backbone with every seed on every fraction of the training images.
 
-    OUT/backbones/NAME.pkl              what was converted for it
-    OUT/NAME/fraction-0.1_seed-0/       a cell: the run's OUTPUT_DIR, with train.txt, what it printed
-        result.json                     there when the cell is done, and only then
+    OUT/backbones/NAME.pkl              converted backbones
+    OUT/NAME/fraction-0.1_seed-0/       a cell: the run's OUTPUT_DIR, with train.txt, its output
+        result.json                     exists only once the cell is done
     OUT/sweep.json                      all cells
 
-A cell is known by the hash of all that goes into it; one that is done is never run again, one that was stopped goes on
-from its last checkpoint, one that failed is tried again by the next sweep.
+A cell is identified by the hash of all its inputs. A finished cell is never run again, a stopped one continues from its
+last checkpoint, and the next sweep retries a failed one.
 """
 
 from __future__ import annotations
@@ -42,25 +42,31 @@ from loco_det.detection.train import choose_engine
 LAUNCHERS = ("local", "torchrun", "submitit")
 RESULT = "result.json"
 OUTPUT = "train.txt"
-MEASURES = ("/AP", "/IoU")  # how the names of those end that the table shows
-_LAST_LINES = 3  # of a failed run, shown where the last one is no sentence
-_running: set[subprocess.Popen] = set()  # cells of this process
+MEASURES = ("/AP", "/IoU")  # suffixes of the metrics in the table
+_LAST_LINES = 3  # shown of a failed run whose last line is no error message
+_running: set[subprocess.Popen] = set()  # running cells of this process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The grid, what every cell shares, and who runs the cells."""
+    """The grid, options for every cell, and the launcher."""
     parser.add_argument("--backbones", nargs="+", required=True, metavar="[NAME=]FILE", help="anything `convert` reads")
     parser.add_argument("--config-file", required=True, metavar="FILE", help="a detection config, as for `train`")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
-    parser.add_argument("--fractions", nargs="+", type=float, default=[1.0], metavar="F", help="of the training images")
+    parser.add_argument(
+        "--fractions", nargs="+", type=float, default=[1.0], metavar="F", help="fractions of the training images"
+    )
     parser.add_argument("--engine", choices=("auto", "torchvision", "detectron2"), default="auto")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes for each cell")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time; submitit takes all at once")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="cells at a time; submitit submits all at once"
+    )
     parser.add_argument("--launcher", choices=LAUNCHERS, default="local")
-    parser.add_argument("--cluster", default=None, help="submitit: slurm or local (default: what is there)")
-    parser.add_argument("--partition", help="submitit: of slurm")
-    parser.add_argument("--timeout", type=int, default=24 * 60, metavar="MIN", help="submitit: of a cell, in minutes")
+    parser.add_argument("--cluster", default=None, help="submitit: slurm or local (default: detected)")
+    parser.add_argument("--partition", help="submitit: SLURM partition")
+    parser.add_argument(
+        "--timeout", type=int, default=24 * 60, metavar="MIN", help="submitit: time limit of a cell, in minutes"
+    )
     parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="as for `train`, shared by all cells")
     parser.add_argument("--wandb", metavar="PROJECT", help="as for `train`, for every cell")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="overrides for every cell")
@@ -72,7 +78,7 @@ class Cell:
 
     Attributes:
         folder: its OUTPUT_DIR.
-        key: sha256 of what goes into it.
+        key: sha256 of all its inputs.
         command: the arguments of its process.
     """
 
@@ -85,10 +91,10 @@ class Cell:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run what is not done yet; 1 if a cell failed.
+    """Run unfinished cells; returns 1 if a cell failed.
 
     Raises:
-        UserError: arguments that mean nothing, or OUT holds cells of other settings.
+        UserError: invalid arguments, or OUT has cells of other settings.
     """
     shared = _check(args)
     setup_logging(args.out)
@@ -97,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     for name, file in _named(args.backbones).items():
         try:
             cells += _cells(args, shared, name, _weights(args.out, name, file))
-        except UserError as error:  # of this backbone alone
+        except UserError as error:  # concerns this backbone only
             log.error("%s: %s", name, error)
             failed[name] = str(error)
     waiting = [cell for cell in cells if not _is_done(cell)]
@@ -115,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> dict[str, Any]:
-    """Check the arguments; returns what all cells share and what would change their numbers, but not who runs them."""
+    """Check the arguments; returns the settings shared by all cells that affect their numbers, without the launcher."""
     check_wandb(args.wandb)
     if any(not 0 < fraction <= 1 for fraction in args.fractions):
         raise UserError(f"--fractions {args.fractions}: give shares above 0, up to 1")
@@ -128,7 +134,7 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--set {min(taken)}: the sweep sets it itself; leave it out")
     cfg, settings = load_config(get_cfg(), args.config_file, args.set)
     engine = choose_engine(args.engine)
-    engine.check(cfg, settings)  # a mistake would fail every cell
+    engine.check(cfg, settings)  # an error here would fail every cell
     if args.feature_cache:
         check_cacheable(cfg, engine.name)
     common = config.changed(cfg, OUTPUT_DIR="", SEED=0, **{"MODEL.WEIGHTS": ""})
@@ -136,7 +142,7 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _named(backbones: list[str]) -> dict[str, Path]:
-    """{name: file}; a file without NAME= goes by the name of its folder if its own says nothing."""
+    """Return {name: file}; without NAME= a file is named after itself, or its folder if its own name is generic."""
     found: dict[str, Path] = {}
     for text in backbones:
         name, equals, file = text.partition("=")
@@ -144,13 +150,15 @@ def _named(backbones: list[str]) -> dict[str, Path]:
         if not equals:
             name = path.parent.name if path.stem in ("backbone", "backbone_d2") and path.parent.name else path.stem
         if not name or name in found or name == "backbones" or "/" in name:
-            raise UserError(f"--backbones {text}: {name!r} cannot name it here, or is there twice; write NAME={path}")
+            raise UserError(
+                f"--backbones {text}: {name!r} is not a valid name here, or is used twice; write NAME={path}"
+            )
         found[name] = path
     return found
 
 
 def _weights(out: Path, name: str, file: Path) -> Path:
-    """The weights that `train` takes: the file itself if it is a .pkl, else what `convert` makes of it, once."""
+    """Return weights for `train`: the file itself if it is a .pkl, else its conversion, made once."""
     if file.suffix == ".pkl":
         if not file.is_file():
             raise UserError(f"{file}: no such file; correct the path")
@@ -174,26 +182,26 @@ def _sha256(path: Path) -> str:
 def _cells(args: argparse.Namespace, shared: dict[str, Any], name: str, weights: Path) -> list[Cell]:
     content = _sha256(weights)
     cells = []
-    for fraction in dict.fromkeys(args.fractions):  # the same cell twice would count as two seeds
+    for fraction in dict.fromkeys(args.fractions):  # a repeated cell would count as two seeds
         for seed in dict.fromkeys(args.seeds):
             facts = {**shared, "weights": content, "fraction": fraction, "seed": seed}
             key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
             folder = args.out.absolute() / name / f"fraction-{_digits(fraction)}_seed-{seed}"
             cells.append(Cell(name, fraction, seed, folder, key, _command(args, weights, fraction, seed, folder)))
     for cell in cells:
-        told = cell.folder / "cell.json"
-        if not told.is_file():
+        record = cell.folder / "cell.json"
+        if not record.is_file():
             continue
-        before = read_checked_json(told)
+        before = read_checked_json(record)
         if before is None:
-            raise UserError(f"{told} is damaged; remove it if the cell is of this sweep, or choose another --out")
+            raise UserError(f"{record} is damaged; remove it if the cell is of this sweep, or choose another --out")
         if before["key"] != cell.key:
             raise UserError(f"{cell.folder} was made with another config, engine or weights; choose another --out")
     return cells
 
 
 def _digits(fraction: float) -> str:
-    """All that it takes to tell a fraction from every other, in the shortest way."""
+    """Format a fraction with the fewest digits that distinguish it."""
     short = f"{fraction:g}"
     return short if float(short) == fraction else repr(fraction)
 
@@ -214,7 +222,7 @@ def _command(args: argparse.Namespace, weights: Path, fraction: float, seed: int
 
 
 def _is_done(cell: Cell) -> bool:
-    """A result that is damaged does not count: the cell's last checkpoint is evaluated again."""
+    """Whether the cell has an intact result; with a damaged one its last checkpoint is evaluated again."""
     return (read_checked_json(cell.folder / RESULT) or {}).get("key") == cell.key
 
 
@@ -222,12 +230,12 @@ def _is_done(cell: Cell) -> bool:
 
 
 def run_cell(cell: Cell) -> str | None:
-    """Run a cell to its end; None, or what went wrong in one sentence."""
+    """Run a cell; returns None, or the problem in one sentence."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     with open(cell.folder / ".lock", "w") as lock:
         if not _locked(lock):
             return "another sweep is running it"
-        if _is_done(cell):  # meanwhile, by another
+        if _is_done(cell):  # another sweep finished it meanwhile
             return None
         write_checked_json(cell.folder / "cell.json", {**asdict(cell), "folder": str(cell.folder)})
         begun = time.time()
@@ -244,10 +252,10 @@ def run_cell(cell: Cell) -> str | None:
 
 
 def _train(command: list[str], output: IO[Any], lock: IO[Any]) -> int:
-    """The exit status.
+    """Run the training; returns its exit status.
 
-    The process holds the lock too, so that the cell stays taken if the sweep alone is killed. It has a session of its
-    own: `_launch` hands a signal on once, while a second one, from the terminal, would keep it from saving.
+    The process inherits the lock, so that the cell stays locked if only the sweep is killed. It has its own session:
+    `_launch` forwards a signal once, while a second one from the terminal would keep it from saving.
     """
     streams = {"stdout": output, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, **streams, pass_fds=[lock.fileno()], start_new_session=True) as process:
@@ -270,7 +278,7 @@ def _locked(file: Any) -> bool:
 
 
 def _results(folder: Path) -> dict[str, float] | None:
-    """The last line of metrics.json that has an AP or IoU, as {"bbox/AP": percent, ...}."""
+    """Return the last AP or IoU line of metrics.json as {"bbox/AP": percent, ...}."""
     try:
         lines = read_regular(folder / "metrics.json").splitlines()
     except OSError:
@@ -286,7 +294,7 @@ def _results(folder: Path) -> dict[str, float] | None:
 
 
 def _launch(args: argparse.Namespace, cells: list[Cell]) -> Iterator[tuple[Cell, str | None]]:
-    """Each cell as it ends, with what went wrong or None."""
+    """Yield each cell as it ends, with its problem or None."""
     if not cells:
         return
     if args.launcher == "submitit":
@@ -297,7 +305,7 @@ def _launch(args: argparse.Namespace, cells: list[Cell]) -> Iterator[tuple[Cell,
         try:
             for future in as_completed(running):
                 yield running[future], _problem(future)
-        except BaseException:  # what is not started stays so; what runs saves its state and leaves
+        except BaseException:  # cancel waiting cells; running ones save and exit
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(_running):
                 process.terminate()
@@ -307,7 +315,7 @@ def _launch(args: argparse.Namespace, cells: list[Cell]) -> Iterator[tuple[Cell,
 def _problem(future: Future[str | None]) -> str | None:
     try:
         return future.result()
-    except (OSError, UserError) as error:  # its folder cannot be written: this cell alone
+    except (OSError, UserError) as error:  # the folder cannot be written: fails this cell only
         return str(error)
 
 
@@ -324,15 +332,15 @@ def _submit(args: argparse.Namespace, cells: list[Cell]) -> Iterator[tuple[Cell,
 def _outcome(job: Any) -> str | None:
     try:
         return job.result()
-    except Exception as error:  # killed, timed out, lost by the cluster: all of this cell alone
+    except Exception as error:  # killed, timed out or lost by the cluster: fails this cell only
         return f"job {job.job_id} failed: {str(error).strip().splitlines()[-1][:300]}"
 
 
 def submitit_executor(args: argparse.Namespace) -> Any:
-    """What hands cells to a cluster, a job each.
+    """Return the executor that submits one job per cell.
 
     Raises:
-        UserError: submitit is not installed or the cluster is not there.
+        UserError: submitit is not installed or the cluster is unavailable.
     """
     try:
         import submitit

@@ -1,4 +1,4 @@
-"""The detector job: its arguments, in Detectron2's style, and what they start."""
+"""The command `train`: its arguments, in Detectron2's style, and the launch of training or evaluation."""
 
 from __future__ import annotations
 
@@ -25,11 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file with Detectron2's keys")
     parser.add_argument("--engine", choices=("auto", "torchvision", "detectron2"), default="auto")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and stop")
-    parser.add_argument("--resume", action="store_true", help="go on from OUTPUT_DIR/last_checkpoint if there is one")
     parser.add_argument(
-        "--new-heads", action="store_true", help="heads of MODEL.WEIGHTS that do not fit, of other classes, start anew"
+        "--resume", action="store_true", help="continue from OUTPUT_DIR/last_checkpoint if there is one"
     )
-    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes here, a GPU each if there are")
+    parser.add_argument(
+        "--new-heads",
+        action="store_true",
+        help="initialise heads of MODEL.WEIGHTS that do not fit, e.g. of other classes",
+    )
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N", help="processes to start here, one GPU each if available"
+    )
     parser.add_argument("--evaluator", choices=(*EVALUATORS, OFFICIAL), default=EVALUATORS[0])
     parser.add_argument(
         "--exact", action="store_true", help="torchvision engine on a CPU: Detectron2's numbers bit for bit, slower"
@@ -38,22 +44,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--feature-cache",
         type=Path,
         metavar="DIR",
-        help="keep the frozen backbone's features of test images in DIR, for other evaluations with it",
+        help="cache the frozen backbone's features of test images in DIR, for later evaluations",
     )
     parser.add_argument(
         "--max-bad-share",
         type=float,
         metavar="S",
-        help="torchvision engine: share of training images that may prove unusable, replaced and named (0.01)",
+        help="torchvision engine: tolerated share of unusable training images, which are replaced (0.01)",
     )
     parser.add_argument("--fraction", type=float, metavar="F", help="train on a share of the images, 0.01 for 1 %%")
     parser.add_argument("--few-shot", type=int, metavar="K", help="train on K objects of each class")
-    parser.add_argument("--wandb", metavar="PROJECT", help="send metrics.json's numbers to Weights & Biases too")
+    parser.add_argument("--wandb", metavar="PROJECT", help="also log metrics.json to Weights & Biases")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides, e.g. SOLVER.BASE_LR 0.01")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train or evaluate as the arguments say.
+    """Train or evaluate with the parsed arguments.
 
     Raises:
         UserError: bad arguments, configuration, data or weights.
@@ -75,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _with_part_of_training_set(cfg: CfgNode, fraction: float | None, shots: int | None) -> CfgNode:
-    """`cfg` with only a part of each set of DATASETS.TRAIN, chosen by SEED (0 where it is negative)."""
+    """Return `cfg` with a subset of each set in DATASETS.TRAIN, chosen by SEED (0 if negative)."""
     if fraction is not None and shots is not None:
         raise UserError("--fraction and --few-shot choose different parts of DATASETS.TRAIN; give one of them.")
     if (fraction is not None and not 0 < fraction <= 1) or (shots is not None and shots < 1):

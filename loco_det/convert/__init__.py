@@ -1,4 +1,4 @@
-"""Trained weights from one code base to another, with an account and a proof."""
+"""Converts trained weights between code bases, with an account of every tensor and a numeric proof."""
 
 from loco_det.convert.conversion import convert, load_any_backbone, load_backbone_weights, load_checkpoint
 from loco_det.convert.stated import Stated

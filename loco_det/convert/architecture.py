@@ -1,4 +1,4 @@
-"""Which ResNet do these tensors make up? Told from names and shapes, then checked tensor by tensor."""
+"""Recognises the ResNet that tensors belong to, by names and shapes, and checks every tensor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Architecture:
 
     @property
     def name(self) -> str:
-        """torchvision's name of it."""
+        """torchvision's name of the network."""
         if (self.groups, self.width_per_group) == (1, 64):
             return f"resnet{self.depth}"
         plain = f"resnet{{}}_{self.groups}x{self.width_per_group}"
@@ -42,7 +42,7 @@ class Architecture:
         return stage_channels(self.depth)["res2"]
 
     def build(self, *, stride_in_1x1: bool = False, norm: str = "BN") -> ResNet:
-        """The backbone with fresh weights."""
+        """Build the backbone with fresh weights."""
         return ResNet(
             self.depth,
             norm=norm,
@@ -53,10 +53,10 @@ class Architecture:
 
 
 def recognise(path: object, tensors: dict[str, Tensor]) -> Architecture:
-    """The ResNet that `tensors` (torchvision's names) make up, from block counts and the shapes of stem and block.
+    """Recognise the ResNet of `tensors` (torchvision's names) by block counts and the shapes of stem and block.
 
     Raises:
-        UserError: it is none that Detectron2 can build.
+        UserError: not a ResNet that Detectron2 can build.
     """
     if "conv1.weight" not in tensors:
         raise UserError(f"{path}: tensor 'conv1.weight' of every ResNet is missing; take a whole file")
@@ -95,12 +95,12 @@ def refuse_small_stem(path: object, stem: tuple[int, ...]) -> None:
 def check_shapes(
     path: object, tensors: dict[str, Tensor], architecture: Architecture, key: Callable[[str], str] = str
 ) -> dict[str, Tensor]:
-    """`tensors`, once it is certain that they are the ResNet's, complete, of the right shape and dtype.
+    """Check that `tensors` are the ResNet's: complete, of the right shape and dtype; returns them.
 
-    `key` gives the name under which the file holds a tensor (torchvision's name).
+    `key` maps torchvision's name to the tensor's name in the file.
 
     Raises:
-        UserError: naming the first tensor that is not as it must be.
+        UserError: naming the first invalid tensor.
     """
     with torch.device("meta"):
         model = architecture.build()
@@ -127,15 +127,15 @@ def check_shapes(
 def checked_tensors(
     path: object, tensors: dict[str, Tensor], architecture: Architecture, key: Callable[[str], str] = str
 ) -> dict[str, Tensor]:
-    """`tensors` read into memory after `check_shapes`, every value of them finite.
+    """Read `tensors` into memory after `check_shapes`, and check that all values are finite.
 
     Raises:
-        UserError: as `check_shapes`, or naming the first tensor with a value that cannot be.
+        UserError: as `check_shapes`, or naming the first tensor with an invalid value.
     """
     read: dict[str, Tensor] = {}
     for name, tensor in check_shapes(path, tensors, architecture, key).items():
         values = read[name] = in_memory(tensor).contiguous()
-        lowest, highest = torch.aminmax(values)  # NaN if any value is; makes no second tensor, as isfinite would
+        lowest, highest = torch.aminmax(values)  # NaN if any value is; unlike isfinite it allocates no second tensor
         if not torch.isfinite(lowest + highest):
             raise UserError(f"{path}: tensor {key(name)!r} has NaN or infinite values; take a sound checkpoint")
         if name.endswith("running_var") and lowest < 0:

@@ -1,7 +1,7 @@
 """Any known ResNet checkpoint -> Detectron2's or torchvision's weights: load safely, recognise, account, write, prove.
 
-`convert` is the command; `load_any_backbone` gives the network itself for whoever wants its features;
-`load_backbone_weights` and `load_checkpoint` are how training reads MODEL.WEIGHTS.
+`convert` is the command; `load_any_backbone` returns the network, for its features; training reads MODEL.WEIGHTS with
+`load_backbone_weights` and `load_checkpoint`.
 """
 
 from __future__ import annotations
@@ -53,21 +53,21 @@ def convert(
     image: str | Path | None = None,
     stated: Stated | None = None,
 ) -> Account:
-    """Write `output` and return the account with proof.
+    """Convert `source` to `output`; returns the account with the proof.
 
-    The suffix of `output` says what it is: .pkl is Detectron2's format, with the YAML fragment written beside it; .pth
-    and .safetensors have torchvision's names, which `torchvision.models.resnet*` and timm load, the latter with our
+    The suffix of `output` selects the format: .pkl is Detectron2's, with the YAML fragment written beside it; .pth and
+    .safetensors have torchvision's names, which `torchvision.models.resnet*` and timm load, the latter with our
     manifest in its header.
 
     Args:
         source: our own artifact or any checkpoint that `sources.SOURCES` knows.
-        branch: which backbone, where the file holds several or more than one; the prefix of its tensors takes it alone.
-        drop: patterns of tensors to leave out, as `take_account` has them.
-        image: for the proof, in place of a photograph that is always there.
-        stated: pixels and stride, where they are not the source's own.
+        branch: which backbone, if the file holds several; the prefix of its tensors selects it alone.
+        drop: patterns of tensors to drop, as for `take_account`.
+        image: image for the proof; None for the packaged photograph.
+        stated: pixels and stride, if they differ from the source's own.
 
     Raises:
-        UserError: the file or an option cannot be used, or the proof fails; nothing is left at `output` then.
+        UserError: an invalid file or option, or the proof fails; nothing is left at `output`.
     """
     source, output = Path(source), Path(output)
     if output.suffix not in WRITERS:
@@ -95,7 +95,7 @@ def convert(
         written = _tensors_in(file.name)
         exported = written if for_detectron2 else {to_detectron2(name): t for name, t in written.items()}
         try:
-            from loco_det.convert.prove import prove  # only now: torchvision takes as long to import as torch
+            from loco_det.convert.prove import prove  # lazy: importing torchvision takes as long as torch
 
             account.proof = prove(account, exported, image)
         except UserError as error:
@@ -114,7 +114,7 @@ def convert(
 
 
 def _tensors_in(path: str) -> dict[str, Tensor]:
-    """The tensors of a file that `convert` wrote, still in it."""
+    """Map the tensors of a file that `convert` wrote, without reading them."""
     opened = open_tensors(path)
     return opened["model"] if isinstance(opened.get("model"), dict) else opened
 
@@ -126,18 +126,18 @@ def load_any_backbone(
     norm: str = "BN",
     stated: Stated | None = None,
 ) -> tuple[StagedBackbone, Manifest]:
-    """The backbone of any checkpoint that `convert` reads, as a network in evaluation mode, and what it expects.
+    """Load the backbone of any checkpoint that `convert` reads, as a network in evaluation mode, with its manifest.
 
-    Our own backbones that have no place in a detector are read too: those with the CIFAR stem, and PResNet-50.
+    Also reads our own backbones that detectors cannot use: those with the CIFAR stem, and PResNet-50.
 
     Args:
-        path, branch, stated: as `convert`'s.
-        norm: the network's BatchNorm, a name that `backbone.make_norm` takes: "BN", "SyncBN" or "FrozenBN".
+        path, branch, stated: as for `convert`.
+        norm: the network's BatchNorm, a name for `backbone.make_norm`: "BN", "SyncBN" or "FrozenBN".
 
     Returns:
         The network (float32, CPU): (B, 3, H, W), normalised by the manifest's `pixel_mean` and `pixel_std` (0-255
-        units) in its `channel_order`, -> every stage's output by name. And the manifest, made from what is known of
-        the source where the file is not loco_det's own.
+        units) in its `channel_order`, -> every stage's output by name. The manifest is the file's own, or made from
+        the known facts of its source.
 
     Raises:
         UserError: as `convert`.
@@ -159,11 +159,11 @@ def load_any_backbone(
 
 
 def _described(path: Path, tensors: dict[str, Tensor], manifest: Manifest, norm: str) -> StagedBackbone:
-    """The network that a manifest of our own describes, with fresh weights: PResNet-50 or a ResNet with CIFAR stem."""
+    """Build the network of our own manifest, with fresh weights: PResNet-50 or a ResNet with CIFAR stem."""
     stem, weight = manifest.stages.get("stem"), tensors.get("conv1.weight")
     if manifest.depth not in BLOCKS or stem is None or weight is None or weight.shape[:1] != (stem.channels,):
-        said = f"depth {manifest.depth}, stem {'absent' if stem is None else f'of {stem.channels} channels'}"
-        raise UserError(f"{path}: its tensors are not what its manifest says ({said}); write it again")
+        described = f"depth {manifest.depth}, stem {'absent' if stem is None else f'of {stem.channels} channels'}"
+        raise UserError(f"{path}: its tensors are not what its manifest says ({described}); write it again")
     if manifest.architecture == PRESNET:
         try:
             return PResNet(stem=manifest.stem, norm=norm, stem_channels=stem.channels)
@@ -174,7 +174,7 @@ def _described(path: Path, tensors: dict[str, Tensor], manifest: Manifest, norm:
 
 
 def _filled(path: Path, model: StagedBackbone, tensors: dict[str, Tensor]) -> StagedBackbone:
-    """`model` in evaluation mode with all of `tensors` (torchvision's names) and no others."""
+    """Load exactly `tensors` (torchvision's names) into `model`; returns it in evaluation mode."""
     counters = {name: t for name, t in model.state_dict().items() if name.endswith("num_batches_tracked")}
     try:
         model.load_state_dict({**{to_detectron2(n): t for n, t in tensors.items()}, **counters}, strict=True)
@@ -185,9 +185,9 @@ def _filled(path: Path, model: StagedBackbone, tensors: dict[str, Tensor]) -> St
 
 
 def load_backbone_weights(path: str | Path, branch: str | None = None) -> tuple[dict[str, Tensor], Manifest | None]:
-    """A backbone's tensors under Detectron2's names relative to the ResNet (`stem.conv1.weight`), and its manifest.
+    """Load a backbone's tensors under Detectron2's names in the ResNet (`stem.conv1.weight`), and its manifest.
 
-    Reads everything that `convert` reads; the manifest is None where the file is not loco_det's. Tensors are
+    Reads everything that `convert` reads; the manifest is None unless the file is loco_det's. Tensors are
     float32 on the CPU, complete and finite for one ResNet.
 
     Raises:
@@ -198,12 +198,12 @@ def load_backbone_weights(path: str | Path, branch: str | None = None) -> tuple[
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint as Detectron2 writes it (.pth or .pkl): {"model": {name: tensor}, ...} with all else as stored.
+    """Load a checkpoint in Detectron2's format (.pth or .pkl): {"model": {name: tensor}, ...}, the rest as stored.
 
-    A file that is the model's dictionary itself is given its "model" level. Nothing is renamed.
+    A bare state dict becomes the "model" entry. Nothing is renamed.
 
     Raises:
-        UserError: unreadable, or without a flat dictionary of tensors.
+        UserError: unreadable, or no flat dictionary of tensors.
     """
     loaded = load_tensors(path)
     checkpoint = loaded if isinstance(loaded.get("model"), dict) else {"model": loaded}
@@ -217,7 +217,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _read(path: Path, branch: str | None, drop: Sequence[str] = ()) -> tuple[Account, Manifest | None, Pixels | None]:
-    """The account of a file, its manifest if it is ours, and the pixels that its source is known to expect."""
+    """Return the account of a file, its manifest if it is ours, and the pixels known for its source."""
     loaded = open_tensors(path)
     check_sums(path)
     header = safetensors_metadata(path).get(HEADER_KEY)
@@ -243,7 +243,7 @@ def _read(path: Path, branch: str | None, drop: Sequence[str] = ()) -> tuple[Acc
 
 
 def _refuse_choices(path: Path, branch: str | None, drop: Sequence[str] = ()) -> None:
-    """Raise UserError for options that a backbone of our own, which is nothing else, has no use for."""
+    """Raise UserError for options that do not apply to our own file, which has one backbone."""
     for option in (("--branch",) if branch is not None else ()) + (("--drop",) if drop else ()):
         raise UserError(f"{path}: is one backbone and nothing else; leave {option} out")
 
@@ -251,7 +251,7 @@ def _refuse_choices(path: Path, branch: str | None, drop: Sequence[str] = ()) ->
 def _pixels(
     path: Path, account: Account, manifest: Manifest | None, known: Pixels | None, stated: Stated | None
 ) -> Pixels:
-    """The pixels and stride to go by: the manifest's, else the user's, else the source's."""
+    """Return the pixels and stride to use: the manifest's, else the user's, else the source's."""
     if manifest is None:
         return (stated or Stated()).complete(path, account.architecture.depth, known)
     if stated:

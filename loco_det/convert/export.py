@@ -1,5 +1,5 @@
-"""The files a conversion can write: Detectron2's OUTPUT.pkl with the OUTPUT.yaml of the keys that must agree with it,
-and torchvision's names as OUTPUT.pth or, with the manifest, as OUTPUT.safetensors.
+"""Writes a conversion: Detectron2's OUTPUT.pkl and OUTPUT.yaml, or torchvision's names as OUTPUT.pth or
+OUTPUT.safetensors, the latter with the manifest.
 """
 
 from __future__ import annotations
@@ -9,19 +9,18 @@ import pickle
 from pathlib import Path
 from typing import IO, Any
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
-from loco_det.backbones.artifact import HEADER_KEY, Manifest, write_backbone
+from loco_det.backbones.artifact import HEADER_KEY, Manifest, encode_manifest, write_backbone
 from loco_det.convert.architecture import Architecture
 
 
 class _Pickler(pickle.Pickler):
-    """Writes an array as numpy.ndarray(shape, dtype text, bytes), which every numpy release can read.
+    """Pickles an array as numpy.ndarray(shape, dtype text, bytes), which every numpy release can read.
 
-    numpy 2's own way names a module that numpy 1 lacks, and Detectron2 often lives beside numpy 1.
+    numpy 2's own format names a module that numpy 1 lacks, and Detectron2 is often installed with numpy 1.
     """
 
     def reducer_override(self, value: Any) -> Any:
@@ -31,10 +30,10 @@ class _Pickler(pickle.Pickler):
 
 
 def write_pickle(file: IO[bytes], tensors: dict[str, Tensor], manifest: Manifest) -> None:
-    """The .pkl: names relative to the ResNet, so that Detectron2's matching finds them in FPN and C4 models alike.
+    """Write the .pkl, with names relative to the ResNet, which Detectron2 matches in FPN and C4 models alike.
 
     Args:
-        file: where to write, from its beginning.
+        file: output, positioned at its start.
         tensors: Detectron2's names (`stem.conv1.weight`, `res2.0...`) -> float32 CPU tensors.
         manifest: stored as JSON text, which Detectron2 ignores.
     """
@@ -42,18 +41,18 @@ def write_pickle(file: IO[bytes], tensors: dict[str, Tensor], manifest: Manifest
         "model": {name: tensor.numpy() for name, tensor in tensors.items()},
         "__author__": "loco_det",
         "matching_heuristics": True,
-        HEADER_KEY: msgspec.json.encode(manifest).decode(),
+        HEADER_KEY: encode_manifest(manifest),
     }
     file.seek(0)
     file.truncate()
     pickler = _Pickler(file, protocol=4)
-    pickler.fast = True  # keeps no list of what was written, so one array at a time is in memory twice
+    pickler.fast = True  # no memo, so that only one array at a time is in memory twice
     pickler.dump(content)
     file.flush()
 
 
 def write_torch(file: IO[bytes], tensors: dict[str, Tensor], manifest: Manifest) -> None:
-    """The .pth: what `resnet50().state_dict()` saves, less classifier and counters; it has no room for a manifest."""
+    """Write the .pth: the content of `resnet50().state_dict()` minus classifier and counters; it has no manifest."""
     file.seek(0)
     file.truncate()
     torch.save(tensors, file)
@@ -67,7 +66,7 @@ _SIGNED = "converted and proven by loco_det."
 
 
 def is_fragment(path: Path) -> bool:
-    """Whether `path` is a file that `yaml_text` made, which another conversion may replace."""
+    """Whether `yaml_text` wrote the file `path`, so that another conversion may replace it."""
     try:
         return _SIGNED in path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     except OSError:
@@ -75,9 +74,9 @@ def is_fragment(path: Path) -> bool:
 
 
 def yaml_text(weights: Path, manifest: Manifest, architecture: Architecture) -> str:
-    """The YAML fragment for stock Detectron2: weights, pixels and ResNet keys that these weights need."""
+    """Return the YAML fragment for stock Detectron2: the weights, pixels and ResNet keys that these weights need."""
     wide = (architecture.groups, architecture.width_per_group) != (1, 64)
-    method = " ".join(manifest.method.split())  # the file's own word: it may not end the comment
+    method = " ".join(manifest.method.split())  # text from the file must not end the comment
     lines = [
         f"# {architecture.name} backbone ({method}), {_SIGNED}",
         "# These keys must agree with the weights: put them into your config, or name this file as its _BASE_.",

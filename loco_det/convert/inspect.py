@@ -1,4 +1,4 @@
-"""What a checkpoint is, told without converting it: nothing but names, shapes and dtypes is looked at."""
+"""Reports the content of a checkpoint without converting it; reads only names, shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from loco_det.convert.sources import Candidate, Pixels, candidates, flatten
 from loco_det.core.errors import UserError
 
 MAX_ROWS = 60
-MAX_SAYINGS = 24
+MAX_ENTRIES = 24
 
 
 @dataclass
 class Report:
-    """What `inspect` found.
+    """The result of `inspect`.
 
     Attributes:
         file: its path.
-        kind: of file, as `load.file_kind` names it.
-        size: its bytes.
-        says: plain values that it holds beside tensors, by their place: epoch, arch, learning rate.
-        left_out: name of what is no plain data, and so was not made -> keys.
-        manifest: what our own file says of itself, as plain data; empty for any other file.
-        backbones: one record for each backbone that could be converted: source, branch, prefix, architecture, pixels,
-            converted, dropped {reason: count}; where it cannot be, "problem" has the sentence that `convert` would say.
-        problem: the sentence that `convert` would say where the file holds no backbone at all, or "".
+        kind: kind of file, as named by `load.file_kind`.
+        size: bytes.
+        metadata: plain values beside the tensors, by place: epoch, arch, learning rate.
+        left_out: name of a type that is not plain data, and was not constructed -> keys.
+        manifest: the manifest of our own file as plain data; empty for any other file.
+        backbones: one record for each convertible backbone: source, branch, prefix, architecture, pixels, converted,
+            dropped {reason: count}; "problem" has `convert`'s error message if it would fail.
+        problem: `convert`'s error message if the file holds no backbone at all, or "".
         groups: one record for each part of the network: place, tensors, values, dtypes, first (name and shape).
     """
 
     file: str
     kind: str
     size: int
-    says: dict[str, Any]
+    metadata: dict[str, Any]
     left_out: dict[str, list[str]]
     manifest: dict[str, Any]
     backbones: list[dict[str, Any]]
@@ -51,15 +51,15 @@ class Report:
     groups: list[dict[str, Any]]
 
     def facts(self) -> dict[str, Any]:
-        """Everything as plain data, for JSON."""
+        """Return everything as plain data, for JSON."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """Aligned plain text."""
+        """Return aligned plain text."""
         tensors, values = (sum(group[key] for group in self.groups) for key in ("tensors", "values"))
         rows = [
             ("file", f"{self.file}: {self.kind}, {self.size:,} bytes, {tensors} tensors, {values:,} values"),
-            *(("says" if i == 0 else "", f"{k} {v!r}") for i, (k, v) in enumerate(self.says.items())),
+            *(("metadata" if i == 0 else "", f"{k} {v!r}") for i, (k, v) in enumerate(self.metadata.items())),
             *([("left out", left_out_text(self.left_out).strip())] if self.left_out else []),
             *self._manifest_rows(),
             *([("backbone", f"none: {self.problem}")] if self.problem else []),
@@ -86,7 +86,7 @@ class Report:
             )
         if len(self.groups) > MAX_ROWS:
             lines.append(f"... and {len(self.groups) - MAX_ROWS} more parts (--json has all)")
-        return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]  # the file chose the names
+        return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]  # names come from the file
 
     def _manifest_rows(self) -> list[tuple[str, str]]:
         if not self.manifest:
@@ -101,10 +101,10 @@ class Report:
 
 
 def inspect(path: str | Path) -> Report:
-    """Look at `path` without reading a tensor's values.
+    """Inspect `path` without reading a tensor's values.
 
     Raises:
-        UserError: it cannot be read as a weights file. One without a usable backbone is no error here.
+        UserError: not a readable weights file. A file without a usable backbone is no error.
     """
     path = Path(path)
     opened = open_tensors(path)
@@ -121,15 +121,15 @@ def inspect(path: str | Path) -> Report:
             take_account(path, opened, read=False)
         except UserError as error:
             problem = str(error)
-    says = dict(list(_sayings(opened))[:MAX_SAYINGS])
-    said = json.loads(msgspec.json.encode(manifest)) if manifest else {}
+    metadata = dict(list(_scalar_entries(opened))[:MAX_ENTRIES])
+    plain = json.loads(msgspec.json.encode(manifest)) if manifest else {}
     return Report(
         file=str(path),
         kind=file_kind(path),
         size=path.stat().st_size,
-        says=says,
+        metadata=metadata,
         left_out=left_out(opened),
-        manifest=said,
+        manifest=plain,
         backbones=backbones,
         problem=problem,
         groups=_groups(tensors, found),
@@ -146,7 +146,7 @@ def _backbone(path: Path, opened: dict[str, Any], candidate: Candidate, manifest
     except UserError as error:
         return {**found, "problem": str(error)}
     pixels = candidate.source.pixels if candidate.source else None
-    if candidate.source is None:  # or the nearest row does not know all of the file
+    if candidate.source is None:  # or the nearest row does not know every tensor
         found |= {"source": "unknown code base", "branch": candidate.branch}
     else:
         found |= {"source": candidate.source.name, "branch": candidate.branch}
@@ -159,14 +159,14 @@ def _backbone(path: Path, opened: dict[str, Any], candidate: Candidate, manifest
     }
 
 
-def _sayings(opened: dict[str, Any], place: str = "", depth: int = 2) -> Iterator[tuple[str, Any]]:
-    """Plain values of the outer dictionaries, with their places."""
+def _scalar_entries(opened: dict[str, Any], place: str = "", depth: int = 2) -> Iterator[tuple[str, Any]]:
+    """Yield the plain values of the outer dictionaries, with their places."""
     for name, value in opened.items():
         where = f"{place}/{name}" if place else str(name)
         if isinstance(value, dict) and depth > 1:
-            yield from _sayings(value, where, depth - 1)
+            yield from _scalar_entries(value, where, depth - 1)
         elif isinstance(value, float) and not math.isfinite(value):
-            yield where, str(value)  # which JSON has no number for
+            yield where, str(value)  # not representable in JSON
         elif isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 64):
             yield where, value
         elif isinstance(value, str) and where != HEADER_KEY:
@@ -174,7 +174,7 @@ def _sayings(opened: dict[str, Any], place: str = "", depth: int = 2) -> Iterato
 
 
 def _groups(tensors: dict[str, Tensor], found: list[Candidate]) -> list[dict[str, Any]]:
-    """Tensors by the part of a network, or the dictionary beside it, that they belong to."""
+    """Group tensors by the part of a network, or the dictionary beside it, that they belong to."""
     groups: dict[str, dict[str, Any]] = {}
     prefixes = sorted((candidate.prefix for candidate in found), key=len, reverse=True)
     for key, tensor in tensors.items():

@@ -1,7 +1,7 @@
-"""Reads a weights file of any usual kind as plain data and tensors, and never runs what is in it.
+"""Reads any usual weights file as plain data and tensors, without executing anything in it.
 
-torch's files and pickles go through `unpickle`, safetensors through its own library. The kind is told from the
-content, not from the name. Tensors are views of the file's pages, of which memory holds what is looked at.
+`unpickle` reads torch's files and pickles, the safetensors library its own format. The content, not the name, decides
+the kind. Tensors are views of the memory-mapped file.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from loco_det.core.errors import UserError
 MAX_DEPTH = 64
 MAX_HEADER = 25 * 2**20
 MAX_SENTENCE = 300
-MAX_VIEWS = 8  # times the file's size that its tensors may amount to, as tied weights do,
-SMALL = 2**24  # and bytes that are no matter
+MAX_VIEWS = 8  # limit of all tensors' size in multiples of the file's, for tied weights,
+SMALL = 2**24  # and a number of bytes that is always allowed
 _LEGACY = re.compile(rb"(\x80.)?(\x95.{8})?(\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19|L119547037146038801333356L\n)\.", re.DOTALL)
 _DISTRIBUTED = (
     "is a part of a distributed checkpoint; join its folder first: "
@@ -47,7 +47,7 @@ _OTHER_KINDS = {
 
 
 def load_tensors(path: str | Path) -> dict[str, Any]:
-    """As `open_tensors`, for whoever needs all of it: checked by `check_sums`, and at addresses fit for arithmetic.
+    """Read as `open_tensors`, verify with `check_sums`, and align tensors for arithmetic.
 
     Raises:
         UserError: as `open_tensors` and `check_sums`.
@@ -63,19 +63,18 @@ def load_tensors(path: str | Path) -> dict[str, Any]:
 
 
 def open_tensors(path: str | Path) -> dict[str, Any]:
-    """The whole content of a weights file: nested dicts, lists and tuples of tensors, numbers and strings.
+    """Open a weights file: nested dicts, lists and tuples of tensors, numbers and strings.
 
-    Tensors are CPU tensors of the stored dtype over the file's pages, none of which is read. Treat them as read-only,
-    and calculate with `in_memory` of them: old files have them at odd addresses. A `LeftOut` stands in place of what is
-    not plain data, such as settings objects. A safetensors file is one flat dict, and so are the files together that a
-    `*.index.json` names.
+    Tensors are CPU tensors of the stored dtype over the mapped file, not yet read. Treat them as read-only, and pass
+    them through `in_memory` for arithmetic: in old files they are unaligned. A `LeftOut` replaces anything but plain
+    data, such as settings objects. A safetensors file is one flat dict, and so are all the files of a `*.index.json`.
 
     Raises:
         UserError: missing, damaged, or of no known kind.
     """
     path = Path(path)
     data = _pages(path)
-    with _one_sentence(path):
+    with _as_user_error(path):
         opened = _KINDS[_kind(path, data[:512])](path, data)
     if isinstance(opened, LeftOut) and opened.name.startswith("torch.distributed."):
         raise UserError(f"{path}: {_DISTRIBUTED.format(path.parent)}")
@@ -88,7 +87,7 @@ def open_tensors(path: str | Path) -> dict[str, Any]:
 
 
 def in_memory(tensor: Tensor) -> Tensor:
-    """A contiguous copy, made byte by byte: a tensor may lie at an address that is no multiple of its numbers' size."""
+    """Copy a tensor into contiguous memory, byte by byte, because its address may be unaligned for its dtype."""
     if not tensor.numel():
         return tensor.clone()
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().copy()
@@ -96,24 +95,24 @@ def in_memory(tensor: Tensor) -> Tensor:
 
 
 def check_sums(path: str | Path) -> None:
-    """Read all of a torch zip file that could be opened once, whose checksums show whether a bit has changed.
+    """Verify the checksums of an opened torch zip file, which reads all of it.
 
     Raises:
-        UserError: one has, or the file cannot be read.
+        UserError: a checksum is wrong, or the file cannot be read.
     """
     path = Path(path)
     data = _pages(path)
-    with _one_sentence(path):
+    with _as_user_error(path):
         if _kind(path, data[:512]) == "torch (zip)":
             with zipfile.ZipFile(path) as archive:
-                for info in filter(lambda info: info.CRC, archive.infolist()):  # 0 where torch was told to write none
+                for info in filter(lambda info: info.CRC, archive.infolist()):  # 0 if torch wrote no checksums
                     with archive.open(info) as entry:
                         while entry.read(2**20):
                             pass
 
 
 def left_out(content: dict[str, Any]) -> dict[str, list[str]]:
-    """Name -> keys (as `sources` has them) of what was left out of what `open_tensors` gave; shared places once."""
+    """Map type name -> keys (as in `sources`) of everything left out of `open_tensors`' result; shared objects once."""
     found: dict[str, list[str]] = {}
     waiting, seen = deque([("", content)]), set()
     while waiting:
@@ -128,7 +127,7 @@ def left_out(content: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _pages(path: Path) -> mmap.mmap:
-    """The file's pages; who writes to them does not change the file."""
+    """Map the file copy-on-write: writing to the pages does not change the file."""
     if re.match(r"\w+:/", str(path)):
         raise UserError(f"{path}: is a URL; download the file and give its path")
     try:
@@ -150,11 +149,11 @@ _DAMAGED = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError,
 
 
 @contextmanager
-def _one_sentence(path: Path) -> Iterator[None]:
-    """Turns what damaged or hostile bytes make a parser raise into a UserError of one sentence."""
+def _as_user_error(path: Path) -> Iterator[None]:
+    """Convert exceptions of a parser on damaged or hostile bytes to a UserError of one sentence."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes in damaged text: the file is read or refused either way
+            warnings.simplefilter("ignore")  # invalid escapes in damaged text: the file is read or refused either way
             yield
     except Refused as error:
         sentence = f"{path}: {error}"[:MAX_SENTENCE]
@@ -165,7 +164,7 @@ def _one_sentence(path: Path) -> Iterator[None]:
 
 
 def file_kind(path: str | Path) -> str:
-    """What kind of file `open_tensors` takes `path` for."""
+    """Return the kind of file that `open_tensors` detects."""
     with open(path, "rb") as file:
         return _kind(Path(path), file.read(512))
 
@@ -214,7 +213,7 @@ def _read_zip(path: Path, data: mmap.mmap) -> Any:
 
 
 def _zip_places(data: mmap.mmap, infos: list[zipfile.ZipInfo]) -> dict[str, tuple[int, int]]:
-    """(start, size) of every entry of an archive by its name, all of them stored as they are and inside the file."""
+    """Return (start, size) of every entry of an archive by name, all of them uncompressed and inside the file."""
     if any(info.compress_type or info.compress_size != info.file_size for info in infos):
         raise Refused("is a compressed zip archive, which torch.save never writes")
     if sum(info.file_size for info in infos) > len(data):
@@ -230,7 +229,7 @@ def _zip_places(data: mmap.mmap, infos: list[zipfile.ZipInfo]) -> dict[str, tupl
 
 
 def _read_legacy(_: Path, data: mmap.mmap) -> Any:
-    """A file as torch wrote it before 1.6: five pickles, the fourth the content, then the storages in a row."""
+    """Read torch's format before 1.6: five pickles, the fourth the content, then the storages one after another."""
     _magic, version, system = read_pickle(data), read_pickle(data), read_pickle(data)
     if version != 1001 or not system["little_endian"]:
         raise Refused("is a torch file of an unknown version or byte order")
@@ -250,7 +249,7 @@ def _read_legacy(_: Path, data: mmap.mmap) -> Any:
 
 def _read_safetensors(path: Path, data: mmap.mmap) -> dict[str, Tensor]:
     json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")], object_pairs_hook=_unique)
-    with safe_open(path, framework="pt") as file:  # which maps the file, too
+    with safe_open(path, framework="pt") as file:  # which also maps the file
         return {name: file.get_tensor(name) for name in sorted(file.keys())}
 
 
@@ -263,7 +262,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def safetensors_metadata(path: str | Path) -> dict[str, str]:
-    """The header's metadata of a safetensors file that `load_tensors` could read; empty for any other file."""
+    """Return the header's metadata of a valid safetensors file; empty for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
@@ -272,7 +271,7 @@ def safetensors_metadata(path: str | Path) -> dict[str, str]:
 
 
 def _read_index(path: Path, data: mmap.mmap) -> dict[str, Tensor]:
-    """All tensors of the files beside `path` that a model.safetensors.index.json names, as one flat dict."""
+    """Read all tensors of the files beside `path` listed in a model.safetensors.index.json, as one flat dict."""
     index = json.loads(data[: MAX_HEADER + 1], object_pairs_hook=_unique)
     places = index.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
@@ -302,10 +301,10 @@ _KINDS: dict[str, Callable[[Path, mmap.mmap], Any]] = {
 
 
 def _plain(data: mmap.mmap, content: Any) -> Any:
-    """`content` with tensors for arrays, and nothing of what only a pickle knows.
+    """Convert arrays in `content` to tensors, and remove objects that only a pickle has.
 
     Raises:
-        ValueError: its tensors amount to far more than the file, as those that repeat a few numbers do.
+        ValueError: its tensors are far larger than the file, by repeating a few numbers.
     """
     allowed = MAX_VIEWS * len(data) + SMALL
 
@@ -329,7 +328,7 @@ def _plain(data: mmap.mmap, content: Any) -> Any:
 
 
 def _mapped(value: Any, leaf: Callable[[Any], Any], done: dict[int, Any] | None = None, depth: int = 0) -> Any:
-    """Nested containers with `leaf` of all that is neither container nor plain; what is shared stays shared."""
+    """Apply `leaf` to everything in nested containers that is not plain; shared objects stay shared."""
     done = {} if done is None else done
     if isinstance(value, str | int | float | bytes | None):
         return value

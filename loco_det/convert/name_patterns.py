@@ -1,4 +1,4 @@
-"""How code bases name the tensors of one and the same ResNet, each brought to torchvision's names."""
+"""Maps each code base's names of a ResNet's tensors to torchvision's names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BRANCH = {"1": ("downsample.0", "downsample.1"), **{f"2{c}": (f"conv{k}", f"bn{
 
 
 def _children(name: str) -> str:
-    """torchvision's name of a tensor in `nn.Sequential(*resnet.children())`."""
+    """Map a name in `nn.Sequential(*resnet.children())` to torchvision's."""
     start, dot, rest = name.partition(".")
     return _CHILDREN.get(start + dot, start + dot) + rest
 
@@ -26,7 +26,7 @@ def _detectron2(name: str) -> str:
 
 
 def _transformers(name: str) -> str:
-    """torchvision's name of a tensor in transformers' ResNetModel."""
+    """Map a name in transformers' ResNetModel to torchvision's."""
     if match := re.fullmatch(r"embedder\.embedder\.(convolution|normalization)\.(\w+)", name):
         return f"{'conv1' if match[1] == 'convolution' else 'bn1'}.{match[2]}"
     block = r"encoder\.stages\.(\d+)\.layers\.(\d+)\.(layer\.(\d+)|shortcut)\.(convolution|normalization)\.(\w+)"
@@ -39,7 +39,7 @@ def _transformers(name: str) -> str:
 
 
 def _caffe2(name: str) -> str:
-    """torchvision's name of a blob of Caffe2's Detectron (`res2_0_branch2a_w`)."""
+    """Map a blob of Caffe2's Detectron (`res2_0_branch2a_w`) to torchvision's name."""
     if name == "conv1_w":
         return "conv1.weight"
     if match := re.fullmatch(r"res_conv1_bn_(s|b|rm|riv)", name):
@@ -53,7 +53,7 @@ def _caffe2(name: str) -> str:
 
 
 NAMINGS = {
-    # naming: (its name of the stem's convolution, of the first block's, function to torchvision's names)
+    # naming: (name of the stem's convolution, name of the first block's, function to torchvision's names)
     "torchvision": ("conv1.weight", "layer1.0.conv1.weight", lambda name: name),
     "children": ("0.weight", "4.0.conv1.weight", _children),
     "detectron2": ("stem.conv1.weight", "res2.0.conv1.weight", _detectron2),

@@ -1,9 +1,9 @@
-"""The proof: one image through the source's model with the weights as read, and through ours as written.
+"""Proves a conversion: one image through the source's model with the weights as read, and through ours as written.
 
 Shape legend: the image is (1, 3, H, W); outputs are compared after the stem's pool and after each of four stages.
-torchvision's and timm's ResNets are implementations of their own, so a wrong name, stride or norm shows as a
-difference. Where a code base keeps torchvision's layers under torchvision's names, or as a Sequential of them, the
-source model takes the tensors under the file's own names, so that no table of ours stands between the two.
+torchvision's and timm's ResNets are independent implementations, so a wrong name, stride or norm shows as a difference.
+If a code base keeps torchvision's layers under torchvision's names, or in a Sequential, the source model loads the
+tensors under the file's own names, without our name table.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _STAGES = dict(zip(STAGES, ("maxpool", "layer1", "layer2", "layer3", "layer4")))
 
 @dataclass
 class Witness:
-    """A network that the conversion is compared with.
+    """A network to compare the conversion with.
 
     Attributes:
-        name: what the proof calls it.
-        model: the network, without memory for its tensors.
-        stages: our stage -> the model's module whose output is that stage's.
+        name: its name in the proof.
+        model: the network, on the meta device.
+        stages: our stage -> the model's module with that stage's output.
         tensors: the source's, under the model's names.
-        named: it is the one that the file names, which may compute anything.
+        named: whether the file names this network, which may then have other operations.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Witness:
 
 
 def made_image(height: int = 157, width: int = 221) -> np.ndarray:
-    """A picture from a formula: waves of many lengths in each channel, uint8 (H, W, 3). Odd sides test padding."""
+    """Return a synthetic image: waves of many lengths in each channel, uint8 (H, W, 3). Odd sides test padding."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x * fx / 9 + y * fy / 7 + c) for c, (fx, fy) in enumerate([(1, 0.3), (0.2, 1.7), (4.1, 2.9)])]
     mixed = [waves[c] + 0.7 * np.cos((x * y % (91 + 13 * c)) / 5.0) for c in range(3)]
@@ -67,8 +67,9 @@ def made_image(height: int = 157, width: int = 221) -> np.ndarray:
 
 
 def proof_image(path: str | Path | None, order: str) -> tuple[str, np.ndarray]:
-    """(its name, uint8 (H, W, 3) in `order`, at most `MAX_SIDE` a side): `path`, or the photograph that matplotlib
-    brings, or where a distribution left that out, an image made by a formula.
+    """Return the image's name, and uint8 (H, W, 3) pixels in `order`, at most `MAX_SIDE` a side.
+
+    The image is `path`, else matplotlib's photograph, else `made_image` if a distribution left that out.
     """
     photograph = _photograph()
     if path is not None:
@@ -89,7 +90,7 @@ def _photograph() -> Path | None:
 
 
 def witnesses(account: Account) -> Iterator[Witness]:
-    """The source's own network: torchvision's, and timm's too where the file is timm's or could be."""
+    """Yield the source's own network: torchvision's, and timm's if the file is or may be timm's."""
     arch, converted, stride = account.architecture, account.converted, account.pixels.stride_in_1x1
     model = torchvision_model(arch, stride)
     if account.naming == "children":
@@ -109,7 +110,7 @@ def witnesses(account: Account) -> Iterator[Witness]:
 
 
 def torchvision_model(architecture: Architecture, stride_in_1x1: bool = False) -> nn.Module:
-    """torchvision's ResNet without memory for its tensors, in eval mode, its classifier removed."""
+    """Return torchvision's ResNet on the meta device, in eval mode, without its classifier."""
     block = Bottleneck if architecture.depth >= 50 else BasicBlock
     with torch.device("meta"):
         model = TorchvisionResNet(
@@ -125,22 +126,22 @@ def torchvision_model(architecture: Architecture, stride_in_1x1: bool = False) -
 
 
 def _stride_first(model: nn.Module) -> None:
-    """Move the stride of every bottleneck to its first convolution, as MSRA's weights have it."""
+    """Move the stride of every bottleneck to its first convolution, as in MSRA's weights."""
     for module in model.modules():
         if type(module).__name__ == "Bottleneck":
             module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
 
 
 def _named_timm_model(account: Account) -> nn.Module | None:
-    """The network of timm's that the file names, if its tensors are those of the one that was recognised.
+    """Return the timm network that the file names, if it has the recognised network's tensors.
 
-    Networks of other operations can have the very tensors of a ResNet: resnetblur50 blurs before it strides.
+    Other networks can have exactly the tensors of a ResNet: resnetblur50 blurs before it strides.
     """
     import timm
 
     if not account.network or not timm.is_model(account.network):
         return None
-    model = timm.create_model(account.network, num_classes=0)  # with the filters that a blur makes itself
+    model = timm.create_model(account.network, num_classes=0)  # it creates the blur filters itself
     shapes = {n: t.shape for n, t in model.state_dict().items() if not n.endswith("num_batches_tracked")}
     if shapes != {name: tensor.shape for name, tensor in account.converted.items()}:
         return None
@@ -153,7 +154,7 @@ def _named_timm_model(account: Account) -> nn.Module | None:
 
 
 def timm_model(architecture: Architecture, stride_in_1x1: bool = False) -> nn.Module:
-    """timm's ResNet, as `torchvision_model`."""
+    """Return timm's ResNet, as `torchvision_model`."""
     from timm.models import resnet as timm_resnet
 
     with torch.device("meta"):
@@ -172,12 +173,12 @@ def timm_model(architecture: Architecture, stride_in_1x1: bool = False) -> nn.Mo
 def prove(account: Account, exported: Mapping[str, Tensor], image: str | Path | None = None) -> dict[str, Any]:
     """Compare the source of `account` with the result (`exported`, Detectron2's names) stage by stage.
 
-    One layer at a time is in memory. Returns {"image", "models", "tolerance", "float64": {stage: {"max_abs",
-    "relative"}}, "float32": ...}, where relative means the largest difference over the largest value of the source's
-    output, and of several source models the worst counts.
+    Only one layer at a time is in memory. Returns {"image", "models", "tolerance", "float64": {stage: {"max_abs",
+    "relative"}}, "float32": ...}. "relative" is the largest difference over the largest value of the source's output;
+    of several source models the worst counts.
 
     Raises:
-        UserError: a stage differs by more than `TOLERANCE`, or its output is not finite or zero everywhere.
+        UserError: a stage differs by more than `TOLERANCE`, or its output is not finite or is all zero.
     """
     pixels = account.pixels
     name, picture = proof_image(image, pixels.order)
@@ -210,9 +211,9 @@ def prove(account: Account, exported: Mapping[str, Tensor], image: str | Path | 
 
 @torch.no_grad()
 def _stages(model: nn.Module, stages: dict[str, str], tensors: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-    """Every stage's output for `x`, in its dtype."""
+    """Compute every stage's output for `x`, in its dtype."""
     outputs: dict[str, Tensor] = {}
-    for module in model.modules():  # those that are no weights, as the filters of a blur
+    for module in model.modules():  # buffers that are no weights, such as blur filters
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta and buffer.is_floating_point():
                 module._buffers[name] = buffer.to(x.dtype)
@@ -222,7 +223,7 @@ def _stages(model: nn.Module, stages: dict[str, str], tensors: Mapping[str, Tens
         )
         for stage, module in stages.items()
     ]
-    with _lent(model, tensors, x.dtype):
+    with _layerwise(model, tensors, x.dtype):
         model(x)
     for hook in hooks:
         hook.remove()
@@ -230,8 +231,8 @@ def _stages(model: nn.Module, stages: dict[str, str], tensors: Mapping[str, Tens
 
 
 @contextmanager
-def _lent(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[None]:
-    """Give each layer of `model` its tensors for its own forward alone, so that never all are in memory.
+def _layerwise(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[None]:
+    """Load each layer's tensors only during its own forward, so that never all are in memory.
 
     Raises:
         RuntimeError: the names and shapes of `tensors` are not exactly the model's.
@@ -246,22 +247,22 @@ def _lent(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -
             for name, empty in list(slots.items()):
                 full = f"{prefix}.{name}" if prefix else name
                 if full in tensors:
-                    hooks.append(layer.register_forward_pre_hook(_lend(slots, name, tensors[full], dtype)))
-                    hooks.append(layer.register_forward_hook(_take_back(slots, name, empty)))
+                    hooks.append(layer.register_forward_pre_hook(_load_before(slots, name, tensors[full], dtype)))
+                    hooks.append(layer.register_forward_hook(_free_after(slots, name, empty)))
     yield
     for hook in hooks:
         hook.remove()
 
 
-def _lend(slots: dict, name: str, tensor: Tensor, dtype: torch.dtype) -> Any:
-    def lend(*_: Any) -> None:
+def _load_before(slots: dict, name: str, tensor: Tensor, dtype: torch.dtype) -> Any:
+    def load(*_: Any) -> None:
         value = in_memory(tensor).to(dtype)
         slots[name] = nn.Parameter(value, requires_grad=False) if isinstance(slots[name], nn.Parameter) else value
 
-    return lend
+    return load
 
 
-def _take_back(slots: dict, name: str, empty: Tensor) -> Any:
+def _free_after(slots: dict, name: str, empty: Tensor) -> Any:
     return lambda *_: slots.__setitem__(name, empty)
 
 

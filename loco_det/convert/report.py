@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -33,8 +33,8 @@ from loco_det.convert.sources import (
 )
 from loco_det.core.errors import UserError
 
-MAX_NAMES = 8  # of kinds of objects left out, shown
-BN_EPS, BN_MOMENTUM = 1e-5, 0.1  # of every source here, and Detectron2's; no file says them
+MAX_NAMES = 8  # of types left out that are shown
+BN_EPS, BN_MOMENTUM = 1e-5, 0.1  # of all sources here and of Detectron2; no file records them
 NEW_IN_DETECTOR = (
     ("feature pyramid (FPN models)", "backbone.fpn_lateral2-5, backbone.fpn_output2-5"),
     ("region proposals", "proposal_generator.rpn_head.*"),
@@ -49,19 +49,19 @@ class Account:
     """What became of every tensor of a file.
 
     Attributes:
-        source: the code base as recognised, and the branch taken.
-        architecture: the ResNet the tensors make up.
+        source: the recognised code base and the chosen branch.
+        architecture: the recognised ResNet.
         read: number of tensors in the file.
         converted: torchvision's name -> tensor.
-        keys: torchvision's name -> where the tensor stood in the file.
+        keys: torchvision's name -> key in the file.
         dropped: reason -> keys.
-        left_out: name of what is no plain data, and so was not made -> keys.
-        made: torchvision's names of the statistics that were added where norms only scale and shift.
-        prefix, naming: where the backbone stood in the file, and which of `NAMINGS` its names are.
+        left_out: name of a type that is not plain data, and was not constructed -> keys.
+        made: torchvision's names of the statistics added to norms that only scale and shift.
+        prefix, naming: the backbone's prefix in the file, and its key in `NAMINGS`.
         timm: whether its network may be timm's.
-        network: what the file calls its network, of one that may be timm's; "" if it does not say.
-        pixels: what the backbone expects to see, and where its strides stand.
-        proof: what `prove.prove` measured.
+        network: the file's name for its network, if that may be timm's; "" if none.
+        pixels: the pixels of training, and the position of the strides.
+        proof: the result of `prove.prove`.
     """
 
     source: str
@@ -81,7 +81,7 @@ class Account:
     proof: dict[str, Any] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
-        """The account and the proof as plain data, for JSON; `converted` is torchvision's name -> key in the file."""
+        """Return account and proof as plain data, for JSON; `converted` maps torchvision's name -> key in the file."""
         return {
             "source": self.source,
             "branch": self.branch,
@@ -98,7 +98,7 @@ class Account:
         }
 
     def lines(self) -> list[str]:
-        """The account and the proof as aligned plain text."""
+        """Return account and proof as aligned plain text."""
         dropped = sum(map(len, self.dropped.values()))
         rows = [
             ("source", f"{self.source}, branch {self.branch}" if self.branch else self.source),
@@ -133,7 +133,7 @@ class Account:
 
 
 def left_out_text(found: dict[str, list[str]]) -> str:
-    """For people: what `load.left_out` found."""
+    """Format the result of `load.left_out`."""
     names = ", ".join(f"{len(keys)} {name}" for name, keys in list(found.items())[:MAX_NAMES])
     more = f" and {len(found) - MAX_NAMES} more kinds" if len(found) > MAX_NAMES else ""
     return f"{sum(map(len, found.values())):4d} settings that are no plain data, unexecuted ({names}{more})"
@@ -151,17 +151,17 @@ def take_account(
     drop: Sequence[str] = (),
     read: bool = True,
 ) -> tuple[Account, Candidate]:
-    """Sort every tensor of a loaded or opened file into converted and dropped, and check what is converted.
+    """Sort every tensor of a loaded or opened file into converted and dropped, and check the converted ones.
 
-    Of the rows that fit the prefix the first that knows every tensor counts. Where none does, a `branch` that is the
-    prefix itself takes that backbone, and what stands outside is dropped as such.
+    Of the rows that match the prefix, the first that knows every tensor applies. If none does, a `branch` that is the
+    prefix itself selects that backbone, and everything outside it is dropped.
 
     Args:
-        drop: patterns, as a shell's, of tensors to leave out, by name in the file or behind the prefix.
-        read: False: nothing but names, shapes and dtypes is looked at, and `converted` stays in the file.
+        drop: shell patterns of tensors to drop, by name in the file or behind the prefix.
+        read: False to use only names, shapes and dtypes; `converted` then stays in the file.
 
     Raises:
-        UserError: no or several backbones, or a tensor is unknown, missing, there twice or not as it must be.
+        UserError: no or several backbones, or a tensor is unknown, missing, duplicate or invalid.
     """
     original = _moved(path, dict(flatten(path, loaded)))
     tensors = {key: tensor for key, (_, tensor) in original.items()}
@@ -193,20 +193,20 @@ def take_account(
 
 
 def _network(path: object, loaded: dict[str, Any]) -> str:
-    """What a file of timm's calls its network: its own entry, the config.json beside it, or how the file is named."""
+    """Return the network's name in a timm file: its own entry, the config.json beside it, or the file name."""
     for key in ("arch", "architecture"):
         if isinstance(loaded.get(key), str):
             return loaded[key]
     path = Path(str(path))
     with contextlib.suppress(OSError, ValueError):
-        said = json.loads((path.parent / "config.json").read_bytes())
-        if isinstance(said, dict) and isinstance(said.get("architecture"), str):
-            return said["architecture"]
+        config = json.loads((path.parent / "config.json").read_bytes())
+        if isinstance(config, dict) and isinstance(config.get("architecture"), str):
+            return config["architecture"]
     return re.split(r"[-.]", path.name)[0]
 
 
 def _statistics(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Mean 0 and variance 1, as Detectron2 has them, for norms that only scale and shift."""
+    """Return mean 0 and variance 1, as in Detectron2, for norms that only scale and shift."""
     scales = [name for name in found if re.search(r"(bn\d|downsample\.1)\.weight$", name)]
     norms = {name.removesuffix("weight"): found[name].shape for name in scales}
     means = {f"{norm}running_mean": torch.zeros(shape) for norm, shape in norms.items()}
@@ -214,7 +214,7 @@ def _statistics(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _moved(path: object, tensors: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
-    """Key after the rows' moves -> (key in the file, tensor)."""
+    """Apply the rows' moves: new key -> (key in the file, tensor)."""
     moves = [move for source in SOURCES for move in source.moves]
     found: dict[str, tuple[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -230,12 +230,17 @@ def _moved(path: object, tensors: dict[str, Tensor]) -> dict[str, tuple[str, Ten
 def _best_row(
     tensors: dict[str, Tensor], chosen: Candidate, others: dict[str, str], drop: Sequence[str], *, alone: bool
 ) -> Candidate:
-    """The backbone as the first row has it that knows every tensor; else, if it was asked for `alone`, as no row."""
+    """Return the backbone by the first row that knows every tensor; without one, for `alone`, by no row."""
     rows = list(fitting(tensors, chosen.prefix, chosen.naming))
     if alone or not rows:
-        rows.append(Candidate(None, chosen.prefix, chosen.prefix, chosen.naming))
+        rows.append(_as_no_row(chosen))
     knowing = (row for row in rows if _unknown(tensors, row, others, drop) is None)
     return next(knowing, rows[-1] if alone else rows[0])
+
+
+def _as_no_row(chosen: Candidate) -> Candidate:
+    """The backbone alone, of an unknown code base: what stands outside its prefix is dropped."""
+    return Candidate(None, chosen.prefix, chosen.prefix, chosen.naming)
 
 
 def _sorted(
@@ -245,14 +250,14 @@ def _sorted(
     others: dict[str, str],
     drop: Sequence[str],
 ) -> tuple[dict[str, Tensor], dict[str, str], dict[str, list[str]]]:
-    """The backbone by torchvision's names, its keys in the file, and by reason the keys that are dropped."""
+    """Return the backbone by torchvision's names, its keys in the file, and the dropped keys by reason."""
     found: dict[str, Tensor] = {}
     keys: dict[str, str] = {}
     dropped: dict[str, list[str]] = {}
     used = set()
     for key, (file_key, tensor) in original.items():
         name, reason = _place(key, chosen, others)
-        pattern = _asked(key, file_key, chosen, drop)
+        pattern = _drop_pattern(key, file_key, chosen, drop)
         if pattern is not None:
             used.add(pattern)
             reason = f"as asked by --drop {pattern}"
@@ -266,30 +271,32 @@ def _sorted(
             dropped.setdefault(reason, []).append(file_key)
         else:
             where = f"a {chosen.source.name} checkpoint, the nearest known" if chosen.source else "this checkpoint"
-            prefix = shlex.quote(chosen.prefix)
-            alone = f"take the backbone alone, --branch {prefix}, or " if chosen.source else ""
-            raise UserError(f"{path}: tensor {file_key!r} is unknown in {where}; {alone}leave it out, --drop PATTERN")
+            # As a whole command, for this file may be read by one that has no such options.
+            remedies = [f"leave it out: loco-det convert {shlex.quote(str(path))} backbone.pkl --drop PATTERN"]
+            if _unknown(original, _as_no_row(chosen), others, drop) is None:
+                remedies.append(f"take the backbone alone with --branch {shlex.quote(chosen.prefix)} in its place")
+            raise UserError(f"{path}: tensor {file_key!r} is unknown in {where}; {', or '.join(remedies)}")
     if unused := [pattern for pattern in drop if pattern not in used]:
         raise UserError(f"{path}: --drop {unused[0]} matches no tensor; correct it or leave it out")
     return found, keys, dropped
 
 
-def _unknown(tensors: dict[str, Tensor], chosen: Candidate, others: dict[str, str], drop: Sequence[str]) -> str | None:
+def _unknown(keys: Iterable[str], chosen: Candidate, others: dict[str, str], drop: Sequence[str]) -> str | None:
     """The first tensor that a row does not know."""
-    for key in tensors:
-        if _place(key, chosen, others) == (None, None) and _asked(key, key, chosen, drop) is None:
+    for key in keys:
+        if _place(key, chosen, others) == (None, None) and _drop_pattern(key, key, chosen, drop) is None:
             return key
     return None
 
 
-def _asked(key: str, file_key: str, chosen: Candidate, drop: Sequence[str]) -> str | None:
-    """The pattern that leaves a tensor out, if the user gave one."""
+def _drop_pattern(key: str, file_key: str, chosen: Candidate, drop: Sequence[str]) -> str | None:
+    """Return the user's pattern that drops a tensor, if any."""
     names = (file_key, key.removeprefix(chosen.prefix))
     return next((pattern for pattern in drop if any(fnmatchcase(name, pattern) for name in names)), None)
 
 
 def _place(key: str, chosen: Candidate, others: dict[str, str]) -> tuple[str | None, str | None]:
-    """(torchvision's name, None) for a tensor of the backbone, (None, reason) for one to drop, else (None, None)."""
+    """Return (torchvision's name, None) for the backbone's tensors, (None, reason) for dropped ones, else Nones."""
     source = chosen.source
     container, _, name = key.rpartition(":")
     if key.startswith(chosen.prefix) and container == chosen.prefix.rpartition(":")[0]:

@@ -1,9 +1,8 @@
-"""Whose checkpoint is this? One row a code base: where its backbone stands, how it is named, what else is there.
+"""The known code bases, one row each: the backbone's prefix, its tensor names, and what else its files contain.
 
-A tensor's key is its place in the file: the dictionaries on the way joined by "/", a colon, its name; a tensor of
-the outermost dictionary has its name alone (`conv1.weight`, `state_dict:module.encoder_q.conv1.weight`). The part
-in front of the backbone's own tensor names is the prefix of a branch. Two branches in one file are never chosen
-between: the caller is told their names.
+A tensor's key is its path in the file: the enclosing dictionaries joined by "/", a colon, its name; a tensor of the
+outermost dictionary has its name alone (`conv1.weight`, `state_dict:module.encoder_q.conv1.weight`). The part before
+the backbone's own tensor names is the prefix of a branch. If a file has two branches, the caller must choose.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from loco_det.core.errors import UserError
 
 MAX_ITEMS = 1_000_000
 MAX_TENSORS = 50_000  # a ResNet-152 with its optimizer state has about 1,500
-MAX_BACKBONES = 8  # of a file; the most that any code base saves is three
+MAX_BACKBONES = 8  # in a file; no code base saves more than three
 
 Rules = tuple[tuple[str, str], ...]
 """(pattern, reason): tensors whose whole name matches are dropped for that reason."""
@@ -36,7 +35,7 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a backbone was trained to see: mean and std in 0-255 units, in `order`; and where its strides stand."""
+    """The pixels of training: mean and std in 0-255 units, in `order`; and the position of the strides."""
 
     order: str = "RGB"
     mean: Triple = IMAGENET_MEAN
@@ -44,7 +43,7 @@ class Pixels:
     stride_in_1x1: bool = False
 
     def text(self) -> str:
-        """For people."""
+        """Format for display."""
         mean, std = (" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
         return f"{self.order}, mean {mean}, std {std} (0-255), stride in the {'1x1' if self.stride_in_1x1 else '3x3'}"
 
@@ -54,16 +53,16 @@ class Source:
     """One code base.
 
     Attributes:
-        name: what the account calls it.
-        branches: branch name -> pattern of the prefix under which that branch's backbone stands.
-        namings: how tensors are named behind the prefix, keys of `NAMINGS`.
-        inside: what is dropped behind the prefix of the chosen branch.
-        outside: what is dropped in the same dictionary, by its name there.
-        marker: a pattern some key must match, for rows that would otherwise fit where a plainer one does.
-        pixels: what its published recipes feed it; None where the file alone cannot say.
+        name: its name in the account.
+        branches: branch name -> pattern of that branch's prefix.
+        namings: tensor namings behind the prefix, keys of `NAMINGS`.
+        inside: rules for tensors to drop behind the chosen branch's prefix.
+        outside: rules for tensors to drop in the same dictionary, by name.
+        marker: a pattern that some key must match, for rows that would otherwise fit a plainer source.
+        pixels: the pixels of its published recipes; None if the file alone does not determine them.
         moves: (pattern, replacement) applied to every key first.
-        scale_only: its norms hold scale and shift alone, the statistics being folded into them.
-        timm: its network is timm's, or may be; the proof then asks timm's as well.
+        scale_only: its norms have only scale and shift; the statistics are folded in.
+        timm: its network is, or may be, timm's; the proof then also uses timm's.
     """
 
     name: str
@@ -81,7 +80,7 @@ class Source:
 CLASSIFIER = (r"fc\.(weight|bias)", "classifier")
 HEAD = (r"fc\..+", "projection head")
 QUEUE = (r"(module\.)?queue\w*", "queue of negatives")
-UNSCALED = Pixels("RGB", (0.0, 0.0, 0.0), (255.0, 255.0, 255.0))  # torchvision's ToTensor, and no Normalize after it
+UNSCALED = Pixels("RGB", (0.0, 0.0, 0.0), (255.0, 255.0, 255.0))  # torchvision's ToTensor without Normalize
 # SwAV's and DeepCluster v2's src/multicropdataset.py and VICRegL's transforms.py divide red by 0.228, not by 0.229.
 SWAV = Pixels("RGB", IMAGENET_MEAN, (58.14, 57.12, 57.375))
 MSRA = Pixels("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), stride_in_1x1=True)
@@ -182,7 +181,7 @@ SOURCES = (
             "target": r"target_network_state_dict:encoder\.",
         },
         namings=("children",),
-        outside=((r"projetion\..+", "projection head"),),  # spelt so there
+        outside=((r"projetion\..+", "projection head"),),  # sic
         pixels=UNSCALED,
     ),
     Source(
@@ -354,7 +353,7 @@ REFUSED = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """One backbone that a file holds: `source` is None where no row knows its prefix."""
+    """One backbone in a file; `source` is None if no row matches its prefix."""
 
     source: Source | None
     branch: str
@@ -363,10 +362,10 @@ class Candidate:
 
 
 def flatten(path: object, loaded: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """(key, tensor) for every tensor in nested plain data, keys as this module's docstring says.
+    """Yield (key, tensor) for every tensor in nested plain data; keys as in this module's docstring.
 
     Raises:
-        UserError: containers inside containers amount to more than `MAX_ITEMS`, or to more than `MAX_TENSORS`.
+        UserError: nested containers have more than `MAX_ITEMS` items, or more than `MAX_TENSORS` tensors.
     """
     waiting: deque[tuple[str, Any]] = deque([("", loaded)])
     seen = tensors = 0
@@ -374,7 +373,7 @@ def flatten(path: object, loaded: dict[str, Any]) -> Iterator[tuple[str, Tensor]
         place, container = waiting.popleft()
         items = container if isinstance(container, dict) else dict(enumerate(container))
         seen += len(items)
-        if seen > MAX_ITEMS:  # shared containers can stand for exponentially many
+        if seen > MAX_ITEMS:  # shared containers can expand exponentially
             raise UserError(f"{path}: nests more than {MAX_ITEMS:,} items; save the model's state_dict() alone")
         for name, value in items.items():
             if isinstance(value, Tensor):
@@ -389,7 +388,7 @@ def flatten(path: object, loaded: dict[str, Any]) -> Iterator[tuple[str, Tensor]
 
 
 def candidates(path: object, tensors: dict[str, Tensor]) -> list[Candidate]:
-    """Every backbone among `tensors`, in the order of their keys, each with the first row that fits it.
+    """Return every backbone among `tensors`, in key order, each with the first row that matches it.
 
     Raises:
         UserError: there are more than `MAX_BACKBONES`.
@@ -407,7 +406,7 @@ def candidates(path: object, tensors: dict[str, Tensor]) -> list[Candidate]:
 
 
 def fitting(tensors: dict[str, Tensor], prefix: str, naming: str) -> Iterator[Candidate]:
-    """The backbone under `prefix` as each row that fits its prefix has it, in the order of the rows."""
+    """Yield the backbone under `prefix` by each row that matches the prefix, in row order."""
     for source in SOURCES:
         if naming not in source.namings:
             continue
@@ -418,7 +417,7 @@ def fitting(tensors: dict[str, Tensor], prefix: str, naming: str) -> Iterator[Ca
 
 
 def _distinct(tensors: dict[str, Tensor], found: list[Candidate]) -> list[Candidate]:
-    """`found` less those whose every tensor is that of an earlier one: one backbone saved under two names."""
+    """Drop backbones whose tensors all equal an earlier one's: one backbone saved under two names."""
     kept: list[tuple[Candidate, dict[str, Tensor]]] = []
     for candidate in found:
         rename = NAMINGS[candidate.naming][2]
@@ -435,10 +434,10 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def choose(path: object, tensors: dict[str, Tensor], branch: str | None) -> Candidate:
-    """The backbone to convert; `branch` is a branch's name or the literal prefix of its keys.
+    """Return the backbone to convert; `branch` is a branch's name or the literal prefix of its keys.
 
     Raises:
-        UserError: there is none, it is of a kind that Detectron2 lacks, or there are several and `branch` is None.
+        UserError: none, one that Detectron2 cannot build, or several and `branch` is None.
     """
     found = candidates(path, tensors)
     if not found:
@@ -457,14 +456,14 @@ def choose(path: object, tensors: dict[str, Tensor], branch: str | None) -> Cand
     refuse_small_stem(path, tuple(tensors[chosen[0].prefix + NAMINGS[chosen[0].naming][0]].shape))
     if chosen[0].source is None and branch is None:
         raise UserError(
-            f"{path}: no known code base keeps its backbone under {chosen[0].prefix!r}; "
-            f"if it is the one you mean, say --branch {shlex.quote(chosen[0].prefix)}"
+            f"{path}: no known code base has its backbone under {chosen[0].prefix!r}; "
+            f"to use it, give --branch {shlex.quote(chosen[0].prefix)}"
         )
     return chosen[0]
 
 
 def _refuse_other_kinds(path: object, tensors: dict[str, Tensor], prefix: str) -> None:
-    """Raise UserError if a tensor behind a prefix, a pattern, shows a network that Detectron2 lacks."""
+    """Raise UserError if a tensor behind `prefix`, a pattern, belongs to a network that Detectron2 cannot build."""
     for pattern, reason in REFUSED:
         for key in tensors:
             if re.fullmatch(prefix + pattern, key):

@@ -1,4 +1,4 @@
-"""What the user states about a checkpoint that does not say it itself: pixels, and where its strides stand."""
+"""Facts about a checkpoint that the user states because the file lacks them: pixels, and the position of strides."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loco_det.core.errors import UserError
 
 @dataclass(frozen=True)
 class Stated:
-    """None where nothing is stated; order, mean and std come together.
+    """The user's statements, None where not given; order, mean and std come together.
 
     Attributes:
         channel_order: "RGB" or "BGR", as the backbone was trained.
@@ -30,10 +30,10 @@ class Stated:
 
     @classmethod
     def from_d2_config(cls, path: str | Path) -> Stated:
-        """As Detectron2's YAML file of the run that made the weights has it.
+        """Read them from Detectron2's YAML file of the run that made the weights.
 
         Raises:
-            UserError: the file cannot be read, or lacks a key or a proper value.
+            UserError: the file cannot be read, or a key is missing or invalid.
         """
         settings, found = read_settings(path), []
         for key in ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1"):
@@ -48,24 +48,20 @@ class Stated:
                 raise UserError(f"{path}: {key} {values!r} is not three numbers; correct it")
         if not isinstance(stride, bool):
             raise UserError(f"{path}: MODEL.RESNETS.STRIDE_IN_1X1 {stride!r} is neither true nor false; correct it")
+        _check_pixels(order, mean, std, ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"), f"{path}: ")
         return cls(order, tuple(map(float, mean)), tuple(map(float, std)), stride)
 
     def complete(self, path: str | Path, depth: int, known: Pixels | None) -> Pixels:
-        """The pixels and stride to go by: as stated, else as the source of the file is `known` for.
+        """Return the pixels and stride: as stated, else as `known` for the file's source.
 
         Raises:
-            UserError: a value cannot be, or something is neither stated nor known.
+            UserError: an invalid value, or one that is neither stated nor known.
         """
         pixels = (self.channel_order, self.mean, self.std)
         if None in pixels and any(value is not None for value in pixels):
             raise UserError("--channel-order, --pixel-mean and --pixel-std belong together; give all three or none")
-        if self.channel_order not in (None, "RGB", "BGR"):
-            raise UserError(f"--channel-order {self.channel_order!r} is neither RGB nor BGR; give one of them")
-        if self.std is not None and not all(0 < v < float("inf") for v in self.std):
-            raise UserError(f"--pixel-std {self.std} must be three positive numbers in 0-255 units; correct it")
-        if self.mean is not None and not all(abs(v) < float("inf") for v in self.mean):
-            raise UserError(f"--pixel-mean {self.mean} must be three numbers in 0-255 units; correct it")
-        self._check_units()
+        if self.channel_order is not None:
+            _check_pixels(*pixels, ("--channel-order", "--pixel-mean", "--pixel-std"))
         needs_stride = depth >= 50 and self.stride_in_1x1 is None
         if known is None and (self.channel_order is None or needs_stride):
             raise UserError(
@@ -80,16 +76,25 @@ class Stated:
             stride = known.stride_in_1x1 if known else False
         return Pixels(*pixels, stride)
 
-    def _check_units(self) -> None:
-        """Refuse numbers for pixels from 0 to 1: taken as they stand, they would make the input 255 times too large."""
-        for option, values, scaled in (
-            ("--pixel-mean", self.mean, lambda v: any(v) and all(0 <= one < 1 for one in v)),
-            ("--pixel-std", self.std, lambda v: any(one < 1 for one in v)),
-        ):
-            if values is not None and scaled(values):
-                shown = " ".join(f"{value:g}" for value in values)
-                times = " ".join(f"{255 * value:g}" for value in values)
-                raise UserError(
-                    f"{option} {shown} looks as if pixels went from 0 to 1, and 0-255 units are asked for; if so, "
-                    f"give {option} {times}"
-                )
+
+def _check_pixels(order: object, mean: Triple, std: Triple, names: tuple[str, str, str], where: str = "") -> None:
+    """Refuse what cannot be, and numbers for pixels from 0 to 1: they would make the input 255 times too large.
+
+    Args:
+        names: what the user called the three.
+        where: what a message begins with.
+    """
+    if order not in ("RGB", "BGR"):
+        raise UserError(f"{where}{names[0]} {order!r} is neither RGB nor BGR; give one of them")
+    if not all(0 < v < float("inf") for v in std):
+        raise UserError(f"{where}{names[2]} {std} must be three positive numbers in 0-255 units; correct it")
+    if not all(abs(v) < float("inf") for v in mean):
+        raise UserError(f"{where}{names[1]} {mean} must be three numbers in 0-255 units; correct it")
+    in_units = any(mean) and all(0 <= v < 1 for v in mean), any(v < 1 for v in std)
+    for name, values, small in zip(names[1:], (mean, std), in_units):
+        if small:
+            shown = " ".join(f"{value:g}" for value in values)
+            times = " ".join(f"{255 * value:g}" for value in values)
+            raise UserError(
+                f"{where}{name} {shown} looks like pixels from 0 to 1 instead of 0 to 255; if so, give {name} {times}"
+            )

@@ -1,11 +1,11 @@
-"""Reads a pickle as plain data: Python's own unpickler, with an allow-list of what a name may stand for.
+"""Reads a pickle as plain data: Python's own unpickler with an allowlist of names.
 
-`pickle.load` imports and calls whatever a file names. Here nothing is imported. A name on the list is answered by a
-function of this module that trusts none of its arguments; any other becomes a `LeftOut`, and what the file calls with
-it, sets on it or puts into it is dropped. Tensors and long runs of bytes stay in the file, as views of its pages.
+`pickle.load` imports and calls whatever a file names. Here nothing is imported. Functions of this module, which trust
+none of their arguments, implement the allowed names; any other name becomes a `LeftOut`, and the file's calls to it,
+attributes and items are discarded. Tensors and long byte strings stay in the file, as views of the mapped pages.
 
-The machine is CPython's `pickle._Unpickler` (Lib/pickle.py), the one in Python. The one in C hashes nested tuples
-until the process crashes, allocates a memo as long as the largest index in the file, and copies every byte.
+The unpickler is CPython's pure-Python `pickle._Unpickler` (Lib/pickle.py). The C version hashes nested tuples until the
+process crashes, allocates a memo as long as the largest index in the file, and copies every byte.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LONG = 4096  # bytes, from which on data stay in the file
-MAX_NAME = 256  # letters
+LONG = 4096  # bytes from which on data stays in the file
+MAX_NAME = 256  # characters
 MAX_DIMENSIONS = 16
-MAX_NUMBERS = 2**48  # of a tensor: their bytes can still be counted in 64 bits
-SLACK = 2**16  # letters and items that may be copied beyond the length of what was read
-_NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")  # numpy's codes of the dtypes that torch has
+MAX_NUMBERS = 2**48  # elements of a tensor; their bytes still fit into 64 bits
+SLACK = 2**16  # characters and items that may be copied beyond the length of the input
+_NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")  # numpy's codes of torch's dtypes
 
 
 class Refused(Exception):
-    """The file asks for what plain data never needs; the message completes "FILE ..."."""
+    """The file requires something that plain data never does; the message completes "FILE ..."."""
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What stands in place of anything that is not plain data: only its name, and nothing of it was run."""
+    """Placeholder for anything but plain data: only its name is kept, nothing was executed."""
 
     name: str
 
     def _drop(self, *_: Any) -> None:
-        """What a pickle puts into it."""
+        """Discard an item that a pickle adds."""
 
     append = extend = add = __setitem__ = _drop
 
@@ -52,14 +52,14 @@ class LeftOut:
 
 @dataclass(eq=False)
 class Built:
-    """What pickle makes first and fills later: a numpy array, or numpy's dtype as its code."""
+    """An object that pickle creates first and fills later: a numpy array, or a numpy dtype as its code."""
 
     value: np.ndarray | LeftOut | str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """`size` bytes of a mapped file from `start`, and the dtype that their class names."""
+    """`size` bytes of a mapped file from `start`, and the dtype of their storage class."""
 
     data: mmap.mmap
     start: int
@@ -72,22 +72,22 @@ Storages = Callable[[str, torch.dtype, int], Storage | LeftOut]
 
 
 def read_pickle(data: mmap.mmap, storages: Storages | None = None) -> Any:
-    """The pickle at the place of `data`, which is left just behind it.
+    """Read the pickle at the position of `data`, which then points just behind it.
 
     Returns:
-        Nested dict, list, tuple and set of text, numbers, bytes (`LONG` ones as a uint8 array over the file's pages),
-        torch.dtype, tensors over the file's pages, `Built` with an array, functions of the list, and `LeftOut`.
+        Nested dict, list, tuple and set of text, numbers, bytes (`LONG` ones as a uint8 array over the mapped file),
+        torch.dtype, tensors over the mapped file, `Built` with an array, allowlisted functions, and `LeftOut`.
 
     Raises:
-        Refused: the file asks for what plain data never needs.
+        Refused: the file requires something that plain data never does.
         ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
             struct.error, pickle.UnpicklingError: damaged.
     """
     return _Unpickler(data, storages).load()
 
 
-class _Instructions(dict):
-    """Code -> what it does. What is missing is damage, or reaches for what is outside the pickle."""
+class _Opcodes(dict):
+    """Opcode -> handler. A missing opcode is damage, or reaches outside the pickle."""
 
     def __missing__(self, code: int) -> None:
         raise pickle.UnpicklingError(f"no plain data has the pickle instruction {bytes([code])!r}")
@@ -100,7 +100,7 @@ class _Unpickler(pickle._Unpickler):
         self.left_out: dict[str, LeftOut] = {}
 
     def load(self) -> Any:
-        """As pickle's, less the reading ahead."""
+        """Load as pickle does, without read-ahead."""
         self.metastack, self.stack, self.proto = [], [], 0
         self.append, take, dispatch = self.stack.append, self.data.read, self.dispatch
         try:
@@ -110,15 +110,15 @@ class _Unpickler(pickle._Unpickler):
             return stop.value
 
     def read(self, size: int) -> bytes | np.ndarray:
-        """The next bytes; what is long is not read but given as an array over the file's pages."""
+        """Return the next bytes; long data as an array over the mapped file, unread."""
         if size < LONG:
             return self.data.read(size)
         start = self.data.tell()
-        self.data.seek(size, 1)  # a ValueError where the file ends before
+        self.data.seek(size, 1)  # ValueError if the file ends earlier
         return np.frombuffer(self.data, np.uint8, size, start)
 
     def find_class(self, module: str, name: str) -> Any:
-        """What the file gets for a name: nothing is looked up but the list."""
+        """Look a name up in the allowlist only."""
         if len(module) + len(name) > MAX_NAME:
             raise Refused(f"has a name of {len(module) + len(name):,} letters")
         full = f"{module}.{name}".replace("__builtin__.", "builtins.").replace("numpy._core.", "numpy.core.")
@@ -126,7 +126,7 @@ class _Unpickler(pickle._Unpickler):
         return _NAMES.get(full) or self.left_out.setdefault(shown, LeftOut(shown))
 
     def persistent_load(self, reference: Any) -> Storage | LeftOut:
-        """The storage of torch's ("storage", class, key, location, number of elements[, None])."""
+        """Return the storage for torch's ("storage", class, key, location, number of elements[, None])."""
         known = isinstance(reference, tuple) and reference[:1] in (("storage",), ("module",))
         if self.storages is None or not known:
             raise Refused("refers to data outside the file (a persistent id)")
@@ -139,13 +139,13 @@ class _Unpickler(pickle._Unpickler):
         return self.storages(key, dtype, numel)
 
     def _decode_string(self, value: bytes | np.ndarray) -> str | np.ndarray:
-        """Python 2's text, which is an array's data where it is long."""
+        """Decode Python 2's text; long text is an array's data."""
         return value if isinstance(value, np.ndarray) else value.decode("latin1")
 
     def _instantiate(self, function: Any, arguments: Any) -> None:
         if not isinstance(arguments, tuple | list):
             raise ValueError(f"a {type(arguments).__name__} for arguments")
-        if isinstance(function, FunctionType):  # of the list: there are no others here
+        if isinstance(function, FunctionType):  # allowlisted: there are no other functions
             self.copied += sum(len(a) for a in arguments if isinstance(a, str | list | tuple | dict | set | frozenset))
             if self.copied > self.data.tell() + SLACK:
                 raise Refused("copies the same data many times over")
@@ -159,7 +159,7 @@ class _Unpickler(pickle._Unpickler):
         self._instantiate(function, arguments)
 
     def load_newobj_ex(self) -> None:
-        self.stack.pop()  # arguments by name, which nothing on the list has
+        self.stack.pop()  # keyword arguments, which no allowlisted name takes
         self.load_reduce()
 
     def load_build(self) -> None:
@@ -171,14 +171,14 @@ class _Unpickler(pickle._Unpickler):
         elif isinstance(target, Built):
             _version, shape, dtype, fortran, data = state
             target.value = _array(data, dtype, shape, "F" if fortran else "C").value
-        elif not isinstance(target, dict | LeftOut):  # an OrderedDict's attributes (torch's `_metadata`) are not needed
+        elif not isinstance(target, dict | LeftOut):  # attributes of an OrderedDict (torch's `_metadata`) are ignored
             raise Refused(f"sets attributes of a {type(target).__name__}")
 
 
-def _filling(code: bytes, keys: slice, kind: type | None = None, target: int = 0) -> Callable[[_Unpickler], None]:
-    """pickle's own instruction, once `keys` of the stack may be keys and what it fills is a `kind`: not a tensor.
+def _checked(code: bytes, keys: slice, kind: type | None = None, target: int = 0) -> Callable[[_Unpickler], None]:
+    """Wrap pickle's own opcode handler: checks that `keys` of the stack are valid keys and that the target is a `kind`.
 
-    That stands at `target` of the stack, or before the mark.
+    The target is at index `target` of the stack, or before the mark.
     """
     load = pickle._Unpickler.dispatch[code[0]]
 
@@ -200,28 +200,28 @@ _CHANGED = {
     pickle.NEWOBJ: _Unpickler.load_reduce,
     pickle.NEWOBJ_EX: _Unpickler.load_newobj_ex,
     pickle.BUILD: _Unpickler.load_build,
-    pickle.BYTEARRAY8: pickle._Unpickler.load_binbytes8,  # which allocates nothing before it has read
-    pickle.FRAME: lambda machine: machine.read(8),  # how much to read ahead
-    pickle.APPEND: _filling(pickle.APPEND, _NONE, list, -2),
-    pickle.APPENDS: _filling(pickle.APPENDS, _NONE, list),
-    pickle.SETITEM: _filling(pickle.SETITEM, slice(-2, -1), dict, -3),
-    pickle.SETITEMS: _filling(pickle.SETITEMS, _EVERY_OTHER, dict),
-    pickle.ADDITEMS: _filling(pickle.ADDITEMS, _ALL, set),
-    pickle.FROZENSET: _filling(pickle.FROZENSET, _ALL),
-    pickle.DICT: _filling(pickle.DICT, _EVERY_OTHER),
+    pickle.BYTEARRAY8: pickle._Unpickler.load_binbytes8,  # allocates nothing before it has read
+    pickle.FRAME: lambda machine: machine.read(8),  # read-ahead size, ignored
+    pickle.APPEND: _checked(pickle.APPEND, _NONE, list, -2),
+    pickle.APPENDS: _checked(pickle.APPENDS, _NONE, list),
+    pickle.SETITEM: _checked(pickle.SETITEM, slice(-2, -1), dict, -3),
+    pickle.SETITEMS: _checked(pickle.SETITEMS, _EVERY_OTHER, dict),
+    pickle.ADDITEMS: _checked(pickle.ADDITEMS, _ALL, set),
+    pickle.FROZENSET: _checked(pickle.FROZENSET, _ALL),
+    pickle.DICT: _checked(pickle.DICT, _EVERY_OTHER),
 }
 _OUTSIDE = (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)
-_Unpickler.dispatch = _Instructions(pickle._Unpickler.dispatch)
+_Unpickler.dispatch = _Opcodes(pickle._Unpickler.dispatch)
 _Unpickler.dispatch.update({code[0]: load for code, load in _CHANGED.items()})
 for _code in _OUTSIDE:
     del _Unpickler.dispatch[_code[0]]
 
 
-# What the names on the list make ------------------------------------------------------------------------------------
+# Implementations of the allowlisted names ---------------------------------------------------------------------------
 
 
 def _key(value: Any) -> Hashable:
-    """`value` if it may be a dictionary's key or a set's member: hashing deeper tuples could overflow the stack."""
+    """Return `value` if it is a valid dictionary key or set member: hashing deeper tuples could overflow the stack."""
     for member in value if isinstance(value, tuple) else (value,):
         if not isinstance(member, str | int | float | bytes | LeftOut | None):
             raise Refused(f"uses a {type(member).__name__} as a dictionary key or set member")
@@ -244,7 +244,7 @@ def _members(items: Any = ()) -> frozenset:
 
 
 def _bytes(data: Any = b"") -> Any:
-    if not isinstance(data, bytes | np.ndarray):  # bytes(n) would allocate whatever the file asks for
+    if not isinstance(data, bytes | np.ndarray):  # bytes(n) would allocate any size
         raise Refused("makes bytes of something that is not bytes")
     return data
 
@@ -266,10 +266,10 @@ def _integers(values: Any) -> tuple[int, ...]:
 def _tensor(
     storage: Any, offset: Any, shape: Any, stride: Any, dtype: Any = None, negated: Any = None
 ) -> Tensor | LeftOut:
-    """The view of a storage, once it is certain in exact integers that it lies inside; numbers count elements."""
+    """Return the view of a storage after checking its bounds in exact integers; numbers count elements."""
     if isinstance(storage, LeftOut):
         return storage
-    if negated or storage.dtype in _QUANTISED.values():  # or conjugated: it is not what is stored
+    if negated or storage.dtype in _QUANTISED.values():  # or conjugated: differs from the stored data
         return LeftOut("tensor that is no plain one")
     dtype = dtype or storage.dtype
     shape, stride, (offset,) = _integers(shape), _integers(stride), _integers([offset])
@@ -286,7 +286,7 @@ def _tensor(
 
 
 def _array(data: Any, dtype: Any, shape: Any, order: Any = "C") -> Built:
-    """A numpy array over `data`: bytes of the file, or the text that Python 3 makes of them for Python 2."""
+    """Return a numpy array over `data`: bytes of the file, or the text that Python 3 writes for Python 2."""
     code = dtype.value if isinstance(dtype, Built) else dtype
     if not _NUMBERS.fullmatch(code):
         return Built(LeftOut("numpy.ndarray of no numbers"))
@@ -325,7 +325,7 @@ _NAMES: dict[str, Callable[..., Any] | torch.dtype] = {
         for kind, dtype in (_STORAGES | _QUANTISED).items()
         for place in ("", "cuda.")
     },
-    "torch.storage.UntypedStorage": torch.uint8,  # counted in bytes
+    "torch.storage.UntypedStorage": torch.uint8,  # in bytes
     "torch.Size": lambda values=(): _integers(values),
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": lambda s, o, n, t, _grad, _hooks, neg=None: _tensor(s, o, n, t, None, neg),

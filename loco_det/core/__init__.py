@@ -1,1 +1,1 @@
-"""What every command needs, whatever it does."""
+"""What every command needs: configuration, logging, files, processes."""

@@ -24,15 +24,16 @@ from loco_det.core.files import read_regular
 
 _YAML_TAG = "tag:yaml.org,2002:"
 _SCALARS = ("null", "bool", "int", "float")
-_PYTHON_SCALARS = {"none": "null", "long": "int"}  # where YAML's name is another
-# Far above any real file; stops a few lines of nested aliases from filling the memory.
+_PYTHON_SCALARS = {"none": "null", "long": "int"}  # names that YAML spells differently
+# Far above any real file; stops a few lines of nested aliases from exhausting memory.
 MAX_NODES = 200_000
+MAX_BYTES = 1 << 21  # likewise; the reader takes a second for each megabyte
 MAX_DIGITS = 100  # of a number as it is written
 MAX_BASES = 100  # files of which each is the base of the next
 
 
 class Setting(NamedTuple):
-    """A value somebody wrote, and where: "file.yaml, line 3" or "the command line"."""
+    """A value that the user set, and its origin: "file.yaml, line 3" or "the command line"."""
 
     value: Any
     origin: str
@@ -46,12 +47,12 @@ def load_config(defaults: CfgNode, path: str | Path, overrides: Sequence[str] = 
     """Merge a YAML file and `KEY VALUE` overrides over a copy of `defaults`.
 
     Args:
-        defaults: every legal key with its default value; it decides names and types, and is not changed.
-        path: the YAML file, as `find_config` understands it; "" for the defaults alone.
+        defaults: every legal key with its default value, which decides names and types; not changed.
+        path: the YAML file, resolved by `find_config`; "" for the defaults alone.
         overrides: [key, value, key, value, ...], values as text, e.g. ["SOLVER.BASE_LR", "0.1"].
 
     Returns:
-        A frozen CfgNode, and what the user set in it and where: {"SOLVER.BASE_LR": Setting(0.1, "a.yaml, line 3")}.
+        A frozen CfgNode, and the user's settings with their origin: {"SOLVER.BASE_LR": Setting(0.1, "a.yaml, line 3")}.
 
     Raises:
         UserError: naming file, line and key, for a file that is missing or not YAML, a key that appears twice
@@ -75,7 +76,7 @@ def load_config(defaults: CfgNode, path: str | Path, overrides: Sequence[str] = 
 
 
 def read_settings(path: str | Path) -> dict[str, Setting]:
-    """What a YAML file and its bases set, by dotted key, with no defaults to judge keys and types.
+    """Read the settings of a YAML file and its bases by dotted key, without validating keys and types.
 
     Raises:
         UserError: a file is missing or not YAML, or a key appears twice.
@@ -84,19 +85,19 @@ def read_settings(path: str | Path) -> dict[str, Setting]:
 
 
 def refusal(cfg: CfgNode, settings: Settings | None, key: str, reason: str) -> UserError:
-    """The error that refuses a key's value: "a.yaml, line 3: SEED is 1.5" and `reason`; no place for a default."""
+    """Return the error for a key's value: "a.yaml, line 3: SEED is 1.5" and `reason`; a default has no origin."""
     place = f"{settings[key].origin}: " if settings and key in settings else ""
     return UserError(f"{place}{key} is {value(cfg, key)!r}{reason}")
 
 
 def value(cfg: CfgNode, key: str) -> Any:
-    """The value of a dotted key: value(cfg, "SOLVER.BASE_LR")."""
+    """Return the value of a dotted key: value(cfg, "SOLVER.BASE_LR")."""
     section, last = _place(cfg, key)
     return section[last]
 
 
 def flat(cfg: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every key with its value, in the tree's order and without the sections: {"SOLVER.BASE_LR": 0.001, ...}."""
+    """Map every dotted key to its value, in the tree's order: {"SOLVER.BASE_LR": 0.001, ...}."""
     found: dict[str, Any] = {}
     for name, item in cfg.items():
         found.update(flat(item, f"{prefix}{name}.") if isinstance(item, Mapping) else {prefix + name: item})
@@ -104,7 +105,7 @@ def flat(cfg: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changed(cfg: CfgNode, /, **values: Any) -> CfgNode:
-    """A frozen copy with other values for some dotted keys: changed(cfg, SEED=1, **{"MODEL.DEVICE": "cpu"})."""
+    """Return a frozen copy with some dotted keys changed: changed(cfg, SEED=1, **{"MODEL.DEVICE": "cpu"})."""
     cfg = cfg.clone()
     cfg.defrost()
     for key, item in values.items():
@@ -115,7 +116,7 @@ def changed(cfg: CfgNode, /, **values: Any) -> CfgNode:
 
 
 def without(cfg: CfgNode, keys: Iterable[str]) -> CfgNode:
-    """A frozen copy that lacks some dotted keys or sections."""
+    """Return a frozen copy without some dotted keys or sections."""
     cfg = cfg.clone()
     cfg.defrost()
     for key in keys:
@@ -126,7 +127,7 @@ def without(cfg: CfgNode, keys: Iterable[str]) -> CfgNode:
 
 
 def _place(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:
-    """The section that holds a dotted key, and the key's last part; KeyError if there is no such key."""
+    """Return the section that holds a dotted key, and the key's last part; KeyError if there is no such key."""
     *sections, last = key.split(".")
     section = reduce(getitem, sections, cfg)
     if last not in section:
@@ -135,12 +136,12 @@ def _place(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:
 
 
 def find_config(path: str | Path) -> Path:
-    """The file as given, else the file of that name among the configs that come with the software.
+    """Return the given file, else the packaged config of that name.
 
     `configs/coco_loco_r50.yaml` and `coco_loco_r50.yaml` both work outside a checkout.
 
     Raises:
-        UserError: neither exists; the message offers the closest name.
+        UserError: neither exists; the message suggests the closest name.
     """
     path = Path(os.path.expanduser(path))
     if os.path.isfile(path):  # a Path raises OSError for a name that is too long
@@ -159,19 +160,17 @@ def find_config(path: str | Path) -> Path:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """One YAML file as plain dict, list, tuple, str, int, float, bool and None, `_BASE_` left as it stands.
+    """Read one YAML file as plain dict, list, tuple, str, int, float, bool and None, without resolving `_BASE_`.
 
-    Python tags are read as the data they wrap: `!!python/tuple [1, 2]` is (1, 2), an object is the mapping it
-    holds, a name is its text. Nothing is imported or called; what a file wants computed is the text of its tag.
-
-    Raises:
+    Python tags are read as the data they wrap: `!!python/tuple [1, 2]` is (1, 2), an object becomes the mapping it
+    holds, a name its text. Nothing is imported or called; a tag that requests a computation becomes its text. Raises:
         UserError: the file cannot be read, is no YAML mapping, or has a key twice.
     """
     return _without_lines(_read_mapping(Path(path)))
 
 
 class _Line(NamedTuple):
-    """A value as read, with the line of its key, counted from 1."""
+    """A value, and the 1-based line of its key."""
 
     value: Any
     line: int
@@ -183,7 +182,10 @@ def _without_lines(item: Any) -> Any:
 
 def _read_mapping(path: Path) -> dict[str, _Line]:
     try:
-        content = yaml.load(read_regular(path).decode("utf-8"), _PlainLoader)
+        text = read_regular(path).decode()
+        if len(text) > MAX_BYTES:
+            raise UserError(f"{path} has more than {MAX_BYTES >> 20} MB, which is no configuration; name another file.")
+        content = yaml.load(text, _PlainLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a text file: {error}.") from error
     except yaml.constructor.ConstructorError as error:
@@ -201,11 +203,11 @@ def _read_mapping(path: Path) -> dict[str, _Line]:
 
 
 class _Code(str):
-    """The tag of a value that the file wants Python to compute, which nothing here does; no key takes it."""
+    """The tag of a value that Python would have to compute; never executed, and no key accepts it."""
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Makes plain data of every node, whatever its tag says; mappings hold `_Line`s."""
+    """Constructs plain data for every node, whatever its tag; mappings hold `_Line`s."""
 
     count = 0
 
@@ -220,9 +222,9 @@ class _PlainLoader(yaml.SafeLoader):
             raise _fault(node, f"a number of {len(node.value)} characters; write at most {MAX_DIGITS}")
         try:
             made = super().construct_object(node, deep=True)
-        except (ValueError, LookupError, OverflowError) as error:  # its tag says another type than its text
+        except (ValueError, LookupError, OverflowError) as error:  # a scalar whose text does not fit its tag
             raise _fault(node, f"{node.value!r} is not of type {node.tag.rpartition(':')[2]}") from error
-        del self.constructed_objects[node]  # an alias is made, and counted, anew
+        del self.constructed_objects[node]  # so that aliases are constructed, and counted, again
         return made
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = True) -> dict[str, _Line]:
@@ -246,7 +248,7 @@ class _PlainLoader(yaml.SafeLoader):
         return merged | own
 
     def plain(self, node: yaml.Node) -> Any:
-        """Any tag but Python's."""
+        """Construct a node with any tag but Python's."""
         if isinstance(node, yaml.MappingNode):
             return self.construct_mapping(node)
         if isinstance(node, yaml.SequenceNode):
@@ -254,7 +256,7 @@ class _PlainLoader(yaml.SafeLoader):
         return node.value
 
     def python(self, tag: str, node: yaml.Node) -> Any:
-        """`!!python/TAG`: of a pickled dict or object its items if it has any, else its attributes."""
+        """Construct `!!python/TAG`: for a pickled dict or object its items if it has any, else its attributes."""
         if isinstance(node, yaml.ScalarNode):
             read = self.yaml_constructors.get(f"{_YAML_TAG}{_PYTHON_SCALARS.get(tag, tag)}")
             return read(self, node) if read else node.value or tag.partition(":")[2]
@@ -280,7 +282,7 @@ def _fault(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
 
 
 def _read_with_bases(path: Path, above: tuple[Path, ...], known: dict[Path, Settings]) -> Settings:
-    """Settings of a file over those of its bases; `above` are the files that led here, `known` those read before."""
+    """Merge a file's settings over its bases'; `above` are the files that include it, `known` those read before."""
     here = path.resolve()
     if here in known:
         return known[here]
@@ -313,16 +315,15 @@ def _flatten(mapping: dict[str, _Line], path: Path, prefix: str) -> dict[str, Se
         origin = f"{path}, line {item.line}"
         if "." in key or not key:
             raise UserError(f"{origin}: write {prefix}{key} as nested keys, one line for each part.")
-        value = _decode(item.value)
-        if isinstance(value, dict) and value:
-            settings.update(_flatten(value, path, f"{prefix}{key}."))
+        if isinstance(item.value, dict) and item.value:
+            settings.update(_flatten(item.value, path, f"{prefix}{key}."))
         else:
-            settings[prefix + key] = Setting(value, origin)
+            settings[prefix + key] = Setting(_decode(item.value), origin)
     return settings
 
 
 def _decode(value: Any) -> Any:
-    """Text that is a Python literal becomes its value, as yacs reads "(800, 832)" and "1e-4"."""
+    """Evaluate text that is a Python literal, as yacs does for "(800, 832)" and "1e-4"."""
     if not isinstance(value, str):
         return value
     try:
@@ -352,7 +353,7 @@ def _assign(cfg: CfgNode, key: str, setting: Setting) -> None:
 
 
 def _fit(value: Any, default: Any, key: str, origin: str) -> Any:
-    """`value` in the type of `default`: as yacs, and an int is also good where a float is expected."""
+    """Convert `value` to the type of `default` by yacs's rules; an int is also valid for a float."""
     if default is None and (value is None or type(value) in (str, bool, int, float, list, tuple)):
         return value
     if type(default) is float and type(value) is int and abs(value) < 10**MAX_DIGITS:

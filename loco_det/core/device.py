@@ -22,7 +22,7 @@ _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # parameters of mallopt(3)
 
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Building a million small objects makes the collector walk them over and over: most of the loading time."""
+    """Disable garbage collection: with a million small objects, its passes take most of the loading time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -36,12 +36,12 @@ def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and torch's global generators; each rank gets its own stream."""
     seed += rank()
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (libraries draw from the global one)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (libraries use the global generator)
     torch.manual_seed(seed)
 
 
 def common_seed(seed: int) -> int:
-    """`seed`, or for a negative one a number drawn for this run, the same in all processes."""
+    """Return `seed`; if negative, a number drawn for this run, the same in all processes."""
     if seed >= 2**63:
         raise UserError(f"SEED is {seed}; give less than 2**63.")
     if seed >= 0:
@@ -50,37 +50,35 @@ def common_seed(seed: int) -> int:
     if world_size() > 1:
         drawn = drawn.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.broadcast(drawn, 0)
-    log.info("SEED is %d: this run drew %d; set it to draw the same again", seed, int(drawn))
+    log.info("SEED is %d: this run drew %d; set it to repeat the run", seed, int(drawn))
     return int(drawn)
 
 
 def keep_freed_memory(limit: int = -1) -> None:
-    """Let this process keep large blocks that it frees, where the C library is glibc; elsewhere nothing changes.
+    """Keep large freed blocks in this process instead of returning them to the kernel (glibc only).
 
-    By default glibc takes blocks above 32 MiB, as activations often are, from the kernel one by one and gives each
-    back when it is freed, so that every training step on a CPU faults all its pages in anew.
-
-    Args:
-        limit: bytes free at the heap's end from which on they are given back; -1: never.
+    By default glibc allocates blocks above 32 MiB, such as activations, one by one from the kernel and returns each
+    when freed, so every training step on a CPU page-faults all of them again. Args:
+        limit: free bytes at the end of the heap above which memory is returned; -1: never.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)  # from the heap, all of them
+        mallopt(_M_MMAP_MAX, 0)  # allocate everything on the heap
         mallopt(_M_TRIM_THRESHOLD, limit)
 
 
 def usable_cores() -> int:
-    """How many this process may run on."""
+    """Return the number of CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name`: auto (CUDA where there is one), cpu, cuda, cuda:N, mps.
+    """Return the device called `name`: auto (CUDA if available), cpu, cuda, cuda:N, mps.
 
-    On several processes "auto" and "cuda" mean the GPU of this process's local rank.
+    On several processes "auto" and "cuda" mean the GPU of the local rank.
 
     Raises:
-        UserError: not a device, or not on this machine.
+        UserError: not a device, or not available on this machine.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""This process among those of its job: rank, size, mean over processes."""
+"""Rank and size of the job, and collectives: barrier, mean, broadcast of the first value."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def barrier() -> None:
 
 
 def reduce_mean(values: dict[str, Tensor]) -> dict[str, float]:
-    """The mean over processes of each scalar, as floats; one synchronisation for all of them."""
+    """Average each scalar over processes, as floats, with one synchronisation."""
     if not values:
         return {}
     stacked = torch.stack([v.detach().float() for v in values.values()])
@@ -45,7 +45,7 @@ def reduce_mean(values: dict[str, Tensor]) -> dict[str, float]:
 
 
 def first_of_all(value: Any) -> Any:
-    """Of the values of all processes, plain data, the first by rank that is not None."""
+    """Return the first value by rank that is not None; values are plain data."""
     found = [value]
     if world_size() > 1:
         found = [None] * world_size()
@@ -54,8 +54,8 @@ def first_of_all(value: Any) -> Any:
 
 
 def averaged(model: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """`model` with the mean over processes as its gradient; buffers are not sent around at every step."""
+    """Wrap `model` to average gradients over processes, without broadcasting buffers at every step."""
     names = inspect.signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # in older torch
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # older torch
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, **{buffers: False})

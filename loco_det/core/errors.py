@@ -1,4 +1,4 @@
-"""The one exception for bad input, how it leaves a loader's workers, and the status of an interrupted command."""
+"""`UserError` for bad input, its transport out of loader workers, and the exit status of an interrupted command."""
 
 from __future__ import annotations
 
@@ -13,25 +13,32 @@ _CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used.
+    """Invalid input from the user.
 
-    The message is one sentence that names the file, key or tensor and says what to do. The command line
-    prints it and exits with status 2; everything else that is raised is a bug and keeps its traceback. Of one that is
-    longer than `LONGEST`, since a hostile file has a name or a value of any length, the middle is left out.
+    The message is one sentence that names the file, key or tensor and the remedy. The command line prints it and exits
+    with status 2; any other exception is a bug and keeps its traceback. A hostile name or value in it changes neither
+    its one line (unprintable characters are escaped) nor its length (the middle beyond `LONGEST` is left out).
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if message.isprintable() else "".join(map(_printable, message)))
 
     def __str__(self) -> str:
         text = super().__str__()
         return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
-def raising(batches: Iterable[_Batch | UserError]) -> Iterator[_Batch]:
-    """The batches of a loader whose data set returns its UserErrors, as a batch or as a sample in a list of them.
+def _printable(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
-    A DataLoader would wrap one that is raised in a worker in the worker's traceback.
+
+def raising(batches: Iterable[_Batch | UserError]) -> Iterator[_Batch]:
+    """Yield a loader's batches; raise the UserErrors that its data set returns as a batch or as a sample in one.
+
+    If a worker raised such an error, the DataLoader would wrap it in the worker's traceback.
 
     Raises:
-        UserError: the first that comes.
+        UserError: the first one found.
     """
     for batch in batches:
         for part in batch if isinstance(batch, list) else (batch,):
@@ -41,8 +48,8 @@ def raising(batches: Iterable[_Batch | UserError]) -> Iterator[_Batch]:
 
 
 def out_of_memory(error: BaseException) -> UserError | None:
-    """What to tell of an error that says there is no memory left, of torch on any device or of NumPy; else None."""
-    # Told by name and text, for this must work where torch does not.
+    """Convert an out-of-memory error of torch (any device) or NumPy to a UserError; None for other errors."""
+    # Matches by name and text, because this must work without torch.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _CPU_ALLOCATOR in str(error):
         reason = str(error).partition("\n")[0] or "MemoryError"
         return UserError(f"memory is short; use smaller batches or images, or fewer workers ({reason})")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, those that are read to their end, and an unwritable folder as one sentence."""
+"""Atomic writes, reads that end, checksummed JSON, locks, and one-sentence errors for unwritable folders."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from loco_det.core.errors import UserError
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """A file object whose content appears at `path` whole when the block ends, and not at all if it fails.
+    """Open a file that appears at `path` complete when the block ends, or not at all if it fails.
 
-    It is written under a temporary name in the same folder, flushed to the disk and renamed.
+    The file is written under a temporary name in the same folder, flushed to disk and renamed. A temporary file that a
+    killed process left is overwritten.
 
     Raises:
         UserError: the folder or file cannot be written, or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with _temporary(path, mode, encoding=None if "b" in mode else "utf-8") as file:
+            try:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+                os.replace(file.name, path)  # before the lock goes with the file, or the next writer would empty it
+            except BaseException:
+                os.unlink(file.name)
+                raise
         folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut
         try:
             os.fsync(folder)
@@ -45,13 +46,41 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
             os.close(folder)
 
 
+def _temporary(path: Path, mode: str, encoding: str | None) -> IO[Any]:
+    """The file that is to become `path`: locked, under one name, or under one's own where that cannot be had."""
+    try:
+        return open(path.with_name(f".{path.name}.tmp"), mode, encoding=encoding, opener=_locked_and_empty)
+    except OSError:
+        return open(path.with_name(f".{path.name}.{os.getpid()}.tmp"), mode, encoding=encoding)
+
+
+def _locked_and_empty(name: str, flags: int) -> int:
+    """A descriptor for `open`; raises OSError if another process writes the file, or the file system has no locks."""
+    fd = os.open(name, flags & ~os.O_TRUNC, 0o666)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            os.unlink(name)
+            raise
+        if os.fstat(fd).st_ino != os.stat(name).st_ino:  # renamed since it was opened
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        os.ftruncate(fd, 0)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
 @contextlib.contextmanager
 def os_errors(path: str | Path) -> Iterator[None]:
-    """An OSError of the block is the user's: `path` cannot be written."""
+    """Convert an OSError of the block to a UserError: `path` cannot be written."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save fails once more on its way out
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises again on exit
         if not isinstance(cause, OSError):
             raise
         reason = cause.strerror or str(cause)
@@ -59,10 +88,10 @@ def os_errors(path: str | Path) -> Iterator[None]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Refuse a file that could not be written, before hours go into what it is to hold; its folder is made.
+    """Check that a file can be written before hours of work produce it; creates its folder.
 
     Raises:
-        UserError: the folder cannot be written, or `path` is one.
+        UserError: the folder cannot be written, or `path` is a folder.
     """
     path = Path(path)
     with os_errors(path):
@@ -74,11 +103,11 @@ def check_writable(path: str | Path) -> None:
 
 
 def read_regular(path: str | Path) -> bytes:
-    """The content of a regular file. A device has no end and a FIFO no beginning, so neither is read.
+    """Read a file that somebody gave; refuses what has no end (a device) or no beginning (a FIFO).
 
     Raises:
-        OSError: the file cannot be read, or is none; its strerror says why.
-        ValueError: the name is none that a file can have.
+        OSError: the file cannot be read, is not regular, or is larger than this machine's memory.
+        ValueError: no file can have such a name.
     """
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # of a FIFO it would wait for a writer
     try:
@@ -86,7 +115,9 @@ def read_regular(path: str | Path) -> bytes:
         if stat.S_ISDIR(found.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "is no regular file", str(path))
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        if found.st_size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            raise OSError(errno.EFBIG, "it is larger than the memory", str(path))
         with open(fd, "rb", closefd=False) as file:
             return file.read() if found.st_size else b""  # what the kernel makes up, as in /proc, has no size
     finally:
@@ -94,24 +125,29 @@ def read_regular(path: str | Path) -> bytes:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """`value` as indented JSON at `path`, atomically."""
+    """Write `value` as indented JSON, atomically."""
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=1)
         file.write("\n")
 
 
 def write_checked_json(path: str | Path, value: dict[str, Any]) -> None:
-    """`value` as `write_json` writes it, with the sha256 of it beside its keys."""
+    """Write `value` as JSON with its sha256 as a further key."""
     write_json(path, {**value, "sha256": _digest(value)})
 
 
 def read_checked_json(path: str | Path) -> dict[str, Any] | None:
-    """What `write_checked_json` wrote; None if the file is not there, cannot be read or is not as it was written."""
+    """Read a file of `write_checked_json`; None if it is missing, unreadable or fails its checksum."""
     try:
         value = json.loads(Path(path).read_bytes())
-        return value if isinstance(value, dict) and value.pop("sha256", None) == _digest(value) else None
+        return value if isinstance(value, dict) and has_checksum(value) and value.pop("sha256") else None
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def has_checksum(value: dict[str, Any]) -> bool:
+    """Whether what was read from a file is as `write_checked_json` wrote it."""
+    return value.get("sha256") == _digest({key: item for key, item in value.items() if key != "sha256"})
 
 
 def _digest(value: dict[str, Any]) -> str:
@@ -119,7 +155,7 @@ def _digest(value: dict[str, Any]) -> str:
 
 
 def file_sha256(path: str | Path) -> str:
-    """The sha256 of a file's content, in hexadecimal.
+    """Return the sha256 of a file's content, in hexadecimal.
 
     Raises:
         OSError: the file cannot be read.
@@ -132,15 +168,15 @@ def file_sha256(path: str | Path) -> str:
 
 
 def stat_line(found: os.stat_result) -> str:
-    """By what a file is known to be unchanged without reading it: its size, and its times of change.
+    """Return size and change times as one line, to detect a changed file without reading it.
 
-    A copy that keeps the time of modification (`cp -p`, `rsync -t`) sets that of the inode all the same.
+    Copies that preserve the modification time (`cp -p`, `rsync -t`) still update the inode's change time.
     """
     return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
 
 def cache_folder() -> Path:
-    """LOCO_DET_CACHE, or loco_det below XDG_CACHE_HOME, or ~/.cache/loco_det."""
+    """Return LOCO_DET_CACHE, or loco_det below XDG_CACHE_HOME, or ~/.cache/loco_det."""
     if chosen := os.environ.get("LOCO_DET_CACHE"):
         return Path(os.path.expanduser(chosen))
     return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "loco_det"
@@ -148,13 +184,13 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """One process at a time runs the block; the system releases the lock when that process ends, however it ends.
+    """Run the block in one process at a time; the system releases the lock when the process ends, however it ends.
 
-    On a file system without locks nobody waits.
+    Without effect on file systems that do not support locks.
 
     Args:
-        path: the lock file; its folder is made.
-        waiting: called before this process waits for another.
+        path: the lock file; its folder is created.
+        waiting: called before waiting for another process.
 
     Raises:
         OSError: the file cannot be opened.

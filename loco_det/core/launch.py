@@ -21,16 +21,16 @@ from loco_det.core.errors import INTERRUPTED, UserError, out_of_memory
 from loco_det.core.log import is_quiet, log_failure, setup_logging
 
 _STOPS = (signal.SIGTERM, signal.SIGINT)
-_SAME_SIGNAL = 2.0  # seconds in which a second signal is the first one again
-_LEAVING = 10.0  # seconds that a process gets to leave by itself, and again after SIGTERM
-_TRACEBACK = 4000  # characters of a child's; those of all children must fit into a pipe that is read at the end
+_SAME_SIGNAL = 2.0  # seconds within which repeated signals count as one
+_LEAVING = 10.0  # seconds for a process to exit by itself, and again after SIGTERM
+_TRACEBACK = 4000  # maximum length of a child's; those of all children must fit into one pipe
 
 
 class StopSignal:
-    """While active, SIGTERM and SIGINT only set `received`, so that a loop can save and leave between two steps.
+    """While active, SIGTERM and SIGINT only set `received`, so that a loop can save and stop between two steps.
 
-    A second signal interrupts at once. What comes within two seconds of the first is the same request, which often
-    arrives twice: terminals and schedulers tell every process of a job, and its launcher hands on what it was told.
+    A second signal interrupts at once. Signals within two seconds of the first count as the same request: terminals and
+    schedulers signal every process of a job, and its launcher forwards what it receives.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class StopSignal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.received is not None:  # the other copy must not find the old handlers, which end the process
+        if self.received is not None:  # a repeated signal must not reach the old handlers, which end the process
             time.sleep(max(0.0, self._until - time.monotonic()))
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -54,24 +54,24 @@ class StopSignal:
 
 
 class CommonStop:
-    """Asked once a step by every process: whether one of them was told to stop. All get the same answer.
+    """Called once per step by every process: whether any of them received a stop signal. All return the same value.
 
-    Processes tell each other through a group on their hosts, and learn in a step what was told up to the step before:
-    nobody waits, neither for a device nor for a process that is a little behind.
+    Processes exchange signals through a CPU process group; each step returns the state of the previous one, so nobody
+    waits for a device or for a process that is a little behind.
     """
 
     def __init__(self, stop: StopSignal) -> None:
         self.stop = stop
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
-        self.told: tuple[torch.Tensor, dist.Work] | None = None
+        self.pending: tuple[torch.Tensor, dist.Work] | None = None
 
     def __call__(self) -> bool:
-        told = self.stop.received is not None
+        received = self.stop.received is not None
         if self.group is None:
-            return told
-        before = self.told
-        flag = torch.tensor([float(told)])
-        self.told = flag, dist.all_reduce(flag, group=self.group, async_op=True)
+            return received
+        before = self.pending
+        flag = torch.tensor([float(received)])
+        self.pending = flag, dist.all_reduce(flag, group=self.group, async_op=True)
         if before is None:
             return False
         before[1].wait()
@@ -79,19 +79,19 @@ class CommonStop:
 
 
 def leave_stopping_to_parent(_: int = 0) -> None:
-    """Fit a worker process for signals that go to a whole job: its parent needs it until the state is saved.
+    """Set up a worker process for signals to the whole job: its parent needs it until the state is saved.
 
-    SIGINT is ignored, and SIGTERM too if it is not the parent's own, which ends the process without a word.
+    Ignores SIGINT, and SIGTERM unless it comes from the parent, which then ends the process silently.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS, where nobody can tell whose it is
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, where the sender is unknown
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    threading.Thread(target=_exit_if_parent_says, daemon=True).start()
+    threading.Thread(target=_exit_on_parents_sigterm, daemon=True).start()
 
 
-def _exit_if_parent_says() -> None:
+def _exit_on_parents_sigterm() -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -100,14 +100,13 @@ def _exit_if_parent_says() -> None:
 def launch(worker: Callable[..., Any], processes: int, *args: Any) -> Any:
     """Run `worker(*args)` in every process of the job; returns its value on a single process, else None.
 
-    Under torchrun (WORLD_SIZE in the environment) this process joins that job; otherwise `processes` > 1 starts
-    that many here, and hands SIGTERM and SIGINT on to them. The back end is nccl where every process has a GPU of
-    its own, else gloo.
+    Under torchrun (WORLD_SIZE in the environment) this process joins that job; otherwise `processes` > 1 starts that
+    many here and forwards SIGTERM and SIGINT to them. The backend is nccl if every process has its own GPU, else gloo.
 
     Raises:
-        UserError: as the worker raised it, whichever process it was in; a process was killed.
+        UserError: as the worker raised it, in any process; or a process was killed.
         RuntimeError: with the traceback of any other exception in a process that was started here.
-        KeyboardInterrupt: SIGTERM or SIGINT ended processes that were started here and had nothing to save.
+        KeyboardInterrupt: SIGTERM or SIGINT ended processes started here that had nothing to save.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _joined(worker, args)
@@ -124,7 +123,7 @@ def launch(worker: Callable[..., Any], processes: int, *args: Any) -> Any:
         killed = _wait(children, stop)
     if not any(child.exitcode for child in children):
         return None
-    # The first error is the cause; peers fail after it, by a broken connection.
+    # The first error is the cause; peers then fail with broken connections.
     is_bad_input, text = (False, "a process ended without a word") if errors.empty() else errors.get()
     if is_bad_input:
         raise UserError(text)
@@ -137,7 +136,7 @@ def launch(worker: Callable[..., Any], processes: int, *args: Any) -> Any:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """The signals of the block arrive at its end."""
+    """Defer the block's signals to its end."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:
         yield
@@ -146,10 +145,10 @@ def _signals_held() -> Iterator[None]:
 
 
 def _wait(children: Sequence[Any], stop: StopSignal) -> str:
-    """Until all `children` are gone; what `stop` receives is handed on, and none outlives another's failure long.
+    """Wait until all `children` have exited; forwards the signal in `stop`, and ends the others soon after one fails.
 
     Returns:
-        Which child was killed, by what, and not from here; empty if none was.
+        Which child was killed, and by which signal, unless killed from here; empty if none was.
     """
     handed_on = False
     try:
@@ -159,7 +158,7 @@ def _wait(children: Sequence[Any], stop: StopSignal) -> str:
                 for child in children:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(child.pid, signal.Signals[stop.received])
-        _all_gone(children, _LEAVING)  # where one failed the rest notice it at their next meeting
+        _all_gone(children, _LEAVING)  # after a failure the others notice at their next collective
         killed = [(i, -child.exitcode) for i, child in enumerate(children) if (child.exitcode or 0) < 0]
         return f"process {killed[0][0]} was ended by {signal.Signals(killed[0][1]).name}" if killed else ""
     finally:
@@ -172,7 +171,7 @@ def _wait(children: Sequence[Any], stop: StopSignal) -> str:
 
 
 def _all_gone(children: Sequence[Any], seconds: float) -> bool:
-    """Whether no child is alive, after waiting up to `seconds` for that."""
+    """Wait up to `seconds`; return whether all children have exited."""
     deadline = time.monotonic() + seconds
     for child in children:
         child.join(max(0.0, deadline - time.monotonic()))
@@ -193,30 +192,30 @@ def _spawned(
     place["MASTER_PORT"] = port
     os.environ.update({k: str(v) for k, v in place.items()}, MASTER_ADDR="127.0.0.1")
 
-    told = False
+    reported = False
 
-    def tell(error: Exception) -> None:
-        nonlocal told
-        if not told:
-            told = True
+    def report(error: Exception) -> None:
+        nonlocal reported
+        if not reported:
+            reported = True
             log_failure(error)
             bad_input = error if isinstance(error, UserError) else out_of_memory(error)
             errors.put((bad_input is not None, str(bad_input or traceback.format_exc())[-_TRACEBACK:]))
 
-    def telling(*args: Any) -> None:
+    def reporting(*args: Any) -> None:
         try:
             worker(*args)
-        except Exception as error:  # before the process group goes down, so that no peer's comes first
-            tell(error)
+        except Exception as error:  # before the process group is destroyed, so that it is the first error
+            report(error)
             raise
 
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
-        _joined(telling, args)
+        _joined(reporting, args)
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)  # which older versions of torch would make a success
+        sys.exit(INTERRUPTED)  # older torch would make it a success
     except Exception as error:
-        tell(error)
+        report(error)
         sys.exit(1)
 
 

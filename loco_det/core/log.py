@@ -1,7 +1,8 @@
-"""The log on standard error and in log.txt, and progress with its ETA."""
+"""Logging to standard error and log.txt, and progress with ETA."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -20,13 +21,13 @@ from loco_det.core.files import os_errors
 log = logging.getLogger("loco_det")
 _LINE = "%(asctime)s %(levelname).1s %(message)s"
 _LINE_SECONDS = 10.0  # between two progress lines
-_FILE_ONLY = {"file_only": True}  # marks a line whose news the terminal has in another form
+_FILE_ONLY = {"file_only": True}  # marks lines that the terminal shows in another form
 _quiet = False
-_display: RichProgress | None = None  # what the terminal shows; a bar inside another's block is a further row of it
+_display: RichProgress | None = None  # the active display; a bar inside another's block becomes a row of it
 
 
 class _Console(logging.StreamHandler):
-    """Writes to what sys.stderr is now: under a bar that is rich's, which keeps lines and bar apart."""
+    """Writes to the current sys.stderr: under a progress bar rich's, which keeps lines and bar apart."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -37,12 +38,30 @@ class _Console(logging.StreamHandler):
         return sys.stderr
 
 
+class _File(logging.FileHandler):
+    """Handler of log.txt; a full disk is reported once and does not end the run."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.told:
+            self.told = True
+            log.warning("%s: cannot be written (%s); lines are missing from it", self.baseFilename, error.strerror)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of what is still to be written
+            super().close()
+
+
 def setup_logging(output_dir: str | Path | None = None, quiet: bool | None = None) -> None:
     """Send the `loco_det` logger to standard error and, on the main process, to OUTPUT_DIR/log.txt.
 
-    With `quiet` standard error gets warnings only and no progress; None leaves that as it is, also in the
-    processes that `launch` starts. Ranks other than 0 say only warnings. Calling it again replaces what the last
-    call set up, but the log of a folder that `output_dir` lies in goes on: that job is not at its end.
+    With `quiet` standard error gets only warnings and no progress; None keeps the current setting, also in the
+    processes that `launch` starts. Ranks other than 0 log only warnings. Calling it again replaces the previous set-up,
+    but keeps the log of a folder that contains `output_dir`, whose job is still running.
 
     Raises:
         UserError: the folder or its log.txt cannot be written.
@@ -64,19 +83,19 @@ def setup_logging(output_dir: str | Path | None = None, quiet: bool | None = Non
     if output_dir is not None and is_main():
         with os_errors(output_dir):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            file = logging.FileHandler(Path(output_dir) / "log.txt", encoding="utf-8")
+            file = _File(Path(output_dir) / "log.txt", encoding="utf-8")
         file.setFormatter(logging.Formatter(_LINE, "%Y-%m-%d %H:%M:%S"))
         log.addHandler(file)
 
 
 def log_failure(error: BaseException) -> None:
-    """Write what ends the command to log.txt, a bug with its traceback; the terminal is told by the command line."""
+    """Write the error that ends the command to log.txt, with traceback for a bug; the command line prints it itself."""
     bug = not isinstance(error, (UserError, KeyboardInterrupt))
     log.error("%s", str(error) or type(error).__name__, exc_info=error if bug else None, extra=_FILE_ONLY)
 
 
 def is_quiet() -> bool:
-    """Whether only what needs attention is said."""
+    """Whether only warnings and errors are shown."""
     return _quiet
 
 
@@ -85,9 +104,9 @@ def _shows_progress() -> bool:
 
 
 class Progress:
-    """A progress bar with ETA on a terminal, a plain line every ten seconds elsewhere; in log.txt always the lines.
+    """A progress bar with ETA on a terminal, a plain line every ten seconds elsewhere; log.txt always gets the lines.
 
-    `advance(n, loss=..., ...)` moves it on; the fields given last are shown beside the rate.
+    `advance(n, loss=..., ...)` moves it by n; the last given fields are shown beside the rate.
     """
 
     def __init__(self, total: int, description: str, initial: int = 0, unit: str = "it") -> None:
@@ -118,7 +137,7 @@ class Progress:
             self.display.remove_task(self.row)
 
     def advance(self, n: int = 1, **fields: float | str) -> None:
-        """`n` more are done."""
+        """Add `n` completed items."""
         self.done += n
         now = time.monotonic()
         rate = (self.done - self.initial) / max(now - self.started, 1e-9)
@@ -128,8 +147,8 @@ class Progress:
             self.display.update(self.row, completed=self.done, eta=eta, shown=shown)
         if now - self.last_line >= _LINE_SECONDS or self.done >= self.total:
             self.last_line = now
-            told = _FILE_ONLY if self.display is not None else None
-            log.info("%s %d/%d eta %s %s", self.description, self.done, self.total, eta, shown, extra=told)
+            destination = _FILE_ONLY if self.display is not None else None
+            log.info("%s %d/%d eta %s %s", self.description, self.done, self.total, eta, shown, extra=destination)
 
 
 def _is_terminal() -> bool:
@@ -137,24 +156,24 @@ def _is_terminal() -> bool:
 
 
 def _new_display() -> RichProgress:
-    """The ETA is ours: rich's looks back 30 seconds and knows none where a step takes longer."""
+    """Create the display with our own ETA: rich's averages over 30 seconds and has none for slower steps."""
     return RichProgress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TextColumn("{task.fields[eta]}", style="progress.remaining"),
-        # Names may hold [brackets]. They get what room is left, and what does not fit in is left out.
+        # Names may contain [brackets]. They are cut to the remaining width.
         TextColumn(
             "{task.fields[shown]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
         ),
         expand=True,
         console=Console(stderr=True),
-        redirect_stdout=sys.stdout.isatty(),  # what goes elsewhere must get there
+        redirect_stdout=sys.stdout.isatty(),  # keep redirected output where it is
     )
 
 
 def _duration(seconds: float) -> str:
-    """3 days and 4 hours are "76:00:00"."""
+    """Format seconds: 3 days and 4 hours are "76:00:00"."""
     minutes, seconds = divmod(round(max(seconds, 0)), 60)
     return f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"
 

@@ -1,4 +1,4 @@
-"""The numbers that a run logs: OUTPUT_DIR/metrics.json, and the same in TensorBoard and Weights & Biases."""
+"""The metrics of a run: OUTPUT_DIR/metrics.json, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from loco_det.core.log import is_quiet, log
 
 
 class Sink:
-    """One place that the numbers of a run go to."""
+    """A destination for a run's metrics."""
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line; `values["iteration"]` says when, if the line belongs to an iteration."""
+        """Append one line; `values["iteration"]` is its iteration, if it has one."""
         raise NotImplementedError
 
     def trim(self, iteration: int) -> None:
-        """Drop lines of `iteration` and later, where the place allows it."""
+        """Drop lines of `iteration` and later, if the sink supports it."""
 
     def close(self, failed: bool) -> None:
-        """End of the run; `failed`: by an exception."""
+        """End the run; `failed`: by an exception."""
 
 
 class RunMetrics:
-    """The numbers of one run, on its main process; other processes write nothing.
+    """The metrics of one run, written by its main process only.
 
-    The run that owns the numbers opens this with `with`, which closes every sink at its end.
+    Open it with `with`, which closes every sink at the end.
 
     Args:
         cfg: the run's whole configuration; files go to cfg.OUTPUT_DIR, and W&B gets a copy.
@@ -43,7 +43,7 @@ class RunMetrics:
         resume: continue the W&B run that last trained in cfg.OUTPUT_DIR, if any.
 
     Raises:
-        UserError: wandb is not installed, or will not begin a run.
+        UserError: wandb is not installed, or cannot start a run.
     """
 
     def __init__(self, cfg: CfgNode, wandb: str | None = None, resume: bool = False) -> None:
@@ -76,7 +76,7 @@ class RunMetrics:
             sink.write(values)
 
     def trim(self, iteration: int) -> None:
-        """Before the run continues at `iteration`, drop lines of that iteration and later.
+        """Drop lines of `iteration` and later, before the run continues there.
 
         Raises:
             UserError: OUTPUT_DIR cannot be written.
@@ -86,7 +86,7 @@ class RunMetrics:
 
 
 class JsonLines(Sink):
-    """metrics.json in `folder`, one JSON object a line, as Detectron2 writes it; a value that is not finite is null."""
+    """metrics.json in `folder`, one JSON object per line, as Detectron2 writes it; non-finite values are null."""
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / "metrics.json"
@@ -114,12 +114,12 @@ def _iteration(line: bytes) -> float:
 
 
 class TensorBoard(Sink):
-    """Event files in `folder`, with the numbers of lines that have an iteration; the first line begins a new file."""
+    """Event files in `folder` with the lines that have an iteration; the first line starts a new file."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = str(folder)
         self.writer: Any = None
-        self.start: int | None = None  # TensorBoard discards earlier files' numbers from this iteration on
+        self.start: int | None = None  # TensorBoard discards numbers of earlier files from this iteration on
 
     def write(self, values: dict[str, Any]) -> None:
         if "iteration" not in values:
@@ -146,11 +146,11 @@ class TensorBoard(Sink):
 class Wandb(Sink):
     """A W&B run. Lines without an iteration go to its summary; the x axis of every curve is the iteration.
 
-    W&B's own settings and environment (WANDB_MODE=offline, WANDB_ENTITY, ...) apply; its files are in
-    OUTPUT_DIR/wandb. W&B cannot drop lines, so iterations that a resumed run repeats are there twice.
+    W&B's own settings and environment (WANDB_MODE=offline, WANDB_ENTITY, ...) apply; its files are in OUTPUT_DIR/wandb.
+    W&B cannot drop lines, so iterations repeated by a resumed run appear twice.
 
-    OUTPUT_DIR/wandb/run_id.txt names the run to resume. It is written with the first iteration: a run that fails
-    before, or only evaluates, is not resumed.
+    OUTPUT_DIR/wandb/run_id.txt has the id of the run to resume. It is written with the first iteration: a run that
+    fails before, or only evaluates, is not resumed.
 
     Args, Raises: as for `RunMetrics`.
     """
@@ -160,7 +160,7 @@ class Wandb(Sink):
 
         folder = Path(cfg.OUTPUT_DIR)
         self.note = folder / "wandb" / "run_id.txt"
-        self.noted = False  # whether the file names this run
+        self.noted = False  # whether run_id.txt has this run's id
         earlier = self.note.read_text().strip() if resume and self.note.is_file() else None
         with os_errors(folder):
             self.note.parent.mkdir(parents=True, exist_ok=True)

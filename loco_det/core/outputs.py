@@ -1,7 +1,7 @@
-"""What commands of this package write, which may lie in a folder of data and is none of it.
+"""Finds this package's own output in a folder of data, so that it is not read as data.
 
-One folder may hold both, so files are left out one by one: by name, where a file beside them shows by its content that
-such a command has been there.
+A folder may hold both, so files are excluded one by one: by name, if a marker file beside them has the content that the
+command writes.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from loco_det import __version__
 from loco_det.core.errors import UserError
 from loco_det.core.files import cache_folder, write_json
 
-CONVERTED = "converted by loco-det"  # begins info.description of every file that `data convert` writes
+CONVERTED = "converted by loco-det"  # start of info.description in every file of `data convert`
 SUMMARY = "conversion.json"
-PREDICTED = "predict.json"  # lists what `predict` has written into the folder that it lies in
-_WRITTEN = {  # by the file that tells of it
+PREDICTED = "predict.json"  # lists the files that `predict` wrote to its folder
+_WRITTEN = {  # marker file -> names that the command writes
     "check.json": ("check.json", "histogram.png", "annotated.png", "two_views.png"),
     SUMMARY: (SUMMARY,),
     "report.json": ("report.json", "report.md", "index.html", "pretraining_losses.png"),
 }
-_OF_A_RUN = ("config.yaml", "run.json", "metrics.json", "log.txt", "inference", "wandb")
-_HEAD = 4096  # bytes within which such a file names the package
+_OF_A_RUN = ("config.yaml", "run.json", "metrics.json", "SHA256SUMS", "log.txt", "inference", "wandb")
+_HEAD = 4096  # bytes in which a marker file names the package
 
 
 def own_names(folder: Path, names: Collection[str]) -> set[str]:
-    """Those of the files and folders in `folder`, called `names`, that are this package's output or its cache."""
+    """Return the entries of `folder` among `names` that are this package's output or its cache."""
     found = {name for mark in _WRITTEN if mark in names and _is_marked(folder / mark) for name in _WRITTEN[mark]}
     if "config.yaml" in names and not {"run.json", "metrics.json"}.isdisjoint(names):
         found.update(_OF_A_RUN)
@@ -43,10 +43,10 @@ def own_names(folder: Path, names: Collection[str]) -> set[str]:
 
 
 def walk_data(root: Path) -> Iterator[tuple[Path, list[str], set[str]]]:
-    """Every folder of data at and below `root`: its path, the names of its files, and what of it is output.
+    """Walk the data folders at and below `root`: yields path, file names, and which of them are our output.
 
-    Links to folders are followed, and each folder is walked once, by its own path if that lies below `root`: links in
-    a circle end, and no file comes twice. What is hidden and what this package wrote is passed over.
+    Links to folders are followed, and each folder is walked once, by its own path if that lies below `root`: cyclic
+    links end, and no file comes twice. Hidden entries and our own output folders are skipped.
 
     Raises:
         UserError: a folder cannot be listed.
@@ -70,7 +70,7 @@ def _refuse(error: OSError) -> None:
 
 
 def check_written(paths: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Refuse to write over an input, by whatever path.
+    """Check that no output overwrites an input, by any path.
 
     Raises:
         UserError: names both.
@@ -82,7 +82,7 @@ def check_written(paths: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 def check_places(folder: Path, places: Iterable[str]) -> None:
-    """Refuse to write over files, relative to `folder`, that are there and that `predict` did not write.
+    """Check that no output overwrites a file, relative to `folder`, that `predict` did not write.
 
     Raises:
         UserError: names the first.
@@ -96,7 +96,7 @@ def check_places(folder: Path, places: Iterable[str]) -> None:
 
 
 def record_places(folder: Path, places: Collection[str], *, planned: bool) -> None:
-    """List in predict.json, with what it lists and is there, `places`: all that are `planned`, else those that exist.
+    """Add `places` to predict.json: all that are `planned`, else those that exist; drops listed files that are gone.
 
     Raises:
         UserError: it cannot be written.
@@ -107,7 +107,7 @@ def record_places(folder: Path, places: Collection[str], *, planned: bool) -> No
 
 
 def written_by_predict(folder: Path) -> frozenset[str]:
-    """What `predict.json` lists: paths relative to `folder`, those of folders with all below them ending in "/"."""
+    """Return the paths in `predict.json`, relative to `folder`; folders end in "/" and include all below them."""
     file = folder / PREDICTED
     try:
         found = os.stat(file)
@@ -118,18 +118,18 @@ def written_by_predict(folder: Path) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=16)
 def _listed(file: Path, *_: int) -> frozenset[str]:
-    """The rest of the arguments tell one content of the file from another."""
+    """Return the paths in a predict.json; the other arguments only key the cache by the file's content."""
     if not _is_marked(file):
         return frozenset()
     try:
         written = json.loads(file.read_bytes())["written"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # not what is written here
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # not a file of ours
         return frozenset()
     return frozenset(name for name in written if isinstance(name, str)) if isinstance(written, list) else frozenset()
 
 
 def _predicted(folder: Path, names: Collection[str]) -> set[str]:
-    """Those of the `names` in `folder` that a predict.json there or in a folder around it lists."""
+    """Return those of the `names` in `folder` that a predict.json there or in a parent folder lists."""
     found: set[str] = set()
     real = Path(os.path.realpath(folder))
     for around in (real, *real.parents):
@@ -142,7 +142,7 @@ def _predicted(folder: Path, names: Collection[str]) -> set[str]:
 
 
 def is_converted(file: Path) -> bool:
-    """Whether `data convert` wrote a COCO file."""
+    """Whether `data convert` wrote this COCO file."""
     return _head(file).startswith(f'{{"info":{{"description":"{CONVERTED}'.encode())
 
 

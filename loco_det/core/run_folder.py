@@ -1,10 +1,11 @@
-"""The folder of a run: one run at work in it, and what a resumed run must have in common with its beginning."""
+"""Locks a run's folder, and compares a resumed run's configuration with the original."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import re
 import socket
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -13,16 +14,20 @@ from typing import Any
 from loco_det.core.config import flat
 from loco_det.core.distributed import is_main
 from loco_det.core.errors import UserError
-from loco_det.core.files import os_errors
+from loco_det.core.files import atomic_write, file_sha256, os_errors
 
 LOCK = ".lock"
+SUMS = "SHA256SUMS"
+_SUMMED = ("config.yaml", "run.json", "metrics.json", "inference*/*.json", "*/inference*/*.json")
+_SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 @contextlib.contextmanager
 def run_folder(folder: str | Path) -> Iterator[None]:
-    """Hold OUTPUT_DIR for one run, on its main process; temporary files that a killed run left are removed.
+    """Lock OUTPUT_DIR for one run, on its main process; removes temporary files of a killed run.
 
-    The system releases the lock when the process ends, however it ends. On a file system without locks nothing is held.
+    While the run works there is no SHA256SUMS. It is written at the end, or after a failure restored if it still holds.
+    The system releases the lock when the process ends, however it ends. Without effect on file systems without locks.
 
     Raises:
         UserError: another run is at work in the folder, or it cannot be written.
@@ -36,11 +41,11 @@ def run_folder(folder: str | Path) -> Iterator[None]:
         file = open(folder / LOCK, "a+")  # noqa: SIM115 (closed below)
     with file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which workers do not inherit: they may outlive a kill
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by workers, which may outlive a kill
         except (BlockingIOError, PermissionError):
             file.seek(0)
             raise UserError(
-                f"{folder}: another run is at work in it ({file.read().strip() or 'it has not said which'}); wait for "
+                f"{folder}: another run is using it ({file.read().strip() or 'unknown process'}); wait for "
                 "its end, or choose another OUTPUT_DIR"
             ) from None
         except OSError:
@@ -51,16 +56,62 @@ def run_folder(folder: str | Path) -> Iterator[None]:
             file.flush()
             for left in folder.glob(".*.tmp"):
                 left.unlink(missing_ok=True)
-        yield
+            before = (folder / SUMS).read_bytes() if (folder / SUMS).is_file() else None
+            (folder / SUMS).unlink(missing_ok=True)
+        try:
+            yield
+        except UserError:
+            with contextlib.suppress(UserError):
+                if before is not None and before == _sums(folder):
+                    _write_sums(folder, before)
+            raise
+        _write_sums(folder, _sums(folder))
+
+
+def _sums(folder: Path) -> bytes:
+    """What a run has left, as `sha256sum` lists it."""
+    files = sorted(file for pattern in _SUMMED for file in folder.glob(pattern) if file.is_file())
+    with os_errors(folder):
+        return "".join(f"{file_sha256(file)}  {file.relative_to(folder)}\n" for file in files).encode()
+
+
+def _write_sums(folder: Path, content: bytes) -> None:
+    with atomic_write(folder / SUMS) as file:
+        file.write(content)
+
+
+def check_sums(folder: Path, only: Path | None = None) -> None:
+    """Compare what a run left in `folder` with its SHA256SUMS, if it has one; files that are gone are no concern here.
+
+    Args:
+        only: compare this file alone.
+
+    Raises:
+        UserError: a file is not what the run wrote.
+    """
+    sums = folder / SUMS
+    advice = f"take an intact copy, or delete {sums} to use the files as they are"
+    if not sums.is_file():
+        return
+    try:
+        for line in sums.read_text(errors="replace").splitlines():
+            found = _SUM.fullmatch(line)
+            if found is None:
+                raise UserError(f"{sums}: is damaged; {advice}")
+            file = folder / found[2]
+            if (only is None or file == only) and file.is_file() and file_sha256(file) != found[1]:
+                raise UserError(f"{file}: is not what the run wrote; {advice}")
+    except (OSError, ValueError) as error:  # a name with a NUL
+        raise UserError(f"{folder}: cannot be compared with its {SUMS} ({error}); {advice}") from error
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> dict[str, str]:
-    """{"SOLVER.BASE_LR": "0.1 before, 0.2 now", ...}: where two configurations differ.
+    """Return where two configurations differ: {"SOLVER.BASE_LR": "0.1 before, 0.2 now", ...}.
 
     Args:
         before: nested plain data, as YAML has it.
         now: likewise.
-        free: dotted keys that may differ; one that ends in a dot stands for all below it.
+        free: dotted keys that may differ; a trailing dot means all keys below it.
     """
     one, other = flat(before), flat(now)
     return {
@@ -71,7 +122,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collect
     }
 
 
-def told(found: Mapping[str, str]) -> str:
-    """`differences` in a sentence: the first three, and how many more."""
+def summary(found: Mapping[str, str]) -> str:
+    """Format `differences` as text: the first three, and the number of the others."""
     shown = "; ".join(f"{key} is {values}" for key, values in list(found.items())[:3])
     return shown + (f"; and {len(found) - 3} more" if len(found) > 3 else "")

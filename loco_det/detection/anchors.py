@@ -34,7 +34,7 @@ def cell_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> torc
 
 
 def spread_over_levels(values: Sequence, levels: int, key: str) -> list[Sequence[float]]:
-    """One list a level from what Detectron2 lets a config say: a flat list or a single list serves all levels.
+    """Expand a config value to one list per level; as in Detectron2, a single list applies to all levels.
 
     Raises:
         UserError: if `values` is empty or its length is neither 1 nor `levels`; names the config key.
@@ -73,15 +73,15 @@ class AnchorGenerator(nn.Module):
         self.strides = list(strides)
         self.offset = offset
         for level, (size, ratio) in enumerate(zip(sizes, aspect_ratios)):
-            # Not persistent: Detectron2's checkpoints hold no anchors.
+            # Not persistent: not in Detectron2's checkpoints.
             self.register_buffer(f"cell{level}", cell_anchors(size, ratio), persistent=False)
 
     def cells(self) -> list[torch.Tensor]:
-        """L tensors (A, 4): the anchors of one cell of each level."""
+        """Return L tensors (A, 4): the anchors of one cell of each level."""
         return [getattr(self, f"cell{level}") for level in range(len(self.strides))]
 
     def forward(self, grids: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-        """Anchors of every level.
+        """Return the anchors of every level.
 
         Args:
             grids: L pairs (Hi, Wi).

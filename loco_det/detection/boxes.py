@@ -15,7 +15,7 @@ from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss
 
 from loco_det.detection.layers import giou_loss, smooth_l1_loss
 
-# exp() of a predicted log-scale is cut where a 16 px box would grow beyond 1000 px (Detectron's choice).
+# Predicted log-scales are clamped so that a 16 px box does not exceed 1000 px (Detectron's choice).
 LOG_SCALE_LIMIT = math.log(1000.0 / 16)
 
 BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
@@ -58,7 +58,7 @@ class BoxCoder:
         self.weights = tuple(float(w) for w in weights)
 
     def encode(self, references: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """(N, 4) deltas that carry `references` (N, 4) onto `targets` (N, 4)."""
+        """Return (N, 4) deltas from `references` (N, 4) to `targets` (N, 4)."""
         width, height = references[:, 2] - references[:, 0], references[:, 3] - references[:, 1]
         x, y = references[:, 0] + 0.5 * width, references[:, 1] + 0.5 * height
         target_width, target_height = targets[:, 2] - targets[:, 0], targets[:, 3] - targets[:, 1]
@@ -69,7 +69,7 @@ class BoxCoder:
         return torch.stack((dx, dy, dw, dh), dim=1)
 
     def decode(self, deltas: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-        """Boxes (N, K*4) that `deltas` (N, K*4) make of `references` (N, 4); always float32, also under autocast."""
+        """Apply `deltas` (N, K*4) to `references` (N, 4) -> boxes (N, K*4); always float32, also under autocast."""
         deltas = deltas.float()
         references = references.float()
         width, height = references[:, 2] - references[:, 0], references[:, 3] - references[:, 1]
@@ -93,11 +93,11 @@ def regression_loss(
     kind: str,
     beta: float,
 ) -> torch.Tensor:
-    """Summed box loss of foreground regions (all arguments (N, 4); 0-dim result, 0 with a gradient where N = 0).
+    """Sum the box loss of foreground regions (arguments (N, 4); 0-dim result, 0 with a gradient for N = 0).
 
     Args:
         kind: one of `BOX_LOSSES`; smooth_l1 compares deltas, the others compare decoded boxes.
-        beta: where smooth L1 turns from square to linear; 0 is plain L1.
+        beta: threshold between the square and the linear part of smooth L1; 0 is plain L1.
     """
     if kind == "smooth_l1":
         return smooth_l1_loss(deltas, coder.encode(references, targets), beta=beta, reduction="sum")
@@ -109,14 +109,14 @@ def regression_loss(
 def match(
     quality: torch.Tensor, thresholds: Sequence[float], labels: Sequence[int], low_quality: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Assigns every candidate the ground truth it overlaps most, and a label by how much.
+    """Assign every candidate the ground truth with the highest IoU, and a label by that IoU.
 
     Args:
         quality: (M, N) IoU of ground truth and candidates.
         thresholds: T ascending IoUs; a candidate whose best IoU is in [thresholds[i-1], thresholds[i]) gets labels[i].
         labels: T + 1 values of -1 (ignore), 0 (background), 1 (foreground).
-        low_quality: also call foreground every candidate that ties for being some ground truth's best. It keeps
-            the ground truth that it overlaps most itself, which may be another one.
+        low_quality: also label as foreground every candidate that ties for some ground truth's best IoU. It keeps its
+            own best ground truth, which may be another one.
 
     Returns:
         (N,) int64 index of the ground truth, (N,) int8 label. With no ground truth: 0 and labels[0].
@@ -138,7 +138,7 @@ def match(
 def sample_labels(
     labels: torch.Tensor, count: int, positive_fraction: float, background: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random indices of at most `count * positive_fraction` foreground and then background up to `count` in all.
+    """Draw random indices of at most `count * positive_fraction` foreground, then background up to `count` in total.
 
     Args:
         labels: (N,) -1 to ignore, `background`, anything else is foreground.
@@ -157,5 +157,5 @@ def sample_labels(
 
 
 def nms_per_class(boxes: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Kept indices by descending score; a box suppresses those of its own class (or level) above `threshold` IoU."""
+    """Return kept indices by descending score; a box suppresses those of its class (or level) above `threshold` IoU."""
     return torchvision.ops.batched_nms(boxes.float(), scores.float(), classes, threshold)

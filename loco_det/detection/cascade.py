@@ -1,4 +1,4 @@
-"""Cascade R-CNN: box branches in a row, each refining the boxes of the one before and trained at a higher overlap.
+"""Cascade R-CNN: consecutive box branches, each refining the previous boxes and trained at a higher IoU.
 
 Shape legend: B images, Ri regions of image i, R over all images, K classes (index K is background).
 Source: Cascade R-CNN (arXiv 1712.00726); detectron2/modeling/roi_heads/cascade_rcnn.py.
@@ -29,7 +29,7 @@ from loco_det.detection.roi_heads import (
 
 
 class CascadeROIHeads(StandardROIHeads):
-    """`box_head` and `box_predictor` are lists, one a stage; the mask branch sees the first stage's regions."""
+    """`box_head` and `box_predictor` are lists, one entry per stage; the mask branch uses the first stage's regions."""
 
     def make_box_branch(self, cfg: CfgNode, width: int) -> None:
         cascade = cfg.MODEL.ROI_BOX_CASCADE_HEAD
@@ -53,14 +53,14 @@ class CascadeROIHeads(StandardROIHeads):
                 "read; set it to False"
             )
         heads, predictors = [], []
-        for weights in cascade.BBOX_REG_WEIGHTS:  # in turns, as Detectron2 draws their initial values
+        for weights in cascade.BBOX_REG_WEIGHTS:  # alternating, the order in which Detectron2 draws initial values
             heads.append(BoxHead(cfg, width))
             predictors.append(BoxPredictor(cfg, heads[-1].out_channels, weights))
         self.box_head = nn.ModuleList(heads)
         self.box_predictor = nn.ModuleList(predictors)
 
     def train_boxes(self, maps: Maps, samples: list[Sample], targets: Sequence[Instances]) -> Losses:
-        """`loss_cls_stageN` and `loss_box_reg_stageN`; stage N > 0 trains on all boxes of the stage before."""
+        """Return `loss_cls_stageN` and `loss_box_reg_stageN`; stage N > 0 trains on all boxes of the previous stage."""
         losses: Losses = {}
         sizes = [target.image_size for target in targets]
         for stage, predictor in enumerate(self.box_predictor):
@@ -74,7 +74,7 @@ class CascadeROIHeads(StandardROIHeads):
         return losses
 
     def predict_boxes(self, maps: Maps, proposals: Sequence[Instances]) -> list[Instances]:
-        """Boxes of the last stage, scored by the mean probability of all stages."""
+        """Return the boxes of the last stage, scored by the mean probability of all stages."""
         sizes = [proposal.image_size for proposal in proposals]
         regions = [proposal.boxes for proposal in proposals]
         probabilities = []
@@ -89,7 +89,7 @@ class CascadeROIHeads(StandardROIHeads):
     def _predict(self, stage: int, maps: Maps, regions: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         pooled = self.box_pooler(maps, regions)
         if pooled.requires_grad:
-            # The losses of the stages are added, but what reaches the shared features is their mean.
+            # The losses of the stages are summed, but the shared features get their mean gradient.
             share = 1.0 / len(self.box_head)
             pooled.register_hook(lambda gradient: gradient * share)
         return self.box_predictor[stage](self.box_head[stage](pooled))
@@ -98,7 +98,7 @@ class CascadeROIHeads(StandardROIHeads):
     def _refine(
         self, stage: int, deltas: torch.Tensor, regions: list[torch.Tensor], sizes: list[tuple[int, int]]
     ) -> list[torch.Tensor]:
-        """A stage's boxes, constants for the next one, limited to the image."""
+        """Return a stage's boxes, detached for the next one and clipped to the image."""
         boxes = self.box_predictor[stage].coder.decode(deltas, torch.cat(regions))
         return [clip(b, size) for b, size in zip(boxes.split([len(r) for r in regions]), sizes)]
 
@@ -113,7 +113,7 @@ class CascadeROIHeads(StandardROIHeads):
 
 
 def build_roi_heads(cfg: CfgNode, channels: dict[str, int], strides: dict[str, int]) -> RoiHeads:
-    """The heads that MODEL.ROI_HEADS.NAME asks for."""
+    """Build the heads named by MODEL.ROI_HEADS.NAME."""
     kinds = {
         "StandardROIHeads": StandardROIHeads,
         "CascadeROIHeads": CascadeROIHeads,

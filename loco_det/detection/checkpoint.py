@@ -1,8 +1,8 @@
 """Checkpoints in OUTPUT_DIR, in Detectron2's layout: model_0004999.pth, model_final.pth and `last_checkpoint`.
 
-A file holds {"model", "optimizer", "scheduler", "iteration", ...} and the same state once more as Detectron2's
-DefaultTrainer nests it, under "trainer" (tensors are stored once), so that either program can take up the other's
-run. "iteration" is the one that was last finished, counted from 0.
+A file holds {"model", "optimizer", "scheduler", "iteration", ...}, and the same state under "trainer" as Detectron2's
+DefaultTrainer nests it (tensors are stored once), so that each program can resume the other's run. "iteration" is the
+last one finished, counted from 0.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from loco_det.core.distributed import is_main
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, os_errors
 from loco_det.core.log import log
-from loco_det.core.run_folder import differences, told
+from loco_det.core.run_folder import differences, summary
 from loco_det.detection.solver import Schedule
 from loco_det.detection.weights import Weights, apply_weights, pixel_facts, read_weights
 
 LAST = "last_checkpoint"
 FREE_IN_EVALUATION = ("DATALOADER.", "DATASETS.", "INPUT.", "SOLVER.", "SEED", "VERSION")
 IDENTITY = ("config", "annotations")
-_TOLD = ("MODEL.WEIGHTS", "SOLVER.MAX_ITER", "SOLVER.STEPS")  # may differ, and the log says so
-# Keys in which a run and its continuation may differ: where and how fast it runs, how long, and what it is tested on.
+_LOGGED = ("MODEL.WEIGHTS", "SOLVER.MAX_ITER", "SOLVER.STEPS")  # may differ, with a line in the log
+# Keys that may differ on resuming: where and how fast it runs, how long, and testing.
 FREE_KEYS = (
     "OUTPUT_DIR",
     "MODEL.DEVICE",
@@ -60,7 +60,7 @@ FREE_KEYS = (
 
 @dataclass
 class Checkpointer:
-    """Saves and restores one training run; `note` is what the run wants to remember of itself."""
+    """Saves and restores one training run; `note` is extra state that the run stores."""
 
     cfg: CfgNode
     model: nn.Module
@@ -68,10 +68,10 @@ class Checkpointer:
     schedule: Schedule
     scaler: torch.amp.GradScaler
     note: dict[str, Any]
-    path_manager: None = None  # fvcore asks for one when it deletes files, which this run never does
+    path_manager: None = None  # required by fvcore for deleting files, which never happens here
 
     def save(self, name: str, iteration: int) -> Path:
-        """Write OUTPUT_DIR/`name`.pth, whole or not at all, and point `last_checkpoint` at it."""
+        """Write OUTPUT_DIR/`name`.pth atomically, and update `last_checkpoint`."""
         path = Path(self.cfg.OUTPUT_DIR) / f"{name}.pth"
         optimizer, schedule = self.optimizer.state_dict(), self.schedule.state_dict()
         trainer = {"iteration": iteration, "optimizer": optimizer}
@@ -90,19 +90,19 @@ class Checkpointer:
         return path
 
     def periodic(self) -> PeriodicCheckpointer:
-        """Saves after every SOLVER.CHECKPOINT_PERIOD iterations and, as model_final, after the last."""
+        """Return a checkpointer for every SOLVER.CHECKPOINT_PERIOD iterations and, as model_final, the last."""
         if self.cfg.SOLVER.CHECKPOINT_PERIOD < 1:
             raise UserError(f"SOLVER.CHECKPOINT_PERIOD is {self.cfg.SOLVER.CHECKPOINT_PERIOD}; give at least 1.")
         return PeriodicCheckpointer(self, self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.SOLVER.MAX_ITER)
 
     def restore(self, weights: Weights, drawn: bool = False) -> int:
-        """Take up a run from its checkpoint; returns the iteration to go on with.
+        """Restore a run from its checkpoint; returns the iteration to continue with.
 
         Args:
-            drawn: this run's SEED is not the user's, so that it may be another than before.
+            drawn: this run's SEED was drawn, not set by the user, so it may differ.
 
         Raises:
-            UserError: the file has no training state, or is of another configuration, data, model or optimiser.
+            UserError: the file has no training state, or another configuration, data, model or optimiser.
         """
         state = training_state(weights)
         check_same_run(weights.path, state.get("loco_det") or {}, self.note, ("SEED",) if drawn else ())
@@ -114,7 +114,7 @@ class Checkpointer:
                 f"{weights.path}: its optimiser state does not fit ({error}); resume with the configuration the run "
                 "was started with."
             ) from error
-        # How a step is computed is this run's choice, fast or exact; a state's groups bring the writer's.
+        # This run chooses the fast or exact optimiser; the state's groups have the writer's choice.
         for group in self.optimizer.param_groups:
             group.update({name: self.optimizer.defaults[name] for name in ("foreach", "fused")})
         self.schedule.load_state_dict(state["scheduler"])
@@ -126,51 +126,51 @@ class Checkpointer:
 
 
 def identity(cfg: CfgNode) -> dict[str, Any]:
-    """What a run keeps in its checkpoints to be known by: its configuration, and the hash of what it learns from."""
+    """Return the identity of a run that its checkpoints store: its configuration, and the hash of its training data."""
     found = {name: find_dataset(name).index.file.sha256 for name in cfg.DATASETS.TRAIN}
     return dict(zip(IDENTITY, (cfg.dump(), found)))
 
 
 def check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str] = ()) -> None:
-    """Refuse to resume another run's checkpoint; Detectron2's and older ones do not say whose they are.
+    """Refuse to resume another run's checkpoint; Detectron2's and older ones have no identity.
 
     Args:
         path: the checkpoint, for messages.
-        before: its `identity`, as far as it has one.
+        before: its `identity`, possibly incomplete.
         now: this run's.
         free: keys that may differ besides `FREE_KEYS`.
 
     Raises:
-        UserError: keys that may not differ do, or a training set's annotations.
+        UserError: other keys differ, or a training set's annotations.
     """
-    advice = "resume with what the run was started with, or choose another OUTPUT_DIR and start anew"
+    advice = "resume with the original ones, or start a new run in another OUTPUT_DIR"
     annotations = before.get("annotations")
-    if annotations:  # the same annotations may have moved
+    if annotations:  # the same annotations may have another path
         free = (*free, "DATASETS.TRAIN")
     if isinstance(before.get("config"), str):
         one, other = (yaml.safe_load(text) for text in (before["config"], now["config"]))
         found = differences(one, other, (*FREE_KEYS, *free))
         if found:
-            raise UserError(f"{path} is of a run with another configuration ({told(found)}); {advice}.")
-        if found := differences(one, other, [key for key in FREE_KEYS if key not in _TOLD]):
-            log.info("goes on with another configuration: %s", told(found))
+            raise UserError(f"{path} is a checkpoint of another configuration ({summary(found)}); {advice}.")
+        if found := differences(one, other, [key for key in FREE_KEYS if key not in _LOGGED]):
+            log.info("resuming with a changed configuration: %s", summary(found))
     if annotations and now.get("annotations") and list(annotations.values()) != list(now["annotations"].values()):
         names = ", ".join(now["annotations"])
         raise UserError(f"{path} is of a run on other annotations than those of {names}; {advice}.")
 
 
 def retire_checkpoints(output_dir: str | Path) -> None:
-    """A run begins anew: an earlier one's checkpoints stay, but no --resume takes one for this run's."""
+    """Start a run anew: an earlier run's checkpoints stay, but --resume does not find them."""
     if is_main():
         with os_errors(output_dir):
             (Path(output_dir) / LAST).unlink(missing_ok=True)
 
 
 def training_state(weights: Weights) -> dict[str, Any]:
-    """Optimiser, schedule and iteration of a checkpoint of ours or of Detectron2's DefaultTrainer.
+    """Return optimiser, schedule and iteration of our checkpoint or of Detectron2's DefaultTrainer.
 
     Raises:
-        UserError: there is none in the file.
+        UserError: the file has no training state.
     """
     state = dict(weights.state or {})
     trainer = state.get("trainer")
@@ -189,10 +189,10 @@ def training_state(weights: Weights) -> dict[str, Any]:
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The file that OUTPUT_DIR/last_checkpoint names; None if no run has saved there.
+    """Return the file named in OUTPUT_DIR/last_checkpoint; None if no run has saved there.
 
     Raises:
-        UserError: it names a file that is gone.
+        UserError: the named file is missing.
     """
     pointer = Path(output_dir) / LAST
     if not pointer.is_file():
@@ -206,13 +206,13 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def read_last(output_dir: str | Path) -> Weights | None:
-    """The last checkpoint of OUTPUT_DIR, read; None if there is none."""
+    """Read the last checkpoint of OUTPUT_DIR; None if there is none."""
     path = last_checkpoint(output_dir)
     return read_weights(path) if path else None
 
 
 def _own(value: Any) -> Any:
-    """A copy whose tensors no longer share the file's pages."""
+    """Copy a value so that its tensors no longer share the mapped file."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, dict):

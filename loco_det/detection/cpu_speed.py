@@ -1,8 +1,8 @@
 """Fast forms of a detector's parts for CPUs: the same formulas up to rounding.
 
-`speed_up` chooses once for a whole network, by setting `fast` on each part that has two forms. A network starts exact:
-its numbers match Detectron2's bit for bit. On a GPU it stays exact, because the fast forms have not been measured
-there. Folded normalisation (backbones/folding.py) follows the same switch.
+`speed_up` sets `fast` on every part of a network that has two forms. A network starts exact: its numbers match
+Detectron2's bit for bit. On a GPU it stays exact, because the fast forms have not been measured there. Folded
+normalisation (backbones/folding.py) follows the same switch.
 
 Shape legend: B images, N anchors, K classes, R regions over all images, S pooled side, L levels, feature l
 (B, C, Hl, Wl), T cells along an axis.
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 
 def speed_up(model: nn.Module, on: bool = True) -> nn.Module:
-    """Choose the fast form of every part of `model` that has one, or with `on` False the exact form; returns `model`.
+    """Switch every part of `model` that has two forms to the fast form, or with `on` False to the exact one.
 
-    A model on a GPU stays exact. Detectron2's own models have no such parts.
+    Returns `model`. A model on a GPU stays exact. Detectron2's own models have no such parts.
     """
     on = on and all(parameter.device.type == "cpu" for parameter in model.parameters())
     for part in model.modules():
@@ -32,7 +32,7 @@ def speed_up(model: nn.Module, on: bool = True) -> nn.Module:
 
 
 def is_fast(model: nn.Module) -> bool:
-    """Whether a detector of either engine computes in its fast form."""
+    """Whether a detector of either engine uses its fast form."""
     return getattr(model, "fast", False)
 
 
@@ -54,14 +54,14 @@ def predict_cells(
     image: Tensor,
     anchor: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (N,) and deltas (N, 4) of an RPN's head at N anchors only.
+    """Predict an RPN head's logits (N,) and deltas (N, 4) at N anchors only.
 
-    The loss of the RPN samples a few hundred of all anchors, so forward and backward visit as many cells and no others.
+    The RPN's loss samples a few hundred anchors; forward and backward visit only their cells.
 
     Args:
         conv, objectness, deltas: the head's 3x3 convolution, which ends in a ReLU, and its two 1x1 convolutions.
         features: L maps (B, C, Hi, Wi).
-        image, anchor: (N,) int64, the anchor by its place among an image's anchors of all levels.
+        image, anchor: (N,) int64, the anchor as its index among all levels' anchors of an image.
     """
     per_cell = objectness.out_channels
     cell = torch.div(anchor, per_cell, rounding_mode="floor")
@@ -74,7 +74,7 @@ def predict_cells(
         before += height * width
     place = torch.cat(order).argsort()
     patch = torch.cat(patches)[place]
-    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # as the patches: row, column, channel
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # in the order of the patches: row, column, channel
     hidden = F.relu_(F.linear(patch, weight, conv.bias))
     scores = F.linear(hidden, objectness.weight.flatten(1), objectness.bias)
     found = F.linear(hidden, deltas.weight.flatten(1), deltas.bias)
@@ -84,7 +84,7 @@ def predict_cells(
 
 
 def cell_patches(feature: Tensor, image: Tensor, cell: Tensor) -> Tensor:
-    """The 3x3 neighbourhoods (N, 9 * C) of N cells of a feature (B, C, H, W), zero outside it.
+    """Return the 3x3 neighbourhoods (N, 9 * C) of N cells of a feature (B, C, H, W), zero-padded.
 
     Args:
         image, cell: (N,) int64, the cell as row * W + column.
@@ -100,13 +100,13 @@ def cell_patches(feature: Tensor, image: Tensor, cell: Tensor) -> Tensor:
 
 
 def logits_of_own_class(deconv: nn.ConvTranspose2d, predictor: nn.Conv2d, x: Tensor, classes: Tensor) -> Tensor:
-    """The last two layers of a mask head as matrix products, for each region's own class only.
+    """Compute the last two layers of a mask head as matrix products, for each region's own class only.
 
-    The four pixels that the deconvolution makes of one stay side by side until they are logits.
+    The four pixels that the deconvolution makes of one stay adjacent until they are logits.
 
     Args:
         deconv: 2x2, stride 2.
-        predictor: 1x1 to K classes, or to one for all of them.
+        predictor: 1x1 to K classes, or to one class-agnostic.
         x: (R, C, S, S).
         classes: (R,) int64 in [0, K).
 
@@ -126,9 +126,9 @@ def logits_of_own_class(deconv: nn.ConvTranspose2d, predictor: nn.Conv2d, x: Ten
 
 # --- ROIAlign ---------------------------------------------------------------------------------------------------
 #
-# A bin is the mean of samples on a grid in it, each sample a bilinear mean of four cells; along each axis a region is
-# a matrix of weights, bins by cells, and its pooled features are Wy F Wx'. torchvision's operator visits every sample
-# of every channel on one thread instead, and takes four times (forward) to ten times (backward) as long.
+# A bin is the mean of samples on a grid in it, each a bilinear mean of four cells. Along each axis a region is a matrix
+# of weights, bins by cells, and its pooled features are Wy F Wx'. torchvision's operator instead visits every sample of
+# every channel on one thread, and takes four times (forward) to ten times (backward) as long.
 # Source of the arithmetic: torchvision/csrc/ops/cpu/roi_align_kernel.cpp.
 
 
@@ -141,15 +141,15 @@ def roi_align_pyramid(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:
-    """ROIAlign of each region from its own level, as `torchvision.ops.roi_align` up to rounding.
+    """Pool each region from its own level by ROIAlign, as `torchvision.ops.roi_align` up to rounding.
 
     Args:
         features: L maps.
         regions: (R, 5) image number and XYXY box in input pixels.
         level: (R,) int64 in [0, L).
         side: S.
-        scales: feature cells a pixel, of each level.
-        sampling_ratio: samples a bin side; 0 means as many as there are cells under the bin.
+        scales: feature cells per pixel of each level.
+        sampling_ratio: samples per bin side; 0 means the number of cells under the bin.
         aligned: with the half-pixel correction.
 
     Returns:
@@ -171,13 +171,13 @@ def roi_align_pyramid(
 
 
 def axis_weights(start: Tensor, length: Tensor, cells: int, side: int, ratio: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The weight of each cell in each bin along one axis.
+    """Return the weight of each cell in each bin along one axis.
 
     Args:
         start, length: (R,) of the regions, in cells.
         cells: T.
         side: S.
-        ratio: samples a bin; 0 means as many as there are cells under it.
+        ratio: samples per bin; 0 means the number of cells under it.
 
     Returns:
         (R, S, T) float32 weights; (R,) int64 first cell with a weight and (R,) the one after the last, equal if there
@@ -187,7 +187,7 @@ def axis_weights(start: Tensor, length: Tensor, cells: int, side: int, ratio: in
     k = torch.arange(int(samples.max().clamp(min=0)) if len(samples) else 0)
     size, samples = (length / side)[:, None, None], samples[:, None, None]
     position = start[:, None, None] + torch.arange(side)[:, None] * size + (k + 0.5) * size / samples
-    used = (k < samples) & (position >= -1.0) & (position <= cells)  # a sample further outside is 0
+    used = (k < samples) & (position >= -1.0) & (position <= cells)  # samples further outside are 0
     position = position.clamp(min=0)
     low = torch.where(used, position, 0).to(torch.int64).clamp(max=cells - 1)
     high = (low + 1).clamp(max=cells - 1)
@@ -205,7 +205,7 @@ def axis_weights(start: Tensor, length: Tensor, cells: int, side: int, ratio: in
 
 
 class _Pool(torch.autograd.Function):
-    """`places` has for each level its regions' (region, image, top, bottom, left, right), `weights` the matrices."""
+    """ROIAlign as matrix products; `places` lists per level its regions' (region, image, top, bottom, left, right)."""
 
     @staticmethod
     def forward(ctx: Any, places: list, weights: list, side: int, *features: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ class _Pool(torch.autograd.Function):
                         continue
                     across = torch.mm(rows[i, :, top:bottom], area).view(side, -1, channels)
                     torch.bmm(columns[i, :, left:right].expand(side, -1, -1), across, out=pooled)
-                    out[region].copy_(pooled.permute(2, 0, 1))  # while it is in the processor's cache
+                    out[region].copy_(pooled.permute(2, 0, 1))  # while it is cached
         ctx.places, ctx.weights = places, weights
         ctx.like = [(feature.shape, feature.dtype) for feature in features]
         return out.to(features[0].dtype)
@@ -254,7 +254,7 @@ def _precision(tensor: Tensor) -> torch.dtype:
 
 
 def _cells(cells: Tensor, image: int, top: int, bottom: int, left: int, right: int) -> Tensor | None:
-    """The cells under a region as a matrix that shares their memory, (rows, columns * C); None if there are none."""
+    """Return the cells under a region as a matrix view (rows, columns * C); None if there are none."""
     if top >= bottom or left >= right:
         return None
     width, channels = cells.shape[2:]
@@ -265,7 +265,7 @@ def _cells(cells: Tensor, image: int, top: int, bottom: int, left: int, right: i
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread for thousands of small products, each of which takes less time than waking the others."""
+    """Use one thread for thousands of small products, each cheaper than waking other threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -18,10 +18,10 @@ OFFSETS = 2 * 3 * 3  # y and x of each of the kernel's nine points
 
 
 class DeformConv2d(nn.Module):
-    """A 3x3 convolution whose nine points move by given offsets, with its normalisation as `.norm`.
+    """A 3x3 convolution whose nine points are shifted by given offsets, with its normalisation as `.norm`.
 
     Args:
-        conv: the plain convolution it stands for; weight and normalisation are taken over.
+        conv: the plain convolution to replace; its weight and normalisation are reused.
     """
 
     def __init__(self, conv: Conv2d) -> None:
@@ -32,16 +32,16 @@ class DeformConv2d(nn.Module):
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) and offsets (B, 18, H', W') in input pixels, y before x -> (B, out, H', W')."""
-        wide = torch.promote_types(x.dtype, torch.float32)  # on CPUs torchvision has it in nothing narrower
+        wide = torch.promote_types(x.dtype, torch.float32)  # torchvision's CPU kernel needs at least float32
         out = deform_conv2d(x.to(wide), offsets.to(wide), self.weight.to(wide), **self.geometry)
         return self.norm(out.to(x.dtype))
 
 
 class DeformBottleneck(Residual):
-    """A bottleneck whose 3x3 convolution is deformable; at first all offsets are zero and nothing is deformed.
+    """A bottleneck with a deformable 3x3 convolution; its offsets start at zero, without effect.
 
     Args:
-        block: the plain bottleneck, whose layers it takes over.
+        block: the plain bottleneck, whose layers it reuses.
     """
 
     def __init__(self, block: Bottleneck) -> None:
@@ -66,5 +66,5 @@ class DeformBottleneck(Residual):
 
 
 def deformable(stage: nn.Sequential) -> nn.Sequential:
-    """A stage of bottlenecks with every 3x3 convolution deformable."""
+    """Make every 3x3 convolution of a stage of bottlenecks deformable."""
     return nn.Sequential(*(DeformBottleneck(block) for block in stage))

@@ -1,6 +1,4 @@
-"""What an engine is: a model and its data pipeline. Training, checkpoints and evaluation are one and the same for all,
-so that a difference between engines is one of model or data.
-"""
+"""The interface of an engine: model and data pipeline. Everything else is shared, so engines differ in these only."""
 
 from __future__ import annotations
 
@@ -21,31 +19,31 @@ class Engine(Protocol):
     """`engine_torchvision.TorchvisionEngine` or `engine_d2.Detectron2Engine`.
 
     Attributes:
-        name: torchvision or detectron2, as `--engine` takes it.
+        name: torchvision or detectron2, the value of `--engine`.
     """
 
     name: str
 
     def check(self, cfg: CfgNode, settings: Settings | None = None) -> None:
-        """Refuse, with UserError, keys that this engine does not support; `settings` says who set them."""
+        """Raise UserError for keys that this engine does not support; `settings` has their origin."""
 
     def build_model(self, cfg: CfgNode) -> nn.Module:
-        """The detector on MODEL.DEVICE, freshly initialised."""
+        """Build the detector on MODEL.DEVICE, freshly initialised."""
 
     def train_batches(self, cfg: CfgNode, start: int) -> Iterable[Batch]:
-        """Endless batches of this process's share of SOLVER.IMS_PER_BATCH, from iteration `start` on."""
+        """Return endless batches of this process's share of SOLVER.IMS_PER_BATCH, from iteration `start` on."""
 
     def test_batches(self, cfg: CfgNode, dataset: Dataset) -> Iterable[Batch]:
-        """This process's share of a data set's images, each once; it has a length."""
+        """Return this process's share of a data set's images, each once; has a length."""
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """{name: 0-dim tensor} under Detectron2's names; `model` may be wrapped for distributed training."""
+        """Return {name: 0-dim tensor} under Detectron2's names; `model` may be wrapped for distributed training."""
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Instances] | list[Tensor]:
-        """Detections, or a proposal network's proposals, of a model in evaluation mode, in the original image's pixels.
+        """Predict in evaluation mode: detections, or a proposal network's proposals, in the original image's pixels.
 
-        A semantic segmentor's are logits (K, height, width) for each image.
+        A semantic segmentor returns logits (K, height, width) per image.
         """
 
     def augment(self, cfg: CfgNode, model: nn.Module) -> nn.Module:
-        """`model` with test-time augmentation (TEST.AUG); `predict` takes it as it takes the model."""
+        """Wrap `model` with test-time augmentation (TEST.AUG); `predict` accepts the result."""

@@ -1,6 +1,6 @@
-"""The engine that is Detectron2: its model, its data pipeline. The only file that imports it, and only when called.
+"""The Detectron2 engine: its model and data pipeline. The only file that imports it, and only when called.
 
-`engine.Engine` documents the methods. Model, losses, anchors, sampling, mapper, inference are Detectron2's own; loop,
+`engine.Engine` documents the methods. Model, losses, anchors, sampling, mapper and inference are Detectron2's; loop,
 solver (tested equal), checkpoints and evaluation are this package's.
 """
 
@@ -29,18 +29,18 @@ _registered: dict[str, tuple[str, str]] = {}
 
 
 def installed() -> bool:
-    """Whether Detectron2 can be imported here."""
+    """Whether Detectron2 can be imported."""
     return importlib.util.find_spec("detectron2") is not None
 
 
 def version() -> str:
-    """Detectron2's version, after importing it and the operators it compiled for one version of torch.
+    """Import Detectron2 and its operators, compiled for one version of torch; returns its version.
 
     Raises:
-        ImportError: either cannot be.
+        ImportError: either import fails.
     """
     import detectron2
-    import detectron2.layers  # loads them
+    import detectron2.layers  # loads the operators
 
     return detectron2.__version__
 
@@ -51,7 +51,7 @@ class Detectron2Engine:
     name = "detectron2"
 
     def check(self, cfg: CfgNode, settings: Settings | None = None) -> None:
-        """Judge only the task: every key of the tree is Detectron2's, which judges most values itself."""
+        """Check the task only: every key is Detectron2's, which validates most values itself."""
         check_task(cfg, settings)
 
     def build_model(self, cfg: CfgNode) -> nn.Module:
@@ -60,7 +60,7 @@ class Detectron2Engine:
         return build_model(_native(cfg))
 
     def train_batches(self, cfg: CfgNode, start: int) -> Iterable[Batch]:
-        """Detectron2's loader begins its order of images anew at every start; `start` is not used, as in Detectron2."""
+        """`start` is unused: Detectron2's loader restarts its order of images at every start."""
         from detectron2.data import DatasetMapper, build_detection_train_loader
 
         datasets = [find_dataset(name) for name in cfg.DATASETS.TRAIN]
@@ -81,7 +81,7 @@ class Detectron2Engine:
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         from detectron2.utils.events import EventStorage
 
-        with EventStorage():  # its heads write statistics to one
+        with EventStorage():  # its heads require one
             return model(batch)
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Instances] | list[Tensor]:
@@ -116,7 +116,7 @@ def _native(cfg: CfgNode) -> Any:
 
 
 class _WorkersMapper:
-    """A mapper whose process, where it is a loader's worker, leaves stopping to its parent."""
+    """A mapper that leaves stopping to the parent process if it runs in a loader's worker."""
 
     def __init__(self, mapper: Any) -> None:
         self.mapper = mapper
@@ -130,7 +130,7 @@ class _WorkersMapper:
 
 
 class _SemanticMapper:
-    """Detectron2's mapper on labels that are read here, as classes; its own reads a palette's colours."""
+    """Detectron2's mapper on labels that this package reads as classes; its own would read a palette's colours."""
 
     def __init__(self, mapper: Any, datasets: Sequence[Dataset]) -> None:
         self.mapper, self.labels = mapper, {dataset.name: dataset.labels for dataset in datasets}
@@ -148,7 +148,7 @@ class _SemanticMapper:
 
 
 def _semantic_records(dataset: Dataset) -> list[dict[str, Any]]:
-    """What Detectron2 trains on and tests, of a data set with pixel labels."""
+    """Return the records of a data set with pixel labels for Detectron2."""
     index = dataset.index
     columns = zip(index.image_id.tolist(), index.file_name.tolist(), index.height.tolist(), index.width.tolist())
     images = [(number, str(dataset.images / file), height, width) for number, file, height, width in columns]
@@ -158,7 +158,7 @@ def _semantic_records(dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def _register(dataset: Dataset) -> None:
-    """Tell Detectron2 of a NAME_SPLIT data set that it does not know."""
+    """Register a NAME_SPLIT data set that Detectron2 does not know."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.data.datasets import register_coco_instances
 
@@ -174,8 +174,8 @@ def _register(dataset: Dataset) -> None:
         own = MetadataCatalog.get(name)
         elsewhere = own.get("evaluator_type") == "coco" and own.json_file != places[0]
         if name not in _registered and not dataset.derived and not elsewhere:
-            return  # its own, below the DETECTRON2_DATASETS of when it was imported
-        DatasetCatalog.remove(name)  # the same name below another DETECTRON2_DATASETS, or in another format
+            return  # Detectron2's own, below DETECTRON2_DATASETS at its import
+        DatasetCatalog.remove(name)  # the same name for another DETECTRON2_DATASETS or format
         MetadataCatalog.remove(name)
     if dataset.is_pixels:
         DatasetCatalog.register(name, functools.partial(_semantic_records, dataset))

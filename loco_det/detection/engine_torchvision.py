@@ -1,4 +1,4 @@
-"""The engine that needs nothing but PyPI: this package's own model and data pipeline; `engine.Engine` documents it."""
+"""The torchvision engine: this package's own model and data pipeline, from PyPI only; see `engine.Engine`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TorchvisionEngine:
     """See `engine.Engine`.
 
     Args:
-        max_bad_share: of the training images that may turn out to be unusable when they are decoded.
+        max_bad_share: tolerated share of training images that fail to decode.
     """
 
     name = "torchvision"

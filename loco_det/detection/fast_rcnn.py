@@ -43,7 +43,7 @@ class BoxHead(nn.Module):
             self.fcs.append(f"fc{index + 1}")
             size = head.FC_DIM
         self.out_channels = size
-        # Once all layers are there, as Detectron2 does it: the same seed then gives the same weights.
+        # After all layers exist, as in Detectron2, so that a seed gives the same weights.
         for name in self.convs:
             c2_msra_fill(getattr(self, name))
         for name in self.fcs:
@@ -64,7 +64,7 @@ class BoxPredictor(nn.Module):
 
     Args:
         channels: length of a region's features.
-        box_weights: of the box code, MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS if not given.
+        box_weights: weights of the box code; default MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS.
     """
 
     def __init__(self, cfg: CfgNode, channels: int, box_weights: Sequence[float] | None = None) -> None:
@@ -96,12 +96,12 @@ class BoxPredictor(nn.Module):
         classes: torch.Tensor,
         truth: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """`loss_cls` and `loss_box_reg` of sampled regions.
+        """Return `loss_cls` and `loss_box_reg` of sampled regions.
 
         Args:
             boxes: (R, 4) regions.
             classes: (R,) int64 in [0, K].
-            truth: (R, 4) matched ground truth; anything where the class is background.
+            truth: (R, 4) matched ground truth; arbitrary for background.
         """
         foreground = (classes < self.num_classes).nonzero().squeeze(1)
         if deltas.shape[1] == 4:
@@ -112,7 +112,7 @@ class BoxPredictor(nn.Module):
         box_loss = regression_loss(
             self.coder, boxes[foreground], deltas, truth[foreground], s.BBOX_REG_LOSS_TYPE, s.SMOOTH_L1_BETA
         )
-        # By all regions, not by foreground ones: every foreground region then weighs the same in every batch.
+        # Divided by all regions, not foreground ones: every foreground region then has the same weight in every batch.
         return {
             "loss_cls": self._class_loss(scores, classes),
             "loss_box_reg": box_loss / max(len(classes), 1) * s.BBOX_REG_LOSS_WEIGHT,
@@ -129,17 +129,17 @@ class BoxPredictor(nn.Module):
 
     @torch.no_grad()
     def boxes_of_classes(self, deltas: torch.Tensor, boxes: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        """(R, 4) predicted boxes of the given classes; background takes the last class's."""
+        """Return (R, 4) predicted boxes of the given classes; background uses the last class's."""
         decoded = self.coder.decode(deltas, boxes).view(len(boxes), deltas.shape[1] // 4, 4)
         chosen = classes.clamp(0, decoded.shape[1] - 1)
         return decoded[torch.arange(len(boxes), device=boxes.device), chosen]
 
     def probabilities(self, scores: torch.Tensor) -> torch.Tensor:
-        """(R, K+1) in [0, 1] from class scores."""
+        """Return (R, K+1) probabilities from class scores."""
         return scores.sigmoid() if self.settings.USE_SIGMOID_CE else F.softmax(scores, dim=-1)
 
     def detect(self, scores: torch.Tensor, deltas: torch.Tensor, proposals: Sequence[Instances]) -> list[Instances]:
-        """Detections of every image, as `select_detections` makes them.
+        """Return every image's detections, by `select_detections`.
 
         Args:
             scores, deltas: predictions for the regions of all `proposals`, in their order.
@@ -148,7 +148,7 @@ class BoxPredictor(nn.Module):
         return self.select(boxes, self.probabilities(scores), proposals)
 
     def select(self, boxes: torch.Tensor, scores: torch.Tensor, proposals: Sequence[Instances]) -> list[Instances]:
-        """Detections of every image out of the boxes (R, K*4 or 4) and probabilities (R, K+1) of all regions."""
+        """Select every image's detections from boxes (R, K*4 or 4) and probabilities (R, K+1) of all regions."""
         counts = [len(p) for p in proposals]
         limits = self.score_threshold, self.nms_threshold, self.max_detections
         return [
@@ -165,15 +165,15 @@ def select_detections(
     nms_threshold: float,
     max_detections: int,
 ) -> Instances:
-    """The detections of one image: `boxes`, `scores`, `classes`, by descending score.
+    """Select the detections of one image: `boxes`, `scores`, `classes`, by descending score.
 
     Args:
         boxes: (R, K*4), or (R, 4) for all classes.
         scores: (R, K+1), the last column is background.
-        image_size: (H, W), to which the boxes are limited.
-        score_threshold: a detection's score is above it.
+        image_size: (H, W), to which boxes are clipped.
+        score_threshold: detections must score above it.
         nms_threshold: IoU above which a better detection of the same class suppresses another.
-        max_detections: negative for all of them.
+        max_detections: negative for no limit.
     """
     finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
     if not finite.all():
@@ -181,7 +181,7 @@ def select_detections(
     scores = scores[:, :-1]
     region, classes = (scores > score_threshold).nonzero(as_tuple=True)
     scores = scores[region, classes]
-    boxes = boxes.view(boxes.shape[0], boxes.shape[1] // 4, 4)  # len() would be a constant to a tracer
+    boxes = boxes.view(boxes.shape[0], boxes.shape[1] // 4, 4)  # len() would be a constant in a trace
     boxes = boxes[region, classes if boxes.shape[1] > 1 else torch.zeros_like(classes)]
     boxes = clip(boxes, image_size)
     keep = nms_per_class(boxes, scores, classes, nms_threshold)

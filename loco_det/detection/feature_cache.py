@@ -1,9 +1,9 @@
-"""Features of a frozen backbone on disk, for evaluations that repeat the same images.
+"""Caches the features of a frozen backbone on disk, for evaluations that repeat the same images.
 
-The detectors of a sweep over seeds or shares of the data share one frozen backbone, and every evaluation would send
-each test image through it again. With a cache each image is computed once: DIR gets one file an image, named by the
-hash of everything that its content depends on, so files are never stale and several runs can share DIR. Reading a file
-gives what was computed, bit for bit and in the same layout, in the network's dtype (float32, except under autocast).
+In a sweep over seeds or shares of the data, all detectors share one frozen backbone. With a cache each test image goes
+through it once: DIR gets one file per image, named by the hash of everything its content depends on, so files are never
+stale and several runs can share DIR. Reading returns the computed features bit for bit, in the same layout and the
+network's dtype (float32, except under autocast).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class FeatureCache:
     """Stores the features that a network computes of each input.
 
     Args:
-        folder: of the files.
+        folder: folder of the files.
         identity: hash of the network's weights and configuration.
     """
 
@@ -40,10 +40,10 @@ class FeatureCache:
         self.logged = self.full = False
 
     def __call__(self, x: Tensor, compute: Callable[[Tensor], Features], fast: bool) -> Features:
-        """`compute(x)`, from disk if it is there.
+        """Return `compute(x)`, from disk if present.
 
-        A file that is damaged, by its checksums, is written again. After the first failure to write, as on a full
-        disk, no more files are written.
+        A file with a wrong checksum is rewritten. After the first failed write, as on a full disk, nothing more is
+        written.
 
         Args:
             x: (B, 3, H, W).
@@ -65,12 +65,12 @@ class FeatureCache:
         try:
             with atomic_write(path) as file:
                 torch.save(features, file)
-        except UserError as error:  # the evaluation does not need the file
+        except UserError as error:  # the evaluation continues without it
             self.full = True
-            log.warning("feature cache: %s; from here on features are computed and not kept", error)
+            log.warning("feature cache: %s; further features are not cached", error)
 
     def _key(self, x: Tensor, fast: bool) -> str:
-        """Hash of weights, configuration, image, software and everything else that rounding depends on."""
+        """Hash weights, configuration, image, software and everything else that affects rounding."""
         place = torch.cuda.get_device_name(x.device) if x.is_cuda else torch.backends.cpu.get_cpu_capability()
         products = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32  # FLOAT32_PRECISION
         precision = fast, torch.is_autocast_enabled(x.device.type), torch.get_num_threads(), *products
@@ -80,17 +80,17 @@ class FeatureCache:
 
 
 def _read(path: Path, device: torch.device) -> Features | None:
-    """The features in a file; None if its checksums say that it is damaged."""
+    """Read the features in a file; None if its checksums are wrong."""
     try:
         features = load_tensors(path)
     except UserError:
-        log.warning("feature cache: %s is damaged and made again", path)
+        log.warning("feature cache: %s is damaged and rewritten", path)
         return None
     return {name: tensor.to(device) for name, tensor in features.items()}
 
 
 def check_cacheable(cfg: CfgNode, engine: str) -> None:
-    """Check engine and configuration before a model is built.
+    """Check that engine and configuration allow a cache, before a model is built.
 
     Raises:
         UserError: the engine has no cache, or test-time augmentation changes the inputs.
@@ -102,10 +102,10 @@ def check_cacheable(cfg: CfgNode, engine: str) -> None:
 
 
 def use_cache(model: nn.Module, cfg: CfgNode, folder: Path) -> None:
-    """Let a detector with loaded weights read its frozen backbone's features from `folder` in evaluation.
+    """Let a loaded detector read its frozen backbone's features from `folder` during evaluation.
 
     Raises:
-        UserError: the backbone is not frozen as a whole, or the folder cannot be written.
+        UserError: the backbone is not entirely frozen, or the folder cannot be written.
     """
     trunk = getattr(model.backbone, "bottom_up", model.backbone)
     moving = [name for name, parameter in trunk.named_parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""From pixels to features: normalised, padded images, then ResNet stages (C4, DC5) or a feature pyramid over them.
+"""Backbones of a detector: normalised, padded images to ResNet stages (C4, DC5) or a feature pyramid.
 
 Shape legend: B images, image i (3, Hi, Wi), padded to (B, 3, H, W); a feature of stride s is (B, C, H/s, W/s).
 Both backbones have `channels` and `strides` (by feature name) and `size_divisibility` (0: no padding beyond the
@@ -27,10 +27,10 @@ Batch = Sequence[dict[str, Any]]
 
 
 class Trunk(ResNet):
-    """The ResNet of a detector: returns the named stages only, and builds no graph if all of it is frozen."""
+    """A detector's ResNet: returns the named stages only, and builds no graph if it is entirely frozen."""
 
     size_divisibility = 0
-    fast = False  # of its convolutions; the cache keeps both kinds apart
+    fast = False  # form of its convolutions; the cache separates the two
 
     def __init__(self, cfg: CfgNode) -> None:
         resnets = cfg.MODEL.RESNETS
@@ -81,9 +81,9 @@ class FPN(nn.Module):
 
     Args:
         bottom_up: the ResNet.
-        in_features: its stages from fine to coarse, each half the size of the one before, the last of stride 32.
+        in_features: its stages from fine to coarse, each half the size of the previous one, the last of stride 32.
         out_channels: channels of every level.
-        norm: "" (biases instead) or a normalisation's name.
+        norm: "" for biases instead, or a normalisation's name.
         average: halve the sum of lateral and top-down features.
     """
 
@@ -128,7 +128,7 @@ class FPN(nn.Module):
 
 
 def build_backbone(cfg: CfgNode) -> Trunk | FPN:
-    """The backbone that MODEL.BACKBONE.NAME asks for, its first MODEL.BACKBONE.FREEZE_AT stages frozen."""
+    """Build the backbone named by MODEL.BACKBONE.NAME, its first MODEL.BACKBONE.FREEZE_AT stages frozen."""
     trunk = Trunk(cfg)
     if cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":
         return trunk
@@ -137,14 +137,14 @@ def build_backbone(cfg: CfgNode) -> Trunk | FPN:
 
 
 class Network(nn.Module):
-    """Base of every network: its backbone and the normalisation of its pixels."""
+    """Base of every network: its backbone, and the normalisation of pixels."""
 
     fast = False  # set for all parts by `cpu_speed.speed_up`
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
         self.backbone = build_backbone(cfg)
-        # Not persistent: Detectron2's checkpoints do not hold them.
+        # Not persistent: not in Detectron2's checkpoints.
         for name in ("pixel_mean", "pixel_std"):
             value = torch.tensor(cfg.MODEL[name.upper()], dtype=torch.float32).view(-1, 1, 1)
             self.register_buffer(name, value, persistent=False)
@@ -157,16 +157,16 @@ class Network(nn.Module):
             )
 
     def preprocess(self, batch: Batch) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        """Normalised float32 images, zero-padded on the right and at the bottom to one size; and each (Hi, Wi)."""
+        """Return normalised float32 images, zero-padded on the right and bottom to one size, and each (Hi, Wi)."""
         device = self.pixel_mean.device
         images = [(item["image"].to(device) - self.pixel_mean) / self.pixel_std for item in batch]
         return pad(images, self.backbone.size_divisibility, 0), [tuple(image.shape[-2:]) for image in images]
 
 
 def pad(images: Sequence[torch.Tensor], unit: int, value: float) -> torch.Tensor:
-    """Stack (..., Hi, Wi) tensors as (B, ..., H, W), padded with `value` on the right and at the bottom.
+    """Stack (..., Hi, Wi) tensors as (B, ..., H, W), padded with `value` on the right and bottom.
 
-    H and W are the smallest multiples of `unit` that hold all; with 0 the largest height and width.
+    H and W are the smallest multiples of `unit` that hold all; for 0 the largest height and width.
     """
     unit = max(unit, 1)
     height, width = (-(-max(lengths) // unit) * unit for lengths in zip(*(image.shape[-2:] for image in images)))

@@ -1,4 +1,4 @@
-"""A detector over whole data sets: predictions in COCO's format, on disk, and their AP. The same for both engines."""
+"""Evaluates a detector of either engine on whole data sets: predictions in COCO's format, on disk, and their AP."""
 
 from __future__ import annotations
 
@@ -29,25 +29,24 @@ def evaluate(cfg: CfgNode, model: nn.Module, engine: Engine, evaluator: str = "h
     """Run `model` on every data set of DATASETS.TEST and measure AP, the recall of its proposals, or IoU of labels.
 
     Predictions go to OUTPUT_DIR/inference/coco_instances_results.json (a proposal network's to box_proposals.pkl, a
-    semantic segmentor's to sem_seg/IMAGE_pred.png), or where there are several data sets to
-    OUTPUT_DIR/NAME/inference/....
+    semantic segmentor's to sem_seg/IMAGE_pred.png); with several data sets to OUTPUT_DIR/NAME/inference/....
 
     Returns:
         On the main process {"bbox": {"AP": percent, ...}, "segm": ...} or {"box_proposals": {"AR@100": ...}}, for
-        several data sets {name: {...}}; {} on other processes and where there is nothing to test on.
+        several data sets {name: {...}}; {} on other processes and without test sets.
     """
     return _evaluate_all(cfg, model, engine, evaluator, "inference")
 
 
 def evaluate_finally(cfg: CfgNode, model: nn.Module, engine: Engine, evaluator: str = "hotcoco") -> dict[str, Any]:
-    """`evaluate`, and once more with test-time augmentation if TEST.AUG.ENABLED.
+    """Run `evaluate`, and again with test-time augmentation if TEST.AUG.ENABLED.
 
-    The latter's predictions go to the folder inference_TTA and its results are named "bbox_TTA", "segm_TTA", for
+    The augmented predictions go to the folder inference_TTA; their results are named "bbox_TTA", "segm_TTA", for
     several data sets NAME_TTA.
     """
     results = evaluate(cfg, model, engine, evaluator)
     if cfg.TEST.AUG.ENABLED:
-        log.info("once more, with test-time augmentation")
+        log.info("evaluating with test-time augmentation")
         augmented = engine.augment(cfg, model)
         more = _evaluate_all(cfg, augmented, engine, evaluator, "inference_TTA")
         results.update({f"{name}_TTA": values for name, values in more.items()})
@@ -55,13 +54,13 @@ def evaluate_finally(cfg: CfgNode, model: nn.Module, engine: Engine, evaluator: 
 
 
 def check_expected(cfg: CfgNode, results: dict[str, Any]) -> None:
-    """Hold results to TEST.EXPECTED_RESULTS, a list of [task, metric, value, tolerance].
+    """Compare results with TEST.EXPECTED_RESULTS, a list of [task, metric, value, tolerance].
 
     Raises:
-        UserError: naming the first that is missing, not finite or further off than its tolerance.
+        UserError: naming the first that is missing, not finite or off by more than its tolerance.
     """
     if not is_main():
-        return  # which alone has results
+        return  # only the main process has results
     for task, metric, expected, tolerance in cfg.TEST.EXPECTED_RESULTS:
         actual = results.get(task, {}).get(metric)
         if actual is None or not abs(actual - expected) <= tolerance:
@@ -70,7 +69,7 @@ def check_expected(cfg: CfgNode, results: dict[str, Any]) -> None:
                 f"says {expected} within {tolerance}."
             )
     if cfg.TEST.EXPECTED_RESULTS:
-        log.info("all results are what TEST.EXPECTED_RESULTS says")
+        log.info("all results match TEST.EXPECTED_RESULTS")
 
 
 def _evaluate_all(cfg: CfgNode, model: nn.Module, engine: Engine, evaluator: str, folder: str) -> dict[str, Any]:
@@ -92,19 +91,19 @@ def _evaluate_all(cfg: CfgNode, model: nn.Module, engine: Engine, evaluator: str
 
 
 def build_measure(cfg: CfgNode, dataset: Dataset, evaluator: str, folder: Path) -> Measure:
-    """What judges the model that `cfg` describes on a data set; its files go to `folder`."""
+    """Build the measure of a data set for the model of `cfg`; its files go to `folder`."""
     kind = _measure_class(cfg, dataset.name)
     return kind(Subject(dataset, folder, cfg.MODEL.MASK_ON, category_ids(cfg, dataset), evaluator))
 
 
 def _measure_class(cfg: CfgNode, name: str) -> type[Measure]:
-    """A proposal network's boxes have no class, so they are measured alike on every data set."""
+    """Return the measure's class; a proposal network's class-agnostic boxes have the same one on every data set."""
     proposals = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
     return measure_class("proposals" if proposals else measure_of(name, cfg.MODEL.MASK_ON))
 
 
 def check_evaluator(cfg: CfgNode, evaluator: str) -> None:
-    """Refuse an evaluator that does not know a data set of DATASETS.TEST, before hours are spent.
+    """Check that the evaluator supports every data set of DATASETS.TEST, before training.
 
     Raises:
         UserError: naming both.
@@ -114,14 +113,14 @@ def check_evaluator(cfg: CfgNode, evaluator: str) -> None:
 
 
 def check_data(cfg: CfgNode, *, own_reader: bool) -> None:
-    """Judge each data set of DATASETS.TEST as its evaluation will, before hours are spent.
+    """Validate each data set of DATASETS.TEST by its evaluation's rules, before training.
 
     Args:
-        own_reader: this package reads the images and says of DATASETS.TRAIN what is probably wrong; else it is said
-            here.
+        own_reader: this package's loader reads DATASETS.TRAIN and logs probable mistakes in it; otherwise they are
+            logged here.
 
     Raises:
-        UserError: what the evaluation would raise.
+        UserError: as the evaluation would raise.
     """
     masks = cfg.MODEL.MASK_ON and cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
     if not own_reader:
@@ -136,10 +135,9 @@ def check_data(cfg: CfgNode, *, own_reader: bool) -> None:
 
 
 def run_everywhere(model: nn.Module, engine: Engine, batches: Any, measure: Measure) -> list[Any]:
-    """What `measure` keeps of every image; on the main process that of all processes, elsewhere an empty list.
+    """Run the model in evaluation mode; returns `measure`'s records of all images on the main process, else [].
 
-    The model is in evaluation mode meanwhile. Of several processes the order is by image, so that a file does not
-    depend on their number.
+    With several processes the records are ordered by image, so that a file does not depend on their number.
     """
     training = model.training
     model.eval()
@@ -159,7 +157,7 @@ def run_everywhere(model: nn.Module, engine: Engine, batches: Any, measure: Meas
 
 @torch.inference_mode()
 def _found(model: nn.Module, engine: Engine, batches: Any) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Every image of the batches with what the model finds in it."""
+    """Yield every image of the batches with the model's predictions."""
     with Progress(len(batches), "evaluation", unit="batches") as progress:
         for batch in batches:
             yield from zip(batch, engine.predict(model, batch))
@@ -167,7 +165,7 @@ def _found(model: nn.Module, engine: Engine, batches: Any) -> Iterator[tuple[dic
 
 
 def flatten(results: dict[str, Any]) -> dict[str, float]:
-    """{"bbox": {"AP": 1.0}} -> {"bbox/AP": 1.0}, the names of metrics.json."""
+    """Flatten {"bbox": {"AP": 1.0}} to {"bbox/AP": 1.0}, the names of metrics.json."""
     flat: dict[str, float] = {}
     for key, value in results.items():
         if isinstance(value, dict):

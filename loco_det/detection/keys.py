@@ -1,8 +1,8 @@
 """Detectron2's key tree, and which of its keys the torchvision engine supports.
 
-The tree itself is data, `d2_defaults.yaml`. The table here says for every key that a user may change whether this
-engine takes any value or only some; all other keys are known, must keep their default, and are refused by name.
-`check_supported` judges a configuration once, before anything is opened or built; what builds the model trusts it.
+The tree itself is data, `d2_defaults.yaml`. The tables here list the keys that a user may change and the values that
+this engine supports; all other keys must keep their default, and are refused by name. `check_supported` validates a
+configuration once, before anything is opened or built; the code that builds the model relies on it.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ MODEL_KEYS: dict[str, tuple[Any, ...] | None] = {
     "TEST.DETECTIONS_PER_IMAGE": None,
 }
 
-# Key -> the values taken, or None for any value of the key's type.
+# Key -> the accepted values, or None for any value of the key's type.
 SUPPORTED: dict[str, tuple[Any, ...] | None] = {
     **MODEL_KEYS,
     "VERSION": (2,),
@@ -189,12 +189,12 @@ SUPPORTED: dict[str, tuple[Any, ...] | None] = {
 }
 
 
-# Detectron2's tasks that training and evaluation here do not cover with either engine.
+# Detectron2's tasks that training and evaluation do not support with either engine.
 _OTHER_TASKS = {
     "MODEL.META_ARCHITECTURE": ("PanopticFPN",),
     "MODEL.KEYPOINT_ON": (True,),
 }
-# Judged first, since other keys follow from it.
+# Checked first, since other keys follow from it.
 _DECIDING = ("MODEL.META_ARCHITECTURE",)
 
 
@@ -211,19 +211,19 @@ def _defaults() -> CfgNode:
 
 
 def get_cfg() -> CfgNode:
-    """A fresh copy of every Detectron2 key with its default value, open to changes."""
+    """Return a fresh, mutable copy of every Detectron2 key with its default value."""
     return _defaults().clone()
 
 
 def check_supported(cfg: CfgNode, settings: Settings | None = None) -> None:
-    """Refuse a configuration that asks for what the torchvision engine does not do.
+    """Refuse a configuration that the torchvision engine does not support.
 
     Args:
         cfg: a complete configuration.
-        settings: what the user set (`loco_det.core.config.load_config`), to say where.
+        settings: what the user set (`loco_det.core.config.load_config`), for the origin in messages.
 
     Raises:
-        UserError: naming the place, the key, its value and the values that can stand there.
+        UserError: naming the origin, the key, its value and the accepted values.
     """
     check_task(cfg, settings)
     defaults = config.flat(_defaults())
@@ -245,13 +245,13 @@ def check_supported(cfg: CfgNode, settings: Settings | None = None) -> None:
 
 
 def check_task(cfg: CfgNode, settings: Settings | None = None) -> None:
-    """Refuse what neither engine can do here, or would fail at only after the training, before it costs time.
+    """Refuse early what neither engine supports, or would fail at only after training.
 
     Args:
         settings: as for `check_supported`.
 
     Raises:
-        UserError: naming the place, the key and its value.
+        UserError: naming the origin, the key and its value.
     """
     for key, others in _OTHER_TASKS.items():
         if config.value(cfg, key) in others:
@@ -295,5 +295,5 @@ def _check_combinations(cfg: CfgNode, settings: Settings | None) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists at every depth: a dumped file has only lists."""
+    """Convert tuples to lists at every depth, as in a dumped file."""
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -13,7 +13,7 @@ from torch import nn
 from loco_det.backbones.folding import convolve
 from loco_det.backbones.resnet import make_norm
 
-# Newer torch warns while fvcore compiles a loss that is not used here; importing this package must not warn.
+# Newer torch warns when fvcore compiles an unused loss; importing this package must not warn.
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
     from fvcore.nn import giou_loss, smooth_l1_loss, update_bn_stats

@@ -1,7 +1,7 @@
-"""The training loop, the same for both engines: step, watch, log, save, evaluate.
+"""The training loop of both engines: step, check, log, save, evaluate.
 
-The random state of an iteration depends on SEED, iteration and process alone, so on a CPU a run that is stopped and
-resumed on the same machine gives the numbers of an uninterrupted one.
+The random state of an iteration depends only on SEED, iteration and process, so on a CPU a stopped and resumed run
+gives the numbers of an uninterrupted one on the same machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from loco_det.detection.checkpoint import Checkpointer
 from loco_det.detection.engine import Engine
 from loco_det.detection.inference import evaluate, flatten
 
-# What a checkpoint's note has besides: values of the last iterations, and that the last one's line is not written yet.
+# Further keys of a checkpoint's note: values of the last iterations, and that the last one's line is not yet written.
 RECENT, LINE_DUE = "recent", "line_due"
 LOG_PERIOD = 20  # iterations between two lines of metrics.json, and the window of their medians
 
@@ -54,7 +54,7 @@ class Run:
     device: torch.device
     batches: Iterable[Any]  # of iteration `start` and later
     recent: dict[str, deque[float]] = field(default_factory=dict)
-    done: int | None = None  # the iteration whose state all of this holds; None while one is at work, and once saved
+    done: int | None = None  # last iteration whose state is complete; None during an iteration, and once saved
 
     def remember(self, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -62,8 +62,8 @@ class Run:
 
 
 def train(run: Run, evaluator: str, metrics: RunMetrics) -> None:
-    """Iterations run.start to SOLVER.MAX_ITER, with logs, checkpoints and periodic evaluation; no final one."""
-    cfg, last = run.cfg, run.cfg.SOLVER.MAX_ITER - 1
+    """Run iterations run.start to SOLVER.MAX_ITER, with logs, checkpoints and periodic evaluation; no final one."""
+    last = run.cfg.SOLVER.MAX_ITER - 1
     periodic = run.checkpointer.periodic()
     run.wrapped.train()
     metrics.trim(run.start - bool(run.checkpointer.note.get(LINE_DUE)))
@@ -72,32 +72,33 @@ def train(run: Run, evaluator: str, metrics: RunMetrics) -> None:
     log.info(
         "training: iterations %d to %d, %d frozen tensors", run.start, last + 1, len(run.checkpointer.note["frozen"])
     )
-    with StopSignal() as stop, Progress(last + 1, "train", run.start) as progress, _saved_if_it_fails(run):
+    with StopSignal() as stop, Progress(last + 1, "train", run.start) as progress, _save_on_failure(run):
         if run.checkpointer.note.pop(LINE_DUE, False):
+            _precise_statistics(run, run.start - 1)
             _write_line(run, run.start - 1, evaluator, metrics)
+            periodic.step(run.start - 1)
         for iteration, stopped in _steps(run, stop):
-            if precise_bn.is_due(cfg, iteration):
-                precise_bn.recompute(cfg, run.engine, run.model, iteration)
-            progress.advance(**_shown(run, _metrics(run, iteration)))
             run.checkpointer.note[RECENT] = {name: list(values) for name, values in run.recent.items()}
             run.checkpointer.note[LINE_DUE] = True
+            _precise_statistics(run, iteration)
+            progress.advance(**_shown(run, _metrics(run, iteration)))
             if stopped and iteration < last:
                 path = run.checkpointer.save(f"model_{iteration:07d}", iteration)
                 run.done = None
                 barrier()
                 raise UserError(
                     f"stopped by {stop.received or 'a signal'} after iteration {iteration + 1}; {path} holds the run, "
-                    "go on with --resume."
+                    "continue with --resume."
                 )
             _write_line(run, iteration, evaluator, metrics)
             run.checkpointer.note[LINE_DUE] = False
-            periodic.step(iteration)  # last: what a checkpoint holds is in metrics.json
+            periodic.step(iteration)  # last: metrics.json already has what a checkpoint holds
     check_frozen(run.checkpointer.note["frozen"], frozen_hashes(run.model))
 
 
 @contextlib.contextmanager
-def _saved_if_it_fails(run: Run) -> Iterator[None]:
-    """Save the last whole iteration if what follows it fails: an image that cannot be read, an evaluation."""
+def _save_on_failure(run: Run) -> Iterator[None]:
+    """Save the last complete iteration if the code after it fails: an unreadable image, an evaluation."""
     try:
         yield
     except Exception:
@@ -106,8 +107,15 @@ def _saved_if_it_fails(run: Run) -> Iterator[None]:
         raise
 
 
+def _precise_statistics(run: Run, iteration: int) -> None:
+    """Recompute BatchNorm's statistics if due; seeded by the iteration, since a resumed run may have to repeat it."""
+    if precise_bn.is_due(run.cfg, iteration):
+        seed_iteration(run.cfg.SEED, iteration)
+        precise_bn.recompute(run.cfg, run.engine, run.model, iteration)
+
+
 def _write_line(run: Run, iteration: int, evaluator: str, metrics: RunMetrics) -> None:
-    """What metrics.json has of an iteration, if anything: medians every LOG_PERIOD, and the evaluation that is due."""
+    """Write an iteration's line of metrics.json, if any: medians every LOG_PERIOD, and a due evaluation."""
     cfg, last = run.cfg, run.cfg.SOLVER.MAX_ITER - 1
     line: dict[str, Any] = {}
     if (iteration + 1) % LOG_PERIOD == 0 or iteration == last:
@@ -119,13 +127,13 @@ def _write_line(run: Run, iteration: int, evaluator: str, metrics: RunMetrics) -
         except UserError as error:
             if world_size() > 1:  # the other processes wait for this one
                 raise UserError(f"{error} (TEST.EVAL_PERIOD 0 trains on without this evaluation)") from error
-            log.error("iteration %d is not evaluated, and training goes on: %s", iteration + 1, error)
+            log.error("evaluation after iteration %d failed, training continues: %s", iteration + 1, error)
     if line:
         metrics.write(line)
 
 
 def _steps(run: Run, stop: StopSignal) -> Iterator[tuple[int, bool]]:
-    """Runs the optimiser steps; yields (iteration, whether any process received a signal to stop)."""
+    """Run the optimiser steps; yields (iteration, whether any process received a signal to stop)."""
     batches = iter(run.batches)
     for iteration in range(run.start, run.cfg.SOLVER.MAX_ITER):
         began = time.perf_counter()
@@ -150,10 +158,10 @@ def _steps(run: Run, stop: StopSignal) -> Iterator[tuple[int, bool]]:
 
 
 def _next_of_all(batches: Iterator[Any], device: torch.device) -> Any:
-    """The next batch of this process, if every process has one: else a peer would wait in its step and save nothing.
+    """Return this process's next batch, if every process has one: else a peer would wait in its step and save nothing.
 
     Raises:
-        UserError: of whichever process.
+        UserError: of any process.
     """
     if world_size() == 1:
         return next(batches)
@@ -173,7 +181,7 @@ def seed_iteration(seed: int, iteration: int) -> None:
 
 
 def check_finite(losses: dict[str, float], iteration: int) -> None:
-    """Raises UserError that names the losses which are not finite."""
+    """Raise UserError naming the losses that are not finite."""
     bad = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
     if bad:
         raise UserError(
@@ -183,14 +191,14 @@ def check_finite(losses: dict[str, float], iteration: int) -> None:
 
 
 def _metrics(run: Run, iteration: int) -> dict[str, Any]:
-    """One line of metrics.json: medians of the last LOG_PERIOD iterations, as Detectron2 writes them."""
+    """Return one line of metrics.json: medians of the last LOG_PERIOD iterations, as Detectron2 writes them."""
     left = run.cfg.SOLVER.MAX_ITER - iteration - 1
     medians = {name: median(values) for name, values in run.recent.items()}
     return {"iteration": iteration, "eta_seconds": left * medians["time"], **medians}
 
 
 def _shown(run: Run, line: dict[str, Any]) -> dict[str, float | str]:
-    """What the progress bar shows of a line: losses, seconds a step and the share spent waiting for data."""
+    """Return the progress bar's fields: losses, seconds per step and the share spent waiting for data."""
     return {
         "loss": line["total_loss"],
         "lr": line["lr"],
@@ -202,25 +210,25 @@ def _shown(run: Run, line: dict[str, Any]) -> dict[str, float | str]:
 
 
 def _memory(device: torch.device) -> float:
-    """Peak memory so far in MiB, of the GPU or of this process."""
+    """Return peak memory so far in MiB, of the GPU or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def frozen_hashes(model: nn.Module) -> dict[str, str]:
-    """sha256 of each tensor that training must not change: frozen parameters and frozen normalisation."""
+    """Return sha256 of each tensor that training must not change: frozen parameters and frozen normalisation."""
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     for prefix, module in model.named_modules():
         if type(module).__name__ == "FrozenBatchNorm2d":  # this package's or Detectron2's
             buffers = module.named_buffers(recurse=False)
-            # Detectron2's keeps the step counter of the BatchNorm it was, and never reads it.
+            # Detectron2's keeps an unused step counter of the original BatchNorm.
             frozen.update({f"{prefix}.{name}": b for name, b in buffers if name != "num_batches_tracked"})
     return {name: tensors_hash([(name, tensor)]) for name, tensor in frozen.items()}
 
 
 def check_frozen(before: dict[str, str], after: dict[str, str]) -> None:
-    """Raises RuntimeError naming a frozen tensor that changed: the result would not be a frozen readout."""
+    """Raise RuntimeError naming a frozen tensor that changed: the result would not be a frozen readout."""
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     if changed:
         raise RuntimeError(f"frozen tensor {changed[0]} changed during training ({len(changed)} of {len(before)})")

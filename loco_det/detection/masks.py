@@ -17,12 +17,12 @@ from torch import nn
 from loco_det.detection.cpu_speed import logits_of_own_class
 from loco_det.detection.layers import Conv, c2_msra_fill
 
-# Pixels sampled at a time when masks are pasted together, on a GPU: 1 GiB of float32.
+# Pixels sampled at once when masks are pasted together, on a GPU: 1 GiB of float32.
 PASTE_PIXELS = 2**28
 
 
 class MaskHead(nn.Module):
-    """(R, C, S, S) pooled regions and their classes (R,) in [0, K) -> (R, M, M) logits, each of its region's class."""
+    """(R, C, S, S) pooled regions and their classes (R,) in [0, K) -> (R, M, M) logits of each region's class."""
 
     fast = False  # compute the logits of the region's own class only
 
@@ -51,19 +51,19 @@ class MaskHead(nn.Module):
 
 
 def logits_of_classes(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """(R, M, M): the mask of each region's own class, or the class-agnostic one."""
+    """Select (R, M, M): the mask of each region's class, or the class-agnostic one."""
     if logits.shape[1] == 1:
         return logits[:, 0]
-    return logits[torch.arange(logits.shape[0], device=logits.device), classes]  # len() is a constant to a tracer
+    return logits[torch.arange(logits.shape[0], device=logits.device), classes]  # len() is a constant in a trace
 
 
 def mask_loss(logits: torch.Tensor, masks: Sequence[Any], boxes: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mean binary cross-entropy over all pixels of all foreground regions; 0 with a gradient where there are none.
+    """Mean binary cross-entropy over all pixels of all foreground regions; 0 with a gradient if there are none.
 
     Args:
         logits: (R, M, M), of each region's class.
-        masks: for every image its Ri ground-truth masks, one a region (`PolygonMasks` or `BitMasks`).
-        boxes: for every image its regions (Ri, 4); a target is the mask cropped to the region.
+        masks: per image its Ri ground-truth masks, one per region (`PolygonMasks` or `BitMasks`).
+        boxes: per image its regions (Ri, 4); a target is the mask cropped to the region.
     """
     if not len(logits):
         return logits.sum() * 0
@@ -75,7 +75,7 @@ def mask_loss(logits: torch.Tensor, masks: Sequence[Any], boxes: Sequence[torch.
 def paste_masks(
     masks: torch.Tensor, boxes: torch.Tensor, image_size: tuple[int, int], threshold: float = 0.5
 ) -> torch.Tensor:
-    """Resizes each mask to its box and thresholds it.
+    """Resize each mask to its box and threshold it.
 
     Args:
         masks: (R, M, M) float probabilities.
@@ -93,7 +93,7 @@ def paste_masks(
 def _paste_near_boxes(
     masks: torch.Tensor, boxes: torch.Tensor, image_size: tuple[int, int], threshold: float
 ) -> torch.Tensor:
-    """Pastes one mask at a time and only around its box: on a CPU every pixel takes time."""
+    """Paste one mask at a time, and only around its box: on a CPU every pixel takes time."""
     height, width = image_size
     result = torch.zeros((len(masks), height, width), dtype=torch.bool, device=masks.device)
     for index, box in enumerate(boxes):
@@ -107,7 +107,7 @@ def _paste_near_boxes(
 def _paste_in_chunks(
     masks: torch.Tensor, boxes: torch.Tensor, image_size: tuple[int, int], threshold: float, pixels: int
 ) -> torch.Tensor:
-    """Pastes many masks at a time, into at most `pixels` pixels: on a GPU every call takes time."""
+    """Paste many masks at once, into at most `pixels` pixels: on a GPU every call takes time."""
     height, width = image_size
     result = torch.zeros((len(masks), height, width), dtype=torch.bool, device=masks.device)
     step = max(1, pixels // max(1, height * width))
@@ -118,7 +118,7 @@ def _paste_in_chunks(
 
 
 def _sample(masks: torch.Tensor, boxes: torch.Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> torch.Tensor:
-    """(R, rows, columns) bilinear samples at pixel centres, zero outside the mask."""
+    """Return (R, rows, columns) bilinear samples at pixel centres, zero outside the mask."""
     y = torch.arange(*rows, device=masks.device, dtype=torch.float32) + 0.5
     x = torch.arange(*columns, device=masks.device, dtype=torch.float32) + 0.5
     x0, y0, x1, y1 = boxes.split(1, dim=1)

@@ -1,7 +1,7 @@
-"""A Faster or Mask R-CNN as an ONNX file: one image of one size in, its detections out; checked by onnxruntime.
+"""Exports a Faster or Mask R-CNN to ONNX: one image of one size in, its detections out; checked by onnxruntime.
 
-The graph is traced: it is fixed to one image size, but not to a number of proposals or detections. Needs the extra
-`onnx`. The network drops predictions that are not finite; the file keeps them.
+The graph is traced: the image size is fixed, the numbers of proposals and detections are not. Needs the extra `onnx`.
+The network drops non-finite predictions; the exported file keeps them.
 
 Shape legend: the image is (3, H, W), D detections, M mask side.
 """
@@ -29,12 +29,12 @@ from loco_det.detection.rcnn import GeneralizedRCNN
 from loco_det.detection.roi_heads import Res5ROIHeads, StandardROIHeads
 
 OPSET = 17
-# Differences between the file and the model up to these count as rounding: pixels, score, probability of a pixel.
+# Tolerances between the file and the model: pixels, score, probability of a pixel.
 TOLERANCE = {"boxes": 0.05, "scores": 1e-3, "masks": 1e-2}
 
 
 class OneImage(nn.Module):
-    """`model` on one image, in operations that ONNX has; tracing fixes no number of regions."""
+    """`model` on one image, in operations that ONNX has; tracing does not fix the number of regions."""
 
     def __init__(self, model: GeneralizedRCNN) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class OneImage(nn.Module):
 
 
 def in_image_0(boxes: Tensor) -> Tensor:
-    """(D, 5) regions of image 0 from boxes (D, 4)."""
+    """Add image index 0 to boxes (D, 4): (D, 5) regions."""
     return nn.functional.pad(boxes, (1, 0))
 
 
@@ -76,11 +76,11 @@ def export_onnx(model: nn.Module, image: Tensor, path: Path) -> dict[str, float]
     """Write `path` and compare it with the model on `image` and its mirror image.
 
     Args:
-        model: of the torchvision engine, in evaluation mode.
-        image: uint8 (3, H, W), resized as the network takes it; the file is fixed to its size.
+        model: torchvision engine's model, in evaluation mode.
+        image: uint8 (3, H, W), resized for the network; fixes the file's image size.
 
     Returns:
-        The largest difference of {"boxes" in pixels, "scores", "masks"}.
+        The largest differences of {"boxes" in pixels, "scores", "masks"}.
 
     Raises:
         UserError: the extra is not installed, the model has a part that cannot be exported, the file cannot be
@@ -88,7 +88,7 @@ def export_onnx(model: nn.Module, image: Tensor, path: Path) -> dict[str, float]
     """
     runtime = _runtime()
     check_exportable(model)
-    # On a CPU: a GPU's convolutions use TF32 by default, whose rounding can exceed TOLERANCE.
+    # On the CPU: a GPU's convolutions use TF32 by default, whose rounding can exceed TOLERANCE.
     network = OneImage(speed_up(copy.deepcopy(model).cpu(), False)).eval()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with os_errors(path):
@@ -121,7 +121,7 @@ def _runtime() -> Any:
 
 
 def check_exportable(model: nn.Module) -> None:
-    """Raises UserError that names the part of `model` which has no ONNX form here."""
+    """Raise UserError naming the part of `model` that cannot be exported."""
     if not isinstance(model, GeneralizedRCNN):
         raise UserError(f"{type(model).__name__} cannot be exported to ONNX; a Faster or Mask R-CNN can.")
     if type(model.roi_heads) not in (StandardROIHeads, Res5ROIHeads):
@@ -141,7 +141,7 @@ def _trace(network: OneImage, image: Tensor, path: Path) -> None:
     ):  # since torch 2.5; it does not support NMS's output sizes
         options["dynamo"] = False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about sizes that become constants, which is intended
+        warnings.simplefilter("ignore")  # about sizes that become constants, as intended
         torch.onnx.export(
             network,
             (image,),
@@ -155,7 +155,7 @@ def _trace(network: OneImage, image: Tensor, path: Path) -> None:
 
 
 def _difference(network: OneImage, session: Any, image: Tensor) -> dict[str, float]:
-    """The largest differences over detections; each of the model's is compared with the nearest one of its class."""
+    """Return the largest differences over detections, each compared with the nearest one of its class."""
     expected = [value.numpy() for value in network(image)]
     found = session.run(None, {"image": image.numpy()})
     nothing = {name: 0.0 for name, _ in zip(("boxes", "scores", "masks"), (0, 1, *expected[3:]))}

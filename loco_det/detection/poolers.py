@@ -34,18 +34,18 @@ def assign_levels(boxes: torch.Tensor, lowest: int, highest: int) -> torch.Tenso
 
 
 def with_image(boxes: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(R, 5) image number and box, of N tensors (Ri, 4)."""
+    """Prepend the image index to N tensors (Ri, 4): (R, 5)."""
     image = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
     return torch.cat([image, torch.cat(list(boxes))], dim=1)
 
 
 class RoiPooler(nn.Module):
-    """Pools each region from the level its size asks for.
+    """Pools each region from the pyramid level for its size.
 
     Args:
         side: S.
-        strides: of the feature maps, ascending powers of two, each twice the one before.
-        sampling_ratio: samples a bin side; 0 means as many as there are feature cells under the bin.
+        strides: strides of the feature maps, ascending powers of two, each twice the previous one.
+        sampling_ratio: samples per bin side; 0 means the number of feature cells under the bin.
         kind: one of `POOLER_TYPES`; ROIAlignV2 is ROIAlign with the half-pixel correction.
 
     Raises:
@@ -66,16 +66,16 @@ class RoiPooler(nn.Module):
         self.lowest, self.highest = int(levels[0]), int(levels[-1])
 
     def forward(self, features: Sequence[torch.Tensor], boxes: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Pooled regions (R, C, S, S), in the order of the boxes.
+        """Return pooled regions (R, C, S, S), in the order of the boxes.
 
         Args:
-            features: one map a level.
+            features: one map per level.
             boxes: N tensors (Ri, 4), in input pixels.
         """
         return self.pool(features, with_image(boxes))
 
     def pool(self, features: Sequence[torch.Tensor], regions: torch.Tensor) -> torch.Tensor:
-        """Pooled regions (R, C, S, S) of regions (R, 5), image number and box."""
+        """Return pooled regions (R, C, S, S) of regions (R, 5), image index and box."""
         if self.fast and self.kind != "ROIPool":
             return self._align(features, regions)
         if len(features) == 1:
@@ -99,6 +99,6 @@ class RoiPooler(nn.Module):
         size, scale = (self.side, self.side), 1.0 / stride
         regions = regions.to(feature.dtype)
         if self.kind == "ROIPool":
-            wide = torch.promote_types(feature.dtype, torch.float32)  # on CPUs torchvision has it in nothing narrower
+            wide = torch.promote_types(feature.dtype, torch.float32)  # torchvision's CPU kernel needs at least float32
             return roi_pool(feature.to(wide), regions.to(wide), size, scale).to(feature.dtype)
         return roi_align(feature, regions, size, scale, self.sampling_ratio, self.kind == "ROIAlignV2")

@@ -1,7 +1,7 @@
-"""Proposals from a file instead of an RPN (MODEL.LOAD_PROPOSALS, DATASETS.PROPOSAL_FILES_*): Fast R-CNN.
+"""Fast R-CNN: proposals from a file instead of an RPN (MODEL.LOAD_PROPOSALS, DATASETS.PROPOSAL_FILES_*).
 
-The files are Detectron2's box_proposals.pkl, or Detectron's; a run of META_ARCHITECTURE ProposalNetwork writes one.
-Nothing in them is executed. Source: detectron2/data/build.py `load_proposals_into_dataset`.
+Reads Detectron2's box_proposals.pkl, or Detectron's; a run of META_ARCHITECTURE ProposalNetwork writes one. Nothing in
+them is executed. Source: detectron2/data/build.py `load_proposals_into_dataset`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ XYXY, XYWH = 0, 1  # of Detectron2's BoxMode, in pixels
 
 
 def load_proposals(cfg: CfgNode, split: str) -> list[dict[str, ProposalsOfImage]] | None:
-    """Proposals for every data set of DATASETS.TRAIN or TEST (`split`), by image id; None without LOAD_PROPOSALS.
+    """Load proposals for every data set of DATASETS.TRAIN or TEST (`split`), by image id; None without LOAD_PROPOSALS.
 
     Raises:
-        UserError: there is not one file for each data set, or `read_proposals` refuses one.
+        UserError: not one file per data set, or an invalid file.
     """
     if not cfg.MODEL.LOAD_PROPOSALS:
         return None
@@ -40,7 +40,7 @@ def load_proposals(cfg: CfgNode, split: str) -> list[dict[str, ProposalsOfImage]
 
 
 def read_proposals(path: str | Path) -> dict[str, ProposalsOfImage]:
-    """{image id: (boxes (P, 4) float32 XYXY in pixels, logits (P,) float32)}, the best first.
+    """Read {image id: (boxes (P, 4) float32 XYXY in pixels, logits (P,) float32)}, best first.
 
     Raises:
         UserError: no such file, damaged, not plain data, or not a file of proposals.
@@ -70,7 +70,7 @@ def _by_image(path: str | Path, content: dict[str, Any]) -> dict[str, ProposalsO
                 f"{path}: image {image_id} has boxes {boxes.shape} and logits {logits.shape}; they must be (P, 4) and "
                 "(P,)."
             )
-        order = logits.argsort()[::-1]  # Detectron2's, for the order among equals
+        order = logits.argsort()[::-1]  # Detectron2's order among ties
         boxes = boxes[order].astype(np.float32)
         if mode == XYWH:
             boxes[:, 2:] += boxes[:, :2]
@@ -81,7 +81,7 @@ def _by_image(path: str | Path, content: dict[str, Any]) -> dict[str, ProposalsO
 def _numbers(path: str | Path, image_id: Any, what: str, values: Any) -> np.ndarray:
     try:
         array = np.asarray(values)
-    except (TypeError, ValueError):  # a dtype that numpy lacks, or rows of unequal lengths
+    except (TypeError, ValueError):  # an unknown dtype, or rows of unequal lengths
         array = np.array(None)
     if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
         raise UserError(

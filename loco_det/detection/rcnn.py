@@ -1,4 +1,4 @@
-"""Faster and Mask R-CNN, and the RPN alone: from images through backbone, proposals and heads to the original image.
+"""Faster and Mask R-CNN, and the RPN alone: from images through backbone, proposals and heads to detections.
 
 Source: detectron2/modeling/meta_arch/rcnn.py and postprocessing.py.
 """
@@ -34,13 +34,13 @@ class ProposalNetwork(Network):
         """Losses in training, proposals otherwise.
 
         Args:
-            batch: one dict an image as the mapper makes them: `image` uint8 (3, Hi, Wi) in INPUT.FORMAT order,
-                `height` and `width` of the original image, and in training `instances` with boxes, classes and,
-                for Mask R-CNN, masks, in the coordinates of `image`; a Fast R-CNN finds `proposals` there too.
+            batch: one dict per image, as made by the mapper: `image` uint8 (3, Hi, Wi) in INPUT.FORMAT order, `height`
+                and `width` of the original image, and in training `instances` with boxes, classes and, for Mask R-CNN,
+                masks, in the coordinates of `image`; for a Fast R-CNN also `proposals`.
 
         Returns:
-            In training {loss_rpn_cls, loss_rpn_loc}, 0-dim tensors. Otherwise one Instances an image, in the
-            original image's pixels: boxes and scores, which are logits, descending.
+            In training {loss_rpn_cls, loss_rpn_loc}, 0-dim tensors. Otherwise one Instances per image, in the original
+            image's pixels: boxes, and scores (logits, descending).
         """
         images, sizes = self.preprocess(batch)
         features = self.backbone(images)
@@ -66,7 +66,7 @@ class GeneralizedRCNN(ProposalNetwork):
         Returns:
             In training {loss_rpn_cls, loss_rpn_loc, loss_cls, loss_box_reg[, loss_mask]}, 0-dim tensors; a cascade
             has loss_cls_stage0, loss_box_reg_stage0 and so on.
-            Otherwise one Instances an image, in the original image's pixels: boxes, scores (descending), classes
+            Otherwise one Instances per image, in the original image's pixels: boxes, scores (descending), classes
             and, for Mask R-CNN, masks (N, height, width) bool.
         """
         if not self.training:
@@ -83,7 +83,7 @@ class GeneralizedRCNN(ProposalNetwork):
         sizes: list[tuple[int, int]],
         targets: list[Instances] | None,
     ) -> tuple[list[Instances], dict[str, torch.Tensor]]:
-        """Proposals and losses of the RPN, or the `proposals` that each dict of the batch holds, and no losses."""
+        """Return the RPN's proposals and losses, or the `proposals` in the batch and no losses."""
         if self.proposal_generator is None:
             return [item["proposals"].to(self.pixel_mean.device) for item in batch], {}
         return self.proposal_generator(features, sizes, targets)
@@ -91,11 +91,11 @@ class GeneralizedRCNN(ProposalNetwork):
     def detect(
         self, batch: Batch, given: Sequence[Instances] | None = None, with_masks: bool = True
     ) -> list[Instances]:
-        """Detections in pixels of each `image` of the batch.
+        """Return detections in pixels of each `image` of the batch.
 
         Args:
-            given: detections whose masks are asked for; found by the model if not given.
-            with_masks: add masks (Ri, M, M) of float probabilities, where the model has a mask branch.
+            given: detections to predict masks for; None to detect first.
+            with_masks: add masks (Ri, M, M) of float probabilities, if the model has a mask branch.
         """
         images, sizes = self.preprocess(batch)
         features = self.backbone(images)
@@ -107,7 +107,7 @@ class GeneralizedRCNN(ProposalNetwork):
 
 
 def to_original(found: Sequence[Instances], batch: Batch) -> list[Instances]:
-    """`postprocess` of each image to the `height` and `width` that the batch states; by default it keeps its size."""
+    """Apply `postprocess` for each image's `height` and `width` in the batch; default: its own size."""
     return [
         postprocess(one, item.get("height", one.image_size[0]), item.get("width", one.image_size[1]))
         for one, item in zip(found, batch)
@@ -115,13 +115,13 @@ def to_original(found: Sequence[Instances], batch: Batch) -> list[Instances]:
 
 
 def postprocess(detections: Instances, height: int, width: int) -> Instances:
-    """Carries detections or proposals from the network's input to `height` x `width` pixels and pastes their masks.
+    """Scale detections or proposals from the network's input to `height` x `width` pixels and paste their masks.
 
     Args:
-        detections: of one image; `masks`, if any, (N, M, M) float probabilities.
+        detections: of one image; `masks`, if present, (N, M, M) float probabilities.
 
     Returns:
-        Boxes scaled and limited to the image, empty ones dropped; masks (N, height, width) bool.
+        Boxes scaled and clipped to the image, empty ones dropped; masks (N, height, width) bool.
     """
     scale_y, scale_x = height / detections.image_size[0], width / detections.image_size[1]
     boxes = detections.boxes.clone()
@@ -140,13 +140,13 @@ def postprocess(detections: Instances, height: int, width: int) -> Instances:
 
 
 def build_model(cfg: CfgNode) -> Network:
-    """The network that a config with Detectron2's keys describes, freshly initialised, on the CPU, in training mode.
+    """Build the network for a config with Detectron2's keys, freshly initialised, on the CPU, in training mode.
 
     Args:
-        cfg: one that `keys.check_supported` lets pass.
+        cfg: valid for `keys.check_supported`.
 
     Raises:
-        UserError: keys that do not fit together; names key and value.
+        UserError: incompatible keys; names key and value.
     """
     if len(cfg.MODEL.PIXEL_MEAN) != 3 or len(cfg.MODEL.PIXEL_STD) != 3 or 0 in list(cfg.MODEL.PIXEL_STD):
         raise UserError("MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be three numbers, PIXEL_STD without zeros")

@@ -26,7 +26,7 @@ Features = dict[str, torch.Tensor]
 Maps = Sequence[torch.Tensor]
 Losses = dict[str, torch.Tensor]
 
-# Regions pooled at a time in inference: 13 MB (7 x 7) and 6 MB (14 x 14) of 256 channels, enough for full speed.
+# Regions pooled at once in inference: 13 MB (7 x 7) and 6 MB (14 x 14) of 256 channels, enough for full speed.
 BOXES_AT_ONCE = 256
 MASKS_AT_ONCE = 32
 
@@ -38,7 +38,7 @@ class Sample:
     Attributes:
         boxes: (Ri, 4), foreground regions first.
         classes: (Ri,) int64 in [0, K].
-        truth: (Ri, 4) matched ground truth, the region itself where the image has none.
+        truth: (Ri, 4) matched ground truth; the region itself if the image has none.
         index: (Ri,) int64 matched ground truth.
         masks: the image's ground-truth masks or None.
     """
@@ -51,7 +51,7 @@ class Sample:
 
 
 def make_sample(boxes: torch.Tensor, classes: torch.Tensor, index: torch.Tensor, target: Instances) -> Sample:
-    """The `Sample` of regions whose classes and matches are known."""
+    """Return the `Sample` of regions with known classes and matches."""
     truth = target.boxes[index] if len(target) else boxes
     return Sample(boxes, classes, truth, index, target.masks)
 
@@ -59,7 +59,7 @@ def make_sample(boxes: torch.Tensor, classes: torch.Tensor, index: torch.Tensor,
 def box_losses(
     predictor: BoxPredictor, scores: torch.Tensor, deltas: torch.Tensor, samples: Sequence[Sample]
 ) -> Losses:
-    """`loss_cls` and `loss_box_reg` of the regions of all images."""
+    """Return `loss_cls` and `loss_box_reg` of the regions of all images."""
     return predictor.losses(
         scores,
         deltas,
@@ -70,13 +70,13 @@ def box_losses(
 
 
 def share_masks(logits: torch.Tensor, detections: Sequence[Instances]) -> None:
-    """Sets `masks` of each image's detections, (Ri, M, M) float probabilities, from logits (R, M, M)."""
+    """Set `masks` of each image's detections, (Ri, M, M) float probabilities, from logits (R, M, M)."""
     for detection, masks in zip(detections, logits.sigmoid().split([len(d) for d in detections])):
         detection.masks = masks
 
 
 class RoiHeads(nn.Module):
-    """Sampling of regions and the mask loss; the subclasses differ in how they pool regions."""
+    """Sampling of regions and the mask loss; subclasses differ in pooling."""
 
     def __init__(self, cfg: CfgNode, strides: dict[str, int]) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class RoiHeads(nn.Module):
 
     @torch.no_grad()
     def sample(self, proposals: Sequence[Instances], targets: Sequence[Instances]) -> list[Sample]:
-        """Matches proposals (and the ground truth itself) with the ground truth and draws a batch of each image."""
+        """Match proposals (and the ground truth itself) with the ground truth, and sample a batch from each image."""
         s = self.settings
         samples = []
         for proposal, target in zip(proposals, targets):
@@ -100,7 +100,7 @@ class RoiHeads(nn.Module):
     def label(
         self, boxes: torch.Tensor, target: Instances, thresholds: Sequence[float], labels: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Matched ground truth (Ri,) int64 of every box, and its class (Ri,) int64 in [0, K], -1 to ignore it."""
+        """Return every box's matched ground truth (Ri,) int64, and class (Ri,) int64 in [0, K], -1 to ignore it."""
         index, label = match(pairwise_iou(target.boxes, boxes), thresholds, labels, False)
         if not len(target):
             return index, torch.full_like(index, self.num_classes)
@@ -110,7 +110,7 @@ class RoiHeads(nn.Module):
         return index, classes
 
     def mask_losses(self, pooled: torch.Tensor, samples: Sequence[Sample]) -> Losses:
-        """`loss_mask` of the foreground regions, whose pooled features are (R, C, S, S)."""
+        """Return `loss_mask` of the foreground regions, whose pooled features are (R, C, S, S)."""
         chosen = [s.classes < self.num_classes for s in samples]
         classes = torch.cat([s.classes[c] for s, c in zip(samples, chosen)])
         masks = [s.masks[s.index[c]] if c.any() else None for s, c in zip(samples, chosen)]
@@ -119,7 +119,7 @@ class RoiHeads(nn.Module):
 
 
 class StandardROIHeads(RoiHeads):
-    """Box and mask branches with a pooler each (FPN, DC5)."""
+    """Box and mask branches with separate poolers (FPN, DC5)."""
 
     fast = False  # predict a chunk of regions at a time
 
@@ -155,7 +155,7 @@ class StandardROIHeads(RoiHeads):
         return losses
 
     def train_boxes(self, maps: Maps, samples: list[Sample], targets: Sequence[Instances]) -> Losses:
-        """Losses of the box branch; with TRAIN_ON_PRED_BOXES `samples` get the predicted boxes for the mask branch."""
+        """Return the box branch's losses; with TRAIN_ON_PRED_BOXES replace the boxes of `samples` by predicted ones."""
         scores, deltas = self.box_predictor(self.box_head(self.box_pooler(maps, [s.boxes for s in samples])))
         losses = box_losses(self.box_predictor, scores, deltas, samples)
         if self.train_on_predictions:
@@ -164,7 +164,7 @@ class StandardROIHeads(RoiHeads):
         return losses
 
     def predict_boxes(self, maps: Maps, proposals: Sequence[Instances]) -> list[Instances]:
-        """Detections of every image, without masks."""
+        """Return every image's detections, without masks."""
         scores, deltas = [], []
         for part in self.chunked(with_image([p.boxes for p in proposals]), BOXES_AT_ONCE):
             score, delta = self.box_predictor(self.box_head(self.box_pooler.pool(maps, part)))
@@ -173,7 +173,7 @@ class StandardROIHeads(RoiHeads):
         return self.box_predictor.detect(torch.cat(scores), torch.cat(deltas), proposals)
 
     def predict_masks(self, features: Features, detections: Sequence[Instances]) -> None:
-        """Adds soft masks (Ri, M, M) to given boxes and classes; does nothing without a mask branch."""
+        """Add soft masks (Ri, M, M) to given boxes and classes; does nothing without a mask branch."""
         if self.mask_on:
             maps = [features[name] for name in self.in_features]
             regions = with_image([d.boxes for d in detections])
@@ -199,7 +199,7 @@ class Res5ROIHeads(RoiHeads):
                 f"MODEL.ROI_HEADS.IN_FEATURES {self.in_features} must be the one stage below res5, ['res4'], for "
                 "Res5ROIHeads"
             )
-        # Three bottlenecks for every depth, as Detectron2 builds it.
+        # Three bottlenecks at every depth, as in Detectron2.
         self.res5 = make_stage(
             "res5",
             50,
@@ -230,7 +230,7 @@ class Res5ROIHeads(RoiHeads):
         return losses
 
     def predict_masks(self, features: Features, detections: Sequence[Instances]) -> None:
-        """Adds soft masks (Ri, M, M) to given boxes and classes; does nothing without a mask branch."""
+        """Add soft masks (Ri, M, M) to given boxes and classes; does nothing without a mask branch."""
         if self.mask_on:
             classes = torch.cat([d.classes for d in detections])
             share_masks(self.mask_head(self._pool(features, detections), classes), detections)
@@ -240,5 +240,5 @@ class Res5ROIHeads(RoiHeads):
 
 
 def make_pooler(head: CfgNode, strides: Sequence[int]) -> RoiPooler:
-    """The pooler that a MODEL.ROI_BOX_HEAD or MODEL.ROI_MASK_HEAD node describes."""
+    """Build the pooler of a MODEL.ROI_BOX_HEAD or MODEL.ROI_MASK_HEAD node."""
     return RoiPooler(head.POOLER_RESOLUTION, strides, head.POOLER_SAMPLING_RATIO, head.POOLER_TYPE)

@@ -1,6 +1,6 @@
 """Region proposal network: scores and labels of anchors, losses, proposals.
 
-Shape legend: B images, L levels, Hi x Wi cells of level i, A anchors a cell, R = sum of Hi*Wi*A anchors in all.
+Shape legend: B images, L levels, Hi x Wi cells of level i, A anchors per cell, R = sum of Hi*Wi*A anchors in total.
 Source: Faster R-CNN section 3.1; detectron2/modeling/proposal_generator.
 """
 
@@ -98,11 +98,11 @@ class RPN(nn.Module):
         image_sizes: Sequence[tuple[int, int]],
         targets: Sequence[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, torch.Tensor]]:
-        """Proposals of every image and, in training, the losses.
+        """Return every image's proposals and, in training, the losses.
 
         Args:
             image_sizes: B pairs (H, W) before padding.
-            targets: ground truth with `boxes`; needed in training only.
+            targets: ground truth with `boxes`; in training only.
 
         Returns:
             B Instances with `boxes` (P, 4) and `scores` (P,), the logits, descending; and `loss_rpn_cls` and
@@ -120,7 +120,7 @@ class RPN(nn.Module):
     def label_anchors(
         self, anchors: torch.Tensor, target: Instances, image_size: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sampled labels (R,) int8 of one image, 1 object, 0 background, -1 unused, and matched truth (R,) int64."""
+        """Sample labels (R,) int8 of one image, 1 object, 0 background, -1 unused; and matched truth (R,) int64."""
         s = self.settings
         index, label = match(pairwise_iou(target.boxes, anchors), s.IOU_THRESHOLDS, s.IOU_LABELS, True)
         if s.BOUNDARY_THRESH >= 0:
@@ -143,7 +143,7 @@ class RPN(nn.Module):
         image_sizes: Sequence[tuple[int, int]],
         targets: Sequence[Instances] | None,
     ) -> dict[str, torch.Tensor]:
-        """With `maps`, logits and deltas have no gradient and are predicted again at the sampled anchors."""
+        """Compute the losses; with `maps`, recompute logits and deltas with gradient at the sampled anchors."""
         if not self.training:
             return {}
         s = self.settings
@@ -166,7 +166,7 @@ class RPN(nn.Module):
             self.coder, all_anchors[anchor[found]], delta, truth, s.BBOX_REG_LOSS_TYPE, s.SMOOTH_L1_BETA
         )
         objectness = F.binary_cross_entropy_with_logits(score, found.float(), reduction="sum")
-        # Over the regions asked for, not those found, so that an image with few objects does not weigh more.
+        # Divide by the configured number of regions, so that images with few objects do not weigh more.
         regions = s.BATCH_SIZE_PER_IMAGE * len(targets)
         return {
             "loss_rpn_cls": objectness / regions * s.LOSS_WEIGHT,
@@ -181,7 +181,7 @@ class RPN(nn.Module):
         deltas: list[torch.Tensor],
         image_sizes: Sequence[tuple[int, int]],
     ) -> list[Instances]:
-        """Proposals have no gradient: they are constants to the second stage, as in Detectron2."""
+        """Select proposals, without gradient: constants for the second stage, as in Detectron2."""
         s = self.settings
         best = s.PRE_NMS_TOPK_TRAIN if self.training else s.PRE_NMS_TOPK_TEST
         kept = s.POST_NMS_TOPK_TRAIN if self.training else s.POST_NMS_TOPK_TEST

@@ -1,6 +1,6 @@
-"""OUTPUT_DIR/run.json: what went into a run, so that a number can be traced to its inputs years later.
+"""OUTPUT_DIR/run.json: a run's inputs, so that a number can be traced to them years later.
 
-Written once, when a run starts; `--resume` leaves it as it is.
+Written once, when a run starts; `--resume` does not change it.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def write_record(cfg: CfgNode, engine: str, weights: Weights | None) -> None:
     """Write run.json on the main process.
 
     Args:
-        cfg: the configuration as it runs, with the seed that was drawn.
+        cfg: the effective configuration, with the drawn seed.
         engine: the engine's name.
-        weights: what MODEL.WEIGHTS held; None where every layer is random.
+        weights: the content of MODEL.WEIGHTS; None for random initialisation.
     """
     if not is_main():
         return
     found = None
     if weights is not None:
-        said = {} if weights.manifest is None else {k: getattr(weights.manifest, k) for k in _OF_MANIFEST}
-        found = {**_file(weights.path, file_sha256(weights.path)), **said, "new_heads": weights.new_heads}
+        manifest = {} if weights.manifest is None else {k: getattr(weights.manifest, k) for k in _OF_MANIFEST}
+        found = {**_file(weights.path, file_sha256(weights.path)), **manifest, "new_heads": weights.new_heads}
     record = {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "engine": engine,
@@ -51,7 +51,7 @@ def write_record(cfg: CfgNode, engine: str, weights: Weights | None) -> None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and machine, as plain data."""
+    """Return versions and machine, as plain data."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -71,7 +71,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _data_set(name: str) -> dict[str, Any]:
-    """A data set's files; of the annotations the hash that their index was made with."""
+    """Return a data set's files, with the annotation hash from their index."""
     dataset = find_dataset(name)
     return {**_file(dataset.annotations, dataset.index.file.sha256), "images": str(dataset.images.absolute())}
 

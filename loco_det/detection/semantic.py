@@ -20,14 +20,14 @@ from loco_det.detection.layers import Conv, c2_msra_fill
 
 
 class SemSegFPNHead(nn.Module):
-    """Levels through 3x3 convolutions and doublings to one stride, summed, and a 1x1 convolution to the classes.
+    """3x3 convolutions and doublings of all levels to one stride, summed, and a 1x1 convolution to the classes.
 
     Args:
-        cfg: MODEL.SEM_SEG_HEAD is read.
+        cfg: uses MODEL.SEM_SEG_HEAD.
         channels, strides: of the backbone's features, by name.
 
     Raises:
-        UserError: the head cannot be made of these features.
+        UserError: the head does not fit these features.
     """
 
     def __init__(self, cfg: CfgNode, channels: Mapping[str, int], strides: Mapping[str, int]) -> None:
@@ -59,7 +59,7 @@ class SemSegFPNHead(nn.Module):
         return F.interpolate(logits, scale_factor=self.stride, mode="bilinear", align_corners=False)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Weighted mean cross entropy, 0-dim, over the pixels of `targets` (B, H, W) int64 that are not ignored."""
+        """Return the weighted mean cross entropy, 0-dim, over pixels of `targets` (B, H, W) int64 not ignored."""
         return F.cross_entropy(logits, targets, ignore_index=self.ignored) * self.loss_weight
 
 
@@ -89,10 +89,10 @@ class SemanticSegmentor(Network):
         self.sem_seg_head = SemSegFPNHead(cfg, self.backbone.channels, self.backbone.strides)
 
     def forward(self, batch: Batch) -> dict[str, Tensor] | list[Tensor]:
-        """The loss in training, logits otherwise.
+        """Return the loss in training, logits otherwise.
 
         Args:
-            batch: one dict an image as the mapper makes them: `image` uint8 (3, Hi, Wi) in INPUT.FORMAT order,
+            batch: one dict per image, as made by the mapper: `image` uint8 (3, Hi, Wi) in INPUT.FORMAT order,
                 `height` and `width` of the original image, and in training `sem_seg` (Hi, Wi) int64, classes or
                 MODEL.SEM_SEG_HEAD.IGNORE_VALUE.
 
@@ -112,6 +112,6 @@ class SemanticSegmentor(Network):
 
 
 def to_original(logits: Tensor, size: tuple[int, int], height: int, width: int) -> Tensor:
-    """(K, H, W) logits of a padded image of `size` as (K, height, width)."""
+    """Crop and resize (K, H, W) logits of a padded image of `size` to (K, height, width)."""
     logits = logits[None, :, : size[0], : size[1]]
     return F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)[0]

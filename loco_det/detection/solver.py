@@ -1,6 +1,6 @@
-"""The optimiser side of detector training, with Detectron2's arithmetic: groups, schedule, clipping, precision.
+"""Optimiser, schedule, clipping and precision of detector training, with Detectron2's arithmetic.
 
-Every number here comes from `cfg.SOLVER`; sources are detectron2/solver/build.py and lr_scheduler.py (v0.6).
+All values come from `cfg.SOLVER`; sources are detectron2/solver/build.py and lr_scheduler.py (v0.6).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NORMS = (
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
     """SGD over the trainable parameters, one group for each set of hyperparameters, in order of appearance.
 
-    The order is Detectron2's, so that the optimiser state of a checkpoint means the same in both engines.
+    The order is Detectron2's, so that a checkpoint's optimiser state fits both engines.
 
     Raises:
         UserError: the model has no trainable parameter, or a SOLVER value is out of range.
@@ -60,7 +60,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
                 groups.setdefault(_options(solver, module, name), []).append(parameter)
     if not groups:
         raise UserError("No parameter of the model is trainable; lower MODEL.BACKBONE.FREEZE_AT.")
-    fused = is_fast(model)  # one pass over the memory, without a copy of all gradients
+    fused = is_fast(model)  # one pass over memory, without a copy of all gradients
     optimizer = torch.optim.SGD(
         [{**dict(options), "params": parameters} for options, parameters in groups.items()],
         lr=solver.BASE_LR,
@@ -88,7 +88,7 @@ def _options(solver: CfgNode, module: nn.Module, name: str) -> tuple[tuple[str, 
 
 
 class Schedule:
-    """Sets every group's learning rate to its base rate times a function of the iterations done.
+    """Sets every group's learning rate to its base rate times a function of the number of iterations.
 
     `state_dict` has the format of Detectron2's LRMultiplier.
     """
@@ -106,7 +106,7 @@ class Schedule:
 
     def _apply(self) -> None:
         if self.iteration >= self.length:
-            return  # nothing follows the last iteration, and fvcore's schedulers end before 1.0
+            return  # after the last iteration; fvcore's schedulers end before 1.0
         factor = self.multiplier(self.iteration / self.length)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs):
             group["lr"] = base * factor
@@ -120,7 +120,7 @@ class Schedule:
 
 
 def build_schedule(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Schedule:
-    """The schedule that SOLVER.LR_SCHEDULER_NAME names, with its warm-up, over SOLVER.MAX_ITER iterations.
+    """Build the schedule SOLVER.LR_SCHEDULER_NAME, with warm-up, over SOLVER.MAX_ITER iterations.
 
     Raises:
         UserError: an unknown name or method, or values out of range.
@@ -129,7 +129,7 @@ def build_schedule(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Schedule:
 
 
 def lr_multiplier(cfg: CfgNode) -> ParamScheduler:
-    """The multiplier of the base learning rate as a function of progress in [0, 1)."""
+    """Return the multiplier of the base learning rate as a function of progress in [0, 1)."""
     solver = cfg.SOLVER
     if solver.MAX_ITER < 1:
         raise UserError(f"SOLVER.MAX_ITER is {solver.MAX_ITER}; give at least 1.")
@@ -186,9 +186,9 @@ def _with_warmup(main: ParamScheduler, solver: CfgNode) -> ParamScheduler:
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
-    """The configuration for `world_size` processes, if it was made for SOLVER.REFERENCE_WORLD_SIZE of them.
+    """Scale a configuration made for SOLVER.REFERENCE_WORLD_SIZE processes to `world_size`.
 
-    The batch of each process stays, the learning rate grows and the schedule shrinks with the total batch
+    The batch per process stays, the learning rate grows and the schedule shrinks with the total batch
     (detectron2 DefaultTrainer.auto_scale_workers). 0 switches this off.
 
     Raises:
@@ -220,22 +220,22 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
 
 
 def autocast(cfg: CfgNode, device: torch.device, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """The precision of one forward pass: float16 on CUDA and bfloat16 elsewhere if SOLVER.AMP.ENABLED."""
+    """Return the autocast of one forward pass: float16 on CUDA and bfloat16 elsewhere if SOLVER.AMP.ENABLED."""
     if not cfg.SOLVER.AMP.ENABLED:
         return contextlib.nullcontext()
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-    # A fast RPN scores all cells without gradients first. Until torch 2.10 autocast cached the casts of its weights
-    # from there, so that the sampled cells gave its biases no gradient either.
+    # A fast RPN first scores all cells without gradients. Until torch 2.10 autocast cached the weight casts of that
+    # pass, so that the sampled cells gave its biases no gradient either.
     return torch.autocast(device.type, dtype=dtype, cache_enabled=not is_fast(model))
 
 
 def grad_scaler(cfg: CfgNode, device: torch.device) -> torch.amp.GradScaler:
-    """Loss scaling for float16 on CUDA; disabled, and then without effect, on other devices and without AMP."""
+    """Return the loss scaler for float16 on CUDA; disabled on other devices and without AMP."""
     return torch.amp.GradScaler("cuda", enabled=cfg.SOLVER.AMP.ENABLED and device.type == "cuda")
 
 
 def optimizer_step(cfg: CfgNode, loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Backward of the total loss (a scalar), clipping, and the optimiser's update; frees the gradients."""
+    """Run backward of the total loss (a scalar), clipping, and the optimiser's update; frees the gradients."""
     scaler.scale(loss).backward()
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
         scaler.unscale_(optimizer)
@@ -246,7 +246,7 @@ def optimizer_step(cfg: CfgNode, loss: Tensor, optimizer: torch.optim.Optimizer,
 
 
 def clip_gradients(cfg: CfgNode, parameters: Iterable[nn.Parameter]) -> None:
-    """Clip each parameter's gradient by itself, as Detectron2 does: by value, or by its own norm.
+    """Clip each parameter's gradient separately, as Detectron2 does: by value, or by its own norm.
 
     Raises:
         UserError: SOLVER.CLIP_GRADIENTS.CLIP_TYPE is neither.

@@ -1,7 +1,7 @@
-"""Training a detector: one loop for both engines, from a configuration to a checkpoint and its AP.
+"""Trains a detector with either engine, from a configuration to a checkpoint and its AP.
 
-What it leaves in OUTPUT_DIR is what Detectron2 leaves: config.yaml, metrics.json, model_*.pth, last_checkpoint,
-inference/coco_instances_results.json; and run.json, which says what went in.
+OUTPUT_DIR gets Detectron2's files: config.yaml, metrics.json, model_*.pth, last_checkpoint,
+inference/coco_instances_results.json; and run.json with the run's inputs.
 """
 
 from __future__ import annotations
@@ -60,29 +60,29 @@ def train_net(
     max_bad_share: float | None = None,
     wandb: str | None = None,
 ) -> dict[str, Any]:
-    """Train and evaluate the detector that `cfg` describes, in this process's share of the job.
+    """Train and evaluate the detector of `cfg`, in this process's share of the job.
 
     Args:
         cfg: Detectron2's key tree (`keys.get_cfg`), complete.
-        engine: "torchvision", "detectron2", or "auto": Detectron2 where it can be imported. Or an engine whose `check`
-            has passed `cfg`.
+        engine: "torchvision", "detectron2", or "auto": Detectron2 if it can be imported. Or an engine whose `check`
+            accepted `cfg`.
         eval_only: only evaluate MODEL.WEIGHTS, or with `resume` the last checkpoint.
-        resume: go on from OUTPUT_DIR/last_checkpoint if there is one.
-        new_heads: where MODEL.WEIGHTS are a detector's, its heads that do not fit start anew.
+        resume: continue from OUTPUT_DIR/last_checkpoint if there is one.
+        new_heads: if MODEL.WEIGHTS are a detector's, initialise its heads that do not fit.
         evaluator: "hotcoco" or "pycocotools".
         fast: on a CPU, let the torchvision engine's numbers differ from Detectron2's by rounding (`cpu_speed`).
-        feature_cache: keep the frozen backbone's features of test images in this folder.
-        max_bad_share: of the training images that may turn out to be unusable, where it is not to be the torchvision
-            engine's own; Detectron2's loader endures none.
-        wandb: W&B project that also gets the numbers of metrics.json.
+        feature_cache: cache the frozen backbone's features of test images in this folder.
+        max_bad_share: tolerated share of training images that fail to decode; None for the torchvision engine's
+            default. Detectron2's loader tolerates none.
+        wandb: W&B project to log metrics.json to.
 
     Returns:
-        On the main process {"bbox": {"AP": percent, ...}, "segm": {...}}; with several DATASETS.TEST a dict of these
-        by name, without any an empty one.
+        On the main process {"bbox": {"AP": percent, ...}, "segm": {...}}; with several DATASETS.TEST {name: {...}},
+        without any {}.
 
     Raises:
-        UserError: bad configuration, data or weights; a loss that is not finite; a stop by signal; a result that is
-            not what TEST.EXPECTED_RESULTS says.
+        UserError: bad configuration, data or weights; a non-finite loss; a stop by signal; a result that contradicts
+            TEST.EXPECTED_RESULTS.
         RuntimeError: a frozen tensor changed.
     """
     if not cfg.OUTPUT_DIR:
@@ -93,7 +93,7 @@ def train_net(
         engine = choose_engine(engine)
         engine.check(cfg)
     if max_bad_share is not None:
-        engine = enduring(engine, max_bad_share)
+        engine = tolerant(engine, max_bad_share)
     log_engine(engine)
     check_evaluator(cfg, evaluator)
     if feature_cache is not None:
@@ -124,10 +124,10 @@ def train_net(
 
 
 def choose_engine(name: str) -> Engine:
-    """The engine called `name`.
+    """Return the engine called `name`.
 
     Raises:
-        UserError: an unknown name, or Detectron2 is asked for and not installed.
+        UserError: an unknown name, or Detectron2 is not installed.
     """
     if name not in ("auto", "torchvision", "detectron2"):
         raise UserError(f"There is no engine {name!r}; use auto, torchvision or detectron2.")
@@ -138,15 +138,15 @@ def choose_engine(name: str) -> Engine:
 
 
 def log_engine(engine: Engine) -> None:
-    """Log which engine runs, and if Detectron2 could not have been chosen."""
+    """Log the chosen engine, and whether Detectron2 was unavailable."""
     log.info("engine: %s%s", engine.name, "" if engine_d2.installed() else " (Detectron2 is not installed)")
 
 
-def enduring(engine: Engine, max_bad_share: float) -> Engine:
-    """The engine that endures a share of unusable training images.
+def tolerant(engine: Engine, max_bad_share: float) -> Engine:
+    """Return an engine that tolerates a share of unusable training images.
 
     Raises:
-        UserError: it is no share, or the engine is Detectron2's.
+        UserError: not a share, or the engine is Detectron2's.
     """
     if not 0 <= max_bad_share <= 1:
         raise UserError(f"--max-bad-share is {max_bad_share}; give a share from 0 to 1.")
@@ -159,7 +159,7 @@ def enduring(engine: Engine, max_bad_share: float) -> Engine:
 
 
 def _prepare(cfg: CfgNode, eval_only: bool) -> CfgNode:
-    """Check what would otherwise fail late, and seed; returns the configuration as it will run."""
+    """Run checks that would otherwise fail late, and seed; returns the effective configuration."""
     if not eval_only and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty; name a data set to train on, e.g. ('coco_2017_train',).")
     if eval_only and not cfg.DATASETS.TEST:
@@ -184,7 +184,7 @@ def _prepare(cfg: CfgNode, eval_only: bool) -> CfgNode:
 
 
 def _write_config(cfg: CfgNode) -> None:
-    """Only now that a refused --resume can no longer lose the configuration that the folder's run was made with."""
+    """Write config.yaml, only after a refused --resume can no longer overwrite the folder's configuration."""
     if is_main():
         with atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", "w") as file:
             file.write(cfg.dump())
@@ -192,10 +192,10 @@ def _write_config(cfg: CfgNode) -> None:
 
 
 def check_classes(cfg: CfgNode, train: Sequence[str], test: Sequence[str]) -> None:
-    """Every data set exists and its classes are the model's, before hours are spent.
+    """Check before training that every data set exists and that its classes are the model's.
 
     Raises:
-        UserError: a set is not there, or its classes do not fit the model or those of the training set.
+        UserError: a set is missing, or its classes do not fit the model or those of the training set.
     """
     for name in (*train, *test):
         loader.check_kind(cfg, name)
@@ -207,8 +207,8 @@ def check_classes(cfg: CfgNode, train: Sequence[str], test: Sequence[str]) -> No
 
 
 def detector_device(name: str) -> torch.device:
-    """MODEL.DEVICE, or the CPU where that is cuda and there is none."""
-    if name == "cuda" and not torch.cuda.is_available():  # Detectron2's default, hardly ever written by hand
+    """Return MODEL.DEVICE, or the CPU instead of cuda without a GPU."""
+    if name == "cuda" and not torch.cuda.is_available():  # Detectron2's default, rarely set by hand
         log.warning("MODEL.DEVICE is cuda and this machine has no usable GPU: running on the CPU")
         name = "cpu"
     return resolve_device(name)
@@ -226,16 +226,16 @@ def _load_for_evaluation(model: nn.Module, cfg: CfgNode, engine: Engine, resume:
     if not cfg.MODEL.WEIGHTS:
         raise UserError("MODEL.WEIGHTS is empty, so there is nothing to evaluate; give a detector's checkpoint.")
     weights = load_weights(model, cfg)
-    if last_checkpoint(cfg.OUTPUT_DIR) is None:  # else run.json is that of the training
+    if last_checkpoint(cfg.OUTPUT_DIR) is None:  # else run.json is the training's
         write_record(cfg, engine.name, weights)
 
 
 def start_run(
     cfg: CfgNode, engine: Engine, model: nn.Module, resume: bool, drawn: bool, *, new_heads: bool = False
 ) -> Run:
-    """Weights, optimiser and schedule, from MODEL.WEIGHTS or, with `resume`, from the last checkpoint.
+    """Set up weights, optimiser and schedule, from MODEL.WEIGHTS or, with `resume`, from the last checkpoint.
 
-    `drawn`: the configuration gave no SEED; `new_heads` as `train_net` has it.
+    `drawn`: the configuration gave no SEED; `new_heads` as for `train_net`.
     """
     last = read_last(cfg.OUTPUT_DIR) if resume else None
     if resume and last is None:
@@ -248,11 +248,11 @@ def start_run(
     scaler = solver.grad_scaler(cfg, device)
     note = {"version": __version__, "engine": engine.name, "seed": cfg.SEED, **identity(cfg)}
     checkpointer = Checkpointer(cfg, model, optimizer, schedule, scaler, note)
-    checkpointer.periodic()  # judges its period
+    checkpointer.periodic()  # validates its period
     start = 0
     if last is not None:
         start = checkpointer.restore(last, drawn)
-        if drawn:  # a run without a SEED goes on with the one it drew at its start
+        if drawn:  # a run without SEED continues with the one drawn at its start
             cfg = checkpointer.cfg = config.changed(cfg, SEED=note["seed"])
             note.update(identity(cfg))
         if start > cfg.SOLVER.MAX_ITER:
@@ -261,10 +261,10 @@ def start_run(
             )
         log.info("resumed from %s: %d of %d iterations are done", last.path, start, cfg.SOLVER.MAX_ITER)
     wrapped = averaged(model, device) if world_size() > 1 else model
-    frozen = frozen_hashes(model)  # of what the wrapper has made equal in all processes
+    frozen = frozen_hashes(model)  # after the wrapper has synchronised the processes
     check_frozen(note.setdefault("frozen", frozen), frozen)
     batches = engine.train_batches(cfg, start) if start < cfg.SOLVER.MAX_ITER else ()
-    if last is None:  # only now that nothing of this run was refused
+    if last is None:  # after all checks of this run
         retire_checkpoints(cfg.OUTPUT_DIR)
         write_record(cfg, engine.name, weights)
     return Run(cfg, engine, model, wrapped, optimizer, schedule, scaler, checkpointer, start, device, batches)

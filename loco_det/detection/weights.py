@@ -1,8 +1,8 @@
-"""Weights into a detector, all or nothing: a backbone, or a whole detector under Detectron2's names.
+"""Loads weights into a detector completely or not at all: a backbone, or a whole detector under Detectron2's names.
 
-A backbone file must fill every tensor of the model's ResNet, a detector file every tensor of the model; anything
-missing, left over or of another shape is refused by name, because a partly loaded backbone costs AP in silence. The one
-exception is asked for: heads that do not fit, those of a detector of other classes or anchors, start anew.
+A backbone file must fill every tensor of the model's ResNet, a detector file every tensor of the model; missing,
+unknown or misshapen tensors are refused by name, because a partly loaded backbone silently costs AP. With `new_heads`,
+heads of a detector with other classes or anchors are initialised instead.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from loco_det.core.errors import UserError
 from loco_det.core.log import log
 
 STAGE = re.compile(r"(stem|res[2-5])\.")
-# Detectron2 names a detector's ResNet so: under FPN, alone, and as the head of C4.
+# Detectron2's prefixes of a detector's ResNet: under FPN, alone, and as the head of C4.
 PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
-# What may be in a file without a place in the model: step counters, the classifier that a converter of an
-# ImageNet model leaves behind, and constants that old Detectron2 checkpoints carry.
+# Tensors that a file may have and the model lacks: step counters, an ImageNet classifier, and constants of old
+# Detectron2 checkpoints.
 DROPPED = re.compile(
     r"(.*\.)?num_batches_tracked|(stem\.)?fc\.(weight|bias)|pixel_(mean|std)|.*anchor_generator\.cell_anchors\.\d+"
 )
-# The parts of a detector whose shape depends on classes, anchors or MODEL.MASK_ON, by what a user calls them; each is
-# taken whole or starts anew whole.
+# The parts of a detector whose shape depends on classes, anchors or MODEL.MASK_ON, by display name; each is loaded or
+# initialised as a whole.
 _HEADS = {
     "box predictor": re.compile(r"roi_heads\.box_predictor\..*"),
     "mask head": re.compile(r"roi_heads\.mask_head\..*"),
@@ -41,7 +41,7 @@ _HEADS = {
     "RPN's predictor": re.compile(r"proposal_generator\.rpn_head\.(objectness_logits|anchor_deltas)\..*"),
     "predictor of labels": re.compile(r"sem_seg_head\.predictor\..*"),
 }
-_NEW_HEADS = "let the heads that do not fit start anew: loco-det train --new-heads"
+_NEW_HEADS = "initialise the heads that do not fit: loco-det train --new-heads"
 TOLERANCE = 0.01  # in 0-255 units: published means are rounded to two or three digits
 
 
@@ -50,13 +50,13 @@ class Weights:
     """The content of a weights file.
 
     Attributes:
-        path: where it came from.
+        path: the file.
         tensors: under Detectron2's names, relative to the ResNet for a backbone, complete for a detector.
-        manifest: what an exported backbone says of itself.
-        pixels: what a detector checkpoint says of its input (`pixel_facts`).
+        manifest: the manifest of an exported backbone.
+        pixels: a detector checkpoint's record of its input (`pixel_facts`).
         state: everything else in a checkpoint: optimiser, schedule, iteration.
-        new_heads: of the heads that did not fit and started anew, as was asked, the tensors of the model; none for a
-            head that the model does not have.
+        new_heads: {head: names of the model's tensors} initialised because they did not fit; empty for a head
+            that the model does not have.
     """
 
     path: Path
@@ -72,16 +72,17 @@ class Weights:
 
 
 def load_weights(model: nn.Module, cfg: CfgNode, *, new_heads: bool = False) -> Weights | None:
-    """Fill `model` from MODEL.WEIGHTS; with "" it keeps its random initialisation, and the log says so.
+    """Load MODEL.WEIGHTS into `model`; with "" it keeps its random initialisation, with a line in the log.
 
     Args:
-        new_heads: heads of a detector that do not fit keep theirs, too; the log and `Weights.new_heads` say which.
+        new_heads: keep the initialisation of a detector's heads that do not fit; the log and `Weights.new_heads` list
+            them.
 
     Returns:
-        What was loaded; None with "".
+        The loaded weights; None for "".
 
     Raises:
-        UserError: the file is missing, damaged, of unknown names, contradicts the configuration, or does not fit.
+        UserError: the file is missing, damaged, has unknown names, contradicts the configuration, or does not fit.
     """
     path = cfg.MODEL.WEIGHTS
     if not path:
@@ -98,7 +99,7 @@ def read_weights(path: str | Path) -> Weights:
     Nothing in the file is executed.
 
     Raises:
-        UserError: a URL, a missing or damaged file, names that are not Detectron2's, or a backbone that is no ResNet.
+        UserError: a URL, a missing or damaged file, names that are not Detectron2's, or a backbone other than a ResNet.
     """
     text = str(path)
     if "://" in text:
@@ -137,10 +138,10 @@ def read_weights(path: str | Path) -> Weights:
 
 
 def apply_weights(model: nn.Module, weights: Weights, cfg: CfgNode, *, new_heads: bool = False) -> None:
-    """Copy `weights` into `model`, whose names are Detectron2's; `new_heads` as `load_weights` has it.
+    """Copy `weights` into `model`, whose names are Detectron2's; `new_heads` as for `load_weights`.
 
     Raises:
-        UserError: naming the tensor that is missing, unknown or wrongly shaped, or the key that contradicts.
+        UserError: naming the missing, unknown or misshapen tensor, or the contradicting key.
     """
     check_manifest(weights, cfg)
     target = model.state_dict()
@@ -148,7 +149,7 @@ def apply_weights(model: nn.Module, weights: Weights, cfg: CfgNode, *, new_heads
         matched = _match_backbone(weights, target, cfg)
     else:
         if new_heads:
-            _leave_out_heads(weights, target)
+            _drop_heads(weights, target)
         matched = _match_detector(weights, target, cfg)
     _check_finite(weights.path, matched)
     model.load_state_dict(matched, strict=False)
@@ -157,7 +158,7 @@ def apply_weights(model: nn.Module, weights: Weights, cfg: CfgNode, *, new_heads
 
 
 def _match_backbone(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
-    # Detectron2's C4 head is made of bottlenecks at any depth: below 50 no backbone has its tensors.
+    # Detectron2's C4 head has bottlenecks at any depth: below 50 no backbone has its tensors.
     prefixes = PREFIXES if cfg.MODEL.RESNETS.DEPTH >= 50 else PREFIXES[:2]
     places = {}
     for name in target:
@@ -186,23 +187,25 @@ def _match_backbone(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -
     return matched
 
 
-def _leave_out_heads(weights: Weights, target: dict[str, Tensor]) -> None:
-    """Take the heads that do not fit out of the weights and the model's tensors that are to be filled."""
+def _drop_heads(weights: Weights, target: dict[str, Tensor]) -> None:
+    """Remove heads that do not fit from the weights and from the model's tensors to fill."""
     for title, names in _HEADS.items():
         given, wanted = (
             {n: t.shape for n, t in all_.items() if names.fullmatch(n)} for all_ in (weights.tensors, target)
         )
-        # Of a mask head that both have the predictor alone depends on the classes.
+        # If both have a mask head, only its predictor depends on the classes.
         if given == wanted or (title == "mask head" and given and wanted):
             continue
         weights.tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in given}
         weights.new_heads[title] = list(wanted)
         for name in wanted:
             del target[name]
-        state = f"starts anew: {len(wanted)} tensors of the model keep their random values" if wanted else "is not used"
+        state = (
+            f"is initialised: {len(wanted)} tensors of the model keep their random values" if wanted else "is not used"
+        )
         log.warning("--new-heads: the %s of %s %s (%s)", title, weights.path, state, next(iter(wanted or given)))
     if not weights.new_heads:
-        log.info("--new-heads: every head of %s fits, so all are taken over", weights.path)
+        log.info("--new-heads: every head of %s fits, so all are loaded", weights.path)
 
 
 def _match_detector(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
@@ -270,7 +273,7 @@ def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def check_manifest(weights: Weights, cfg: CfgNode) -> None:
-    """Refuse weights that say they were made for other pixels or another network than the configuration's.
+    """Refuse weights whose manifest has other pixels or another network than the configuration.
 
     Raises:
         UserError: naming the key, the weights' value and the configuration's.
@@ -302,7 +305,7 @@ def check_manifest(weights: Weights, cfg: CfgNode) -> None:
 
 
 def pixel_facts(cfg: CfgNode) -> dict[str, Any]:
-    """The keys that weights depend on without any shape showing it."""
+    """Return the keys that weights depend on but that no shape shows."""
     return {
         "INPUT.FORMAT": cfg.INPUT.FORMAT,
         "MODEL.PIXEL_MEAN": list(cfg.MODEL.PIXEL_MEAN),

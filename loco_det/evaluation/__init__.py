@@ -1,1 +1,1 @@
-"""Numbers from predictions; knows no engine."""
+"""Metrics from predictions; independent of the engine."""

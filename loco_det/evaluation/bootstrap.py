@@ -1,8 +1,7 @@
-"""How much a number owes to the choice of test images: intervals by bootstrap, and two results on the same draws.
+"""Bootstrap over test images: intervals of a result's numbers, and of the differences of two results.
 
-Images are drawn with replacement, as many as there are, and every number is computed again on each draw (Efron, The
-Annals of Statistics 1979). Two results are compared on the same draws, so that what makes an image easy or hard for
-both cancels out.
+Images are drawn with replacement, as many as there are, and every number is computed on each draw (Efron, The Annals of
+Statistics 1979). Two results are compared on the same draws, so that the difficulty of an image cancels out.
 """
 
 from __future__ import annotations
@@ -16,40 +15,43 @@ import numpy as np
 
 from loco_det.core.log import Progress
 
-Interval = list[float]  # of 95 %, its lower and its upper end in percent
-# A number is left out if more than this share of the draws has no object for it: their share is known beforehand.
+Interval = list[float]  # 95 %: lower and upper end in percent
+# Numbers for which more than this share of draws has no object are left out; the share is known beforehand.
 _EMPTY_DRAWS = 1e-3
 
 
-class Judged(Protocol):
-    """Results that were matched with the truth once, whose numbers can be had for any draw of images.
+class Resamplable(Protocol):
+    """Results matched once with the ground truth, whose numbers can be computed for any draw of images.
 
     Attributes:
-        kind: what the numbers are of: "bbox", "segm", "box_proposals" or "sem_seg".
-        images: how many there are.
+        kind: task of the numbers: "bbox", "segm", "box_proposals" or "sem_seg".
+        images: number of images.
     """
 
     kind: str
     images: int
 
+    def numbers(self) -> dict[str, float]:
+        """{number: percent} of every image once; not of every number of the measure."""
+
     def intervals(self, resamples: int) -> dict[str, Interval]:
-        """{number: its interval}."""
+        """Return {number: its interval}."""
 
     def differences(self, reference: Any, resamples: int) -> dict[str, dict[str, Any]]:
-        """{number: {"difference": this minus the reference's in percent, "ci95": its interval}}.
+        """Return {number: {"difference": this minus the reference's in percent, "ci95": its interval}}.
 
         Args:
-            reference: other results on the same images, judged in the same way.
+            reference: other results of the same kind on the same images.
         """
 
 
 @dataclass
 class Counted:
-    """Results of which a measure of our own has kept what each image adds to its numbers.
+    """Results of one of our own measures, with each image's contribution to the numbers.
 
     Attributes:
-        names: of the numbers.
-        measure: (images,) how often each image counts -> the numbers in percent, NaN where there is no object.
+        names: names of the numbers.
+        measure: (images,) weights of the images -> the numbers in percent, NaN without objects.
     """
 
     kind: str
@@ -59,7 +61,6 @@ class Counted:
     _drawn: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def numbers(self) -> dict[str, float]:
-        """Of every image once."""
         return dict(zip(self.names, self.measure(np.ones(self.images, np.int64))))
 
     def intervals(self, resamples: int) -> dict[str, Interval]:
@@ -72,7 +73,7 @@ class Counted:
         return {name: {"difference": whole[name], "ci95": interval} for name, interval in limits.items()}
 
     def _resampled(self, resamples: int) -> np.ndarray:
-        """(1 + resamples, numbers): of all images, then of each draw, computed once."""
+        """Compute (1 + resamples, numbers) once: for all images, then for each draw."""
         if resamples not in self._drawn:
             with Progress(resamples + 1, f"bootstrap of {self.kind}", unit="draws") as progress:
                 rows = []
@@ -85,22 +86,27 @@ class Counted:
 
 @dataclass
 class Matched:
-    """Results that hotcoco has matched, in COCO's or in LVIS's protocol; it draws by itself.
+    """Results matched by hotcoco, in COCO's or LVIS's protocol; hotcoco draws itself.
 
     Attributes:
         evaluation: evaluated and accumulated.
-        nothing: the same of no results at all, whose every number is 0.
+        nothing: makes the same of no results at all, whose every number is 0, for each kind.
         names: the numbers that practically every draw has; see `in_every_draw`.
     """
 
     kind: str
     evaluation: hotcoco.COCOeval
-    nothing: hotcoco.COCOeval
+    nothing: Callable[[], dict[str, hotcoco.COCOeval]]
     names: tuple[str, ...]
     images: int
 
+    def numbers(self) -> dict[str, float]:
+        precision = np.asarray(self.evaluation.eval["precision"])[:, :, :, 0, -1]
+        return {"AP": 100 * precision[precision > -1].mean()}
+
     def intervals(self, resamples: int) -> dict[str, Interval]:
-        return {name: found["ci95"] for name, found in self._compare(self.nothing, resamples).items()}
+        compared = self._compare(self.nothing()[self.kind], resamples)
+        return {name: found["ci95"] for name, found in compared.items()}
 
     def differences(self, reference: Matched, resamples: int) -> dict[str, dict[str, Any]]:
         return self._compare(reference.evaluation, resamples)
@@ -117,21 +123,22 @@ class Matched:
 
 
 def in_every_draw(images_with: int, images: int) -> bool:
-    """Whether practically every draw has an object, if so many of the images have one.
+    """Whether practically every draw has an object, if `images_with` of the images have one.
 
-    hotcoco counts a draw without any as a difference of 0, which would pull an interval to 0.
+    hotcoco counts a draw without any as a difference of 0, which would bias an interval towards 0.
     """
     return bool(images) and (1 - images_with / images) ** images < _EMPTY_DRAWS
 
 
 def _limits(names: tuple[str, ...], drawn: np.ndarray) -> dict[str, Interval]:
-    """The interval of each number over those of the (draws, numbers) that have it: images without any object have no
-    AP."""
+    """The interval of each number that practically every one of the (draws, numbers) has."""
     columns = {name: column[np.isfinite(column)] for name, column in zip(names, drawn.T)}
-    return {name: np.percentile(column, [2.5, 97.5]).tolist() for name, column in columns.items() if len(column)}
+    most = _EMPTY_DRAWS * len(drawn)
+    usual = {name: column for name, column in columns.items() if len(drawn) - len(column) <= most}
+    return {name: np.percentile(column, [2.5, 97.5]).tolist() for name, column in usual.items()}
 
 
 def _draws(images: int, resamples: int) -> Iterator[np.ndarray]:
-    """How often each image is drawn in each resample."""
+    """Yield the number of times each image is drawn, per resample."""
     rng = np.random.default_rng(0)
     return (rng.multinomial(images, np.full(images, 1 / images)) for _ in range(resamples))

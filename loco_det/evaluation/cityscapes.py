@@ -1,10 +1,10 @@
-"""Cityscapes' instance AP: by the benchmark's own code in this process, or the same numbers in a fraction of its time.
+"""Cityscapes' instance AP, by the benchmark's own code, or the same numbers by faster code.
 
 Both follow cityscapesscripts/evaluation/evalInstanceLevelSemanticLabeling.py: a detection of a class may match one
-object of 100 pixels or more at IoU above .50, .55, ..., .95; pixels of void labels, groups and smaller objects are
-ignored; AP is the area under the precision-recall curve with steps, averaged over thresholds and the 8 classes.
+object of at least 100 pixels at IoU above .50, .55, ..., .95; pixels of void labels, groups and smaller objects are
+ignored; AP is the area under the stepwise precision-recall curve, averaged over thresholds and the 8 classes.
 
-Shape legend: H x W an image in pixels; per class: P detections, G objects and groups, E pairs of them that overlap.
+Shape legend: H x W an image in pixels; per class: P detections, G objects and groups, E overlapping pairs of them.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 from loco_det.core.log import Progress, log
 from loco_det.evaluation import coco
-from loco_det.evaluation.bootstrap import Counted, Judged
+from loco_det.evaluation.bootstrap import Counted, Resamplable
 from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
 
-OVERLAPS = np.arange(0.5, 1.0, 0.05)  # the official array, rounding and all
+OVERLAPS = np.arange(0.5, 1.0, 0.05)  # the official array, including its rounding
 MIN_PIXELS = 100
 OFFICIAL = "cityscapesscripts"
 
 
 class Measure(coco.Measure):
-    """Cityscapes' AP of masks; of the test split, whose truth is secret, a zip to submit."""
+    """Cityscapes' AP of masks; for the test split, whose ground truth is secret, a zip to submit."""
 
     evaluators = (coco.EVALUATORS[0], OFFICIAL)
 
@@ -55,12 +55,22 @@ class Measure(coco.Measure):
         log.info("%s: its truth is secret; %s can be submitted to cityscapes-dataset.com", self.dataset.name, file)
         return {}
 
-    def numbers(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-        official = self.evaluator == OFFICIAL
-        return evaluate_cityscapes(self.dataset.annotations, self.dataset.images, results, official=official)
+    def match(self, results: list[dict[str, Any]]) -> Outcomes:
+        return cityscapes_outcomes(self.dataset.annotations, self.dataset.images, results)
 
-    def judge(self, results: list[dict[str, Any]]) -> list[Judged]:
-        return [count_instances(self.dataset.annotations, self.dataset.images, results)]
+    def numbers(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+        if self.evaluator == OFFICIAL:
+            return evaluate_cityscapes(self.dataset.annotations, self.dataset.images, results, official=True)
+        return {"segm": in_percent(self.matched(results).precision())}
+
+    def resamplable(self, results: list[dict[str, Any]]) -> list[Resamplable]:
+        outcomes, names = self.matched(results, keep=True), ("AP", "AP50")
+
+        def measure(times: np.ndarray) -> list[float]:
+            numbers = in_percent(outcomes.precision(times))
+            return [numbers[name] for name in names]
+
+        return [Counted("segm", names, outcomes.images, measure)]
 
 
 def evaluate_cityscapes(
@@ -69,16 +79,16 @@ def evaluate_cityscapes(
     """AP of instance masks.
 
     Args:
-        annotations: the COCO file that `data.cityscapes` made; it lists the images that count.
-        images: ROOT/leftImg8bit/SPLIT; the truth is read from ROOT/gtFine/SPLIT.
+        annotations: the COCO file of `data.cityscapes`, which lists the images.
+        images: ROOT/leftImg8bit/SPLIT; the ground truth is in ROOT/gtFine/SPLIT.
         results: masks in COCO's result format.
-        official: by cityscapesscripts.
+        official: use cityscapesscripts.
 
     Returns:
         {"segm": {"AP", "AP50", "AP-person", ...}} in percent; NaN for a class without objects.
 
     Raises:
-        UserError: results or ground truth that cannot be used, or cityscapesscripts is asked for and absent.
+        UserError: invalid results or ground truth, or cityscapesscripts is not installed.
     """
     frames, detections = _checked(annotations, images, results)
     precision = _by_cityscapesscripts(frames, detections) if official else Outcomes(frames, detections).precision()
@@ -86,19 +96,8 @@ def evaluate_cityscapes(
 
 
 def cityscapes_outcomes(annotations: Path, images: Path, results: list[dict[str, Any]]) -> Outcomes:
-    """What `evaluate_cityscapes` makes its numbers of, for AP of any choice of images; takes and raises the same."""
+    """Match once for AP of any weighting of images; arguments and errors as for `evaluate_cityscapes`."""
     return Outcomes(*_checked(annotations, images, results))
-
-
-def count_instances(annotations: Path, images: Path, results: list[dict[str, Any]]) -> Counted:
-    """AP and AP50 for any draw of images; takes and raises what `evaluate_cityscapes` does."""
-    outcomes, names = cityscapes_outcomes(annotations, images, results), ("AP", "AP50")
-
-    def measure(times: np.ndarray) -> list[float]:
-        numbers = in_percent(outcomes.precision(times))
-        return [numbers[name] for name in names]
-
-    return Counted("segm", names, outcomes.images, measure)
 
 
 def _checked(annotations: Path, images: Path, results: list[dict[str, Any]]) -> tuple[list[_Frame], Detections]:
@@ -107,7 +106,7 @@ def _checked(annotations: Path, images: Path, results: list[dict[str, Any]]) -> 
 
 
 def in_percent(precision: np.ndarray) -> dict[str, float]:
-    """{"AP", "AP50", "AP-person", ...} of (8, 10) AP by class and threshold, NaN where there are no objects."""
+    """Convert (8, 10) AP by class and threshold to {"AP", "AP50", "AP-person", ...}; NaN without objects."""
     numbers = dict.fromkeys(("AP", "AP50"), math.nan)
     if not np.isnan(precision).all():
         numbers = {"AP": np.nanmean(precision), "AP50": np.nanmean(np.ascontiguousarray(precision[:, 0]))}
@@ -137,18 +136,18 @@ def _frames(index: CocoIndex, images: Path) -> list[_Frame]:
     ]
 
 
-# --- the same numbers, fast -------------------------------------------------------------------------------------
+# --- our own implementation -------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Class:
-    """What matching needs of one class, over all images.
+    """The matching data of one class, over all images.
 
     Attributes:
-        score, void, pixels: (P,) confidence, pixels that are void in the truth, pixels.
-        image: (P,) the place of its image in the list.
+        score, void, pixels: (P,) confidence, void pixels in the ground truth, pixels.
+        image: (P,) index of its image.
         object_pixels: (G,). group: (G,) bool. object_image: (G,) as `image`.
-        pairs: (E, 3) int64: detection, object, pixels of both.
+        pairs: (E, 3) int64: detection, object, common pixels.
     """
 
     score: np.ndarray
@@ -162,10 +161,10 @@ class _Class:
 
 
 class Outcomes:
-    """What became of every detection, image by image, so that AP of any choice of images takes no second matching.
+    """Matches of every detection, by image, for AP of any weighting of images without matching again.
 
     Attributes:
-        images: how many there are.
+        images: number of images.
     """
 
     def __init__(self, frames: list[_Frame], detections: Detections) -> None:
@@ -179,10 +178,10 @@ class Outcomes:
         self._curves = [_curves(_class(columns[label])) for label in CLASSES]
 
     def precision(self, times: np.ndarray | None = None) -> np.ndarray:
-        """(8, 10) float64 AP by class and threshold, NaN without objects.
+        """Return (8, 10) float64 AP by class and threshold, NaN without objects.
 
         Args:
-            times: (images,) how often each image counts; None: once.
+            times: (images,) weight of each image; None: 1.
         """
         times = np.ones(self.images, np.int64) if times is None else times
         return np.array([[curve.area(times) for curve in curves] for curves in self._curves])
@@ -196,13 +195,13 @@ def _rows_by_image(detections: Detections) -> dict[int, list[int]]:
 
 
 def _match(place: int, frame: _Frame, detections: Detections, rows: Any, columns: dict[int, list[list[Any]]]) -> None:
-    """Add one image to `columns`: by class the lists that become a `_Class`."""
+    """Add one image to `columns`: the lists of a `_Class`, by class."""
     ids = read_instance_ids(frame.truth)
     if ids.shape != frame.size:
         raise UserError(
             f"{frame.truth} is {ids.shape[1]} x {ids.shape[0]}, its image {frame.size[1]} x {frame.size[0]}"
         )
-    flat = ids.ravel(order="F")  # as run lengths count
+    flat = ids.ravel(order="F")  # the order of run lengths
     in_image = np.bincount(flat)
     present = np.flatnonzero(in_image)
     labels = np.where(present < 1000, present, present // 1000)
@@ -242,11 +241,11 @@ def _class(columns: list[list[Any]]) -> _Class:
 
 @dataclass
 class _Curve:
-    """The detections that count at one threshold, by ascending score, and the objects.
+    """The counted detections at one threshold, by ascending score, and the objects.
 
     Attributes:
-        score, right, image: (D,) float64, 0. or 1., the place of its image.
-        object_image: (N,) of the objects that count.
+        score, right, image: (D,) float64, 0. or 1., index of its image.
+        object_image: (N,) of the counted objects.
     """
 
     score: np.ndarray
@@ -255,8 +254,9 @@ class _Curve:
     object_image: np.ndarray
 
     def area(self, times: np.ndarray) -> float:
-        """AP where each image counts so many times: the area under the precision-recall curve, in the official order
-        of arithmetic; NaN without objects."""
+        """Return AP for weighted images: the area under the precision-recall curve, in the official order of
+        arithmetic; NaN without objects.
+        """
         objects = int(times[self.object_image].sum())
         if not objects:
             return math.nan
@@ -266,7 +266,7 @@ class _Curve:
             return 0.0
         cumulative, before = np.cumsum(right * count), np.cumsum(count)
         first = np.flatnonzero(np.append(True, score[1:] != score[:-1]))
-        below = np.append(cumulative, 0)[first - 1]  # right ones that score less; the last 0 stands for none
+        below = np.append(cumulative, 0)[first - 1]  # correct ones with a lower score; the last 0 means none
         tp = cumulative[-1] - below
         fp = before[-1] - np.append(before, 0)[first - 1] - tp
         missed = objects - int(cumulative[-1])
@@ -277,11 +277,11 @@ class _Curve:
 
 
 def _curves(found: _Class) -> list[_Curve]:
-    """One for each threshold."""
+    """Return one curve per threshold."""
     counts = ~found.group & (found.object_pixels >= MIN_PIXELS)
     detection, target, shared = found.pairs.T
     overlap = shared / (found.object_pixels[target] + found.pixels[detection] - shared)
-    # A small group is counted by both of the official conditions.
+    # A small group meets both official conditions and is counted twice.
     times = found.group.astype(np.int64) + (found.object_pixels < MIN_PIXELS)
     ignored = found.void.copy()
     np.add.at(ignored, detection, shared * times[target])
@@ -290,7 +290,9 @@ def _curves(found: _Class) -> list[_Curve]:
 
 
 def _at(threshold: float, found: _Class, counts: np.ndarray, overlap: np.ndarray, ignored_share: np.ndarray) -> _Curve:
-    """At one threshold: of the detections that overlap an object enough, the surest is right, the rest wrong."""
+    """Match at one threshold: of the detections with enough overlap, the most confident is correct, the others
+    wrong.
+    """
     detection, target, _ = found.pairs.T
     above = overlap > threshold
     matched = np.flatnonzero(above & counts[target])
@@ -307,7 +309,7 @@ def _at(threshold: float, found: _Class, counts: np.ndarray, overlap: np.ndarray
 
 
 def _pixels(rle: dict[str, Any]) -> np.ndarray:
-    """Positions of a mask's pixels in column order, int64."""
+    """Return the positions of a mask's pixels in column order, int64."""
     height, width = rle["size"]
     try:
         lengths = rle_lengths(rle["counts"].encode("ascii"))
@@ -325,7 +327,7 @@ def _pixels(rle: dict[str, Any]) -> np.ndarray:
 
 
 def _by_cityscapesscripts(frames: list[_Frame], detections: Detections) -> np.ndarray:
-    """As `Outcomes.precision`; results go through files in a temporary folder, which is how that code reads them."""
+    """Compute `Outcomes.precision` by cityscapesscripts, which reads results from files in a temporary folder."""
     module = official_module("evalInstanceLevelSemanticLabeling")
     with tempfile.TemporaryDirectory(prefix="cityscapes_") as folder:
         for name, content in submission_files(frames, detections):
@@ -341,12 +343,12 @@ def _by_cityscapesscripts(frames: list[_Frame], detections: Detections) -> np.nd
             instances = module.getGtInstances(truth, settings)
             matches = module.matchGtWithPreds(found, truth, instances, settings)
             return _by_class_and_threshold(module, matches, settings)
-        except SystemExit as error:  # that code's way to report an error, after printing it
+        except SystemExit as error:  # its way of raising, after printing the error
             raise UserError("cityscapesscripts refused the results (its reason is printed above)") from error
 
 
 def _by_class_and_threshold(module: ModuleType, matches: dict[str, Any], settings: Any) -> np.ndarray:
-    """(8, 10) AP; one at a time, as that code fails where all of a class are ignored: there AP is 0."""
+    """Return (8, 10) AP, one at a time: where all detections of a class are ignored that code fails, and AP is 0."""
     precision = np.zeros((len(CLASSES), len(OVERLAPS)))
     for row, label in zip(precision, CLASSES.values()):
         for column, threshold in enumerate(OVERLAPS):
@@ -359,7 +361,7 @@ def _by_class_and_threshold(module: ModuleType, matches: dict[str, Any], setting
 
 
 def official_module(name: str) -> ModuleType:
-    """A module of cityscapesscripts.evaluation, or UserError where that is not installed."""
+    """Import a module of cityscapesscripts.evaluation; UserError if it is not installed."""
     try:
         module = importlib.import_module(f"cityscapesscripts.evaluation.{name}")
     except ImportError as error:
@@ -367,7 +369,7 @@ def official_module(name: str) -> ModuleType:
             f"--evaluator {OFFICIAL} needs cityscapesscripts; run pip install 'loco_det[cityscapes]', or leave the "
             "option out, which gives the same numbers"
         ) from error
-    if not hasattr(np, "in1d"):  # gone from NumPy 2.4, and that code calls it
+    if not hasattr(np, "in1d"):  # removed in NumPy 2.4, but that code calls it
         module.np = _NumpyWithIn1d()
     return module
 
@@ -383,7 +385,7 @@ class _NumpyWithIn1d:
 
 
 def submission_files(frames: list[_Frame], detections: Detections) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of what the benchmark takes: for each image a text file, and a PNG for each detection in it."""
+    """Yield (name, content) in the benchmark's format: for each image a text file, and a PNG per detection."""
     rows_of = _rows_by_image(detections)
     for frame in frames:
         lines = []
@@ -396,15 +398,15 @@ def submission_files(frames: list[_Frame], detections: Detections) -> Iterator[t
 
 
 def write_submission(annotations: Path, images: Path, results: list[dict[str, Any]], path: Path) -> None:
-    """Write a zip that can be submitted for the images that `annotations` lists.
+    """Write a zip for submission with the images listed in `annotations`.
 
     Raises:
-        UserError: results that cannot be used, or the file cannot be written.
+        UserError: invalid results, or the file cannot be written.
     """
     index = load_index(annotations)
     frames = _frames(index, images)
-    truth = GroundTruth(index, np.zeros(0, np.int64), None)  # that of the test split is secret
+    truth = GroundTruth(index, np.zeros(0, np.int64), None)  # the test split's is secret
     detections = check_results(results, truth, ("segm",))
-    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:  # PNG does not get smaller
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:  # PNG does not compress
         for name, content in submission_files(frames, detections):
             archive.writestr(name, content)

@@ -1,7 +1,7 @@
 """COCO box and mask AP from predictions in COCO's result format, by hotcoco or by pycocotools.
 
-Both evaluators give the same numbers to the last bit; hotcoco is the one that runs, pycocotools the one that
-papers quote. Input on which they could part is refused first (coco_checks.py).
+Both evaluators give bitwise the same numbers; hotcoco is the default, pycocotools the one that papers quote. Input on
+which they could differ is refused first (coco_checks.py).
 
 Shape legend: N instances of one image, H x W its size in pixels; T = 10 IoU thresholds .50:.05:.95, R = 101 recall
 levels, K categories in ascending order of their ids, A = 4 area ranges (all, small, medium, large).
@@ -13,6 +13,8 @@ import contextlib
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,14 @@ from loco_det.annotations.instances import Instances
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 from loco_det.core.log import log
-from loco_det.evaluation.bootstrap import Judged, Matched, in_every_draw
+from loco_det.evaluation.bootstrap import Matched, Resamplable, in_every_draw
 from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
-from loco_det.evaluation.measure import Subject
+from loco_det.evaluation.measure import MatchesOnce, Subject
 
 EVALUATORS = ("hotcoco", "pycocotools")
 SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-AREAS = {"APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, 1e10)}  # square pixels, both ends inside
-_RESULT_BATCH = 10_000  # results encoded at a time when they are written
+AREAS = {"APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, 1e10)}  # square pixels, both ends inclusive
+_RESULT_BATCH = 10_000  # results encoded at once when writing
 
 # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -47,19 +49,19 @@ def evaluate_coco(
     evaluator: str = "hotcoco",
     max_dets: int = 100,
 ) -> dict[str, dict[str, float]]:
-    """Average precision in percent, under Detectron2's names.
+    """Compute average precision in percent, under Detectron2's names.
 
     Args:
         annotations: ground truth in COCO format.
-        results: COCO results, `instances_to_coco` makes them; left as they are. An empty list gives AP 0.
+        results: COCO results, e.g. from `instances_to_coco`; not modified. An empty list gives AP 0.
         iou_types: "bbox" and/or "segm".
         evaluator: "hotcoco", or "pycocotools" for the reference; the numbers are the same.
         max_dets: detections that count per image and category, highest score first.
 
     Returns:
-        {iou type: {"AP", "AP50", "AP75", "APs", "APm", "APl", "AP-<class>" ...}}; NaN where there is no object to
-        find. With a single class there is no "AP-<class>", as in Detectron2. Sizes are by box area for "bbox"
-        and by mask area for "segm" (detectron2/evaluation/coco_evaluation.py).
+        {iou type: {"AP", "AP50", "AP75", "APs", "APm", "APl", "AP-<class>" ...}}; NaN without objects. With a single
+        class there is no "AP-<class>", as in Detectron2. Sizes are by box area for "bbox" and by mask area for "segm"
+        (detectron2/evaluation/coco_evaluation.py).
 
     Raises:
         UserError: as `read_ground_truth` and `check_results`, or an unknown evaluator.
@@ -71,15 +73,46 @@ def evaluate_coco(
     if not iou_types or not set(iou_types) <= {"bbox", "segm"}:
         raise ValueError(f"iou_types must be some of 'bbox', 'segm', not {iou_types!r}")
     truth = read_ground_truth(annotations, iou_types)
-    detections = check_results(results, truth, iou_types)
-    precision = (_hotcoco if evaluator == "hotcoco" else _pycocotools)(truth, detections, iou_types, max_dets)
-    return {iou_type: _summarise(values, truth.categories) for iou_type, values in precision.items()}
+    return Outcomes(truth, check_results(results, truth, iou_types), iou_types, max_dets).numbers(evaluator)
+
+
+@dataclass
+class Outcomes:
+    """Sound results beside their truth; hotcoco matches them once, when its numbers are first asked for."""
+
+    truth: GroundTruth
+    detections: Detections
+    iou_types: Sequence[str]
+    max_dets: int = 100
+
+    @cached_property
+    def evaluations(self) -> dict[str, hotcoco.COCOeval]:
+        """As `hotcoco_evaluations`."""
+        return hotcoco_evaluations(self.truth, self.detections, self.iou_types, self.max_dets)
+
+    def precision(self, evaluator: str) -> dict[str, np.ndarray]:
+        """{iou type: precision (T, R, K, A) float64, -1 where undefined}."""
+        if evaluator == "pycocotools":
+            return _pycocotools(self.truth, self.detections, self.iou_types, self.max_dets)
+        return {iou_type: np.asarray(e.eval["precision"])[..., -1] for iou_type, e in self.evaluations.items()}
+
+    def numbers(self, evaluator: str) -> dict[str, dict[str, float]]:
+        """As `evaluate_coco`."""
+        precision = self.precision(evaluator)
+        return {iou_type: _summarise(values, self.truth.categories) for iou_type, values in precision.items()}
+
+    def judged(self) -> list[Resamplable]:
+        """What hotcoco draws images of, for each IoU type."""
+        none = Detections(*(np.zeros(0, np.int64) for _ in range(2)), np.zeros(0), np.zeros((0, 4)), [])
+        nothing = cache(partial(hotcoco_evaluations, self.truth, none, self.iou_types))
+        names, images = usual_numbers(self.truth), len(self.truth.index.image_id)
+        return [Matched(t, found, nothing, names, images) for t, found in self.evaluations.items()]
 
 
 def hotcoco_evaluations(
     truth: GroundTruth, detections: Detections, iou_types: Sequence[str], max_dets: int = 100
 ) -> dict[str, hotcoco.COCOeval]:
-    """{iou type: hotcoco's evaluation, evaluated and accumulated}, for whoever wants more than AP.
+    """Return {iou type: hotcoco's evaluation, evaluated and accumulated}, for more than AP.
 
     Raises:
         UserError: hotcoco cannot read the ground truth.
@@ -107,47 +140,37 @@ def hotcoco_evaluations(
             dt = gt.load_res(columns)
         else:
             dt = gt.load_res(columns, segmentation=d.masks)
-            area = np.asarray(hotcoco.mask.area(d.masks), dtype=np.float64)  # it took the box's
+            area = np.asarray(hotcoco.mask.area(d.masks), dtype=np.float64)  # hotcoco used the box's
             dt.update_anns(ids=np.arange(1, len(area) + 1), area=area)
         evaluation = hotcoco.COCOeval(gt, dt, iou_type)
-        evaluation.params.max_dets = [max_dets]  # AP needs no other
+        evaluation.params.max_dets = [max_dets]  # sufficient for AP
         evaluation.evaluate()
         evaluation.accumulate()
         evaluations[iou_type] = evaluation
     return evaluations
 
 
-def match(truth: GroundTruth, detections: Detections, iou_types: Sequence[str]) -> list[Matched]:
-    """The detections matched with the truth, for each IoU type; raises as `hotcoco_evaluations`."""
-    none = Detections(*(np.zeros(0, np.int64) for _ in range(2)), np.zeros(0), np.zeros((0, 4)), [])
-    found, nothing = (hotcoco_evaluations(truth, each, iou_types) for each in (detections, none))
-    images = len(truth.index.image_id)
-    return [Matched(t, found[t], nothing[t], _usual_numbers(truth), images) for t in iou_types]
+def usual_numbers(truth: GroundTruth, groups: dict[str, list[int]] | None = None) -> tuple[str, ...]:
+    """Those of `SUMMARY` and of `groups` that practically every draw of images has an object for.
 
-
-def _usual_numbers(truth: GroundTruth) -> tuple[str, ...]:
-    """Those of `SUMMARY` that practically every draw of images has an object for."""
+    Args:
+        groups: further numbers, each with the ids of the categories that it is a mean over.
+    """
     index, rows = truth.index, truth.rows[~truth.index.crowd[truth.rows]]
-    area, image, images = index.area[rows], index.annotation_image[rows], len(index.image_id)
-    chosen = {name: (area >= least) & (area <= most) for name, (least, most) in AREAS.items()}
-    with_object = {name: len(np.unique(image[chosen.get(name, slice(None))])) for name in SUMMARY}
-    return tuple(name for name, count in with_object.items() if in_every_draw(count, images))
-
-
-def _hotcoco(
-    truth: GroundTruth, detections: Detections, iou_types: Sequence[str], max_dets: int
-) -> dict[str, np.ndarray]:
-    """{iou type: precision (T, R, K, A) float64, -1 where undefined}."""
-    evaluations = hotcoco_evaluations(truth, detections, iou_types, max_dets)
-    return {iou_type: np.asarray(e.eval["precision"])[..., -1] for iou_type, e in evaluations.items()}
+    area, category, image = index.area[rows], index.annotation_category[rows], index.annotation_image[rows]
+    chosen = dict.fromkeys(SUMMARY, np.ones(len(rows), bool))
+    chosen |= {name: (area >= least) & (area <= most) for name, (least, most) in AREAS.items()}
+    chosen |= {name: np.isin(category, ids) for name, ids in (groups or {}).items()}
+    with_object = {name: len(np.unique(image[those])) for name, those in chosen.items()}
+    return tuple(name for name, count in with_object.items() if in_every_draw(count, len(index.image_id)))
 
 
 def _pycocotools(
     truth: GroundTruth, detections: Detections, iou_types: Sequence[str], max_dets: int
 ) -> dict[str, np.ndarray]:
-    """As `_hotcoco`, in pycocotools' standard protocol."""
+    """As `Outcomes.precision`, in pycocotools' standard protocol."""
     precision = {}
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports every step
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints every step
         gt = COCO()
         gt.dataset = {
             "images": _images(truth.index),
@@ -174,7 +197,7 @@ def _categories(truth: GroundTruth) -> list[dict[str, Any]]:
 
 
 def _annotations(truth: GroundTruth) -> list[dict[str, Any]]:
-    """Numbered from 1: to pycocotools a match with id 0 is no match."""
+    """Number annotations from 1: for pycocotools id 0 means no match."""
     keys = ("image_id", "category_id", "bbox", "area", "iscrowd", "segmentation")
     index, rows = truth.index, truth.rows
     columns = (index.annotation_image, index.annotation_category, index.bbox, index.area, index.crowd.astype(int))
@@ -184,9 +207,9 @@ def _annotations(truth: GroundTruth) -> list[dict[str, Any]]:
 
 
 def _load_res(gt: COCO, d: Detections, iou_type: str) -> COCO:
-    """Each result with its box or its mask, not both: pycocotools takes the size from the box where there is one."""
+    """Give each result its box or its mask, not both: pycocotools takes the size from a box if there is one."""
     if not len(d.scores):
-        empty = COCO()  # loadRes looks at the first result
+        empty = COCO()  # loadRes requires a first result
         empty.dataset = {**gt.dataset, "annotations": []}
         empty.createIndex()
         return empty
@@ -207,15 +230,15 @@ def _summarise(precision: np.ndarray, categories: list[tuple[int, str]]) -> dict
 
 
 def _percent(precision: np.ndarray) -> float:
-    defined = precision[precision > -1]  # one dimension: the same order of summation whatever the memory layout
+    defined = precision[precision > -1]  # 1-D: the summation order is independent of the memory layout
     return float(np.mean(defined) * 100) if defined.size else math.nan
 
 
-class Measure:
+class Measure(MatchesOnce):
     """COCO's AP of boxes, and of masks where the model has them; see `evaluation/measure.py`."""
 
     evaluators: tuple[str, ...] = EVALUATORS
-    rules = ""  # who judges, where it is not the evaluator
+    rules = ""  # name of the protocol in the log; default: the evaluator
 
     def __init__(self, subject: Subject) -> None:
         self.dataset, self.folder, self.evaluator = subject.dataset, subject.folder, subject.evaluator
@@ -223,7 +246,7 @@ class Measure:
         self.iou_types = ("bbox",) * subject.boxes + ("segm",) * subject.masks
 
     def collect(self, image_id: int, file_name: str, found: Instances) -> list[dict[str, Any]]:
-        """COCO results; those of a class that the data set does not have are left out."""
+        """Return COCO results, without those of classes that the data set lacks."""
         results = instances_to_coco(found, image_id, self.category_ids)
         return [result for result in results if result["category_id"] is not None]
 
@@ -233,27 +256,30 @@ class Measure:
 
     def evaluate(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         numbers = self.numbers(results)
-        judge = self.rules or self.evaluator
-        log.info("%s, by %s:\n%s", self.dataset.name, judge, format_results(numbers))
+        protocol = self.rules or self.evaluator
+        log.info("%s, by %s:\n%s", self.dataset.name, protocol, format_results(numbers))
         return numbers
 
-    def numbers(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-        return evaluate_coco(self.dataset.annotations, results, self.iou_types, evaluator=self.evaluator)
-
-    def judge(self, results: list[dict[str, Any]]) -> list[Judged]:
+    def match(self, results: list[dict[str, Any]]) -> Any:
         truth = read_ground_truth(self.dataset.annotations, self.iou_types)
-        return [*match(truth, check_results(results, truth, self.iou_types), self.iou_types)]
+        return Outcomes(truth, check_results(results, truth, self.iou_types), self.iou_types)
+
+    def numbers(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+        return self.matched(results).numbers(self.evaluator)
+
+    def resamplable(self, results: list[dict[str, Any]]) -> list[Resamplable]:
+        return self.matched(results, keep=True).judged()
 
 
 # --- predictions in, files and tables out -----------------------------------------------------------------------
 
 
 def instances_to_coco(instances: Instances, image_id: int, category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
-    """Detections of one image in COCO's result format.
+    """Convert detections of one image to COCO's result format.
 
     Args:
-        instances: boxes (N, 4) XYXY in the original image, scores (N,), classes (N,) and, if there are any,
-            masks (N, H, W) bool; on any device.
+        instances: boxes (N, 4) XYXY in the original image, scores (N,), classes (N,) and optionally masks
+            (N, H, W) bool; on any device.
         image_id: the image's id in the annotation file.
         category_ids: the dataset's category id of every class.
 
@@ -269,13 +295,13 @@ def instances_to_coco(instances: Instances, image_id: int, category_ids: Sequenc
     ]
     if instances.masks is not None:
         for result, mask in zip(results, instances.masks.cpu().numpy()):
-            rle = hotcoco.mask.encode(mask)  # the bytes of pycocotools' encoder in a third of its time
+            rle = hotcoco.mask.encode(mask)  # same bytes as pycocotools' encoder in a third of its time
             result["segmentation"] = {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
     return results
 
 
 def write_results(output_dir: str | Path, results: list[dict[str, Any]], folder: str = "inference") -> Path:
-    """Write OUTPUT_DIR/`folder`/coco_instances_results.json whole or not at all; returns its path.
+    """Write OUTPUT_DIR/`folder`/coco_instances_results.json atomically; returns its path.
 
     Raises:
         UserError: it cannot be written.
@@ -291,7 +317,7 @@ def write_results(output_dir: str | Path, results: list[dict[str, Any]], folder:
 
 
 def format_results(results: dict[str, dict[str, float]]) -> str:
-    """The numbers of `evaluate_coco` as text tables: a summary and the categories, for each IoU type."""
+    """Format the numbers of `evaluate_coco` as text tables: a summary and the categories, for each IoU type."""
     tables = []
     for iou_type, numbers in results.items():
         summary = {name: value for name, value in numbers.items() if not name.startswith("AP-")}
@@ -307,7 +333,7 @@ def format_results(results: dict[str, dict[str, float]]) -> str:
 
 
 def table(rows: list[list[str]]) -> str:
-    """Rows of cells as a Markdown table; the first is its head."""
+    """Format rows of cells as a Markdown table; the first is the header."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])

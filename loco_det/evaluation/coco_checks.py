@@ -1,7 +1,7 @@
-"""What COCO ground truth and results must hold for an AP: everything an evaluator would silently misread is refused.
+"""Validates COCO ground truth and results: refuses everything that an evaluator would silently misread.
 
-pycocotools and hotcoco agree to the last bit on sound input and differ on unsound input (ids given twice, id 0,
-results of other images), so an evaluation starts here.
+pycocotools and hotcoco agree bitwise on valid input and differ on invalid input (duplicate ids, id 0, results of other
+images), so every evaluation starts here.
 
 Shape legend: N results, H x W an image's size in pixels.
 """
@@ -12,11 +12,13 @@ import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
+import hotcoco
 import msgspec
 import numpy as np
 
@@ -27,12 +29,13 @@ from loco_det.core.device import no_garbage_collection
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
 
+_Int = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]  # an annotation file has no larger ids either
 _Box = tuple[float, float, float, float]  # x, y, width, height in pixels
-_Polygon = Annotated[list[float], msgspec.Meta(min_length=6)]  # four numbers would be a box to pycocotools
+_Polygon = Annotated[list[float], msgspec.Meta(min_length=6)]  # pycocotools would read four numbers as a box
 
 
 class _Rle(msgspec.Struct, gc=False):
-    size: tuple[int, int]
+    size: tuple[_Int, _Int]
     counts: Annotated[str, msgspec.Meta(min_length=1)]
 
 
@@ -47,11 +50,11 @@ _RESULT_FIELDS = {"bbox": ("bbox", _Box), "segm": ("segmentation", _Rle)}
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Checked ground truth, the same for both evaluators: the index of a file, without what does not count.
+    """Validated ground truth for both evaluators: the index of a file, without annotations that do not count.
 
     Attributes:
-        rows: (N,) int64, the annotations in the index that count.
-        masks: their N segmentations, polygons or RLE dicts; None where only boxes were asked for.
+        rows: (N,) int64, the counted annotations in the index.
+        masks: their N segmentations, polygons or RLE dicts; None for boxes only.
     """
 
     index: CocoIndex
@@ -69,13 +72,13 @@ class GroundTruth:
 
 
 def read_ground_truth(annotations: str | Path, iou_types: Sequence[str]) -> GroundTruth:
-    """Read and check an annotation file for an evaluation of `iou_types` ("bbox", "segm").
+    """Read and validate an annotation file for an evaluation of `iou_types` ("bbox", "segm").
 
-    A missing `iscrowd` means 0; a missing area is computed, which is said. Annotations of unlisted images or
+    A missing `iscrowd` means 0; a missing area is computed, with a line in the log. Annotations of unlisted images or
     categories do not count, as in pycocotools.
 
     Raises:
-        UserError: the file is missing, is no COCO annotation file, a rule of `annotations/rules.py` stops an
+        UserError: the file is missing or not a COCO annotation file, a rule of `annotations/rules.py` stops an
             evaluation, or (for "segm") an object has no usable mask.
     """
     index = load_index(annotations)
@@ -84,28 +87,34 @@ def read_ground_truth(annotations: str | Path, iou_types: Sequence[str]) -> Grou
     rows = np.flatnonzero(np.isin(index.annotation_category[: index.first[-1]], index.category_id))
     masks = _read_masks(index, rows) if "segm" in iou_types else None
     if (index.annotation_id == 0).any():
-        log.warning("%s has annotation id 0, whose matches pycocotools (and Detectron2) count as misses;"
-                    " here they count as matches.", index.path)  # fmt: skip
+        _tell(index.path, "has annotation id 0, whose matches pycocotools (and Detectron2) count as misses; here they "
+                          "count as matches.")  # fmt: skip
     return GroundTruth(index, rows, masks)
 
 
 def _with_areas(index: CocoIndex) -> CocoIndex:
-    """The index with the area of every annotation: where the file says none, its mask's or else its box's."""
+    """Complete the index's areas: a missing one is the mask's, or else the box's."""
     missing = np.flatnonzero(np.isnan(index.area))
     if not len(missing):
         return index
-    log.warning("%s: %d of %d annotations have no area; theirs are those of their masks, or of their boxes where they "
-                "have no mask", index.path, len(missing), len(index.area))  # fmt: skip
+    _tell(index.path, f"has {len(missing)} of {len(index.area)} annotations without an area; theirs are those of their "
+                      "masks, or of their boxes where they have no mask")  # fmt: skip
     area = index.area.copy()
     owner = np.searchsorted(index.first, missing, "right") - 1
     for row, i, text in zip(missing.tolist(), owner.tolist(), index.segmentations(missing)):
         found = None
         if i < len(index.image_id):
             size = int(index.height[i]), int(index.width[i])
-            with contextlib.suppress(UserError):  # a malformed mask is refused where masks are measured
+            with contextlib.suppress(UserError):  # malformed masks are refused if masks are evaluated
                 found = mask_area(decode(text, *size, ""), *size)
         area[row] = index.bbox[row, 2] * index.bbox[row, 3] if found is None else found
     return replace(index, area=area, mapped=False)
+
+
+@cache
+def _tell(path: Path, what: str) -> None:
+    """Warn of a file once, however often it is read."""
+    log.warning("%s %s", path, what)
 
 
 def _read_masks(index: CocoIndex, rows: np.ndarray) -> list[Any]:
@@ -114,7 +123,7 @@ def _read_masks(index: CocoIndex, rows: np.ndarray) -> list[Any]:
     try:
         with no_garbage_collection():
             masks = _decode_masks(b"[" + b",".join(texts) + b"]")
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         place = re.match(r".*`\$\[(\d+)\]", str(error))
         which = f"annotation {index.annotation_id[rows[int(place[1])]]}" if place else "an annotation"
         raise UserError(f"{path}: {which} has no segmentation that can be evaluated: {error}; {remedy}.") from error
@@ -137,13 +146,13 @@ def _read_masks(index: CocoIndex, rows: np.ndarray) -> list[Any]:
 
 @dataclass(frozen=True)
 class Detections:
-    """Checked results as columns.
+    """Validated results as columns.
 
     Attributes:
         image_ids, category_ids: (N,) int64.
         scores: (N,) float64.
-        boxes: (N, 4) float64, x, y, width, height; zeros where only masks were asked for.
-        masks: N dicts of compressed RLE; None where only boxes were asked for.
+        boxes: (N, 4) float64, x, y, width, height; zeros for masks only.
+        masks: N dicts of compressed RLE; None for boxes only.
     """
 
     image_ids: np.ndarray
@@ -165,20 +174,20 @@ def check_results(
     iou_types: Sequence[str],
     source: str | Path = "the detection results",
 ) -> Detections:
-    """The results that an evaluation of `iou_types` needs; `results` stay as they are.
+    """Validate the results for an evaluation of `iou_types`; `results` are not modified.
 
     Args:
-        source: what a message names; rows are counted from 1.
+        source: name in messages, where rows are counted from 1.
 
     Raises:
-        UserError: a result lacks a field or has it in another type, is not finite, has a negative width or
-            height, a mask of another size than its image, or an image or category that `truth` does not have.
+        UserError: a field is missing, mistyped or not finite, a width or height is negative, a mask has another size
+            than its image, or `truth` lacks the image or category.
     """
-    fields = [("image_id", int), ("category_id", int), ("score", float), *(_RESULT_FIELDS[t] for t in iou_types)]
+    fields = [("image_id", _Int), ("category_id", _Int), ("score", float), *(_RESULT_FIELDS[t] for t in iou_types)]
     try:
         with no_garbage_collection():
             records = msgspec.convert(results, list[msgspec.defstruct("Detection", fields, gc=False)])
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter of halves of a surrogate pair
         place = re.match(r"(.*) - at `\$\[(\d+)\](.*)`", str(error))
         which = f"row {int(place[2]) + 1}: {place[1]}{place[3] and f' at {place[3][1:]}'}" if place else str(error)
         raise UserError(
@@ -205,7 +214,18 @@ def check_results(
         image = np.searchsorted(truth.index.image_id, columns["image_id"])
         size = np.stack([truth.index.height[image], truth.index.width[image]], 1)
         _refuse(source, "a mask of another [height, width] than its image", (found.reshape(-1, 2) != size).any(1))
+        if not _are_masks(masks):
+            wrong = np.array([not _are_masks([mask]) for mask in masks])
+            _refuse(source, "a mask whose run lengths cannot be read or do not fit into its image", wrong)
     return Detections(columns["image_id"], columns["category_id"], scores, boxes, masks)
+
+
+def _are_masks(masks: list[dict[str, Any]]) -> bool:
+    try:
+        hotcoco.mask.area(masks)
+    except (ValueError, TypeError):  # the latter of text that is no UTF-8
+        return False
+    return True
 
 
 def _refuse(source: str | Path, what: str, wrong: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""The weighted nearest-neighbour classifier on frozen features: exact, and in chunks that fit the memory.
+"""The weighted nearest-neighbour classifier on frozen features: exact, and chunked to fit into memory.
 
 Each of the k training features most similar to a query votes for its class with weight exp(similarity / T) (Wu et al.,
 "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, section 3.4; k = 20 and
@@ -26,18 +26,18 @@ def knn_predict(
     chunk: int = 1024,
     train_chunk: int = 65536,
 ) -> Tensor:
-    """The votes that every query's k nearest neighbours give to every class.
+    """Compute the votes of every query's k nearest neighbours for every class.
 
-    The whole similarity matrix is never in memory: queries are taken `chunk` at a time against `train_chunk` training
-    features, and the best k so far are merged. The result depends on neither, but for the last bit of a similarity
-    and for which of several equally similar neighbours comes k-th.
+    The whole similarity matrix is never in memory: `chunk` queries at a time are compared with `train_chunk` training
+    features, and the best k so far are merged. The chunk sizes affect only the last bit of a similarity and the choice
+    among equally similar k-th neighbours.
 
     Args:
         train_features: (N, D) floating; normalised here. Half precision is compared in float32.
         train_labels: (N,) integers in [0, C).
-        features: (M, D), on any device, which is the one that the work is done on.
-        k: number of neighbours; all N where that is less.
-        temperature: T > 0, of the weight exp(similarity / T).
+        features: (M, D), on the device to compute on.
+        k: number of neighbours; all N if that is less.
+        temperature: T > 0 in the weight exp(similarity / T).
         classes: C.
         chunk: queries at a time.
         train_chunk: training features at a time.
@@ -57,7 +57,7 @@ def knn_predict(
     for start in range(0, len(features), chunk):
         queries = normalize(features[start : start + chunk].to(dtype), dim=1)
         similarity, index = _nearest(queries, bank, k, train_chunk)
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()  # to the largest: no T is too small
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()  # relative to the largest: any small T works
         votes = weights.new_zeros(len(queries), classes).scatter_add_(1, labels[index], weights)
         scores[start : start + chunk] = votes / weights.sum(1, keepdim=True)
     return scores
@@ -77,7 +77,7 @@ def _check(
 
 
 def _nearest(queries: Tensor, bank: Tensor, k: int, train_chunk: int) -> tuple[Tensor, Tensor]:
-    """(m, k) similarities, descending, and the rows of `bank` that they belong to."""
+    """Return (m, k) similarities, descending, and their rows of `bank`."""
     best = queries.new_empty(len(queries), 0)
     index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(bank), train_chunk):

@@ -9,6 +9,7 @@ Shape legend: H x W an image; I images; K the classes of the data set.
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from loco_det.annotations.pixels import IGNORED
 from loco_det.annotations.registry import Dataset
 from loco_det.core.errors import UserError
 from loco_det.core.log import Progress, log
-from loco_det.evaluation.bootstrap import Counted, Judged
+from loco_det.evaluation.bootstrap import Counted, Resamplable
 from loco_det.evaluation.coco import EVALUATORS
 from loco_det.evaluation.measure import Subject
 from loco_det.evaluation.pixels import write_labels
@@ -31,7 +32,7 @@ class Measure:
     evaluators = (EVALUATORS[0],)
 
     def __init__(self, subject: Subject) -> None:
-        self.dataset, self.folder = subject.dataset, subject.folder / "sem_seg"
+        self.dataset, self.folder = subject.dataset, subject.labels or subject.folder / "sem_seg"
         self.values = np.array([IGNORED if k is None else k for k in subject.category_ids], np.uint8)
 
     def collect(self, image_id: int, file_name: str, found: Tensor) -> list[str]:
@@ -44,13 +45,22 @@ class Measure:
         log.info("%s: labels of %d images written to %s", self.dataset.name, len(results), self.folder)
 
     def evaluate(self, results: list[str]) -> dict[str, dict[str, float]]:
-        confusion = confusions(self.dataset, self.folder).sum(0)
-        numbers = scores(confusion, self.dataset.index.category_names)
+        numbers = scores(self.confusions.sum(0), self.dataset.index.category_names)
         log.info("%s: %s", self.dataset.name, ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
         return {"sem_seg": numbers}
 
-    def judge(self, results: list[str]) -> list[Judged]:
-        return [count_labels(self.dataset, self.folder)]
+    def resamplable(self, results: list[str]) -> list[Resamplable]:
+        names = self.dataset.index.category_names
+
+        def measure(times: np.ndarray) -> list[float]:
+            return [scores(np.einsum("ikl,i->kl", self.confusions, times), names)["IoU"]]
+
+        return [Counted("sem_seg", ("IoU",), len(self.dataset.index.image_id), measure)]
+
+    @cached_property
+    def confusions(self) -> np.ndarray:
+        """What `confusions` counts; the predictions are read once."""
+        return confusions(self.dataset, self.folder)
 
 
 def prediction_file(dataset: Dataset, image: str | Path, folder: Path) -> Path:
@@ -116,13 +126,3 @@ def scores(confusion: np.ndarray, names: tuple[str, ...]) -> dict[str, float]:
 def _mean(values: np.ndarray) -> float:
     valid = values[~np.isnan(values)]
     return float(valid.mean()) if len(valid) else float("nan")
-
-
-def count_labels(dataset: Dataset, folder: Path) -> Counted:
-    """Mean IoU for any draw of images; raises what `confusions` does."""
-    found, names = confusions(dataset, folder), dataset.index.category_names
-
-    def measure(times: np.ndarray) -> list[float]:
-        return [scores(np.einsum("ikl,i->kl", found, times), names)["IoU"]]
-
-    return Counted("sem_seg", ("IoU",), len(found), measure)

@@ -1,5 +1,5 @@
-"""What is measured of a model on one data set. Each file of this folder that has a class `Measure` is one; its name is
-what `loco_det.annotations.registry.measure_of` gives for a data set.
+"""The interface of a measure on one data set. A module of this folder with a class `Measure` is one;
+`loco_det.annotations.registry.measure_of` returns its name for a data set.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ from typing import Any, Protocol
 
 from loco_det.annotations.registry import Dataset
 from loco_det.core.errors import UserError
-from loco_det.evaluation.bootstrap import Judged
+from loco_det.evaluation.bootstrap import Resamplable
 
 Results = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured, and where its files go.
+    """The model and data set to measure, and the folder for files.
 
     Attributes:
-        folder: for files.
-        masks: the model has them.
-        boxes: the model has them; without them masks alone are measured.
-        category_ids: the data set's id of each of the model's classes; None for one that it does not have.
+        folder: folder for files.
+        masks: the model predicts masks.
+        boxes: the model predicts boxes; otherwise only masks are measured.
+        category_ids: the data set's id of each of the model's classes; None for classes that it lacks.
         evaluator: one of the measure's `evaluators`.
+        labels: of pixels, the folder that holds what was predicted; None for sem_seg below `folder`.
     """
 
     dataset: Dataset
@@ -34,13 +35,14 @@ class Subject:
     category_ids: tuple[int | None, ...]
     evaluator: str
     boxes: bool = True
+    labels: Path | None = None
 
 
 class Measure(Protocol):
-    """Collects what a model finds, image by image, writes it down and judges it.
+    """Collects a model's predictions image by image, writes and evaluates them.
 
     Attributes:
-        evaluators: what --evaluator may name; the first is what stands there if nothing is said.
+        evaluators: values for --evaluator; the first is the default.
     """
 
     evaluators: tuple[str, ...]
@@ -48,20 +50,42 @@ class Measure(Protocol):
     def __init__(self, subject: Subject) -> None: ...
 
     def collect(self, image_id: int, file_name: str, found: Any) -> list[Any]:
-        """What is kept of one image, ready to travel between processes; `found` is what the engine's predict gave."""
+        """Convert one image's prediction `found` to records that can be sent between processes."""
 
     def write(self, results: list[Any]) -> None:
-        """Write what all images gave into the folder; called on the main process alone, as is `evaluate`."""
+        """Write the records of all images to the folder; called on the main process only, like `evaluate`."""
 
     def evaluate(self, results: list[Any]) -> Results:
-        """{task: {metric: percent}}; {} where the truth is secret."""
+        """Return {task: {metric: percent}}; {} if the ground truth is secret."""
 
-    def judge(self, results: list[Any]) -> list[Judged]:
-        """The results matched with the truth, for the numbers of any draw of images; not where the truth is secret."""
+    def resamplable(self, results: list[Any]) -> list[Resamplable]:
+        """The results matched with the truth, for the numbers of any draw of images; not where the truth is secret.
+
+        To `evaluate` the same list afterwards takes no second matching.
+        """
+
+
+class MatchesOnce:
+    """A measure that matches the results of `resamplable` once, and needs no second matching to `evaluate` them."""
+
+    _kept: tuple[list[Any], Any] | None = None
+
+    def match(self, results: list[Any]) -> Any:
+        """The results matched with the truth: what the measure's numbers are made of."""
+        raise NotImplementedError
+
+    def matched(self, results: list[Any], *, keep: bool = False) -> Any:
+        """What `match` gives for `results`, or gave for the same list when it was last to `keep` it."""
+        if self._kept is not None and self._kept[0] is results:
+            return self._kept[1]
+        outcome = self.match(results)
+        if keep:
+            self._kept = results, outcome
+        return outcome
 
 
 def check_known_evaluator(measure: type[Measure], evaluator: str, name: str) -> None:
-    """Refuse an evaluator that does not know the measure of data set `name`.
+    """Check that the evaluator supports the measure of data set `name`.
 
     Raises:
         UserError: naming both.
@@ -73,5 +97,5 @@ def check_known_evaluator(measure: type[Measure], evaluator: str, name: str) -> 
 
 
 def measure_class(name: str) -> type[Measure]:
-    """The class `Measure` of `evaluation/NAME.py`."""
+    """Return the class `Measure` of `evaluation/NAME.py`."""
     return importlib.import_module(f"loco_det.evaluation.{name}").Measure

@@ -1,6 +1,6 @@
-"""Cityscapes' pixel-level scores: intersection over union of classes and categories, and weighted by instances.
+"""Cityscapes' pixel-level scores: IoU of classes and categories, and its instance-weighted form.
 
-Both ways follow cityscapesscripts/evaluation/evalPixelLevelSemanticLabeling.py. IoU of a class is tp / (tp + fp + fn)
+Both implementations follow cityscapesscripts/evaluation/evalPixelLevelSemanticLabeling.py. IoU is tp / (tp + fp + fn)
 over all pixels that are not ignored; iIoU counts a pixel of an instance with the class's mean instance size over its
 own, so that small objects weigh as much as large ones. Scores are means over classes, or over categories (_sup).
 
@@ -14,6 +14,7 @@ import math
 import operator
 import zipfile
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ from loco_det.annotations.pixels import CLASSES, IGNORED, LABEL_IDS, label_file,
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 from loco_det.core.log import Progress, log
-from loco_det.evaluation.bootstrap import Counted, Judged
+from loco_det.evaluation.bootstrap import Counted, Resamplable
 from loco_det.evaluation.cityscapes import OFFICIAL, official_module
 from loco_det.evaluation.coco import EVALUATORS
 from loco_det.evaluation.measure import Subject
 
-# Source of both tables: helpers/labels.py and the evaluation itself; a test compares them.
+# Source of both tables: helpers/labels.py and the evaluation itself; compared in a test.
 CATEGORIES = {
     "flat": range(0, 2),
     "construction": range(2, 5),
@@ -42,7 +43,7 @@ CATEGORIES = {
     "human": range(11, 13),
     "vehicle": range(13, 19),
 }
-# Mean pixels of an instance in the training set, by class.
+# Mean pixels per instance in the training set, by class.
 INSTANCE_PIXELS = {
     11: 3462.4756337644, 12: 3930.4788056518, 13: 12794.0202738185, 14: 27855.1264367816, 15: 35732.1511111111,
     16: 67583.7075812274, 17: 6298.7200839748, 18: 4672.3249222261,
@@ -52,16 +53,16 @@ _CLASS_OF[LABEL_IDS] = np.arange(len(CLASSES))
 
 
 class Measure:
-    """Cityscapes' scores of pixel labels; of the test split, whose truth is secret, a zip to submit."""
+    """Cityscapes' scores of pixel labels; for the test split, whose ground truth is secret, a zip to submit."""
 
     evaluators = (EVALUATORS[0], OFFICIAL)
 
     def __init__(self, subject: Subject) -> None:
         self.dataset, self.evaluator = subject.dataset, subject.evaluator
-        self.folder = subject.folder / "sem_seg"
+        self.folder = subject.labels or subject.folder / "sem_seg"
 
     def collect(self, image_id: int, file_name: str, found: Tensor) -> list[str]:
-        """Writes the labels of (K, H, W) logits; gives the image's name."""
+        """Write the labels of (K, H, W) logits; returns the image's name."""
         write_prediction(self.folder, file_name, found.argmax(0).cpu().numpy())
         return [file_name]
 
@@ -75,19 +76,33 @@ class Measure:
             write_submission(images, self.folder, file)
             log.info("%s: its truth is secret; %s can be submitted to cityscapes-dataset.com", self.dataset.name, file)
             return {}
-        numbers = evaluate_semantic(images, self.folder, official=self.evaluator == OFFICIAL)
+        if self.evaluator == OFFICIAL:
+            scores = _by_cityscapesscripts(images, self.folder)
+        else:
+            scores, self.confusions = _by_histograms(images, self.folder)
+        numbers = _in_percent(scores)
         log.info("%s: %s", self.dataset.name, ", ".join(f"{k} {v:.3f}" for k, v in numbers["sem_seg"].items()))
         return numbers
 
-    def judge(self, results: list[str]) -> list[Judged]:
-        return [count_labels(self._images(), self.folder)]
+    def resamplable(self, results: list[str]) -> list[Resamplable]:
+        """Mean IoU; the labels are read when its first number is asked for, if `evaluate` has not read them then."""
+
+        def measure(times: np.ndarray) -> list[float]:
+            return [100 * float(mean_iou(np.einsum("ikl,i->kl", self.confusions, times)))]
+
+        return [Counted("sem_seg", ("IoU",), len(self._images()), measure)]
+
+    @cached_property
+    def confusions(self) -> np.ndarray:
+        """(images, K, K) int64, as `confusion_of`."""
+        return np.stack([confusion_of(*read_pair(image, self.folder)) for image in self._images()])
 
     def _images(self) -> list[Path]:
         return [self.dataset.images / file for file in self.dataset.index.file_name.tolist()]
 
 
 def prediction_file(folder: Path, image: str | Path) -> Path:
-    """Where the labels that were predicted for an image are; the benchmark's own pattern."""
+    """Return the path of an image's predicted labels; the benchmark's own pattern."""
     return folder / f"{Path(image).stem}_pred.png"
 
 
@@ -97,13 +112,13 @@ def write_prediction(folder: Path, image: str | Path, classes: np.ndarray) -> No
 
 
 def write_labels(path: Path, labels: np.ndarray) -> None:
-    """Write (H, W) uint8 or uint16 labels as a PNG whose pixels are these numbers."""
+    """Write (H, W) uint8 or uint16 labels as PNG pixel values."""
     with atomic_write(path) as file:
         Image.fromarray(labels).save(file, format="PNG")
 
 
 def labels_to_coco(labels: np.ndarray, image: dict[str, Any]) -> list[dict[str, Any]]:
-    """A result for each category that is there: COCO's format for stuff, with the file_name that Detectron2 adds.
+    """Return one result per category present: COCO's stuff format, with Detectron2's file_name.
 
     Args:
         labels: (H, W) category ids.
@@ -122,55 +137,60 @@ def labels_to_coco(labels: np.ndarray, image: dict[str, Any]) -> list[dict[str, 
 
 
 def write_submission(images: Sequence[Path], folder: Path, path: Path) -> None:
-    """A zip of the predictions for `images`, as the benchmark's server takes it."""
-    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:  # PNG does not get smaller
+    """Write a zip of the predictions for `images`, in the format of the benchmark's server."""
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:  # PNG does not compress
         for image in images:
             archive.write(prediction_file(folder, image), prediction_file(folder, image).name)
 
 
 def evaluate_semantic(images: Sequence[Path], folder: Path, *, official: bool = False) -> dict[str, dict[str, float]]:
-    """Scores of what `write_prediction` has written to `folder` for `images`, which lie in their original place.
+    """Score the files of `write_prediction` in `folder` for `images` in their original folders.
 
     Args:
-        official: by cityscapesscripts, which needs labelIds.
+        official: use cityscapesscripts, which needs labelIds.
 
     Returns:
-        {"sem_seg": {"IoU", "iIoU", "IoU_sup", "iIoU_sup", "IoU-road", ...}} in percent; NaN for a class that is
-        neither there nor predicted.
+        {"sem_seg": {"IoU", "iIoU", "IoU_sup", "iIoU_sup", "IoU-road", ...}} in percent; NaN for a class neither present
+        nor predicted.
 
     Raises:
-        UserError: files that cannot be used, or cityscapesscripts is asked for and absent.
+        UserError: invalid files, or cityscapesscripts is not installed.
     """
-    scores = (_by_cityscapesscripts if official else _by_histograms)(images, folder)
+    return _in_percent(_by_cityscapesscripts(images, folder) if official else _by_histograms(images, folder)[0])
+
+
+def _in_percent(scores: dict[str, float]) -> dict[str, dict[str, float]]:
     return {"sem_seg": {name: 100 * value for name, value in scores.items()}}
 
 
-# --- here -------------------------------------------------------------------------------------------------------
+# --- our own implementation -------------------------------------------------------------------------------------
 
 
-def _by_histograms(images: Sequence[Path], folder: Path) -> dict[str, float]:
-    confusion = np.zeros((len(CLASSES), len(CLASSES)), np.int64)  # truth, prediction
+def _by_histograms(images: Sequence[Path], folder: Path) -> tuple[dict[str, float], np.ndarray]:
+    """The scores, and (images, K, K) int64, as `confusion_of`."""
+    confusions = np.zeros((len(images), len(CLASSES), len(CLASSES)), np.int64)
     right = dict.fromkeys((*INSTANCE_PIXELS, "human", "vehicle"), 0.0)  # weighted pixels of instances
     wrong = dict(right)
     with Progress(len(images), "scores", unit="images") as progress:
-        for image in images:
+        for confusion, image in zip(confusions, images):
             truth, predicted = read_pair(image, folder)
             confusion += confusion_of(truth, predicted)
             _add_instances(image, predicted, right, wrong)
             progress.advance()
+    confusion = confusions.sum(0)
     one = [_score(confusion, range(k, k + 1)) for k in range(len(CLASSES))]
     weighted = [_weighted(confusion, range(k, k + 1), right[k], wrong[k]) for k in INSTANCE_PIXELS]
     groups = [_score(confusion, members) for members in CATEGORIES.values()]
     both = [_weighted(confusion, CATEGORIES[name], right[name], wrong[name]) for name in ("human", "vehicle")]
     scores = {"IoU": _mean(one), "iIoU": _mean(weighted), "IoU_sup": _mean(groups), "iIoU_sup": _mean(both)}
-    return {**scores, **{f"IoU-{name}": value for name, value in zip(CLASSES, one)}}
+    return {**scores, **{f"IoU-{name}": value for name, value in zip(CLASSES, one)}}, confusions
 
 
 def read_pair(image: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Classes of the truth, or IGNORED, and of the prediction, (H, W) uint8 each.
+    """Return the classes of the ground truth, or IGNORED, and of the prediction, (H, W) uint8 each.
 
     Raises:
-        UserError: one of the files cannot be used.
+        UserError: invalid file.
     """
     path = prediction_file(folder, image)
     truth = read_labels(label_file(image))
@@ -185,24 +205,14 @@ def read_pair(image: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def confusion_of(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """(K, K) int64: pixels of each class in the truth, a row, that are predicted as each class, a column."""
+    """Return (K, K) int64: pixels by class in the ground truth (rows) and in the prediction (columns)."""
     counted = truth != IGNORED
     pairs = truth[counted].astype(np.int64) * len(CLASSES) + predicted[counted]
     return np.bincount(pairs, minlength=len(CLASSES) ** 2).reshape(len(CLASSES), len(CLASSES))
 
 
-def count_labels(images: Sequence[Path], folder: Path) -> Counted:
-    """Mean IoU for any draw of images; takes and raises what `evaluate_semantic` does."""
-    confusions = np.stack([confusion_of(*read_pair(image, folder)) for image in images])
-
-    def measure(times: np.ndarray) -> list[float]:
-        return [100 * float(mean_iou(np.einsum("ikl,i->kl", confusions, times)))]
-
-    return Counted("sem_seg", ("IoU",), len(images), measure)
-
-
 def mean_iou(confusions: np.ndarray) -> np.ndarray:
-    """Mean IoU, a fraction, of each of (..., K, K) confusions, over the classes that are there or predicted; (...)."""
+    """Return the mean IoU (a fraction) of each of (..., K, K) confusions, over classes present or predicted; (...)."""
     right = np.diagonal(confusions, axis1=-2, axis2=-1)
     total = confusions.sum(-1) + confusions.sum(-2) - right
     there = total > 0
@@ -249,7 +259,7 @@ def _weighted(confusion: np.ndarray, members: range, right: float, wrong: float)
 
 def _mean(values: list[float]) -> float:
     valid = [value for value in values if not math.isnan(value)]
-    # One after the other as the benchmark adds them; from Python 3.12 on sum() makes up for rounding.
+    # Added one by one as in the benchmark; from Python 3.12 on sum() compensates rounding.
     return functools.reduce(operator.add, valid) / len(valid) if valid else math.nan
 
 

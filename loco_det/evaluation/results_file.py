@@ -1,4 +1,4 @@
-"""A results file in COCO's format, of this or of any other program: a JSON list of detections."""
+"""Reads a results file in COCO's format, ours or another program's: a JSON list of detections."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import msgspec
 
 from loco_det.core.device import no_garbage_collection
 from loco_det.core.errors import UserError
+from loco_det.core.files import read_regular
 
 KEYS = {"bbox": "bbox", "segm": "segmentation"}  # IoU type -> key of a result
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file; what stands in them is not judged here but by `coco_checks.check_results`.
+    """Read the rows of a results file; `coco_checks.check_results` validates them.
 
     Raises:
-        UserError: no such file, no JSON, or not a list of objects.
+        UserError: no such file, invalid JSON, or not a list of objects.
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; give a results file in COCO's format.")
     try:
-        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        content = read_regular(path).removeprefix(b"\xef\xbb\xbf")
         with no_garbage_collection():
             rows = _decoded(content)
     except OSError as error:
@@ -46,11 +47,11 @@ def _decoded(content: bytes) -> Any:
     try:
         return msgspec.json.decode(content)
     except msgspec.DecodeError:
-        return json.loads(content)  # takes NaN, whose row is named later, or says where it breaks off
+        return json.loads(content)  # accepts NaN, which is reported by row later; otherwise the error has the position
 
 
 def held_types(path: Path, rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """The IoU types that the rows can be judged by, those that every row has a shape for; of no rows both.
+    """Return the IoU types for which every row has a shape; both if there are no rows.
 
     Raises:
         UserError: some rows have a shape that others lack.

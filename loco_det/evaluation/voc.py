@@ -1,8 +1,8 @@
-"""Pascal VOC box AP, with the 11 points of VOC 2007 or the area of the years after.
+"""Pascal VOC box AP, with the 11 points of VOC 2007 or the area under the curve of later years.
 
-The numbers of Detectron2's PascalVOCDetectionEvaluator (evaluation/pascal_voc_evaluation.py), which follow the
-official development kit: pixels count from 1 and both ends are inside a box, scores are rounded to three digits and
-coordinates to one, difficult objects neither count nor are missed.
+Equals Detectron2's PascalVOCDetectionEvaluator (evaluation/pascal_voc_evaluation.py), which follows the official
+development kit: pixels count from 1 and both ends are inside a box, scores are rounded to three digits and coordinates
+to one, difficult objects neither count nor are missed.
 
 Shape legend: N detections and G objects of one class, T = 10 IoU thresholds .50:.05:.95.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from loco_det.evaluation import coco
-from loco_det.evaluation.bootstrap import Counted, Judged
+from loco_det.evaluation.bootstrap import Counted, Resamplable
 from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
 
 THRESHOLDS = tuple(percent / 100.0 for percent in range(50, 100, 5))
@@ -32,11 +32,15 @@ class Measure(coco.Measure):
     def rules(self) -> str:
         return f"the rules of VOC {2007 if self._is_2007() else 2012}"
 
-    def numbers(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-        return evaluate_voc(self.dataset.annotations, results, eleven_points=self._is_2007())
+    def match(self, results: list[dict[str, Any]]) -> Outcomes:
+        return voc_outcomes(self.dataset.annotations, results, eleven_points=self._is_2007())
 
-    def judge(self, results: list[dict[str, Any]]) -> list[Judged]:
-        outcomes = voc_outcomes(self.dataset.annotations, results, eleven_points=self._is_2007())
+    def numbers(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+        outcomes = self.matched(results)
+        return {"bbox": outcomes.numbers(np.ones(outcomes.images, np.int64))}
+
+    def resamplable(self, results: list[dict[str, Any]]) -> list[Resamplable]:
+        outcomes = self.matched(results, keep=True)
         names = ("AP", "AP50", "AP75")
 
         def measure(times: np.ndarray) -> list[float]:
@@ -52,17 +56,17 @@ class Measure(coco.Measure):
 def evaluate_voc(
     annotations: str | Path, results: list[dict[str, Any]], *, eleven_points: bool
 ) -> dict[str, dict[str, float]]:
-    """Average precision in percent.
+    """Compute average precision in percent.
 
     Args:
         annotations: ground truth in COCO format with a key "difficult", as `data.voc` writes it.
-        results: COCO results with "bbox"; left as they are.
+        results: COCO results with "bbox"; not modified.
         eleven_points: the mean of the best precision at recalls 0, .1, ..., 1, as in VOC 2007; else the area under
             the curve.
 
     Returns:
         {"bbox": {"AP", "AP50", "AP75", "AP-<class>" ...}}; "AP" and "AP-<class>" are means over the thresholds. A
-        class without an object that counts is NaN and no part of the means.
+        class without counted objects is NaN and excluded from the means.
 
     Raises:
         UserError: as `read_ground_truth` and `check_results`.
@@ -72,7 +76,7 @@ def evaluate_voc(
 
 
 def voc_outcomes(annotations: str | Path, results: list[dict[str, Any]], *, eleven_points: bool) -> Outcomes:
-    """What `evaluate_voc` makes its numbers of, for AP of any choice of images; takes and raises the same."""
+    """Match once for AP of any weighting of images; arguments and errors as for `evaluate_voc`."""
     truth = read_ground_truth(annotations, ("bbox",))
     detections = check_results(results, truth, ("bbox",))
     classes = {name: _class(truth, detections, category_id) for category_id, name in truth.categories}
@@ -84,9 +88,9 @@ class _Class:
     """The detections of one class, best score first, and its objects.
 
     Attributes:
-        image: (N,) the place of each detection's image in the list.
+        image: (N,) index of each detection's image.
         right, wrong: (T, N) bool, at each threshold; neither for a difficult object.
-        object_image: (G,) of the objects that count.
+        object_image: (G,) of the counted objects.
     """
 
     image: np.ndarray
@@ -97,11 +101,11 @@ class _Class:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What became of every detection, so that AP of any choice of images takes no second matching.
+    """Matches of every detection, for AP of any weighting of images without matching again.
 
     Attributes:
-        images: how many there are.
-        eleven_points: as `evaluate_voc` has it.
+        images: number of images.
+        eleven_points: as for `evaluate_voc`.
     """
 
     classes: dict[str, _Class]
@@ -109,7 +113,7 @@ class Outcomes:
     eleven_points: bool
 
     def numbers(self, times: np.ndarray) -> dict[str, float]:
-        """{"AP", "AP50", "AP75", "AP-<class>" ...} in percent where each of the (images,) images counts so often."""
+        """Return {"AP", "AP50", "AP75", "AP-<class>" ...} in percent for (images,) weights of the images."""
         by_class = {name: np.array(self._class_ap(each, times)) * 100 for name, each in self.classes.items()}
         known = [values for values in by_class.values() if not np.isnan(values).any()] or [np.full(10, np.nan)]
         means = np.stack(known).mean(0)
@@ -118,7 +122,7 @@ class Outcomes:
         return {name: float(value) for name, value in numbers.items()}
 
     def _class_ap(self, found: _Class, times: np.ndarray) -> list[float]:
-        """The AP of one class at every threshold."""
+        """Return the AP of one class at every threshold."""
         count = int(times[found.object_image].sum())
         if not count:
             return [math.nan] * len(THRESHOLDS)
@@ -133,7 +137,7 @@ def _class(truth: GroundTruth, found: Detections, category_id: int) -> _Class:
     difficult = index.difficult[rows]
     chosen = np.flatnonzero(found.category_ids == category_id)
     scores = np.array([float(f"{score:.3f}") for score in found.scores[chosen].tolist()])
-    # Rounded scores tie often, and what comes first of equals is up to NumPy: the same call as Detectron2's.
+    # Rounded scores often tie, and NumPy decides the order of ties: the same call as Detectron2's.
     chosen = chosen[np.argsort(-scores)]
     best, overlap = _best_objects(_inclusive(index.bbox[rows]), index.annotation_image[rows], found, chosen)
     outcomes = [_outcomes(best, overlap > threshold, difficult) for threshold in THRESHOLDS]
@@ -144,15 +148,16 @@ def _class(truth: GroundTruth, found: Detections, category_id: int) -> _Class:
 
 
 def _inclusive(bbox: np.ndarray) -> np.ndarray:
-    """XYWH from 0 to the corner pixels, counted from 1."""
+    """Convert XYWH from 0 to the corner pixels, counted from 1."""
     return np.concatenate([bbox[:, :2] + 1, bbox[:, :2] + bbox[:, 2:]], 1)
 
 
 def _best_objects(
     objects: np.ndarray, images: np.ndarray, found: Detections, chosen: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each chosen detection the object (row) that it overlaps most and their IoU: (N,) int64, (N,) float64, 0 and
-    -inf where its image has no object."""
+    """Return each chosen detection's object (row) of highest IoU and that IoU: (N,) int64, (N,) float64; 0 and -inf if
+    its image has no object.
+    """
     best, overlap = np.zeros(len(chosen), dtype=np.int64), np.full(len(chosen), -np.inf)
     boxes = _inclusive(found.boxes[chosen].astype(np.float32)).astype(np.float64)
     boxes = np.array([float(f"{v:.1f}") for v in boxes.ravel().tolist()]).reshape(-1, 4)
@@ -168,7 +173,7 @@ def _best_objects(
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(N, G) of boxes (N, 4) and (G, 4) whose both ends are inside."""
+    """Return (N, G) IoU of boxes (N, 4) and (G, 4) with both ends inside."""
     sides = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2]) + 1.0
     inter = sides.clip(0).prod(2)
     area_a, area_b = ((c[:, 2:] - c[:, :2] + 1.0).prod(1) for c in (a, b))
@@ -176,8 +181,7 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _outcomes(best: np.ndarray, hits: np.ndarray, difficult: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which detections, best score first, are right and which wrong, where those with `hits` overlap object `best`
-    enough.
+    """Return which detections, best score first, are right and which wrong; `hits` overlap their object `best` enough.
 
     The first on an object is right, every further one wrong; one on a difficult object is neither.
     """
@@ -190,7 +194,7 @@ def _outcomes(best: np.ndarray, hits: np.ndarray, difficult: np.ndarray) -> tupl
 
 
 def _average_precision(right: np.ndarray, wrong: np.ndarray, count: int, eleven_points: bool) -> float:
-    """AP of detections, best score first, that count as right or wrong so many times, of `count` objects."""
+    """Return AP of detections, best score first, with weights `right` and `wrong`, for `count` objects."""
     tp, fp = np.cumsum(right), np.cumsum(wrong)
     recall, precision = tp / count, tp / np.maximum(tp + fp, np.finfo(np.float64).eps)
     if eleven_points:

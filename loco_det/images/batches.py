@@ -1,9 +1,9 @@
-"""One step's images on their way from the workers to the device, in one piece.
+"""Moves one step's images from the workers to the device, in one piece.
 
 Shape legend: B images in this process's batch, S the view's side.
 
-A worker makes one tensor of both views. It is pinned where the device is a GPU, and copied there as it is, on a stream
-of its own and one batch ahead: while a step computes, the next one's pixels travel. On a CPU it is not copied at all.
+A worker makes one tensor of both views. If the device is a GPU, it is pinned and copied unchanged on a separate stream,
+one batch ahead: the next step's pixels are transferred during the current one. On a CPU it is not copied.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ class TwoViews(NamedTuple):
     """One step's images of this process."""
 
     views: Tensor  # (2, B, 3, S, S) uint8: the first view of every image, then the second
-    index: Tensor  # (B,) int64 on the host, the image in the source that was really used
+    index: Tensor  # (B,) int64 on the host, source index of the image actually used
 
 
-# What a worker gives for a step: its images and the unreadable ones met, or the error that ends the run. Errors are
-# returned because a DataLoader would wrap one that is raised in a worker in its traceback.
-Answer = tuple[TwoViews | Decoded, list[tuple[int, str]]] | UserError
+# A worker's result for a step: its images and the unreadable ones, or the error that ends the run. Errors are returned
+# because a DataLoader would wrap a raised one in the worker's traceback.
+WorkerResult = tuple[TwoViews | Decoded, list[tuple[int, str]]] | UserError
 
 
-def joined(parts: Sequence[Answer], pin: bool) -> Answer:
-    """One step out of what several workers made of it, its pixels in pinned memory if asked."""
+def joined(parts: Sequence[WorkerResult], pin: bool) -> WorkerResult:
+    """Join several workers' results into one step, its pixels optionally in pinned memory."""
     errors = [part for part in parts if isinstance(part, UserError)]
     if errors:
         return errors[0]
@@ -50,17 +50,19 @@ def _join_views(parts: Sequence[TwoViews], pin: bool) -> TwoViews:
     return TwoViews(views, torch.cat([part.index for part in parts]))
 
 
-def delivered(answers: Iterator[Answer], device: torch.device, deliver: Callable[[Answer], Answer]) -> Iterator[Answer]:
-    """Each answer as `deliver` brings it to the device; on a GPU the next one is on its way before the step begins."""
+def prefetch(
+    results: Iterator[WorkerResult], device: torch.device, deliver: Callable[[WorkerResult], WorkerResult]
+) -> Iterator[WorkerResult]:
+    """Yield each result moved to the device by `deliver`; on a GPU the next one is sent before the step begins."""
     if device.type != "cuda":
-        yield from map(deliver, answers)
+        yield from map(deliver, results)
         return
     stream, ahead = torch.cuda.Stream(device), None
-    for answer in answers:
+    for result in results:
         if ahead is not None:
             _await(ahead, stream, device)
         with torch.cuda.stream(stream):
-            coming = deliver(answer)
+            coming = deliver(result)
         if ahead is not None:
             yield ahead
         ahead = coming
@@ -69,27 +71,27 @@ def delivered(answers: Iterator[Answer], device: torch.device, deliver: Callable
         yield ahead
 
 
-def _await(answer: Answer, stream: torch.cuda.Stream, device: torch.device) -> None:
-    """Let the device, not the host, wait for a batch that travels on `stream`."""
+def _await(result: WorkerResult, stream: torch.cuda.Stream, device: torch.device) -> None:
+    """Make the device, not the host, wait for a batch on `stream`."""
     step = torch.cuda.current_stream(device)
     step.wait_stream(stream)
-    if not isinstance(answer, UserError):
-        answer[0].views.record_stream(step)  # its memory is the other stream's, and must not be given away too early
+    if not isinstance(result, UserError):
+        result[0].views.record_stream(step)  # its memory belongs to the other stream and must not be reused too early
 
 
-def deliver_views(answer: Answer, device: torch.device) -> Answer:
-    """A worker's views, on the device."""
-    if isinstance(answer, UserError):
-        return answer
-    (views, index), bad = answer
+def deliver_views(result: WorkerResult, device: torch.device) -> WorkerResult:
+    """Move a worker's views to the device."""
+    if isinstance(result, UserError):
+        return result
+    (views, index), bad = result
     return TwoViews(views.to(device, non_blocking=True), index), bad
 
 
-def deliver_decoded(answer: Answer, device: torch.device, makes: torch.device, size: int) -> Answer:
-    """The views of a worker's decoded images, on the device; they are made on the device `makes`."""
-    if isinstance(answer, UserError):
-        return answer
-    decoded, bad = answer
+def deliver_decoded(result: WorkerResult, device: torch.device, makes: torch.device, size: int) -> WorkerResult:
+    """Make the views of a worker's decoded images on the device `makes`, and move them to `device`."""
+    if isinstance(result, UserError):
+        return result
+    decoded, bad = result
     pin = (makes.type, device.type) == ("cpu", "cuda")
     views = make_views(decoded._replace(pixels=decoded.pixels.to(makes, non_blocking=True)), size, pin)
     return TwoViews(views.to(device, non_blocking=True), decoded.index), bad

@@ -1,9 +1,9 @@
-"""From image files to pixels: one exact reader for detection, one fast reader for pretraining.
+"""Decodes image files: one exact reader for detection, one fast reader for pretraining.
 
 Shape legend: H x W height and width in pixels, after EXIF rotation.
 
-`read_image` gives what Detectron2's `detection_utils.read_image` gives, bit for bit, or refuses. `decode_image` decodes
-JPEG with OpenCV and everything else, and every JPEG that OpenCV should not be trusted with, with PIL. What each does:
+`read_image` returns exactly what Detectron2's `detection_utils.read_image` returns, or refuses. `decode_image` decodes
+JPEG with OpenCV, and everything else, and JPEGs that OpenCV mishandles, with PIL. Their behaviour:
 
 | file | read_image | decode_image |
 |---|---|---|
@@ -19,7 +19,7 @@ JPEG with OpenCV and everything else, and every JPEG that OpenCV should not be t
 | animated or several pages | first frame | the same |
 | truncated, zero bytes, not an image | refused | the same |
 | JPEG without its end marker | refused | the same |
-| JPEG damaged inside, all there | as libjpeg resumes | the same |
+| JPEG damaged inside but complete | as libjpeg resumes | the same |
 
 Refused means UserError naming the file.
 """
@@ -44,12 +44,12 @@ from loco_det.core.log import log
 
 Order = Literal["RGB", "BGR"]
 
-# What is taken for an image in a folder, a zip or a shard, in lower case: all of these Pillow reads without a plug-in.
+# Image suffixes in a folder, a zip or a shard, in lower case; Pillow reads all of them without a plug-in.
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".avif"),
 )
-# Images that are not read; a folder of them is to be told of, not passed over.
+# Image suffixes that are not read; they are counted in the log, not skipped silently.
 UNREAD = (
     ".heic",
     ".heif",
@@ -68,7 +68,7 @@ UNREAD = (
 )
 
 _EXIF_ORIENTATION = 274
-# EXIF's orientations 2-8 name where the first row and column lie; these bring them back to top and left.
+# EXIF orientations 2-8 name the position of the first row and column; these bring them back to top and left.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -90,16 +90,16 @@ _LIMIT = "LOCO_DET_MAX_MEGAPIXELS"
 _TOO_LARGE = f"cut it into tiles or scale it down, or set {_LIMIT} if the memory suffices"
 
 
-def tell_unread(where: str, names: Iterable[str]) -> None:
-    """Say in the log how many of the files in a folder are images that are not read here, by suffix."""
+def log_unread(where: str, names: Iterable[str]) -> None:
+    """Log the number of files in a folder that are images of unsupported formats, by suffix."""
     counts = Counter(suffix for suffix in (Path(name).suffix.lower() for name in names) if suffix in UNREAD)
     if counts:
         kinds = ", ".join(f"{count} x {suffix}" for suffix, count in sorted(counts.items()))
-        log.warning("%s: passed over images that are not read here (%s); save them as PNG or JPEG", where, kinds)
+        log.warning("%s: skipped images of unsupported formats (%s); save them as PNG or JPEG", where, kinds)
 
 
 def read_image(path: str | Path, order: Order) -> np.ndarray:
-    """(H, W, 3) uint8 pixels of an image file, equal to Detectron2's `read_image(path, format=order)`.
+    """Read an image file as (H, W, 3) uint8 pixels, equal to Detectron2's `read_image(path, format=order)`.
 
     Source: Detectron2 data/detection_utils.py (PIL decoding, EXIF orientation, conversion to RGB).
 
@@ -139,7 +139,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def decode_exactly(data: bytes, name: str, order: Order) -> np.ndarray:
-    """What `read_image` gives of a file with these bytes; `name` is for error messages.
+    """Decode bytes as `read_image` does; `name` is for error messages.
 
     Raises:
         UserError: empty, truncated or not an image.
@@ -148,7 +148,7 @@ def decode_exactly(data: bytes, name: str, order: Order) -> np.ndarray:
 
 
 def read_file(path: str | Path) -> bytes:
-    """The bytes of an image file.
+    """Read the bytes of an image file.
 
     Raises:
         UserError: missing or unreadable.
@@ -165,14 +165,14 @@ def read_file(path: str | Path) -> bytes:
 
 
 def decode_image(data: bytes, name: str, order: Order = "RGB", reduce: int = 1) -> np.ndarray:
-    """(H, W, 3) uint8 pixels of an encoded image; `name` is for error messages.
+    """Decode an image to (H, W, 3) uint8 pixels; `name` is for error messages.
 
     Args:
-        reduce: 1, 2, 4 or 8. A JPEG decoded by OpenCV comes out at 1/reduce of its size, rounded up, which is
-            cheaper; any other image ignores it, so compare the shape with `jpeg_size`.
+        reduce: 1, 2, 4 or 8. A JPEG decoded by OpenCV is returned at 1/reduce of its size, rounded up, which is faster;
+            other images ignore it, so compare the shape with `jpeg_size`.
 
     Raises:
-        UserError: empty, truncated, not an image, or with pixels of unknown range.
+        UserError: empty, truncated, not an image, or pixels of unknown range.
     """
     header = _jpeg_header(data)
     if header is not None:
@@ -185,7 +185,7 @@ def decode_image(data: bytes, name: str, order: Order = "RGB", reduce: int = 1) 
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) as stored in a JPEG, before EXIF rotation; None where `decode_image` would not reduce it."""
+    """Return (height, width) as stored in a JPEG, before EXIF rotation; None if `decode_image` would not reduce it."""
     header = _jpeg_header(data)
     return header[:2] if header is not None and header[2] else None
 
@@ -196,17 +196,17 @@ def _cv2_pixels(data: bytes, order: Order, reduce: int) -> np.ndarray | None:
         if order == "RGB" and _READ_RGB is not None:
             return cv2.imdecode(buffer, _READ_RGB | _REDUCED[reduce])
         pixels = cv2.imdecode(buffer, cv2.IMREAD_COLOR | _REDUCED[reduce])
-    except cv2.error:  # an image too large for OpenCV, say: PIL then words the reason
+    except cv2.error:  # e.g. too large for OpenCV: PIL then gives the reason
         return None
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if pixels is not None and order == "RGB" else pixels
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int, bool, int] | None:
-    """(height, width, 8-bit grey or three colours?, offset of the first scan), or None if `data` is no JPEG.
+    """Return (height, width, 8-bit grey or three colours?, offset of the first scan); None if `data` is no JPEG.
 
-    OpenCV before 5 accepts a JPEG that breaks off and fills the rest with grey. After the first scan's header an
-    end-of-image marker can only be the real one (ITU-T T.81, B.1.1: entropy-coded 0xff is followed by 0x00 or a
-    restart marker), while the thumbnail in an EXIF block, which ends with a marker too, lies before it.
+    OpenCV before 5 accepts a truncated JPEG and fills the rest with grey. After the first scan's header an end-of-image
+    marker can only be the real one (ITU-T T.81, B.1.1: entropy-coded 0xff is followed by 0x00 or a restart marker);
+    an EXIF thumbnail, which also ends with a marker, comes before it.
     """
     if data[:3] != b"\xff\xd8\xff":
         return None
@@ -230,7 +230,7 @@ def _pil_pixels(data: bytes, name: str, order: Order, *, exact: bool) -> np.ndar
     if not data:
         raise UserError(f"{name}: the file is empty; restore or remove it")
     try:
-        # PIL warns of odd metadata on standard error; the pixels are what matters here.
+        # PIL warns of odd metadata on standard error; only the pixels matter here.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
@@ -238,7 +238,7 @@ def _pil_pixels(data: bytes, name: str, order: Order, *, exact: bool) -> np.ndar
             pixels = _to_rgb(_upright(image), name, exact)
     except UserError:
         raise
-    except Exception as error:  # hostile bytes make PIL's parsers raise nearly anything
+    except Exception as error:  # PIL's parsers raise various exceptions on hostile bytes
         if isinstance(error, Image.DecompressionBombError):  # by which Pillow refuses to open it
             raise too_large(name) from error
         reason = str(error).replace("<_io.BytesIO object at ", "<").split("<")[0].strip()
@@ -279,17 +279,17 @@ def check_pixels(width: int, height: int, name: str) -> None:
 
 
 def count_frames(path: str | Path) -> int:
-    """How many frames or pages an image file has; 1 where that cannot be told."""
+    """Return the number of frames or pages of an image file; 1 if unknown."""
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")
             return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a photograph and its previews
-    except Exception:  # damaged behind its first frame
+    except Exception:  # damaged after its first frame
         return 1
 
 
 def pil_rgb(image: Image.Image, name: str) -> np.ndarray:
-    """(H, W, 3) uint8 pixels of an opened image, treated as `decode_image` treats its file.
+    """Convert an opened image to (H, W, 3) uint8 pixels, as `decode_image` does for its file.
 
     Raises:
         UserError: pixels of unknown range.
@@ -301,7 +301,7 @@ def pil_rgb(image: Image.Image, name: str) -> np.ndarray:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION)
-    except Exception:  # damaged metadata of a sound image: Detectron2 ignores it too
+    except Exception:  # damaged metadata of a valid image: Detectron2 ignores it too
         return image
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
@@ -318,7 +318,7 @@ def _to_rgb(image: Image.Image, name: str, exact: bool) -> np.ndarray:
 
 
 def _check_range(image: Image.Image, name: str) -> None:
-    """Refuse grey of more than 8 bits that does not lie in the 8 bits that detection reads."""
+    """Refuse grey of more than 8 bits whose values exceed the 8 bits that detection reads."""
     values = np.asarray(image)
     largest = values.max(initial=0)
     if largest > 255 or (image.mode == "F" and largest <= 1):

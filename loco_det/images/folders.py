@@ -1,20 +1,18 @@
-"""Where pretraining images come from: class folders, a flat folder, a text list, a zip; all behind one `Source`.
+"""Opens pretraining images of any kind as a `Source`: class folders, a flat folder, a text list, a zip and others.
 
 `open_source(path, format)`:
 
-| format | path | labels |
-|---|---|---|
-| folder | a folder of class folders, in torchvision's ImageFolder order | the class folder |
-| flat | a folder, searched with all below it | none |
-| list | a text file: one path a line, relative to the list; after a tab, space or comma a class, if any | that name |
-| tar | a `.tar`, a folder of them, or `shards-{0000..0146}.tar`: webdataset's shards, see images/tar.py | `.cls` |
-| zip | `images.zip`, or `images.zip!inner/folder` for a part of it; read in place, never unpacked | as auto |
-| huggingface | a folder that `datasets` saved, see images/indexed.py | its first column of classes |
-| torchvision:NAME | the folder that torchvision's class NAME reads, see images/indexed.py | the data set's |
-| auto | by suffix and by what lies in a folder; one with images at its top is `flat`, else `folder` | as above |
+| format | path | labels | |---|---|---| | folder | a folder of class folders, in torchvision's ImageFolder order | the
+class folder | | flat | a folder, searched with all below it | none | | list | a text file: one path per line, relative
+to the list; optionally a class after a tab, space or comma | that name | | tar | a `.tar`, a folder of them, or
+`shards-{0000..0146}.tar`: webdataset's shards, see images/tar.py | `.cls` | | zip | `images.zip`, or
+`images.zip!inner/folder` for a part of it; read in place, never unpacked | as auto | | huggingface | a folder that
+`datasets` saved, see images/indexed.py | its first column of classes | | torchvision:NAME | the root folder of
+torchvision's class NAME, see images/indexed.py | the data set's | | auto | by suffix and by a folder's content; images
+at its top: `flat`, else `folder` | as above |
 
-Folders around everything in a zip are stepped into first: `x.zip` holding only `x/cat/1.jpg` and `x/dog/2.jpg` has the
-classes cat and dog.
+Folders that enclose everything in a zip are skipped: `x.zip` with only `x/cat/1.jpg` and `x/dog/2.jpg` has the classes
+cat and dog.
 """
 
 from __future__ import annotations
@@ -33,21 +31,22 @@ import numpy as np
 from loco_det.core.errors import UserError
 from loco_det.core.files import read_regular
 from loco_det.core.outputs import walk_data
-from loco_det.images.decode import SUFFIXES, check_bytes, tell_unread
+from loco_det.images.decode import SUFFIXES, check_bytes, log_unread
 from loco_det.images.indexed import open_huggingface, open_torchvision
 from loco_det.images.source import Source
 from loco_det.images.tar import open_tar
 
 FORMATS = ("auto", "folder", "flat", "list", "zip", "tar", "huggingface")
-# "a b.jpg 3", "a.jpg,cat": as lists of other programs have them. A path that ends in the suffix of an image is whole.
+# "a b.jpg 3", "a.jpg,cat": formats of other programs' lists. A path that ends in an image suffix is complete.
 _PATH_AND_CLASS = re.compile(
     rf"(?!.*({'|'.join(map(re.escape, SUFFIXES))})$)(.*?(?:{'|'.join(map(re.escape, SUFFIXES))}))([ ,]+)(\S.*)", re.I
 )
+_DEFLATED = 1032  # bytes that a packed byte can stand for, by deflate's longest match of its shortest codes
 _LOCAL_HEADER = 30  # bytes before the name; PKWARE APPNOTE 4.3.7
 
 
 class ZipSource(Source):
-    """Images in a zip file, read by offset, so that a worker never parses the index again."""
+    """Images in a zip file, read by offset, so that workers need not parse the index."""
 
     def __init__(self, path: Path, members: Sequence[zipfile.ZipInfo], labels: Sequence[str] | None) -> None:
         super().__init__(str(path), [member.filename for member in members], labels)
@@ -85,7 +84,7 @@ class ZipSource(Source):
         return data
 
     def _file(self) -> BinaryIO:
-        # A file position shared after a fork, or between threads, would move under the reader.
+        # A file position shared after a fork, or between threads, would move unexpectedly.
         owner = (os.getpid(), threading.get_ident())
         if owner not in self._files:
             self._files[owner] = open(self.root, "rb")  # noqa: SIM115 (lives as long as its worker)
@@ -93,10 +92,10 @@ class ZipSource(Source):
 
 
 def open_source(path: str | Path, format: str = "auto") -> Source:
-    """The images at `path`; see the module's table.
+    """Open the images at `path`; see the module's table.
 
     Raises:
-        UserError: nothing there, no images in it, not what `format` says, or a damaged zip; names path and key.
+        UserError: nothing there, no images in it, not of the given `format`, or a damaged zip; names path and key.
     """
     if format not in FORMATS and not format.startswith("torchvision:"):
         raise UserError(f"DATA.FORMAT {format!r} is unknown; use one of {', '.join(FORMATS)} or torchvision:NAME")
@@ -142,16 +141,16 @@ def _is_image(name: str) -> bool:
 
 
 def _open_folder(root: Path, format: str) -> Source:
-    names: list[tuple[str, str, str]] = []  # class folder, folder, file: ImageFolder sorts by these
+    names: list[tuple[str, str, str]] = []  # class folder, folder, file: the sort order of ImageFolder
     unread: list[str] = []
-    outputs = set()  # folders at the top that hold this package's output
+    outputs = set()  # top-level folders with this package's output
     for folder, files, own in walk_data(root):
         below = os.path.relpath(folder, root)
         top = below.partition(os.sep)[0]
         outputs |= {top} if own and top != "." else own
         names += [(top, below, name) for name in files if _is_image(name)]
         unread += (name for name in files if not _is_image(name))
-    tell_unread(str(root), unread)
+    log_unread(str(root), unread)
     if not names:
         raise UserError(
             f"DATA.PATH {root}: no images in this folder (looked for {' '.join(SUFFIXES)}); correct the path"
@@ -178,7 +177,7 @@ def _open_list(path: Path) -> Source:
         raise UserError(f"DATA.PATH {path}: cannot be read as a UTF-8 text list ({error}); correct the file") from error
     lines = [line.rstrip() for line in lines if line.strip() and not line.startswith("#")]
     rows = [line.partition("\t") for line in lines]
-    if not any(tab for _, tab, _ in rows):  # then what stands behind every path may be a class all the same
+    if not any(tab for _, tab, _ in rows):  # then a class may still follow every path
         matches = [_PATH_AND_CLASS.fullmatch(line) for line in lines]
         if all(matches):
             rows = [match.groups()[1:] for match in matches]
@@ -193,6 +192,8 @@ def _open_list(path: Path) -> Source:
 
 def _open_zip(path: Path, inner: str) -> Source:
     try:
+        if not os.path.isfile(path):  # a pipe would keep it waiting
+            raise OSError("it is no regular file")
         with zipfile.ZipFile(path) as archive:
             members = [m for m in archive.infolist() if not m.is_dir() and _is_image(PurePosixPath(m.filename).name)]
     except Exception as error:  # damage makes zipfile raise nearly anything
@@ -204,7 +205,10 @@ def _open_zip(path: Path, inner: str) -> Source:
     if not members:
         where = f"folder {inner} of this zip" if inner else "this zip"
         raise UserError(f"DATA.PATH {path}: no images in {where} (looked for {' '.join(SUFFIXES)}); correct the path")
+    most = path.stat().st_size
     for member in members:
+        if member.compress_size > most or member.file_size > _DEFLATED * most:
+            raise UserError(f"DATA.PATH {path}: {member.filename} is larger than can be in it; take an intact zip")
         if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UserError(
                 f"DATA.PATH {path}: {member.filename} is encrypted or packed unusually; pack with plain zip"
@@ -217,7 +221,7 @@ def _open_zip(path: Path, inner: str) -> Source:
 
 
 def _shared_depth(folders: Sequence[tuple[str, ...]]) -> int:
-    """How many leading folders all have in common: what the first and the last in order share, all between share."""
+    """Return the number of leading folders common to all: first and last in order share what all share."""
     first, last = min(folders), max(folders)
     same = [a == b for a, b in zip(first, last)]
     return same.index(False) if False in same else len(same)

@@ -1,4 +1,4 @@
-"""Data sets that are Python objects: whatever has `__len__` and `__getitem__`, torchvision's and Hugging Face's too.
+"""Opens Python data sets with `__len__` and `__getitem__` as a `Source`, including torchvision's and Hugging Face's.
 
     source = DatasetSource(torchvision.datasets.STL10("data", split="unlabeled"))
     source = DatasetSource([{"picture": array, "kind": "cat"}, ...], image="picture", label="kind")
@@ -8,7 +8,7 @@ An item is an image, an (image, label, ...) tuple or a mapping with columns; an 
 (H, W, 3) or (H, W, 4) uint8 array, a (1 or 3, H, W) tensor of uint8 or of floats in [0, 1], encoded bytes, a path, or
 Hugging Face's {"bytes", "path"}.
 
-From a configuration: DATA.FORMAT `torchvision:NAME` opens one of the classes in `TORCHVISION` on what lies under
+In a configuration, DATA.FORMAT `torchvision:NAME` opens one of the classes in `TORCHVISION` on the files under
 DATA.PATH (nothing is downloaded), and `huggingface` a folder that `save_to_disk` wrote (extra `huggingface`).
 """
 
@@ -27,7 +27,7 @@ from loco_det.core.errors import UserError
 from loco_det.images.decode import pil_rgb, read_file
 from loco_det.images.source import Source
 
-# torchvision's classes that a configuration may name, and which of their images are for training.
+# torchvision's classes for configurations, and the arguments that select their training images.
 TORCHVISION: dict[str, dict[str, Any]] = {
     "CIFAR10": {"train": True},
     "CIFAR100": {"train": True},
@@ -51,17 +51,17 @@ TORCHVISION: dict[str, dict[str, Any]] = {
 
 
 class DatasetSource(Source):
-    """Images out of any indexable object.
+    """Images of any indexable object.
 
     Args:
-        dataset: has `__len__` and `__getitem__`; read in worker processes, so it must survive a fork or pickling.
-        image: the image's column, where items are mappings.
-        label: its class's column, a number or a name; "" where there is none. Items that are tuples have it second.
-        labels: one class name or number an image, instead of asking the data set.
-        root: its name in messages.
+        dataset: has `__len__` and `__getitem__`; read in worker processes, so it must support fork and pickling.
+        image: column of the image, for mappings.
+        label: column of its class, a number or a name; "" for none. Tuples have it second.
+        labels: one class name or number per image, instead of the data set's.
+        root: name in messages.
 
     Raises:
-        UserError: no images, or labels that do not fit.
+        UserError: no images, or inconsistent labels.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class DatasetSource(Source):
             self._labels = np.array(values, np.int32)
             return
         order = sorted(set(values), key=lambda value: (isinstance(value, str), value))
-        if order == [-1]:  # torchvision's mark of an unlabelled image
+        if order == [-1]:  # torchvision's mark for unlabelled images
             return
         self.classes = [str(value) for value in order]
         numbers = {value: number for number, value in enumerate(order)}
@@ -105,7 +105,7 @@ class DatasetSource(Source):
         return f"{self.root}[{index}]"
 
     def identity(self) -> str:
-        """Hugging Face's fingerprint, else sha256 of number, labels, and the first, middle and last image."""
+        """Return Hugging Face's fingerprint, else sha256 of number, labels, and the first, middle and last image."""
         mark = getattr(self.dataset, "_fingerprint", None)
         if isinstance(mark, str):
             return mark
@@ -120,7 +120,7 @@ class DatasetSource(Source):
             item = self.dataset[index]
         except UserError:
             raise
-        except Exception as error:  # somebody else's code
+        except Exception as error:  # third-party code
             raise UserError(f"{self.name(index)}: the data set gives no such item ({error})") from error
         if isinstance(item, Mapping) and not {"bytes", "path"} <= item.keys():
             if self._image not in item:
@@ -134,7 +134,7 @@ class DatasetSource(Source):
 
 
 def _labels(dataset: Any, column: str) -> Sequence[Any] | None:
-    """The labels that a data set lists without opening an image: torchvision's attributes, Hugging Face's column."""
+    """Return labels available without opening images: torchvision's attributes, Hugging Face's column."""
     for attribute in ("targets", "labels", "_labels"):
         values = getattr(dataset, attribute, None)
         if values is not None and not callable(values):
@@ -160,7 +160,7 @@ def _class_names(dataset: Any, column: str) -> Sequence[str] | None:
 
 
 def _encoded(image: Any, name: str) -> bytes:
-    """What `decode_image` decodes to the same pixels: the bytes as they are, or an unpacked PPM."""
+    """Encode an image losslessly for `decode_image`: encoded bytes unchanged, others as PPM."""
     if isinstance(image, Mapping):
         image = image["bytes"] if image["bytes"] is not None else image["path"]
     if isinstance(image, (bytes, bytearray)):
@@ -195,10 +195,10 @@ def _array(tensor: Tensor, name: str) -> np.ndarray:
 
 
 def open_torchvision(name: str, root: Path) -> DatasetSource:
-    """One of torchvision's data sets as it lies under `root`.
+    """Open one of torchvision's data sets in `root`.
 
     Raises:
-        UserError: a name that is not in `TORCHVISION`, or the files are not there.
+        UserError: a name not in `TORCHVISION`, or missing files.
     """
     if name not in TORCHVISION:
         raise UserError(f"DATA.FORMAT torchvision:{name} is unknown; use one of {', '.join(sorted(TORCHVISION))}")
@@ -212,10 +212,10 @@ def open_torchvision(name: str, root: Path) -> DatasetSource:
 
 
 def open_huggingface(root: Path) -> DatasetSource:
-    """The images of a folder that `save_to_disk` wrote, still encoded; labels from the first column of classes.
+    """Open the images of a folder that `save_to_disk` wrote, still encoded; labels from the first column of classes.
 
     Raises:
-        UserError: `datasets` is missing, the folder holds several splits or no column of images.
+        UserError: `datasets` is not installed, or the folder has several splits or no column of images.
     """
     try:
         import datasets

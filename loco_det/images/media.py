@@ -1,4 +1,4 @@
-"""Images, folders of them and videos as one stream of frames, and videos written again. OpenCV reads the videos."""
+"""Reads images, folders of them and videos as one stream of frames, and writes videos, by OpenCV."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ import numpy as np
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
 from loco_det.core.outputs import own_names, walk_data
-from loco_det.images.decode import SUFFIXES, Order, count_frames, read_image, tell_unread
+from loco_det.images.decode import SUFFIXES, Order, count_frames, log_unread, read_image
 
 PACKED = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
 class Medium(NamedTuple):
-    """One file: `name` is its path below the input that it was found in, `frames` 1 for an image, at least that and
-    only a guess for a video, whose `rate` is in frames a second (0 for an image)."""
+    """One file.
+
+    Attributes:
+        name: its path below the input.
+        frames: 1 for an image; an estimate of at least 1 for a video.
+        rate: frames a second of a video; 0 for an image.
+    """
 
     path: Path
     name: str
@@ -48,25 +53,25 @@ class Frame(NamedTuple):
 def find_media(
     inputs: Sequence[str | Path], places: Callable[[str, bool], Sequence[str]] = lambda name, is_video: [name]
 ) -> tuple[list[Medium], list[Path]]:
-    """The files of `inputs`, which are files and folders; of a folder all images and videos below it, by name.
+    """Find the files of `inputs`, files and folders; of a folder all images and videos below it, by name.
 
-    What `predict` wrote is passed over, whether it lies in a folder or is an input itself, which the log tells.
+    Output of `predict` is skipped with a line in the log, whether it is in a folder or an input itself.
 
     Args:
-        places: the files that are to be written for a name, which may be a video's, as relative paths.
+        places: maps a name, possibly a video's, to the relative paths of the files to be written.
 
     Returns:
-        What was found, with names such that no two have a place in common, and the videos that OpenCV cannot open.
+        The media, with names whose output files are all distinct, and the videos that OpenCV cannot open.
 
     Raises:
-        UserError: an input is missing, or a folder holds nothing of use.
+        UserError: an input is missing, or a folder has no usable file.
     """
     files: list[tuple[Path, Path]] = []
     for given in itertools.chain.from_iterable(map(_expanded, inputs)):
         if given.is_dir():
             everything = _data_below(given)
             below = [path for path in everything if path.suffix.lower() in (*SUFFIXES, *VIDEOS)]
-            tell_unread(str(given), [path.name for path in everything])
+            log_unread(str(given), [path.name for path in everything])
             if not below:
                 raise UserError(f"{given}: no image or video in this folder; name another, or the files themselves.")
             files += [(path, path.relative_to(given)) for path in below]
@@ -75,7 +80,7 @@ def find_media(
         elif not given.is_file():
             raise UserError(f"{given}: no such file or folder; correct the path.")
         elif own_names(given.parent, [given.name]):
-            log.warning("%s: written by this package, and no input: left out", given)
+            log.warning("%s: written by this package, not an input: skipped", given)
         else:
             files.append((given, Path(given.name)))
     if not files:
@@ -86,7 +91,7 @@ def find_media(
         name = next(name for name in _names(relative) if taken.add(places(name, is_video)))
         medium = _video(path, name) if is_video else Medium(path, name)
         if medium is None:
-            log.warning("%s: not a video that OpenCV can read: left out", path)
+            log.warning("%s: not a video that OpenCV can read: skipped", path)
             unreadable.append(path)
         else:
             found.append(medium)
@@ -94,7 +99,7 @@ def find_media(
 
 
 def _expanded(given: str | Path) -> list[Path]:
-    """The files that a pattern stands for, where no file is called so and no shell has expanded it."""
+    """Expand a pattern, if no file has that name and no shell has expanded it."""
     path = Path(given)
     if path.exists() or not glob.has_magic(str(path)):
         return [path]
@@ -109,7 +114,7 @@ def _data_below(folder: Path) -> list[Path]:
 
 
 def _names(path: Path) -> Iterator[str]:
-    """The path, then with a number in its last part or, where a folder is in the way, in its first: without end."""
+    """Yield the path, then numbered variants without end: in its last part or, if a folder is in the way, its first."""
     yield path.as_posix()
     top = Path(path.parts[0])
     for number in itertools.count(2):
@@ -118,14 +123,14 @@ def _names(path: Path) -> Iterator[str]:
 
 
 class Places:
-    """Files that are to be written, as relative paths; no file is another's folder."""
+    """Output files, as relative paths; no file is another's folder."""
 
     def __init__(self) -> None:
         self.files: set[PurePosixPath] = set()
         self.folders: set[PurePosixPath] = set()
 
     def add(self, names: Iterable[str]) -> bool:
-        """Take all of these files if they can be beside those taken before; says whether."""
+        """Reserve all of these files if they do not conflict with earlier ones; returns whether they were reserved."""
         files = set(map(PurePosixPath, names))
         folders = {folder for file in files for folder in file.parents}
         if not (files.isdisjoint(self.files) and files.isdisjoint(self.folders) and folders.isdisjoint(self.files)):
@@ -146,7 +151,7 @@ def _video(path: Path, name: str) -> Medium | None:
 
 
 def read_frames(media: Sequence[Medium], order: Order, unreadable: list[Path]) -> Iterator[Frame]:
-    """Every image and every frame of every video, in order; what cannot be read is named in the log and appended."""
+    """Yield every image and every frame of every video, in order; unreadable ones are logged and appended."""
     for medium in media:
         try:
             if medium.is_video:
@@ -179,7 +184,7 @@ def _frames(medium: Medium, order: Order) -> Iterator[Frame]:
 
 
 def read_ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
-    """The same items, `count` of them made in advance by another thread."""
+    """Yield the same items, up to `count` of them prepared ahead by another thread."""
     end = object()
     with ThreadPoolExecutor(1) as pool:
         waiting = deque(pool.submit(next, items, end) for _ in range(count))
@@ -189,7 +194,7 @@ def read_ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
 
 
 class VideoWriter:
-    """An MPEG-4 file that is there when all frames are written, and not at all otherwise; a context manager."""
+    """Context manager for an MPEG-4 file that appears when all frames are written, or not at all."""
 
     def __init__(self, path: Path, rate: float, width: int, height: int) -> None:
         self.path, self.partial = path, path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
@@ -202,7 +207,7 @@ class VideoWriter:
         return self
 
     def write(self, pixels: np.ndarray) -> None:
-        """One more frame, (H, W, 3) uint8 RGB."""
+        """Append a frame, (H, W, 3) uint8 RGB."""
         self.writer.write(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
 
     def __exit__(self, kind: object, *_: object) -> None:

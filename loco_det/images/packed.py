@@ -1,4 +1,4 @@
-"""Many strings in two arrays: a million Python strings would be copied into every worker as their counts change."""
+"""Many strings in two arrays: reference counts would copy a million Python strings into every worker."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 
 class PackedStrings(Sequence[str]):
-    """Strings of any kind, also those that `os.fsdecode` makes of bytes that are no UTF-8.
+    """Strings, including those that `os.fsdecode` makes of invalid UTF-8.
 
     Attributes:
         data: (total,) uint8, UTF-8.
-        offsets: (count + 1,) int64, where each string starts.
+        offsets: (count + 1,) int64, the start of each string.
     """
 
     def __init__(self, data: np.ndarray, offsets: np.ndarray) -> None:

@@ -1,6 +1,6 @@
-"""`Source`: encoded images by number, which is all that pretraining and probes ask of a data set.
+"""`Source`: encoded images by index, the interface of pretraining and probes to a data set.
 
-`sources.py` finds the right one for a path; `tar.py` and `indexed.py` have their own kinds.
+`folders.py` opens the right kind for a path; `tar.py` and `indexed.py` define further kinds.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from loco_det.images.packed import PackedStrings
 
 
 class Source:
-    """Encoded images by number; safe to share with forked and spawned workers.
+    """Encoded images by index; can be shared with forked and spawned workers.
 
     Attributes:
-        root: what the user named, for messages.
-        classes: class names, sorted; empty where images have no labels.
-        containers: the files that hold the images; empty where every image is a file of its own.
+        root: the user's path, for messages.
+        classes: class names, sorted; empty without labels.
+        containers: the files that hold the images; empty if every image is a file.
     """
 
     containers: Sequence[str] = ()
@@ -37,24 +37,24 @@ class Source:
         return len(self._names)
 
     def name(self, index: int) -> str:
-        """The image's name as the user would look for it."""
+        """The image's name, as the user would search for it."""
         return str(Path(self.root) / self._names[index])
 
     def identity(self) -> str:
-        """sha256 of the number of images and of their names below `root`, in order; not of their contents."""
+        """sha256 of the number of images and their names below `root`, in order; not of their contents."""
         digest = hashlib.sha256(f"{len(self)}\n".encode())
         digest.update(self._names.data.tobytes())
         digest.update(self._names.offsets.tobytes())
         return digest.hexdigest()
 
     def label(self, index: int) -> int | None:
-        """Position in `classes`, or None where there are no labels."""
+        """Return the index in `classes`, or None without labels."""
         return None if self._labels is None else int(self._labels[index])
 
     def read(self, index: int) -> bytes:
-        """The encoded image.
+        """Return the encoded image.
 
         Raises:
-            UserError: it cannot be read; names it.
+            UserError: unreadable; names the image.
         """
         return read_file(self.name(index))

@@ -1,15 +1,14 @@
-"""Tar shards as webdataset packs them, for sets that outgrow one disk: read front to back, shuffled and resumable.
+"""webdataset's tar shards, for data sets larger than one disk: read front to back, shuffled and resumable.
 
-A sample is a run of files that share a name up to the first dot: `000017.jpg`, and `000017.cls` with its class as
-text if there are labels. webdataset (extra `webdataset`) finds the shards and reads their streams. What stands where is
-found once, from the headers alone, and cached (`core.files.cache_folder`); it is found again when a shard's size or
-time has changed. With it the order of an epoch is known before anything is read, so that it depends on neither workers
-nor ranks, and resuming starts reading where the first image still wanted stands.
+A sample is a sequence of files with a common name up to the first dot: `000017.jpg`, and `000017.cls` with its class as
+text, if labelled. webdataset (extra `webdataset`) finds the shards and reads their streams. An index of the headers is
+built once and cached (`core.files.cache_folder`), and again when a shard's size or time changes. With it an epoch's
+order is known before reading, independent of workers and ranks, and resuming starts reading at the next image.
 
-Order of an epoch: the shards in an order drawn for the epoch, laid end to end, are cut into S equal runs of images (a
-shard on a cut is read by both neighbours, each its part; the images left over at the end, fewer than a batch, are other
-ones every epoch). Each run goes through a shuffle buffer of its own, and each global batch takes as many images
-from every run. Runs, not batches, are dealt to ranks and workers.
+Order of an epoch: the shards, concatenated in an order drawn for the epoch, are cut into S equal runs of images (a
+shard on a cut is read by both neighbours, each its part; the remainder at the end, less than a batch, differs between
+epochs). Each run has its own shuffle buffer, and each global batch takes equally many images from every run. Runs, not
+batches, are assigned to ranks and workers.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ import hashlib
 import os
 import re
 import tarfile
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,23 +30,25 @@ from loco_det.images.decode import SUFFIXES
 from loco_det.images.source import Source
 from loco_det.images.views import stream
 
-_SHARDS, _BUFFER = 2**63 + 1, 2**63 + 2  # random streams that no image's index reaches
+_SHARDS, _BUFFER = 2**63 + 1, 2**63 + 2  # random streams beyond any image's index
 _MOST_RUNS = 64
 _LONGEST_LABEL = 1 << 16  # bytes
 _INDEX_VERSION = 2
 
 
 class TarSource(Source):
-    """Labelled or unlabelled images in tar shards; `run` reads them in a training order, `read` any single one."""
+    """Labelled or unlabelled images in tar shards; `run` reads them in training order, `read` any single one."""
 
     def __init__(self, root: str, shards: Sequence[Path], index: dict[str, np.ndarray]) -> None:
         names = index["names"].tobytes().decode("utf-8", "surrogateescape").split("\0")
         self.containers = self.shards = [str(shard) for shard in shards]
-        self.starts = np.concatenate([[0], np.cumsum(index["counts"])])  # (shards + 1,) the first image of each
+        self.starts = np.concatenate(
+            [[0], np.cumsum(index["counts"])]
+        )  # (shards + 1,) index of each shard's first image
         self._place = index["place"]  # (images, 3): first header of the sample; the image's offset and size
         labels = index["labels"].tobytes().decode().split("\0") if len(index["labels"]) else None
         super().__init__(root, names, labels)
-        if labels and all(name.isdecimal() for name in self.classes):  # 2 before 10
+        if labels and all(name.isdecimal() for name in self.classes):  # numeric order: 2 before 10
             order = sorted(range(len(self.classes)), key=lambda k: int(self.classes[k]))
             self._labels = np.argsort(order).astype(np.int32)[self._labels]
             self.classes = [self.classes[k] for k in order]
@@ -73,10 +72,10 @@ class TarSource(Source):
         return int(np.searchsorted(self.starts, index, "right")) - 1
 
     def runs(self, batch: int, world_size: int) -> int:
-        """Into how many runs an epoch is cut: the most, up to one a shard and 64, that divide a global batch.
+        """Return the number of runs per epoch: the most, up to one per shard and 64, that divide a global batch.
 
-        Where the ranks cannot share these, which does not happen as long as all are powers of two and the ranks are
-        the fewest, the next number that they can.
+        If the ranks cannot share these, the next number that they can; powers of two always can, with at least as many
+        shards as ranks.
         """
         most = next(n for n in range(min(_MOST_RUNS, len(self.shards), batch), 0, -1) if batch % n == 0)
         if most % world_size == 0:
@@ -84,13 +83,13 @@ class TarSource(Source):
         return next(n for n in range(max(most, world_size), 0, -1) if batch % n == 0 and n % world_size == 0)
 
     def run(
-        self, run: int, runs: int, length: int, *, buffer: int, seed: int, epoch: int, first: int = 0
+        self, run: int, length: int, *, buffer: int, seed: int, epoch: int, first: int = 0
     ) -> Iterator[tuple[int, bytes]]:
-        """(image, encoded bytes) of one run of an epoch, from its `first` on in the order after the shuffle buffer.
+        """Yield (image, encoded bytes) of one run of an epoch, from `first` on in the order after the shuffle buffer.
 
         Args:
             length: images in a run.
-            buffer: images in its shuffle buffer.
+            buffer: size of its shuffle buffer, in images.
 
         Raises:
             UserError: a shard is damaged or has changed.
@@ -108,7 +107,7 @@ class TarSource(Source):
             yield int(images[place]), waiting.pop(place)
 
     def _images(self, first: int, length: int, seed: int, epoch: int) -> np.ndarray:
-        """The images at places first, first + 1, ... of the epoch's shards laid end to end."""
+        """Return the images at positions first, first + 1, ... of the epoch's concatenated shards."""
         shards = stream(seed, epoch, _SHARDS).permutation(len(self.shards))
         counts = np.diff(self.starts)[shards]
         ends = np.cumsum(counts)
@@ -117,7 +116,7 @@ class TarSource(Source):
         return self.starts[shards[at]] + places - (ends - counts)[at]
 
     def _read_through(self, images: np.ndarray, wanted: np.ndarray) -> Iterator[tuple[int, bytes]]:
-        """(place, bytes) of the wanted ones among consecutive images, each shard opened at its first wanted one."""
+        """Yield (position, bytes) of the wanted images; each shard is opened at its first wanted one."""
         tariterators = _webdataset().tariterators
         shards = np.searchsorted(self.starts, images, "right") - 1
         for shard in dict.fromkeys(shards[wanted].tolist()):
@@ -125,7 +124,7 @@ class TarSource(Source):
             path = self.shards[shard]
             try:
                 with open(path, "rb") as file:
-                    file.seek(int(self._place[images[places[0]], 0]))  # a header: from here on it is a tar as well
+                    file.seek(int(self._place[images[places[0]], 0]))  # a header: from here on the file is a tar, too
                     files = tariterators.tar_file_expander([{"url": path, "stream": file}], select_files=_is_image)
                     samples = tariterators.group_by_keys(files)
                     for place in range(places[0], places[-1] + 1):
@@ -142,7 +141,7 @@ class TarSource(Source):
 
 
 def buffered_order(count: int, buffer: int, generator: np.random.Generator) -> np.ndarray:
-    """The (count,) order in which 0, 1, ... leave a shuffle buffer: a random one goes, the next takes its place."""
+    """Return the (count,) order in which 0, 1, ... leave a shuffle buffer: a random one goes, the next replaces it."""
     held = list(range(min(max(buffer, 1), count)))
     order = np.empty(count, np.int64)
     coming = len(held)
@@ -159,10 +158,10 @@ def buffered_order(count: int, buffer: int, generator: np.random.Generator) -> n
 
 
 def open_tar(path: str, root: Path) -> TarSource:
-    """The images of `path`: a shard, a folder of shards, or shards with braces: `train-{0000..0146}.tar`.
+    """Open `path`: a shard, a folder of shards, or a brace pattern: `train-{0000..0146}.tar`.
 
     Raises:
-        UserError: no shard there, one that is no plain tar, or no image in them; names the shard.
+        UserError: no shard, not a plain tar, or no image in them; names the shard.
     """
     _webdataset()
     shards = sorted(root.glob("*.tar")) if os.path.isdir(root) else [Path(name) for name in expand_braces(path)]
@@ -179,14 +178,19 @@ def open_tar(path: str, root: Path) -> TarSource:
         try:
             with atomic_write(cache) as file:
                 np.savez(file, **index)
-        except UserError:  # a cache that cannot be kept is no reason not to train
+        except UserError:  # continue without the cache
             pass
     return TarSource(path, shards, index)
 
 
 def expand_braces(path: str) -> list[str]:
-    """`a-{00..02}.tar` -> a-00.tar, a-01.tar, a-02.tar."""
-    return list(_webdataset().shardlists.expand_urls(path)) if "{" in path else [path]
+    """Expand `a-{00..02}.tar` to a-00.tar, a-01.tar, a-02.tar."""
+    if "{" not in path:
+        return [path]
+    try:
+        return list(_webdataset().shardlists.expand_urls(path))
+    except ValueError as error:
+        raise UserError(f"DATA.PATH {path}: {error}; correct the braces, as in train-{{000..099}}.tar") from None
 
 
 def _webdataset() -> Any:
@@ -200,19 +204,19 @@ def _webdataset() -> Any:
 
 
 def _cached(path: Path, shards: int) -> dict[str, np.ndarray] | None:
-    """The index as it was saved; None if there is none or it is damaged."""
+    """Read the saved index; None if there is none or it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
             index = {name: file[name] for name in ("names", "place", "counts", "labels")}
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
-        return None  # a RuntimeError where a flipped bit says encrypted, say
+    except Exception:  # hostile bytes make NumPy's reader raise nearly anything
+        return None
     images = int(index["counts"].sum())
     sound = len(index["counts"]) == shards and index["place"].shape == (images, 3)
     return index if sound and index["names"].tobytes().count(b"\0") == images - 1 else None
 
 
 def _index(path: str, shards: Sequence[Path]) -> dict[str, np.ndarray]:
-    """Where everything stands, from the shards' headers; the bytes of images are skipped."""
+    """Index all samples from the shards' headers, skipping the bytes of images."""
     names: list[str] = []
     labels: list[str] = []
     place: list[tuple[int, int, int]] = []
@@ -240,12 +244,12 @@ def _index(path: str, shards: Sequence[Path]) -> dict[str, np.ndarray]:
 
 
 def _samples(shard: Path) -> Iterator[tuple[str, tuple[int, int, int], str]]:
-    """(file name, (first header, offset, size), class or "") of every image, grouped as webdataset groups files."""
+    """Yield (file name, (first header, offset, size), class or "") of every image, grouped as in webdataset."""
     found: dict[str, Any] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                tar.members = []  # it would keep them all
+                tar.members = []  # otherwise it keeps them all
                 key, suffix = _split(member.name)
                 if not member.isreg() or not key:
                     continue
@@ -257,7 +261,7 @@ def _samples(shard: Path) -> Iterator[tuple[str, tuple[int, int, int], str]]:
                 elif suffix == "cls":
                     found["label"] = tar.extractfile(member).read(_LONGEST_LABEL).decode().strip()
             tar.fileobj.seek(tar.offset)
-            # tarfile takes a header that is cut off or damaged for the end.
+            # tarfile treats a truncated or damaged header as the end.
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"at byte {tar.offset:,} is neither a header nor the end")
     except (OSError, tarfile.TarError, ValueError, OverflowError) as error:  # the latter two of sizes that cannot be
@@ -272,7 +276,7 @@ def _finished(found: dict[str, Any]) -> Iterator[tuple[str, tuple[int, int, int]
 
 
 def _split(name: str) -> tuple[str, str]:
-    """(key, suffix in lower case) as webdataset splits names; empty for hidden files and its own `__meta__` ones."""
+    """Split a name as webdataset does into (key, lower-case suffix); empty for hidden files and `__meta__` ones."""
     match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", name)
     return (match[1], match[2].lower()) if match and not re.match(r"__[^/]*__($|/)", name) else ("", "")
 

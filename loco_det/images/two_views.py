@@ -1,11 +1,11 @@
-"""Batches of images: two views of each, endless and resumable, for pretraining; one plain view, in order, for probes.
+"""Loaders: endless, resumable batches of two views per image, for pretraining; plain views in order, for probes.
 
 Shape legend: B images in this process's batch, S the view's side; views are uint8 RGB, (2, B, 3, S, S), and plain
 images (B, 3, S, S), for `views.normalise` on the device.
 
-Step t of a run is batch t % steps_per_epoch of epoch t // steps_per_epoch. What it holds is a function of (data, seed,
-t) alone: workers only decide who computes it, ranks split the same global batch among them, and resuming is starting
-at t. Workers run on over the end of an epoch, so that small sets are not slowed by refilling the queue.
+Step t of a run is batch t % steps_per_epoch of epoch t // steps_per_epoch. Its content is a function of (data, seed, t)
+only: workers only decide who computes it, ranks split the same global batch, and resuming means starting at t. Workers
+continue across epochs, so that small sets do not wait for the queue to refill.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from loco_det.core import distributed
 from loco_det.core.device import keep_freed_memory, resolve_device, usable_cores
-from loco_det.core.errors import UserError
+from loco_det.core.errors import UserError, raising
 from loco_det.core.launch import leave_stopping_to_parent
 from loco_det.images.batched_views import packed
-from loco_det.images.batches import Answer, TwoViews, deliver_decoded, deliver_views, delivered, joined
+from loco_det.images.batches import TwoViews, WorkerResult, deliver_decoded, deliver_views, joined, prefetch
 from loco_det.images.decode import decode_image
-from loco_det.images.folders import Source
+from loco_det.images.source import Source
 from loco_det.images.tar import TarSource
 from loco_det.images.unusable import SUBSTITUTES, Unusable
 from loco_det.images.views import (
@@ -44,36 +44,36 @@ from loco_det.images.views import (
     view_config,
 )
 
-_TOGETHER = 16  # images whose crops are held before they are augmented
-_ORDER_STREAM = 2**63  # a counter that no image index reaches
+_TOGETHER = 16  # images whose crops are held before augmentation
+_ORDER_STREAM = 2**63  # a counter beyond any image's index
 
 
 class PlainBatch(NamedTuple):
-    """Images as a probe sees them."""
+    """Images for a probe."""
 
     images: Tensor  # (B, 3, S, S) uint8
-    labels: Tensor  # (B,) int64, -1 where the source has none
+    labels: Tensor  # (B,) int64, -1 without labels
     index: Tensor  # (B,) int64
 
 
-class _AnswerDataset(Dataset):
-    """(epoch, image indices) -> Answer."""
+class _ViewDataset(Dataset):
+    """(epoch, image indices) -> WorkerResult."""
 
     def __init__(self, source: Source, config: ViewConfig, seed: int) -> None:
         self.source, self.config, self.seed = source, config, seed
 
-    def __getitem__(self, request: tuple[int, Sequence[int]]) -> Answer:
+    def __getitem__(self, request: tuple[int, Sequence[int]]) -> WorkerResult:
         epoch, indices = request
         try:
-            return self.answer(epoch, ((int(index), None) for index in indices), len(indices))
+            return self.process(epoch, ((int(index), None) for index in indices), len(indices))
         except UserError as error:
             return error
 
-    def answer(self, epoch: int, images: Iterable[tuple[int, bytes | None]], count: int) -> Answer:
-        """What is made of `count` images, each given by its index and, if they have been read already, its bytes.
+    def process(self, epoch: int, images: Iterable[tuple[int, bytes | None]], count: int) -> WorkerResult:
+        """Process `count` images, each given by its index and, if already read, its bytes.
 
         Raises:
-            UserError: an image cannot be read, nor any of those that could take its place.
+            UserError: an image and all its possible substitutes are unreadable.
         """
         raise NotImplementedError
 
@@ -86,15 +86,15 @@ class _AnswerDataset(Dataset):
         used: list[int],
         bad: list[tuple[int, str]],
     ) -> tuple[np.ndarray, list[tuple[int, int, int, int]], list[ViewParams]]:
-        """What `decode_and_draw` gives of an image or else of the next readable one; `used` gets its index.
+        """Return `decode_and_draw` of an image or else of the next readable one; appends its index to `used`.
 
         Raises:
-            UserError: there is none.
+            UserError: none is readable.
         """
         for image in ((index + substitute) % len(self.source) for substitute in range(SUBSTITUTES)):
             try:
                 data = self.source.read(image) if data is None else data
-                # Drawn as the image that was wanted, else a neighbour would come twice with the same views.
+                # Use the original image's draws, else a neighbour would come twice with the same views.
                 made = decode_and_draw(data, self.source.name(image), self.config, self.seed, epoch, index, ahead)
                 used.append(image)
                 return made
@@ -104,24 +104,24 @@ class _AnswerDataset(Dataset):
         raise UserError(f"{bad[-1][1]} (as were the {SUBSTITUTES - 1} images before it)")
 
 
-class DecodedDataset(_AnswerDataset):
-    """Its answers are decoded images, for `batched_views.make_views`."""
+class DecodedDataset(_ViewDataset):
+    """Returns decoded images, for `batched_views.make_views`."""
 
-    def answer(self, epoch: int, images: Iterable[tuple[int, bytes | None]], count: int) -> Answer:
+    def process(self, epoch: int, images: Iterable[tuple[int, bytes | None]], count: int) -> WorkerResult:
         used, bad = [], []
         decoded = [self._decoded(epoch, *image, None, used, bad) for image in images]
         return packed(decoded, used), bad
 
 
-class TwoViewDataset(_AnswerDataset):
-    """Its answers are finished views."""
+class TwoViewDataset(_ViewDataset):
+    """Returns finished views."""
 
-    def answer(self, epoch: int, images: Iterable[tuple[int, bytes | None]], count: int) -> Answer:
+    def process(self, epoch: int, images: Iterable[tuple[int, bytes | None]], count: int) -> WorkerResult:
         size, images = self.config.size, iter(images)
         views = torch.empty(2, count, 3, size, size, dtype=torch.uint8)
         used, bad, row = [], [], 0
-        # The same work on several images before the next kind of work: after each decoding the caches hold neither
-        # the interpreter nor the code of the augmentations, and all that follows takes half as long again.
+        # Each kind of work runs on several images before the next: after a decoding the caches hold neither the
+        # interpreter nor the augmentation code, and everything that follows takes half as long again.
         while group := list(islice(images, _TOGETHER)):
             ahead = [self._drawn(epoch, index, data) for index, data in group]
             cropped = [
@@ -137,11 +137,11 @@ class TwoViewDataset(_AnswerDataset):
     def _cropped(
         self, image: np.ndarray, crops: list[tuple[int, int, int, int]], pair: list[ViewParams]
     ) -> tuple[list[np.ndarray], list[ViewParams]]:
-        """The resized crops in the image's place, which is not held any longer."""
+        """Return the resized crops, and release the image."""
         return [crop_resize(image, crop, self.config.size) for crop in crops], pair
 
     def _drawn(self, epoch: int, index: int, data: bytes | None) -> tuple[bytes | None, Ahead | None]:
-        """An image's bytes and its views' parameters, as far as both are to be had; `_decoded` says what is wrong."""
+        """Return an image's bytes and its views' parameters, as far as available; `_decoded` reports errors."""
         try:
             data = self.source.read(index) if data is None else data
         except UserError:
@@ -150,7 +150,7 @@ class TwoViewDataset(_AnswerDataset):
 
 
 class _Steps:
-    """Endless (epoch, this rank's image indices) from `start` on; the order is drawn anew for every epoch."""
+    """Endless (epoch, this rank's image indices) from `start` on, in a new order for every epoch."""
 
     def __init__(self, images: int, batch: int, seed: int, rank: int, world_size: int) -> None:
         self.images, self.batch, self.seed, self.rank, self.world_size = images, batch, seed, rank, world_size
@@ -169,30 +169,30 @@ class _Steps:
 
 
 def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
-    """The (images,) int64 permutation of one epoch."""
+    """Return the (images,) int64 permutation of one epoch."""
     return stream(seed, epoch, _ORDER_STREAM).permutation(images)
 
 
 class TarViews(IterableDataset):
-    """Endless Answers, of the runs of tar shards that fall to this worker of this rank; see images/tar.py.
+    """Endless WorkerResults of this worker's runs of tar shards; see images/tar.py.
 
     Args:
-        batch: this rank's images a step.
-        start: the step to begin with.
+        batch: images per step of this rank.
+        start: the first step.
     """
 
     def __init__(
-        self, dataset: _AnswerDataset, batch: int, buffer: int, rank: int, world_size: int, start: int = 0
+        self, dataset: _ViewDataset, batch: int, buffer: int, rank: int, world_size: int, start: int = 0
     ) -> None:
         self.dataset, self.start = dataset, start
         self.source: TarSource = dataset.source
         self.runs = self.source.runs(batch * world_size, world_size)
         self.own = np.arange(self.runs).reshape(world_size, -1)[rank]
-        self.share = batch // len(self.own)  # images that a run gives to a step
+        self.share = batch // len(self.own)  # images per step and run
         self.steps = len(self.source) // (batch * world_size)
         self.buffer = max(1, buffer // self.runs)
 
-    def __iter__(self) -> Iterator[Answer]:
+    def __iter__(self) -> Iterator[WorkerResult]:
         worker = get_worker_info()
         own = self.own if worker is None else np.array_split(self.own, worker.num_workers)[worker.id]
         step, runs = self.start, None
@@ -202,7 +202,7 @@ class TarViews(IterableDataset):
                 runs = [self._run(int(number), epoch, position) for number in own]
             images = (next(run) for run in runs for _ in range(self.share))
             try:
-                yield self.dataset.answer(epoch, images, self.share * len(own))
+                yield self.dataset.process(epoch, images, self.share * len(own))
             except UserError as error:
                 yield error
             step += 1
@@ -210,7 +210,6 @@ class TarViews(IterableDataset):
     def _run(self, number: int, epoch: int, position: int) -> Iterator[tuple[int, bytes]]:
         return self.source.run(
             number,
-            self.runs,
             self.steps * self.share,
             buffer=self.buffer,
             seed=self.dataset.seed,
@@ -223,27 +222,28 @@ class TwoViewLoader:
     """Iterates over a run's steps; see `build_two_view_loader`.
 
     Attributes:
-        steps_per_epoch: whole global batches in the data; the images left over are other ones every epoch.
-        bad: unreadable images met so far by this process, index -> reason.
+        steps_per_epoch: whole global batches in the data; the remaining images differ between epochs.
+        bad: unreadable images found so far by this process, index -> reason.
     """
 
     def __init__(
-        self, source: Source, steps_per_epoch: int, max_bad_share: float, answers: Callable[[int], Iterator[Answer]]
+        self,
+        source: Source,
+        steps_per_epoch: int,
+        max_bad_share: float,
+        results: Callable[[int], Iterator[WorkerResult]],
     ) -> None:
         self.source, self.steps_per_epoch = source, steps_per_epoch
         self.bad = Unusable(len(source), max_bad_share, f"DATA.PATH {source.root}", "DATA.MAX_BAD_SHARE")
-        self._answers = answers
+        self._results = results
 
     def batches(self, start: int = 0) -> Iterator[TwoViews]:
-        """The batches of steps start, start + 1, ... without end.
+        """Yield the batches of steps start, start + 1, ... without end.
 
         Raises:
-            UserError: more than DATA.MAX_BAD_SHARE of the images cannot be read.
+            UserError: more than DATA.MAX_BAD_SHARE of the images are unreadable.
         """
-        for answer in self._answers(start):
-            if isinstance(answer, UserError):
-                raise answer
-            views, bad = answer
+        for views, bad in raising(self._results(start)):
             self.bad.count(bad)
             yield views
 
@@ -251,14 +251,14 @@ class TwoViewLoader:
 def build_two_view_loader(
     cfg: CfgNode, source: Source, *, rank: int | None = None, world_size: int | None = None
 ) -> TwoViewLoader:
-    """The loader that AUGMENT.*, DATA.*, SOLVER.BATCH_SIZE, SEED and DEVICE describe; its views are on that device.
+    """Build the loader for AUGMENT.*, DATA.*, SOLVER.BATCH_SIZE, SEED and DEVICE; its views are on that device.
 
     Args:
-        cfg: a pretraining configuration; SOLVER.BATCH_SIZE counts the images of all ranks.
-        rank: this process's; by default torch.distributed's, like `world_size`.
+        cfg: a pretraining configuration; SOLVER.BATCH_SIZE counts images of all ranks.
+        rank: this process's rank; default torch.distributed's, like `world_size`.
 
     Raises:
-        UserError: an unusable value, or fewer images than one batch; names the key.
+        UserError: an invalid value, or fewer images than one batch; names the key.
     """
     rank = distributed.rank() if rank is None else rank
     world_size = distributed.world_size() if world_size is None else world_size
@@ -276,52 +276,52 @@ def build_two_view_loader(
     pin = (makes or device).type == "cuda"
     share, place, workers = batch // world_size, (rank, world_size), cfg.DATA.NUM_WORKERS
     if isinstance(source, TarSource):
-        answers = _tar_answers(dataset, share, cfg.DATA.SHUFFLE_BUFFER, place, workers, pin)
+        results = _tar_results(dataset, share, cfg.DATA.SHUFFLE_BUFFER, place, workers, pin)
     else:
-        answers = _answers(dataset, share, place, workers, pin)
+        results = _results(dataset, share, place, workers, pin)
     deliver = partial(deliver_views, device=device)
     if makes is not None:
         deliver = partial(deliver_decoded, device=device, makes=makes, size=config.size)
     return TwoViewLoader(
-        source, len(source) // batch, cfg.DATA.MAX_BAD_SHARE, lambda start: delivered(answers(start), device, deliver)
+        source, len(source) // batch, cfg.DATA.MAX_BAD_SHARE, lambda start: prefetch(results(start), device, deliver)
     )
 
 
 def augmenting_device(name: str, device: torch.device) -> torch.device | None:
-    """Where AUGMENT.DEVICE says that whole batches are augmented for a run on `device`; None: in the workers."""
+    """Return the device on which AUGMENT.DEVICE augments whole batches for a run on `device`; None: in the workers."""
     devices = {"workers": None, "auto": device, device.type: device, str(device): device, "cpu": torch.device("cpu")}
     if name not in devices:
         raise UserError(f"AUGMENT.DEVICE is {name!r} and the run is on {device}; use workers, auto or cpu")
     return devices[name]
 
 
-def _answers(
-    dataset: _AnswerDataset, batch: int, place: tuple[int, int], num_workers: int, pin_memory: bool
-) -> Callable[[int], Iterator[Answer]]:
+def _results(
+    dataset: _ViewDataset, batch: int, place: tuple[int, int], num_workers: int, pin_memory: bool
+) -> Callable[[int], Iterator[WorkerResult]]:
     steps = _Steps(len(dataset.source), batch, dataset.seed, *place)
     loader = loader_of(dataset, steps, num_workers, pin_memory)
 
-    def answers(start: int) -> Iterator[Answer]:
+    def results(start: int) -> Iterator[WorkerResult]:
         steps.start = start
         return iter(loader)
 
-    return answers
+    return results
 
 
-def _tar_answers(
-    dataset: _AnswerDataset, batch: int, buffer: int, place: tuple[int, int], num_workers: int, pin_memory: bool
-) -> Callable[[int], Iterator[Answer]]:
+def _tar_results(
+    dataset: _ViewDataset, batch: int, buffer: int, place: tuple[int, int], num_workers: int, pin_memory: bool
+) -> Callable[[int], Iterator[WorkerResult]]:
     if buffer < 1:
         raise UserError(f"DATA.SHUFFLE_BUFFER is {buffer}; use a number of images, such as 4096, or 1 for none")
 
-    def answers(start: int) -> Iterator[Answer]:
+    def results(start: int) -> Iterator[WorkerResult]:
         views = TarViews(dataset, batch, buffer, *place, start)
         loader = loader_of(views, None, min(num_workers, len(views.own)), False)
         parts = iter(loader)
-        while True:  # the workers take turns, each with its runs' part of the same step
+        while True:  # workers take turns, each with its runs' part of the same step
             yield joined([next(parts) for _ in range(max(1, loader.num_workers))], pin_memory)
 
-    return answers
+    return results
 
 
 class PlainDataset(Dataset):
@@ -347,7 +347,7 @@ class PlainDataset(Dataset):
 
 
 def centre(image: np.ndarray, size: int, short_side: int) -> np.ndarray:
-    """(size, size, 3): (H, W, 3) `image` scaled to `short_side`, then its middle, in one resampling."""
+    """Scale an (H, W, 3) image to `short_side` and crop its centre, in one resampling: (size, size, 3)."""
     height, width = image.shape[:2]
     side = max(1, round(min(height, width) * size / short_side))
     return crop_resize(image, ((height - side) // 2, (width - side) // 2, side, side), size)
@@ -363,10 +363,7 @@ class PlainLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[PlainBatch]:
-        for batch in self._loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        yield from raising(self._loader)
 
 
 def build_plain_loader(
@@ -380,15 +377,15 @@ def build_plain_loader(
     pin_memory: bool = False,
     skip_unreadable: bool = False,
 ) -> PlainLoader:
-    """Images scaled so that the short side has `short_side` pixels, of which the middle `size` are kept.
+    """Build a loader of images scaled to `short_side` pixels on their short side and centre-cropped to `size`.
 
     Args:
-        short_side: by default size x 8 / 7 (256 for 224), and `size` itself below 96, where no pixel is to spare.
-        indices: the images wanted, in this order; by default all.
-        skip_unreadable: leave such images out, so that batches may be smaller and even empty.
+        short_side: default size x 8 / 7 (256 for 224), or `size` below 96.
+        indices: the images to load, in this order; default all.
+        skip_unreadable: skip such images; batches may then be smaller and even empty.
 
     Raises:
-        UserError: while iterating, an image cannot be read and is not skipped; names it.
+        UserError: while iterating, an image is unreadable and not skipped; names it.
     """
     if short_side is None:
         short_side = size if size < 96 else round(size * 8 / 7)
@@ -398,10 +395,10 @@ def build_plain_loader(
 
 
 def loader_of(dataset: Dataset, requests: Any, num_workers: int, pin_memory: bool) -> DataLoader:
-    """A DataLoader that gives dataset[request] for every request, in order, as it is, from prepared workers."""
+    """Build a DataLoader that returns dataset[request] for every request, in order and unchanged."""
     if num_workers < 0:
         raise UserError(f"DATA.NUM_WORKERS is {num_workers}; use 0 or more")
-    # More workers than cores only cost memory, and change nothing that comes out.
+    # More workers than cores only cost memory; results are the same.
     num_workers = min(num_workers, usable_cores())
     return DataLoader(
         dataset,
@@ -412,7 +409,7 @@ def loader_of(dataset: Dataset, requests: Any, num_workers: int, pin_memory: boo
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0 and requests is not None,
         worker_init_fn=prepare_worker,
-        generator=torch.Generator(),  # leaves the global generator to the training
+        generator=torch.Generator(),  # so that the global generator is not used
     )
 
 
@@ -421,12 +418,12 @@ def _as_is(batch: Any) -> Any:
 
 
 def prepare_worker(_: int = 0) -> None:
-    """Fit a process to this work: one thread, memory kept, and stop signals left to the parent.
+    """Prepare a worker process: one thread, freed memory kept, and stop signals left to the parent.
 
-    An image's buffer is freed and allocated again for every image; glibc by default hands it back to the system each
-    time, and touching it anew costs a quarter of the time that decoding does.
+    Every image's buffer is freed and allocated again; by default glibc returns it to the system each time, and faulting
+    it in again costs a quarter of the decoding time.
     """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     leave_stopping_to_parent()
-    keep_freed_memory(256 * 2**20)  # there are many workers, and now and then a huge image
+    keep_freed_memory(256 * 2**20)  # limited: there are many workers, and some huge images

@@ -1,4 +1,4 @@
-"""Images that only decoding shows to be unusable: counted, named in the log, and endured up to a share of the set."""
+"""Images that fail to decode: counted, logged, and tolerated up to a share of the set."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from loco_det.core.errors import UserError
 from loco_det.core.log import log
 
 SUBSTITUTES = 100  # images tried in place of an unusable one before giving up
-_NAMED = 20  # named in the log, one line each; later ones at every power of two
+_NAMED = 20  # logged, one line each; later ones at every power of two
 
 
 class Unusable(dict[int, str]):
-    """Those met so far by this process, image number -> what is wrong.
+    """Unusable images found so far by this process, image index -> reason.
 
     Args:
-        images: how many there are in all.
-        share: of them that may be unusable; of a small set at least one, unless it is 0.
-        where: what they are of, for the message that ends a run.
-        setting: by which the user sets `share`.
+        images: total number of images.
+        share: tolerated share; at least one image in a small set, unless 0.
+        where: name of the set in the message that ends a run.
+        setting: the user's setting for `share`.
     """
 
     def __init__(self, images: int, share: float, where: str, setting: str) -> None:
@@ -26,10 +26,10 @@ class Unusable(dict[int, str]):
         self.images, self.share, self.where, self.setting = images, share, where, setting
 
     def count(self, found: Iterable[tuple[int, str]], instead: str = "a neighbour takes its place") -> None:
-        """Add images with what is wrong; the log says that and what happens `instead`.
+        """Add and log images with their reason and what happens `instead`.
 
         Raises:
-            UserError: it is more than the share.
+            UserError: more than the tolerated share.
         """
         for image, reason in found:
             if image in self:

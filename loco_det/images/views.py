@@ -1,4 +1,4 @@
-"""Two augmented views of one image, on OpenCV: the random crops and colours of SimCLR and MoCo v2, at decoding speed.
+"""Two augmented views of one image, by OpenCV: the random crops and colours of SimCLR and MoCo v2.
 
 Shape legend: H x W the decoded image, S the view's side, B images in a batch; pixels are RGB, uint8, 0-255.
 
@@ -9,8 +9,8 @@ colour operation, blur or solarize differs from `torchvision.transforms.v2.funct
 `tests/test_views_operations.py` asserts.
 
 A view is a pure function of (bytes, config, seed, epoch, index, view): a counter-based generator gives each its own
-stream, whatever worker or rank makes it. Views leave as uint8: a quarter of float32's bytes through workers, pinned
-memory and the bus, and the one pass that makes floats of them runs on the device (`normalise`).
+stream, in any worker or rank. Views are uint8: a quarter of float32's bytes through workers, pinned memory and the bus;
+`normalise` converts them to float in one pass on the device.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.nn.functional import interpolate
 from loco_det.core.errors import UserError
 from loco_det.images.decode import REDUCTIONS, decode_image, jpeg_size
 
-# What the keys under AUGMENT mean where the user leaves them unset.
+# Defaults of the keys under AUGMENT.
 PRESETS: dict[str, dict[str, Any]] = {
     "simclr": {"CROP_SCALE": (0.08, 1.0), "JITTER": (0.8, 0.8, 0.8, 0.2)},
     "mocov2": {"CROP_SCALE": (0.2, 1.0), "JITTER": (0.4, 0.4, 0.4, 0.1)},
@@ -48,15 +48,15 @@ KEYS = ("PRESET", "CROP_SCALE", "JITTER", *_SHARED)
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height
 _CROP_ATTEMPTS = 10
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-# torchvision, as PIL, cuts blended values off where OpenCV rounds them: less half a level they agree. A little less
-# than half, so that whole numbers stay what they are.
+# torchvision and PIL truncate blended values where OpenCV rounds: they agree after subtracting half a level. A little
+# less than half, so that whole numbers do not change.
 CUT = -0.499
-# Affine maps (3, 4) of a pixel: itself, its luma cut off as torchvision cuts it, one, and nothing but the cut.
+# Affine maps (3, 4) of a pixel: identity, its luma truncated as in torchvision, one, and only the truncation.
 _COLOUR = np.eye(3, 4, dtype=np.float32)
 _GREY = np.tile(np.float32([*LUMA, CUT]), (3, 1))
 _ONE = np.float32([[0, 0, 0, 1]])
 _OFFSET = CUT * _ONE
-_MOST = 1000.0  # of a jitter's strength and of a blur's pixels; beyond, numbers overflow somewhere
+_MOST = 1000.0  # limit of a jitter's strength and of a blur's pixels, against overflow
 _MOST_DRAWS = 2 * _CROP_ATTEMPTS + 2 + 15
 
 
@@ -88,9 +88,9 @@ class ViewParams:
 
 
 def view_config(size: int, augment: Mapping[str, Any]) -> ViewConfig:
-    """The distribution that the keys under AUGMENT mean for views of `size` pixels.
+    """Return the distribution of views of `size` pixels for the keys under AUGMENT.
 
-    A key that is absent, None, [] or -1 is unset and takes the preset's value; AUGMENT.PRESET itself: simclr, mocov2.
+    A key that is absent, None, [] or -1 takes the preset's value; AUGMENT.PRESET is simclr or mocov2.
 
     Raises:
         UserError: an unknown key or preset, or a value out of range; names the key.
@@ -139,21 +139,21 @@ def _jitter(value: Any) -> tuple[float, float, float, float]:
 
 
 def view_draws(seed: int, epoch: int, index: int) -> tuple[Iterator[float], Iterator[float]]:
-    """Either view's own uniform numbers in [0, 1); no two of (seed, epoch, index, view) share any."""
+    """Yield uniform numbers in [0, 1) for either view; no two of (seed, epoch, index, view) share any."""
     numbers = stream(seed, epoch, index).random(2 * _MOST_DRAWS).tolist()
     return iter(numbers[:_MOST_DRAWS]), iter(numbers[_MOST_DRAWS:])
 
 
 def stream(seed: int, epoch: int, use: int) -> np.random.Generator:
-    """The random numbers of one use, any unsigned 64-bit integer: an image's index, say."""
-    # As uint64 arrays, since numpy takes lists of large integers through float64. The counter's lowest word counts the
-    # draws; a key taken as given skips SeedSequence's hashing.
+    """Return the random generator of one use, any unsigned 64-bit integer such as an image's index."""
+    # As uint64 arrays, because numpy converts lists of large integers through float64. The counter's lowest word counts
+    # the draws; an explicit key skips SeedSequence's hashing.
     key, counter = np.array([seed % 2**64, epoch], np.uint64), np.array([0, use, 0, 0], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def draw_view(config: ViewConfig, height: int, width: int, draws: Iterator[float]) -> ViewParams:
-    """One view's parameters for a H x W image, from uniform numbers in [0, 1)."""
+    """Draw one view's parameters for a H x W image from uniform numbers in [0, 1)."""
     return ViewParams(
         crop=_draw_crop(config.crop_scale, height, width, draws),
         flip=next(draws) < config.flip_prob,
@@ -171,7 +171,7 @@ def _between(low: float, high: float, draws: Iterator[float]) -> float:
 def _draw_crop(
     scale: tuple[float, float], height: int, width: int, draws: Iterator[float]
 ) -> tuple[int, int, int, int]:
-    """Area uniform in `scale`, log of the shape uniform in CROP_RATIO, place uniform; drawn again if it juts out."""
+    """Draw a crop with uniform area in `scale`, log ratio in CROP_RATIO and position; retry if it does not fit."""
     low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
     for _ in range(_CROP_ATTEMPTS):
         area = height * width * _between(*scale, draws)
@@ -179,7 +179,7 @@ def _draw_crop(
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(next(draws) * (height - h + 1)), int(next(draws) * (width - w + 1)), h, w
-    # A long, thin image: the largest middle part of legal shape, as torchvision falls back.
+    # A long, thin image: the largest central crop of legal ratio, torchvision's fallback.
     w = min(width, round(height * CROP_RATIO[1]))
     h = min(height, round(width / CROP_RATIO[0]))
     return (height - h) // 2, (width - w) // 2, h, w
@@ -206,14 +206,14 @@ def two_views(data: bytes, name: str, config: ViewConfig, seed: int, epoch: int,
 
 
 class Ahead(NamedTuple):
-    """What is known of an image's views before it is decoded: nothing unless it is a JPEG."""
+    """What is known of an image's views before decoding: nothing unless it is a JPEG."""
 
     size: tuple[int, int] | None  # height, width as stored
     pair: list[ViewParams] | None
 
 
 def draw_ahead(data: bytes, config: ViewConfig, seed: int, epoch: int, index: int) -> Ahead:
-    """Both views' parameters, if the size of the image is known without decoding it."""
+    """Draw both views' parameters, if the image's size is known without decoding."""
     size = jpeg_size(data)
     return Ahead(size, None if size is None else _draw_pair(config, size, seed, epoch, index))
 
@@ -227,13 +227,13 @@ def decode_and_draw(
     index: int,
     ahead: Ahead | None = None,
 ) -> tuple[np.ndarray, list[tuple[int, int, int, int]], list[ViewParams]]:
-    """(h, w, 3) uint8 decoded image, both views' crops of it (top, left, height, width), and all their parameters.
+    """Return the (h, w, 3) uint8 decoded image, both views' crops of it (top, left, height, width), and all parameters.
 
-    The image is decoded once, and a JPEG at 1/2, 1/4 or 1/8 if each crop still has S pixels on either side; the crops'
-    borders then lie on the nearest coarse pixel.
+    The image is decoded once, and a JPEG at 1/2, 1/4 or 1/8 if each crop keeps S pixels on either side; the crops'
+    borders are then rounded to coarse pixels.
 
     Args:
-        ahead: what `draw_ahead` gave, if it was asked.
+        ahead: the result of `draw_ahead`, if called.
 
     Raises:
         UserError: the image cannot be decoded; names it.
@@ -242,7 +242,7 @@ def decode_and_draw(
     reduce = 1 if pair is None else reduction(pair, config.size)
     image = decode_image(data, name, reduce=reduce)
     if size is None or image.shape[:2] != _coarse(size, reduce):
-        # EXIF turned it, and the crops that suit it upright may need finer pixels; or it was no JPEG.
+        # Rotated by EXIF, so that its crops may need finer pixels; or not a JPEG.
         size = image.shape[:2] if reduce == 1 else size[::-1]
         pair = _draw_pair(config, size, seed, epoch, index)
         if reduce > 1 and (image.shape[:2] != _coarse(size, reduce) or reduction(pair, config.size) < reduce):
@@ -260,13 +260,13 @@ def _coarse(size: tuple[int, int], factor: int) -> tuple[int, int]:
 
 
 def reduction(pair: Sequence[ViewParams], size: int) -> int:
-    """The coarsest of 1, 2, 4, 8 at which every crop of `pair` still has `size` pixels on either side."""
+    """Return the coarsest of 1, 2, 4, 8 at which every crop of `pair` keeps `size` pixels on either side."""
     least = min(min(params.crop[2:]) for params in pair)
     return next((factor for factor in REDUCTIONS if least >= factor * size), 1)
 
 
 def finish_view(view: np.ndarray, params: ViewParams, out: np.ndarray) -> None:
-    """Do to a (S, S, 3) resized crop the rest of what `params` say, and write it to `out`, (3, S, S), contiguous."""
+    """Apply the rest of `params` to a (S, S, 3) resized crop, and write it to `out`, (3, S, S), contiguous."""
     for operation, factor in params.jitter:
         view = _JITTER[operation](view, factor)
     if params.gray:  # one channel suffices until the end
@@ -275,7 +275,7 @@ def finish_view(view: np.ndarray, params: ViewParams, out: np.ndarray) -> None:
         view = blur(view, params.blur_sigma)
     if params.solarize:
         view = solarize(view)
-    if params.flip:  # it changes places with all the rest
+    if params.flip:  # commutes with everything else
         view = cv2.flip(view, 1)
     if params.gray:
         out[:] = view
@@ -292,45 +292,45 @@ def _reduced(crop: tuple[int, int, int, int], factor: int, shape: tuple[int, ...
 
 
 def crop_resize(image: np.ndarray, crop: tuple[int, int, int, int], size: int) -> np.ndarray:
-    """(size, size, 3) bilinear, antialiased resampling of the crop (top, left, height, width)."""
+    """Resample the crop (top, left, height, width) to (size, size, 3), bilinear and antialiased."""
     top, left, height, width = crop
     part = np.ascontiguousarray(image[top : top + height, left : left + width])
     if height <= size and width <= size:  # nothing to alias
         return cv2.resize(part, (size, size), interpolation=cv2.INTER_LINEAR)
-    # OpenCV's bilinear filter skips pixels when it shrinks, and its area filter is another one, three times slower.
-    pixels = torch.from_numpy(part)[None].permute(0, 3, 1, 2)  # in this order torch sees channels-last and keeps it
+    # OpenCV's bilinear filter skips pixels when shrinking; its area filter differs and is three times slower.
+    pixels = torch.from_numpy(part)[None].permute(0, 3, 1, 2)  # a layout that torch treats as channels_last
     resized = interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
     return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def brightness(view: np.ndarray, factor: float) -> np.ndarray:
-    """`factor` >= 0 times every value."""
+    """Multiply every value by `factor` >= 0."""
     return cv2.convertScaleAbs(view, alpha=factor, beta=CUT)
 
 
 def contrast(view: np.ndarray, factor: float) -> np.ndarray:
-    """Away from (factor > 1) or towards the view's mean luma."""
+    """Move values away from (factor > 1) or towards the view's mean luma."""
     mean = sum(weight * value for weight, value in zip(LUMA, cv2.mean(view)))
     return cv2.transform(view, factor * _COLOUR + ((1 - factor) * (mean + CUT)) * _ONE + _OFFSET)
 
 
 def saturation(view: np.ndarray, factor: float) -> np.ndarray:
-    """Away from (factor > 1) or towards each pixel's luma."""
+    """Move values away from (factor > 1) or towards each pixel's luma."""
     return cv2.transform(view, factor * _COLOUR + (1 - factor) * _GREY + _OFFSET)
 
 
 def hue(view: np.ndarray, shift: float) -> np.ndarray:
-    """Hue turned by `shift` of a full circle, value and saturation kept.
+    """Rotate the hue by `shift` of a full circle, keeping value and saturation.
 
-    In 8-bit arithmetic and without computing any hue: a turn by at most half a sextant moves each channel up or down
-    by that share of the chroma and stops it at the pixel's largest and smallest value; turns by whole sextants are
-    exchanges of channels (even ones) and inversions (three sextants). Derived from V - C max(0, min(k, 4 - k, 1)),
-    the closed form of HSV to RGB.
+    In 8-bit arithmetic and without computing a hue: a rotation by at most half a sextant moves each channel by that
+    share of the chroma and clips it to the pixel's largest and smallest value; whole sextants are permutations of
+    channels (even ones) and inversions (three sextants). Derived from V - C max(0, min(k, 4 - k, 1)), the closed form
+    of HSV to RGB.
     """
     sextants, part = divmod(6.0 * shift + 0.5, 1.0)
     part -= 0.5
     planes = cv2.split(view, list(np.empty((3, *view.shape[:2]), np.uint8)))
-    # Backwards is forwards on the mirrored circle, where green and blue have changed places.
+    # A negative rotation is a positive one on the mirrored circle, with green and blue exchanged.
     r, g, b = planes if part >= 0 else (planes[0], planes[2], planes[1])
     high, low = cv2.max(cv2.max(r, g), b), cv2.min(cv2.min(r, g), b)
     step = cv2.convertScaleAbs(cv2.subtract(high, low), alpha=abs(part))
@@ -357,14 +357,14 @@ _JITTER = {"brightness": brightness, "contrast": contrast, "saturation": saturat
 
 
 def blur(view: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur of `sigma` pixels, mirrored at the border; what lies beyond 3 sigma (0.3 %) is left out."""
+    """Apply Gaussian blur of `sigma` pixels, mirrored at the border and truncated at 3 sigma (0.3 %)."""
     radius = min(math.ceil(3 * sigma), min(view.shape[:2]) - 1)
     kernel = cv2.getGaussianKernel(2 * radius + 1, sigma)
     return cv2.sepFilter2D(view, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
 
 
 def solarize(view: np.ndarray) -> np.ndarray:
-    """Values of 128 and more inverted."""
+    """Invert values of 128 and more."""
     return np.minimum(view, ~view)
 
 
@@ -374,10 +374,10 @@ def normalise(
     std: Sequence[float],
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """(B, 3, S, S) uint8 -> float32 on the same device, (x - mean) / std with both in 0-255 units.
+    """Convert (B, 3, S, S) uint8 to float32 on the same device, (x - mean) / std with both in 0-255 units.
 
     Args:
-        memory_format: of the result, torch.contiguous_format or torch.channels_last.
+        memory_format: layout of the result, torch.contiguous_format or torch.channels_last.
     """
     if images.device.type != "cpu":
         shift, scale = (of_channels(tuple(values), images.device) for values in (mean, std))
@@ -403,5 +403,5 @@ def _normalise_planes(pixels: np.ndarray, factors: Sequence[tuple[float, float]]
 
 @functools.cache
 def of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(3, 1, 1) on the device, kept there: sending them anew for every batch would make the host wait."""
+    """Return (3, 1, 1) on the device, cached: sending it for every batch would make the host wait."""
     return torch.tensor(values, device=device).view(-1, 1, 1)

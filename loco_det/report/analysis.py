@@ -1,9 +1,8 @@
-"""Every number on the page, as plain data: means over seeds, paired differences, errors by kind, curves.
+"""Computes every number of the report, as plain data: means over seeds, paired differences, errors by kind, curves.
 
-AP is what each run recorded. Where its detections and the ground truth are at hand they are evaluated once more,
-which must give that AP again, and are then taken apart: hotcoco has the paired bootstrap over images, the errors by
-kind (TIDE, Bolya et al. 2020) and the precision at every recall. Pixel labels and the instances of Cityscapes, which
-have measures of their own, are counted once more likewise, an image at a time, for the same bootstrap.
+AP is what each run recorded. If its detections, or labels, and the ground truth are present, they are evaluated again,
+which must reproduce that AP, for the paired bootstrap over images. Runs under COCO's rules are analysed further:
+hotcoco provides the errors by kind (TIDE, Bolya et al. 2020) and the precision at every recall.
 """
 
 from __future__ import annotations
@@ -11,45 +10,43 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from loco_det.annotations.cityscapes import is_cityscapes
-from loco_det.annotations.index import load_index
-from loco_det.annotations.registry import find_dataset, measure_of
+from loco_det.annotations.registry import Dataset, find_dataset, measure_of
 from loco_det.core.errors import UserError
 from loco_det.core.files import file_sha256
 from loco_det.core.log import Progress, log
-from loco_det.evaluation import labels
-from loco_det.evaluation.bootstrap import Counted, Judged, Matched
-from loco_det.evaluation.cityscapes import count_instances
-from loco_det.evaluation.coco import match
-from loco_det.evaluation.coco_checks import check_results, read_ground_truth
-from loco_det.evaluation.pixels import count_labels
+from loco_det.evaluation.bootstrap import Matched, Resamplable
+from loco_det.evaluation.coco import EVALUATORS
+from loco_det.evaluation.measure import Subject, measure_class
 from loco_det.report.runs import DetectorRun, Runs
 from loco_det.report.statistics import summarise
 
-CURVES = {"0.50": 0, "0.75": 5}  # IoU threshold -> its place among .50:.05:.95
-AGREES = 1e-6  # percent; the recorded AP went through JSON, nothing else
+CURVES = {"0.50": 0, "0.75": 5}  # IoU threshold -> index in .50:.05:.95
+AGREES = 1e-6  # percent; covers the JSON round trip of the recorded AP
 
 
 @dataclass
-class Taken:
-    """A run with its detections, or labels, as they were judged; one entry for each kind of numbers."""
+class EvaluatedRun:
+    """A run with its detections, or labels, evaluated again by the measure called `measure`; one entry per kind of
+    numbers."""
 
     run: DetectorRun
-    judged: list[Judged]
+    measure: str
+    evaluations: list[Resamplable]
 
 
 def experiments(runs: Runs, baseline: str | None, resamples: int, missing: list[str]) -> list[dict[str, Any]]:
-    """One entry for each experiment, in the order of its first run; what there is not is added to `missing`.
+    """Analyse each experiment, in the order of its first run; whatever is unavailable is added to `missing`.
 
     Args:
         baseline: the backbone that others are compared with; None for the first of each experiment.
-        resamples: of the paired bootstrap over images; 0 for none.
+        resamples: draws of the paired bootstrap over images; 0 for none.
 
     Raises:
         UserError: no run has `baseline`'s name.
@@ -79,7 +76,7 @@ def experiments(runs: Runs, baseline: str | None, resamples: int, missing: list[
 
 
 def _differences(run: DetectorRun, groups: dict[str, list[DetectorRun]], title: str) -> str:
-    """The keys that tell experiments of one title apart, with this run's values."""
+    """List the keys in which experiments of one title differ, with this run's values."""
     others = [group[0].experiment for group in groups.values() if group[0].title == title]
     own = run.experiment
     keys = [key for key in own if any(other.get(key) != own[key] for other in others)]
@@ -91,11 +88,12 @@ def _experiment(
 ) -> dict[str, Any]:
     names = list(dict.fromkeys(run.backbone for run in group))
     first = baseline if baseline in names else names[0]
-    taken: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    analyses: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     paired = []
     for seed in dict.fromkeys(run.seed for run in group):
         for one, reference in _of_one_seed(group, seed, first, missing, progress):
-            taken[one.run.backbone].append({j.kind: _apart(j) for j in one.judged if isinstance(j, Matched)})
+            if one.measure == "coco":
+                analyses[one.run.backbone].append({each.kind: _errors_and_curves(each) for each in one.evaluations})
             if reference is not None and resamples:
                 paired.append(_compare(reference, one, resamples))
             elif one.run.backbone != first and resamples:
@@ -110,7 +108,7 @@ def _experiment(
                 "seeds": [run.seed for run in own],
                 "runs": [str(run.path) for run in own],
                 "numbers": {key: summarise([run.recorded.get(key) for run in own]) for key in keys},
-                "apart": _mean_apart(taken[name]),
+                "analysis": _mean_analysis(analyses[name]),
             }
         )
     return {"baseline": first, "backbones": rows, "paired": paired, "resamples": resamples}
@@ -118,12 +116,12 @@ def _experiment(
 
 def _of_one_seed(
     group: list[DetectorRun], seed: int, first: str, missing: list[str], progress: Progress
-) -> Iterator[tuple[Taken, Taken | None]]:
-    """Each run of a seed with that of the baseline, None for the baseline itself; two evaluations alive at a time."""
+) -> Iterator[tuple[EvaluatedRun, EvaluatedRun | None]]:
+    """Yield each run of a seed with the baseline's, or None for the baseline; keeps two evaluations alive at most."""
     runs = sorted((run for run in group if run.seed == seed), key=lambda run: run.backbone != first)
     reference = None
     for run in runs:
-        one = take_apart(run)
+        one = evaluate_again(run)
         progress.advance()
         if isinstance(one, str):
             missing.append(f"{run.path}: {one}")
@@ -134,72 +132,46 @@ def _of_one_seed(
             reference = one
 
 
-def take_apart(run: DetectorRun) -> Taken | str:
-    """What the run found, evaluated, or why it cannot be."""
-    if len(run.config["DATASETS.TEST"]) > 1:
-        return "it was tested on several data sets, which are not taken apart, so no errors, curves, intervals"
-    if run.is_segmentor or (run.config["MODEL.MASK_ON"] and is_cityscapes(run.config["DATASETS.TEST"][0])):
-        return _count_pixels(run)
-    own = [name for name in run.config["DATASETS.TEST"] if measure_of(name, run.config["MODEL.MASK_ON"]) != "coco"]
-    if own:
-        return f"{own[0]} has a measure of its own, which is not taken apart, so no errors, curves, intervals"
-    if not run.results.is_file():
-        return "its detections (inference/coco_instances_results.json) are not there, so no errors, curves, intervals"
-    annotations = run.annotations
-    if annotations is None or annotations.suffix != ".json":
-        return "its COCO ground truth is not there (set DETECTRON2_DATASETS), so no errors, curves, intervals"
-    kinds = ("bbox", "segm") if run.config["MODEL.MASK_ON"] else ("bbox",)
-    try:
-        truth = read_ground_truth(annotations, kinds)
-        results = msgspec.json.decode(run.results.read_bytes())
-        judged = match(truth, check_results(results, truth, kinds), kinds)
-    except (UserError, msgspec.DecodeError, RecursionError) as error:
-        return f"its detections cannot be evaluated again: {error}"
-    for each in judged:
-        precision = np.asarray(each.evaluation.eval["precision"])[:, :, :, 0, -1]
-        again, recorded = 100 * precision[precision > -1].mean(), run.recorded.get(f"{each.kind}/AP")
-        if recorded is not None and not math.isclose(again, recorded, abs_tol=AGREES):
-            return (
-                f"its detections give {each.kind} AP {again:.3f} and metrics.json says {recorded:.3f}; evaluate it "
-                "again with --eval-only. No errors, curves, intervals"
-            )
-    return Taken(run, [*judged])
-
-
-def _count_pixels(run: DetectorRun) -> Taken | str:
-    """`take_apart` of what is judged pixel by pixel and not by COCO's AP: labels, and instances of Cityscapes."""
+def evaluate_again(run: DetectorRun) -> EvaluatedRun | str:
+    """Evaluate the run's predictions; returns the reason if that is impossible."""
+    names = run.config["DATASETS.TEST"]
+    if len(names) > 1:
+        return "it was tested on several data sets, which are not analysed, so no errors, curves, intervals"
+    measure = measure_of(names[0], run.config["MODEL.MASK_ON"])
     what = "labels" if run.is_segmentor else "detections"
-    if run.annotations is None:
-        return "its ground truth is not there (set DETECTRON2_DATASETS), so no paired differences"
+    without = "no errors, curves, intervals" if measure == "coco" else "no paired differences"
     if not run.results.exists():
-        return f"its {what} (inference/{run.results.name}) are not there, so no paired differences"
+        return f"its {what} (inference/{run.results.name}) are not there, so {without}"
+    if run.annotations is None or run.annotations.suffix != ".json":
+        return f"its ground truth is not there (set DETECTRON2_DATASETS), so {without}"
     try:
-        counted = _counted(run)
+        results = [] if run.is_segmentor else msgspec.json.decode(run.results.read_bytes())
+        subject = Subject(_dataset(run, measure), run.results.parent, run.config["MODEL.MASK_ON"], (), EVALUATORS[0])
+        evaluations = measure_class(measure)(subject).resamplable(results)
+        numbers = [(each.kind, name, again) for each in evaluations for name, again in each.numbers().items()]
     except (UserError, msgspec.DecodeError, RecursionError) as error:
-        return f"its {what} cannot be counted again, so no paired differences: {error}"
-    for name, again in counted.numbers().items():
-        recorded = run.recorded.get(f"{counted.kind}/{name}")
+        return f"its {what} cannot be evaluated again, so {without}: {error}"
+    for kind, name, again in numbers:
+        recorded = run.recorded.get(f"{kind}/{name}")
         if recorded is not None and not math.isclose(again, recorded, abs_tol=AGREES):
             return (
-                f"its {what} give {name} {again:.3f} and metrics.json says {recorded:.3f}; evaluate it again with "
-                "--eval-only. No paired differences"
+                f"its {what} give {kind} {name} {again:.3f} and metrics.json says {recorded:.3f}; evaluate it "
+                f"again with --eval-only. So {without}"
             )
-    return Taken(run, [counted])
+    return EvaluatedRun(run, measure, evaluations)
 
 
-def _counted(run: DetectorRun) -> Counted:
-    paths = find_dataset(run.config["DATASETS.TEST"][0])
-    if run.is_segmentor and paths.benchmark == "labels":
-        return labels.count_labels(paths, run.results)
-    if run.is_segmentor:
-        images = [paths.images / name for name in load_index(run.annotations).file_name.tolist()]
-        return count_labels(images, run.results)
-    return count_instances(paths.annotations, paths.images, msgspec.json.decode(run.results.read_bytes()))
+def _dataset(run: DetectorRun, measure: str) -> Dataset:
+    """Return the test set with the annotations that the run recorded; some measures need its folders, too."""
+    (name,) = run.config["DATASETS.TEST"]
+    if measure in ("cityscapes", "pixels", "labels"):
+        return replace(find_dataset(name), annotations=run.annotations)
+    return Dataset(name, Path(), run.annotations)
 
 
-def _apart(judged: Matched) -> dict[str, Any]:
-    """Errors and curves of one evaluation."""
-    evaluation = judged.evaluation
+def _errors_and_curves(matched: Matched) -> dict[str, Any]:
+    """Return errors and curves of one evaluation."""
+    evaluation = matched.evaluation
     precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]  # thresholds, recalls, categories
     curves = {}
     for name, place in CURVES.items():
@@ -213,13 +185,13 @@ def _apart(judged: Matched) -> dict[str, Any]:
     }
 
 
-def _mean_apart(taken: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The mean over runs of what `_apart` found, for each IoU type."""
-    if not taken:
+def _mean_analysis(analyses: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Average the results of `_errors_and_curves` over runs, for each IoU type."""
+    if not analyses:
         return None
     mean = {}
-    for kind in taken[0]:
-        parts = [one[kind] for one in taken]
+    for kind in analyses[0]:
+        parts = [one[kind] for one in analyses]
         mean[kind] = {
             "curves": {k: np.mean([p["curves"][k] for p in parts], axis=0).tolist() for k in parts[0]["curves"]},
             "errors": {k: float(np.mean([p["errors"][k] for p in parts])) for k in parts[0]["errors"]},
@@ -228,21 +200,21 @@ def _mean_apart(taken: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return mean
 
 
-def _compare(reference: Taken, one: Taken, resamples: int) -> dict[str, Any]:
-    """The paired bootstrap over images."""
+def _compare(reference: EvaluatedRun, one: EvaluatedRun, resamples: int) -> dict[str, Any]:
+    """Compute the paired bootstrap over images."""
     log.info("bootstrap: %s against %s, seed %d", one.run.backbone, reference.run.backbone, one.run.seed)
     found: dict[str, Any] = {"backbone": one.run.backbone, "seed": one.run.seed}
-    for own, others in zip(one.judged, reference.judged):
+    for own, others in zip(one.evaluations, reference.evaluations):
         found["images"], found[own.kind] = own.images, own.differences(others, resamples)
     return found
 
 
 def probe_curves(runs: Runs) -> list[dict[str, Any]]:
-    """One entry for each protocol (of few labels: each share of them) and data set, with the number of its images.
+    """Return one entry per protocol (for few labels, per share of them) and data set, with its number of images.
 
     Returns:
         {"protocol", "data", "backbones": {name: {stage: {"top1", "top1_interval", "top1_std", "runs"}}}}. Of several
-        results top1 is the mean and the interval that of the mean, as in `summarise`; of one, the probe's own.
+        results top1 is the mean and the interval the mean's, as in `summarise`; of one, the probe's own.
     """
     groups: dict[tuple[str, str], dict[str, dict[str, list[dict[str, Any]]]]] = {}
     for probe in runs.probes:
@@ -268,7 +240,7 @@ def _mean_top1(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def inputs(runs: Runs) -> list[dict[str, Any]]:
-    """What went into each detector run, as its run.json says."""
+    """Return the inputs of each detector run, from its run.json."""
     found = []
     for run in runs.detectors:
         record = run.record or {}
@@ -289,7 +261,7 @@ def inputs(runs: Runs) -> list[dict[str, Any]]:
 
 
 def other_inputs(runs: Runs) -> list[dict[str, Any]]:
-    """What went into each pretraining and each probe, as its files say."""
+    """Return the inputs of each pretraining run and each probe, from their files."""
     found = []
     for run in runs.pretrainings:
         facts = {"run": str(run.path), "backbone": run.backbone, "seed": run.config.get("SEED"), "weights": None}

@@ -1,4 +1,4 @@
-"""The page's charts as inline SVG, by matplotlib. Text and axes take the page's colour, so they suit light and dark."""
+"""The report's charts as inline SVG, by matplotlib. Text and axes use the page's colour, for light and dark themes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from loco_det.report.losses import SIZE, UnitLoss, draw_losses
 
-# Readable on white and on black alike: Okabe and Ito's without the yellow.
+# Readable on white and on black: Okabe and Ito's without the yellow.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8c8c8c")
 ERRORS = {
     "Cls": "wrong class",
@@ -25,10 +25,10 @@ ERRORS = {
     "Bkg": "background",
     "Miss": "missed",
 }
-_INK = "#010203"  # stands for the page's text colour until the SVG is written
-_LINES = 400  # points of a training curve that are drawn
+_INK = "#010203"  # placeholder for the page's text colour
+_LINES = 400  # maximum points drawn of a training curve
 _RC = {
-    "svg.fonttype": "none",  # text stays text: it takes the page's font and can be searched
+    "svg.fonttype": "none",  # text stays text: in the page's font, and searchable
     "svg.hashsalt": "loco_det",
     "text.color": _INK,
     "axes.edgecolor": _INK,
@@ -42,12 +42,12 @@ Series = dict[str, list[tuple[list[float], list[float]]]]  # name -> runs, each 
 
 
 def colour_of(names: Sequence[str]) -> dict[str, str]:
-    """The same colour for a backbone in every chart."""
+    """Assign each backbone its colour in all charts."""
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
 
 def _svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str) -> str:
-    """One pair of axes as an SVG element that fills the width it is given; `label` is read out to the blind."""
+    """Draw one pair of axes as an SVG element that fills its container's width; `label` is for screen readers."""
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
@@ -67,7 +67,7 @@ def _svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str) ->
 
 
 def _own_ids(text: str) -> str:
-    """Ids that no other SVG of the page has: matplotlib counts figure_1, axes_1 anew in each."""
+    """Make ids unique on the page: matplotlib restarts figure_1, axes_1 in each SVG."""
     prefix = f"c{zlib.crc32(text.encode()):08x}-"
     text = re.sub(r'\bid="', f'id="{prefix}', text)
     text = re.sub(r'xlink:href="#', f'xlink:href="#{prefix}', text)
@@ -75,7 +75,7 @@ def _own_ids(text: str) -> str:
 
 
 def seeds(rows: Sequence[dict[str, Any]], key: str, label: str, colours: dict[str, str]) -> str:
-    """Every run a dot, the mean a bar's end, the 95 % interval of the mean a line."""
+    """Draw every run as a dot, the mean as a bar, its 95 % interval as a line."""
 
     def draw(axes: Axes) -> None:
         labels = [row["backbone"] for row in reversed(rows)]
@@ -97,7 +97,7 @@ def seeds(rows: Sequence[dict[str, Any]], key: str, label: str, colours: dict[st
 
 
 def curves(named: dict[str, list[float]], label: str, colours: dict[str, str]) -> str:
-    """Precision over recall."""
+    """Draw precision over recall."""
 
     def draw(axes: Axes) -> None:
         for name, precision in named.items():
@@ -110,7 +110,7 @@ def curves(named: dict[str, list[float]], label: str, colours: dict[str, str]) -
 
 
 def errors(named: dict[str, dict[str, float]], label: str, colours: dict[str, str]) -> str:
-    """AP50 that each kind of error costs."""
+    """Draw the AP50 that each kind of error costs."""
 
     def draw(axes: Axes) -> None:
         height = 0.8 / len(named)
@@ -126,7 +126,7 @@ def errors(named: dict[str, dict[str, float]], label: str, colours: dict[str, st
 
 
 def lines(series: Series, x: str, y: str, label: str, colours: dict[str, str]) -> str:
-    """Curves over steps, the runs of a backbone in its colour."""
+    """Draw curves over steps, the runs of a backbone in its colour."""
 
     def draw(axes: Axes) -> None:
         for name, runs in series.items():
@@ -149,12 +149,12 @@ def lines(series: Series, x: str, y: str, label: str, colours: dict[str, str]) -
 
 
 def losses(curves: Sequence[UnitLoss], x: str, colours: dict[str, str]) -> str:
-    """The losses of all units of all pretrainings."""
+    """Draw the losses of all units of all pretraining runs."""
     return _svg(lambda axes: draw_losses(axes, curves, x, colours), SIZE, "loss of each unit of every pretraining")
 
 
 def stages(backbones: dict[str, dict[str, Any]], label: str, colours: dict[str, str]) -> str:
-    """Top-1 accuracy after each stage, with its interval where there is one."""
+    """Draw top-1 accuracy after each stage, with its interval if there is one."""
 
     def draw(axes: Axes) -> None:
         known = ("stem", *(f"res{number}" for number in range(2, 8)))

@@ -1,4 +1,4 @@
-"""Contact sheets of a data set: what pretraining sees of an image, and what its annotations say. OpenCV, PNG."""
+"""Contact sheets of a data set as PNG, by OpenCV: images with their pretraining views, or with their annotations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LONG = 44  # characters of a caption
 
 
 def two_view_sheet(images: Sequence[tuple[bytes, str]], config: ViewConfig, seed: int, out: Path) -> None:
-    """Each image with its two views of the first epoch beside it, two images a row.
+    """Draw each image beside its two views of the first epoch, two images per row.
 
     Args:
         images: (encoded, name), all of them readable.
@@ -42,7 +42,7 @@ def two_view_sheet(images: Sequence[tuple[bytes, str]], config: ViewConfig, seed
 
 
 def annotated_sheet(dataset: CocoDataset, images: Sequence[int], out: Path, width: int = 380, columns: int = 3) -> bool:
-    """Images with their boxes, masks and class names, in columns of equal width; those with a broken mask left out.
+    """Draw images with boxes, masks and class names in equal columns; images with an invalid mask are skipped.
 
     Args:
         images: positions in the data set, all of them readable.
@@ -68,7 +68,7 @@ def annotated_sheet(dataset: CocoDataset, images: Sequence[int], out: Path, widt
 
 
 def _inside(box: Sequence[float], height: int, width: int) -> list[float]:
-    """[x, y, width, height] cut off at the image's border, for OpenCV draws no lines to far away."""
+    """Clip [x, y, width, height] to the image, because OpenCV draws no lines to far-away points."""
     x, y, w, h = box
     left, right = np.clip([x, x + w], 0, width - 1)
     top, bottom = np.clip([y, y + h], 0, height - 1)
@@ -80,7 +80,7 @@ def _blank(height: int, width: int) -> np.ndarray:
 
 
 def _fitted(pixels: np.ndarray, side: int) -> np.ndarray:
-    """The whole image in a square of `side`."""
+    """Fit the whole image into a square of `side`."""
     height, width = pixels.shape[:2]
     scale = side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -99,7 +99,7 @@ def _captioned(picture: np.ndarray, text: str) -> np.ndarray:
 
 
 def _columns(cells: Sequence[np.ndarray], count: int) -> np.ndarray:
-    """Cells of equal width, each put below the shortest column so far."""
+    """Lay out cells of equal width, each below the shortest column so far."""
     columns: list[list[np.ndarray]] = [[] for _ in range(min(count, len(cells)))]
     for cell in cells:
         min(columns, key=lambda column: sum(len(part) + _GAP for part in column)).append(cell)

@@ -1,4 +1,4 @@
-"""Boxes, masks and classes of pixels on an image, by OpenCV: the one way in which this package draws them."""
+"""Draws boxes, masks and pixel classes on an image, by OpenCV; used by the whole package."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pycocotools import mask as coco_mask
 from loco_det.annotations import pixels
 from loco_det.annotations.coco import Record, decode_segmentation
 
-# Okabe and Ito's colours, told apart by colour-blind eyes too.
+# Okabe and Ito's colours, distinguishable with colour blindness.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-_SHADE, _LABEL_SHADE = 0.45, 0.6  # of a mask's, of a pixel's class's colour over the image
+_SHADE, _LABEL_SHADE = 0.45, 0.6  # opacity of a mask's, and of a pixel class's, colour
 _PAD = 2  # pixels around a text
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
@@ -29,13 +29,13 @@ class Shape(NamedTuple):
 
 
 def draw_instances(pixels: np.ndarray, shapes: Sequence[Shape], names: Sequence[str], width: int = 0) -> np.ndarray:
-    """The image with its instances on it, those with the highest scores on top.
+    """Draw instances on an image, those with the highest scores on top.
 
     Args:
-        pixels: (H, W, 3) uint8 RGB; left as it is.
+        pixels: (H, W, 3) uint8 RGB; not modified.
         shapes: in pixels of that image.
         names: the text of each class.
-        width: of the result in pixels, its height in proportion; 0 for the image's own.
+        width: width of the result in pixels, with proportional height; 0 for the image's own.
 
     Returns:
         (h, w, 3) uint8 RGB.
@@ -58,10 +58,10 @@ def draw_instances(pixels: np.ndarray, shapes: Sequence[Shape], names: Sequence[
 
 
 def draw_labels(pixels: np.ndarray, labels: np.ndarray, colours: np.ndarray, width: int = 0) -> np.ndarray:
-    """The image with every pixel in the colour of its class; a label that is no class leaves it as it is.
+    """Colour every pixel by its class; labels that are no class leave it unchanged.
 
     Args:
-        pixels: (H, W, 3) uint8 RGB; left as it is.
+        pixels: (H, W, 3) uint8 RGB; not modified.
         labels: (H, W) classes.
         colours: (K, 3) uint8 RGB.
         width: as for `draw_instances`.
@@ -77,7 +77,7 @@ def draw_labels(pixels: np.ndarray, labels: np.ndarray, colours: np.ndarray, wid
 
 
 def draw_legend(names: Sequence[str], colours: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The names on plates of their colours, in as many rows as a picture of `shape` (h, w, ...) has to be wide.
+    """Draw the names on plates of their colours, in rows of the width of a picture of `shape` (h, w, ...).
 
     Returns:
         (rows, w, 3) uint8 RGB, white between the plates.
@@ -97,18 +97,20 @@ def draw_legend(names: Sequence[str], colours: np.ndarray, shape: tuple[int, ...
 
 
 def class_colours(names: Sequence[str]) -> np.ndarray:
-    """(K, 3) uint8 RGB: Cityscapes' own for its classes, else the colour map of Pascal VOC, without its black."""
+    """Return (K, 3) uint8 RGB: Cityscapes' colours for its classes, else Pascal VOC's colour map without black."""
     if tuple(names) == pixels.CLASSES:
         return np.array(pixels.COLOURS, np.uint8)
     colours = np.zeros((len(names), 3), np.uint8)
     for label, colour in enumerate(colours, start=1):
-        for bit in range(24):  # the bits of the label, three by three, become the colours' bits from the highest down
+        for bit in range(
+            24
+        ):  # VOC's map: the label's bits, three by three, are the colours' bits from the highest down
             colour[bit % 3] |= (label >> bit & 1) << 7 - bit // 3
     return colours
 
 
 def annotated_shapes(record: Record) -> list[Shape]:
-    """The ground truth of one image."""
+    """Return the ground truth of one image as shapes."""
     shapes = []
     for k, (x0, y0, x1, y1) in enumerate(record.boxes.tolist()):
         segmentation = decode_segmentation(record, k)
@@ -123,7 +125,7 @@ def annotated_shapes(record: Record) -> list[Shape]:
 
 
 def detected_shapes(results: Sequence[dict[str, Any]], category_ids: Sequence[int], threshold: float) -> list[Shape]:
-    """COCO results of one image that score at least `threshold`; `category_ids` are in the order of the classes."""
+    """Return COCO results of one image that score at least `threshold`; `category_ids` are in class order."""
     label = {category: i for i, category in enumerate(category_ids)}
     return [
         Shape(
@@ -138,7 +140,7 @@ def detected_shapes(results: Sequence[dict[str, Any]], category_ids: Sequence[in
 
 
 def _canvas(pixels: np.ndarray, width: int) -> np.ndarray:
-    """A copy of the image, `width` pixels wide if that is not 0."""
+    """Copy the image, scaled to `width` unless 0."""
     scale = width / pixels.shape[1] if width else 1.0
     if scale == 1:
         return pixels.copy()
@@ -159,7 +161,7 @@ def _tint(canvas: np.ndarray, mask: np.ndarray, shape: Shape, line: int) -> None
 
 
 def _write(canvas: np.ndarray, text: str, corner: tuple[float, float], colour: tuple[int, int, int], line: int) -> None:
-    """A label on a plate of the class's colour above the box's corner, kept inside the image."""
+    """Draw a label on a plate of the class's colour above the box's corner, inside the image."""
     size = _text_size(canvas.shape)
     width, height = _plate_size(text, size)
     x = int(np.clip(corner[0] - line / 2, 0, max(0, canvas.shape[1] - width)))
@@ -176,7 +178,7 @@ def _plate_size(text: str, size: float) -> tuple[int, int]:
 
 
 def _plate(canvas: np.ndarray, text: str, corner: tuple[int, int], colour: tuple[int, int, int], size: float) -> None:
-    """A text on a plate whose lower left corner is `corner`."""
+    """Draw text on a plate whose lower left corner is `corner`."""
     x, bottom = corner
     width, height = _plate_size(text, size)
     cv2.rectangle(canvas, (x, bottom - height), (x + width, bottom), colour, cv2.FILLED)

@@ -1,7 +1,7 @@
-"""The losses of several pretrainings in one chart, as the paper's appendix draws them: a line for each unit.
+"""The losses of several pretraining runs in one chart, as in the paper's appendix: a line for each unit.
 
-A run's units share a hue, from light (lowest) to dark (uppermost), and are named by the stage in which they end,
-"loco res3". A run whose one unit trains the whole backbone, end to end, is dashed.
+A run's units share a hue, from light (lowest) to dark (uppermost), and are labelled with the stage in which they end,
+"loco res3". A run with a single unit over the whole backbone, end to end, is dashed.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from loco_det.report.runs import PretrainRun
 SIZE = (7.2, 4.2)  # inches
 _NAME = r"[A-Za-z_]\w*(?:\.\d+(?:-\d+)?)?"  # res3, res3.1, res3.0-1
 _UNIT = re.compile(rf"loss/{_NAME}-(?P<stage>[A-Za-z_]\w*)(?:\.(?:\d+-)?(?P<block>\d+))?")
-_WHITE, _BLACK = 0.6, 0.35  # how much of them is in the colours of the lowest and the uppermost unit
-_POINTS = 400  # of a line that are drawn
-_SMOOTHED = 50  # a point is the mean over about one part in so many of the run
-_BEGINNING = 0.05  # share of a run, when losses fall from far above, that does not stretch the axis
-_IN_A_COLUMN = 18  # of the legend
+_WHITE, _BLACK = 0.6, 0.35  # share of white and black in the colours of the lowest and the uppermost unit
+_POINTS = 400  # maximum points drawn of a line
+_SMOOTHED = 50  # a point is the mean over about one part in 50 of the run
+_BEGINNING = 0.05  # share of a run, with its steep losses, that the axis need not fit
+_IN_A_COLUMN = 18  # entries per column of the legend
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class UnitLoss:
 
 
 def unit_losses(runs: Sequence[PretrainRun], missing: list[str]) -> tuple[list[UnitLoss], str]:
-    """Every unit of every run that has at least two losses, lowest first, and what x counts: "epoch" or "step".
+    """Return every unit with at least two losses of every run, lowest first, and the unit of x: "epoch" or "step".
 
-    It is epochs where each of the runs has left a backbone, which says how many images an epoch has.
+    x is epochs if every run has left a backbone, which records the images per epoch.
 
     Args:
-        missing: runs without such a unit are added to it, but for those that train nothing.
+        missing: runs without such a unit are added, except those that train nothing.
     """
     shown = [(run, losses) for run in runs if (losses := _losses(run))]
     drawn = {run.path for run, _ in shown}
@@ -75,7 +75,7 @@ def unit_losses(runs: Sequence[PretrainRun], missing: list[str]) -> tuple[list[U
 
 
 def _losses(run: PretrainRun) -> dict[str, list[tuple[int, float]]]:
-    """Unit -> (step, loss) of each line of metrics.json that has them, the lowest unit first."""
+    """Map unit -> (step, loss) of each line of metrics.json with losses, lowest unit first."""
     keys = {
         key: match for key in dict.fromkeys(k for line in run.metrics for k in line) if (match := _UNIT.fullmatch(key))
     }
@@ -84,19 +84,19 @@ def _losses(run: PretrainRun) -> dict[str, list[tuple[int, float]]]:
     found = {}
     for key in sorted(keys, key=lambda key: _height(keys[key])):
         pairs = [(line.get("iteration"), line.get(key)) for line in run.metrics]
-        points = [pair for pair in pairs if all(isinstance(value, (int, float)) for value in pair)]  # nan is null
+        points = [pair for pair in pairs if all(isinstance(value, (int, float)) for value in pair)]  # NaN is null
         if len(points) > 1:
             found[ends[key] if again[ends[key]] == 1 else key.removeprefix("loss/")] = points
     return found
 
 
 def _height(unit: re.Match[str]) -> tuple[int, float]:
-    number = re.search(r"\d+", unit["stage"])  # none: the stem
+    number = re.search(r"\d+", unit["stage"])  # the stem has no number
     return int(number[0]) if number else -1, float(unit["block"] or "inf")
 
 
 def smoothed(y: np.ndarray) -> np.ndarray:
-    """(n,) -> (n,) means over a hundredth of all values on either side, or as many as there are."""
+    """Smooth (n,) -> (n,) by the mean over a hundredth of all values on either side, or as many as there are."""
     places, reach = np.arange(len(y)), len(y) // (2 * _SMOOTHED)
     first, end = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(y))
     sums = np.concatenate([[0.0], y.cumsum()])
@@ -104,19 +104,19 @@ def smoothed(y: np.ndarray) -> np.ndarray:
 
 
 def shade_of(colour: str, shade: float) -> tuple[float, ...]:
-    """RGB in [0, 1] of a unit: `colour` itself half-way, paler below, darker above."""
+    """Return a unit's RGB in [0, 1]: `colour` itself halfway, lighter below, darker above."""
     other, most = (1.0, _WHITE) if shade < 0.5 else (0.0, _BLACK)
     share = most * abs(2 * shade - 1)
     return tuple(float((1 - share) * part + share * other) for part in matplotlib.colors.to_rgb(colour))
 
 
 def draw_losses(axes: Axes, curves: Sequence[UnitLoss], x: str, colours: dict[str, str]) -> None:
-    """All curves on one pair of axes, with their legend beside it.
+    """Draw all curves on one pair of axes, with their legend beside it.
 
     Args:
         curves: at least one.
-        x: what their x counts.
-        colours: of the backbones.
+        x: the unit of x.
+        colours: colour of each backbone.
     """
     named: set[str] = set()
     for curve in curves:
@@ -127,8 +127,8 @@ def draw_losses(axes: Axes, curves: Sequence[UnitLoss], x: str, colours: dict[st
             color=shade_of(colours[curve.backbone], curve.shade),
             linestyle="--" if curve.alone else "-",
             linewidth=1.8 if curve.alone else 1.4,
-            zorder=3 if curve.alone else 2,  # a dashed line on another shows both
-            label=None if label in named else label,  # another seed of the same
+            zorder=3 if curve.alone else 2,  # a dashed line above another shows both
+            label=None if label in named else label,  # another seed of the same unit
         )
         named.add(label)
     title = "loss of each unit" + (", dashed: end to end" if any(curve.alone for curve in curves) else "")
@@ -147,7 +147,7 @@ def _limits(curves: Sequence[UnitLoss]) -> tuple[float, float]:
 
 
 def losses_figure(curves: Sequence[UnitLoss], x: str, colours: dict[str, str]) -> Figure:
-    """The chart alone, on white."""
+    """Draw the chart alone, on white."""
     figure = Figure(figsize=SIZE, dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing beside it (page.html.j2), and the same numbers as Markdown."""
+"""Renders the report as one self-contained HTML file (page.html.j2), and as Markdown."""
 
 from __future__ import annotations
 
@@ -25,9 +25,12 @@ SECTIONS = {
 }  # id -> title
 KINDS = {"bbox": "box", "segm": "mask", "bbox_TTA": "box TTA", "segm_TTA": "mask TTA"}
 EMPTY = "-"  # a table's cell without a number
-DETECTIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-# Columns of the main table: detections, then rare, common and frequent classes (LVIS), then pixel labels.
-MEASURES = (*DETECTIONS, "APr", "APc", "APf", "IoU", "iIoU", "IoU_sup", "iIoU_sup")
+# Columns in their order: detections, then rare, common and frequent classes (LVIS), then pixel labels.
+MEASURES = (
+    *("AP", "AP50", "AP75", "APs", "APm", "APl"),
+    *("APr", "APc", "APf"),
+    *("IoU", "iIoU", "IoU_sup", "iIoU_sup"),
+)
 _OF_CLASS = re.compile(r"(.+?/(?:AP|IoU))-(.+)")  # bbox/AP-person, or NAME/bbox/AP-person with several data sets
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
@@ -39,12 +42,12 @@ def html_page(
     losses: tuple[list[UnitLoss], str],
     panels: list[dict[str, Any]],
 ) -> str:
-    """The page, rendered from page.html.j2, which escapes everything but our own charts.
+    """Render page.html.j2, which escapes everything but our own charts.
 
     Args:
         report: the numbers, as in report.json.
         series: heading -> title -> curves over steps.
-        losses: of the pretrainings, from `report.losses.unit_losses`.
+        losses: pretraining losses from `report.losses.unit_losses`.
         panels: the result of `report.panels.panels` for each experiment.
     """
     colours = charts.colour_of(report["backbones"])
@@ -73,7 +76,7 @@ def html_page(
 
 
 def markdown_page(report: dict[str, Any]) -> str:
-    """The tables of the page as Markdown; `report` as for `html_page`."""
+    """Render the page's tables as Markdown; `report` as for `html_page`."""
     parts = [f"# {_plain(report['title'])}", f"Made {report['created']} by loco_det {report['loco_det']}."]
     for experiment in report["experiments"]:
         header, rows = _main_table(experiment)
@@ -123,8 +126,9 @@ def _number(summary: dict[str, Any] | None) -> str:
 
 
 def _paired_table(experiment: dict[str, Any]) -> Table:
-    names = {"bbox": DETECTIONS, "segm": DETECTIONS, "sem_seg": ("IoU",)}
-    keys = [(k, name) for k in names if any(k in pair for pair in experiment["paired"]) for name in names[k]]
+    kinds = [kind for kind in ("bbox", "segm", "sem_seg") if any(kind in pair for pair in experiment["paired"])]
+    found = {(kind, name) for pair in experiment["paired"] for kind in kinds for name in pair[kind]}
+    keys = [(kind, name) for kind in kinds for name in MEASURES if (kind, name) in found]
     header = ["backbone", "seed", *(_column(f"{kind}/{name}") for kind, name in keys)]
     rows = []
     for pair in experiment["paired"]:
@@ -214,7 +218,7 @@ def _machine(environment: dict[str, Any] | None) -> str:
     return f"{environment['device']}, {environment['processes']} processes; {environment['system']}; {versions}"
 
 
-# --- what the template shows of an experiment or a probe --------------------------------------------------------
+# --- template data of an experiment or a probe ------------------------------------------------------------------
 
 
 def _results(experiment: dict[str, Any], colours: dict[str, str]) -> dict[str, Any]:
@@ -230,8 +234,8 @@ def _paired(experiment: dict[str, Any]) -> dict[str, Any]:
 
 
 def _analysed(experiment: dict[str, Any]) -> dict[str, Any]:
-    """Backbone -> errors and curves by IoU type, of those whose detections were evaluated again."""
-    return {row["backbone"]: row["apart"] for row in experiment["backbones"] if row["apart"]}
+    """Map backbone -> errors and curves by IoU type, for backbones whose detections were evaluated again."""
+    return {row["backbone"]: row["analysis"] for row in experiment["backbones"] if row["analysis"]}
 
 
 def _errors(experiment: dict[str, Any], colours: dict[str, str]) -> dict[str, Any]:
@@ -257,7 +261,7 @@ def _probe(probe: dict[str, Any], colours: dict[str, str]) -> dict[str, Any]:
 def _training(
     series: dict[str, dict[str, charts.Series]], losses: tuple[list[UnitLoss], str], colours: dict[str, str]
 ) -> dict[str, Any]:
-    """The chart of pretraining losses, if any, and heading -> charts of each experiment; {} without either."""
+    """Return the chart of pretraining losses, if any, and heading -> charts of each experiment; {} without either."""
     curves = {
         heading: [charts.lines(runs, "step", "", title, colours) for title, runs in titles.items()]
         for heading, titles in series.items()

@@ -1,4 +1,4 @@
-"""The same images with the ground truth and with what each backbone led to, as small JPEGs for the page."""
+"""The same images with the ground truth and with each backbone's predictions, as small JPEGs for the page."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ QUALITY = 80
 
 
 def panels(runs: list[DetectorRun], count: int, threshold: float, missing: list[str]) -> dict[str, Any]:
-    """Pictures of one experiment: the first run of each backbone that left something to show.
+    """Draw the panels of one experiment: the first run of each backbone that has predictions.
 
     Args:
-        runs: of one experiment.
-        count: how many images, spread evenly over those that have objects or labels.
-        threshold: detections with lower scores are left out.
-        missing: what there is not is added to it.
+        runs: runs of one experiment.
+        count: number of images, evenly spread over those with objects or labels.
+        threshold: minimum score of the detections drawn.
+        missing: whatever is unavailable is added.
 
     Returns:
         {"note", "legend": [[class, "#rrggbb"], ...], "rows": [{"image": file name, "pictures": {"ground truth" or
-        backbone: data URI, or None where there is none}}]}; {} if there is nothing to show.
+        backbone: data URI, or None if unavailable}}]}; {} if there is nothing to show.
     """
     shown = {run.backbone: run for run in reversed(runs) if run.results.exists()}
     if not shown or not count:
@@ -76,7 +76,7 @@ def panels(runs: list[DetectorRun], count: int, threshold: float, missing: list[
 
 
 def _legend(columns: dict[str, list[np.ndarray] | None], names: Sequence[str]) -> list[list[str]]:
-    """Names and colours of the classes that are somewhere in the pictures."""
+    """Return names and colours of the classes present in the pictures."""
     seen = {k for column in columns.values() for labels in column or () for k in np.unique(labels).tolist()}
     colours = class_colours(names).tolist()
     return [[names[k], "#{:02x}{:02x}{:02x}".format(*colours[k])] for k in sorted(seen - {IGNORED})]
@@ -87,7 +87,7 @@ def _truth(record: Record) -> np.ndarray:
 
 
 def _labels(run: DetectorRun, dataset: CocoDataset, records: Sequence[Record]) -> list[np.ndarray]:
-    """The classes (H, W) that were predicted for each image."""
+    """Load the predicted classes (H, W) of each image."""
     if dataset.paths.benchmark == "pixels":
         return [read_pair(Path(record.file_name), run.results)[1] for record in records]
     rows = np.searchsorted(dataset.index.image_id, [record.image_id for record in records])
@@ -97,7 +97,7 @@ def _labels(run: DetectorRun, dataset: CocoDataset, records: Sequence[Record]) -
 def _detections(
     run: DetectorRun, dataset: CocoDataset, records: Sequence[Record], threshold: float
 ) -> list[list[Shape]]:
-    """What was found in each image."""
+    """Load the detections of each image."""
     found: dict[int, list[dict[str, Any]]] = {record.image_id: [] for record in records}
     for result in msgspec.json.decode(run.results.read_bytes()):
         if result["image_id"] in found:
@@ -106,7 +106,7 @@ def _detections(
 
 
 def _draw(pixels: np.ndarray, what: np.ndarray | list[Shape], names: Sequence[str]) -> str:
-    """Labels or instances on the image, as a data URI."""
+    """Draw labels or instances on the image, as a data URI."""
     if isinstance(what, np.ndarray):
         drawn = draw_labels(pixels, what, class_colours(names), WIDTH)
     else:
@@ -116,10 +116,10 @@ def _draw(pixels: np.ndarray, what: np.ndarray | list[Shape], names: Sequence[st
 
 
 def _paths(run: DetectorRun) -> Dataset:
-    """The run's test set.
+    """Locate the run's test set.
 
     Raises:
-        UserError: its ground truth or its images are not there.
+        UserError: its ground truth or its images are missing.
     """
     annotations = run.annotations
     if annotations is None or annotations.suffix != ".json":
@@ -131,10 +131,12 @@ def _paths(run: DetectorRun) -> Dataset:
             return paths
     except UserError:
         pass
-    # It is not where DETECTRON2_DATASETS says, or another of its name is; it may still lie where the run found it.
-    told = (((run.record or {}).get("datasets") or {}).get(name) or {}).get("images")
+    # It is not below DETECTRON2_DATASETS, or another set of that name is; try the run's own path.
+    recorded = (((run.record or {}).get("datasets") or {}).get(name) or {}).get("images")
     images = (
-        Path(told) if isinstance(told, str) else annotations.parent.parent / annotations.stem.removeprefix("instances_")
+        Path(recorded)
+        if isinstance(recorded, str)
+        else annotations.parent.parent / annotations.stem.removeprefix("instances_")
     )
     if not images.is_dir():
         raise UserError(f"the images of {name} are not there; set DETECTRON2_DATASETS")
@@ -143,6 +145,6 @@ def _paths(run: DetectorRun) -> Dataset:
 
 
 def _spread(filled: Sequence[int], count: int) -> list[int]:
-    """`count` of them, evenly spread, so that the choice depends on nothing but the data set."""
+    """Choose `count` entries, evenly spread, so that the choice depends on the data set only."""
     count = min(count, len(filled))
     return [filled[(2 * k + 1) * len(filled) // (2 * count)] for k in range(count)]

@@ -1,4 +1,4 @@
-"""Pictures of a run: detections beside the ground truth, losses over steps. matplotlib, written as PNG."""
+"""Pictures of a run as PNG, by matplotlib: detections beside the ground truth, losses over steps."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from loco_det.core.files import atomic_write
 from loco_det.images.decode import read_image
 from loco_det.report.drawing import COLOURS, annotated_shapes, detected_shapes, draw_instances
 
-PANEL_WIDTH = 460  # pixels that an image is drawn at; what is smaller is enlarged
+PANEL_WIDTH = 460  # width of a drawn image in pixels; smaller images are enlarged
 
 
 def plot_losses(metrics: dict[str, Path], out: Path) -> None:
-    """One panel a run with the loss of each of its units over steps, all on one scale.
+    """Draw one panel per run with the loss of each unit over steps, on a common scale.
 
     Args:
         metrics: name -> the run's metrics.json.
@@ -50,14 +50,14 @@ def plot_losses(metrics: dict[str, Path], out: Path) -> None:
 def draw_detections(
     dataset: CocoDataset, runs: dict[str, list[dict[str, Any]]], out: Path, *, images: Sequence[int], threshold: float
 ) -> None:
-    """A row for each image: the ground truth, then each run's detections.
+    """Draw one row per image: the ground truth, then each run's detections.
 
     Args:
         dataset: with annotations.
         runs: name -> COCO results (RLE `segmentation` optional).
         out: the PNG to write.
         images: positions in the dataset.
-        threshold: detections with lower scores are left out.
+        threshold: minimum score of the detections drawn.
     """
     columns = ["ground truth", *runs]
     figure = Figure(figsize=(2.3 * len(columns), 2.4 * len(images)), layout="constrained")
@@ -78,7 +78,7 @@ def draw_detections(
 
 
 def save_figure(figure: Figure, out: Path) -> None:
-    """`figure` as a PNG at `out`, atomically and without a display."""
+    """Write `figure` as PNG to `out`, atomically and without a display."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     with atomic_write(out) as file:

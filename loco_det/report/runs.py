@@ -1,4 +1,4 @@
-"""What a report is made of: the folders of runs, found and read as they are on disk. Nothing here is computed anew."""
+"""Finds runs and reads their files for a report; computes nothing."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from safetensors import SafetensorError, safe_open
 
 from loco_det.annotations.registry import find_dataset
 from loco_det.backbones.artifact import HEADER_KEY, decode_manifest
 from loco_det.core.config import read_yaml
 from loco_det.core.errors import UserError
-from loco_det.core.files import read_regular
+from loco_det.core.files import has_checksum, read_regular
+from loco_det.core.run_folder import check_sums
 from loco_det.report.schemas import DETECTOR_KEYS, LINE, ProbeResult, ProbeWeights, Record, check
 
-# Keys in which two runs of one experiment may differ: where it ran, its seed, and what belongs to the backbone.
+# Keys in which runs of one experiment may differ: machine, seed, and the backbone's own.
 _FREE = (
     "OUTPUT_DIR",
     "SEED",
@@ -38,7 +40,8 @@ _FREE = (
     "TEST.EVAL_PERIOD",
 )
 _PLAIN_NAMES = ("backbone", "backbone_d2", "model_final", "model")  # of weights files; the folder's name says more
-_PROBE_BYTES = 4 << 20  # a larger JSON is no probe's
+_PROBE_BYTES = 4 << 20  # no probe's JSON is larger
+_OF_A_PROBE = (b'"top1_interval"', b'"batchnorm"')  # keys that only a probe writes into one file
 
 
 @dataclass
@@ -46,7 +49,7 @@ class DetectorRun:
     """One run of `loco-det train`.
 
     Attributes:
-        backbone: the name under which its numbers stand.
+        backbone: its name in the report.
         path: its folder.
         config: every key of config.yaml, "MODEL.MASK_ON" -> True.
         metrics: the lines of metrics.json.
@@ -69,12 +72,12 @@ class DetectorRun:
 
     @property
     def experiment(self) -> dict[str, Any]:
-        """The keys that must agree for two numbers to be comparable."""
+        """The keys that must agree for numbers to be comparable."""
         return {key: value for key, value in self.config.items() if key not in _FREE}
 
     @property
     def title(self) -> str:
-        """The experiment in words."""
+        """A readable title of the experiment."""
         c = self.config
         kind = "Mask R-CNN" if c["MODEL.MASK_ON"] else "Faster R-CNN"
         if c["MODEL.META_ARCHITECTURE"] == "ProposalNetwork":
@@ -91,7 +94,7 @@ class DetectorRun:
 
     @property
     def recorded(self) -> dict[str, float | None]:
-        """The numbers of the last evaluation, "bbox/AP" -> percent; empty where there was none."""
+        """The numbers of the last evaluation, "bbox/AP" -> percent; empty without one."""
         for line in reversed(self.metrics):
             found = {
                 key: value for key, value in line.items() if any(kind in key for kind in ("/AP", "/AR", "sem_seg/"))
@@ -102,18 +105,18 @@ class DetectorRun:
 
     @property
     def results(self) -> Path:
-        """The file of detections, or a segmentor's folder of labels; there or not."""
+        """The path of the detections, or of a segmentor's folder of labels; it may be missing."""
         return self.path / "inference" / ("sem_seg" if self.is_segmentor else "coco_instances_results.json")
 
     @property
     def annotations(self) -> Path | None:
-        """The COCO ground truth, if this run is judged by one data set that is still where it was."""
+        """The COCO ground truth, if the run is evaluated on one data set that still exists."""
         names = self.config["DATASETS.TEST"]
         if len(names) != 1:
             return None
-        told = ((self.record or {}).get("datasets") or {}).get(names[0])
-        if told and Path(told["path"]).is_file():
-            return Path(told["path"])
+        recorded = ((self.record or {}).get("datasets") or {}).get(names[0])
+        if recorded and Path(recorded["path"]).is_file():
+            return Path(recorded["path"])
         try:
             return find_dataset(names[0]).annotations
         except UserError:
@@ -125,8 +128,8 @@ class PretrainRun:
     """One run of `loco-det pretrain`.
 
     Attributes:
-        backbone, path, config, metrics: as a `DetectorRun`'s.
-        images: how many it learnt from, as the backbone that it left says; None where there is none.
+        backbone, path, config, metrics: as in `DetectorRun`.
+        images: number of training images, from its backbone's manifest; None without one.
     """
 
     backbone: str
@@ -137,16 +140,16 @@ class PretrainRun:
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Whole batches in an epoch, or None where the number of images is not known."""
+        """Whole batches per epoch; None if the number of images is unknown."""
         batch = self.config.get("SOLVER.BATCH_SIZE")
         return self.images // batch or None if self.images and isinstance(batch, int) and batch > 0 else None
 
 
 @dataclass
 class Probe:
-    """One file that `loco-det probe --json` wrote; `content` has "stages" and "protocol".
+    """A file of `loco-det probe --json`; `content` has "stages" and "protocol".
 
-    `named` says whether the user gave the backbone's name.
+    `named`: the user gave the backbone's name.
     """
 
     backbone: str
@@ -155,13 +158,13 @@ class Probe:
     named: bool = False
 
     def facts(self, part: str) -> dict[str, Any]:
-        """What it says of "data" or "backbone"."""
+        """Return its record of "data" or "backbone"."""
         found = self.content.get(part)
         return found if isinstance(found, dict) else {}
 
     @property
     def protocol(self) -> str:
-        """The protocol, with its recipe where that is not the usual one; numbers of different ones do not compare."""
+        """The protocol, with its recipe if not the default; numbers of different ones are not comparable."""
         name, recipe = str(self.content.get("protocol", "")), self.content.get("recipe", "sweep")
         return name if recipe == "sweep" else f"{name} ({recipe} recipe)"
 
@@ -171,14 +174,14 @@ class Probe:
 
     @property
     def data(self) -> str:
-        """The images in words; numbers for other images do not compare."""
+        """A description of the images; numbers for other images are not comparable."""
         name, images = Path(str(self.facts("data").get("path") or "")).name, self.facts("data").get("train_images")
         return f"{name}, {images} images" if images else name
 
 
 @dataclass
 class Runs:
-    """All that was found, in the order in which it was named."""
+    """Everything found, in the order of the arguments."""
 
     detectors: list[DetectorRun] = field(default_factory=list)
     pretrainings: list[PretrainRun] = field(default_factory=list)
@@ -189,16 +192,15 @@ class Runs:
 
 
 def find_runs(arguments: Sequence[str]) -> Runs:
-    """Every run in the named places.
+    """Find every run in the given places.
 
     Args:
         arguments: PATH or NAME=PATH; a run's folder, a folder with runs below it at any depth, or a probe's JSON.
-            NAME is the backbone's name for all that is found there.
+            NAME is the backbone's name for everything found there.
 
     Raises:
-        UserError: a path that does not exist or holds no run, a file of a run that cannot be read or is no run's, or
-            two runs of one name and seed whose backbones are not the same. (Probes of one name that the user gave
-            to different backbones are of several pretrainings.)
+        UserError: a path that does not exist or holds no run, an invalid file of a run, or two runs of one name and
+            seed with different backbones. (Probes to which the user gave one name may be of several pretraining runs.)
     """
     runs = Runs()
     seen: set[Path] = set()
@@ -228,12 +230,14 @@ def _split(argument: str) -> tuple[str | None, Path]:
 
 
 def _places(path: Path) -> Iterator[Path]:
-    """config.yaml files and probes' JSON files at or below `path`."""
+    """Yield config.yaml files and probes' JSON files at or below `path`."""
     if path.is_file():
         yield path
         return
     for file in sorted(path.rglob("*")):
-        beside = (file.with_name(name) for name in ("metrics.json", "run.json"))  # the latter from a run's start on
+        beside = (
+            file.with_name(name) for name in ("metrics.json", "run.json")
+        )  # run.json exists from a run's start on
         if (file.name == "config.yaml" and any(map(Path.is_file, beside))) or _is_probe(file):
             yield file
 
@@ -241,7 +245,11 @@ def _places(path: Path) -> Iterator[Path]:
 def _is_probe(file: Path) -> bool:
     if file.suffix != ".json" or file.name == "metrics.json" or not file.is_file():
         return False
-    return file.stat().st_size < _PROBE_BYTES and _has_stages(_json(file))
+    if file.stat().st_size >= _PROBE_BYTES:
+        return False
+    return _has_stages(_json(file)) or all(
+        key in read_regular(file) for key in _OF_A_PROBE
+    )  # `_read` refuses the latter
 
 
 def _has_stages(content: dict[str, Any] | None) -> bool:
@@ -264,15 +272,18 @@ def _read(place: Path, name: str | None, runs: Runs) -> None:
         content = _json(place)
         if content is None or not _has_stages(content):
             raise UserError(f"{place}: is no result of loco-det probe; write one with loco-det probe ... --json PATH")
+        if "sha256" in content and not has_checksum(content):
+            raise UserError(f"{place}: is not what loco-det probe wrote; take an intact copy, or delete its key sha256")
         check(content, ProbeResult, place)
         probe = Probe(name or "", place, content, named=name is not None)
-        check(probe.facts("backbone"), ProbeWeights, place)
-        told = probe.facts("backbone")
-        ours = {"method": told.get("source")} if str(told.get("name")).endswith(".safetensors") else None
-        probe.backbone = name or _name_of(str(told.get("name") or place.stem), ours)
+        facts = probe.facts("backbone")
+        check(facts, ProbeWeights, place)
+        ours = {"method": facts.get("source")} if str(facts.get("name")).endswith(".safetensors") else None
+        probe.backbone = name or _name_of(str(facts.get("name") or place.stem), ours)
         runs.probes.append(probe)
         return
     folder = place.parent
+    check_sums(folder)
     config = dict(_flatten(read_yaml(place)))
     metrics = _lines(folder / "metrics.json")
     if "MODEL.META_ARCHITECTURE" in config:
@@ -291,8 +302,51 @@ def _read(place: Path, name: str | None, runs: Runs) -> None:
         runs.pretrainings.append(PretrainRun(name or config["METHOD"], folder, config, metrics, images))
 
 
+class _Weights(msgspec.Struct):
+    path: str
+    sha256: str | None = None
+    method: str | None = None
+
+
+class _Data(msgspec.Struct):
+    path: str
+    images: str | None = None
+
+
+class _Environment(msgspec.Struct):
+    packages: dict[str, str | None]
+    loco_det: str
+    python: str
+    system: str
+    device: str
+    processes: int
+
+
+class _Record(msgspec.Struct):
+    """What is read of a run.json."""
+
+    seed: int
+    engine: str | None = None
+    started: str | None = None
+    weights: _Weights | None = None
+    datasets: dict[str, _Data] | None = None
+    environment: _Environment | None = None
+
+
+def _record(file: Path) -> dict[str, Any] | None:
+    """run.json as plain data; None if there is none."""
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(read_regular(file))
+        msgspec.convert(content, _Record)
+    except (OSError, ValueError, RecursionError) as error:  # ValidationError is a ValueError
+        raise UserError(f"{file}: is not as a run writes it ({error}); take an intact copy, or delete it") from error
+    return content
+
+
 def _images(backbone: Path) -> int | None:
-    """How many images a backbone of ours was made from, by its manifest alone; no tensor is read."""
+    """Return the number of images a backbone was pretrained on, from its manifest only."""
     try:
         with safe_open(backbone, framework="pt") as file:
             header = (file.metadata() or {})[HEADER_KEY]
@@ -302,7 +356,7 @@ def _images(backbone: Path) -> int | None:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.json, none if it is not there; a last line that a kill cut off is left out."""
+    """Read the lines of a metrics.json, [] if it is missing; an incomplete last line is dropped."""
     found: list[dict[str, Any]] = []
     if not file.is_file():
         return found
@@ -330,7 +384,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _name_of(weights: str, record: dict[str, Any] | None) -> str:
-    """A backbone's name where the user gave none: its method, else its file's name."""
+    """Return a backbone's name if the user gave none: its method, else its file's name."""
     if record and record.get("method"):
         return record["method"]
     if not weights:
@@ -340,7 +394,7 @@ def _name_of(weights: str, record: dict[str, Any] | None) -> str:
 
 
 def _check_names(runs: Runs) -> None:
-    """Two different backbones must not end up in one row."""
+    """Check that no two different backbones share a name."""
     known: dict[tuple, DetectorRun] = {}
     for run in runs.detectors:
         key = (run.backbone, run.seed, json.dumps(run.experiment, sort_keys=True, default=str))

@@ -1,4 +1,4 @@
-"""Means and intervals over seeds. n is always shown beside them: an interval from two seeds is wide for a reason."""
+"""Means and intervals over seeds, always with n: an interval from two seeds is rightly wide."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _T95 = (
 
 
 def t95(degrees: int) -> float:
-    """The two-sided 95 % quantile of Student's t; to 1e-4 up to 30 degrees of freedom, to 1e-4 by expansion above."""
+    """Return the two-sided 95 % quantile of Student's t, to 1e-4; above 30 degrees of freedom by expansion."""
     if degrees <= len(_T95):
         return _T95[degrees - 1]
     z = statistics.NormalDist().inv_cdf(0.975)  # Cornish and Fisher's expansion, Abramowitz and Stegun 26.7.5
@@ -24,10 +24,10 @@ def t95(degrees: int) -> float:
 
 
 def summarise(values: Sequence[float | None]) -> dict[str, Any]:
-    """{"n", "mean", "std", "ci95", "values"} of one number over runs.
+    """Summarise one number over runs as {"n", "mean", "std", "ci95", "values"}.
 
-    std has n - 1 in its denominator; ci95 is the 95 % interval of the mean by Student's t. Both are None for a
-    single run, and all are None where no run has the number (no object of that size, say).
+    std has n - 1 in its denominator; ci95 is the 95 % interval of the mean by Student's t. Both are None for a single
+    run, and all are None if no run has the number (e.g. no object of that size).
     """
     present = [v for v in values if v is not None and math.isfinite(v)]
     if not present:

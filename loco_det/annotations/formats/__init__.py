@@ -1,1 +1,1 @@
-"""Data sets as annotation tools write them, read into COCO's format: what `loco-det data convert` knows."""
+"""Readers of annotation tools' formats, for conversion to COCO's by `loco-det data convert`."""

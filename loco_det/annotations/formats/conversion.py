@@ -1,8 +1,8 @@
-"""Somebody's data set -> COCO annotation files, one a split, and a summary of what came over and what did not.
+"""Converts a data set of any format to COCO files, one per split, with a summary of what was and was not converted.
 
 Images stay where they are: file names are relative to the deepest folder that holds all of them. Classes are one list
-for all splits, as the source numbers them or else in alphabetical order, with ids from 1; image and annotation ids
-are the same in every split. Coordinates come over as they are, also where they reach over the border.
+for all splits, numbered as in the source or else alphabetically, with ids from 1; an image and its annotations have the
+same ids in all splits. Coordinates are unchanged, also across the border.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import msgspec
 from loco_det import __version__
 from loco_det.annotations.formats import cvat, label_studio, labelme, png_masks, via, voc_xml, yolo
 from loco_det.annotations.formats.files import Tree
-from loco_det.annotations.formats.objects import Found, Picture, area, mask_area
+from loco_det.annotations.formats.objects import Found, Picture, area
 from loco_det.annotations.formats.recognition import recognise
 from loco_det.annotations.formats.summary import Summary, printable
-from loco_det.annotations.segmentation import FARTHEST
+from loco_det.annotations.segmentation import FARTHEST, mask_area
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, write_json
 from loco_det.core.outputs import CONVERTED, SUMMARY, is_converted
 
-VERSION = 2  # of what comes out; raise it when the same files give something else
+VERSION = 2  # of the output; increase when the same files give another result
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
-_PLAIN = re.compile(r"\w[\w-]{,39}")  # what a split's file can be called after it
-_BEYOND = 1.0  # pixels that an object may reach over the border without a note; tools round
+_PLAIN = re.compile(r"\w[\w-]{,39}")  # split names that can be file names
+_BEYOND = 1.0  # pixels across the border without a note, for rounding
 
 
 class Format(NamedTuple):
-    """One format: what reads it, and what it is called in messages."""
+    """One format: its reader, and its name in messages."""
 
     read: Callable[[Tree, Summary], Iterable[Picture]]
     name: str
@@ -53,8 +53,13 @@ FORMATS = {
 
 
 class Converted(NamedTuple):
-    """`splits`: {name: content of a COCO file}; `images`: the folder that its file names are relative to; `summary`:
-    plain data for people and JSON."""
+    """A converted data set.
+
+    Attributes:
+        splits: {name: content of a COCO file}.
+        images: the folder that file names are relative to.
+        summary: plain data.
+    """
 
     splits: dict[str, dict[str, Any]]
     images: Path
@@ -92,10 +97,10 @@ def convert_annotations(source: Path, kind: str = "auto", images: Path | None = 
 
     Args:
         kind: a key of `FORMATS`, or "auto".
-        images: a folder with the images, where they do not lie below `source`.
+        images: a folder with the images, if they are not below `source`.
 
     Raises:
-        UserError: no or several formats, a damaged annotation file, nothing that could be learnt from.
+        UserError: no or several formats, a damaged annotation file, nothing to train on.
     """
     tree = Tree(_existing(source), images)
     kind = _chosen(tree, kind)
@@ -104,9 +109,9 @@ def convert_annotations(source: Path, kind: str = "auto", images: Path | None = 
     pictures = list(_usable(tree, declared, summary))
     summary.refuse_broken(FORMATS[kind].name)
     _count_others(tree, kind, summary)
-    kept = {id(picture): list(_judged(tree, picture, summary)) for picture in pictures}
+    kept = {id(picture): list(_usable_objects(tree, picture, summary)) for picture in pictures}
     if not any(kept.values()):
-        raise UserError(f"{source}: not one object came over as {kind}{_first_reason(summary)}.")
+        raise UserError(f"{source}: no object could be converted as {kind}{_first_reason(summary)}.")
     names = _classes(kept.values(), summary)
     pictures.sort(key=lambda picture: str(picture.image))
     folder = Path(os.path.commonpath([picture.image.parent for picture in pictures]))
@@ -115,7 +120,7 @@ def convert_annotations(source: Path, kind: str = "auto", images: Path | None = 
 
 
 def _classes(kept: Iterable[list[Found]], summary: Summary) -> list[str]:
-    """The declared classes, then those that objects have besides, in alphabetical order."""
+    """Return the declared classes, then further classes of objects, alphabetically."""
     counts = Counter(each.label for objects in kept for each in objects)
     others = sorted(set(counts) - set(summary.classes))
     for label in others if summary.classes else ():
@@ -137,7 +142,7 @@ def _first_reason(summary: Summary) -> str:
 
 
 def _usable(tree: Tree, pictures: Iterable[Picture], summary: Summary) -> Iterator[Picture]:
-    """The pictures whose image can be read, is of the size that its annotation says, and is no other annotation's."""
+    """Yield pictures with a readable image of the annotated size that no other annotation has claimed."""
     pictures = list(pictures)
     owners: dict[Path, Picture] = {}
     for picture in pictures:
@@ -175,14 +180,14 @@ def _is_text(text: str) -> bool:
 
 
 def _count_others(tree: Tree, kind: str, summary: Summary) -> None:
-    """Count the images that nothing in the source speaks of."""
+    """Count images without annotation in the source."""
     for image in tree.images():
         if image not in summary.seen and not (kind == "png" and png_masks.is_mask(image, tree.root)):
             summary.images.add("no annotation names it", tree.name(image))
 
 
-def _judged(tree: Tree, picture: Picture, summary: Summary) -> Iterator[Found]:
-    """The objects that have an area inside their image."""
+def _usable_objects(tree: Tree, picture: Picture, summary: Summary) -> Iterator[Found]:
+    """Yield the objects with an area inside their image."""
     size = tree.size(picture.image)
     assert size is not None
     for found in picture.objects:
@@ -242,7 +247,7 @@ def _annotation(number: int, image_id: int, category_id: int, found: Found) -> d
         "iscrowd": 0,
     }
     if found.mask is not None:
-        content |= {"segmentation": found.mask, "area": mask_area(found.mask)}
+        content |= {"segmentation": found.mask, "area": mask_area(found.mask, *found.mask["size"])}
     elif found.polygons:
         content |= {"segmentation": [list(outline) for outline in found.polygons], "area": area(found.polygons)}
     if found.difficult:
@@ -279,10 +284,10 @@ def _plain(
 
 
 def write_conversion(converted: Converted, out: Path) -> dict[str, Path]:
-    """Write OUT/annotations/SPLIT.json and OUT/conversion.json; {split: file}.
+    """Write OUT/annotations/SPLIT.json and OUT/conversion.json; returns {split: file}.
 
     Raises:
-        UserError: a file of that name is there which no conversion wrote, or the folder cannot be written.
+        UserError: a file of that name exists and no conversion wrote it, or the folder cannot be written.
     """
     names = _file_names(converted.splits)
     files = {split: out / "annotations" / f"{names[split]}.json" for split in converted.splits}
@@ -297,7 +302,7 @@ def write_conversion(converted: Converted, out: Path) -> dict[str, Path]:
 
 
 def _file_names(splits: Collection[str]) -> dict[str, str]:
-    """A name for the file of each split, its own where it can be one; no two differ by nothing but case."""
+    """Return each split's file name, its own if valid; names differ by more than case."""
     names = {split.casefold(): split for split in splits if _PLAIN.fullmatch(split)}
     numbered = (f"split_{k}" for k in itertools.count(1))
     for split in splits:

@@ -1,8 +1,8 @@
 """CVAT's XML, "CVAT for images 1.1": one file with all images.
 
-<box>, <polygon>, <mask> and <ellipse> (a polygon) become objects; a turned <box> becomes the upright box around it.
-<polyline>, <points>, <cuboid>, <skeleton> and <tag> do not come over. `subset` of an image is its split. Classes are
-those of <meta>, in its order, where it lists them. The file "for video" names no images and is refused.
+<box>, <polygon>, <mask> and <ellipse> (a polygon) become objects; a rotated <box> becomes the upright box around it.
+<polyline>, <points>, <cuboid>, <skeleton> and <tag> are not converted. An image's `subset` is its split. Classes are
+those of <meta>, in order, if listed. The file "for video" names no images and is refused.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROOT_ELEMENT = "annotations"
 
 
 def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
-    """The pictures of every CVAT file below the tree's root.
+    """Yield the pictures of every CVAT file below the tree's root.
 
     Raises:
         UserError: a file "for video".
@@ -50,16 +50,16 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
             if label and label not in summary.classes:
                 summary.classes.append(label)
         for element in root.iterfind("image"):
-            said = element.get("name", "")
-            match = tree.find(said, path.parent)
+            given = element.get("name", "")
+            match = tree.find(given, path.parent)
             if match is None:
-                summary.leave_out_image("it is not there", f"{name}: <image name={said!r}>", len(element))
+                summary.leave_out_image("it is not there", f"{name}: <image name={given!r}>", len(element))
                 continue
             stated = _stated(element)
-            # A mask is as large as the image that is there: the annotation can state any size.
-            objects = list(_objects(element, tree.size(match.image), f"{name}: {said}", summary))
+            # A mask has the size of the actual image: the annotation can state any size.
+            objects = list(_objects(element, tree.size(match.image), f"{name}: {given}", summary))
             split = (element.get("subset") or WHOLE,)
-            yield Picture(match.image, f"{name}: {said}", objects, split, stated, match.claim)
+            yield Picture(match.image, f"{name}: {given}", objects, split, stated, match.claim)
 
 
 def _stated(element: ElementTree.Element) -> tuple[int, int] | None:
@@ -114,7 +114,7 @@ def _shape(item: ElementTree.Element, where: str, label: str, size: tuple[int, .
 
 
 def _decoded(text: str, width: int, height: int, size: tuple[int, ...]) -> np.ndarray:
-    """(height, width) bool of run lengths along the rows, background first."""
+    """Decode run lengths along the rows, background first, to (height, width) bool."""
     if not (0 < width <= size[0] and 0 < height <= size[1]):
         raise BadShape("its mask is larger than its image")
     runs = np.array([number(word) for word in text.split(",")])

@@ -1,8 +1,8 @@
-"""The files of somebody's data set: one walk over its folders, then every image is found by name, stem or path.
+"""The files of a data set: one walk over its folders, then images are looked up by name, stem or path.
 
-Only what the walk met is ever opened, so a file name in an annotation cannot lead out of the data set: `../../x.png`
-means an `x.png` inside, or nothing. The walk follows links to folders, each folder once, and passes over what is
-hidden, what is no regular file, and what this package's commands wrote there.
+Only files found by the walk are opened, so a file name in an annotation cannot lead outside the data set: `../../x.png`
+matches an `x.png` inside, or nothing. The walk follows links to folders, each folder once, and skips hidden entries,
+anything but regular files, and this package's own output.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ from loco_det.core.files import read_regular
 from loco_det.core.outputs import walk_data
 from loco_det.images.decode import SUFFIXES as IMAGE_SUFFIXES
 
-_READ = (*IMAGE_SUFFIXES, ".xml", ".json", ".gz", ".yaml", ".yml", ".txt", ".names")  # by some format
-_ORIENTATION = 274  # EXIF's tag; 5 to 8 are turned by a quarter
-_LINE_NUMBER = re.compile(r"line \d+")
+_READ = (*IMAGE_SUFFIXES, ".xml", ".json", ".gz", ".yaml", ".yml", ".txt", ".names")  # read by some format
+_ORIENTATION = 274  # EXIF's tag; 5 to 8 are rotated by a quarter
 
 
 class Size(NamedTuple):
-    """Of an image in pixels, upright; `turned` if its EXIF data turn it by a quarter from how it is stored."""
+    """An image's size in pixels, upright; `turned` if its EXIF data rotate the stored image by a quarter."""
 
     width: int
     height: int
@@ -40,30 +39,30 @@ class Size(NamedTuple):
 
 
 class Match(NamedTuple):
-    """An image that an annotation may be of; of several annotations the one with the greatest claim has it.
+    """An image that may belong to an annotation; of several annotations the one with the greatest claim gets it.
 
-    A claim starts with 2 for an image in the very place that the annotation says, 1 for one there below another root,
-    0 for one of the same name elsewhere, and then says how much of the folders agrees.
+    A claim starts with 2 for an image at exactly the annotated place, 1 for one there below another root, 0 for one of
+    the same name elsewhere, followed by the number of agreeing folders.
     """
 
     image: Path
     claim: tuple[int, ...]
 
     def as_second(self) -> Match:
-        """What was looked for because nothing was found by what counts first: weaker than any claim by that."""
+        """Weaken a match found by a fallback, below any claim of the primary lookup."""
         return Match(self.image, (-1, *self.claim))
 
 
 class Tree:
-    """The files below some folders that are of the formats read here, by their suffixes.
+    """The files of supported suffixes below some folders.
 
     Attributes:
-        source: what the user named, a folder or a file.
+        source: the user's path, a folder or a file.
         root: the folder itself, or that of the file.
     """
 
     def __init__(self, source: Path, images: Path | None = None) -> None:
-        """`images`: a folder with images that need not lie below `source`."""
+        """`images`: a folder with images, not necessarily below `source`."""
         self.source = Path(os.path.abspath(source))
         self.root = self.source if self.source.is_dir() else self.source.parent
         self.roots: list[Path] = []
@@ -76,7 +75,7 @@ class Tree:
             self.add(Path(os.path.abspath(folder)))
 
     def add(self, folder: Path) -> None:
-        """Walk one more folder."""
+        """Walk a further folder."""
         if any(folder == root or root in folder.parents for root in self.roots):
             return
         self.roots.append(folder)
@@ -90,13 +89,13 @@ class Tree:
                 self._by_stem[path.stem].append(path)
 
     def with_suffix(self, *suffixes: str) -> list[Path]:
-        """The files below `root` with one of these suffixes in any case; of a source that is a file, that file."""
+        """Return the files below `root` with one of these suffixes in any case; if the source is a file, that file."""
         if self.source != self.root:
             return [self.source] if self.source.suffix.lower() in suffixes else []
         return [path for path in self.files if path.suffix.lower() in suffixes and self.root in path.parents]
 
     def images(self, folder: Path | None = None) -> list[Path]:
-        """All images, or those below a folder."""
+        """Return all images, or those below a folder."""
         found = [path for path in self.files if path.suffix.lower() in IMAGE_SUFFIXES]
         return found if folder is None else [path for path in found if folder in path.parents]
 
@@ -104,11 +103,11 @@ class Tree:
         return path in self._known
 
     def find(self, name: str, near: Path) -> Match | None:
-        """The image that an annotation file in the folder `near` calls `name`, or None.
+        """Find the image called `name` by an annotation file in the folder `near`, or None.
 
-        A path is tried from there and from every root; else its last part is looked for anywhere but in splits that
-        `near` or `name` are not in, and of several the one with the longest common end, then the one nearest, is taken
-        if it is alone. All of it once more with %20 and the like decoded.
+        A path is tried from there and from every root; else its last part is searched everywhere except in splits that
+        `near` or `name` are not in. Of several the one with the longest common end, then the nearest, is taken if it is
+        unique. Everything is tried again with %20 and the like decoded.
         """
         decoded = urllib.parse.unquote(name)
         return self._find(path_parts(name), near) or (
@@ -125,12 +124,12 @@ class Tree:
         ends = [part for part in parts if part != ".."]
         candidates = self._by_name.get(ends[-1].lower(), []) if ends else []
         exact = [path for path in candidates if path.name == ends[-1]] or candidates
-        said = split_of_folder(Path(*ends[-3:]), Path())[0] if ends else WHOLE
-        there = [path for path in exact if path.parent == near or not are_apart(self._split(path), said)]
+        split = split_of_folder(Path(*ends[-3:]), Path())[0] if ends else WHOLE
+        there = [path for path in exact if path.parent == near or not are_apart(self._split(path), split)]
         return self._best(there, near, lambda path: _common_end(path.parts, ends))
 
     def find_stem(self, stem: str, near: Path) -> Match | None:
-        """The image of that name without suffix whose folder is most like `near`; None for none or several."""
+        """Find the image with that stem in the folder most similar to `near`; None for none or several."""
         candidates = self._by_stem.get(stem, [])
         beside = [path for path in candidates if path.parent == near]
         if len(beside) == 1:
@@ -138,7 +137,7 @@ class Tree:
         return self._best(candidates, near, lambda path: _common_end(path.parent.parts, near.parts))
 
     def _best(self, candidates: list[Path], near: Path, agreement: Callable[[Path], int]) -> Match | None:
-        """The one of the greatest claim, if it is alone and no file of another split than `near`."""
+        """Return the candidate of the greatest claim, if unique and not of another split than `near`."""
         split = self._split(near / "any")
         matches = [
             Match(path, (0, agreement(path), _common_start(path, near)))
@@ -155,13 +154,13 @@ class Tree:
         return split_of_folder(path, root)[0]
 
     def size(self, image: Path) -> Size | None:
-        """From the image's header; None where there is none that can be read."""
+        """Return the size from the image's header; None if unreadable."""
         if image not in self._sizes:
             self._sizes[image] = _read_size(image)
         return self._sizes[image]
 
     def name(self, path: Path) -> str:
-        """For messages: below the root where it is."""
+        """Return the path for messages, relative to the root if below it."""
         return path.relative_to(self.root).as_posix() if self.root in path.parents else str(path)
 
 
@@ -170,7 +169,7 @@ def path_parts(name: str) -> list[str]:
     if "\0" in name:
         return []
     if "?d=" in name or "://" in name:
-        with contextlib.suppress(ValueError):  # no address after all: a path
+        with contextlib.suppress(ValueError):  # not a URL after all: a path
             address = urllib.parse.urlsplit(name)
             name = urllib.parse.parse_qs(address.query).get("d", [urllib.parse.unquote(address.path)])[0]
     name = re.sub(r"^[A-Za-z]:", "", name.strip().replace("\\", "/"))
@@ -187,7 +186,7 @@ def _common_end(path: tuple[str, ...], parts: list[str]) -> int:
 
 
 def _common_start(path: Path, folder: Path) -> int:
-    """How many parts of the path of `folder` are also the beginning of the image's; one more where it lies there."""
+    """Count the leading path parts of `folder` that the image shares; one more if the image is in it."""
     shared = os.path.commonpath([path.parent, folder])
     return 2 * len(Path(shared).parts) + (path.parent == folder)
 
@@ -199,7 +198,7 @@ def _read_size(image: Path) -> Size | None:
             with Image.open(image) as opened:
                 width, height = opened.size
                 turned = opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-    except Exception:  # hostile bytes make PIL's parsers raise nearly anything
+    except Exception:  # PIL's parsers raise various exceptions on hostile bytes
         return None
     return Size(height, width, True) if turned else Size(width, height)
 
@@ -208,7 +207,7 @@ def _read_size(image: Path) -> Size | None:
 
 
 class Unreadable(Exception):
-    """A file that is not of its format; the message says where it breaks."""
+    """A file is not of its format; the message has the position."""
 
 
 def read_bytes(path: Path) -> bytes:
@@ -219,7 +218,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """Raises Unreadable for what is no UTF-8."""
+    """Read text; raises Unreadable if it is not UTF-8."""
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -227,25 +226,27 @@ def read_text(path: Path) -> str:
 
 
 def read_xml(path: Path) -> ElementTree.Element:
-    """The root element of an XML file.
+    """Parse an XML file and return its root element.
 
-    A file that declares entities is refused: they are what makes a few lines expand to gigabytes, and no annotation
-    tool writes any. Parameter and external entities are declared in the same way, and expat fetches no DTD.
+    A file that declares entities is refused: they can expand a few lines to gigabytes, and no annotation tool writes
+    them. Parameter and external entities are declared the same way, and expat fetches no DTD.
 
     Raises:
         Unreadable: malformed, cut off, or with entities.
     """
     data = read_bytes(path)
-    if b"<!ENTITY" in data.replace(b"\0", b""):  # UTF-16 has zeros between; every other encoding of expat is as ASCII
+    if b"<!ENTITY" in data.replace(
+        b"\0", b""
+    ):  # UTF-16 has zeros between; expat's other encodings are ASCII-compatible
         raise Unreadable("it declares entities, which are not read")
     try:
         return ElementTree.fromstring(data)
-    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two of encodings
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two for encodings
         raise Unreadable(str(error)) from None
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file as plain data; NaN, which Python's own writer emits, is read as one.
+    """Read a JSON file as plain data, including NaN, which Python's own writer emits.
 
     Raises:
         Unreadable: malformed, cut off or nested too deep.
@@ -254,5 +255,5 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path))
     except RecursionError:
         raise Unreadable("it is nested too deep") from None
-    except ValueError as error:  # also an integer of more digits than Python converts
+    except ValueError as error:  # also an integer with more digits than Python converts
         raise Unreadable(str(error)) from None

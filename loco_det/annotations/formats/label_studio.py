@@ -1,8 +1,8 @@
 """Label Studio's JSON export: a list of tasks, coordinates in percent of the image's width and height.
 
-Of several annotations of a task the first that was not cancelled counts; predictions never do. A turned rectangle
-becomes the upright box around it, an ellipse a polygon. Brushes (a run-length code of Label Studio's own) do not come
-over: export them as COCO with masks or as PNG.
+Of several annotations of a task the first that was not cancelled counts; predictions never do. A rotated rectangle
+becomes the upright box around it, an ellipse a polygon. Brushes (Label Studio's own run-length code) are not converted:
+export them as COCO with masks or as PNG.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from loco_det.core.errors import UserError
 
 SUFFIXES = (".json",)
 _RESULTS = ("annotations", "completions")  # the latter before version 1.0
-MIN_KEYS = frozenset(("annotator", "annotation_id"))  # of an entry of JSON-MIN
-_UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # what it puts before the name of an uploaded file
+MIN_KEYS = frozenset(("annotator", "annotation_id"))  # in an entry of JSON-MIN
+_UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # prefix of uploaded file names
 _NO_SHAPE = frozenset(("choices", "textarea", "rating", "number", "relation", "taxonomy", "pairwise", "datetime"))
 
 
@@ -40,17 +40,17 @@ def is_label_studio(content: Any) -> bool:
 
 
 def is_json_min(content: Any) -> bool:
-    """Whether JSON is Label Studio's short export, which has not what it takes to tell shapes from other answers."""
+    """Whether JSON is Label Studio's short export, which does not distinguish shapes from other results."""
     return isinstance(content, list) and any(
         isinstance(t, dict) and MIN_KEYS & set(t) and "data" not in t for t in content
     )
 
 
 def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
-    """The pictures of every export below the tree's root.
+    """Yield the pictures of every export below the tree's root.
 
     Raises:
-        UserError: an export as JSON-MIN, or of tasks that nobody has annotated.
+        UserError: an export as JSON-MIN, or of tasks without annotations.
     """
     for path, content in summary.readable(tree.with_suffix(*SUFFIXES), read_json):
         if is_json_min(content):
@@ -65,15 +65,15 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
 
 
 def _picture(tree: Tree, path: Path, name: str, task: dict[str, Any], summary: Summary) -> Iterator[Picture]:
-    said, match = _image(tree, path, task.get("data"))
+    given, match = _image(tree, path, task.get("data"))
     annotations = next((task[key] for key in _RESULTS if isinstance(task.get(key), list)), [])
     done = [a for a in annotations if isinstance(a, dict) and not a.get("was_cancelled")]
     results = [a["result"] if isinstance(a.get("result"), list) else [] for a in done]
     if match is None:
-        summary.leave_out_image("it is not there", f"{name}: {said}", len(results[0]) if results else 0)
+        summary.leave_out_image("it is not there", f"{name}: {given}", len(results[0]) if results else 0)
         return
     if not results:
-        summary.leave_out_image("its task has no annotation", f"{name}: {said}", 0, match.image)
+        summary.leave_out_image("its task has no annotation", f"{name}: {given}", 0, match.image)
         return
     for other in filter(None, results[1:]):
         summary.objects.add("of another annotation of the same task than the first", name, len(other))
@@ -83,7 +83,7 @@ def _picture(tree: Tree, path: Path, name: str, task: dict[str, Any], summary: S
 
 
 def _image(tree: Tree, path: Path, data: Any) -> tuple[str, Match | None]:
-    """What a task says of its image, and the image."""
+    """Return a task's name for its image, and the image."""
     texts = [value for value in data.values() if isinstance(value, str)] if isinstance(data, dict) else []
     named = [text for text in texts if Path(text.partition("&")[0]).suffix.lower() in IMAGE_SUFFIXES]
     for text in named or texts:
@@ -103,7 +103,7 @@ def _objects(results: list[Any], size: Size, name: str, summary: Summary) -> Ite
         where = f"result[{k}]"
         kind = str(result.get("type")) if isinstance(result, dict) else ""
         if kind in _NO_SHAPE or (kind == "labels" and _shape_of(results, result)):
-            continue  # says something of the image, or the class of the shape with the same id
+            continue  # describes the image, or is the class of the shape with the same id
         try:
             value = result.get("value") if isinstance(result, dict) else None
             if not isinstance(value, dict) or not kind:
@@ -126,7 +126,7 @@ def _shape_of(results: list[Any], result: dict[str, Any]) -> bool:
 
 
 def _label(kind: str, value: dict[str, Any], apart: Any) -> str:
-    """The class, of the shape itself or of the `labels` with its id."""
+    """Return the class, from the shape itself or from the `labels` with its id."""
     found = value.get(kind) or value.get("labels")
     if not found and isinstance(apart, dict) and isinstance(apart.get("value"), dict):
         found = apart["value"].get("labels")
@@ -138,7 +138,7 @@ def _label(kind: str, value: dict[str, Any], apart: Any) -> str:
 
 
 def _shape(where: str, label: str, kind: str, value: dict[str, Any], size: Size) -> Found:
-    """The shape in pixels. Rectangles turn about their upper left corner, clockwise, in pixels and not in percent."""
+    """Convert the shape to pixels. Rectangles rotate clockwise about their upper left corner, in pixel space."""
     across, down = size.width / 100, size.height / 100
     if kind == "rectangle":
         x, y, width, height = (number(value.get(key)) for key in ("x", "y", "width", "height"))

@@ -1,7 +1,7 @@
-"""LabelMe JSON: one file an image, beside it or elsewhere below the folder.
+"""LabelMe JSON: one file per image, beside it or elsewhere below the folder.
 
-Shapes with one label and one `group_id` are parts of one object, as in LabelMe's own converter. A rectangle is a box
-and has no mask, alone or among the parts; a circle becomes a polygon; points and lines are no objects.
+Shapes with the same label and `group_id` are parts of one object, as in LabelMe's own converter. A rectangle is a box
+without mask, alone or as a part; a circle becomes a polygon; points and lines are not objects.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ def is_labelme(content: Any) -> bool:
 
 
 def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
-    """The pictures of every LabelMe file below the tree's root."""
+    """Yield the pictures of every LabelMe file below the tree's root."""
     for path, content in summary.readable(tree.with_suffix(*SUFFIXES), read_json):
         name = tree.name(path)
         if not is_labelme(content):
             summary.notes.add("a JSON file without 'shapes' and 'imagePath' is not LabelMe's", name)
             continue
-        said = content["imagePath"] if isinstance(content["imagePath"], str) else ""
-        match = tree.find(said, path.parent)
+        given = content["imagePath"] if isinstance(content["imagePath"], str) else ""
+        match = tree.find(given, path.parent)
         if match is None and (alike := tree.find_stem(path.stem, path.parent)):
             match = alike.as_second()
         if match is None:
             inside = ", only inside the JSON (imageData)" if content.get("imageData") else ""
-            summary.leave_out_image(f"it is not there{inside}", f"{name}: imagePath {said!r}", len(content["shapes"]))
+            summary.leave_out_image(f"it is not there{inside}", f"{name}: imagePath {given!r}", len(content["shapes"]))
             continue
         size = tree.size(match.image)
         objects = [] if size is None else list(_objects(content["shapes"], size, name, summary))
@@ -88,7 +88,7 @@ def _objects(shapes: list[Any], size: Size, name: str, summary: Summary) -> Iter
 
 
 def _joined(parts: list[Found], name: str, summary: Summary) -> Found:
-    """The parts of one object as one: the outlines together, or, where a part has none, the box around all alone."""
+    """Join the parts of one object: their outlines, or, if a part has none, the box around all."""
     x0, y0, x1, y1 = zip(*(part.box for part in parts))
     box: Box = min(x0), min(y0), max(x1), max(y1)
     first = parts[0]
@@ -130,9 +130,9 @@ def _points(points: Any, least: int) -> list[float]:
 
 
 def _decoded(text: Any) -> np.ndarray:
-    """(h, w) bool of a PNG in base64."""
+    """Decode a base64 PNG to (h, w) bool."""
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True))) as image:
             return np.asarray(image.convert("L")) > 0
-    except Exception:  # hostile bytes make PIL's parsers raise nearly anything
+    except Exception:  # PIL's parsers raise various exceptions on hostile bytes
         raise BadShape("its mask is no PNG in base64") from None

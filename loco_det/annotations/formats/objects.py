@@ -1,4 +1,4 @@
-"""Objects as annotation files have them, and the arithmetic that makes boxes, polygons and masks of their shapes.
+"""Objects of annotation files, and the conversion of their shapes to boxes, polygons and masks.
 
 Shape legend: H x W the image's size in pixels. Coordinates are pixels from the image's upper left corner, x to the
 right; a polygon is a flat list x0, y0, x1, y1, ...
@@ -15,8 +15,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
-_LARGEST = 1e12  # of a coordinate or an angle: arithmetic on such numbers stays finite
-CURVE_POINTS = 32  # corners of the polygon that stands for a circle or an ellipse
+_LARGEST = 1e12  # limit of coordinates and angles, so that arithmetic stays finite
+CURVE_POINTS = 32  # corners of the polygon for a circle or an ellipse
 
 
 class BadShape(Exception):
@@ -24,7 +24,7 @@ class BadShape(Exception):
 
 
 class Found(NamedTuple):
-    """One object: where it stands in its file, its class, its box and, if it has one, its outline or mask."""
+    """One object: its place in the file, its class, its box and optionally its outline or mask."""
 
     where: str  # "object 3 (cat)"
     label: str
@@ -37,8 +37,8 @@ class Found(NamedTuple):
 class Picture(NamedTuple):
     """One image with its objects.
 
-    `stated` is the (width, height) that its annotation says and its coordinates are in; None where it says none.
-    `claim` says how sure it is that the annotation is of this image, see `files.Match`.
+    `stated` is the annotated (width, height) of its coordinates; None if there is none. `claim` is the confidence that
+    the annotation belongs to this image, see `files.Match`.
     """
 
     image: Path
@@ -50,7 +50,7 @@ class Picture(NamedTuple):
 
 
 def number(value: Any) -> float:
-    """A finite number, from a number or its text."""
+    """Convert a number or its text to a finite number."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise BadShape("a coordinate is missing")
     try:
@@ -65,7 +65,7 @@ def number(value: Any) -> float:
 
 
 def polygon(points: Any) -> list[float]:
-    """The flat polygon of [[x, y], ...], of three points or more."""
+    """Flatten [[x, y], ...] of at least three points."""
     if not isinstance(points, (list, tuple)) or any(
         not isinstance(point, (list, tuple)) or len(point) != 2 for point in points
     ):
@@ -76,14 +76,14 @@ def polygon(points: Any) -> list[float]:
 
 
 def extent(polygons: Sequence[list[float]]) -> Box:
-    """The smallest upright box around polygons."""
+    """Return the smallest upright box around polygons."""
     x = [value for each in polygons for value in each[::2]]
     y = [value for each in polygons for value in each[1::2]]
     return min(x), min(y), max(x), max(y)
 
 
 def ellipse(cx: float, cy: float, rx: float, ry: float, degrees: float = 0.0) -> list[float]:
-    """A polygon on an ellipse, whose radii are turned clockwise as the image is seen."""
+    """Return a polygon on an ellipse, rotated clockwise as seen in the image."""
     if rx <= 0 or ry <= 0:
         raise BadShape("no area")
     angle = np.linspace(0, 2 * np.pi, CURVE_POINTS, endpoint=False)
@@ -91,7 +91,7 @@ def ellipse(cx: float, cy: float, rx: float, ry: float, degrees: float = 0.0) ->
 
 
 def rectangle(cx: float, cy: float, width: float, height: float, radians: float) -> list[float]:
-    """The corners of a rectangle, turned clockwise about its centre."""
+    """Return the corners of a rectangle, rotated clockwise about its centre."""
     if width <= 0 or height <= 0:
         raise BadShape("no area")
     x, y = np.array([-1, 1, 1, -1]) * width / 2, np.array([-1, -1, 1, 1]) * height / 2
@@ -104,7 +104,7 @@ def _turned(x: np.ndarray, y: np.ndarray, cx: float, cy: float, radians: float) 
 
 
 def area(polygons: Sequence[list[float]]) -> float:
-    """Of outlines that do not overlap, in square pixels, by their corners (the shoelace formula)."""
+    """Return the area of non-overlapping outlines, in square pixels (shoelace formula)."""
     total = 0.0
     for each in polygons:
         x, y = np.array(each[::2]), np.array(each[1::2])
@@ -113,26 +113,22 @@ def area(polygons: Sequence[list[float]]) -> float:
 
 
 def encoded(mask: np.ndarray) -> dict[str, Any]:
-    """An (H, W) bool mask as compressed RLE for JSON."""
+    """Encode an (H, W) bool mask as compressed RLE for JSON."""
     rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
 def mask_box(rle: dict[str, Any]) -> Box:
-    """Around the pixels of a mask; without area where there are none."""
-    x, y, width, height = coco_mask.toBbox({**rle, "counts": rle["counts"].encode()}).tolist()
+    """Return the box around a mask's pixels; without area if there are none."""
+    x, y, width, height = coco_mask.toBbox(rle).tolist()
     return x, y, x + width, y + height
 
 
-def mask_area(rle: dict[str, Any]) -> float:
-    return float(coco_mask.area({**rle, "counts": rle["counts"].encode()}))
-
-
 def pasted(part: np.ndarray, x: int, y: int, width: int, height: int) -> dict[str, Any]:
-    """RLE of an image of `width` x `height` pixels on which a (h, w) bool mask lies with its corner at x, y.
+    """Paste a (h, w) bool mask at x, y into an image of `width` x `height` pixels and encode it as RLE.
 
     Raises:
-        BadShape: nothing of it is inside.
+        BadShape: entirely outside.
     """
     h, w = part.shape
     left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)

@@ -1,9 +1,9 @@
-"""Instance masks as pictures: one an image, whose values number the objects; 0 is background. One class, "object".
+"""Instance masks as images, one per image; pixel values number the objects, 0 is background. One class, "object".
 
     images/NAME.jpg, masks/NAME.png        or NAME_mask.png, NAME_masks.png, NAME_instances.png, NAME_label.png; the
                                            folder of masks is any whose name ends in mask or masks (PedMasks)
 
-Pixels are numbers of 1, 8, 16 or 32 bits, or places in a palette; colours mean nothing here.
+Pixels are numbers of 1, 8, 16 or 32 bits, or palette indices; colours have no meaning.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _ENDING = re.compile(r"[_-](masks?|instances?|labels?)$", re.IGNORECASE)
 
 
 def is_mask(path: Path, root: Path) -> bool:
-    """Whether a file is a mask by its suffix and by a folder around it, below `root`."""
+    """Whether a file is a mask, by its suffix and the name of a parent folder below `root`."""
     if path.suffix.lower() not in SUFFIXES or root not in path.parents:
         return False
     return any(_FOLDER.fullmatch(part) for part in path.parent.relative_to(root).parts)
 
 
 def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
-    """The pictures of every mask below the tree's root."""
+    """Yield the pictures of every mask below the tree's root."""
     masks = [path for path in tree.files if is_mask(path, tree.root)]
     images: dict[str, list[Path]] = {}
     for image in tree.images():
@@ -58,12 +58,12 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
 
 
 def _values(path: Path) -> np.ndarray:
-    """(H, W) integers."""
+    """Read (H, W) integers."""
     try:
         with Image.open(path) as image:
             check_pixels(*image.size, "it")
             values = np.array(image)
-    except Exception as error:  # hostile bytes make PIL's parsers raise nearly anything
+    except Exception as error:  # PIL's parsers raise various exceptions on hostile bytes
         raise Unreadable(f"it cannot be decoded ({error})") from None
     if values.ndim != 2 or values.dtype.kind not in "bui":
         raise Unreadable(f"it has pixels of {values.dtype} and shape {values.shape}, not a number each")

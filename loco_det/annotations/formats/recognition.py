@@ -1,7 +1,7 @@
-"""Which format a folder or a file has, told from the first bytes of its files.
+"""Recognises the format of a folder or file by the first bytes of its files.
 
-A COCO file may have gigabytes, so nothing is parsed here but the keys at the beginning, down to those of the first
-entry of a list or mapping. Where they say nothing, the names of all keys are read.
+COCO files may have gigabytes, so only the keys at the beginning are parsed, down to those of the first entry of a list
+or mapping. If they are inconclusive, the names of all keys are read.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from loco_det.annotations.formats.files import Tree
 from loco_det.core.errors import UserError
 
 _HEAD = 1 << 16  # bytes
-_PEEKED = 100  # JSON files that are opened to tell a folder's format
+_PEEKED = 100  # JSON files that are opened to recognise a folder
 _GZIP = b"\x1f\x8b"
 _TOKEN = re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"(\s*:)?|[\[\]{}]|"', re.DOTALL)
 
 
 def recognise(tree: Tree) -> list[str]:
-    """The formats of `conversion.FORMATS`, or "coco", that a folder or file has; several, or none.
+    """Return the formats of `conversion.FORMATS`, or "coco", that a folder or file may have; several, or none.
 
     Raises:
         UserError: a file cannot be read.
@@ -44,7 +44,7 @@ def recognise(tree: Tree) -> list[str]:
 
 
 def _of_xml(files: list[Path]) -> list[str]:
-    """Of the first file that is of either kind; a damaged one alone is VOC's, whose reader says what is wrong."""
+    """Return the kind of the first valid XML file; if all are damaged VOC, whose reader reports the error."""
     broken = False
     for path in files:
         tag = _root_element(_head(path)[0])
@@ -56,12 +56,12 @@ def _of_xml(files: list[Path]) -> list[str]:
 
 def _root_element(head: bytes) -> str | None:
     if b"<!ENTITY" in head.replace(b"\0", b""):
-        return None  # never expanded, see `files.read_xml`
+        return None  # entities are never expanded, see `files.read_xml`
     parser = ElementTree.XMLPullParser(["start"])
     try:
         parser.feed(head)
         return next((element.tag for _, element in parser.read_events()), None)
-    except (ElementTree.ParseError, ValueError, LookupError):  # the latter two of encodings
+    except (ElementTree.ParseError, ValueError, LookupError):  # the latter two for encodings
         return None
 
 
@@ -69,7 +69,7 @@ def _root_element(head: bytes) -> str | None:
 
 
 class _Keys(NamedTuple):
-    """Of a list or mapping its own keys, and those of its first entry; `all` if these are all of its own."""
+    """The keys of a list or mapping, and those of its first entry; `all` if the first set is complete."""
 
     own: set[str]
     first: set[str]
@@ -77,7 +77,7 @@ class _Keys(NamedTuple):
 
 
 def json_format(path: Path) -> str | None:
-    """A format of `conversion.FORMATS`, "coco", or None for JSON that is neither and for what is no JSON.
+    """Return a format of `conversion.FORMATS`, "coco", or None for other JSON and for invalid JSON.
 
     Raises:
         UserError: the file cannot be read.
@@ -100,7 +100,7 @@ def _format(opening: str, keys: _Keys) -> str | None:
     own, first = keys.own, keys.first
 
     def has(found: set[str], *names: str) -> bool:
-        """All of them, or, where not all keys are known, one."""
+        """Whether all names were found, or one if not all keys are known."""
         return set(names) <= found or (not keys.all and not found.isdisjoint(names))
 
     if opening == "[":
@@ -133,7 +133,7 @@ def _keys(text: str, whole: bool) -> _Keys:
 
 
 def _head(path: Path) -> tuple[bytes, bool]:
-    """The first bytes of a file, unpacked if it is compressed by gzip; and whether they are all."""
+    """Return the first bytes of a file, decompressed if it is gzip; and whether they are all."""
     try:
         if not path.is_file():
             raise OSError(errno.EINVAL, "is no regular file")

@@ -1,4 +1,4 @@
-"""What came over from somebody's data set and what did not, by reason, with counts and the first few places."""
+"""Counts what was and was not converted from a data set, by reason, with the first few places."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Content = TypeVar("Content")
 
 
 def printable(text: str) -> str:
-    """Text with what no UTF-8 can hold, such as a file name's odd bytes, as escapes."""
+    """Escape characters that UTF-8 cannot represent, such as invalid bytes of a file name."""
     return text.encode(errors="backslashreplace").decode()
 
 
 @dataclass
 class Reasons:
-    """Reasons in the order in which they came up, each with a count and its first places."""
+    """Reasons in order of appearance, each with a count and its first places."""
 
     found: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
 
@@ -41,11 +41,11 @@ class Summary:
     """Filled by a reader and by the conversion.
 
     Attributes:
-        classes: declared by the source, in its order; a reader leaves it empty where a class is what an object says.
-        objects, images: left out, by reason.
-        notes: what came over otherwise than it was drawn, or is worth knowing.
-        broken: files that cannot be read, each with the reason.
-        seen: images that are accounted for.
+        classes: declared by the source, in order; empty if classes are defined by the objects.
+        objects, images: skipped, by reason.
+        notes: objects converted to another shape, and remarks.
+        broken: unreadable files, each with the reason.
+        seen: images that are already counted.
     """
 
     classes: list[str] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Summary:
     seen: set[Path] = field(default_factory=set)
 
     def leave_out_image(self, reason: str, where: str, objects: int, image: Path | None = None) -> None:
-        """Count an image and the objects that its annotation has."""
+        """Count a skipped image and its annotated objects."""
         self.images.add(reason, where)
         if objects:
             self.objects.add("its image is left out", where, objects)
@@ -64,7 +64,7 @@ class Summary:
             self.seen.add(image)
 
     def readable(self, paths: Iterable[Path], read: Callable[[Path], Content]) -> Iterator[tuple[Path, Content]]:
-        """Each file with what `read` makes of it; those that it cannot read are counted as broken."""
+        """Yield each file with its content by `read`; unreadable ones are counted as broken."""
         for path in paths:
             try:
                 content = read(path)
@@ -74,7 +74,7 @@ class Summary:
             yield path, content
 
     def documents(self, tree: Tree, paths: Iterable[Path], tag: str) -> Iterator[tuple[Path, ElementTree.Element]]:
-        """Each XML file whose root element is <tag>, with that element; others are noted."""
+        """Yield each XML file whose root element is <tag>, with that element; others are noted."""
         for path, root in self.readable(paths, read_xml):
             if root.tag == tag:
                 yield path, root
@@ -82,7 +82,7 @@ class Summary:
                 self.notes.add(f"an XML file whose root element is <{root.tag}>, not <{tag}>", tree.name(path))
 
     def refuse_broken(self, what: str) -> None:
-        """A damaged file means a damaged copy, and an AP on what is left of it would not say so."""
+        """Raise UserError if a file is damaged: an AP on the remaining files would hide it."""
         if self.broken:
             (name, reason), others = self.broken[0], len(self.broken) - 1
             more = f" ({others} other{'s' * (others != 1)} likewise)" if others else ""
@@ -92,7 +92,7 @@ class Summary:
 
 
 def lines(summary: dict[str, Any]) -> list[str]:
-    """The parts of a summary (as `conversion` writes it) that need attention, a line each."""
+    """Return the parts of a summary (as written by `conversion`) that need attention, one per line."""
     found = []
     for key, what in (("images_left_out", "image"), ("objects_left_out", "object")):
         for entry in summary[key]:

@@ -1,8 +1,8 @@
 """VIA (VGG Image Annotator) 1 and 2: a saved project, or its annotations exported as JSON.
 
-The class is the value of one attribute of a region: `class`, `label`, `category`, `name` or `type` where there is one
-of them, else the attribute that most regions have. Regions without any attribute are of one class, "object". Circles
-and ellipses become polygons; points and lines are no objects.
+The class is the value of one region attribute: `class`, `label`, `category`, `name` or `type` if present, else the most
+frequent attribute. If regions have no attributes, the class is "object". Circles and ellipses become polygons; points
+and lines are not objects.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CLASS_ATTRIBUTES = ("class", "label", "category", "name", "type")
 
 
 def is_via(content: Any) -> bool:
-    """Whether JSON is VIA's, of a project or of an export."""
+    """Whether JSON is VIA's, a project or an export."""
     if not isinstance(content, dict):
         return False
     if isinstance(content.get("_via_img_metadata"), dict):
@@ -43,7 +43,7 @@ def is_via(content: Any) -> bool:
 
 
 def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
-    """The pictures of every VIA file below the tree's root."""
+    """Yield the pictures of every VIA file below the tree's root."""
     contents = []
     for path, content in summary.readable(tree.with_suffix(*SUFFIXES), read_json):
         if is_via(content):
@@ -53,9 +53,9 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
     attribute = _class_attribute([entry for _, entries in contents for entry in entries], summary)
     for path, entries in contents:
         for entry in entries:
-            said = entry.get("filename") if isinstance(entry, dict) else None
-            name = f"{tree.name(path)}: {said}"
-            match = tree.find(said, path.parent) if isinstance(said, str) else None
+            given = entry.get("filename") if isinstance(entry, dict) else None
+            name = f"{tree.name(path)}: {given}"
+            match = tree.find(given, path.parent) if isinstance(given, str) else None
             if match is None:
                 summary.leave_out_image("it is not there", name, len(_regions(entry)))
                 continue
@@ -71,7 +71,7 @@ def _regions(entry: Any) -> list[Any]:
 
 
 def _class_attribute(entries: list[Any], summary: Summary) -> str | None:
-    """The attribute whose value is the class; None where no region has any."""
+    """Return the attribute whose value is the class; None if no region has any."""
     counts = Counter(
         key
         for entry in entries
@@ -113,7 +113,7 @@ def _label(attributes: Any, attribute: str | None) -> str:
     if attribute is None:
         return ONE_CLASS
     value = attributes.get(attribute) if isinstance(attributes, dict) else None
-    if isinstance(value, dict):  # of a checkbox, {"cat": true}
+    if isinstance(value, dict):  # a checkbox: {"cat": true}
         chosen = [key for key, ticked in value.items() if ticked]
         if len(chosen) > 1:
             raise BadShape(f"several classes are ticked in '{attribute}'")

@@ -1,12 +1,13 @@
-"""Pascal VOC XML of anybody's classes: one file an image, by labelImg, roLabelImg, Roboflow, CVAT and others.
+"""Pascal VOC XML with any classes: one file per image, by labelImg, roLabelImg, Roboflow, CVAT and others.
 
     Annotations/NAME.xml, JPEGImages/NAME.jpg            in folders of any name, or side by side
-    ImageSets/Main/SPLIT.txt                             one NAME a line; else folders called train, valid, ... are
-                                                         the splits; else there is one, "all"
+    ImageSets/Main/SPLIT.txt                             one NAME per line; without them folders called train, valid,
+    ...
+                                                         are the splits; else there is one, "all"
 
-The image is the one called as the XML file, as in Detectron2, and only where there is none the one in <filename>.
-Boxes are as Detectron2 reads VOC (data/datasets/pascal_voc.py): pixels count from 1 and both ends are inside, so
-xmin 1, xmax 3 is three pixels wide and becomes x 0, width 3. A polygon's points are moved by the same one pixel.
+The image is the one named like the XML file, as in Detectron2, or if there is none, that of <filename>. Boxes follow
+Detectron2's VOC reader (data/datasets/pascal_voc.py): pixels count from 1 and both ends are inside, so xmin 1, xmax 3
+is three pixels wide and becomes x 0, width 3. A polygon's points are shifted by the same pixel.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ _KNOWN = {*_SHAPES, "name", "pose", "truncated", "difficult", "occluded", "type"
 
 
 def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
-    """The pictures of every XML file below the tree's root."""
+    """Yield the pictures of every XML file below the tree's root."""
     files = tree.with_suffix(*SUFFIXES)
     splits = _listed_splits(tree, files, summary)
     for path, root in summary.documents(tree, files, ROOT_ELEMENT):
         name = tree.name(path)
-        said, count = root.findtext("filename") or "", len(root.findall("object"))
+        given, count = root.findtext("filename") or "", len(root.findall("object"))
         match = tree.find_stem(path.stem, path.parent)
-        if match is None and (named := tree.find(said, path.parent)):
+        if match is None and (named := tree.find(given, path.parent)):
             match = named.as_second()
         if match is None:
-            summary.leave_out_image("it is not there", f"{name}: <filename> {said!r}", count)
+            summary.leave_out_image("it is not there", f"{name}: <filename> {given!r}", count)
         elif splits and path.stem not in splits:
             summary.leave_out_image("it is in no list of ImageSets/Main", name, count, match.image)
         else:
@@ -48,7 +49,7 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
 
 
 def _listed_splits(tree: Tree, files: list[Path], summary: Summary) -> dict[str, tuple[str, ...]]:
-    """{name of an image: the lists of ImageSets/Main that have it}; empty where there are no such lists."""
+    """Return {image name: its lists in ImageSets/Main}; empty without such lists."""
     splits: dict[str, list[str]] = {}
     known = {path.stem for path in files}
     for path in tree.files:
@@ -72,7 +73,7 @@ def _listed_splits(tree: Tree, files: list[Path], summary: Summary) -> dict[str,
 
 
 def _size(root: ElementTree.Element, name: str, summary: Summary) -> tuple[int, int] | None:
-    """(width, height) of <size>; None where it is absent, empty or zero, as some tools leave it."""
+    """Return (width, height) of <size>; None if it is missing, empty or zero, as some tools write it."""
     try:
         width, height = (int(number(root.findtext(f"size/{side}"))) for side in ("width", "height"))
     except BadShape:
@@ -112,7 +113,7 @@ def _flag(item: ElementTree.Element, where: str, summary: Summary) -> bool:
 
 
 def _shape(item: ElementTree.Element) -> tuple[Box, tuple[list[float], ...]]:
-    """The box, x0, y0, x1, y1 in pixels from 0, and the outlines of an <object>."""
+    """Return the box x0, y0, x1, y1 in pixels from 0, and the outlines of an <object>."""
     outline = item.find("polygon")
     outlines = () if outline is None else (_outline(outline),)
     if item.find("bndbox") is not None:
@@ -132,7 +133,7 @@ def _from_one(xmin: float, ymin: float, xmax: float, ymax: float) -> Box:
 
 
 def _outline(element: ElementTree.Element) -> list[float]:
-    """<x1>, <y1>, <x2>, ... (Roboflow), or <pt> or <point> with <x> and <y>."""
+    """Read <x1>, <y1>, <x2>, ... (Roboflow), or <pt> or <point> with <x> and <y>."""
     points = [[pt.findtext("x"), pt.findtext("y")] for pt in element if pt.tag in ("pt", "point")]
     if not points:
         count = sum(re.fullmatch(r"x\d+", child.tag) is not None for child in element)

@@ -4,7 +4,7 @@
     images/.../NAME.jpg -> labels/.../NAME.txt      the last /images/ of the path becomes /labels/; else side by side
     a line: CLASS cx cy w h                         or CLASS x y x y x y ...; shares of the image's width and height
 
-A folder with classes.txt (labelImg, Label Studio) in place of data.yaml is read too; its folders are the splits. An
+A folder with classes.txt (labelImg, Label Studio) instead of data.yaml is read, too; its folders are the splits. An
 image without a text file has no objects, as in training with YOLO.
 """
 
@@ -22,17 +22,18 @@ from loco_det.annotations.formats.files import Tree, Unreadable, path_parts, rea
 from loco_det.annotations.formats.objects import BadShape, Found, Picture, extent, number, polygon
 from loco_det.annotations.formats.splits import split_of_folder
 from loco_det.annotations.formats.summary import Summary, printable
+from loco_det.core.config import MAX_BYTES
 from loco_det.core.errors import UserError
 
 SUFFIXES = (".yaml", ".yml")
 CLASS_LISTS = ("classes.txt", "obj.names")
 _SPLITS = ("train", "val", "valid", "test")
 _ROOTED = re.compile(r"[/\\]|[A-Za-z]:")
-_BEYOND = 0.01  # of the image's side that a coordinate may lie outside 0 to 1
+_BEYOND = 0.01  # tolerance of coordinates outside 0 to 1, as a share of the image's side
 
 
 def find_settings(tree: Tree) -> Path | None:
-    """The data.yaml, or another YAML file at the top with `names`, or a list of classes; None where there is none."""
+    """Find data.yaml, another top-level YAML file with `names`, or a list of classes; None if there is none."""
     if tree.source != tree.root:
         return tree.source
     at_top = sorted(path for path in tree.with_suffix(*SUFFIXES) if path.parent == tree.root)
@@ -42,12 +43,12 @@ def find_settings(tree: Tree) -> Path | None:
                 return path
         except Unreadable:
             if path.stem == "data":
-                return path  # whose error is told when it is read
+                return path  # reading it reports the error
     return next((path for path in tree.files if path.name in CLASS_LISTS), None)
 
 
 def add_folders(tree: Tree) -> None:
-    """Walk the folders outside the source that its data.yaml names too, so that `tree` has all that is read."""
+    """Walk folders outside the source that its data.yaml names, so that `tree` has all files that are read."""
     path = find_settings(tree)
     if path is None or path.suffix.lower() not in SUFFIXES:
         return
@@ -55,7 +56,7 @@ def add_folders(tree: Tree) -> None:
         settings = _read_settings(path)
         _check_paths(settings)
     except Unreadable:
-        return  # which is told when it is read
+        return  # reported on reading
     root = _root(path, settings)
     tree.add(root)
     for _, entry in _entries(settings):
@@ -68,10 +69,10 @@ def add_folders(tree: Tree) -> None:
 
 
 def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
-    """The pictures of every split; `summary.classes` becomes the declared names.
+    """Yield the pictures of every split; sets `summary.classes` to the declared names.
 
     Raises:
-        UserError: data.yaml is unreadable, or no split or no text file is there.
+        UserError: data.yaml is unreadable, or there is no split or no text file.
     """
     path = find_settings(tree)
     if path is None:
@@ -85,7 +86,7 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
         else:
             settings = _read_settings(path)
             _check_paths(settings)
-            summary.classes = _names(path, settings)
+            summary.classes = _names(settings)
             keypoints = "kpt_shape" in settings
             images = _images(tree, path, settings, summary)
     except Unreadable as error:
@@ -109,9 +110,12 @@ def read(tree: Tree, summary: Summary) -> Iterator[Picture]:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """Keys with text, a list of texts or, of `names`, {text: text}; nothing in the file is constructed."""
+    """Return keys with text, a list of texts or, for `names`, {text: text}; constructs nothing in the file."""
     try:
-        root = yaml.compose(read_text(path), Loader=yaml.SafeLoader)
+        text = read_text(path)
+        if len(text) > MAX_BYTES:
+            raise Unreadable(f"it has more than {MAX_BYTES >> 20} MB")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise Unreadable(" ".join(str(error).split())) from None
     except RecursionError:
@@ -148,8 +152,8 @@ def _plain(node: yaml.Node) -> Any:
     return {key: value.value if isinstance(value, yaml.ScalarNode) else None for key, value in _pairs(node).items()}
 
 
-def _names(path: Path, settings: dict[str, Any]) -> list[str]:
-    """The class names by number."""
+def _names(settings: dict[str, Any]) -> list[str]:
+    """Return the class names by number."""
     names = settings.get("names")
     if isinstance(names, dict):
         try:
@@ -170,7 +174,7 @@ def _names(path: Path, settings: dict[str, Any]) -> list[str]:
 
 
 def _listed_names(path: Path) -> list[str]:
-    """The class names by number, a line each."""
+    """Return the class names by number, one per line."""
     names = [line.strip() for line in read_text(path).rstrip().splitlines()]
     if not all(names):
         raise Unreadable(f"line {names.index('') + 1} is empty, so that the numbers of the classes below are not clear")
@@ -178,7 +182,7 @@ def _listed_names(path: Path) -> list[str]:
 
 
 def _distinct(names: list[str]) -> list[str]:
-    """As they are; two classes of one name would become one."""
+    """Return distinct names unchanged; two classes of one name would be merged."""
     first: dict[str, int] = {}
     for k, name in enumerate(names):
         if printable(name) != name:
@@ -189,7 +193,7 @@ def _distinct(names: list[str]) -> list[str]:
 
 
 def _root(path: Path, settings: dict[str, Any]) -> Path:
-    """The folder that splits are relative to: 'path', or that of the YAML file where 'path' is not here."""
+    """Return the root folder of splits: 'path', or the YAML file's folder if 'path' does not exist."""
     root = _below(path.parent, settings.get("path") or "")
     return root if os.path.isdir(root) else path.parent
 
@@ -199,17 +203,17 @@ def _below(folder: Path, path: str) -> Path:
 
 
 def _entries(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(split, folder or list) for all that the splits name."""
+    """Yield (split, folder or list) for all entries of the splits."""
     for split in _SPLITS:
         value = settings.get(split)
         yield from ((split, entry) for entry in (value if isinstance(value, list) else [value]) if entry)
 
 
 def _place(root: Path, entry: str) -> Path:
-    """Where a split's folder or list is, also if it is written for another machine.
+    """Return the path of a split's folder or list, also if written on another machine.
 
-    Roboflow's ../ means beside the YAML file. Of a path from a machine's root or drive the longest end of two parts or
-    more that is there counts: its last part alone could be that of another split.
+    Roboflow's ../ means beside the YAML file. Of an absolute path the longest existing end of at least two parts is
+    used: its last part alone could be another split's.
     """
     place = _below(root, entry)
     if os.path.exists(place):
@@ -228,9 +232,9 @@ def _is_list(place: Path) -> bool:
 
 
 def _images(tree: Tree, path: Path, settings: dict[str, Any], summary: Summary) -> dict[Path, tuple[str, ...]]:
-    """{image: its splits} in order."""
+    """Return {image: its splits} in order."""
     root, given = _root(path, settings), settings.get("path")
-    if given and not os.path.isdir(_below(path.parent, given)):  # os.path, which takes names that no file can have
+    if given and not os.path.isdir(_below(path.parent, given)):  # os.path also accepts names that are too long
         summary.notes.add("'path' is not a folder here: taken as that of the YAML file", f"{path.name}: {given}")
     found: dict[Path, tuple[str, ...]] = {}
     for split, entry in _entries(settings):
@@ -244,7 +248,7 @@ def _images(tree: Tree, path: Path, settings: dict[str, Any], summary: Summary) 
 
 
 def _entry(tree: Tree, root: Path, split: str, entry: str, summary: Summary) -> Iterator[Path]:
-    """The images of one folder or list that a split names."""
+    """Yield the images of one folder or list of a split."""
     place = _place(root, entry)
     if os.path.isdir(place):
         yield from tree.images(place)
@@ -274,7 +278,7 @@ def _labels_of(image: Path) -> Path:
 def _objects(tree: Tree, image: Path, labels: Path, keypoints: bool, summary: Summary) -> Iterator[Found]:
     size = tree.size(image)
     if size is None:
-        return  # the image is left out, and said to be unreadable
+        return  # the unreadable image is skipped and counted elsewhere
     try:
         lines = read_text(labels).splitlines()
     except Unreadable as error:

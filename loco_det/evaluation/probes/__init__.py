@@ -1,1 +1,1 @@
-"""Probes: what a backbone's frozen features are worth, stage by stage, on labelled images."""
+"""Probes: how well a backbone's frozen features classify labelled images, stage by stage."""

@@ -1,10 +1,10 @@
-"""What `BACKBONE` on the command line may be, made into one thing: a module that gives every stage's output.
+"""Loads any `BACKBONE` of the command line as a module that returns every stage's output.
 
 | BACKBONE | |
 |---|---|
 | a file | anything that `loco-det convert` reads, and all of our own backbones |
 | `timm:NAME` | timm's model with its pretrained weights, from the local cache or the hub |
-| `random:resnet50`, `random:presnet50-cifar` | our network untrained, BatchNorm measured on training images |
+| `random:resnet50`, `random:presnet50-cifar` | our untrained network, BatchNorm measured on training images |
 | `random:timm:NAME` | timm's model untrained; BatchNorm likewise |
 
 Shape legend: B images of S x S pixels; a stage's output is (B, C, H, W).
@@ -33,16 +33,16 @@ _BY_STRIDE = {2: "stem", 4: "res2", 8: "res3", 16: "res4", 32: "res5"}
 
 @dataclass
 class Backbone:
-    """A backbone and the pixels that it expects.
+    """A backbone and its input format.
 
     Attributes:
         name: as the user gave it.
         model: (B, 3, S, S) float32 -> {stage: (B, C, H, W)}, in the order of the stages.
         channels: C of every stage.
         order, mean, std: RGB or BGR; 0-255 units in that order.
-        image_size: the S to use where the user gives none.
-        untrained: its BatchNorm statistics are to be measured.
-        facts: what is known of it, for the record.
+        image_size: the default S.
+        untrained: its BatchNorm statistics have to be measured.
+        facts: its description in the JSON record.
     """
 
     name: str
@@ -56,22 +56,22 @@ class Backbone:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def input(self, images: Tensor, device: torch.device) -> Tensor:
-        """(B, 3, S, S) uint8 RGB -> what the model sees, on the device."""
+        """Convert (B, 3, S, S) uint8 RGB to the model's input, on the device."""
         images = images.to(device, non_blocking=True)
         return normalise(images.flip(1) if self.order == "BGR" else images, self.mean, self.std)
 
     def measure(self, batches: Iterable[Tensor]) -> None:
-        """BatchNorm statistics of an untrained model from `batches` of `input`."""
+        """Measure an untrained model's BatchNorm statistics on `batches` of `input`."""
         measure_batchnorm(self.model, batches)
         self.model.eval()
 
     def weights_hash(self) -> str:
-        """sha256 over all tensors."""
+        """Return the sha256 over all tensors."""
         return tensors_hash(self.model.state_dict().items())
 
 
 class _TimmStages(nn.Module):
-    """timm's features_only model, its maps by the names of the stages and channels first."""
+    """timm's features_only model, with maps by stage name and channels first."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _TimmStages(nn.Module):
         info = model.feature_info
         strides, names = info.reduction(), info.module_name()
         by_stride = len(set(strides)) == len(strides) and set(strides) <= set(_BY_STRIDE)
-        # Plain transformers have one stride throughout: theirs go by timm's names.
+        # Plain transformers have a single stride: use timm's names.
         self.stage_names = [_BY_STRIDE[s] for s in strides] if by_stride else list(names)
         self.channels = dict(zip(self.stage_names, info.channels()))
         self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
@@ -99,15 +99,15 @@ def load_backbone_for_probe(
     branch: str | None = None,
     stated: Stated | None = None,
 ) -> Backbone:
-    """The backbone that the user names, in eval mode on the CPU; see the module's table.
+    """Load the backbone `name`, in eval mode on the CPU; see the module's table.
 
     Args:
-        seed: of the weights of an untrained one.
-        image_size: the side that the images will have, which some of timm's models must be built for.
-        branch, stated: of a file, as `convert`'s.
+        seed: seed of an untrained model's weights.
+        image_size: side of the images; some of timm's models are built for a fixed one.
+        branch, stated: options of a file, as for `convert`.
 
     Raises:
-        UserError: no such file or model, or its weights cannot be had.
+        UserError: no such file or model, or its weights are unavailable.
     """
     kind, _, rest = name.partition(":")
     if kind not in ("random", "timm") and kind != name and not re.search(r"[\\/.]", kind):
@@ -145,7 +145,7 @@ _STEMS = {"": "imagenet", "-cifar": "cifar"}
 
 
 def _timm(name: str, rest: str, *, pretrained: bool, image_size: int | None) -> Backbone:
-    import timm  # seconds, and only where it is asked for
+    import timm  # takes seconds, so only if needed
     from timm.data import resolve_model_data_config
 
     if not timm.is_model(rest):
@@ -154,7 +154,7 @@ def _timm(name: str, rest: str, *, pretrained: bool, image_size: int | None) -> 
     sized = {"img_size": image_size} if image_size and _takes_size(rest) else {}
     try:
         model = timm.create_model(rest, pretrained=pretrained, features_only=True, **sized)
-    except Exception as error:  # hub libraries raise nearly anything when offline
+    except Exception as error:  # hub libraries raise various exceptions offline
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         remedy = (
             f"connect to the hub once (weights are then in its cache), or give the weights as a file, or use "
@@ -172,7 +172,7 @@ def _timm(name: str, rest: str, *, pretrained: bool, image_size: int | None) -> 
 
 
 def _takes_size(model: str) -> bool:
-    """Whether timm's model has a fixed grid of patches, which must fit the images."""
+    """Whether timm's model has a fixed grid of patches for one image size."""
     import timm
 
     fixed = timm.get_pretrained_cfg(model, allow_unregistered=True)
@@ -180,10 +180,10 @@ def _takes_size(model: str) -> bool:
 
 
 def choose_stages(backbone: Backbone, wanted: list[str] | None) -> list[str]:
-    """The stages to probe, in the backbone's order; by default all.
+    """Return the stages to probe, in the backbone's order; all by default.
 
     Raises:
-        UserError: one that this backbone does not have.
+        UserError: a stage that this backbone lacks.
     """
     there = list(backbone.channels)
     unknown = [stage for stage in wanted or [] if stage not in there]

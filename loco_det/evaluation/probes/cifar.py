@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as they are downloaded, the "python" and the "binary" version; nothing is unpickled.
+"""Reads CIFAR-10 and CIFAR-100 as downloaded, the "python" and the "binary" version, without unpickling.
 
 Layouts: https://www.cs.toronto.edu/~kriz/cifar.html. A row is 3072 bytes, the red, green and blue plane of 32 x 32
 pixels; in the binary version one label byte stands before it, or two (coarse, fine) in CIFAR-100.
@@ -17,7 +17,7 @@ from loco_det.core.files import read_regular
 from loco_det.images.source import Source
 
 _TEN = [f"data_batch_{i}" for i in range(1, 6)]
-# folder: {split: files}, the file of class names and the key in it, label key or label bytes before a row
+# folder: {split: files}, file of class names and its key, key of labels or label bytes before a row
 _PYTHON = {
     "cifar-10-batches-py": ({"train": _TEN, "test": ["test_batch"]}, ("batches.meta", "label_names"), "labels"),
     "cifar-100-python": ({"train": ["train"], "test": ["test"]}, ("meta", "fine_label_names"), "fine_labels"),
@@ -35,7 +35,7 @@ _HEADER = b"P6 32 32 255\n"
 
 
 class CifarSource(Source):
-    """Images out of arrays; `read` gives each as a PPM, which any decoder reads back to the same pixels."""
+    """Images in arrays; `read` returns each as a PPM, which any decoder reads losslessly."""
 
     def __init__(self, root: Path, split: str, pixels: np.ndarray, labels: list[str]) -> None:
         super().__init__(str(root), [f"{split}-{i:05d}" for i in range(len(labels))], labels)
@@ -47,15 +47,15 @@ class CifarSource(Source):
 
 
 def is_cifar(path: str) -> bool:
-    """Whether `path` is one of the folders that a download of CIFAR unpacks to."""
+    """Whether `path` is an unpacked folder of a CIFAR download."""
     return Path(path).is_dir() and Path(path).name in (*_PYTHON, *_BINARY)
 
 
 def open_cifar(path: str, split: str) -> CifarSource:
-    """The "train" or "test" images of a folder that `is_cifar` knows, under the data set's class names.
+    """Open the "train" or "test" images of a CIFAR folder, with the data set's class names.
 
     Raises:
-        UserError: a file is missing, damaged or not what its name says.
+        UserError: a file is missing, damaged or of another format.
     """
     root = Path(path)
     if root.name in _PYTHON:

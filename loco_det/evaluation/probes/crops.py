@@ -1,4 +1,4 @@
-"""Batches of labelled images for training: a random crop (8 to 100 % of the area) and a flip, drawn anew each epoch.
+"""Batches of labelled images for training: a new random crop (8 to 100 % of the area) and flip in each epoch.
 
 Shape legend: B images in a batch, S their side.
 """
@@ -23,20 +23,20 @@ CROP_AND_FLIP = {"JITTER_PROB": 0.0, "GRAY_PROB": 0.0, "BLUR_PROB": 0.0}
 
 
 def steps_an_epoch(count: int, batch: int, drop_last: bool) -> int:
-    """Batches in an epoch of `count` images: without the images that fill none, but never no batch at all."""
+    """Return the batches per epoch of `count` images: `drop_last` drops an incomplete one, but keeps at least one."""
     return max(1, count // batch) if drop_last else -(-count // batch)
 
 
 def crop_batches(
     images: LabelledImages, size: int, *, epochs: int, batch: int, seed: int, drop_last: bool, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every batch of all epochs, each epoch in a new order.
+    """Yield the batches of all epochs, each epoch in a new order.
 
     Args:
         size: S.
-        seed: of the orders, crops and flips; they depend on nothing else, the number of workers least.
-        drop_last: leave out what fills no batch.
-        workers: loading processes.
+        seed: seed of orders, crops and flips, which depend on nothing else, not on the number of workers.
+        drop_last: drop an incomplete last batch.
+        workers: number of data workers.
 
     Returns:
         (B, 3, S, S) uint8 RGB and (B,) int64 labels.
@@ -73,7 +73,7 @@ class _Crops(Dataset):
 
 
 class _Requests:
-    """(epoch, row) of every batch."""
+    """Yields (epoch, row) of every batch."""
 
     def __init__(self, count: int, epochs: int, batch: int, seed: int, drop_last: bool) -> None:
         self.count, self.epochs, self.batch, self.seed = count, epochs, batch, seed

@@ -1,10 +1,10 @@
-"""Frozen features of images: every stage's output, averaged over the image, computed once and kept on disk.
+"""Frozen features of images: every stage's output, averaged over the image, computed once and cached on disk.
 
 Shape legend: N images, C the stage's channels; features are (N, C) float32.
 
-A cache entry is one folder whose name is the sha256 of all that features depend on: the backbone's tensors and what it
-is, the pixels, size and resampling, the images (names, sizes, times of change) and the device's type. It holds one .npy
-a stage and its checksum; a file that does not match is computed again.
+A cache entry is a folder named by the sha256 of everything that features depend on: the backbone's tensors and
+structure, the pixels, size and resampling, the images (names, sizes, modification times) and the device type. It holds
+one .npy per stage and its checksum; a file that fails its checksum is computed again.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from loco_det.images.two_views import build_plain_loader
 
 FORMAT = 1
 POOLING = "global average"
-STATISTICS_IMAGES = 3200  # of the training images, for the BatchNorm statistics of an untrained backbone
+STATISTICS_IMAGES = 3200  # training images used for the BatchNorm statistics of an untrained backbone
 STATISTICS_BATCH = 64
 
 
 class Extractor:
-    """Gives features of images by a backbone, from the cache where it has them.
+    """Computes a backbone's features of images, or reads them from the cache.
 
     Args:
-        size: the side that images are scaled and cropped to, as `build_plain_loader` does.
-        cache: a folder, or None to keep nothing.
+        size: side to which images are scaled and cropped, as in `build_plain_loader`.
+        cache: a folder, or None for no cache.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class Extractor:
         backbone.model.to(device)
 
     def measure(self, images: LabelledImages, seed: int) -> None:
-        """BatchNorm statistics of an untrained backbone from a part of the training images."""
+        """Measure an untrained backbone's BatchNorm statistics on some of the training images."""
         few = images.part(min(1.0, STATISTICS_IMAGES / len(images)), seed)
-        order = np.random.default_rng(seed).permutation(len(few))  # batches of all classes
+        order = np.random.default_rng(seed).permutation(len(few))  # so that batches have all classes
         index = order[: max(1, len(order) // STATISTICS_BATCH) * STATISTICS_BATCH]
         self.backbone.measure(x for x, _ in self.batches(few.take(index), "batch statistics", batch=STATISTICS_BATCH))
 
     def __call__(self, images: LabelledImages, stages: list[str], what: str) -> dict[str, Tensor]:
-        """{stage: (N, C) float32 on the CPU}, in the order of `images`; `what` names them on the progress bar."""
+        """Return {stage: (N, C) float32 on the CPU}, in the order of `images`; `what` is the progress bar's text."""
         if self.cache is None:
             return self._extract(images, stages, what)
         facts = self._facts(images)
@@ -71,8 +71,8 @@ class Extractor:
                 write_json(folder / "facts.json", facts)
                 for stage, features in new.items():
                     _write(folder / f"{stage}.npy", features)
-            except UserError as error:  # no reason to throw away what took hours
-                log.warning("%s; these features are not kept", error)
+            except UserError as error:  # continue without the cache
+                log.warning("%s; these features are not cached", error)
             found.update(new)
         else:
             log.info("%s: features of %d images from the cache", what, len(images))
@@ -80,7 +80,7 @@ class Extractor:
 
     @torch.no_grad()
     def pool(self, x: Tensor, stages: list[str]) -> dict[str, Tensor]:
-        """(B, 3, S, S) float32 as `Backbone.input` gives it -> {stage: (B, C) float32}, in the backbone's mode."""
+        """Pool (B, 3, S, S) float32 of `Backbone.input` to {stage: (B, C) float32}, in the backbone's current mode."""
         outputs = self.backbone.model(x)
         return {stage: outputs[stage].float().mean((2, 3)) for stage in stages}
 
@@ -126,14 +126,14 @@ class Extractor:
 
 
 def _strides(model: torch.nn.Module) -> str:
-    """Strides are no tensors, and MSRA's weights differ from the others in them."""
+    """Describe the strides, which are no tensors; MSRA's weights differ in them."""
     return hashlib.sha256(str(model).encode()).hexdigest()
 
 
 def images_digest(images: LabelledImages) -> str:
-    """sha256 over the images' names, order, sizes in bytes and times of change; of a zip or shards, over theirs.
+    """Hash the images' names, order, byte sizes and modification times by sha256; for a zip or shards, the containers'.
 
-    Contents are not read: what a disk itself changes in a file is not noticed.
+    Contents are not read: changes in them by the disk itself are not noticed.
     """
     digest = hashlib.sha256()
     root = Path(images.source.root)
@@ -165,7 +165,7 @@ def _write(path: Path, features: Tensor) -> None:
 
 
 def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
-    """The features, or None where there are none, or not the ones that were written."""
+    """Read features; None if there are none, or a checksum fails."""
     if not path.exists():
         return None
     try:
@@ -173,7 +173,7 @@ def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
         checksum = json.loads(path.with_suffix(".json").read_text())["sha256"]
         if array.shape == shape and array.dtype == np.float32 and _sha256(array) == checksum:
             return torch.from_numpy(array)
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except Exception:  # hostile bytes make NumPy's reader raise nearly anything
         pass
     log.warning("%s: damaged or not whole, so its features are computed again", path)
     return None

@@ -1,8 +1,8 @@
-"""The semi-supervised probe: the whole backbone and a linear classifier, fine-tuned on 1 % or 10 % of the labels.
+"""The semi-supervised probe: fine-tunes the whole backbone and a linear classifier on 1 % or 10 % of the labels.
 
-Which images keep their label is the rule of `annotations/subsets.py`: the lists are fixed by the seed, hold the same
-share of every class, and the smaller lies within the larger. Training sees a random crop (8 to 100 % of the area) and
-a flip, as in SimCLR (arXiv 2002.05709, section 4.3 and appendix B.5); testing the plain view.
+`annotations/subsets.py` selects the labelled images: the lists are fixed by the seed, have the same share of every
+class, and the smaller is part of the larger. Training uses a random crop (8 to 100 % of the area) and a flip, as in
+SimCLR (arXiv 2002.05709, section 4.3 and appendix B.5); testing the plain view.
 
 Shape legend: B images in a batch, S their side, C classes.
 """
@@ -28,7 +28,7 @@ LARGEST_BATCH, SMALLEST_BATCH, STEPS_AN_EPOCH = 256, 16, 10
 
 @dataclass(frozen=True)
 class FineTuning:
-    """SGD with momentum and a half cosine, one rate for all of it, which counts for batches of 256."""
+    """SGD with momentum and a half cosine; one rate for all parameters, defined for batches of 256."""
 
     rate: float = 0.05
     epochs: int = 60
@@ -39,7 +39,7 @@ class FineTuning:
 
 
 def batch_size(labels: int) -> int:
-    """Images in a batch: 256, or fewer where that would leave less than ten steps an epoch, but not below 16."""
+    """Return the batch size: 256, or less for at least ten steps per epoch, but at least 16."""
     return min(LARGEST_BATCH, max(SMALLEST_BATCH, labels // STEPS_AN_EPOCH))
 
 
@@ -54,10 +54,10 @@ def finetune(
     *,
     workers: int = 0,
 ) -> nn.Module:
-    """A copy of the backbone and a classifier on `stage`, trained; `backbone` stays as it is.
+    """Train a copy of the backbone and a classifier on `stage`; `backbone` is not modified.
 
     Returns:
-        (B, 3, S, S) float32 as `Backbone.input` gives it -> (B, C) scores, in eval mode.
+        A module (B, 3, S, S) float32 of `Backbone.input` -> (B, C) scores, in eval mode.
 
     Raises:
         UserError: an image cannot be read, or the loss is not finite.
@@ -100,12 +100,12 @@ class _Classifier(nn.Module):
 
 @torch.no_grad()
 def predict(model: nn.Module, extractor: Extractor, images: LabelledImages) -> Tensor:
-    """(N, C) scores of `images` on the CPU.
+    """Return (N, C) scores of `images` on the CPU.
 
     Raises:
         UserError: an image cannot be read, or a score is not finite.
     """
     scores = torch.cat([model(x).cpu() for x, _ in extractor.batches(images, "test")])
-    if not scores.isfinite().all():  # the last step's loss is that of the weights before it
+    if not scores.isfinite().all():  # the last step's loss precedes its update
         raise UserError("fine-tuning ended in scores that are not finite; lower --rates")
     return scores

@@ -1,6 +1,6 @@
-"""The labelled images of a probe: which to learn from, which to test on.
+"""The labelled images of a probe, split into training and test images.
 
-| `--data` | learnt from | tested on |
+| `--data` | trained on | tested on |
 |---|---|---|
 | anything with `--val` | all of `--data` | all of `--val` |
 | a folder or zip holding `train` and `val`, `valid`, `validation` or `test` | `train` | the first of those |
@@ -27,11 +27,11 @@ TEST_SHARE = 0.2
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Some images of a source.
+    """A subset of a source's images.
 
     Attributes:
-        index: (n,) int64, which of the source's.
-        labels: (n,) int64, positions in the probe's classes.
+        index: (n,) int64, positions in the source.
+        labels: (n,) int64, indices of the probe's classes.
     """
 
     source: Source
@@ -42,21 +42,21 @@ class LabelledImages:
         return len(self.index)
 
     def names(self) -> list[str]:
-        """CLASS/FILE of every image: what decides which part of a set it falls into, wherever the set lies."""
+        """Return CLASS/FILE of every image, which decides its subsets independently of the set's location."""
         return [f"{self.source.classes[self.source.label(i)]}/{_last(self.source.name(i))}" for i in self.index]
 
     def part(self, share: float, seed: int) -> LabelledImages:
-        """A share of each class, see `loco_det.annotations.subsets`; smaller shares lie within larger ones."""
+        """Return a share of each class, see `loco_det.annotations.subsets`; smaller shares are part of larger ones."""
         return self.take(share_of_each_class(self.labels, self.names(), share, seed))
 
     def take(self, rows: np.ndarray) -> LabelledImages:
-        """The images at `rows` of these."""
+        """Return the images at `rows`."""
         return replace(self, index=self.index[rows], labels=self.labels[rows])
 
 
 @dataclass(frozen=True)
 class ProbeData:
-    """Attributes: `split` says in words where the test images come from."""
+    """Training and test images; `split` describes the origin of the test images."""
 
     classes: list[str]
     train: LabelledImages
@@ -65,15 +65,15 @@ class ProbeData:
 
 
 def open_probe_data(path: str, val: str | None = None, *, limit: int = 0, seed: int = 0) -> ProbeData:
-    """The images at `path`, see the module's table.
+    """Open the images at `path`, see the module's table.
 
     Args:
-        val: where the test images are, if not found beside the others.
-        limit: at most about this many of each split, the same share of every class; 0 for all.
-        seed: of the split and of `limit`.
+        val: path of the test images, if they are not found beside the others.
+        limit: approximate maximum of each split, the same share of every class; 0 for all.
+        seed: seed of the split and of `limit`.
 
     Raises:
-        UserError: nothing there, no labels, one class only, or test images of a class that is not learnt.
+        UserError: nothing found, no labels, a single class, or test images of a class without training images.
     """
     train, test, split = _open_both(path, val)
     if not train.classes:
@@ -123,7 +123,7 @@ def _open_both(path: str, val: str | None) -> tuple[Source, Source | None, str]:
 
 
 def _whole(path: str, option: str) -> Source:
-    """What one of --data and --val names; a folder of two splits would make classes of them."""
+    """Open the images of --data or --val; a folder of two splits would make classes of them."""
     source = _open(path, option)
     splits = {"train", *TEST_FOLDERS} & set(source.classes)
     if "train" in splits and len(splits) > 1:
@@ -135,7 +135,7 @@ def _open(path: str | Path, option: str = "--data") -> Source:
     root = Path(path)
     try:
         source = open_source(path)
-    except UserError as error:  # it speaks of pretraining's keys
+    except UserError as error:  # its message names pretraining's keys
         if root.is_file() and "DATA.FORMAT" in str(error):
             raise UserError(f"{option} {path}: is no .zip, .tar or .txt list; give one of them, or a folder") from error
         raise UserError(str(error).replace("DATA.PATH", option)) from error
@@ -147,7 +147,7 @@ def _open(path: str | Path, option: str = "--data") -> Source:
 
 
 def _inside(source: Source, name: str) -> str:
-    """The path in the zip of the folder that became the class `name`: everything above it is shared by all."""
+    """Return the path in the zip of the folder for class `name`; all classes share everything above it."""
     number = source.classes.index(name)
     member = next(source.name(i) for i in range(len(source)) if source.label(i) == number)
     parts = PurePosixPath(member.partition("!")[2]).parts

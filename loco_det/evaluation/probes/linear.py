@@ -1,10 +1,10 @@
-"""The linear probe: softmax regression on frozen features, for every learning rate of a sweep at once.
+"""The linear probe: softmax regression on frozen features, for all learning rates of a sweep at once.
 
 Shape legend: N training features, B in a batch, D dimensions, C classes, R learning rates.
 
-All R classifiers see the same batches in the same order, so their products are one (B, D) x (D, R * C) matrix
-product, and the result is that of R runs of their own. The rate is chosen on a tenth of the training images that the
-sweep does not see; then that rate alone is trained again on all of them. Test images are never looked at.
+All R classifiers use the same batches in the same order, so their products are one (B, D) x (D, R * C) matrix product,
+and the result equals that of R separate runs. The rate is chosen on a held-out tenth of the training images and trained
+again on all of them. Test images are never used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from loco_det.annotations.subsets import share_of_each_class
 from loco_det.core.errors import UserError
 
-# For batches of 256; features are standardised, so one range fits every stage.
+# For batches of 256; features are standardised, so one range suits every stage.
 RATES = {
     "sgd": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
     "lars": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
@@ -29,7 +29,7 @@ HELD_OUT = 0.1
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the classifiers are trained; `rates` count for batches of 256 and grow with the batch."""
+    """Training options; `rates` are for batches of 256 and scale with the batch."""
 
     optimizer: str = "sgd"
     rates: Sequence[float] = RATES["sgd"]
@@ -42,7 +42,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Standard:
-    """Features to mean 0 and deviation 1 by the training features' own; a constant one becomes 0."""
+    """Standardises features to mean 0 and deviation 1 of the training features; constant ones become 0."""
 
     mean: Tensor  # (D,)
     scale: Tensor  # (D,)
@@ -71,10 +71,10 @@ def train_classifiers(
     Args:
         features: (N, D), standardised, on the device to work on.
         labels: (N,) int64.
-        advance: told how many steps are done.
+        advance: called with the number of steps done.
 
     Returns:
-        weight (R, C, D) and bias (R, C); those of a rate that diverged are not finite.
+        weight (R, C, D) and bias (R, C); not finite for rates that diverged.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     start = torch.randn(classes, features.shape[1], generator=generator).to(features) * 0.01
@@ -94,15 +94,15 @@ def train_classifiers(
             target = labels[rows, None].expand(-1, len(weights))
             loss = nn.functional.cross_entropy(logits, target, reduction="none").mean(0).sum()
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # a sum: no rate's gradient has a part of another's
+            loss.backward()  # a sum: the rates' gradients are independent
             optimizer.step()
             advance(1)
     return torch.stack(weights).detach(), torch.stack(biases).detach()
 
 
 def _optimizer(recipe: Recipe, weights: list[nn.Parameter], biases: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD, or LARS that adapts the weights' steps and not the biases'."""
-    lars = {"always_adapt": True} if recipe.optimizer == "lars" else {}  # timm's Lars without decay is SGD otherwise
+    """SGD, or LARS with adaptive steps for the weights but not the biases."""
+    lars = {"always_adapt": True} if recipe.optimizer == "lars" else {}  # without decay timm's Lars would be SGD
     groups = []
     for rate, weight, bias in zip(recipe.rates, weights, biases):
         peak = rate * recipe.batch / 256
@@ -111,14 +111,14 @@ def _optimizer(recipe: Recipe, weights: list[nn.Parameter], biases: list[nn.Para
             {"params": [bias], "peak": peak, "weight_decay": 0.0},
         ]
     if recipe.optimizer == "lars":
-        from timm.optim import Lars  # only now: it takes as long to import as torch
+        from timm.optim import Lars  # lazy: importing it takes as long as torch
 
         return Lars(groups, lr=0.0, momentum=recipe.momentum)
     return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum)
 
 
 def sweep_steps(count: int, recipe: Recipe) -> int:
-    """How often `linear_probe` on `count` features calls `advance(1)`, near enough for a progress bar."""
+    """Return the approximate number of `advance(1)` calls of `linear_probe`, for a progress bar."""
     return recipe.epochs * (math.ceil(count * (1 - HELD_OUT) / recipe.batch) + math.ceil(count / recipe.batch))
 
 
@@ -129,17 +129,17 @@ def linear_probe(
     recipe: Recipe,
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[Callable[[Tensor], Tensor], dict[str, object]]:
-    """Choose the rate, train with it on everything.
+    """Choose the rate on held-out images, then train with it on all.
 
     Args:
         features: (N, D) as extracted. labels: (N,) int64, on the same device.
 
     Returns:
         A function from features (M, D) to scores (M, C), and facts: the rate, whether it is the first or last of the
-        sweep, and the held-out accuracy in percent of every rate (None where it diverged).
+        sweep, and every rate's held-out accuracy in percent (None if it diverged).
 
     Raises:
-        UserError: every rate diverged, or the chosen one did on all images.
+        UserError: every rate diverged, or the chosen one on all images.
     """
     held = torch.from_numpy(
         share_of_each_class(labels.cpu().numpy(), [str(i) for i in range(len(labels))], HELD_OUT, recipe.seed)

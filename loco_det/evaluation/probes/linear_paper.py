@@ -1,10 +1,10 @@
 """The linear readout with the paper's schedule: SGD without momentum, rate 30, divided by 10 three times.
 
 LoCo (Xiong, Ren, Urtasun, arXiv 2008.01342) states optimizer, rate, 100 epochs and the division by 10 at epochs 30, 60
-and 90. It does not state batch, weight decay, views or initialisation: those are MoCo's linear evaluation (He et al.,
-arXiv 1911.05722, and its code), 256 images, none, a random crop and a flip of each training image in each epoch, and
-weights of deviation 0.01. Features are the pooled maps as they are, not standardised. They are computed anew for every
-crop, so this costs a forward of all training images in each epoch; one forward serves all stages.
+and 90. It does not state batch, weight decay, views or initialisation; they follow MoCo's linear evaluation (He et al.,
+arXiv 1911.05722, and its code): 256 images, none, a random crop and flip of each training image per epoch, and weights
+of deviation 0.01. Features are the pooled maps, not standardised. Each epoch costs a forward of all training images,
+shared by all stages.
 
 Shape legend: B images in a batch, D the stage's channels, C classes.
 """
@@ -28,7 +28,7 @@ INITIAL_STD = 0.01
 
 @dataclass(frozen=True)
 class PaperRecipe:
-    """With other than 100 epochs the rate falls after the same shares of them. The rate does not follow the batch."""
+    """With other than 100 epochs the rate falls after the same fractions. The rate does not scale with the batch."""
 
     rate: float = 30.0
     epochs: int = 100
@@ -37,7 +37,7 @@ class PaperRecipe:
 
     @property
     def milestones(self) -> list[int]:
-        """The epochs, counted from 0, that begin with a tenth of the rate before."""
+        """The epochs, counted from 0, at which the rate is divided by ten."""
         return [-(-self.epochs * tenths // 10) for tenths in (3, 6, 9)]
 
     def rate_in(self, epoch: int) -> float:
@@ -47,7 +47,7 @@ class PaperRecipe:
 def paper_probe(
     extractor: Extractor, stages: list[str], train: LabelledImages, classes: int, recipe: PaperRecipe
 ) -> dict[str, nn.Linear]:
-    """A classifier on each stage's pooled features of random crops of `train`; the backbone stays as it is.
+    """Train a classifier on each stage's pooled features of random crops of `train`; the backbone is not modified.
 
     Raises:
         UserError: an image cannot be read, or a stage's loss is not finite.
@@ -75,7 +75,7 @@ def train_linear(
     device: torch.device,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, nn.Linear]:
-    """One classifier for each stage.
+    """Train one classifier per stage.
 
     Args:
         batches: epoch, {stage: (B, D) float32 on `device`}, (B,) int64 labels.
@@ -98,7 +98,7 @@ def train_linear(
                 "stage out with --stages, or use --recipe sweep"
             )
         optimizer.zero_grad(set_to_none=True)
-        losses.sum().backward()  # no stage's gradient has a part of another's
+        losses.sum().backward()  # a sum: the stages' gradients are independent
         optimizer.step()
         advance(1)
     return heads

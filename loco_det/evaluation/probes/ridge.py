@@ -1,11 +1,11 @@
-"""The ridge classifier: least squares to +1 and -1, in closed form, its strength chosen by leave-one-out.
+"""The ridge classifier: least squares to +1 and -1, in closed form, with its strength chosen by leave-one-out.
 
 Shape legend: N training features, D dimensions, C classes, L strengths.
 
-W minimises |Y - (X - mean) W - b|^2 + lambda |W|^2 with Y = +1 for an image's class and -1 for the others, which is
-what scikit-learn's RidgeClassifier does. One eigendecomposition of the D x D covariance serves every lambda, and the
-error of leaving out each image in turn follows without refitting: the residual divided by 1 - leverage (Cook and
-Weisberg, Residuals and Influence in Regression, 1982, section 2.2). All in float64.
+W minimises |Y - (X - mean) W - b|^2 + lambda |W|^2 with Y = +1 for an image's class and -1 for the others, as in
+scikit-learn's RidgeClassifier. One eigendecomposition of the D x D covariance serves every lambda, and the
+leave-one-out error needs no refitting: it is the residual divided by 1 - leverage (Cook and Weisberg, Residuals and
+Influence in Regression, 1982, section 2.2). All in float64.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Ridge:
     Attributes:
         weight: (D, C) float64. bias: (C,) float64.
         strength: the lambda chosen.
-        errors: lambda -> mean squared error of leaving one out.
+        errors: lambda -> mean squared leave-one-out error.
     """
 
     weight: Tensor
@@ -45,10 +45,10 @@ def fit_ridge(features: Tensor, labels: Tensor, classes: int, strengths: tuple[f
     """Fit on (N, D) features and (N,) labels, on the features' device.
 
     Args:
-        strengths: the lambdas to choose from; by default `STRENGTHS` times N.
+        strengths: candidate lambdas; default `STRENGTHS` times N.
 
     Raises:
-        ValueError: fewer than two features, or shapes or strengths that do not fit.
+        ValueError: fewer than two features, or inconsistent shapes or strengths.
     """
     count = len(features)
     lambdas = strengths or tuple(count * value for value in STRENGTHS)
@@ -71,7 +71,7 @@ def fit_ridge(features: Tensor, labels: Tensor, classes: int, strengths: tuple[f
         y = _targets(target, classes) - target_mean
         for i, strength in enumerate(lambdas):
             shrunk = 1 / (values + strength)
-            leverage = (z.square() @ shrunk + 1 / count).clamp(max=1 - 1e-12)  # 1 / count: the mean is fitted too
+            leverage = (z.square() @ shrunk + 1 / count).clamp(max=1 - 1e-12)  # 1 / count: for the fitted mean
             residual = y - z @ (shrunk[:, None] * rotated)
             squared[i] += (residual / (1 - leverage)[:, None]).square().sum().cpu()
     errors = dict(zip(lambdas, (squared / (count * classes)).tolist()))

@@ -14,17 +14,17 @@ TOP = (1, 5)
 
 
 def top_scores(scores: Tensor, labels: Tensor, seed: int = 0) -> dict[str, float | list[float]]:
-    """Percent of images whose label is among the 1 and the 5 classes of highest score, and where that may lie.
+    """Compute the percentage of images with their label among the 1 and the 5 highest scores, with intervals.
 
     Args:
         scores: (M, C) floating, any scale; a score that is not finite ranks last.
         labels: (M,) integers.
-        seed: of the resampling.
+        seed: seed of the resampling.
 
     Returns:
-        {"top1": percent, "top1_interval": [low, high], "top5": ..., "top5_interval": ...}. The interval holds the
-        middle 95 % of what `RESAMPLES` bootstrap samples of the test images give (percentiles; the training is not
-        repeated, so it says nothing about seeds).
+        {"top1": percent, "top1_interval": [low, high], "top5": ..., "top5_interval": ...}. The interval is the middle
+        95 % over `RESAMPLES` bootstrap samples of the test images (percentiles; training is not repeated, so it
+        excludes the variation between seeds).
     """
     scores = scores.nan_to_num(-torch.inf, posinf=-torch.inf)
     ranked = scores.topk(min(max(TOP), scores.shape[1]), dim=1).indices

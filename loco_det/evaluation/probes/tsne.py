@@ -1,7 +1,7 @@
-"""A t-SNE picture of one stage's pooled features, and how compact their classes are.
+"""A t-SNE plot of one stage's pooled features, and the compactness of their classes.
 
-The paper shows 500 images of 10 classes and calls LoCo's clusters the more compact. The eye judges the picture; the
-two numbers are taken in the space of the features, where t-SNE has moved nothing.
+The paper shows 500 images of 10 classes and calls LoCo's clusters more compact. The two numbers measure that in feature
+space, undistorted by t-SNE.
 
 Shape legend: N images, D dimensions.
 """
@@ -27,11 +27,11 @@ from loco_det.evaluation.probes.images import LabelledImages
 
 IMAGES, CLASSES = 500, 10
 PCA_DIMENSIONS = 50  # before t-SNE
-PERPLEXITY = 30.0  # scikit-learn's default; less where there are few images
+PERPLEXITY = 30.0  # scikit-learn's default; less for few images
 
 
 def check_tsne(picture: Path) -> None:
-    """Raise UserError unless a picture can be made and written at `picture`, and its numbers beside it."""
+    """Raise UserError unless the plot and the JSON beside it can be made and written."""
     if picture.suffix.lower() != ".png":
         raise UserError(f"--tsne {picture}: the picture is a PNG; give a name that ends in .png")
     if importlib.util.find_spec("sklearn") is None:
@@ -41,17 +41,17 @@ def check_tsne(picture: Path) -> None:
 
 
 def numbers_of(picture: Path) -> Path:
-    """Where the coordinates and numbers of a picture go: the JSON of its name beside it."""
+    """Return the path of a plot's JSON with coordinates and numbers: beside it, with the same name."""
     return picture.with_suffix(".json")
 
 
 def balanced(images: LabelledImages, count: int, seed: int) -> LabelledImages:
-    """The same number of images of each of the first 10 classes that have any, `count` together or fewer.
+    """Select the same number of images of each of the first 10 non-empty classes, `count` in total or fewer.
 
-    Which of a class they are is the rule of `loco_det.annotations.subsets`.
+    `loco_det.annotations.subsets` selects within a class.
 
     Raises:
-        UserError: that would be fewer than two classes, or fewer than two images of each.
+        UserError: fewer than two classes, or fewer than two images of each.
     """
     labels = np.unique(images.labels)[:CLASSES]
     members = [np.flatnonzero(images.labels == label) for label in labels]
@@ -81,7 +81,7 @@ def embed(features: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
 
 
 def compactness(features: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """How close images of a class are to each other and how far from the others, by Euclidean distance.
+    """Measure the distance of images within a class relative to the others, by Euclidean distance.
 
     Args:
         features: (N, D), at least two of each class and not all the same.
@@ -96,7 +96,7 @@ def compactness(features: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
     distances = pairwise_distances(features.astype(np.float64))
     same = labels[:, None] == labels[None]
-    pairs = ~np.eye(len(labels), dtype=bool)  # no image with itself
+    pairs = ~np.eye(len(labels), dtype=bool)  # without an image and itself
     return {
         "silhouette": float(silhouette_score(distances, labels, metric="precomputed")),
         "within_over_between": float(distances[same & pairs].mean() / distances[~same].mean()),
@@ -114,7 +114,8 @@ def draw(points: np.ndarray, labels: np.ndarray, classes: Sequence[str], title: 
     axes = figure.subplots()
     colours = matplotlib.colormaps["tab10"].colors
     for colour, label in zip(colours, np.unique(labels)):
-        axes.scatter(*points[labels == label].T, s=14, color=colour, label=classes[label], linewidths=0)
+        name = classes[label].replace("$", r"\$")  # else mathtext
+        axes.scatter(*points[labels == label].T, s=14, color=colour, label=name, linewidths=0)
     axes.set(title=title, xticks=[], yticks=[], aspect="equal")
     axes.set_adjustable("datalim")
     figure.legend(loc="outside right upper", frameon=False, fontsize=9, markerscale=1.6)
@@ -135,7 +136,7 @@ def write_tsne(
     Args:
         features: (N, D), as many as `images`.
         classes: names, by `images.labels`.
-        backbone, stage: what the title names; of a path its last two parts.
+        backbone, stage: for the title; of a path its last two parts.
 
     Returns:
         The JSON without the points.
