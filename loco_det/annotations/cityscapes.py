@@ -263,9 +263,11 @@ def opened_map(path: Path, remedy: str = "take an intact copy") -> Iterator[Imag
         UserError: missing or damaged.
     """
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(read_regular(path))) as image:
-            warnings.simplefilter("ignore")
-            check_pixels(*image.size, str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images, which are judged here
+            image = Image.open(io.BytesIO(read_regular(path)))
+        check_pixels(*image.size, str(path))
+        with image:
             yield image
     except UserError:
         raise

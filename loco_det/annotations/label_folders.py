@@ -338,9 +338,10 @@ def _entries(folders: Folders, found: _Found) -> list[dict[str, Any]]:
 def _mask_header(path: Path) -> tuple[str | None, Size | None]:
     """Pillow's mode and the size; None where decoding will tell what is wrong, which a training may endure."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return image.mode, Size(*image.size)
+            with Image.open(path) as image:
+                return image.mode, Size(*image.size)
     except Exception:  # hostile bytes make PIL's parsers raise nearly anything
         return None, None
 
