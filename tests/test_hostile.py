@@ -386,6 +386,7 @@ def test_e_damaged_files_of_a_run_in_a_report(
     """One sentence, or a report that says what is missing."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(trained.parent))
     shutil.copytree(trained, tmp_path / "runs")
+    (tmp_path / "runs/det/SHA256SUMS").unlink()  # by which any change would be noticed
     change(tmp_path / "runs")
     if message is not None:
         with pytest.raises(UserError, match=message):
