@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from loco_det.core import log as log_module
 from loco_det.core.device import resolve_device, seed_everything
 from loco_det.core.errors import UserError, raising
-from loco_det.core.files import atomic_write, read_bytes, write_json
+from loco_det.core.files import atomic_write, read_regular, write_json
 from loco_det.core.log import Progress, log, log_failure, setup_logging
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,12 +153,12 @@ def test_only_what_has_an_end_is_read(tmp_path: Path) -> None:
         file.truncate(1 << 42)
     for name, reason in (("pipe", "regular file"), ("link", "regular file"), ("sparse", "larger than the memory")):
         with pytest.raises(OSError, match=reason):
-            read_bytes(tmp_path / name)
+            read_regular(tmp_path / name)
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(OSError, match=str(path)):
-            read_bytes(path)
+            read_regular(path)
     (tmp_path / "file").write_bytes(b"content")
-    assert read_bytes(tmp_path / "file") == b"content"
+    assert read_regular(tmp_path / "file") == b"content"
 
 
 @pytest.mark.parametrize("place", ["under a file", "onto a folder"])
