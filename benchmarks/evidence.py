@@ -31,7 +31,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -347,11 +347,16 @@ class Commands:
             made.parent.mkdir(parents=True, exist_ok=True)
             log.info(text)
             begun = processor_seconds()
-            try:
-                subprocess.run([sys.executable, "-m", "loco_det.cli", *map(str, words)], check=True, cwd=ROOT)
-            finally:  # a run that is stopped and resumed counts whole
-                spent += processor_seconds() - begun
-                clock.write_text(f"{spent:.1f}")
+            line = [sys.executable, "-m", "loco_det.cli", *map(str, words)]
+            with subprocess.Popen(line, cwd=ROOT) as process:
+                while process.poll() is None:  # the clock is kept up, for a run that is killed and resumed counts whole
+                    clock.write_text(f"{spent + seconds_of(process.pid):.1f}")
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(20)
+            spent += processor_seconds() - begun
+            clock.write_text(f"{spent:.1f}")
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, line)
         self.done.append((text, spent))
 
 
@@ -359,6 +364,15 @@ def processor_seconds() -> float:
     """What all commands run so far have used: other work on the machine does not show."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def seconds_of(pid: int) -> float:
+    """Processor time of a running child and of those of its own children that have ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has ended
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager

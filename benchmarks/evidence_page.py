@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from evidence import DETECTION_METHODS, HELD_OUT, PRETRAINED, RATE_EPOCHS, RATES, RESULTS, ROOT, ROWS
+from evidence import DETECTION_METHODS, HELD_OUT, PRETRAINED, RATE_EPOCHS, RATES, RESULTS, ROOT, ROWS, SEEDS
 from matplotlib.figure import Figure
 
 from loco_det.core.config import load_config
@@ -47,7 +47,7 @@ DETECTION_WORDS = {"random": "none", **{method: WORDS[method] for method in DETE
 
 def write_page() -> None:
     """docs/results.md, docs/results_*.png and the table in README.md."""
-    cells = read_cells(RESULTS)
+    cells = complete(read_cells(RESULTS))
     for name, rows in TABLES.items():
         present = [cell for row in rows for cell in cells.get(row, [])]
         if present:
@@ -62,7 +62,12 @@ def write_page() -> None:
 def page() -> str:
     """docs/results.md from the committed figures."""
     calibration, detection = (read(RESULTS, name) for name in ("calibration", "detection"))
-    return page_text(read_cells(RESULTS), read_rates(RESULTS), calibration, detection)
+    return page_text(complete(read_cells(RESULTS)), read_rates(RESULTS), calibration, detection)
+
+
+def complete(cells: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of which every seed has been run."""
+    return {row: some for row, some in cells.items() if {cell["seed"] for cell in some} >= set(SEEDS)}
 
 
 def read_cells(folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -95,6 +95,37 @@ def test_a_row_without_seeds_in_common_has_no_difference(cells) -> None:
     assert "| GIM | 1 | 36.0 | 37.0 | 30 |" in evidence_page.page_text(cells, {})
 
 
+def test_a_row_is_shown_when_all_its_seeds_are_there(cells) -> None:
+    cells["gim"] = cells["gim"][:2]
+    assert list(evidence_page.complete(cells)) == ["simclr"]
+
+
+def test_a_commands_time_is_written_down_while_it_runs(tmp_path: Path, monkeypatch) -> None:
+    """So that it counts when everything is killed; a command that fails is no cell."""
+    commands, clock, popen = evidence.Commands(tmp_path), tmp_path / ".made.seconds", subprocess.Popen
+    clock.write_text("100.0")
+    seen = []
+    monkeypatch.setattr(evidence, "seconds_of", lambda pid: seen.append(pid) or 2.5)
+    busy = "import sys; sum(range(10**7)); sys.exit(3)"
+    monkeypatch.setattr(evidence.subprocess, "Popen", lambda line, cwd: popen([sys.executable, "-c", busy]))
+    with pytest.raises(subprocess.CalledProcessError):
+        commands.run(tmp_path / "made", "pretrain")
+    assert seen
+    assert 100 < float(clock.read_text()) < 160
+    assert commands.done == []
+
+
+def test_the_processor_time_of_a_child_is_what_the_system_says() -> None:
+    busy = (
+        "import time; t = time.process_time()\nwhile time.process_time() < t + 0.5: pass\nprint(1, flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", busy], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        assert 0.4 < evidence.seconds_of(child.pid) < 5
+        child.kill()
+    assert evidence.seconds_of(child.pid) == 0
+
+
 def test_readmes_table_is_replaced_and_nothing_else(cells) -> None:
     before = f"# x\n\n{evidence_page.MARK}\n| old | a | b |\n|---|--:|--:|\n| gone | 1 | 2 |\n\nafter | this |\n"
     after = evidence_page.with_table(before, evidence_page.short_table(cells))
@@ -219,7 +250,7 @@ def test_losses_are_means_of_the_lines_between_two_points(tmp_path: Path) -> Non
 
 
 def test_the_committed_pages_are_what_the_committed_figures_say() -> None:
-    cells = evidence_page.read_cells(evidence.RESULTS)
+    cells = evidence_page.complete(evidence_page.read_cells(evidence.RESULTS))
     told = "write it: python benchmarks/evidence_page.py"
     assert evidence_page.PAGE.read_text() == evidence_page.page(), told
     readme = evidence_page.README.read_text()
