@@ -334,6 +334,7 @@ def test_a_run_that_left_nothing_is_named(data, runs, tmp_path, capsys):
         ("metrics.json", '3\n{"iteration": 1}\n', "metrics.json: line 1 is no JSON object"),
         ("metrics.json", b"\xff\xfe\n", "metrics.json: cannot be read"),
         ("metrics.json", "[" * 100_000 + "\n{}\n", "metrics.json: line 1 is no JSON object"),
+        ("run.json", '{"seed": 1, "datasets": {"a": {"path": "a.json"}}}', "run.json: is not as a run writes it"),
         ("run.json", '{"seed": 1', "run.json: is not as a run writes it"),
         ("run.json", '{"seed": 1, "environment": {"devi": "cpu"}}', "run.json: is not as a run writes it"),
         ("SHA256SUMS", f"{'0' * 64}  config.yaml\n", "config.yaml: is not what the run wrote"),

@@ -312,6 +312,7 @@ class _Weights(msgspec.Struct):
 
 class _Data(msgspec.Struct):
     path: str
+    sha256: str
     images: str | None = None
 
 
