@@ -25,10 +25,16 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
     path = folder / f"checkpoint_{state['step']:08d}.pth"
     with atomic_write(path) as file:
         torch.save(state, file)
-    found = sorted(folder.glob("checkpoint_*.pth"))
-    for old in [*found[:-KEPT], *folder.glob(f"{EARLIER}checkpoint_*.pth")]:
-        old.unlink()
+    drop_old_checkpoints(folder)
     return path
+
+
+def drop_old_checkpoints(folder: Path) -> None:
+    """Delete all checkpoints but the `KEPT` newest, and an earlier run's."""
+    found = sorted(folder.glob("checkpoint_*.pth"))
+    with os_errors(folder):
+        for old in [*found[:-KEPT], *folder.glob(f"{EARLIER}checkpoint_*.pth")]:
+            old.unlink(missing_ok=True)
 
 
 def retire_checkpoints(folder: Path) -> None:

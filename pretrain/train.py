@@ -32,7 +32,7 @@ from loco_det.images.two_views import TwoViewLoader, TwoViews, build_two_view_lo
 from loco_det.images.views import normalise
 from pretrain.average import GradientAverage
 from pretrain.check import check
-from pretrain.checkpoint import latest_checkpoint, retire_checkpoints, save_checkpoint
+from pretrain.checkpoint import drop_old_checkpoints, latest_checkpoint, retire_checkpoints, save_checkpoint
 from pretrain.compiling import stage_compiler
 from pretrain.decoders import build_decoder
 from pretrain.loco import LocalTrainer, method_units, split_backbone
@@ -322,6 +322,8 @@ def _begin(cfg: CfgNode, start: int) -> None:
     if is_main():
         if start == 0:
             retire_checkpoints(Path(cfg.OUTPUT_DIR))
+        else:  # a run that was killed after a save may not have come to it
+            drop_old_checkpoints(Path(cfg.OUTPUT_DIR))
         with atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", "w") as file:
             file.write(cfg.dump())
 

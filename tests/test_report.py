@@ -336,6 +336,7 @@ def test_a_run_that_left_nothing_is_named(data, runs, tmp_path, capsys):
         ("metrics.json", "[" * 100_000 + "\n{}\n", "metrics.json: line 1 is no JSON object"),
         ("run.json", '{"seed": 1', "run.json: is damaged"),
         ("run.json", '{"seed": 1, "environment": {"devi": "cpu"}}', "run.json: is damaged"),
+        ("run.json", '{"seed": 1, "datasets": {"a": {"path": "a.json"}}}', "run.json: is damaged"),
         ("SHA256SUMS", f"{'0' * 64}  config.yaml\n", "config.yaml: is not what the run wrote"),
     ],
 )

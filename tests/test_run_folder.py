@@ -183,6 +183,21 @@ def test_a4_pretraining_does_not_resume_an_earlier_run(tmp_path: Path, images: P
     assert not list((tmp_path / "run").glob("earlier_run_*")), "they go when this run has a checkpoint"
 
 
+def test_a7_what_a_run_killed_after_its_last_save_did_not_delete_goes_when_it_is_resumed(
+    tmp_path: Path, images: Path
+) -> None:
+    cfg = tiny_pretraining(tmp_path, images)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pretrain.train.write_backbone", lambda *_: die())
+        with pytest.raises(Killed):
+            pretrain(cfg)
+    kept = {file.name for file in tmp_path.glob("*.pth")}
+    for name in ("checkpoint_00000000.pth", "earlier_run_checkpoint_00000009.pth"):
+        (tmp_path / name).write_bytes(b"old")
+    pretrain(cfg, resume=True)
+    assert {file.name for file in tmp_path.glob("*.pth")} == kept
+
+
 def test_a4_pretraining_names_what_differs(tmp_path: Path, images: Path) -> None:
     pretrain(tiny_pretraining(tmp_path / "run", images))
     before = (tmp_path / "run" / "config.yaml").read_text()
