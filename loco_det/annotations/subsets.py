@@ -31,8 +31,8 @@ from loco_det.annotations.converted import derived_file, files_digest
 from loco_det.annotations.index import load_index
 from loco_det.core.errors import UserError
 
-_SHARE = re.compile(r"(\d+(?:\.\d+)?(?:e-\d+)?)pct_seed(\d+)")  # part_name formats a tiny share as 1e-07
-_SHOTS = re.compile(r"(\d+)shot_seed(\d+)")
+_SHARE = re.compile(r"(\d+(?:\.\d+)?(?:e-\d+)?)pct_seed(\d{1,18})")  # part_name formats a tiny share as 1e-07
+_SHOTS = re.compile(r"(\d{1,18})shot_seed(\d{1,18})")
 _CLASSES = re.compile(r"classes_(.+)")
 
 

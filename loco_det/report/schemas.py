@@ -97,5 +97,5 @@ def check(value: Any, kind: Any, where: Path | str, remedy: str = "take an intac
     """Refuse with UserError plain data that is not of a type; `where` is the file, or a part of it."""
     try:
         msgspec.convert(value, kind)
-    except (msgspec.ValidationError, OverflowError) as error:
+    except (ValueError, OverflowError) as error:  # the former also where text cannot be encoded
         raise UserError(f"{where}: is damaged ({error}); {remedy}") from None
