@@ -363,7 +363,7 @@ def written(file: str, data: bytes) -> Callable[[Path], None]:
         (set_in("det/run.json", ["environment", "packages"], [1]), r"run\.json: is damaged"),
         (set_in("det/run.json", ["weights"], {"sha256": 5}), r"run\.json: is damaged"),
         (set_in("det/run.json", ["seed"], None), r"run\.json: is damaged .*seed"),
-        (set_in("det/run.json", ["engine"], "\ud800"), r"run\.json: is damaged"),
+        (set_in("det/run.json", ["weights"], {"\ud800": 1}), r"run\.json: is damaged"),
         (set_in("det/run.json", ["datasets"], {"tiny_val": {}}), r"run\.json: is damaged"),
         (set_in("det/config.yaml", ["DATASETS", "TEST"], "tiny_val"), r"config\.yaml: DATASETS\.TEST: is damaged"),
         (set_in("det/config.yaml", ["SEED"], []), r"config\.yaml: SEED: is damaged"),
