@@ -4,6 +4,7 @@ metrics.json of a run that was killed and resumed is that of the run that was no
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import resource
@@ -418,6 +419,20 @@ def test_a6_a_line_that_was_due_is_not_written_twice(whole: list[dict[str, float
             train_net(cfg, engine="torchvision", resume=True)
     train_net(cfg, engine="torchvision", resume=True)
     assert lines(tmp_path) == whole
+
+
+def test_a6_a_run_killed_between_its_last_two_checkpoints_ends_with_both(tmp_path: Path) -> None:
+    """The last iteration saves under its number, then as model_final."""
+    cfg = tiny_cfg(tmp_path, SOLVER__MAX_ITER=2, SOLVER__STEPS=(), SOLVER__CHECKPOINT_PERIOD=2)
+    train_net(cfg, engine="torchvision")
+    final = (tmp_path / "model_final.pth").read_bytes()
+    (tmp_path / "model_final.pth").unlink()
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    train_net(cfg, engine="torchvision", resume=True)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    again = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    whole = torch.load(io.BytesIO(final), weights_only=True)
+    assert all(torch.equal(again["model"][name], tensor) for name, tensor in whole["model"].items())
 
 
 def test_a2_pretraining_that_images_end_is_saved(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from loco_det.core.launch import StopSignal
 from loco_det.core.log import Progress, log
 from loco_det.core.metrics import RunMetrics
 from loco_det.detection import precise_bn, solver
-from loco_det.detection.checkpoint import Checkpointer
+from loco_det.detection.checkpoint import Checkpointer, last_checkpoint
 from loco_det.detection.engine import Engine
 from loco_det.detection.inference import evaluate, flatten
 
@@ -77,6 +77,8 @@ def train(run: Run, evaluator: str, metrics: RunMetrics) -> None:
             _precise_statistics(run, run.start - 1)
             _write_line(run, run.start - 1, evaluator, metrics)
             periodic.step(run.start - 1)
+        elif run.start > last and (saved := last_checkpoint(run.cfg.OUTPUT_DIR)) and saved.name != "model_final.pth":
+            periodic.step(last)  # killed between the last periodic checkpoint and this one
         for iteration, stopped in _steps(run, stop):
             run.checkpointer.note[RECENT] = {name: list(values) for name, values in run.recent.items()}
             run.checkpointer.note[LINE_DUE] = True
