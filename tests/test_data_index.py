@@ -334,7 +334,10 @@ def test_a_change_within_one_tick_of_the_clock_is_seen(tmp_path, monkeypatch, wr
     young, real = time.time_ns() + 3600 * 10**9, os.fstat
 
     def one_tick(fd: int) -> SimpleNamespace:
-        return SimpleNamespace(st_size=real(fd).st_size, st_mtime_ns=young, st_ctime_ns=young, st_ino=1)
+        found = real(fd)
+        return SimpleNamespace(
+            st_size=found.st_size, st_mode=found.st_mode, st_mtime_ns=young, st_ctime_ns=young, st_ino=1
+        )
 
     monkeypatch.setattr(os, "fstat", one_tick)
     load_index(path)

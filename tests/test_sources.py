@@ -216,7 +216,7 @@ def test_a_pipe_is_neither_a_zip_nor_an_image_nor_a_list(tmp_path):
     for name in ("a.zip", "a.txt", "b.png"):
         os.mkfifo(tmp_path / name)
     for name in ("a.zip", "a.txt"):
-        with pytest.raises(UserError, match=rf"{name}: .*it is no regular file"):
+        with pytest.raises(UserError, match=rf"{name}: is no regular file"):
             open_source(tmp_path / name)
     with pytest.raises(UserError, match=r"b\.png: cannot be read \(it is no regular file\)"):
         open_source(tmp_path, "flat").read(0)

@@ -192,8 +192,6 @@ def _open_list(path: Path) -> Source:
 
 def _open_zip(path: Path, inner: str) -> Source:
     try:
-        if not os.path.isfile(path):  # a pipe would keep it waiting
-            raise OSError("it is no regular file")
         with zipfile.ZipFile(path) as archive:
             members = [m for m in archive.infolist() if not m.is_dir() and _is_image(PurePosixPath(m.filename).name)]
     except Exception as error:  # damage makes zipfile raise nearly anything
