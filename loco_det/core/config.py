@@ -163,7 +163,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read one YAML file as plain dict, list, tuple, str, int, float, bool and None, without resolving `_BASE_`.
 
     Python tags are read as the data they wrap: `!!python/tuple [1, 2]` is (1, 2), an object becomes the mapping it
-    holds, a name its text. Nothing is imported or called; a tag that requests a computation becomes its text. Raises:
+    holds, a name its text. Nothing is imported or called; a tag that requests a computation becomes its text.
+
+    Raises:
         UserError: the file cannot be read, is no YAML mapping, or has a key twice.
     """
     return _without_lines(_read_mapping(Path(path)))

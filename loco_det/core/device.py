@@ -58,7 +58,9 @@ def keep_freed_memory(limit: int = -1) -> None:
     """Keep large freed blocks in this process instead of returning them to the kernel (glibc only).
 
     By default glibc allocates blocks above 32 MiB, such as activations, one by one from the kernel and returns each
-    when freed, so every training step on a CPU page-faults all of them again. Args:
+    when freed, so every training step on a CPU page-faults all of them again.
+
+    Args:
         limit: free bytes at the end of the heap above which memory is returned; -1: never.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
