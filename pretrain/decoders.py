@@ -63,9 +63,9 @@ def build_decoder(settings: dict[str, Any], backbone: StagedBackbone, stage: str
 
     `CONV` selects the modules before the pool:
 
-    - "blocks": `CONV_BLOCKS` residual blocks, the first of which halves the map if `DOWNSAMPLE`; - "stage": the
-    architecture of the backbone's next stage, with fresh weights. The last stage has no next one: it gets
-      its own number of blocks, the first of which halves the map (not stated in the paper);
+    - "blocks": `CONV_BLOCKS` residual blocks, the first of which halves the map if `DOWNSAMPLE`;
+    - "stage": the architecture of the backbone's next stage, with fresh weights. The last stage has no next one: it
+      gets its own number of blocks, the first of which halves the map (not stated in the paper);
     - "full": as many blocks as the whole backbone, halving where its stages shrink the map (their channels are not
       stated).
     """

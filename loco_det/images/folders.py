@@ -2,14 +2,16 @@
 
 `open_source(path, format)`:
 
-| format | path | labels | |---|---|---| | folder | a folder of class folders, in torchvision's ImageFolder order | the
-class folder | | flat | a folder, searched with all below it | none | | list | a text file: one path per line, relative
-to the list; optionally a class after a tab, space or comma | that name | | tar | a `.tar`, a folder of them, or
-`shards-{0000..0146}.tar`: webdataset's shards, see images/tar.py | `.cls` | | zip | `images.zip`, or
-`images.zip!inner/folder` for a part of it; read in place, never unpacked | as auto | | huggingface | a folder that
-`datasets` saved, see images/indexed.py | its first column of classes | | torchvision:NAME | the root folder of
-torchvision's class NAME, see images/indexed.py | the data set's | | auto | by suffix and by a folder's content; images
-at its top: `flat`, else `folder` | as above |
+| format | path | labels |
+|---|---|---|
+| folder | a folder of class folders, in torchvision's ImageFolder order | the class folder |
+| flat | a folder, searched with all below it | none |
+| list | a text file: one path per line, relative to the list; optionally a class after a tab, space or comma | that name |
+| tar | a `.tar`, a folder of them, or `shards-{0000..0146}.tar`: webdataset's shards, see images/tar.py | `.cls` |
+| zip | `images.zip`, or `images.zip!inner/folder` for a part of it; read in place, never unpacked | as auto |
+| huggingface | a folder that `datasets` saved, see images/indexed.py | its first column of classes |
+| torchvision:NAME | the root folder of torchvision's class NAME, see images/indexed.py | the data set's |
+| auto | by suffix and by a folder's content; images at its top: `flat`, else `folder` | as above |
 
 Folders that enclose everything in a zip are skipped: `x.zip` with only `x/cat/1.jpg` and `x/dog/2.jpg` has the classes
 cat and dog.
