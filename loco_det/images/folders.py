@@ -6,7 +6,7 @@
 |---|---|---|
 | folder | a folder of class folders, in torchvision's ImageFolder order | the class folder |
 | flat | a folder, searched with all below it | none |
-| list | a text file: one path per line, relative to the list; optionally a class after a tab, space or comma | that name |
+| list | a text file: one path per line, relative to the list; a class, if any, after a tab, space or comma | that |
 | tar | a `.tar`, a folder of them, or `shards-{0000..0146}.tar`: webdataset's shards, see images/tar.py | `.cls` |
 | zip | `images.zip`, or `images.zip!inner/folder` for a part of it; read in place, never unpacked | as auto |
 | huggingface | a folder that `datasets` saved, see images/indexed.py | its first column of classes |
