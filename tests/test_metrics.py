@@ -46,6 +46,19 @@ def test_every_line_of_metrics_is_valid_json(tmp_path: Path) -> None:
     assert found == [{"iteration": 0, "loss": None, "AP": None}, {"iteration": 1, "loss": 0.25, "note": "x"}]
 
 
+@pytest.mark.parametrize("left", ['{"bbox/A', '{"bbox/AP": 30.0}\n'], ids=["in the line", "after the line"])
+def test_an_evaluation_that_was_killed_and_is_run_again_has_one_line(tmp_path: Path, left: str) -> None:
+    with opened(tmp_path) as metrics:
+        metrics.write({"iteration": 0})
+    with open(tmp_path / "metrics.json", "a") as file:
+        file.write(left)
+    with opened(tmp_path) as metrics:
+        metrics.write({"bbox/AP": 30.0})
+        assert lines(tmp_path) == [{"iteration": 0}, {"bbox/AP": 30.0}]
+        metrics.write({"bbox/AP": 31.0})  # another one
+    assert lines(tmp_path) == [{"iteration": 0}, {"bbox/AP": 30.0}, {"bbox/AP": 31.0}]
+
+
 def test_trimming_drops_what_will_come_again_and_a_cut_off_line(tmp_path: Path) -> None:
     with opened(tmp_path) as metrics:
         for iteration in range(6):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -93,16 +94,28 @@ class JsonLines(Sink):
 
     def write(self, values: dict[str, Any]) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        line = json.dumps(finite) + "\n"
+        if "iteration" not in values:  # an evaluation alone, which no `trim` precedes
+            self._keep(lambda lines: lines[: -1 if _is_cut_or(line.encode(), lines[-1]) else None])
         with os_errors(self.path.parent), open(self.path, "a") as file:
-            file.write(json.dumps(finite) + "\n")
+            file.write(line)
 
     def trim(self, iteration: int) -> None:
+        self._keep(lambda lines: [line for line in lines if _iteration(line) < iteration])
+
+    def _keep(self, chosen: Callable[[list[bytes]], list[bytes]]) -> None:
         if not self.path.exists():
             return
         with os_errors(self.path):
             lines = read_regular(self.path).splitlines(keepends=True)
-        with atomic_write(self.path) as file:
-            file.writelines(line for line in lines if _iteration(line) < iteration)
+        if lines and (kept := chosen(lines)) != lines:
+            with atomic_write(self.path) as file:
+                file.writelines(kept)
+
+
+def _is_cut_or(line: bytes, last: bytes) -> bool:
+    """Whether the last line is cut off by a kill, or is `line` already: the command was killed after writing it."""
+    return last == line or not last.endswith(b"\n")
 
 
 def _iteration(line: bytes) -> float:
