@@ -22,7 +22,6 @@ import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from loco_det.annotations.cityscapes import PREFIX, SPLITS, cityscapes_annotations, is_cityscapes
 from loco_det.annotations.index import CocoIndex, load_index
@@ -60,7 +59,6 @@ class Dataset:
         images: the folder that file names are relative to.
         annotations: a JSON file in COCO's format.
         derived: the file was made here from another format or file, so it must be registered in Detectron2.
-        task: "objects" have boxes and possibly masks; "pixels" have a label each.
         benchmark: from `benchmark_of`.
         secret: the ground truth is not public, so results can only be submitted.
     """
@@ -69,7 +67,6 @@ class Dataset:
     images: Path
     annotations: Path
     derived: bool = False
-    task: Literal["objects", "pixels"] = "objects"
     benchmark: str = "coco"
     secret: bool = False
 
@@ -88,7 +85,7 @@ class Dataset:
 
     @property
     def is_pixels(self) -> bool:
-        return self.task == "pixels"
+        return self.benchmark in ("pixels", "labels")
 
 
 def datasets_root() -> Path:
@@ -169,8 +166,7 @@ def _find_path(whole: str) -> Dataset:
     folders = find_folders(whole)
     if folders is None:
         return Dataset(whole, *find_path(whole))
-    task = "objects" if folders.instances else "pixels"
-    return Dataset(whole, folders.images, folder_annotations(whole, folders), derived=True, task=task)
+    return Dataset(whole, folders.images, folder_annotations(whole, folders), derived=True)
 
 
 def _find_whole(name: str, masks: bool) -> Dataset:
@@ -183,7 +179,7 @@ def _find_whole(name: str, masks: bool) -> Dataset:
     if is_semantic(name):
         split, folder = name.removeprefix(SEMANTIC), root / "cityscapes"
         images, annotations = folder / "leftImg8bit" / split, semantic_annotations(folder, split)
-        return Dataset(name, images, annotations, derived=True, task="pixels", secret=split == "test")
+        return Dataset(name, images, annotations, derived=True, secret=split == "test")
     if name in VOC_SETS:
         return Dataset(name, *voc_annotations(name, root))
     if name in _COCO:

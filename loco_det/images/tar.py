@@ -42,9 +42,8 @@ class TarSource(Source):
     def __init__(self, root: str, shards: Sequence[Path], index: dict[str, np.ndarray]) -> None:
         names = index["names"].tobytes().decode("utf-8", "surrogateescape").split("\0")
         self.containers = self.shards = [str(shard) for shard in shards]
-        self.starts = np.concatenate(
-            [[0], np.cumsum(index["counts"])]
-        )  # (shards + 1,) index of each shard's first image
+        # (shards + 1,): index of each shard's first image.
+        self.starts = np.concatenate([[0], np.cumsum(index["counts"])])
         self._place = index["place"]  # (images, 3): first header of the sample; the image's offset and size
         labels = index["labels"].tobytes().decode().split("\0") if len(index["labels"]) else None
         super().__init__(root, names, labels)

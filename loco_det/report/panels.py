@@ -140,8 +140,7 @@ def _paths(run: DetectorRun) -> Dataset:
     )
     if not images.is_dir():
         raise UserError(f"the images of {name} are not there; set DETECTRON2_DATASETS")
-    task = "pixels" if run.is_segmentor else "objects"
-    return Dataset(name, images, annotations, task=task, benchmark=benchmark_of(name))
+    return Dataset(name, images, annotations, benchmark=benchmark_of(name))
 
 
 def _spread(filled: Sequence[int], count: int) -> list[int]:

@@ -234,9 +234,8 @@ def _places(path: Path) -> Iterator[Path]:
         yield path
         return
     for file in sorted(path.rglob("*")):
-        beside = (
-            file.with_name(name) for name in ("metrics.json", "run.json")
-        )  # run.json exists from a run's start on
+        # run.json exists from a run's start on.
+        beside = (file.with_name(name) for name in ("metrics.json", "run.json"))
         if (file.name == "config.yaml" and any(map(Path.is_file, beside))) or _is_probe(file):
             yield file
 
@@ -246,9 +245,8 @@ def _is_probe(file: Path) -> bool:
         return False
     if file.stat().st_size >= _PROBE_BYTES:
         return False
-    return _has_stages(_json(file)) or all(
-        key in read_regular(file) for key in _OF_A_PROBE
-    )  # `_read` refuses the latter
+    # `_read` refuses what has the keys alone.
+    return _has_stages(_json(file)) or all(key in read_regular(file) for key in _OF_A_PROBE)
 
 
 def _has_stages(content: dict[str, Any] | None) -> bool:
