@@ -120,7 +120,7 @@ def features(labelled: str, output: str) -> list[torch.Tensor]:
     cfg = configuration(settings, output, "loco")
     probe = KnnProbe(cfg, open_source(labelled), torch.device("cpu"), torch.contiguous_format, nullcontext)
     torch.manual_seed(0)
-    found, labels = probe._features(ResNet(18, stem="cifar").eval(), probe.train, probe.answering)
+    found, labels = probe._features(ResNet(18, stem="cifar").eval(), probe.train, probe.references)
     return [labels, found["res5"]]
 
 
@@ -174,7 +174,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Two classes; seven images of them answer."""
+    """Two classes; seven images of them are references."""
     folder = tmp_path_factory.mktemp("labelled")
     rng = np.random.default_rng(0)
     for i in range(9):

@@ -56,7 +56,7 @@ def lines(output: Path) -> list[dict]:
 
 def oracle(backbone: Path, train: list[tuple[Path, int]], test: list[tuple[Path, int]], k: int) -> dict[str, float]:
     """Percent right by loops in float64, one image at a time."""
-    network = ResNet(18, stem="cifar").double().eval()
+    network = ResNet(18, stem="cifar", res2_out_channels=8, stem_channels=8).double().eval()
     tensors = {to_detectron2(name): t for name, t in load_backbone(backbone)[0].items()}
     assert not network.load_state_dict(tensors, strict=False).unexpected_keys
 
