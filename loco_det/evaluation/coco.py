@@ -140,8 +140,7 @@ def hotcoco_evaluations(
             dt = gt.load_res(columns)
         else:
             dt = gt.load_res(columns, segmentation=d.masks)
-            area = np.asarray(hotcoco.mask.area(d.masks), dtype=np.float64)  # hotcoco used the box's
-            dt.update_anns(ids=np.arange(1, len(area) + 1), area=area)
+            dt.update_anns(ids=np.arange(1, len(d.areas) + 1), area=d.areas)  # hotcoco used the box's
         evaluation = hotcoco.COCOeval(gt, dt, iou_type)
         evaluation.params.max_dets = [max_dets]  # sufficient for AP
         evaluation.evaluate()

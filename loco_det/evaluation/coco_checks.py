@@ -24,7 +24,7 @@ import numpy as np
 
 from loco_det.annotations.index import CocoIndex, load_index
 from loco_det.annotations.rules import EVALUATE, refuse
-from loco_det.annotations.segmentation import check_outlines, decode, mask_area
+from loco_det.annotations.segmentation import FARTHEST, LONGEST, check_outlines, decode, mask_area
 from loco_det.core.device import no_garbage_collection
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
@@ -130,8 +130,9 @@ def _read_masks(index: CocoIndex, rows: np.ndarray) -> list[Any]:
     owner = np.repeat(np.arange(len(index.image_id)), np.diff(index.first))
     for k, mask in enumerate(masks):
         if isinstance(mask, list):
-            which = f"{path}: the mask of annotation {index.annotation_id[rows[k]]}"
-            check_outlines([np.array(polygon) for polygon in mask], which)
+            if not _is_small(mask):
+                which = f"{path}: the mask of annotation {index.annotation_id[rows[k]]}"
+                check_outlines([np.array(polygon) for polygon in mask], which)
         else:
             i = owner[rows[k]]
             size = (index.height[i], index.width[i])
@@ -144,6 +145,17 @@ def _read_masks(index: CocoIndex, rows: np.ndarray) -> list[Any]:
     return masks
 
 
+def _is_small(polygons: list[list[float]]) -> bool:
+    """Whether `check_outlines` would accept them by the bounds of its points alone; makes no arrays."""
+    length = 0.0
+    for polygon in polygons:
+        low, high = min(polygon), max(polygon)
+        if low < -FARTHEST or high > FARTHEST:
+            return False
+        length += len(polygon) / 2 * (high - low)
+    return length <= LONGEST
+
+
 @dataclass(frozen=True)
 class Detections:
     """Validated results as columns.
@@ -153,6 +165,7 @@ class Detections:
         scores: (N,) float64.
         boxes: (N, 4) float64, x, y, width, height; zeros for masks only.
         masks: N dicts of compressed RLE; None for boxes only.
+        areas: (N,) float64, the masks' pixels; None for boxes only.
     """
 
     image_ids: np.ndarray
@@ -160,6 +173,7 @@ class Detections:
     scores: np.ndarray
     boxes: np.ndarray
     masks: list[dict[str, Any]] | None
+    areas: np.ndarray | None = None
 
 
 _REMEDIES = {
@@ -203,6 +217,7 @@ def check_results(
                 f"list ({_REMEDIES[key]})."
             )
     scores, boxes, masks = np.fromiter(map(attrgetter("score"), records), float, count), np.zeros((count, 4)), None
+    areas: np.ndarray | None = None
     _refuse(source, "a score that is not finite", ~np.isfinite(scores))
     if "bbox" in iou_types:
         boxes = np.fromiter(chain.from_iterable(map(attrgetter("bbox"), records)), float, 4 * count).reshape(-1, 4)
@@ -214,18 +229,19 @@ def check_results(
         image = np.searchsorted(truth.index.image_id, columns["image_id"])
         size = np.stack([truth.index.height[image], truth.index.width[image]], 1)
         _refuse(source, "a mask of another [height, width] than its image", (found.reshape(-1, 2) != size).any(1))
-        if not _are_masks(masks):
-            wrong = np.array([not _are_masks([mask]) for mask in masks])
+        areas = _areas(masks)
+        if areas is None:
+            wrong = np.array([_areas([mask]) is None for mask in masks])
             _refuse(source, "a mask whose run lengths cannot be read or do not fit into its image", wrong)
-    return Detections(columns["image_id"], columns["category_id"], scores, boxes, masks)
+    return Detections(columns["image_id"], columns["category_id"], scores, boxes, masks, areas)
 
 
-def _are_masks(masks: list[dict[str, Any]]) -> bool:
+def _areas(masks: list[dict[str, Any]]) -> np.ndarray | None:
+    """Return the pixels of each mask; None if one cannot be read."""
     try:
-        hotcoco.mask.area(masks)
+        return np.asarray(hotcoco.mask.area(masks), dtype=np.float64)
     except (ValueError, TypeError):  # the latter of text that is no UTF-8
-        return False
-    return True
+        return None
 
 
 def _refuse(source: str | Path, what: str, wrong: np.ndarray) -> None:
