@@ -465,3 +465,14 @@ def test_a3_an_evaluation_that_fails_does_not_end_a_training(
     train_net(tiny_cfg(tmp_path, **EVERY), engine="torchvision")
     assert said == ["evaluation after iteration 2 failed, training continues: img/7.png is damaged"]
     assert lines(tmp_path) == [line for line in whole if line["iteration"] != 1]
+
+
+def test_a_disk_too_full_for_the_lock_is_one_sentence(tmp_path: Path) -> None:
+    """Closing the file must not write what could not be written before."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+    try:
+        with pytest.raises(UserError, match="cannot be written"), run_folder(tmp_path / "run"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)

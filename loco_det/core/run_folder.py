@@ -38,22 +38,21 @@ def run_folder(folder: str | Path) -> Iterator[None]:
     folder = Path(folder)
     with os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "a+")  # noqa: SIM115 (closed below)
+        file = open(folder / LOCK, "ab+", buffering=0)  # noqa: SIM115 (closed below, with nothing left to write)
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by workers, which may outlive a kill
         except (BlockingIOError, PermissionError):
             file.seek(0)
+            holder = file.read().decode(errors="replace").strip() or "unknown process"
             raise UserError(
-                f"{folder}: another run is using it ({file.read().strip() or 'unknown process'}); wait for "
-                "its end, or choose another OUTPUT_DIR"
+                f"{folder}: another run is using it ({holder}); wait for its end, or choose another OUTPUT_DIR"
             ) from None
         except OSError:
             pass
         with os_errors(folder):
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             for left in folder.glob(".*.tmp"):
                 left.unlink(missing_ok=True)
             before = (folder / SUMS).read_bytes() if (folder / SUMS).is_file() else None
