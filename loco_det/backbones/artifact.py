@@ -22,6 +22,7 @@ from loco_det import __version__
 from loco_det.backbones.names import to_torchvision
 from loco_det.backbones.presnet import PRESNET
 from loco_det.backbones.resnet import StagedBackbone, tensors_hash
+from loco_det.backbones.timm_models import PREFIX
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 
@@ -136,6 +137,11 @@ def check_hash(path: str | Path, tensors: dict[str, Tensor], manifest: Manifest)
 
 def require_resnet(path: str | Path, manifest: Manifest) -> None:
     """Raise UserError if the backbone is not a ResNet of Detectron2, torchvision or timm."""
+    if manifest.architecture.startswith(PREFIX):
+        raise UserError(
+            f"{path}: is timm's {manifest.architecture.removeprefix(PREFIX)}, no ResNet; give it as MODEL.WEIGHTS with "
+            f"MODEL.BACKBONE.NAME {manifest.architecture}, or to loco-det probe"
+        )
     if manifest.architecture == PRESNET:
         raise UserError(
             f"{path}: is a Progressive ResNet-50 ({PRESNET}), which no ResNet of Detectron2, torchvision or timm can "

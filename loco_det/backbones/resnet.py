@@ -48,16 +48,40 @@ class FrozenBatchNorm2d(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+class LayerNorm(nn.Module):
+    """Normalisation over the channels of a map (B, C, H, W), with Detectron2's arithmetic.
+
+    Source: detectron2/layers/batch_norm.py.
+    """
+
+    fast = False  # torch's own kernel
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fast:
+            rows = x.permute(0, 2, 3, 1)
+            return F.layer_norm(rows, self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+        centred = x - x.mean(1, keepdim=True)
+        x = centred / torch.sqrt(centred.pow(2).mean(1, keepdim=True) + self.eps)
+        return self.weight[:, None, None] * x + self.bias[:, None, None]
+
+
 _NORMS = {
     "BN": nn.BatchNorm2d,
     "SyncBN": nn.SyncBatchNorm,
     "FrozenBN": FrozenBatchNorm2d,
     "GN": lambda channels: nn.GroupNorm(32, channels),
+    "LN": LayerNorm,
 }
 
 
 def make_norm(name: str, channels: int) -> nn.Module:
-    """Build Detectron2's normalisation `name`: BN, SyncBN, FrozenBN or GN."""
+    """Build Detectron2's normalisation `name`: BN, SyncBN, FrozenBN, GN or LN."""
     return _NORMS[name](channels)
 
 

@@ -1,0 +1,145 @@
+"""Any `nn.Module` as a backbone: its maps are found by running it once.
+
+`MODEL.BACKBONE.NAME "python:package.module:function"` names a function without arguments that returns such a module,
+with its weights loaded. From Python, `given` takes a module itself and returns a name for this process.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from loco_det.backbones.resnet import StagedBackbone
+from loco_det.backbones.timm_models import BY_STRIDE
+from loco_det.core.errors import UserError
+
+PREFIX = "python:"
+_GIVEN = "given-"
+_given: list[nn.Module] = []
+
+
+class OwnBackbone(StagedBackbone):
+    """A user's module: (B, 3, H, W) -> a map, several of them, or a dict of maps by name, each (B, C, h, w).
+
+    Maps without names are called by their stride, `stem` (2), `res2` (4) to `res5` (32), or `map0`, `map1`, ... where
+    two have the same or another stride.
+
+    Args:
+        module: shared, not copied.
+        name: for messages.
+        image_size: side of the square image that it is run on once.
+
+    Attributes:
+        is_plain: all maps have one stride.
+
+    Raises:
+        UserError: it does not run on that image, or returns something else.
+    """
+
+    def __init__(self, module: nn.Module, name: str, image_size: int = 224) -> None:
+        super().__init__()
+        self.architecture, self.module, self.image_size = name, module, image_size
+        was_training = module.training
+        example = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), torch.zeros(1))
+        x = torch.zeros(1, 3, image_size, image_size, device=example.device, dtype=example.dtype)
+        try:
+            with torch.no_grad():
+                found = module.eval()(x)
+        except Exception as error:  # a user's code raises anything
+            said = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(
+                f"backbone {name}: does not take an image of {image_size} x {image_size} pixels ({said}); give another "
+                "image_size"
+            ) from error
+        finally:
+            module.train(was_training)
+        self.is_named = isinstance(found, Mapping)
+        maps = list(found.values()) if self.is_named else list(found) if isinstance(found, (list, tuple)) else [found]
+        if not maps or any(not isinstance(map_, Tensor) or map_.ndim != 4 for map_ in maps):
+            kinds = ", ".join(
+                f"{type(map_).__name__} {tuple(map_.shape)}" if isinstance(map_, Tensor) else type(map_).__name__
+                for map_ in maps[:5]
+            )
+            raise UserError(f"backbone {name}: returns {kinds or 'nothing'}; return maps (B, C, H, W)")
+        strides = [self._stride(map_, image_size) for map_ in maps]
+        names = [str(key) for key in found] if self.is_named else _names(strides)
+        self.stage_names = tuple(names)
+        self.channels = {key: map_.shape[1] for key, map_ in zip(names, maps)}
+        self.strides = dict(zip(names, strides))
+        self.is_plain = len(set(strides)) == 1
+        self.depth = len(names)
+
+    def _stride(self, map_: Tensor, image_size: int) -> float:
+        strides = {image_size / side for side in map_.shape[2:]}
+        if len(strides) != 1:
+            raise UserError(f"backbone {self.architecture}: a square image has a map {tuple(map_.shape[2:])}")
+        stride = strides.pop()
+        return int(stride) if stride == int(stride) else stride
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = self.module(x)
+        maps = found.values() if self.is_named else found if isinstance(found, (list, tuple)) else [found]
+        return dict(zip(self.stage_names, maps))
+
+    def freeze(self, stages: int) -> None:
+        """Freeze the whole module for `stages` 5 or more; for 0 and less nothing.
+
+        Raises:
+            UserError: a number between, since a module's parts are not known.
+        """
+        if 0 < stages < 5:
+            raise UserError(
+                f"MODEL.BACKBONE.FREEZE_AT {stages}: {self.architecture} has no known stages to freeze; use 5 for all "
+                "of it, 0 for nothing"
+            )
+        if stages >= 5:
+            self.requires_grad_(False)
+            self.train(self.training)
+
+    def train(self, mode: bool = True) -> OwnBackbone:
+        """As always; a frozen module stays in evaluation."""
+        is_frozen = not any(parameter.requires_grad for parameter in self.module.parameters())
+        return super().train(mode and not is_frozen)
+
+
+def _names(strides: Sequence[float]) -> list[str]:
+    names = [BY_STRIDE.get(stride, "") for stride in strides]
+    return names if all(names) and len(set(names)) == len(names) else [f"map{i}" for i in range(len(strides))]
+
+
+def given(module: nn.Module) -> str:
+    """Return a MODEL.BACKBONE.NAME for `module` in this process."""
+    if not any(module is other for other in _given):
+        _given.append(module)
+    return f"{PREFIX}{_GIVEN}{next(i for i, other in enumerate(_given) if module is other)}"
+
+
+def find(name: str) -> nn.Module:
+    """Return the module of "python:package.module:function", or one that was `given`.
+
+    Raises:
+        UserError: it cannot be imported, or the function fails or returns something else.
+    """
+    path = name.removeprefix(PREFIX)
+    if path.startswith(_GIVEN):
+        number = path.removeprefix(_GIVEN)
+        if not number.isdigit() or int(number) >= len(_given):
+            raise UserError(
+                f"MODEL.BACKBONE.NAME {name} was a module of another process; write python:package.module:function"
+            )
+        return _given[int(number)]
+    place, _, function = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(place), function)()
+    except Exception as error:  # a user's code raises anything
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"MODEL.BACKBONE.NAME {name}: {type(error).__name__}: {said}; write python:package.module:function, a "
+            "function without arguments, importable from here"
+        ) from error
+    if not isinstance(found, nn.Module):
+        raise UserError(f"MODEL.BACKBONE.NAME {name}: returns a {type(found).__name__}; return an nn.Module")
+    return found

@@ -1,0 +1,327 @@
+"""timm's models as backbones: hierarchical ones (ConvNeXt, Swin, RegNet, ...) and plain vision transformers.
+
+| kind | stages | a stage's map |
+|---|---|---|
+| hierarchical | `stem` if it has a map of its own, then `res2`..`res5` by stride 4..32 | the model's own |
+| plain ViT | `stem`, then the blocks in four quarters, `blocks.0-2`..`blocks.9-11` for depth 12 | its patch tokens |
+
+Maps come from timm's `forward_intermediates`, so cls token, registers, LayerScale, RoPE and all other parts of a family
+are timm's own code. What detection needs beside it is here: images of any size, maps of stride 16 for every patch, and
+freezing by stage.
+
+A plain ViT's map must have stride 16 for the pyramid (`detection/pyramid.py`); a patch of 14 or 8 pixels gives another
+stride, which is no power of two or not 16. `TimmBackbone` therefore resizes images by patch / 16 (bilinear, no
+antialiasing when enlarging) before the patch embedding, if `map_stride` is 16. An image of 512 pixels becomes 448 for a
+patch of 14: both have 32 x 32 patches.
+"""
+
+from __future__ import annotations
+
+import ast
+import bisect
+import re
+from collections.abc import Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loco_det.backbones.resnet import StagedBackbone
+from loco_det.core.errors import UserError
+
+PREFIX = "timm:"
+QUARTERS = 4
+BY_STRIDE = {2: "stem", 4: "res2", 8: "res3", 16: "res4", 32: "res5"}
+# How learned position embeddings are resized, all bicubic: timm's own code (antialiased), to the new size without
+# antialiasing (MAE, ViTDet), or by a scale factor to which 0.1 pixels are added (DINO, iBOT, DINOv2 without registers).
+POSITIONS = ("timm", "size", "offset")
+
+
+class TimmBackbone(StagedBackbone):
+    """A model of timm, without its classifier; see the module's table.
+
+    Args:
+        name: timm's name, e.g. "vit_small_patch14_dinov2.lvd142m".
+        pretrained: load timm's weights, from the local cache or the hub.
+        map_stride: input pixels per pixel of a plain ViT's map: images are resized to match; None: the patch.
+        maps: of a plain ViT, instead of the quarters' ends, which are normalised: "blocks.N" is a block's output,
+            "norm(blocks.N)" the same under the model's final normalisation, "norm" that of the last block.
+        positions: how learned position embeddings are resized for other grids, one of `POSITIONS`; None: as the
+            family's own code does it (`family_positions`). Families that use RoPE alone have none to resize.
+        image_size: side for which a model is built that takes one size only; None: timm's own.
+        options: further arguments of the model's constructor, e.g. `drop_path_rate`.
+
+    Attributes:
+        is_plain: one stride for all blocks.
+        patch: pixels of a plain ViT's patch.
+        pixel_mean, pixel_std: RGB, 0-255 units, of timm's recipe.
+        image_size: side of its images.
+
+    Raises:
+        UserError: timm lacks the model, its weights are unavailable, or it gives no feature maps.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        pretrained: bool = False,
+        map_stride: int | None = None,
+        maps: Sequence[str] = (),
+        positions: str | None = None,
+        image_size: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.architecture = PREFIX + name
+        self.model = create(name, pretrained=pretrained, image_size=image_size, **options)
+        config = self.model.pretrained_cfg
+        is_flexible = any(getattr(self.model, key, False) for key in ("dynamic_img_size", "no_fixed_size"))
+        size = (image_size, image_size) if image_size else tuple(config["input_size"][1:])
+        self.fixed_size = size if config["fixed_input_size"] and not is_flexible else None
+        features = list(getattr(self.model, "feature_info", []))
+        if not features or not hasattr(self.model, "forward_intermediates"):
+            raise UserError(f"backbone {PREFIX}{name}: timm gives no feature maps of it; choose a model that has them")
+        self.is_plain = len({feature["reduction"] for feature in features}) == 1 and len(features) > 1
+        self.patch = features[0]["reduction"] if self.is_plain else 0
+        self.depth = len(features)
+        self.map_stride = (map_stride or self.patch) if self.is_plain else None
+        if self.is_plain:
+            self._plain(features, maps)
+        else:
+            self._hierarchical(features)
+        parts = self._parts()
+        self.model.prune_intermediate_layers(list(self.indices.values()), prune_norm=not self.normed, prune_head=True)
+        self.positions = positions or family_positions(name)
+        _resize_positions_as(self.model, self.positions, name)
+        left = {name for name, _ in self.model.named_parameters()}
+        self.parts = {stage: [name for name in names if name in left] for stage, names in parts.items()}
+        mean, std = pixels(self.model)
+        self.pixel_mean, self.pixel_std = mean, std
+        self.image_size = config["input_size"][-1]
+
+    def _plain(self, features: Sequence[dict[str, Any]], maps: Sequence[str]) -> None:
+        self.ends, first = {}, 0
+        for part in torch.arange(self.depth).tensor_split(min(QUARTERS, self.depth)):
+            last = first + len(part) - 1
+            self.ends[f"blocks.{first}-{last}" if last > first else f"blocks.{last}"] = last
+            first = last + 1
+        self.stage_names = ("stem", *self.ends)
+        quarters = [(stage, last, True) for stage, last in self.ends.items()]
+        chosen = [(name, *self._block(name)) for name in maps] or quarters
+        self.indices = {name: index for name, index, _ in sorted(chosen, key=lambda one: one[1])}
+        self.normed = {name for name, _, is_normed in chosen if is_normed}
+        self.ends = {stage: features[last]["module"] for stage, last in self.ends.items()}
+        self.channels = {name: features[index]["num_chs"] for name, index in self.indices.items()}
+        self.strides = dict.fromkeys(self.indices, self.map_stride)
+
+    def _block(self, name: str) -> tuple[int, bool]:
+        """The number of the block that a map is of, and whether it is normalised."""
+        found = re.fullmatch(r"norm|blocks\.(\d+)|norm\(blocks\.(\d+)\)", name)
+        number = None if found is None else int(found[1] or found[2] or self.depth - 1)
+        if found is None or number >= self.depth:
+            raise UserError(
+                f"backbone {self.architecture}: has no map {name!r}; use norm, blocks.N or norm(blocks.N), N from 0 "
+                f"to {self.depth - 1}"
+            )
+        return number, not name.startswith("blocks")
+
+    def _hierarchical(self, features: Sequence[dict[str, Any]]) -> None:
+        self.ends, self.indices, self.channels, self.strides, self.normed = {}, {}, {}, {}, set()
+        for index, feature in enumerate(features):
+            name = BY_STRIDE.get(feature["reduction"])
+            if name is None:
+                continue
+            self.ends[name] = feature["module"]  # several of one stride: the last of them
+            self.indices[name] = index
+            self.channels[name], self.strides[name] = feature["num_chs"], feature["reduction"]
+        self.stage_names = (*(() if "stem" in self.ends else ("stem",)), *self.ends)
+
+    def _parts(self) -> dict[str, list[str]]:
+        """Names of the parameters of every stage: those registered up to the end of the stage's last module."""
+        order = {name: i for i, (name, _) in enumerate(self.model.named_modules())}
+        ends = []
+        for stage, module in self.ends.items():
+            inside = [i for name, i in order.items() if name == module or name.startswith(f"{module}.")]
+            if not inside:
+                raise UserError(f"backbone {self.architecture}: timm names {module} the end of {stage}, which it lacks")
+            ends.append(max(inside))
+        if "stem" not in self.ends:
+            first = next(iter(self.ends.values()))
+            ends.insert(0, order[first.rpartition(".")[0] if self.is_plain else first])
+        ends[-1] = len(order)
+        parts: dict[str, list[str]] = {name: [] for name in self.stage_names}
+        for name, _ in self.model.named_parameters():
+            place = order[name.rpartition(".")[0]]
+            parts[self.stage_names[bisect.bisect_left(ends, place)]].append(name)
+        return parts
+
+    def freeze(self, stages: int) -> None:
+        """Freeze the first `stages` stages: no gradients, and evaluation mode for good (BatchNorm, drop path)."""
+        for stage in self.stage_names[: max(0, stages)]:
+            for name in self.parts[stage]:
+                self.model.get_parameter(name).requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> TimmBackbone:
+        super().train(mode)
+        for module in self.model.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) -> {stage: (B, channels, H / stride, W / stride)} for every stage that has a map, rounded up."""
+        if self.is_plain:
+            x = self.resized(x)
+        if self.fixed_size and tuple(x.shape[2:]) != self.fixed_size:
+            takes, given = (f"{height} x {width}" for height, width in (self.fixed_size, x.shape[2:]))
+            raise UserError(
+                f"backbone {self.architecture}: takes images of {takes} pixels only, and these are {given}; choose a "
+                "family whose positions can be resized"
+            )
+        maps = self.model.forward_intermediates(
+            x, indices=sorted(set(self.indices.values())), output_fmt="NCHW", intermediates_only=True
+        )
+        of_index = dict(zip(sorted(set(self.indices.values())), maps))
+        return {
+            name: self._normalised(of_index[index]) if name in self.normed else of_index[index]
+            for name, index in self.indices.items()
+        }
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        return self.model.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def resized(self, x: Tensor) -> Tensor:
+        """Resize images so that a map of this plain ViT has ceil(H / map_stride) x ceil(W / map_stride) pixels."""
+        size = [-(-side // self.map_stride) * self.patch for side in x.shape[2:]]
+        if list(x.shape[2:]) == size:
+            return x
+        if self.map_stride == self.patch:
+            return F.pad(x, (0, size[1] - x.shape[3], 0, size[0] - x.shape[2]))
+        whole = [-(-side // self.map_stride) * self.map_stride for side in x.shape[2:]]
+        x = F.pad(x, (0, whole[1] - x.shape[3], 0, whole[0] - x.shape[2]))
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=self.patch < self.map_stride)
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """Split "timm:NAME?KEY=VALUE&..." into timm's name and options of the constructor, e.g. `drop_path_rate=0.1`.
+
+    Raises:
+        UserError: an option without a value.
+    """
+    name, _, query = text.removeprefix(PREFIX).partition("?")
+    options: dict[str, Any] = {}
+    for part in filter(None, query.split("&")):
+        key, is_given, value = part.partition("=")
+        if not is_given or not key.isidentifier():
+            raise UserError(f"{text}: {part!r} is no KEY=VALUE; write e.g. {PREFIX}{name}?drop_path_rate=0.1")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return name, options
+
+
+def create(name: str, *, pretrained: bool, image_size: int | None, **options: Any) -> nn.Module:
+    """Create timm's model `name` without a classifier, for images of any size where its family allows that.
+
+    Elsewhere it takes images of `image_size` pixels a side, if given.
+
+    Raises:
+        UserError: no such model, or its weights are unavailable.
+    """
+    import timm  # takes seconds, so only if needed
+
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5]) or "timm.list_models() shows all"
+        raise UserError(f"backbone {PREFIX}{name}: timm {timm.__version__} has no model {name!r} ({close})")
+    sized = {"img_size": image_size} if image_size else {}
+    for flexible in ({"dynamic_img_size": True}, {"strict_img_size": False}, sized, {}):
+        try:
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, **options, **flexible)
+        except TypeError as error:  # the family has no such argument
+            if flexible and any(key in str(error) for key in flexible):
+                continue
+            reason = error
+        except Exception as error:  # hub libraries raise various exceptions offline
+            reason = error
+        break
+    said = " ".join(str(reason).split())[:200] or type(reason).__name__
+    remedy = (
+        "connect to the hub once (weights are then in its cache), or give the weights as a file, or use "
+        f"random:{PREFIX}{name} for an untrained one"
+        if pretrained
+        else "choose another model or other options"
+    )
+    raise UserError(f"backbone {PREFIX}{name}: timm could not build it ({said}); {remedy}")
+
+
+def pixels(model: nn.Module) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of timm's recipe for `model`: RGB, 0-255 units."""
+    from timm.data import resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    mean, std = (tuple(255 * value for value in config[key]) for key in ("mean", "std"))
+    return mean, std
+
+
+def family_positions(name: str) -> str:
+    """Return the member of `POSITIONS` that the code of the model's family uses."""
+    model, _, tag = name.partition(".")
+    if "dinov2" in model and "reg4" not in model:
+        return "offset"
+    if tag.startswith("dino"):
+        return "offset"
+    return "size" if tag.startswith("mae") else "timm"
+
+
+def resize_positions(table: Tensor, grid: tuple[int, int], old: tuple[int, int], how: str) -> Tensor:
+    """Resize (1, old[0] * old[1], C) position embeddings to (1, grid[0] * grid[1], C), in float32.
+
+    Args:
+        how: "size" or "offset", see `POSITIONS`.
+    """
+    if grid == old:
+        return table
+    image = table.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
+    if how == "size":
+        image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
+    else:
+        factors = tuple((new + 0.1) / before for new, before in zip(grid, old))
+        image = F.interpolate(image, scale_factor=factors, mode="bicubic", align_corners=False)
+    return image.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+
+
+def _resize_positions_as(model: nn.Module, how: str, name: str) -> None:
+    """Let `model` resize its position embeddings by `resize_positions`, or leave it timm's own code."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    if how not in POSITIONS:
+        raise UserError(f"position embeddings are resized as one of {', '.join(POSITIONS)}, not {how!r}")
+    if how == "timm" or getattr(model, "pos_embed", None) is None:
+        return
+    if type(model) is not VisionTransformer:
+        raise UserError(
+            f"backbone {PREFIX}{name}: a {type(model).__name__} resizes its positions as timm does; use timm"
+        )
+    model._pos_embed = MethodType(_embed_with(how), model)
+
+
+def _embed_with(how: str) -> Any:
+    def embed(self: Any, x: Tensor) -> Tensor:
+        """(B, H, W, C) patches -> (B, prefix + H * W, C) tokens, positions added."""
+        grid = tuple(x.shape[1:3])
+        x = x.flatten(1, 2)
+        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        own = 0 if self.no_embed_class else self.num_prefix_tokens
+        of_patches = resize_positions(self.pos_embed[:, own:], grid, tuple(self.patch_embed.grid_size), how)
+        x = torch.cat([*prefix, x + of_patches], dim=1)
+        if own:
+            x = torch.cat([x[:, :own] + self.pos_embed[:, :own], x[:, own:]], dim=1)
+        return self.pos_drop(x)
+
+    return embed
