@@ -225,6 +225,17 @@ def test_the_home_of_nobody_is_a_file_that_is_not_there(tmp_path):
         load_config(defaults(), tmp_path / "a.yaml")
 
 
+def test_a_base_of_this_package_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text('_BASE_: "configs/base_rcnn_fpn.yaml"\nSEED: 3\n')
+    cfg, settings = load_config(get_cfg(), "own.yaml")
+    assert cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone"
+    assert "base_rcnn_fpn.yaml" in settings["MODEL.BACKBONE.NAME"].origin
+    (tmp_path / "own.yaml").write_text('_BASE_: "configs/base_rcnn_fpm.yaml"\n')
+    with pytest.raises(UserError, match=r"own\.yaml, line 1: the _BASE_ file .*base_rcnn_fpm\.yaml does not exist"):
+        load_config(get_cfg(), "own.yaml")
+
+
 def test_configs_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("configs/coco_loco_r50.yaml", "coco_loco_r50.yaml"):

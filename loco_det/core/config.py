@@ -7,6 +7,7 @@ and code written for Detectron2 can take it. Nothing in a file is ever construct
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from ast import literal_eval
@@ -303,6 +304,9 @@ def _read_with_bases(path: Path, above: tuple[Path, ...], known: dict[Path, Sett
         if "://" in name:
             raise UserError(f"{path}, line {bases.line}: download the {BASE_KEY} {name} and name the local file.")
         base = path.parent / os.path.expanduser(name)
+        if not os.path.isfile(base) and name.startswith("configs/"):  # of this package, from anywhere
+            with contextlib.suppress(UserError):
+                base = find_config(name)
         if not os.path.isfile(base):
             raise UserError(f"{path}, line {bases.line}: the {BASE_KEY} file {base} does not exist.")
         settings.update(_read_with_bases(base, (*above, here), known))
