@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
+from loco_det.backbones.timm_models import PREFIX
 from loco_det.convert.conversion import convert
 from loco_det.convert.inspect import inspect
+from loco_det.convert.report import Account
 from loco_det.convert.stated import Stated
+from loco_det.convert.timm_models import TimmAccount, convert_timm
 from loco_det.core.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """INPUT, OUTPUT and the facts that a file does not record."""
-    parser.add_argument("input", metavar="INPUT", help="a .pth, .pt, .tar, .ckpt, .bin, .safetensors or .pkl")
+    told = "a .pth, .pt, .tar, .ckpt, .bin, .safetensors or .pkl; or timm:NAME for timm's own weights"
+    parser.add_argument("input", metavar="INPUT", help=told)
     parser.add_argument(
         "output",
         metavar="OUTPUT",
         nargs="?",
         help="output: .pkl for Detectron2, with a .yaml of the keys that must agree with it; .pth or "
-        ".safetensors for torchvision and timm",
+        ".safetensors for torchvision and timm; .safetensors for --architecture",
+    )
+    parser.add_argument(
+        "--architecture",
+        metavar="timm:NAME",
+        help="the network, if it is no ResNet, e.g. timm:vit_small_patch14_dinov2",
     )
     parser.add_argument("--inspect", action="store_true", help="report the content of INPUT, convert nothing")
     parser.add_argument(
@@ -75,11 +85,18 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.output is None:
         raise UserError(f"{args.input}: give an OUTPUT to convert it to, or --inspect to look at it")
-    options = {"branch": args.branch, "drop": args.drop, "image": args.image, "stated": read_stated(args)}
-    account = convert(args.input, args.output, **options)
+    options = {"branch": args.branch, "drop": args.drop, "stated": read_stated(args)}
+    architecture = args.architecture or (args.input if args.input.startswith(PREFIX) else None)
+    account: Account | TimmAccount
+    if architecture:
+        if args.image:
+            raise UserError("--image is for the proof of ResNets; leave it out")
+        account = convert_timm(args.input, args.output, architecture, **options)
+    else:
+        account = convert(args.input, args.output, image=args.image, **options)
     written = [args.output]
-    if args.output.endswith(".pkl"):
-        written.append(f"{args.output.removesuffix('.pkl')}.yaml")
+    if architecture or args.output.endswith(".pkl"):
+        written.append(str(Path(args.output).with_suffix(".yaml")))
     if args.json:
         print(json.dumps({**account.facts(), "written": written}))
     elif not args.quiet:

@@ -34,12 +34,14 @@ from loco_det.backbones.resnet import (
     stage_strides,
     tensors_hash,
 )
+from loco_det.backbones.timm_models import PREFIX
 from loco_det.convert.architecture import Architecture, checked_tensors, recognise
 from loco_det.convert.export import WRITERS, is_fragment, yaml_text
 from loco_det.convert.load import check_sums, in_memory, load_tensors, open_tensors, safetensors_metadata
 from loco_det.convert.report import Account, take_account
 from loco_det.convert.sources import Pixels
 from loco_det.convert.stated import Stated
+from loco_det.convert.timm_models import load_timm
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 
@@ -113,6 +115,11 @@ def convert(
     return account
 
 
+def is_described(path: str | Path) -> bool:
+    """Whether a weights file has our manifest, which states its pixels."""
+    return HEADER_KEY in safetensors_metadata(Path(path)) or isinstance(open_tensors(path).get(HEADER_KEY), str)
+
+
 def _tensors_in(path: str) -> dict[str, Tensor]:
     """Map the tensors of a file that `convert` wrote, without reading them."""
     opened = open_tensors(path)
@@ -146,6 +153,11 @@ def load_any_backbone(
     header = safetensors_metadata(path).get(HEADER_KEY) if path.is_file() else None
     if header is not None:
         manifest = decode_manifest(header, path)
+        if manifest.architecture.startswith(PREFIX):
+            _refuse_choices(path, branch)
+            if stated:
+                raise UserError(f"{path}: its manifest already states the pixels; leave those options out")
+            return load_timm(path, load_backbone(path)[0], manifest), manifest
         if manifest.stem == "cifar" or manifest.architecture == PRESNET:
             _refuse_choices(path, branch)
             tensors, _ = load_backbone(path)

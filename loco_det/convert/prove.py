@@ -202,7 +202,7 @@ def prove(account: Account, exported: Mapping[str, Tensor], image: str | Path | 
                 raise UserError(f"{source.name} does not take the proof's image ({error}), so it is another network "
                                 "than the ResNet that would be written") from error  # fmt: skip
             try:
-                compared.append({stage: _difference(stage, expected[stage], found[stage]) for stage in STAGES})
+                compared.append({stage: difference(stage, expected[stage], found[stage]) for stage in STAGES})
             except UserError as error:
                 raise UserError(f"{error}; compared with {source.name}") from error
         proof[kind] = {stage: max((c[stage] for c in compared), key=lambda d: d["relative"]) for stage in STAGES}
@@ -266,17 +266,17 @@ def _free_after(slots: dict, name: str, empty: Tensor) -> Any:
     return lambda *_: slots.__setitem__(name, empty)
 
 
-def _difference(stage: str, expected: Tensor, found: Tensor) -> dict[str, float]:
+def difference(stage: str, expected: Tensor, found: Tensor) -> dict[str, float]:
     largest = expected.abs().max().item()
-    difference = (expected - found).abs().max().item() if expected.shape == found.shape else float("nan")
+    apart = (expected - found).abs().max().item() if expected.shape == found.shape else float("nan")
     if not 0 < largest < float("inf"):
         raise UserError(
             f"the output of {stage} is {largest:g} at its largest, so these weights cannot be proven; "
             "take weights that were trained"
         )
-    if not difference / largest <= TOLERANCE:
+    if not apart / largest <= TOLERANCE:
         raise UserError(
-            f"{stage} of the converted backbone differs from the source by {difference / largest:.2e} (relative), "
+            f"{stage} of the converted backbone differs from the source by {apart / largest:.2e} (relative), "
             f"more than {TOLERANCE:g}; check --stride-in-1x1 and report the checkpoint"
         )
-    return {"max_abs": difference, "relative": difference / largest}
+    return {"max_abs": apart, "relative": apart / largest}

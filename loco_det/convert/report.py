@@ -116,7 +116,7 @@ class Account:
                 else []
             ),
             ("dropped", f"{dropped:4d}"),
-            *((f"  {len(keys):4d}", f"{why} ({_shown(keys)})") for why, keys in self.dropped.items()),
+            *((f"  {len(keys):4d}", f"{why} ({shown(keys)})") for why, keys in self.dropped.items()),
             *([("left out", left_out_text(self.left_out))] if self.left_out else []),
             *(("new" if i == 0 else "", f"{what}: {names}") for i, (what, names) in enumerate(NEW_IN_DETECTOR)),
         ]
@@ -139,7 +139,7 @@ def left_out_text(found: dict[str, list[str]]) -> str:
     return f"{sum(map(len, found.values())):4d} settings that are no plain data, unexecuted ({names}{more})"
 
 
-def _shown(keys: list[str]) -> str:
+def shown(keys: list[str]) -> str:
     return keys[0] if len(keys) == 1 else f"{keys[0]} ..."
 
 

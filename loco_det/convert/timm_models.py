@@ -1,0 +1,383 @@
+"""Converts weights of any backbone that timm can build: vision transformers, ConvNeXt, Swin and others.
+
+    loco-det convert dinov2_vits14.pth dinov2.safetensors --architecture timm:vit_small_patch14_dinov2
+
+The result is our artifact with timm's names, beside it the keys that a detector needs. timm's own filters rename the
+layouts of other code bases (DINO, DINOv2, MAE, MoCo v3, ConvNeXt, Swin, CLIP, ...); what they leave out without a word
+is found by experiment: a tensor of the file that no tensor of the result depends on must be one of a named kind.
+
+Proof: a vision transformer is compared with `plain_vit`, an independent implementation that reads the file's own names;
+another network with timm's own, loaded from the result.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loco_det.backbones.artifact import HEADER_KEY, Manifest, Stage, save_backbone
+from loco_det.backbones.timm_models import PREFIX, TimmBackbone, create
+from loco_det.convert.load import check_sums, in_memory, open_tensors, safetensors_metadata
+from loco_det.convert.plain_vit import LAYOUT, forward
+from loco_det.convert.report import shown
+from loco_det.convert.sources import Pixels, flatten
+from loco_det.convert.stated import Stated
+from loco_det.core.errors import UserError
+from loco_det.core.files import atomic_write
+
+# The first tensor of a backbone in the layouts that timm's filters know.
+_FIRST = re.compile(
+    r"(?P<prefix>(?:.*[.:])?)(patch_embed\.(proj|backbone\.proj|patch_embedding|proj\.0)\.weight|stem(\.0|\.conv|_conv)?\.weight|"
+    r"conv_stem\.weight|conv1\.weight|downsample_layers\.0\.0\.weight|stem\.conv1?\.conv\.weight|"
+    r"embeddings\.patch_embedding\.weight|patch_embed1?\.proj\.weight)"
+)
+# Tensors that no backbone has: (names behind the prefix or in the whole file, why they are dropped).
+_DROPPED = (
+    (r"(.*\.)?num_batches_tracked", "step counters"),
+    (r"(head|fc|classifier|heads|last_layer)\..*", "classifier"),
+    (r"norm\.(weight|bias)", "final normalisation, behind the last map"),
+    (
+        r"(attn_pool|projector|proj_head|projection|neck|ibot_head|dino_head|predictor)\..*|proj|projection",
+        "projection",
+    ),
+    (r"mask_token|masked_embed", "the token of masked patches"),
+    (r"(decoder|decoder_blocks|decoder_.*|upsample_.*|pred)\b.*", "decoder of reconstruction"),
+    (r"(.*\.)?(relative_position_index|attn_mask|relative_coords_table|rope\.periods|k_norm_bias)", "constants"),
+)
+
+
+@dataclass
+class TimmAccount:
+    """What became of every tensor of a file; `facts` and `lines` as those of `report.Account`."""
+
+    source: str
+    architecture: str
+    prefix: str
+    read: int
+    converted: dict[str, Tensor]
+    dropped: dict[str, list[str]]
+    pixels: Pixels
+    proof: dict[str, Any] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """Return account and proof as plain data, for JSON."""
+        return {
+            "source": self.source,
+            "branch": self.prefix,
+            "architecture": self.architecture,
+            "pixels": {"order": self.pixels.order, "mean": self.pixels.mean, "std": self.pixels.std},
+            "read": self.read,
+            "converted": sorted(self.converted),
+            "dropped": self.dropped,
+            "proof": self.proof,
+        }
+
+    def lines(self) -> list[str]:
+        """Return account and proof as aligned plain text."""
+        kind = f"float64 max|d| {self.proof['max_abs']:.2e}, relative {self.proof['relative']:.2e}"
+        rows = [
+            ("source", f"{self.source}, branch {self.prefix}" if self.prefix else self.source),
+            ("backbone", self.architecture),
+            ("pixels", f"{self.pixels.order}, mean {self.pixels.mean}, std {self.pixels.std}"),
+            ("read", f"{self.read:4d} tensors"),
+            ("converted", f"{len(self.converted):4d}"),
+            ("dropped", f"{sum(map(len, self.dropped.values())):4d}"),
+            *((f"  {len(keys):4d}", f"{why} ({shown(keys)})") for why, keys in self.dropped.items()),
+        ]
+        lines = [f"{label:<10} {text}" for label, text in rows]
+        return [*lines, "", f"proof: {self.proof['image']} through {self.proof['model']}", f"{'':10} {kind}"]
+
+
+def convert_timm(
+    source: str,
+    output: str | Path,
+    architecture: str,
+    *,
+    branch: str | None = None,
+    drop: Sequence[str] = (),
+    stated: Stated | None = None,
+) -> TimmAccount:
+    """Convert `source` to the artifact `output`, with a YAML of keys beside it; returns the account with the proof.
+
+    Args:
+        source: a weights file, or timm:NAME for timm's own weights, from its cache or the hub.
+        architecture: timm:NAME.
+        branch: prefix of the backbone's tensors, if the file holds several.
+        drop: shell patterns of further tensors to drop.
+        stated: pixels of training, if they are not those of timm's recipe of that name.
+
+    Raises:
+        UserError: an invalid file or option, a tensor without a place, or the proof fails; nothing is left at `output`.
+    """
+    name, output = architecture.removeprefix(PREFIX), Path(output)
+    if not architecture.startswith(PREFIX):
+        raise UserError(f"--architecture {architecture}: give {PREFIX}NAME, e.g. {PREFIX}vit_small_patch16_224")
+    if output.suffix != ".safetensors":
+        raise UserError(f"{output}: weights of {architecture} are written as .safetensors; end the name so")
+    backbone = TimmBackbone(name, pretrained=source == architecture).eval()
+    model = backbone.model
+    pixels = Pixels("RGB", backbone.pixel_mean, backbone.pixel_std)
+    if source.startswith(PREFIX):
+        if source != architecture:
+            raise UserError(f"{source}: is another model than --architecture {architecture}; leave one of them out")
+        tensors = dict(model.state_dict())
+        account = TimmAccount(source, architecture, "", len(tensors), plain_tensors(tensors), {}, pixels)
+        own: Mapping[str, Tensor] = account.converted
+    else:
+        account, own = _take(Path(source), backbone, branch, drop, pixels)
+    if stated:
+        if stated.stride_in_1x1 is not None:
+            raise UserError(f"{architecture}: has no 1x1 stride to state; leave --stride-in-1x1 out")
+        account.pixels = stated.complete(source, 0, account.pixels)
+    counters = {n: t for n, t in model.state_dict().items() if n.endswith("num_batches_tracked")}
+    model.load_state_dict({**account.converted, **counters})
+    try:
+        account.proof = _prove(backbone, own)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    manifest = describe_timm(
+        backbone,
+        account.source,
+        account.pixels,
+        proof=account.proof,
+        dropped={why: keys for why, keys in account.dropped.items() if why.startswith("as asked")},
+    )
+    save_backbone(output, account.converted, manifest)
+    with atomic_write(output.with_suffix(".yaml"), "w") as file:
+        file.write(yaml_text(output, manifest))
+    return account
+
+
+def describe_timm(backbone: TimmBackbone, method: str, pixels: Pixels, **fields: Any) -> Manifest:
+    """Return the manifest of a backbone of timm; `method` says where its weights are from."""
+    return Manifest(
+        architecture=backbone.architecture,
+        depth=backbone.depth,
+        stem="patch" if backbone.is_plain else "timm",
+        stages={stage: Stage(backbone.channels[stage], backbone.strides[stage]) for stage in backbone.channels},
+        method=method,
+        channel_order=pixels.order,
+        pixel_mean=pixels.mean,
+        pixel_std=pixels.std,
+        **fields,
+    )
+
+
+def load_timm(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest) -> TimmBackbone:
+    """Build the backbone of an artifact that `convert_timm` wrote, in evaluation mode, and load all its tensors.
+
+    Raises:
+        UserError: they are not what the manifest says.
+    """
+    backbone = TimmBackbone(manifest.architecture.removeprefix(PREFIX))
+    counters = {n: t for n, t in backbone.model.state_dict().items() if n.endswith("num_batches_tracked")}
+    try:
+        backbone.model.load_state_dict({**tensors, **counters}, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its tensors are not what its manifest says ({reason}); convert it again") from error
+    return backbone.eval()
+
+
+def yaml_text(weights: Path, manifest: Manifest) -> str:
+    """Return the YAML fragment with the keys of a detector that must agree with these weights."""
+    numbers = (json.dumps([float(v) for v in values]) for values in (manifest.pixel_mean, manifest.pixel_std))
+    mean, std = numbers
+    lines = [
+        f"# {manifest.architecture} backbone ({' '.join(manifest.method.split())}), converted and proven by loco_det.",
+        "# These keys must agree with the weights: put them into your config, or name this file as its _BASE_.",
+        "MODEL:",
+        f"  WEIGHTS: {json.dumps(str(weights.absolute()), ensure_ascii=False)}",
+        f"  PIXEL_MEAN: {mean}",
+        f"  PIXEL_STD: {std}",
+        "  BACKBONE:",
+        f"    NAME: {json.dumps(manifest.architecture)}",
+        "INPUT:",
+        f'  FORMAT: "{manifest.channel_order}"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return float32 CPU tensors without step counters, for `save_backbone`."""
+    return {
+        name: in_memory(tensor.detach()).float()
+        for name, tensor in tensors.items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def _take(
+    path: Path, backbone: TimmBackbone, branch: str | None, drop: Sequence[str], pixels: Pixels
+) -> tuple[TimmAccount, dict[str, Tensor]]:
+    """Account for every tensor of the file; returns the account, and the backbone's tensors under the file's names."""
+    loaded = open_tensors(path)
+    check_sums(path)
+    if HEADER_KEY in safetensors_metadata(path):
+        raise UserError(f"{path}: is a backbone that loco-det wrote already; give it as MODEL.WEIGHTS")
+    everything = dict(flatten(path, loaded))
+    prefix = _prefix(path, everything, branch, backbone.architecture)
+    own = {key.removeprefix(prefix): in_memory(tensor) for key, tensor in everything.items() if key.startswith(prefix)}
+    result = _filtered(backbone, own)
+    wanted = {n: t for n, t in backbone.model.state_dict().items() if not n.endswith("num_batches_tracked")}
+    for name, tensor in wanted.items():
+        if name not in result:
+            raise UserError(
+                f"{path}: has no tensor for {name} of {backbone.architecture} ({_missing(wanted, result)} in all are "
+                "missing); give the --architecture that the weights are of"
+            )
+        if result[name].shape != tensor.shape:
+            raise UserError(
+                f"{path}: {name} is {tuple(result[name].shape)} and {backbone.architecture} takes "
+                f"{tuple(tensor.shape)}; give the --architecture that the weights are of"
+            )
+        if not torch.isfinite(result[name]).all():
+            raise UserError(f"{path}: {name} has values that are not finite; take an intact checkpoint")
+    if backbone.is_plain and "pos_embed" in own and own["pos_embed"].ndim == 3:
+        have, takes = own["pos_embed"].shape[1], wanted["pos_embed"].shape[1] if "pos_embed" in wanted else 0
+        if takes and abs(have - takes) > backbone.model.num_prefix_tokens:
+            raise UserError(
+                f"{path}: pos_embed has {have} positions and {backbone.architecture} {takes}, for another image size; "
+                "give the --architecture of that size"
+            )
+    unused, whole = _unused(backbone, own, set(wanted)), _names_of_whole(backbone)
+    dropped: dict[str, list[str]] = {}
+    for key in everything:
+        short = key.removeprefix(prefix)
+        if key.startswith(prefix) and short not in unused:
+            continue
+        why = _why(key, short, drop, inside=key.startswith(prefix))
+        if why is None and short in whole:
+            why = "the model's layers behind its last map"
+        if why is None:
+            raise UserError(
+                f"{path}: tensor {key!r} has no place in {backbone.architecture}: give the --architecture that the "
+                f"weights are of, or drop it on purpose: --drop '{key}'"
+            )
+        dropped.setdefault(why, []).append(key)
+    converted = {name: result[name].float().contiguous() for name in wanted}
+    account = TimmAccount("weights file", backbone.architecture, prefix, len(everything), converted, dropped, pixels)
+    return account, {name: tensor for name, tensor in own.items() if name not in unused}
+
+
+def _missing(wanted: Mapping[str, Tensor], result: Mapping[str, Tensor]) -> int:
+    return sum(name not in result for name in wanted)
+
+
+def _prefix(path: Path, tensors: Mapping[str, Tensor], branch: str | None, architecture: str) -> str:
+    """The prefix of the backbone's tensors: `branch`, or the only one that the file has."""
+    found = sorted({match["prefix"] for key in tensors if (match := _FIRST.fullmatch(key))}, key=len)
+    if branch is not None:
+        if not any(key.startswith(branch) for key in tensors):
+            raise UserError(f"{path}: no tensor's name begins with {branch!r}; --branch is one of {', '.join(found)}")
+        return branch
+    if not found:
+        first = next(iter(tensors), "nothing")
+        raise UserError(
+            f"{path}: has no first layer of {architecture} in a known layout (it holds {first} ...); give the prefix "
+            "of its tensors: --branch PREFIX"
+        )
+    if len(found) > 1:
+        raise UserError(f"{path}: holds several backbones; choose one: --branch {' or --branch '.join(found)}")
+    return found[0]
+
+
+def _filtered(backbone: TimmBackbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under timm's names, by the filter of the model's family where timm has one."""
+    module = sys.modules[type(backbone.model).__module__]
+    renamed: Callable[..., Any] | None = getattr(module, "checkpoint_filter_fn", None)
+    wanted = {name for name in backbone.model.state_dict() if not name.endswith("num_batches_tracked")}
+    if renamed is None or wanted <= tensors.keys():
+        return dict(tensors)
+    try:
+        return dict(renamed(dict(tensors), backbone.model))
+    except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())[:150]
+        raise UserError(
+            f"these weights are in no layout of {backbone.architecture} that timm knows ({said}); give the "
+            "--architecture that they are of"
+        ) from error
+
+
+def _unused(backbone: TimmBackbone, own: Mapping[str, Tensor], wanted: set[str]) -> set[str]:
+    """Names of tensors on which no tensor of the result depends: found by spoiling each of them."""
+    result = _filtered(backbone, own)
+    addresses = {result[name].data_ptr() for name in wanted}
+    unused = set()
+    for name, tensor in own.items():
+        if tensor.data_ptr() in addresses:
+            continue
+        spoiled = {**own, name: torch.full_like(tensor, torch.nan, dtype=torch.float32)}
+        try:
+            after = _filtered(backbone, spoiled)
+        except UserError:
+            continue
+        if not any(torch.isnan(after[key]).any() for key in wanted if after[key].is_floating_point()):
+            unused.add(name)
+    return unused
+
+
+def _names_of_whole(backbone: TimmBackbone) -> set[str]:
+    """Names of the tensors of timm's whole model, with the layers that give no map and its classifier."""
+    import timm
+
+    with torch.device("meta"):
+        return set(timm.create_model(backbone.architecture.removeprefix(PREFIX)).state_dict())
+
+
+def _why(key: str, short: str, drop: Sequence[str], *, inside: bool) -> str | None:
+    for pattern in drop:
+        if fnmatchcase(key, pattern) or fnmatchcase(short, pattern):
+            return f"as asked by --drop {pattern}"
+    for names, why in _DROPPED:
+        if re.fullmatch(names, short):
+            return why
+    return None if inside else "beside the chosen backbone"
+
+
+@torch.no_grad()
+def _prove(backbone: TimmBackbone, own: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Compare the last map of the result with the source's network in float64, on an image of the model's own size."""
+    import timm
+
+    from loco_det.convert.prove import TOLERANCE, difference, made_image  # lazy: it imports torchvision
+
+    config = backbone.model.pretrained_cfg
+    height, width = config["input_size"][1:]
+    picture = torch.from_numpy(made_image(height, width)).permute(2, 0, 1)[None].double()
+    mean, std = (
+        torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (backbone.pixel_mean, backbone.pixel_std)
+    )
+    x = (picture - mean) / std
+    model = backbone.double()
+    found = list(model(x).values())[-1]
+    has_rope = getattr(model.model, "rope", None) is not None
+    if backbone.is_plain and not has_rope and all(LAYOUT.fullmatch(name) for name in own):
+        heads, eps = model.model.blocks[0].attn.num_heads, model.model.norm.eps
+        expected = forward({name: tensor.double() for name, tensor in own.items()}, x, heads=heads, eps=eps)
+        witness = "an independent vision transformer that reads the file's names"
+    else:
+        network = create(config["architecture"], pretrained=False, image_size=None).double().eval()
+        network.load_state_dict(model.model.state_dict(), strict=False)  # layers behind the last map stay random
+        outputs: list[Tensor] = []
+        if backbone.is_plain:
+            tokens = network.forward_features(x)[:, model.model.num_prefix_tokens :]
+            outputs.append(tokens.transpose(1, 2).reshape(found.shape))
+        else:
+            last = network.get_submodule(list(backbone.ends.values())[-1])
+            last.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+            network.forward_features(x)
+        expected = outputs[0] if outputs[0].shape == found.shape else outputs[0].permute(0, 3, 1, 2)
+        witness = f"timm {timm.__version__}'s own forward pass"
+    model.float()
+    numbers = difference("the last map", expected, found)
+    return {"image": f"an image of {width} x {height}", "model": witness, "tolerance": TOLERANCE, **numbers}
