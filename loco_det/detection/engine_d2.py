@@ -23,7 +23,8 @@ from loco_det.core.config import Settings
 from loco_det.core.errors import UserError
 from loco_det.core.launch import leave_stopping_to_parent
 from loco_det.detection.engine import Batch
-from loco_det.detection.keys import check_task
+from loco_det.detection.fpn import build_backbone
+from loco_det.detection.keys import OTHER_BACKBONES, check_task
 
 _registered: dict[str, tuple[str, str]] = {}
 
@@ -112,7 +113,29 @@ def _native(cfg: CfgNode) -> Any:
 
     native = get_cfg()
     native.merge_from_other_cfg(cfg)
+    if cfg.MODEL.BACKBONE.NAME.startswith(OTHER_BACKBONES):
+        _register_backbone(cfg.MODEL.BACKBONE.NAME)
     return native
+
+
+def _register_backbone(name: str) -> None:
+    """Let Detectron2 build this package's backbone `name`, timm:... or python:..., with its pyramid."""
+    from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ShapeSpec
+
+    if name in BACKBONE_REGISTRY:
+        return
+
+    def output_shape(self: Any) -> dict[str, Any]:
+        return {name: ShapeSpec(channels=self.channels[name], stride=self.strides[name]) for name in self.channels}
+
+    def build(native: Any, _: Any) -> Any:
+        backbone = build_backbone(native)
+        kind = type(backbone)
+        body = {"output_shape": output_shape, "size_divisibility": backbone.size_divisibility}
+        backbone.__class__ = type(kind.__name__, (kind, Backbone), body)
+        return backbone
+
+    BACKBONE_REGISTRY._do_register(name, build)
 
 
 class _WorkersMapper:

@@ -107,14 +107,23 @@ def use_cache(model: nn.Module, cfg: CfgNode, folder: Path) -> None:
     Raises:
         UserError: the backbone is not entirely frozen, or the folder cannot be written.
     """
-    trunk = getattr(model.backbone, "bottom_up", model.backbone)
+    backbone = model.backbone
+    trunk = getattr(backbone, "bottom_up", getattr(backbone, "net", backbone))
     moving = [name for name, parameter in trunk.named_parameters() if parameter.requires_grad]
-    moving += [name for name, m in trunk.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    moving += [name for name, m in trunk.named_modules() if is_moving(m)]
     if moving:
         raise UserError(
             f"--feature-cache needs a frozen backbone, but MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT} "
             f"leaves {moving[0]} to training; raise it (5 freezes everything), or leave the option out."
         )
     check_writable(folder / "features.pt")
-    identity = tensors_hash(trunk.state_dict().items()), cfg.MODEL.RESNETS.dump(), trunk.out_features
+    settings = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS.dump()
+    identity = tensors_hash(trunk.state_dict().items()), settings, trunk.out_features
     trunk.cache = FeatureCache(folder, hashlib.sha256(repr(identity).encode()).hexdigest())
+
+
+def is_moving(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm whose statistics training changes: neither frozen nor kept in evaluation."""
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return False
+    return module.training or any(parameter.requires_grad for parameter in module.parameters())

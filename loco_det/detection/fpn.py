@@ -1,4 +1,4 @@
-"""Backbones of a detector: normalised, padded images to ResNet stages (C4, DC5) or a feature pyramid.
+"""Backbones of a detector: normalised, padded images to ResNet stages (C4, DC5) or a feature pyramid of any backbone.
 
 Shape legend: B images, image i (3, Hi, Wi), padded to (B, 3, H, W); a feature of stride s is (B, C, H/s, W/s).
 Both backbones have `channels` and `strides` (by feature name) and `size_divisibility` (0: no padding beyond the
@@ -17,20 +17,45 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from loco_det.backbones import own
+from loco_det.backbones.own import OwnBackbone, find
 from loco_det.backbones.resnet import ResNet, freeze
+from loco_det.backbones.timm_models import PREFIX, TimmBackbone, parse
 from loco_det.core.errors import UserError
 from loco_det.detection.deformable import deformable
 from loco_det.detection.feature_cache import FeatureCache
 from loco_det.detection.layers import Conv, c2_xavier_fill
+from loco_det.detection.pyramid import STRIDE, SimpleFeaturePyramid
 
 Batch = Sequence[dict[str, Any]]
 
 
-class Trunk(ResNet):
-    """A detector's ResNet: returns the named stages only, and builds no graph if it is entirely frozen."""
+class Trunk(nn.Module):
+    """Mixin of a detector's backbones: builds no graph if it is entirely frozen, and reads features from a cache.
+
+    Attributes:
+        out_features: the stages whose maps it returns.
+        cache: of features in evaluation.
+    """
 
     size_divisibility = 0
     fast = False  # form of its convolutions; the cache separates the two
+    out_features: tuple[str, ...]
+    cache: FeatureCache | None = None
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(B, 3, H, W) normalised images -> {stage: feature} for the stages of `out_features`."""
+        return self._compute(x) if self.training or self.cache is None else self.cache(x, self._compute, self.fast)
+
+    def _compute(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            outputs = super().forward(x)
+        return {name: feature for name, feature in outputs.items() if name in self.out_features}
+
+
+class ResNetTrunk(Trunk, ResNet):
+    """A detector's ResNet, its first MODEL.BACKBONE.FREEZE_AT stages frozen."""
 
     def __init__(self, cfg: CfgNode) -> None:
         resnets = cfg.MODEL.RESNETS
@@ -52,26 +77,26 @@ class Trunk(ResNet):
             last_stage=max(resnets.OUT_FEATURES, key=("stem", "res2", "res3", "res4", "res5").index),
         )
         self.out_features = tuple(resnets.OUT_FEATURES)
-        self.cache: FeatureCache | None = None  # of features in evaluation
         for name, deform in zip(self.stage_names[1:], resnets.DEFORM_ON_PER_STAGE):
             if deform:
                 setattr(self, name, deformable(getattr(self, name)))
         for name in self.stage_names[: max(0, cfg.MODEL.BACKBONE.FREEZE_AT)]:
             freeze(getattr(self, name))
 
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W) normalised images -> {stage: feature} for the stages of MODEL.RESNETS.OUT_FEATURES."""
-        return self._compute(x) if self.training or self.cache is None else self.cache(x, self._compute, self.fast)
 
-    def _compute(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        outputs = {}
-        trained = any(parameter.requires_grad for parameter in self.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            for name in self.stage_names:
-                x = getattr(self, name)(x)
-                if name in self.out_features:
-                    outputs[name] = x
-        return outputs
+class TimmTrunk(Trunk, TimmBackbone):
+    """A detector's model of timm, `timm:NAME`, its first MODEL.BACKBONE.FREEZE_AT stages frozen.
+
+    MODEL.FPN.IN_FEATURES names its maps: stages of a hierarchical one; of a plain transformer, at stride 16, "norm",
+    "blocks.N" or "norm(blocks.N)" (see `TimmBackbone`), and none for the last block's, normalised.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        name, options = parse(cfg.MODEL.BACKBONE.NAME)
+        wanted = list(cfg.MODEL.FPN.IN_FEATURES)
+        super().__init__(name, map_stride=STRIDE, maps=wanted or ["norm"], **options)
+        self.out_features = tuple(self.channels if self.is_plain else wanted)
+        self.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
 
 
 class FPN(nn.Module):
@@ -80,7 +105,7 @@ class FPN(nn.Module):
     Source: FPN section 3; detectron2/modeling/backbone/fpn.py.
 
     Args:
-        bottom_up: the ResNet.
+        bottom_up: the backbone.
         in_features: its stages from fine to coarse, each half the size of the previous one, the last of stride 32.
         out_channels: channels of every level.
         norm: "" for biases instead, or a normalisation's name.
@@ -93,7 +118,8 @@ class FPN(nn.Module):
         if not strides or None in strides or any(32 >> i != s for i, s in enumerate(reversed(strides))):
             raise UserError(
                 f"MODEL.FPN.IN_FEATURES {list(in_features)} has strides {strides}; name neighbouring stages of "
-                "MODEL.RESNETS.OUT_FEATURES from fine to coarse, ending in one of stride 32 (RES5_DILATION 1)"
+                "the backbone (MODEL.RESNETS.OUT_FEATURES) from fine to coarse, ending in one of stride 32 "
+                "(RES5_DILATION 1)"
             )
         self.in_features = tuple(in_features)
         self.average = average
@@ -127,12 +153,35 @@ class FPN(nn.Module):
         return {name: outputs[name] for name in self.strides}
 
 
-def build_backbone(cfg: CfgNode) -> Trunk | FPN:
+class OwnTrunk(Trunk, OwnBackbone):
+    """A detector's module of the user, `python:package.module:function`, frozen as a whole or not at all."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        name, wanted = cfg.MODEL.BACKBONE.NAME, list(cfg.MODEL.FPN.IN_FEATURES)
+        super().__init__(find(name), name)
+        unknown = [stage for stage in wanted if stage not in self.channels]
+        if unknown:
+            known = ", ".join(self.channels)
+            raise UserError(f"MODEL.FPN.IN_FEATURES: {name} has no map {unknown[0]!r}; its maps are {known}")
+        self.out_features = tuple(wanted or self.channels)
+        self.channels = {stage: self.channels[stage] for stage in self.out_features}
+        self.strides = {stage: self.strides[stage] for stage in self.out_features}
+        self.is_plain = len(set(self.strides.values())) == 1
+        self.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
+
+
+def build_backbone(cfg: CfgNode) -> ResNetTrunk | FPN | SimpleFeaturePyramid:
     """Build the backbone named by MODEL.BACKBONE.NAME, its first MODEL.BACKBONE.FREEZE_AT stages frozen."""
-    trunk = Trunk(cfg)
+    fpn = cfg.MODEL.FPN
+    kind = cfg.MODEL.BACKBONE.NAME.partition(":")[0] + ":"
+    if kind in (PREFIX, own.PREFIX):
+        trunk = TimmTrunk(cfg) if kind == PREFIX else OwnTrunk(cfg)
+        if trunk.is_plain:
+            return SimpleFeaturePyramid(trunk, fpn.OUT_CHANNELS, fpn.NORM)
+    else:
+        trunk = ResNetTrunk(cfg)
     if cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":
         return trunk
-    fpn = cfg.MODEL.FPN
     return FPN(trunk, list(fpn.IN_FEATURES), fpn.OUT_CHANNELS, fpn.NORM, fpn.FUSE_TYPE == "avg")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from loco_det.backbones import own, timm_models
 from loco_det.core import config
 from loco_det.core.config import Settings, read_settings, refusal
 from loco_det.detection.boxes import BOX_LOSSES
@@ -20,6 +21,7 @@ from loco_det.detection.poolers import POOLER_TYPES
 
 DEFAULTS = Path(__file__).with_name("d2_defaults.yaml")
 _EXPECTED_TYPES = [[str, str, value, tolerance] for value in (int, float) for tolerance in (int, float)]
+OTHER_BACKBONES = (timm_models.PREFIX, own.PREFIX)  # beginnings of MODEL.BACKBONE.NAME: no ResNets
 _NORMS = ("BN", "SyncBN", "FrozenBN", "GN")
 
 # Keys that the model reads -> the values it supports; None: any value of the key's type.
@@ -29,7 +31,12 @@ MODEL_KEYS: dict[str, tuple[Any, ...] | None] = {
     "MODEL.KEYPOINT_ON": (False,),
     "MODEL.PIXEL_MEAN": None,
     "MODEL.PIXEL_STD": None,
-    "MODEL.BACKBONE.NAME": ("build_resnet_backbone", "build_resnet_fpn_backbone"),
+    "MODEL.BACKBONE.NAME": (
+        "build_resnet_backbone",
+        "build_resnet_fpn_backbone",
+        "timm:NAME",
+        "python:package.module:function",
+    ),
     "MODEL.BACKBONE.FREEZE_AT": None,
     "MODEL.RESNETS.DEPTH": (18, 34, 50, 101, 152),
     "MODEL.RESNETS.OUT_FEATURES": None,
@@ -45,7 +52,7 @@ MODEL_KEYS: dict[str, tuple[Any, ...] | None] = {
     "MODEL.RESNETS.DEFORM_NUM_GROUPS": (1,),
     "MODEL.FPN.IN_FEATURES": None,
     "MODEL.FPN.OUT_CHANNELS": None,
-    "MODEL.FPN.NORM": ("", *_NORMS),
+    "MODEL.FPN.NORM": ("", "LN", *_NORMS),
     "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
     "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN", "PrecomputedProposals"),
     "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": None,
@@ -93,7 +100,7 @@ MODEL_KEYS: dict[str, tuple[Any, ...] | None] = {
     "MODEL.ROI_BOX_HEAD.FC_DIM": None,
     "MODEL.ROI_BOX_HEAD.NUM_CONV": None,
     "MODEL.ROI_BOX_HEAD.CONV_DIM": None,
-    "MODEL.ROI_BOX_HEAD.NORM": ("", *_NORMS),
+    "MODEL.ROI_BOX_HEAD.NORM": ("", "LN", *_NORMS),
     "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": None,
     "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": None,
     "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": (False,),
@@ -105,7 +112,7 @@ MODEL_KEYS: dict[str, tuple[Any, ...] | None] = {
     "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": None,
     "MODEL.ROI_MASK_HEAD.NUM_CONV": None,
     "MODEL.ROI_MASK_HEAD.CONV_DIM": None,
-    "MODEL.ROI_MASK_HEAD.NORM": ("", *_NORMS),
+    "MODEL.ROI_MASK_HEAD.NORM": ("", "LN", *_NORMS),
     "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": None,
     "MODEL.ROI_MASK_HEAD.POOLER_TYPE": POOLER_TYPES,
     "MODEL.SEM_SEG_HEAD.NAME": ("SemSegFPNHead",),
@@ -231,6 +238,8 @@ def check_supported(cfg: CfgNode, settings: Settings | None = None) -> None:
         value, default = config.value(cfg, key), defaults[key]
         allowed = SUPPORTED.get(key, ())
         if allowed is None or _plain(value) == _plain(default) or _plain(value) in allowed:
+            continue
+        if key == "MODEL.BACKBONE.NAME" and str(value).startswith(OTHER_BACKBONES):
             continue
         if allowed:
             choices = " or ".join(repr(choice) for choice in allowed)

@@ -18,15 +18,23 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from loco_det.backbones import own
 from loco_det.backbones.artifact import Manifest, check_hash, decode_manifest, load_backbone, require_resnet
 from loco_det.backbones.names import to_detectron2, to_torchvision
+from loco_det.backbones.timm_models import PREFIX
 from loco_det.convert import load_checkpoint
+from loco_det.core import config
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
+from loco_det.detection.keys import OTHER_BACKBONES
 
 STAGE = re.compile(r"(stem|res[2-5])\.")
 # Detectron2's prefixes of a detector's ResNet: under FPN, alone, and as the head of C4.
 PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
+# Prefixes of a detector's model of timm: under the pyramid of a plain transformer, and under FPN.
+TIMM_PREFIXES = ("backbone.net.model.", "backbone.bottom_up.model.")
+# Parts of a model of timm that a configuration may leave unused: its final normalisation, and its last blocks.
+_UNUSED = re.compile(r"(fc_)?norm\..*|(blocks|stages|layers|features|s)\.?\d.*|head\..*")
 # Tensors that a file may have and the model lacks: step counters, an ImageNet classifier, and constants of old
 # Detectron2 checkpoints.
 DROPPED = re.compile(
@@ -68,7 +76,7 @@ class Weights:
 
     @property
     def is_backbone(self) -> bool:
-        return any(STAGE.match(name) for name in self.tensors)
+        return self.manifest is not None or any(STAGE.match(name) for name in self.tensors)
 
 
 def load_weights(model: nn.Module, cfg: CfgNode, *, new_heads: bool = False) -> Weights | None:
@@ -86,7 +94,9 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, new_heads: bool = False) -> 
     """
     path = cfg.MODEL.WEIGHTS
     if not path:
-        log.info("MODEL.WEIGHTS is empty: every layer starts from random values")
+        own_weights = cfg.MODEL.BACKBONE.NAME.startswith(own.PREFIX)
+        which = "every layer outside the backbone, which has its own weights," if own_weights else "every layer"
+        log.info("MODEL.WEIGHTS is empty: %s starts from random values", which)
         return None
     weights = read_weights(path)
     apply_weights(model, weights, cfg, new_heads=new_heads)
@@ -112,6 +122,8 @@ def read_weights(path: str | Path) -> Weights:
         raise UserError(f"MODEL.WEIGHTS {path} does not exist; pretrain and convert a backbone, or correct the path.")
     if path.suffix == ".safetensors":
         tensors, manifest = load_backbone(path)
+        if manifest.architecture.startswith(PREFIX):
+            return Weights(path, tensors, manifest)
         require_resnet(path, manifest)
         return Weights(path, {to_detectron2(name): tensor for name, tensor in tensors.items()}, manifest)
     state = load_checkpoint(path)
@@ -146,7 +158,8 @@ def apply_weights(model: nn.Module, weights: Weights, cfg: CfgNode, *, new_heads
     check_manifest(weights, cfg)
     target = model.state_dict()
     if weights.is_backbone:
-        matched = _match_backbone(weights, target, cfg)
+        is_timm = cfg.MODEL.BACKBONE.NAME.startswith(PREFIX)
+        matched = _match_timm(weights, target) if is_timm else _match_backbone(weights, target, cfg)
     else:
         if new_heads:
             _drop_heads(weights, target)
@@ -182,6 +195,25 @@ def _match_backbone(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -
             matched[places[name]] = tensor
     # No backbone is pretrained with deformable convolutions: their offsets start at zero, as in Detectron2.
     _check_complete(weights.path, matched, (place for place in places.values() if ".conv2_offset." not in place))
+    if dropped:
+        log.info("not used from %s: %d tensors, e.g. %s", weights.path, len(dropped), dropped[0])
+    return matched
+
+
+def _match_timm(weights: Weights, target: dict[str, Tensor]) -> dict[str, Tensor]:
+    places = {name.removeprefix(prefix): name for name in target for prefix in TIMM_PREFIXES if name.startswith(prefix)}
+    matched, dropped = {}, []
+    for name, tensor in weights.tensors.items():
+        if name in places:
+            _check_shape(weights.path, name, tensor, target[places[name]])
+            matched[places[name]] = tensor
+        elif _UNUSED.fullmatch(name):
+            dropped.append(name)
+        else:
+            raise UserError(
+                f"{weights.path}: tensor {name} has no place in the model's backbone; convert the file again"
+            )
+    _check_complete(weights.path, matched, places.values())
     if dropped:
         log.info("not used from %s: %d tensors, e.g. %s", weights.path, len(dropped), dropped[0])
     return matched
@@ -281,7 +313,14 @@ def check_manifest(weights: Weights, cfg: CfgNode) -> None:
     facts: dict[str, Any] = {}
     if weights.manifest is not None:
         m = weights.manifest
-        if m.stem != "imagenet":
+        is_timm = m.architecture.startswith(PREFIX)
+        if is_timm != cfg.MODEL.BACKBONE.NAME.startswith(OTHER_BACKBONES):
+            build = m.architecture if is_timm else "build_resnet_fpn_backbone"
+            raise UserError(
+                f"{weights.path} is a backbone of {m.architecture} and MODEL.BACKBONE.NAME is "
+                f"{cfg.MODEL.BACKBONE.NAME}; set it to {build}."
+            )
+        if not is_timm and m.stem != "imagenet":
             raise UserError(
                 f"{weights.path} has a {m.stem} stem, which no detector has; pretrain with BACKBONE.STEM imagenet."
             )
@@ -289,14 +328,19 @@ def check_manifest(weights: Weights, cfg: CfgNode) -> None:
             "INPUT.FORMAT": m.channel_order,
             "MODEL.PIXEL_MEAN": list(m.pixel_mean),
             "MODEL.PIXEL_STD": list(m.pixel_std),
-            "MODEL.RESNETS.DEPTH": m.depth,
         }
-        if m.depth >= 50:
+        if is_timm:
+            facts["MODEL.BACKBONE.NAME"] = m.architecture
+        else:
+            facts["MODEL.RESNETS.DEPTH"] = m.depth
+        if not is_timm and m.depth >= 50:
             facts["MODEL.RESNETS.STRIDE_IN_1X1"] = m.stride_in_1x1
     elif weights.pixels is not None:
         facts = weights.pixels
     ours = pixel_facts(cfg)
     for key, value in facts.items():
+        if key == "MODEL.BACKBONE.NAME":
+            value, ours[key] = (name.partition("?")[0] for name in (value, ours.get(key, "")))  # without options
         if key in ours and not _agree(value, ours[key]):
             raise UserError(
                 f"{weights.path} was made with {key} {json.dumps(value)} and the configuration has "
@@ -306,13 +350,16 @@ def check_manifest(weights: Weights, cfg: CfgNode) -> None:
 
 def pixel_facts(cfg: CfgNode) -> dict[str, Any]:
     """Return the keys that weights depend on but that no shape shows."""
-    return {
+    facts = {
         "INPUT.FORMAT": cfg.INPUT.FORMAT,
         "MODEL.PIXEL_MEAN": list(cfg.MODEL.PIXEL_MEAN),
         "MODEL.PIXEL_STD": list(cfg.MODEL.PIXEL_STD),
-        "MODEL.RESNETS.DEPTH": cfg.MODEL.RESNETS.DEPTH,
-        "MODEL.RESNETS.STRIDE_IN_1X1": cfg.MODEL.RESNETS.STRIDE_IN_1X1,
     }
+    if cfg.MODEL.BACKBONE.NAME.startswith(OTHER_BACKBONES):
+        names: tuple[str, ...] = ("BACKBONE.NAME", "FPN.IN_FEATURES")
+    else:
+        names = ("RESNETS.DEPTH", "RESNETS.STRIDE_IN_1X1")
+    return {**facts, **{f"MODEL.{name}": config.value(cfg, f"MODEL.{name}") for name in names}}
 
 
 def _agree(a: Any, b: Any) -> bool:
