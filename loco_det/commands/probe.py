@@ -19,7 +19,7 @@ from loco_det.core.errors import UserError
 from loco_det.core.files import cache_folder, check_writable, write_checked_json
 from loco_det.core.log import Progress, log
 from loco_det.evaluation.knn import knn_predict
-from loco_det.evaluation.probes.backbones import choose_stages, load_backbone_for_probe
+from loco_det.evaluation.probes.backbones import Backbone, choose_stages, load_backbone_for_probe
 from loco_det.evaluation.probes.crops import VIEWS
 from loco_det.evaluation.probes.features import POOLING, Extractor
 from loco_det.evaluation.probes.finetune import FineTuning, batch_size, finetune, predict
@@ -92,13 +92,13 @@ def run(args: argparse.Namespace) -> None:
         write_checked_json(args.json, results)
 
 
-def probe(args: argparse.Namespace) -> dict[str, Any]:
-    """Probe; returns the content of --json (docs/probes.md lists the keys)."""
+def probe(args: argparse.Namespace, backbone: Backbone | None = None) -> dict[str, Any]:
+    """Probe `backbone`, or the one of the arguments; returns the content of --json (docs/probes.md lists the keys)."""
     begun = time.monotonic()
     _check(args)
     device = resolve_device(args.device)
     data = open_probe_data(args.data, args.val, limit=args.limit, seed=args.seed)
-    backbone = load_backbone_for_probe(
+    backbone = backbone or load_backbone_for_probe(
         args.backbone, seed=args.seed, image_size=args.image_size, branch=args.branch, stated=read_stated(args)
     )
     stages = choose_stages(backbone, args.stages)

@@ -13,22 +13,27 @@ Shape legend: B images of S x S pixels; a stage's output is (B, C, H, W).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD
+from loco_det.backbones.own import OwnBackbone
 from loco_det.backbones.presnet import PRESNET, PResNet
 from loco_det.backbones.resnet import BLOCKS, STAGES, ResNet, measure_batchnorm, tensors_hash
+from loco_det.backbones.timm_models import TimmBackbone, parse
 from loco_det.convert import Stated, load_any_backbone
 from loco_det.core.errors import UserError
+from loco_det.images.decode import read_image
+from loco_det.images.indexed import DatasetSource
+from loco_det.images.two_views import build_plain_loader
 from loco_det.images.views import normalise
-
-_BY_STRIDE = {2: "stem", 4: "res2", 8: "res3", 16: "res4", 32: "res5"}
 
 
 @dataclass
@@ -42,6 +47,7 @@ class Backbone:
         order, mean, std: RGB or BGR; 0-255 units in that order.
         image_size: the default S.
         untrained: its BatchNorm statistics have to be measured.
+        branch: of the file.
         facts: its description in the JSON record.
     """
 
@@ -53,12 +59,33 @@ class Backbone:
     std: tuple[float, ...]
     image_size: int
     untrained: bool = False
+    branch: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     def input(self, images: Tensor, device: torch.device) -> Tensor:
         """Convert (B, 3, S, S) uint8 RGB to the model's input, on the device."""
         images = images.to(device, non_blocking=True)
         return normalise(images.flip(1) if self.order == "BGR" else images, self.mean, self.std)
+
+    def features(self, images: Any, *, pooled: bool = False, batch: int = 64) -> dict[str, Tensor]:
+        """Compute the maps of images, without a graph.
+
+        Args:
+            images: (B, 3, S, S) uint8 RGB, as they are; or a list of paths, PIL images or (H, W, 3) uint8 RGB arrays,
+                which are scaled and centre-cropped to `image_size`.
+            pooled: average each map over the image: (B, C) instead of (B, C, h, w).
+            batch: images at a time.
+
+        Raises:
+            UserError: an image that cannot be read.
+        """
+        device = next((t.device for t in self.model.parameters()), torch.device("cpu"))
+        parts: dict[str, list[Tensor]] = {}
+        with torch.no_grad():
+            for some in _batches(images, self.image_size, batch):
+                for stage, map_ in self.model(self.input(some, device)).items():
+                    parts.setdefault(stage, []).append(map_.float().mean((2, 3)) if pooled else map_)
+        return {stage: torch.cat(maps) for stage, maps in parts.items()}
 
     def measure(self, batches: Iterable[Tensor]) -> None:
         """Measure an untrained model's BatchNorm statistics on `batches` of `input`."""
@@ -70,25 +97,39 @@ class Backbone:
         return tensors_hash(self.model.state_dict().items())
 
 
-class _TimmStages(nn.Module):
-    """timm's features_only model, with maps by stage name and channels first."""
+def _batches(images: Any, size: int, batch: int) -> Iterator[Tensor]:
+    if isinstance(images, Tensor):
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+            raise UserError(f"images are {tuple(images.shape)} {images.dtype}; give (B, 3, S, S) uint8, or a list")
+        yield from images.split(batch)
+        return
+    pictures = [_picture(image) for image in images]
+    for found in build_plain_loader(DatasetSource(pictures, root="images"), size, batch_size=batch):
+        yield found.images
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        info = model.feature_info
-        strides, names = info.reduction(), info.module_name()
-        by_stride = len(set(strides)) == len(strides) and set(strides) <= set(_BY_STRIDE)
-        # Plain transformers have a single stride: use timm's names.
-        self.stage_names = [_BY_STRIDE[s] for s in strides] if by_stride else list(names)
-        self.channels = dict(zip(self.stage_names, info.channels()))
-        self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        maps = self.model(x)
-        if self.channels_last:
-            maps = [m.permute(0, 3, 1, 2) for m in maps]
-        return dict(zip(self.stage_names, maps))
+def _picture(image: Any) -> Any:
+    return Image.fromarray(read_image(image, "RGB")) if isinstance(image, (str, Path)) else image
+
+
+def own_backbone(
+    module: nn.Module, image_size: int, order: str, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Backbone:
+    """Wrap a module of the user; `order`, `mean` and `std` as in `Backbone`, None for ImageNet's.
+
+    Raises:
+        UserError: it gives no maps, or the pixels are no three numbers.
+    """
+    name = type(module).__name__
+    for key, values in (("mean", mean), ("std", std)):
+        if values is not None and (len(values) != 3 or not all(0 <= value <= 255 for value in values)):
+            raise UserError(f"backbone {name}: {key} {values!r} is not three numbers in 0-255 units")
+    if order not in ("RGB", "BGR"):
+        raise UserError(f"backbone {name}: order {order!r} is neither RGB nor BGR")
+    model = OwnBackbone(module, name, image_size).eval()
+    facts = {"architecture": name, "source": "a module"}
+    pixels = (order, tuple(mean or IMAGENET_MEAN), tuple(std or IMAGENET_STD))
+    return Backbone(name, model, model.channels, *pixels, image_size, facts=facts)
 
 
 def load_backbone_for_probe(
@@ -114,11 +155,11 @@ def load_backbone_for_probe(
         raise UserError(f"backbone {name!r}: the kind {kind!r} is unknown; give a file, timm:NAME or random:resnet50")
     if kind not in ("random", "timm"):
         model, manifest = load_any_backbone(name, branch, stated=stated)
-        default = 32 if manifest.stem == "cifar" else 224
+        default = 32 if manifest.stem == "cifar" else getattr(model, "image_size", 224)
         size = manifest.config.get("DATA", {}).get("IMAGE_SIZE", default)
         facts = {"architecture": manifest.architecture, "stem": manifest.stem, "source": manifest.method}
         pixels = (manifest.channel_order, manifest.pixel_mean, manifest.pixel_std)
-        return Backbone(name, model, model.channels, *pixels, size, facts=facts)
+        return Backbone(name, model, model.channels, *pixels, size, branch=branch, facts=facts)
     if branch is not None or stated:
         raise UserError(f"backbone {name!r}: --branch and the pixel options are for files; leave them out")
     torch.manual_seed(seed)
@@ -146,37 +187,12 @@ _STEMS = {"": "imagenet", "-cifar": "cifar"}
 
 def _timm(name: str, rest: str, *, pretrained: bool, image_size: int | None) -> Backbone:
     import timm  # takes seconds, so only if needed
-    from timm.data import resolve_model_data_config
 
-    if not timm.is_model(rest):
-        close = ", ".join(timm.list_models(f"*{rest.split('.')[0]}*")[:5]) or "timm.list_models() shows all"
-        raise UserError(f"backbone {name!r}: timm {timm.__version__} has no model {rest!r} ({close})")
-    sized = {"img_size": image_size} if image_size and _takes_size(rest) else {}
-    try:
-        model = timm.create_model(rest, pretrained=pretrained, features_only=True, **sized)
-    except Exception as error:  # hub libraries raise various exceptions offline
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        remedy = (
-            f"connect to the hub once (weights are then in its cache), or give the weights as a file, or use "
-            f"random:timm:{rest} for an untrained one"
-            if pretrained
-            else "choose a model that gives feature maps (features_only)"
-        )
-        raise UserError(f"backbone {name!r}: timm could not build it ({reason}); {remedy}") from error
-    stages = _TimmStages(model).eval()
-    config = resolve_model_data_config(model)
-    mean, std = (tuple(255 * value for value in config[key]) for key in ("mean", "std"))
+    timm_name, options = parse(rest)
+    model = TimmBackbone(timm_name, pretrained=pretrained, image_size=image_size, **options).eval()
     facts = {"architecture": rest, "source": f"timm {timm.__version__}" + ("" if pretrained else ", random")}
-    size = config["input_size"][-1]
-    return Backbone(name, stages, stages.channels, "RGB", mean, std, size, untrained=not pretrained, facts=facts)
-
-
-def _takes_size(model: str) -> bool:
-    """Whether timm's model has a fixed grid of patches for one image size."""
-    import timm
-
-    fixed = timm.get_pretrained_cfg(model, allow_unregistered=True)
-    return bool(fixed and fixed.fixed_input_size)
+    pixels = ("RGB", model.pixel_mean, model.pixel_std)
+    return Backbone(name, model, model.channels, *pixels, model.image_size, untrained=not pretrained, facts=facts)
 
 
 def choose_stages(backbone: Backbone, wanted: list[str] | None) -> list[str]:
