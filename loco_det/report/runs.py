@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from loco_det.annotations.registry import find_dataset
+from loco_det.backbones import own, timm_models
 from loco_det.backbones.artifact import HEADER_KEY, decode_manifest
 from loco_det.core.config import read_yaml
 from loco_det.core.errors import UserError
@@ -70,9 +71,28 @@ class DetectorRun:
         return self.config["MODEL.META_ARCHITECTURE"] == "SemanticSegmentor"
 
     @property
+    def is_other(self) -> bool:
+        """Whether its backbone is no ResNet but timm's or the user's own."""
+        return self.config["MODEL.BACKBONE.NAME"].startswith((timm_models.PREFIX, own.PREFIX))
+
+    @property
+    def form(self) -> str:
+        """FPN, the simple feature pyramid of a plain transformer, or a ResNet's C4 or DC5."""
+        c = self.config
+        if self.is_other:
+            stages = c.get("MODEL.FPN.IN_FEATURES") or []
+            return "FPN" if any(str(name).startswith("res") for name in stages) else "simple pyramid"
+        if "fpn" in c["MODEL.BACKBONE.NAME"]:
+            return "FPN"
+        return "DC5" if c["MODEL.RESNETS.RES5_DILATION"] > 1 else "C4"
+
+    @property
     def experiment(self) -> dict[str, Any]:
         """The keys that must agree for numbers to be comparable."""
-        return {key: value for key, value in self.config.items() if key not in _FREE}
+        agreed = {key: value for key, value in self.config.items() if key not in _FREE}
+        if self.is_other:  # backbones are what a report compares
+            agreed["MODEL.BACKBONE.NAME"] = ""
+        return agreed
 
     @property
     def title(self) -> str:
@@ -85,11 +105,11 @@ class DetectorRun:
             kind = "Semantic segmentation"
         elif c["MODEL.ROI_HEADS.NAME"] == "CascadeROIHeads":
             kind = f"Cascade {kind}"
-        form = "FPN" if "fpn" in c["MODEL.BACKBONE.NAME"] else "DC5" if c["MODEL.RESNETS.RES5_DILATION"] > 1 else "C4"
         frozen = c["MODEL.BACKBONE.FREEZE_AT"]
-        state = "frozen" if frozen >= 5 else f"fine-tuned above res{frozen}" if frozen >= 2 else "fine-tuned"
+        above = f"stage {frozen}" if self.is_other else f"res{frozen}"
+        state = "frozen" if frozen >= 5 else f"fine-tuned above {above}" if frozen >= 2 else "fine-tuned"
         data = ", ".join(c["DATASETS.TRAIN"])
-        return f"{kind} {form}, {state}, {data}, {c['SOLVER.MAX_ITER']} iterations of {c['SOLVER.IMS_PER_BATCH']}"
+        return f"{kind} {self.form}, {state}, {data}, {c['SOLVER.MAX_ITER']} iterations of {c['SOLVER.IMS_PER_BATCH']}"
 
     @property
     def recorded(self) -> dict[str, float | None]:
