@@ -43,6 +43,9 @@ MAY_IMPORT = {
     | {f"loco_det.{room}" for room in ("backbones", "images", "annotations", "evaluation", "convert", "report")}
     | {"loco_det.detection", "pretrain"},
     "loco_det.cli": CORE,
+    "loco_det.api": CORE
+    | {f"loco_det.{room}" for room in ("backbones", "annotations", "evaluation", "convert", "detection")}
+    | {"loco_det.commands.probe"},
 }
 # The import name of a distribution, where the two differ.
 OPTIONAL = {
@@ -54,6 +57,7 @@ OPTIONAL = {
     "onnxruntime",
     "wandb",
     "sklearn",
+    "pandas",
 }  # extras, imported when they are called for
 IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL", "opencv-python-headless": "cv2"}
 

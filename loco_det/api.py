@@ -1,0 +1,234 @@
+"""What `import loco_det` offers: load a backbone, look at its features, probe it, detect with it.
+
+The commands `probe` and `train` do the same; here a backbone may also be any `nn.Module` in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from loco_det.annotations.registry import find_dataset
+from loco_det.backbones import own
+from loco_det.backbones.artifact import save_backbone
+from loco_det.backbones.resnet import ResNet
+from loco_det.backbones.timm_models import TimmBackbone
+from loco_det.commands import probe as probe_command
+from loco_det.convert import Stated, convert
+from loco_det.convert.conversion import is_described
+from loco_det.convert.sources import Pixels
+from loco_det.convert.timm_models import describe_timm, plain_tensors
+from loco_det.core.config import load_config, read_settings
+from loco_det.core.errors import UserError
+from loco_det.detection.keys import get_cfg
+from loco_det.detection.train import train_net
+from loco_det.evaluation.probes.backbones import Backbone, load_backbone_for_probe, own_backbone
+
+FPN_STAGES = ["res2", "res3", "res4", "res5"]
+PROTOCOLS = {"frozen": 5, "finetune": 2, "all": 0}  # of detection -> MODEL.BACKBONE.FREEZE_AT
+
+
+class Result(dict[str, Any]):
+    """A dict of numbers and facts that prints as a table.
+
+    Attributes:
+        rows: {name of the row: {name of the column: number}}.
+        folder: of the run, if it has one.
+    """
+
+    def __init__(
+        self, content: Mapping[str, Any], rows: Mapping[str, Mapping[str, float]], folder: Path | None
+    ) -> None:
+        super().__init__(content)
+        self.rows, self.folder = {name: dict(row) for name, row in rows.items()}, folder
+
+    def __str__(self) -> str:
+        columns = list(dict.fromkeys(column for row in self.rows.values() for column in row))
+        table = [["", *columns]]
+        table += [[name, *(_shown(row.get(column)) for column in columns)] for name, row in self.rows.items()]
+        widths = [max(map(len, cells)) for cells in zip(*table)]
+        return "\n".join(
+            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+            for row in table
+        )
+
+    __repr__ = __str__
+
+    def to_pandas(self) -> Any:
+        """Return `rows` as a pandas.DataFrame.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise UserError("to_pandas needs pandas; install it: pip install pandas") from error
+        return pandas.DataFrame.from_dict(self.rows, orient="index")
+
+
+def load_backbone(
+    source: str | Path | nn.Module,
+    *,
+    image_size: int | None = None,
+    branch: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    order: str = "RGB",
+) -> Backbone:
+    """Load a backbone, in evaluation mode, on the CPU.
+
+    Args:
+        source: a weights file of any kind that `loco-det convert` reads or writes, "timm:NAME", "random:resnet50",
+            "random:timm:NAME", or a module: (B, 3, H, W) -> a map, several, or a dict of maps, each (B, C, h, w).
+        image_size: side of the images, in pixels; None: the backbone's own, 224 for a module.
+        branch: of a file with several backbones.
+        mean, std: pixels that a module was trained with, in 0-255 units in `order`; None: ImageNet's.
+        order: RGB or BGR, of a module.
+
+    Returns:
+        `.features(images)` gives its maps, `.channels` their channels; `.model` is the module.
+
+    Raises:
+        UserError: no such file or model, unknown or damaged weights, or a module without maps.
+    """
+    if isinstance(source, nn.Module):
+        return own_backbone(source, image_size or 224, order, mean, std)
+    if mean or std or order != "RGB":
+        raise UserError(f"backbone {source}: mean, std and order are for a module; weights state their own")
+    return load_backbone_for_probe(str(source), image_size=image_size, branch=branch)
+
+
+def probe(
+    backbone: Backbone | str | Path | nn.Module, data: str | Path, *, protocol: str = "linear", **options: Any
+) -> Result:
+    """Probe a backbone's frozen features, stage by stage; docs/probes.md explains the protocols.
+
+    Args:
+        backbone: from `load_backbone`, or what that takes.
+        data: labelled images: class folders, a zip, a list, CIFAR.
+        protocol: a value of the command's --protocol.
+        options: the command's other options by name, `limit=1000`, `stages=["res5"]`.
+
+    Returns:
+        What the command writes as JSON; prints as a table of the stages.
+
+    Raises:
+        UserError: bad options, images or weights.
+    """
+    backbone = backbone if isinstance(backbone, Backbone) else load_backbone(backbone)
+    parser = argparse.ArgumentParser(prog="loco_det.probe", exit_on_error=False, add_help=False)
+    probe_command.add_arguments(parser)
+    argv = [backbone.name, "--data", str(data), "--protocol", protocol]
+    for name, value in options.items():
+        values = [str(one) for one in value] if isinstance(value, (list, tuple)) else [str(value)]
+        argv += [f"--{name.replace('_', '-')}", *([] if value is True else values)] if value is not False else []
+    try:
+        args, unknown = parser.parse_known_args(argv)
+    except (argparse.ArgumentError, SystemExit) as error:
+        raise UserError(f"probe: {error}; see loco-det probe --help") from error
+    if unknown:
+        raise UserError(f"probe: has no option {unknown[0]}; see loco-det probe --help")
+    found = probe_command.probe(args, backbone)
+    rows = {
+        stage: {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
+        for stage, numbers in found["stages"].items()
+    }
+    return Result(found, rows, None)
+
+
+def evaluate_detection(
+    backbone: Backbone | str | Path | nn.Module,
+    *,
+    train: str,
+    test: str,
+    iterations: int,
+    protocol: str = "frozen",
+    masks: bool = False,
+    output: str | Path | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+) -> Result:
+    """Train a detector on a backbone and evaluate it.
+
+    Args:
+        backbone: from `load_backbone`, or what that takes. Maps of one stride, 16, get the simple feature pyramid;
+            maps of strides 4 to 32 the FPN.
+        train, test: data sets, by name (`coco_2017_train`) or path (docs/datasets.md).
+        iterations: of training.
+        protocol: "frozen": the readout alone is trained; "finetune": all but the first two stages; "all".
+        masks: Mask R-CNN instead of Faster R-CNN.
+        output: folder of the run, with checkpoints and detections; None: a temporary one.
+        device: "auto", "cpu" or "cuda".
+        settings: further keys of Detectron2's, {"SOLVER.BASE_LR": 0.01, "INPUT.MIN_SIZE_TRAIN": (320,)}.
+
+    Returns:
+        {"bbox": {"AP": percent, ...}, "segm": {...}}; prints as a table.
+
+    Raises:
+        UserError: bad data, settings or weights, or a backbone whose strides no pyramid takes.
+    """
+    if protocol not in PROTOCOLS:
+        raise UserError(f"protocol {protocol!r}: use one of {', '.join(PROTOCOLS)}")
+    backbone = backbone if isinstance(backbone, Backbone) else load_backbone(backbone)
+    folder = Path(output) if output else Path(tempfile.mkdtemp(prefix="loco_det_"))
+    is_plain = getattr(backbone.model, "is_plain", False)
+    chosen = {
+        **_of_backbone(backbone, folder),
+        "MODEL.BACKBONE.FREEZE_AT": PROTOCOLS[protocol],
+        "MODEL.MASK_ON": masks,
+        "MODEL.DEVICE": device,
+        "MODEL.ROI_HEADS.NUM_CLASSES": len(find_dataset(train).index.category_names),
+        "DATASETS.TRAIN": (train,),
+        "DATASETS.TEST": (test,),
+        "SOLVER.MAX_ITER": iterations,
+        "SOLVER.STEPS": (round(iterations * 2 / 3), round(iterations * 8 / 9)),
+        "SOLVER.WARMUP_ITERS": min(1000, iterations // 10),
+        "SEED": seed,
+        "OUTPUT_DIR": str(folder),
+        **(settings or {}),
+    }
+    base = "base_rcnn_vit.yaml" if is_plain else "base_rcnn_fpn.yaml"
+    cfg, _ = load_config(get_cfg(), base, [text for key, value in chosen.items() for text in (key, str(value))])
+    found = train_net(cfg, engine="torchvision", fast=True)
+    rows = {kind: {name: v for name, v in numbers.items() if "AP-" not in name} for kind, numbers in found.items()}
+    return Result(found, rows, folder)
+
+
+def _of_backbone(backbone: Backbone, folder: Path) -> dict[str, Any]:
+    """The keys that put a loaded backbone under a detector; its weights are written into `folder`."""
+    pixels = {
+        "INPUT.FORMAT": backbone.order,
+        "MODEL.PIXEL_MEAN": list(backbone.mean),
+        "MODEL.PIXEL_STD": list(backbone.std),
+    }
+    model = backbone.model
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, TimmBackbone):
+        weights, known = folder / "backbone.safetensors", Pixels(backbone.order, backbone.mean, backbone.std)
+        manifest = describe_timm(model, backbone.facts["source"], known)
+        save_backbone(weights, plain_tensors(model.model.state_dict()), manifest)
+        maps = [] if model.is_plain else FPN_STAGES
+        return {
+            **pixels,
+            "MODEL.BACKBONE.NAME": model.architecture,
+            "MODEL.WEIGHTS": str(weights),
+            "MODEL.FPN.IN_FEATURES": maps,
+        }
+    if isinstance(model, ResNet) and Path(backbone.name).is_file():
+        weights = folder / "backbone.pkl"
+        stated = None if is_described(backbone.name) else Stated(backbone.order, backbone.mean, backbone.std)
+        convert(backbone.name, weights, branch=backbone.branch, stated=stated)
+        return {key: setting.value for key, setting in read_settings(weights.with_suffix(".yaml")).items()}
+    maps = [] if getattr(model, "is_plain", False) else FPN_STAGES
+    return {**pixels, "MODEL.BACKBONE.NAME": own.given(model), "MODEL.WEIGHTS": "", "MODEL.FPN.IN_FEATURES": maps}
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)

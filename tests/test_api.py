@@ -1,0 +1,198 @@
+"""`import loco_det` in a notebook: load, look, probe, detect, with a module of one's own too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tiny_detection import TINY
+from torch import nn
+
+import loco_det
+from loco_det.backbones import own
+from loco_det.backbones.own import OwnBackbone
+from loco_det.core.errors import UserError
+
+NOTEBOOK = Path(__file__).resolve().parent.parent / "docs" / "tutorials" / "notebook.ipynb"
+HEADS = (
+    "MODEL.FPN",
+    "MODEL.ANCHOR",
+    "MODEL.RPN",
+    "MODEL.ROI",
+    "INPUT",
+    "DATALOADER",
+    "SOLVER.IMS",
+    "SOLVER.BASE",
+    "TEST",
+)
+SMALL = {key: value for key, value in TINY.items() if key.startswith(HEADS)} | {"MODEL.ROI_BOX_HEAD.CONV_DIM": 16}
+
+
+class Maps(nn.Module):
+    """Four strides, each a colour mean over squares times a weight."""
+
+    def __init__(self, strides: tuple[int, ...] = (4, 8, 16, 32)) -> None:
+        super().__init__()
+        self.sides = strides
+        mixed = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1], [1, -1, 0]]
+        self.weight = nn.Parameter(torch.tensor(mixed, dtype=torch.float32)[:, :, None, None])
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [F.conv2d(F.avg_pool2d(x, stride, ceil_mode=True), self.weight) for stride in self.sides]
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """Two classes told apart by their colour."""
+    rng = np.random.default_rng(0)
+    for name, colour in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = np.clip(rng.integers(0, 50, (40, 48, 3)) + colour, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+    return tmp_path / "images"
+
+
+def test_what_is_offered_is_short_and_documented() -> None:
+    assert dir(loco_det) == ["__version__", "evaluate_detection", "load_backbone", "probe"]
+    assert all(len(getattr(loco_det, name).__doc__) > 200 for name in loco_det.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'train'"):
+        loco_det.train  # noqa: B018
+
+
+def test_features_of_files_arrays_and_a_batch_are_the_same(classes: Path) -> None:
+    backbone = loco_det.load_backbone("random:resnet18-cifar")
+    files = sorted(classes.glob("red/*.png"))[:3]
+    arrays = [np.asarray(Image.open(file)) for file in files]
+    found = backbone.features(files)
+    assert {stage: tuple(map_.shape) for stage, map_ in found.items()}["res5"] == (3, 512, 4, 4)
+    again = backbone.features(arrays, batch=2)
+    pooled = backbone.features([Image.open(file) for file in files], pooled=True)
+    for stage, map_ in found.items():
+        assert torch.allclose(again[stage], map_, atol=1e-5)
+        assert torch.allclose(pooled[stage], map_.mean((2, 3)), atol=1e-5)
+    batch = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
+    with torch.no_grad():
+        expected = backbone.model((batch.float() - mean) / std)
+    assert torch.allclose(backbone.features(batch)["res5"], expected["res5"], atol=1e-4)
+    with pytest.raises(UserError, match="uint8"):
+        backbone.features(batch.float())
+
+
+def test_a_module_of_ones_own() -> None:
+    backbone = loco_det.load_backbone(Maps(), mean=(0, 0, 0), std=(255, 255, 255), image_size=64)
+    assert backbone.channels == {"res2": 5, "res3": 5, "res4": 5, "res5": 5}
+    assert backbone.model.strides == {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
+    white = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
+    assert backbone.features(white, pooled=True)["res4"].tolist() == [[1, 1, 1, 3, 0]]
+    named = OwnBackbone(Named(), "mine", 64)
+    assert named.stage_names == ("a", "b")
+    assert OwnBackbone(Maps((7, 14)), "mine", 56).stage_names == ("map0", "map1")
+
+
+class Named(nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"a": x[:, :, ::2, ::2], "b": x}
+
+
+class Wrong(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: torch.Tensor) -> object:
+        if self.how == "raises":
+            raise RuntimeError("wants 512 x 512")
+        return {"vector": x.mean((2, 3)), "nothing": [], "skewed": x[:, :, ::2], "text": "map"}[self.how]
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("raises", r"does not take an image of 64 x 64 pixels \(wants 512 x 512\); give another image_size"),
+        ("vector", r"returns Tensor \(1, 3\); return maps"),
+        ("nothing", "returns nothing"),
+        ("skewed", r"a square image has a map \(32, 64\)"),
+        ("text", "returns str"),
+    ],
+)
+def test_modules_that_give_no_maps(how: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        loco_det.load_backbone(Wrong(how), image_size=64)
+
+
+def test_a_probe_is_the_commands(classes: Path, tmp_path: Path) -> None:
+    options = {"protocol": "ridge", "image_size": 32, "no_cache": True, "workers": 0}
+    found = loco_det.probe("random:resnet18-cifar", classes, **options)
+    assert set(found.rows) == {"stem", "res2", "res3", "res4", "res5"}
+    assert found["stages"]["res5"]["top1"] == found.rows["res5"]["top1"]
+    assert str(found).splitlines()[0].split()[0] in found.rows["res5"]
+    mine = loco_det.load_backbone(Maps(), image_size=64)
+    own_ = loco_det.probe(mine, classes, protocol="knn", workers=0, no_cache=True, k=3)
+    assert own_.rows["res5"]["top1"] == 100  # colours
+    with pytest.raises(UserError, match="no option --kk"):
+        loco_det.probe("random:resnet18-cifar", classes, kk=3)
+    assert json.dumps(found)
+    if pandas := pytest.importorskip("pandas", reason="pandas is not installed"):
+        assert isinstance(found.to_pandas(), pandas.DataFrame)
+
+
+@pytest.mark.parametrize("source", ["module", "random:timm:test_vit", "random:timm:test_convnext", "random:resnet18"])
+def test_detection(source: str, tiny_data: Path, tmp_path: Path) -> None:
+    backbone = loco_det.load_backbone(Maps() if source == "module" else source)
+    before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+    options = {"train": "tiny_train", "test": "tiny_val", "iterations": 2, "device": "cpu", "settings": SMALL}
+    found = loco_det.evaluate_detection(backbone, masks=True, output=tmp_path / "run", **options)
+    assert set(found.rows) == {"bbox", "segm"}
+    assert 0 <= found["bbox"]["AP"] <= 100
+    assert found.folder == tmp_path / "run"
+    assert (tmp_path / "run" / "model_final.pth").is_file()
+    assert str(found).splitlines()[1].startswith("bbox")
+    after = backbone.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_detection_refuses(tiny_data: Path, tmp_path: Path) -> None:
+    options = {"train": "tiny_train", "test": "tiny_val", "iterations": 1, "device": "cpu", "settings": SMALL}
+    with pytest.raises(UserError, match="use one of frozen, finetune, all"):
+        loco_det.evaluate_detection(Maps(), protocol="linear", **options)
+    with pytest.raises(UserError, match=r"needs maps of stride 16, and its strides are \[8\]"):
+        loco_det.evaluate_detection(Maps((8,)), output=tmp_path / "a", **options)
+    with pytest.raises(UserError, match="has no known stages to freeze; use 5 for all"):
+        loco_det.evaluate_detection(Maps(), protocol="finetune", output=tmp_path / "b", **options)
+
+
+def test_a_function_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_backbone.py").write_text(
+        "from torch import nn\ndef build():\n    return nn.Conv2d(3, 7, 16, 16)\ndef wrong():\n    return 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    module = own.find("python:my_backbone:build")
+    assert OwnBackbone(module, "x").strides == {"res4": 16}
+    for name, said in (
+        ("python:my_backbone:wrong", "returns a int; return an nn.Module"),
+        ("python:my_backbone:gone", "AttributeError.*python:package.module:function"),
+        ("python:my_backbone_2:build", "ModuleNotFoundError"),
+        ("python:given-99", "a module of another process"),
+    ):
+        with pytest.raises(UserError, match=said):
+            own.find(name)
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every code cell, in order, in one namespace, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) >= 4
+    namespace: dict[str, object] = {}
+    for cell in cells:
+        assert cell["outputs"] == []
+        exec(compile("".join(cell["source"]), str(NOTEBOOK), "exec"), namespace)
+    assert 0 <= namespace["result"]["bbox"]["AP"] <= 100
