@@ -11,6 +11,8 @@ from pathlib import Path
 # Before torch is imported, and inherited by the processes that tests start: several tests at once, each with a
 # thread for every core, wait for each other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Commands that tests start find this package compiled.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 
