@@ -3,20 +3,23 @@
 The paper's LoCo has one residual block that halves the map before the pooling; its SimCLR and GIM have only the MLP,
 and its ablations try other depths. Here any method can have any decoder. Not stated in the paper, so chosen here: the
 blocks keep the unit's channels and have the kind (basic or bottleneck) of the unit's last block (for the stem, of the
-first stage); every hidden linear layer is followed by BatchNorm and ReLU.
+first stage; timm's networks get bottlenecks); every hidden linear layer is followed by BatchNorm and ReLU. Below the
+last stage a plain vision transformer's map is its residual stream, without the final normalisation; BatchNorm behind
+the first linear layer removes its scale.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loco_det.backbones.presnet import PBottleneck
 from loco_det.backbones.resnet import BasicBlock, Bottleneck, StagedBackbone, initialise
+from loco_det.core.errors import UserError
 
 
 class Decoder(nn.Module):
@@ -68,16 +71,23 @@ def build_decoder(settings: dict[str, Any], backbone: StagedBackbone, stage: str
       gets its own number of blocks, the first of which halves the map (not stated in the paper);
     - "full": as many blocks as the whole backbone, halving where its stages shrink the map (their channels are not
       stated).
+
+    Raises:
+        UserError: the unit ends in a stem whose channels are not known.
     """
+    if stage not in backbone.channels:
+        raise UserError(
+            f"UNITS: a unit ends in the stem of {backbone.architecture}; end it in {backbone.stage_names[1]}"
+        )
     channels = backbone.channels[stage]
     kind, blocks = settings["CONV"], settings["CONV_BLOCKS"]
     later = backbone.stage_names[backbone.stage_names.index(stage) + 1 :]
     if kind == "stage" and later:
-        conv = copy.deepcopy(getattr(backbone, later[0]))
+        conv = copy.deepcopy(nn.Sequential(*(block for _, name, block in backbone.blocks() if name == later[0])))
         initialise(conv)
         channels = backbone.channels[later[0]]
     else:
-        depths = [len(getattr(backbone, name)) for name in backbone.stage_names[1:]]
+        depths = list(Counter(name for _, name, _ in backbone.blocks()[1:]).values())
         count, halved = {
             "blocks": (blocks, {0} if settings["DOWNSAMPLE"] else set()),
             "stage": (depths[-1], {0}),
@@ -103,9 +113,9 @@ def _block(channels: int, stride: int, bottleneck: bool, norm: str) -> nn.Module
 
 
 def _ends_in_bottleneck(backbone: StagedBackbone, stage: str) -> bool:
-    """Whether the stage's last block is a bottleneck; the stem has no block, so the first stage's counts."""
-    blocks = getattr(backbone, backbone.stage_names[1] if stage == "stem" else stage)
-    return isinstance(blocks[-1], (Bottleneck, PBottleneck))
+    """Whether the stage's last block is not a basic one; the stem has no block, so the first stage's counts."""
+    ending = backbone.stage_names[1] if stage == "stem" else stage
+    return not isinstance([block for _, name, block in backbone.blocks() if name == ending][-1], BasicBlock)
 
 
 def _norm1d(norm: str, width: int) -> nn.Module:

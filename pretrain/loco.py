@@ -10,7 +10,8 @@ the upper one, whose loss it propagates to the unit below.
     loco     [res2 res3] [res3 res4] [res4 res5]        each inner stage is in two units (the paper's figure 1)
     loco_res2  [res2] and loco's                        a loss after every stage (the paper's training curves)
 
-These are the four stages of a ResNet; other backbones follow the same pattern over their own stages.
+These are the four stages of a ResNet; other backbones follow the same pattern over their own stages, plain vision
+transformers over the quarters of their blocks.
 
 Shape legend: B images, two views each, so stages run on a batch of 2B; D numbers in an embedding.
 
@@ -95,9 +96,9 @@ def split_backbone(
     Args:
         backbone: its modules are shared with the stages, not copied.
         units: [first, last] pairs of stage names: "res3", or some of its blocks, "res3.1" or "res3.0-1". "stem" may be
-            named; otherwise it belongs to res2's first block.
-        recompute: the stages (names as above) whose activations are not kept; "first" means stem and res2, "all"
-            every stage, "none" or None no stage. A string may also list names, "res2, res3".
+            named; otherwise it belongs to the block above it.
+        recompute: the stages (names as above) whose activations are not kept; "first" means the stem and the stage
+            above it, "all" every stage, "none" or None no stage. A string may also list names, "res2, res3".
 
     Returns:
         The stages in order and, for each pair, the unit over them.
@@ -105,12 +106,9 @@ def split_backbone(
     Raises:
         UserError: an unknown name, a unit that ends before it starts, a block without a unit.
     """
-    blocks = [
-        (f"{name}.{i}", block) for name in backbone.stage_names[1:] for i, block in enumerate(getattr(backbone, name))
-    ]
-    blocks.insert(0, ("stem", backbone.stem))
-    names = [name for name, _ in blocks]
-    again = _recomputed(recompute, names)
+    blocks = backbone.blocks()
+    names = [name for name, _, _ in blocks]
+    again = _recomputed(list(backbone.stage_names[:2]) if recompute == "first" else recompute, names)
     spans = []
     for pair in units:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
@@ -137,18 +135,17 @@ def _recomputed(recompute: str | list[str] | None, blocks: list[str]) -> set[int
         return set()
     if recompute == "all":
         return set(range(len(blocks)))
-    names = ["stem", "res2"] if recompute == "first" else recompute
-    if isinstance(names, str):  # a list of words on the command line
-        names = re.findall(r"[^\s,\[\]]+", names)
-    if not isinstance(names, (list, tuple)):
+    if isinstance(recompute, str):  # a list of words on the command line
+        recompute = re.findall(r"[^\s,\[\]]+", recompute)
+    if not isinstance(recompute, (list, tuple)):
         raise UserError(f"SOLVER.RECOMPUTE is {recompute!r}; use none, first, all or a list such as [res2, res3]")
-    ranges = [_block_range(str(name), blocks, "SOLVER.RECOMPUTE") for name in names]
+    ranges = [_block_range(str(name), blocks, "SOLVER.RECOMPUTE") for name in recompute]
     return {block for first, last in ranges for block in range(first, last + 1)}
 
 
 def _block_range(name: str, blocks: list[str], key: str) -> tuple[int, int]:
     """Return the positions of the first and last block of `name` in the configuration's `key`."""
-    match = re.fullmatch(r"(stem|res\d)(?:\.(\d+)(?:-(\d+))?)?", name)
+    match = re.fullmatch(r"([a-z]+\d?)(?:\.(\d+)(?:-(\d+))?)?", name)
     if match:
         stage, low, high = match.groups()
         own = [i for i, block in enumerate(blocks) if block.split(".")[0] == stage]
@@ -163,11 +160,10 @@ def _stage_of(block: int, starts: list[int]) -> int:
     return max(i for i, start in enumerate(starts) if start <= block)
 
 
-def _stage(blocks: list[tuple[str, nn.Module]], recompute: bool) -> Stage:
-    names = [name for name, _ in blocks]
-    ends_in = names[-1].split(".")[0]
+def _stage(blocks: list[tuple[str, str, nn.Module]], recompute: bool) -> Stage:
+    names, stages, modules = zip(*blocks)
     name = names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
-    return Stage(name, nn.Sequential(*(block for _, block in blocks)), ends_in, recompute)
+    return Stage(name, nn.Sequential(*modules), stages[-1], recompute)
 
 
 # --- one step ---------------------------------------------------------------------------------------------------

@@ -168,9 +168,7 @@ class Monitor:
 
 def stage_norms(backbone: StagedBackbone, norms: dict[nn.Parameter, Tensor]) -> dict[str, Tensor]:
     """Return the Euclidean norm of each stage's gradient from its tensors' norms: {"grad_norm/stem": scalar, ...}."""
-    found = {}
-    for name in backbone.stage_names:
-        each = [norms[p] for p in getattr(backbone, name).parameters() if p in norms]
-        if each:
-            found[f"grad_norm/{name}"] = torch.stack(each).norm()
-    return found
+    each: dict[str, list[Tensor]] = {}
+    for _, stage, block in backbone.blocks():
+        each.setdefault(stage, []).extend(norms[p] for p in block.parameters() if p in norms)
+    return {f"grad_norm/{stage}": torch.stack(found).norm() for stage, found in each.items() if found}

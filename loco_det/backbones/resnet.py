@@ -257,6 +257,11 @@ class StagedBackbone(nn.Module):
             x = outputs[name] = getattr(self, name)(x)
         return outputs
 
+    def blocks(self) -> list[tuple[str, str, nn.Module]]:
+        """Return (name, stage, module) of every block in order, e.g. "res3.1" of "res3"; each reads the one before."""
+        inner = [(f"{name}.{i}", name, b) for name in self.stage_names[1:] for i, b in enumerate(getattr(self, name))]
+        return [("stem", "stem", self.stem), *inner]
+
 
 class ResNet(StagedBackbone):
     """A ResNet of `depth` 18, 34, 50, 101 or 152 up to and including `last_stage`: `stem`, `res2`..`last_stage`."""
