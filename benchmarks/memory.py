@@ -1,4 +1,4 @@
-"""Bytes that a training step keeps for its backward: end to end against GIM and LoCo, ResNet-50 and PResNet-50.
+"""Bytes that a training step keeps for its backward: end to end against GIM and LoCo, ResNet-50, PResNet-50, ViT-S/16.
 
     python benchmarks/memory.py --json benchmarks/results/memory_cpu.json           # a minute on one core
 
@@ -10,7 +10,7 @@ with an MLP of two layers, LoCo with a halving residual block before it. Two cou
 alone, without the images (the input of the first convolution) and without what decoders and losses keep.
 
 JSON: {backbone: {method: {"bytes", "saving", "backbone_bytes", "backbone_saving", "paper"}}, "setting": {...}}; a
-saving is end to end : method, as in the paper.
+saving is end to end : method, as in the paper, which has no vision transformer (null).
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ from pretrain.train import LAYOUT, Learner
 PAPER = {
     "resnet50": {"simclr": 1.0, "gim": 1.81, "loco": 1.28},
     "presnet50": {"simclr": 1.0, "gim": 4.56, "loco": 2.76},
+    "timm:vit_small_patch16_224": {"simclr": None, "gim": None, "loco": None},
 }
 
 
-def learner_of(backbone: str, method: str, **keys: object) -> Learner:
-    """`method` with the paper's decoder on `backbone`; `keys` are further ones of BACKBONE."""
+def learner_of(backbone: str, method: str, size: int = 224, **keys: object) -> Learner:
+    """`method` with the paper's decoder on `backbone`, for images of `size`; `keys` are further ones of BACKBONE."""
     cfg = get_cfg()
     cfg.METHOD, cfg.BACKBONE.NAME, cfg.DECODER.CONV_BLOCKS = method, backbone, int(method == "loco")
+    cfg.DATA.IMAGE_SIZE = size
     cfg.BACKBONE.update(keys)
     torch.manual_seed(0)
     return Learner(cfg)
@@ -60,9 +62,9 @@ def kept(learner: Learner, x: Tensor) -> tuple[int, int]:
     return peaks[0], peaks[1]
 
 
-def measure(backbone: str, x: Tensor) -> dict[str, dict[str, float]]:
+def measure(backbone: str, x: Tensor) -> dict[str, dict[str, float | None]]:
     """The figures of every method on `backbone`."""
-    peaks = {method: kept(learner_of(backbone, method), x) for method in PAPER[backbone]}
+    peaks = {method: kept(learner_of(backbone, method, x.shape[-1]), x) for method in PAPER[backbone]}
     return {
         method: {
             "bytes": peak[0],

@@ -9,6 +9,7 @@ from fvcore.common.config import CfgNode
 
 from loco_det.backbones.presnet import PRESNET
 from loco_det.backbones.resnet import BLOCKS, STEM_CHANNELS
+from loco_det.backbones.timm_models import PREFIX
 from loco_det.core import config
 from loco_det.core.config import Settings, refusal
 from loco_det.core.device import resolve_device
@@ -46,8 +47,8 @@ RANGES = {
     "SHARING.PENALTY": (0, _MOST),
     "SEED": (-(2**63), 2**63 - 1),
 }
+NETWORKS = (*(f"resnet{depth}" for depth in BLOCKS), PRESNET)
 CHOICES = {
-    "BACKBONE.NAME": (*(f"resnet{depth}" for depth in BLOCKS), PRESNET),
     "BACKBONE.STEM": ("imagenet", "cifar"),
     "BACKBONE.NORM": ("BN", "SyncBN"),
     "DECODER.CONV": ("blocks", "stage", "full"),
@@ -94,16 +95,25 @@ def _check_solver(cfg: CfgNode, settings: Settings | None) -> None:
 
 
 def _check_backbone(cfg: CfgNode, settings: Settings | None) -> None:
-    width, stem = cfg.BACKBONE.WIDTH, cfg.BACKBONE.STEM
+    name, width, stem = cfg.BACKBONE.NAME, cfg.BACKBONE.WIDTH, cfg.BACKBONE.STEM
+    is_timm = name.startswith(PREFIX)
+    if not is_timm and name not in NETWORKS:
+        raise refusal(cfg, settings, "BACKBONE.NAME", f"; use one of {', '.join(NETWORKS)}, or {PREFIX}NAME")
+    for key, default in (("STEM", "imagenet"), ("WIDTH", STEM_CHANNELS)):
+        if is_timm and cfg.BACKBONE[key] != default:
+            reason = f", which is for ResNets; leave it {default}, {name} has its own"
+            raise refusal(cfg, settings, f"BACKBONE.{key}", reason)
     if not 1 <= width <= STEM_CHANNELS or (width < STEM_CHANNELS and stem != "cifar"):
         remedy = f"use {STEM_CHANNELS}, or 1 to {STEM_CHANNELS} with STEM cifar (detectors are built for all channels)"
         raise refusal(cfg, settings, "BACKBONE.WIDTH", f" with BACKBONE.STEM {stem}; {remedy}")
-    if cfg.BACKBONE.NAME == PRESNET and width % 8:
+    if name == PRESNET and width % 8:
         raise refusal(cfg, settings, "BACKBONE.WIDTH", f" with BACKBONE.NAME {PRESNET}; use a multiple of 8")
 
 
 def _check_decoder(cfg: CfgNode, settings: Settings | None) -> None:
     kind, blocks = cfg.DECODER.CONV, cfg.DECODER.CONV_BLOCKS
+    if kind != "blocks" and cfg.BACKBONE.NAME.startswith(PREFIX):
+        raise refusal(cfg, settings, "DECODER.CONV", f", which is for ResNets; {cfg.BACKBONE.NAME} needs blocks")
     if not cfg.DECODER.DOWNSAMPLE and not blocks:
         reason = ", which is for the blocks that DECODER.CONV_BLOCKS counts, and that is 0; leave it True"
         raise refusal(cfg, settings, "DECODER.DOWNSAMPLE", reason)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD, backbone_tensors, describe, save_backbone
 from loco_det.backbones.presnet import PRESNET, PResNet
 from loco_det.backbones.resnet import ResNet, StagedBackbone, measure_batchnorm, narrow
+from loco_det.backbones.timm_blocks import TimmBlocks
+from loco_det.backbones.timm_models import PREFIX, parse
 from loco_det.core import config
 from loco_det.core.config import Settings
 from loco_det.core.device import keep_freed_memory, resolve_device, seed_everything
@@ -98,12 +100,28 @@ class Learner(nn.Module):
 
 
 def build_backbone(cfg: CfgNode) -> StagedBackbone:
-    """Build the network of BACKBONE.*, validated by `check`."""
+    """Build the network of BACKBONE.*, validated by `check`.
+
+    Raises:
+        UserError: a model of timm that cannot be pretrained.
+    """
     width, stem, norm = cfg.BACKBONE.WIDTH, cfg.BACKBONE.STEM, cfg.BACKBONE.NORM
+    if cfg.BACKBONE.NAME.startswith(PREFIX):
+        return _timm(cfg)
     if cfg.BACKBONE.NAME == PRESNET:
         return sync_anywhere(PResNet(stem=stem, norm=norm, stem_channels=width // 2))
     depth = int(cfg.BACKBONE.NAME.removeprefix("resnet"))
     return sync_anywhere(ResNet(depth, stem=stem, norm=norm, **narrow(depth, width)))
+
+
+def _timm(cfg: CfgNode) -> TimmBlocks:
+    name, options = parse(cfg.BACKBONE.NAME)
+    backbone = TimmBlocks(name, image_size=cfg.DATA.IMAGE_SIZE, **options)
+    if cfg.BACKBONE.NORM == "SyncBN" and any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()
+    ):
+        raise UserError(f"BACKBONE.NORM is 'SyncBN', but the BatchNorm of {cfg.BACKBONE.NAME} is timm's own; use BN")
+    return backbone
 
 
 def unit_names(cfg: CfgNode, backbone: StagedBackbone) -> list[list[str]]:
@@ -371,9 +389,12 @@ def write_backbone(cfg: CfgNode, backbone: StagedBackbone, units: list[list[str]
     """Write OUTPUT_DIR/backbone.safetensors with its manifest; returns its path."""
     path = Path(cfg.OUTPUT_DIR) / "backbone.safetensors"
     if is_main():
+        stem = cfg.BACKBONE.STEM
+        if isinstance(backbone, TimmBlocks):
+            stem = "patch" if backbone.is_plain else "timm"
         manifest = describe(
             backbone,
-            stem=cfg.BACKBONE.STEM,
+            stem=stem,
             method="custom" if cfg.UNITS else cfg.METHOD,
             units=units,
             decoder=dict(cfg.DECODER) if units else {},

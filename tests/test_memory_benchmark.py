@@ -83,8 +83,15 @@ def test_savings_are_end_to_end_by_method() -> None:
 def test_the_pages_figures_are_the_committed_ones() -> None:
     figures = json.loads((ROOT / "benchmarks" / "results" / "memory_cpu.json").read_text())
     page = (ROOT / "docs" / "local_learning.md").read_text()
-    for name, title in (("resnet50", "ResNet-50"), ("presnet50", "PResNet-50")):
+    titles = {"resnet50": "ResNet-50", "presnet50": "PResNet-50", "timm:vit_small_patch16_224": "ViT-S/16"}
+    assert titles.keys() == memory.PAPER.keys() == figures.keys() - {"setting"}
+    for name, title in titles.items():
         for method, label in (("gim", "GIM"), ("loco", "LoCo")):
             found = figures[name][method]
             cells = (found["saving"], found["backbone_saving"], found["paper"])
-            assert f"| {title}, {label} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |" in page
+            assert (
+                f"| {title}, {label} | "
+                + " | ".join("no ViT" if cell is None else f"{cell:.2f}" for cell in cells)
+                + " |"
+                in page
+            )

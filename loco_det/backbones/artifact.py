@@ -1,7 +1,7 @@
 """The backbone on disk: `backbone.safetensors`, the only interface between pretraining and everything else.
 
-Tensors have torchvision's names; the header's key "loco_det" holds a JSON manifest that describes them and the pixels
-they expect. Reading one executes nothing.
+Tensors have torchvision's names, those of timm's models timm's own; the header's key "loco_det" holds a JSON manifest
+that describes them and the pixels they expect. Reading one executes nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loco_det import __version__
 from loco_det.backbones.names import to_torchvision
 from loco_det.backbones.presnet import PRESNET
 from loco_det.backbones.resnet import StagedBackbone, tensors_hash
-from loco_det.backbones.timm_models import PREFIX
+from loco_det.backbones.timm_models import PREFIX, TimmBackbone
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 
@@ -69,7 +69,7 @@ class Manifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 def describe(backbone: StagedBackbone, *, stem: str, method: str, **fields: Any) -> Manifest:
     """Return the manifest of a pretrained `backbone`; `fields` are any further fields."""
-    stages = {name: Stage(backbone.channels[name], backbone.strides[name]) for name in backbone.stage_names}
+    stages = {name: Stage(backbone.channels[name], backbone.strides[name]) for name in backbone.channels}
     return Manifest(
         architecture=backbone.architecture,
         depth=backbone.depth,
@@ -81,16 +81,17 @@ def describe(backbone: StagedBackbone, *, stem: str, method: str, **fields: Any)
 
 
 def backbone_tensors(backbone: StagedBackbone) -> dict[str, Tensor]:
-    """Return the backbone's tensors under torchvision's names, on the CPU, in float32, without counters."""
+    """Return the backbone's tensors under torchvision's or timm's names, on the CPU, in float32, without counters."""
+    is_timm = isinstance(backbone, TimmBackbone)
     return {
-        to_torchvision(name): tensor.detach().to("cpu", torch.float32).contiguous()
-        for name, tensor in backbone.state_dict().items()
+        name if is_timm else to_torchvision(name): tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in (backbone.model if is_timm else backbone).state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
 
 
 def save_backbone(path: str | Path, tensors: dict[str, Tensor], manifest: Manifest) -> Manifest:
-    """Write tensors (torchvision names) and manifest to `path`, atomically; returns the manifest as written.
+    """Write tensors (torchvision's or timm's names) and manifest to `path`, atomically; returns the written manifest.
 
     Raises:
         UserError: the file cannot be written.
@@ -109,7 +110,7 @@ def write_backbone(file: IO[bytes], tensors: dict[str, Tensor], manifest: Manife
 
 
 def load_backbone(path: str | Path) -> tuple[dict[str, Tensor], Manifest]:
-    """Load tensors under torchvision's names, and the manifest, and verify the tensors' hash.
+    """Load tensors under torchvision's or timm's names, and the manifest, and verify the tensors' hash.
 
     Raises:
         UserError: no such file, damaged, not a loco_det backbone, of a newer format, or modified tensors.

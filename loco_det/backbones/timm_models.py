@@ -50,7 +50,7 @@ class TimmBackbone(StagedBackbone):
             "norm(blocks.N)" the same under the model's final normalisation, "norm" that of the last block.
         positions: how learned position embeddings are resized for other grids, one of `POSITIONS`; None: as the
             family's own code does it (`family_positions`). Families that use RoPE alone have none to resize.
-        image_size: side for which a model is built that takes one size only; None: timm's own.
+        image_size: side for which a model is built that takes one size only; None: the option img_size, or timm's own.
         options: further arguments of the model's constructor, e.g. `drop_path_rate`.
 
     Attributes:
@@ -79,7 +79,8 @@ class TimmBackbone(StagedBackbone):
         self.model = create(name, pretrained=pretrained, image_size=image_size, **options)
         config = self.model.pretrained_cfg
         is_flexible = any(getattr(self.model, key, False) for key in ("dynamic_img_size", "no_fixed_size"))
-        size = (image_size, image_size) if image_size else tuple(config["input_size"][1:])
+        size = options.get("img_size") or image_size or config["input_size"][1:]
+        size = (size, size) if isinstance(size, int) else tuple(size)
         self.fixed_size = size if config["fixed_input_size"] and not is_flexible else None
         features = list(getattr(self.model, "feature_info", []))
         if not features or not hasattr(self.model, "forward_intermediates"):
@@ -100,7 +101,7 @@ class TimmBackbone(StagedBackbone):
         self.parts = {stage: [name for name in names if name in left] for stage, names in parts.items()}
         mean, std = pixels(self.model)
         self.pixel_mean, self.pixel_std = mean, std
-        self.image_size = config["input_size"][-1]
+        self.image_size = size[-1]
 
     def _plain(self, features: Sequence[dict[str, Any]], maps: Sequence[str]) -> None:
         self.ends, first = {}, 0

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from loco_det.backbones.artifact import HEADER_KEY, Manifest, Stage, save_backbone
-from loco_det.backbones.timm_models import PREFIX, TimmBackbone, create
+from loco_det.backbones.timm_models import PREFIX, TimmBackbone, create, parse
 from loco_det.convert.load import check_sums, in_memory, open_tensors, safetensors_metadata
 from loco_det.convert.plain_vit import LAYOUT, forward
 from loco_det.convert.report import shown
@@ -173,18 +173,19 @@ def describe_timm(backbone: TimmBackbone, method: str, pixels: Pixels, **fields:
 
 
 def load_timm(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest) -> TimmBackbone:
-    """Build the backbone of an artifact that `convert_timm` wrote, in evaluation mode, and load all its tensors.
+    """Build the backbone of an artifact (converted or pretrained), in evaluation mode, and load all its tensors.
 
     Raises:
         UserError: they are not what the manifest says.
     """
-    backbone = TimmBackbone(manifest.architecture.removeprefix(PREFIX))
+    name, options = parse(manifest.architecture)
+    backbone = TimmBackbone(name, **options)
     counters = {n: t for n, t in backbone.model.state_dict().items() if n.endswith("num_batches_tracked")}
     try:
         backbone.model.load_state_dict({**tensors, **counters}, strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: its tensors are not what its manifest says ({reason}); convert it again") from error
+        raise UserError(f"{path}: its tensors are not what its manifest says ({reason}); write it again") from error
     return backbone.eval()
 
 

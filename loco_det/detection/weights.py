@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from loco_det.backbones import own
 from loco_det.backbones.artifact import Manifest, check_hash, decode_manifest, load_backbone, require_resnet
 from loco_det.backbones.names import to_detectron2, to_torchvision
-from loco_det.backbones.timm_models import PREFIX
+from loco_det.backbones.timm_models import PREFIX, parse
 from loco_det.convert import load_checkpoint
 from loco_det.core import config
 from loco_det.core.errors import UserError
@@ -339,8 +339,8 @@ def check_manifest(weights: Weights, cfg: CfgNode) -> None:
         facts = weights.pixels
     ours = pixel_facts(cfg)
     for key, value in facts.items():
-        if key == "MODEL.BACKBONE.NAME":
-            value, ours[key] = (name.partition("?")[0] for name in (value, ours.get(key, "")))  # without options
+        if key == "MODEL.BACKBONE.NAME" and _is_same_model(value, ours.get(key, "")):
+            continue
         if key in ours and not _agree(value, ours[key]):
             raise UserError(
                 f"{weights.path} was made with {key} {json.dumps(value)} and the configuration has "
@@ -360,6 +360,12 @@ def pixel_facts(cfg: CfgNode) -> dict[str, Any]:
     else:
         names = ("RESNETS.DEPTH", "RESNETS.STRIDE_IN_1X1")
     return {**facts, **{f"MODEL.{name}": config.value(cfg, f"MODEL.{name}") for name in names}}
+
+
+def _is_same_model(weights: str, ours: str) -> bool:
+    """Whether `ours` is timm's model of `weights` with all of its options, and perhaps more, such as drop path."""
+    (name, options), (own, chosen) = parse(weights), parse(ours)
+    return name == own and options.items() <= chosen.items()
 
 
 def _agree(a: Any, b: Any) -> bool:
