@@ -482,7 +482,7 @@ def test_random_weights_are_written_too(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"BACKBONE__NAME": "timm:no_such_model"}, "no such model"),
+        ({"BACKBONE__NAME": "timm:no_such_model"}, "has no model"),
         ({"BACKBONE__NAME": "timm:test_vit?patch"}, "'patch' is no KEY=VALUE"),
         ({"BACKBONE__NAME": "timm:test_vit?colour=3"}, "colour"),
         ({"BACKBONE__NAME": "timm:test_vit?pretrained=True"}, "pretrained is no option of pretraining; leave it out"),
