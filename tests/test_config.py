@@ -199,7 +199,7 @@ def test_a_value_that_contains_itself_is_refused(tmp_path, text):
 
 def test_what_is_too_large_for_a_configuration_is_refused_before_it_is_parsed(tmp_path):
     (tmp_path / "a.yaml").write_text("a: " + "x" * (1 << 22))
-    with pytest.raises(UserError, match=r"a\.yaml has more than 2 MB"):
+    with pytest.raises(UserError, match=r"a\.yaml has more than 1 MB"):
         read_settings(tmp_path / "a.yaml")
 
 

@@ -534,7 +534,7 @@ def test_yolo_poses_come_over_as_boxes(tmp_path):
     [
         ("train: [images", ["data.yaml is no data.yaml of YOLO"]),
         ("[" * 20000, ["data.yaml", "nested too deep"]),
-        ("names: " + "x" * (1 << 22), ["data.yaml", "it has more than 2 MB"]),
+        ("names: " + "x" * (1 << 22), ["data.yaml", "it has more than 1 MB"]),
         ("names: [cat, dog]\n", ["data.yaml", "none named"]),
         ("train: nowhere\nnames: [cat, dog]\n", ["data.yaml", "none of its splits (train) is there"]),
         ("train: images/train\nnames: {0: cat, 2: dog}\n", ["does not number its 2 classes from 0 on"]),

@@ -28,7 +28,7 @@ _SCALARS = ("null", "bool", "int", "float")
 _PYTHON_SCALARS = {"none": "null", "long": "int"}  # names that YAML spells differently
 # Far above any real file; stops a few lines of nested aliases from exhausting memory.
 MAX_NODES = 200_000
-MAX_BYTES = 1 << 21  # likewise; the reader takes a second for each megabyte
+MAX_BYTES = 1 << 20  # likewise; the reader takes a second for each megabyte
 MAX_DIGITS = 100  # of a number as it is written
 MAX_BASES = 100  # files of which each is the base of the next
 
