@@ -94,8 +94,6 @@ class TimmBlocks(TimmBackbone):
                 raise UserError(f"backbone {PREFIX}{name}: {key} is no option of pretraining; leave it out")
         options = {**options, **_added(name, image_size, options)}
         super().__init__(name, **options)
-        if options:
-            self.architecture += "?" + "&".join(f"{key}={value}" for key, value in options.items())
         self._blocks = list(self._transformer_blocks(image_size) if self.is_plain else self._stages())
         self._refuse_random_layers()
         if self.fixed_size and self.fixed_size != (image_size, image_size):

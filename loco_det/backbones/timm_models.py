@@ -75,7 +75,8 @@ class TimmBackbone(StagedBackbone):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.architecture = PREFIX + name
+        self.architecture = PREFIX + name + "?" * bool(options) + "&".join(f"{k}={v}" for k, v in options.items())
+        self.options = options
         self.model = create(name, pretrained=pretrained, image_size=image_size, **options)
         config = self.model.pretrained_cfg
         is_flexible = any(getattr(self.model, key, False) for key in ("dynamic_img_size", "no_fixed_size"))

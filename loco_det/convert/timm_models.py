@@ -110,7 +110,7 @@ def convert_timm(
 
     Args:
         source: a weights file, or timm:NAME for timm's own weights, from its cache or the hub.
-        architecture: timm:NAME.
+        architecture: timm:NAME, or timm:NAME?KEY=VALUE&... with options of the model's constructor.
         branch: prefix of the backbone's tensors, if the file holds several.
         drop: shell patterns of further tensors to drop.
         stated: pixels of training, if they are not those of timm's recipe of that name.
@@ -118,12 +118,13 @@ def convert_timm(
     Raises:
         UserError: an invalid file or option, a tensor without a place, or the proof fails; nothing is left at `output`.
     """
-    name, output = architecture.removeprefix(PREFIX), Path(output)
+    output = Path(output)
     if not architecture.startswith(PREFIX):
         raise UserError(f"--architecture {architecture}: give {PREFIX}NAME, e.g. {PREFIX}vit_small_patch16_224")
     if output.suffix != ".safetensors":
         raise UserError(f"{output}: weights of {architecture} are written as .safetensors; end the name so")
-    backbone = TimmBackbone(name, pretrained=source == architecture).eval()
+    name, options = parse(architecture)
+    backbone = TimmBackbone(name, pretrained=source == architecture, **options).eval()
     model = backbone.model
     pixels = Pixels("RGB", backbone.pixel_mean, backbone.pixel_std)
     if source.startswith(PREFIX):
@@ -332,7 +333,7 @@ def _names_of_whole(backbone: TimmBackbone) -> set[str]:
     import timm
 
     with torch.device("meta"):
-        return set(timm.create_model(backbone.architecture.removeprefix(PREFIX)).state_dict())
+        return set(timm.create_model(parse(backbone.architecture)[0], **backbone.options).state_dict())
 
 
 def _why(key: str, short: str, drop: Sequence[str], *, inside: bool) -> str | None:
@@ -353,7 +354,9 @@ def _prove(backbone: TimmBackbone, own: Mapping[str, Tensor]) -> dict[str, Any]:
     from loco_det.convert.prove import TOLERANCE, difference, made_image  # lazy: it imports torchvision
 
     config = backbone.model.pretrained_cfg
-    height, width = config["input_size"][1:]
+    embedding = getattr(backbone.model, "patch_embed", None)
+    built_for = getattr(embedding, "img_size", None) if backbone.is_plain else None
+    height, width = built_for or config["input_size"][1:]
     picture = torch.from_numpy(made_image(height, width)).permute(2, 0, 1)[None].double()
     mean, std = (
         torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (backbone.pixel_mean, backbone.pixel_std)
@@ -367,7 +370,7 @@ def _prove(backbone: TimmBackbone, own: Mapping[str, Tensor]) -> dict[str, Any]:
         expected = forward({name: tensor.double() for name, tensor in own.items()}, x, heads=heads, eps=eps)
         witness = "an independent vision transformer that reads the file's names"
     else:
-        network = create(config["architecture"], pretrained=False, image_size=None).double().eval()
+        network = create(config["architecture"], pretrained=False, image_size=None, **backbone.options).double().eval()
         network.load_state_dict(model.model.state_dict(), strict=False)  # layers behind the last map stay random
         outputs: list[Tensor] = []
         if backbone.is_plain:
