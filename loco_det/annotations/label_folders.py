@@ -9,8 +9,9 @@
 
 IMAGES has a / in it (./images), for else it is a split. SPLIT is a list, ImageSets/Segmentation/SPLIT.txt or SPLIT.txt
 beside MASKS, or a folder in both. The classes are named in MASKS or one of the two folders around it, in classes.txt (a
-name a line, from 0 on), or in classes.json or .yaml, a list or a mapping of names and values; else they are VOC's 21 in
-SegmentationClass, and elsewhere "class 0" to the greatest value that occurs.
+name a line, from 0 on), or in classes.json or .yaml, a list or a mapping of names and values, or in ADE20K's
+objectInfo150.txt, beside which 0 is ignored; else they are VOC's 21 in SegmentationClass, and elsewhere "class 0" to
+the greatest value that occurs.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ _NAME_FILES = [
     for stem in ("classes", "class_names", "names", "labels")
     for suffix in (".txt", ".json", ".yaml", ".yml")
 ]
+_ADE20K = "objectInfo150.txt"  # the 150 classes, from 1 on, of ADEChallengeData2016, whose 0 is "other"
 _MOST_NAMED = 1 << 20  # bytes of a file of names
 _MASK_ENDING = re.compile(r"(.+)[_-](?:masks?|labels?|seg|segmentation|gt|L)", re.IGNORECASE)
 _CITYSCAPES_IMAGE = re.compile(r"(.+)_leftImg8bit.*")
@@ -299,7 +301,8 @@ def _refuse_halves(
 
 
 def _labels(folders: Folders, found: _Found, names: Path | None) -> bytes:
-    entries = _entries(folders, found)
+    ignored = {"ignored": 0} if names and names.name == _ADE20K else {}
+    entries = [{**entry, **ignored} for entry in _entries(folders, found)]
     categories = [{"id": value, "name": name} for value, name in _classes(folders, found, names).items()]
     digest = hashlib.sha256("".join(file_sha256(pair.mask) for pair in found.pairs).encode())
     info = {"labels_sha256": digest.hexdigest()}  # so that the list's own hash tells other labels apart too
@@ -372,7 +375,7 @@ def _name_file(folders: Folders) -> Path | None:
     """The nearest file that names the classes."""
     masks = Path(os.path.abspath(folders.masks))
     for folder in (masks, *masks.parents[:2]):
-        found = [folder / name for name in _NAME_FILES if (folder / name).is_file()]
+        found = [folder / name for name in (*_NAME_FILES, _ADE20K) if (folder / name).is_file()]
         if len(found) > 1:
             raise UserError(f"{found[0]} and {found[1].name} both name classes; remove one of them.")
         if found:
@@ -417,8 +420,11 @@ def read_class_names(path: Path) -> dict[int, str]:
     try:
         if path.stat().st_size > _MOST_NAMED:
             raise Unreadable("it has more than a megabyte")
-        if path.suffix == ".txt":
-            found: Any = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+        if path.name == _ADE20K:
+            rows = [line.split("\t") for line in read_text(path).split("\n")[1:] if line.strip()]
+            found: Any = {row[0].strip(): row[-1].strip() for row in rows}
+        elif path.suffix == ".txt":
+            found = [line.strip() for line in read_text(path).split("\n") if line.strip()]
             found = found[1:] if found[:1] == ["__ignore__"] else found
         else:
             found = (

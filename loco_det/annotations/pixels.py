@@ -129,6 +129,7 @@ def read_labels(path: Path) -> np.ndarray:
 class _Image(msgspec.Struct):
     file_name: str
     labels: str | None = None
+    ignored: int | None = None  # a value beside 255
 
 
 class _List(msgspec.Struct):
@@ -150,10 +151,18 @@ class PixelLabels:
         self.of_cityscapes = tuple(names) == CLASSES
 
     @cached_property
+    def _listed(self) -> list[_Image]:
+        return msgspec.json.decode(self.annotations.read_bytes(), type=_List).images
+
+    @cached_property
     def _files(self) -> dict[str, str]:
         """The file of labels by that of the image, where the list says it."""
-        listed = msgspec.json.decode(self.annotations.read_bytes(), type=_List).images
-        return {str(self.images / image.file_name): image.labels for image in listed if image.labels}
+        return {str(self.images / image.file_name): image.labels for image in self._listed if image.labels}
+
+    @cached_property
+    def _ignored(self) -> list[int]:
+        """The values that are ignored."""
+        return [IGNORED, *{image.ignored for image in self._listed if image.ignored is not None}]
 
     def file(self, image: str | Path) -> Path:
         """The file of labels of an image, whose path begins with the folder of images.
@@ -195,7 +204,7 @@ class PixelLabels:
     def classes_of(self, values: np.ndarray) -> np.ndarray:
         """Classes, IGNORED, or a negative number for what is neither, int16, of (...) values of a mask."""
         table = np.full(257, _NO_CLASS, np.int16)
-        table[IGNORED] = IGNORED
+        table[self._ignored] = IGNORED
         table[self.ids] = np.arange(len(self.ids))
         return table[np.where((values < 0) | (values > 255), 256, values)]
 

@@ -1,4 +1,4 @@
-"""The command `probe`: its arguments, the four protocols, and the JSON record."""
+"""The command `probe`: its arguments, the protocols, and the JSON record."""
 
 from __future__ import annotations
 
@@ -21,37 +21,52 @@ from loco_det.core.log import Progress, log
 from loco_det.evaluation.knn import knn_predict
 from loco_det.evaluation.probes.backbones import Backbone, choose_stages, load_backbone_for_probe
 from loco_det.evaluation.probes.crops import VIEWS
+from loco_det.evaluation.probes.dense import DenseExtractor
 from loco_det.evaluation.probes.features import POOLING, Extractor
 from loco_det.evaluation.probes.finetune import FineTuning, batch_size, finetune, predict
 from loco_det.evaluation.probes.images import ProbeData, open_probe_data
 from loco_det.evaluation.probes.linear import RATES, Recipe, Standard, linear_probe, sweep_steps
 from loco_det.evaluation.probes.linear_paper import PaperRecipe, paper_probe
+from loco_det.evaluation.probes.pixel_images import PixelData, open_pixel_data
 from loco_det.evaluation.probes.ridge import fit_ridge
 from loco_det.evaluation.probes.scores import top_scores
+from loco_det.evaluation.probes.segmentation import MASKS, METHODS, DenseSettings, image_size, probe_segmentation
 from loco_det.evaluation.probes.tsne import CLASSES, IMAGES, balanced, check_tsne, numbers_of, write_tsne
 
-PROTOCOLS = ("linear", "knn", "semi", "ridge")
+PROTOCOLS = ("linear", "knn", "semi", "ridge", "segmentation")
 RECIPES = ("sweep", "paper")
+_SEGMENTATION = "segmentation --method {}"
+_DENSE_KNN, _DENSE_LINEAR = _SEGMENTATION.format("knn"), _SEGMENTATION.format("linear")
 # Options of single protocols; refused for the others.
 _OPTIONS = {
     "recipe": ("linear",),
     "optimizer": ("linear",),
     "rates": ("linear", "semi"),
-    "epochs": ("linear", "semi"),
-    "k": ("knn",),
-    "temperature": ("knn",),
+    "epochs": ("linear", "semi", _DENSE_LINEAR),
+    "k": ("knn", _DENSE_KNN),
+    "temperature": ("knn", _DENSE_KNN),
+    "patches": (_DENSE_KNN,),
     "labels": ("semi",),
 }
+_BATCH, _DENSE_BATCH = 256, 16
 _OF_THE_SWEEP = ("optimizer", "rates")  # fixed by the paper's recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """BACKBONE, data, protocol and the options of each protocol."""
     parser.add_argument("backbone", metavar="BACKBONE", help="a weights file, timm:NAME or random:resnet50")
-    parser.add_argument("--data", required=True, metavar="PATH", help="labelled images: folders, a zip, a list, CIFAR")
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="PATH",
+        help="labelled images: folders, a zip, a list, CIFAR; of pixels MASKS@IMAGES",
+    )
     parser.add_argument("--val", metavar="PATH", help="the test images, if --data does not hold them")
     parser.add_argument("--protocol", choices=PROTOCOLS, required=True)
-    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="stem res2 ... (default: all; semi: the last)")
+    parser.add_argument("--method", choices=METHODS, help="segmentation: the head on the frozen maps")
+    parser.add_argument(
+        "--stages", nargs="+", metavar="STAGE", help="stem res2 ... (default: all; semi, segmentation: the last)"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results to this file")
     parser.add_argument("--image-size", type=int, metavar="N", help="side in pixels (default: the backbone's own)")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="use about N images of each split")
@@ -60,9 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--optimizer", choices=tuple(RATES), help="linear: sgd (default) or lars")
     parser.add_argument("--rates", nargs="+", type=float, metavar="LR", help="learning rates for batches of 256")
-    parser.add_argument("--epochs", type=int, metavar="N", help="linear: 100; semi: 60 up to 1 %%, 30 above")
-    parser.add_argument("--k", type=int, metavar="N", help="knn: neighbours (default 20)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="knn: temperature of the votes (default 0.07)")
+    parser.add_argument(
+        "--epochs", type=int, metavar="N", help="linear: 100 (segmentation: 32); semi: 60 up to 1 %%, 30 above"
+    )
+    parser.add_argument("--k", type=int, metavar="N", help="knn: neighbours (default 20; segmentation: 30)")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="knn: of the votes (default 0.07; segmentation: 0.02)"
+    )
+    parser.add_argument("--patches", type=int, metavar="N", help="segmentation, knn: kept of each image (default 16)")
     parser.add_argument("--labels", nargs="+", type=float, metavar="PERCENT", help="semi: default 1 10")
     parser.add_argument("--tsne", type=Path, metavar="PNG", help="write a t-SNE plot of the test images' features")
     parser.add_argument(
@@ -70,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N")
+    parser.add_argument("--batch-size", type=int, metavar="N", help=f"default {_BATCH}; segmentation {_DENSE_BATCH}")
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="data workers")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="feature cache (default: ~/.cache/loco_det/features)")
     parser.add_argument("--no-cache", action="store_true", help="do not cache features")
@@ -87,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
         check_writable(args.json)
     results = probe(args)
     if not args.quiet:
-        _print(results)
+        (_print_segmentation if args.protocol == "segmentation" else _print)(results)
     if args.json:
         write_checked_json(args.json, results)
 
@@ -96,6 +116,8 @@ def probe(args: argparse.Namespace, backbone: Backbone | None = None) -> dict[st
     """Probe `backbone`, or the one of the arguments; returns the content of --json (docs/probes.md lists the keys)."""
     begun = time.monotonic()
     _check(args)
+    if args.protocol == "segmentation":
+        return {**_segmentation(args), "seconds": round(time.monotonic() - begun, 1), "loco_det": __version__}
     device = resolve_device(args.device)
     data = open_probe_data(args.data, args.val, limit=args.limit, seed=args.seed)
     backbone = backbone or load_backbone_for_probe(
@@ -103,7 +125,8 @@ def probe(args: argparse.Namespace, backbone: Backbone | None = None) -> dict[st
     )
     stages = choose_stages(backbone, args.stages)
     size = args.image_size or backbone.image_size
-    extractor = Extractor(backbone, size, device, batch=args.batch_size, workers=args.workers, cache=_cache(args))
+    batch = args.batch_size or _BATCH
+    extractor = Extractor(backbone, size, device, batch=batch, workers=args.workers, cache=_cache(args))
     log.info("%s: %d training and %d test images of %d classes (%s)", args.data, len(data.train), len(data.test),
              len(data.classes), data.split)  # fmt: skip
     if backbone.untrained:
@@ -137,14 +160,19 @@ def probe(args: argparse.Namespace, backbone: Backbone | None = None) -> dict[st
 
 
 def _check(args: argparse.Namespace) -> None:
+    if (args.protocol == "segmentation") != (args.method is not None):
+        raise UserError(
+            f"--protocol segmentation and --method belong together; give both, with one of {', '.join(METHODS)}"
+        )
+    protocol = _SEGMENTATION.format(args.method) if args.method else args.protocol
     for option, protocols in _OPTIONS.items():
-        if getattr(args, option) is not None and args.protocol not in protocols:
-            raise UserError(f"--{option} belongs to --protocol {' and '.join(protocols)}, not {args.protocol}")
+        if getattr(args, option) is not None and protocol not in protocols:
+            raise UserError(f"--{option} belongs to --protocol {' and '.join(protocols)}, not {protocol}")
     for option in _OF_THE_SWEEP if args.recipe == "paper" else ():
         if getattr(args, option) is not None:
             raise UserError(f"--{option} belongs to --recipe sweep; --recipe paper fixes it, so leave it out")
     positive = {"image-size": args.image_size, "epochs": args.epochs, "k": args.k, "batch-size": args.batch_size,
-                "temperature": args.temperature, "tsne-images": args.tsne_images}  # fmt: skip
+                "temperature": args.temperature, "tsne-images": args.tsne_images, "patches": args.patches}  # fmt: skip
     for option, value in positive.items():
         if value is not None and not value > 0:  # also refuses NaN
             raise UserError(f"--{option} is {value}; give a number above 0")
@@ -157,6 +185,8 @@ def _check(args: argparse.Namespace) -> None:
     for percent in args.labels or []:
         if not 0 < percent <= 100:
             raise UserError(f"--labels has {percent}; give percents above 0, up to 100")
+    if args.tsne and args.method:
+        raise UserError("--tsne plots pooled features, which --protocol segmentation has none of; leave it out")
     if args.tsne:
         check_tsne(args.tsne)
     elif args.tsne_images is not None:
@@ -272,6 +302,44 @@ def _semi(args: argparse.Namespace, extractor: Extractor, stage: str, data: Prob
     return {**found[last], "percent": float(last), "by_percent": found}
 
 
+# --- segmentation -----------------------------------------------------------------------------------------------
+
+
+def _segmentation(args: argparse.Namespace) -> dict[str, Any]:
+    device = resolve_device(args.device)
+    data = open_pixel_data(args.data, args.val, limit=args.limit, seed=args.seed)
+    backbone = load_backbone_for_probe(
+        args.backbone, seed=args.seed, image_size=args.image_size, branch=args.branch, stated=read_stated(args)
+    )
+    stages = choose_stages(backbone, args.stages)
+    stages = stages if args.stages else stages[-1:]
+    size = args.image_size or image_size(backbone, stages)
+    extractor = DenseExtractor(backbone, size, device, batch=args.batch_size or _DENSE_BATCH, workers=args.workers)
+    log.info("%s: %d training and %d test images of %d classes (%s)", args.data, len(data.train), len(data.test),
+             len(data.classes), data.split)  # fmt: skip
+    extractor.grids(stages)  # refuse a size before the work begins
+    if backbone.untrained:
+        extractor.measure(data.train, args.seed)
+    options = {name: getattr(args, name) for name in ("k", "temperature", "patches", "epochs")}
+    settings = DenseSettings(args.method, seed=args.seed, **{k: v for k, v in options.items() if v is not None})
+    return {
+        "stages": probe_segmentation(extractor, stages, data, settings),
+        "protocol": args.protocol,
+        "method": args.method,
+        "backbone": {"name": args.backbone, **backbone.facts, "weights_sha256": backbone.weights_hash()},
+        "data": _data_facts(args, data),
+        "features": {
+            "image_size": size,
+            "views": f"whole images, scaled to {size} x {size}",
+            "masks": MASKS,
+            "pixels": {"order": backbone.order, "mean": backbone.mean, "std": backbone.std},
+            "batchnorm": "measured on training images" if backbone.untrained else "as stored",
+        },
+        "seed": args.seed,
+        "device": str(device),
+    }
+
+
 # --- the record -------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +349,7 @@ def _views(args: argparse.Namespace) -> str:
     return "features computed once from the centre crop"
 
 
-def _data_facts(args: argparse.Namespace, data: ProbeData) -> dict[str, Any]:
+def _data_facts(args: argparse.Namespace, data: ProbeData | PixelData) -> dict[str, Any]:
     return {
         "path": args.data,
         "val": args.val,
@@ -311,4 +379,25 @@ def _print(results: dict[str, Any]) -> None:
                 f"{found['top1']:.2f}", f"{low:.2f}-{high:.2f}",
                 f"{found['top5']:.2f}", f"{low5:.2f}-{high5:.2f}", chosen,
             )  # fmt: skip
+    Console().print(table)
+
+
+_DENSE_CHOICES = ("lambda", "C", "k", "temperature", "patches_an_image", "rate", "weight_decay", "epochs")
+
+
+def _print_segmentation(results: dict[str, Any]) -> None:
+    data, size = results["data"], results["features"]["image_size"]
+    table = Table(
+        title=f"{results['backbone']['name']}: segmentation, {results['method']}, {data['test_images']} test images of "
+        f"{len(data['classes'])} classes scaled to {size} x {size}; {MASKS}"
+    )
+    for column in ("stage", "norm", "map", "mIoU", "95 %", "pixel accuracy", "chosen"):
+        table.add_column(column, justify="right" if column in ("mIoU", "95 %", "pixel accuracy") else "left")
+    for stage, found in results["stages"].items():
+        interval = "-".join(f"{end:.2f}" for end in found["miou_interval"] or ())  # none if few draws have a class
+        chosen = ", ".join(f"{name} {found[name]:g}" for name in _DENSE_CHOICES if name in found)
+        table.add_row(
+            stage, found["norm"], f"{found['grid']} x {found['grid']} x {found['dimensions']}", f"{found['miou']:.2f}",
+            interval, f"{found['pixel_accuracy']:.2f}", chosen,
+        )  # fmt: skip
     Console().print(table)

@@ -56,7 +56,7 @@ def knn_predict(
     scores = torch.empty(len(features), classes, device=features.device)
     for start in range(0, len(features), chunk):
         queries = normalize(features[start : start + chunk].to(dtype), dim=1)
-        similarity, index = _nearest(queries, bank, k, train_chunk)
+        similarity, index = nearest(queries, bank, k, train_chunk)
         weights = ((similarity - similarity[:, :1]) / temperature).exp()  # relative to the largest: any small T works
         votes = weights.new_zeros(len(queries), classes).scatter_add_(1, labels[index], weights)
         scores[start : start + chunk] = votes / weights.sum(1, keepdim=True)
@@ -76,8 +76,15 @@ def _check(
         raise ValueError(f"k {k}, chunk {chunk} and temperature {temperature} must all be positive")
 
 
-def _nearest(queries: Tensor, bank: Tensor, k: int, train_chunk: int) -> tuple[Tensor, Tensor]:
-    """Return (m, k) similarities, descending, and their rows of `bank`."""
+def nearest(queries: Tensor, bank: Tensor, k: int, train_chunk: int) -> tuple[Tensor, Tensor]:
+    """Find the k rows of a bank with the largest products with each query; see `knn_predict` on chunks.
+
+    Args:
+        queries: (m, D). bank: (N, D). Of length 1 their products are cosines.
+
+    Returns:
+        (m, k) products, descending, and their rows of `bank`.
+    """
     best = queries.new_empty(len(queries), 0)
     index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(bank), train_chunk):

@@ -109,11 +109,20 @@ def confusions(dataset: Dataset, folder: Path) -> np.ndarray:
 
 
 def scores(confusion: np.ndarray, names: tuple[str, ...]) -> dict[str, float]:
-    """{"IoU", "fwIoU", "mACC", "pACC", "IoU-NAME", ...} in percent of a (K, K + 1) confusion; NaN for a class that is
-    neither there nor predicted.
+    """The numbers of `scores_of_counts` of a (K, K + 1) confusion."""
+    return scores_of_counts(confusion.diagonal(), confusion.sum(1), confusion[:, :-1].sum(0), names)
+
+
+def scores_of_counts(
+    right: np.ndarray, there: np.ndarray, claimed: np.ndarray, names: tuple[str, ...]
+) -> dict[str, float]:
+    """{"IoU", "fwIoU", "mACC", "pACC", "IoU-NAME", ...} in percent; NaN for a class neither there nor predicted.
+
+    Args:
+        right, there, claimed: (K,) pixels that are rightly predicted as each class, that are of it, and that are
+            predicted as it.
     """
-    right = confusion.diagonal().astype(float)
-    there, claimed = confusion.sum(1), confusion[:, :-1].sum(0)
+    right = right.astype(float)
     with np.errstate(invalid="ignore", divide="ignore"):
         each = 100 * right / (there + claimed - right)
         accuracy = 100 * right / there
