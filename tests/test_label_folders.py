@@ -178,6 +178,24 @@ def test_voc_2012(spelling: str) -> None:
         find_dataset(f"./{spelling}@test")
 
 
+def test_ade20k_counts_its_classes_from_1_and_ignores_0() -> None:
+    for split in ("training", "validation"):
+        write_street(f"ade/images/{split}", f"ade/annotations/{split}")
+    rows = ["Idx\tRatio\tTrain\tVal\tStuff\tName", "1\t0.1\t9\t1\t1\twall", "2\t0.1\t9\t1\t0\tscreen, CRT screen", ""]
+    Path("ade/objectInfo150.txt").write_text("\r\n".join(rows), newline="")
+    for name in ("ade/annotations/training@ade/images/training", "ade/annotations@ade/images@training"):
+        dataset = find_dataset(name)
+        assert dataset.index.categories == {1: "wall", 2: "screen, CRT screen"}
+        for part in (dataset, find_dataset(f"{name}@40pct_seed0")):
+            for file, classes in truth(part).items():
+                values = values_of("abc".index(Path(file).stem))
+                assert (classes == np.array([255, 0, 1])[values.clip(0, 2)])[values < 255].all()
+                assert (classes[values == 255] == 255).all()
+    write_mask(Path("ade/annotations/training/a.png"), np.full((HEIGHT, WIDTH), 3, np.uint8))
+    with pytest.raises(UserError, match=r"has the value 3 .* the classes are 1 to 2"):
+        truth(find_dataset("ade/annotations/training@ade/images/training"))
+
+
 def test_objects_of_the_same_folder_are_another_data_set() -> None:
     """A name alone tells which is meant; so does a folder whose own name holds an @."""
     assert has_pixels("VOC2012/SegmentationClass@train")
@@ -213,6 +231,8 @@ def test_objects_of_the_same_folder_are_another_data_set() -> None:
         ("classes.yaml", "a: &a {b: *a}", None),
         ("classes.yaml", "[" * 10**5, None),
         ("classes.yaml", "a: !!int ''\n", None),
+        ("objectInfo150.txt", "Idx\tName\n1\twall\n2\tsea, ocean\n", {1: "wall", 2: "sea, ocean"}),
+        ("objectInfo150.txt", "Idx Name\n1 wall\n", None),
         ("classes.txt", "", None),
         ("classes.txt", "a\n" * 10**6, None),
     ],
