@@ -658,7 +658,7 @@ def test_bad_test_images_give_one_sentence(tmp_path: Path, capsys: pytest.Captur
     name = write_set(tmp_path / "all")
     for case, said in (
         (grey_only(tmp_path / "grey"), "no pixel of the test images' masks has a class"),
-        (f"{tmp_path}/masks@{tmp_path}/nowhere", "--val: "),
+        (f"{tmp_path}/masks@{tmp_path}/nowhere", "--val '"),
         ("cityscapes_fine_sem_seg_val", "cityscapes"),
     ):
         assert probe("random:resnet18-cifar", name, "--val", case, "--method", "ridge", "--quiet") == 2

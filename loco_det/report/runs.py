@@ -287,6 +287,8 @@ def _json(file: Path) -> dict[str, Any] | None:
 def _read(place: Path, name: str | None, runs: Runs) -> None:
     if place.suffix == ".json":
         content = _json(place)
+        if content and content.get("protocol") == "segmentation":
+            raise UserError(f"{place}: is a segmentation probe, which the report does not show; leave it out")
         if content is None or not _has_stages(content):
             raise UserError(f"{place}: is no result of loco-det probe; write one with loco-det probe ... --json PATH")
         if "sha256" in content and not has_checksum(content):

@@ -31,7 +31,7 @@ class Moments:
 
     def __init__(self, dimensions: int, classes: int, device: torch.device) -> None:
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
+            return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.pixels, self.x, self.y = zeros(), zeros(dimensions), zeros(classes)
         self.xx, self.xy = zeros(dimensions, dimensions), zeros(dimensions, classes)
