@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from loco_det.cli import main
-from loco_det.evaluation.probes import dense_logistic
+from loco_det.core.errors import UserError
+from loco_det.evaluation.probes import dense, dense_logistic
 from loco_det.evaluation.probes.backbones import Backbone
 from loco_det.evaluation.probes.dense import DenseExtractor, linear_head, pixel_counts, segmentation_scores
 from loco_det.evaluation.probes.dense_knn import DenseKnn, sampled, vote
@@ -362,8 +363,12 @@ def test_a_scaled_mask_has_the_nearest_pixels() -> None:
     assert (scaled_mask(mask_of(0), SIDE).numpy() == mask_of(0)).all()
 
 
+@pytest.mark.parametrize("together", [1, 200, 10**6])  # scores upsampled at a time: rows of their own, some, all
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (11, 23)])
-def test_counts_equal_loops_over_pixels(height: int, width: int) -> None:
+def test_counts_equal_loops_over_pixels(
+    height: int, width: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "_ON_CPU", together)
     rng = np.random.default_rng(1)
     scores = rng.normal(size=(CLASSES, 4, 4))
     mask = rng.choice(np.array([0, 1, 2, 255], np.uint8), (height, width))
@@ -670,6 +675,18 @@ def test_bad_test_images_give_one_sentence(tmp_path: Path, capsys: pytest.Captur
     assert "class 'sky' is not among the training classes" in capsys.readouterr().err
 
 
+def test_the_report_refuses_a_segmentation_probe_and_passes_over_it_in_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "results/dense.json"
+    out.parent.mkdir()
+    options = ("--method", "ridge", "--quiet", "--json", out)
+    assert probe("random:resnet18-cifar", write_set(tmp_path / "all"), *options) == 0
+    for path, said in ((out, "is a segmentation probe"), (out.parent, "holds no run")):
+        assert main(["report", str(path), "--out", str(tmp_path / "report")]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_maps_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     class Broken(Pixels):
         def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -678,7 +695,7 @@ def test_maps_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     data = open_pixel_data(write_set(tmp_path / "train"))
     broken = extractor()
     broken.backbone.model = Broken()
-    with pytest.raises(Exception, match="features of pixels are not finite"):
+    with pytest.raises(UserError, match="features of pixels are not finite"):
         probe_segmentation(broken, ["pixels"], data, DenseSettings("ridge"))
 
 

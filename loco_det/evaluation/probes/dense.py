@@ -24,6 +24,7 @@ from loco_det.evaluation.probes.features import STATISTICS_BATCH, STATISTICS_IMA
 from loco_det.evaluation.probes.pixel_images import PixelBatch, PixelImages, pixel_batches
 
 RESAMPLES = 1000
+_ON_CPU, _ELSEWHERE = 2**20, 2**26  # scores that are upsampled at a time
 
 Head = Callable[[Tensor], Tensor]  # (B, D, G, G) maps -> (B, K, G, G) scores, the greatest is the class
 
@@ -143,11 +144,28 @@ def pixel_counts(scores: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (3, K) int64, as `count_pixels`.
     """
-    upsampled = functional.interpolate(scores[None], size=mask.shape, mode="bilinear", align_corners=False)[0]
-    counted = mask != IGNORED
-    truth, predicted = mask[counted].long(), upsampled.argmax(0)[counted]
-    parts = (truth[truth == predicted], truth, predicted)
-    return torch.stack([torch.bincount(part, minlength=len(scores)) for part in parts])
+    classes = len(scores)
+    pairs = mask.long() * classes + upsampled_classes(scores, *mask.shape)
+    table = torch.bincount(pairs.flatten(), minlength=(IGNORED + 1) * classes).view(-1, classes)[:classes]
+    return torch.stack([table.diagonal(), table.sum(1), table.sum(0)])
+
+
+def upsampled_classes(scores: Tensor, height: int, width: int) -> Tensor:
+    """(K, G, G) -> (height, width) int64: the class of the greatest score after bilinear upsampling.
+
+    The same as `interpolate` without `align_corners`, as two matrix products, a few rows at a time: on a CPU they stay
+    in its cache, which takes half the time.
+    """
+    rows, columns = (_linear_weights(scores, size) for size in (height, width))
+    across = scores @ columns.T
+    most = (_ON_CPU if scores.device.type == "cpu" else _ELSEWHERE) // (len(scores) * width)
+    return torch.cat([(part @ across).max(0).indices for part in rows.split(max(1, most))])
+
+
+def _linear_weights(scores: Tensor, size: int) -> Tensor:
+    """(size, G): how much of each of G values is in each of `size` that they are linearly upsampled to."""
+    identity = torch.eye(scores.shape[1], dtype=scores.dtype, device=scores.device)
+    return functional.interpolate(identity[None], size=size, mode="linear", align_corners=False)[0].T
 
 
 def segmentation_scores(counts: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:
