@@ -21,7 +21,14 @@ from loco_det.evaluation.probes import dense, dense_logistic
 from loco_det.evaluation.probes.backbones import Backbone
 from loco_det.evaluation.probes.dense import DenseExtractor, linear_head, pixel_counts, segmentation_scores
 from loco_det.evaluation.probes.dense_knn import DenseKnn, sampled, vote
-from loco_det.evaluation.probes.dense_linear import DenseRecipe, factor, flipped, initial_head, pixel_loss
+from loco_det.evaluation.probes.dense_linear import (
+    DenseRecipe,
+    factor,
+    flipped,
+    initial_head,
+    pixel_loss,
+    train_dense_linear,
+)
 from loco_det.evaluation.probes.dense_logistic import PENALTIES, DenseLogistic, fit_logistic
 from loco_det.evaluation.probes.dense_ridge import DenseRidge, Moments, choose_penalty, fit
 from loco_det.evaluation.probes.pixel_images import open_pixel_data, patch_counts, scaled_mask
@@ -334,6 +341,28 @@ def test_the_head_is_batchnorm_and_a_convolution_by_the_seed() -> None:
     assert torch.equal(conv.weight, initial_head(50, 40, seed=3)[1].weight)
     assert not torch.equal(conv.weight, initial_head(50, 40, seed=4)[1].weight)
     assert (DenseRecipe().rate, DenseRecipe().weight_decay, DenseRecipe().batch) == (1e-3, 1e-3, 16)
+
+
+def test_training_equals_plain_steps_of_adamw_on_mirrored_batches(tmp_path: Path) -> None:
+    images = open_pixel_data(write_set(tmp_path / "all", count=7, noise=40)).train
+    recipe = DenseRecipe(epochs=4, batch=4, seed=5)
+    head = train_dense_linear(extractor(batch=3), ["pixels"], images, CLASSES, recipe)["pixels"]
+
+    oracle, rng = initial_head(3, CLASSES, seed=5), np.random.default_rng(5)
+    optimizer = torch.optim.AdamW(oracle.parameters(), weight_decay=1e-3)
+    for step in range(4):  # 5 images: one batch of 4 an epoch
+        order, mirrored = rng.permutation(5)[:4], rng.random(4) < 0.5
+        pairs = [images.read(int(place)) for place in order]
+        pairs = [(x[:, ::-1], mask[:, ::-1]) if flip else (x, mask) for (x, mask), flip in zip(pairs, mirrored)]
+        x = torch.from_numpy(np.stack([(x.astype(np.float32) - 127.5) / 50 for x, _ in pairs])).permute(0, 3, 1, 2)
+        masks = torch.from_numpy(np.stack([mask for _, mask in pairs]).astype(np.int64))
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1, 3 / 4, 1 / 2, 1 / 4)[step]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(oracle(x), masks, ignore_index=255).backward()
+        optimizer.step()
+    for name, wanted in oracle.state_dict().items():
+        torch.testing.assert_close(head.state_dict()[name], wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(head(x)[:1], head(x[:1]))  # the other images of a batch do not matter
 
 
 # --- pixels and patches -------------------------------------------------------------------------------------------
