@@ -579,8 +579,8 @@ def probe(backbone: str, data: str, *options: object) -> int:
     [
         ("random:resnet18-cifar", "res3", 16, "none", "ridge", ("--stages", "res3"), "lambda"),
         ("random:resnet18-cifar", "res5", 4, "none", "knn", ("--k", 5, "--patches", 3), "memory"),
-        ("random:timm:test_vit", "blocks.5", 2, "the model's final norm", "logistic", ("--image-size", 32), "C"),
-        ("random:timm:test_vit", "blocks.5", 2, "the model's final norm", "linear",
+        ("random:timm:test_vit", "blocks.5", 2, "final", "logistic", ("--image-size", 32), "C"),
+        ("random:timm:test_vit", "blocks.5", 2, "final", "linear",
          ("--image-size", 32, "--epochs", 1), "optimizer"),
     ],
 )  # fmt: skip

@@ -382,22 +382,27 @@ def _print(results: dict[str, Any]) -> None:
     Console().print(table)
 
 
-_DENSE_CHOICES = ("lambda", "C", "k", "temperature", "patches_an_image", "rate", "weight_decay", "epochs")
+# Of segmentation: the same for all stages, and chosen for each.
+_SETTINGS = ("k", "temperature", "patches_an_image", "optimizer", "rate", "weight_decay", "epochs", "batch")
+_CHOSEN = ("lambda", "C")
 
 
 def _print_segmentation(results: dict[str, Any]) -> None:
-    data, size = results["data"], results["features"]["image_size"]
+    data, size, stages = results["data"], results["features"]["image_size"], results["stages"]
+    first = next(iter(stages.values()))
+    method = " ".join([results["method"], *(f"{name} {first[name]}" for name in _SETTINGS if name in first)])
     table = Table(
-        title=f"{results['backbone']['name']}: segmentation, {results['method']}, {data['test_images']} test images of "
-        f"{len(data['classes'])} classes scaled to {size} x {size}; {MASKS}"
+        title=f"{results['backbone']['name']}: segmentation, {method}; {data['test_images']} test images of "
+        f"{len(data['classes'])} classes, scaled to {size} x {size}; {MASKS}"
     )
-    for column in ("stage", "norm", "map", "mIoU", "95 %", "pixel accuracy", "chosen"):
-        table.add_column(column, justify="right" if column in ("mIoU", "95 %", "pixel accuracy") else "left")
-    for stage, found in results["stages"].items():
+    table.add_column("stage", overflow="fold")
+    for column in ("norm", "map", "mIoU", "95 %", "accuracy", "chosen"):
+        table.add_column(column, no_wrap=True, justify="right" if column in ("mIoU", "95 %", "accuracy") else "left")
+    for stage, found in stages.items():
         interval = "-".join(f"{end:.2f}" for end in found["miou_interval"] or ())  # none if few draws have a class
-        chosen = ", ".join(f"{name} {found[name]:g}" for name in _DENSE_CHOICES if name in found)
+        chosen = "".join(f"{name} {found[name]:.2g}" for name in _CHOSEN if name in found)
         table.add_row(
-            stage, found["norm"], f"{found['grid']} x {found['grid']} x {found['dimensions']}", f"{found['miou']:.2f}",
+            stage, found["norm"], f"{found['grid']}x{found['grid']}x{found['dimensions']}", f"{found['miou']:.2f}",
             interval, f"{found['pixel_accuracy']:.2f}", chosen,
         )  # fmt: skip
     Console().print(table)

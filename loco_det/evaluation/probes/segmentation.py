@@ -97,7 +97,7 @@ def map_facts(extractor: DenseExtractor, stage: str, grid: int) -> dict[str, Any
         "dimensions": extractor.backbone.channels[stage],
         "grid": grid,
         "stride": extractor.size / grid,
-        "norm": "the model's final norm" if normed else "none",
+        "norm": "final" if normed else "none",
     }
 
 
