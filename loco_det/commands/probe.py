@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, metavar="T", help="knn: of the votes (default 0.07; segmentation: 0.02)"
     )
-    parser.add_argument("--patches", type=int, metavar="N", help="segmentation, knn: kept of each image (default 16)")
+    parser.add_argument("--patches", type=int, metavar="N", help="segmentation, knn: kept of each image (default 8)")
     parser.add_argument("--labels", nargs="+", type=float, metavar="PERCENT", help="semi: default 1 10")
     parser.add_argument("--tsne", type=Path, metavar="PNG", help="write a t-SNE plot of the test images' features")
     parser.add_argument(

@@ -26,8 +26,8 @@ from loco_det.core.errors import UserError
 from loco_det.evaluation.knn import nearest
 from loco_det.evaluation.probes.dense import Head, as_patches
 
-NEIGHBOURS, TEMPERATURE, PATCHES = 30, 0.02, 16
-_QUERIES, _KEYS = 1024, 65536  # compared at a time
+NEIGHBOURS, TEMPERATURE, PATCHES = 30, 0.02, 8
+_QUERIES, _KEYS = 512, 65536  # compared at a time
 
 
 class DenseKnn:
