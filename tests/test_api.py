@@ -143,6 +143,23 @@ def test_a_probe_is_the_commands(classes: Path, tmp_path: Path) -> None:
         assert isinstance(found.to_pandas(), pandas.DataFrame)
 
 
+def test_a_segmentation_probe_takes_a_module(tmp_path: Path) -> None:
+    """Two colours, a half of each image each: the module's map says which."""
+    for split in ("images", "masks"):
+        (tmp_path / split).mkdir()
+    for i in range(8):
+        pixels, mask = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8)
+        pixels[:, :32, 0], pixels[:, 32:, 2], mask[:, 32:] = 200 + i, 200 - i, 1
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{i}.png")
+    (tmp_path / "masks" / "classes.txt").write_text("red\nblue\n")
+    mine = loco_det.load_backbone(Maps((16,)), image_size=64)
+    data = f"{tmp_path / 'masks'}@{tmp_path / 'images'}"
+    found = loco_det.probe(mine, data, protocol="segmentation", method="knn", workers=0, patches=4, k=1)
+    assert found.rows["res4"]["miou"] == 100
+    assert found["backbone"]["name"] == "Maps"
+
+
 @pytest.mark.parametrize("source", ["module", "random:timm:test_vit", "random:timm:test_convnext", "random:resnet18"])
 def test_detection(source: str, tiny_data: Path, tmp_path: Path) -> None:
     backbone = loco_det.load_backbone(Maps() if source == "module" else source)

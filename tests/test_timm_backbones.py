@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from loco_det.backbones.timm_models import POSITIONS, TimmBackbone, family_positions, parse, resize_positions
 from loco_det.core.errors import UserError
@@ -33,9 +34,8 @@ def _one_thread(one_thread: None) -> None:
     pass
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_a_plain_maps_are_timms_tokens(name: str) -> None:
-    ours = backbone(name)
+def both_ways(ours: TimmBackbone, name: str) -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """timm's whole model with the same weights, our maps of an image, and what timm's modules gave for it."""
     whole = timm.create_model(name).eval()
     whole.load_state_dict(ours.model.state_dict(), strict=False)
     x = torch.randn(1, 3, *whole.pretrained_cfg["input_size"][1:])
@@ -46,6 +46,13 @@ def test_a_plain_maps_are_timms_tokens(name: str) -> None:
     with torch.no_grad():
         found = ours(x)
         whole.forward_features(x)
+    return whole, found, kept
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_plain_maps_are_timms_tokens(name: str) -> None:
+    ours = backbone(name)
+    whole, found, kept = both_ways(ours, name)
     assert ours.stage_names == ("stem", *found)
     assert len(found) == 4
     for stage, tokens in kept.items():
@@ -57,21 +64,12 @@ def test_a_plain_maps_are_timms_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", HIERARCHICAL)
 def test_a_hierarchical_maps_are_those_of_timms_modules(name: str) -> None:
     ours = backbone(name)
-    whole = timm.create_model(name).eval()
-    whole.load_state_dict(ours.model.state_dict(), strict=False)
-    x = torch.randn(1, 3, *whole.pretrained_cfg["input_size"][1:])
-    kept: dict[str, torch.Tensor] = {}
-    for stage, module in ours.ends.items():
-        hook = lambda _m, _i, out, stage=stage: kept.__setitem__(stage, out)  # noqa: E731
-        whole.get_submodule(module).register_forward_hook(hook)
-    with torch.no_grad():
-        found = ours(x)
-        whole.forward_features(x)
+    _, found, kept = both_ways(ours, name)
     assert list(found)[-4:] == ["res2", "res3", "res4", "res5"]
     for stage, map_ in found.items():
         other = kept[stage] if kept[stage].shape == map_.shape else kept[stage].permute(0, 3, 1, 2)
         assert torch.equal(map_, other)
-        assert map_.shape[1:] == (ours.channels[stage], *(side // ours.strides[stage] for side in x.shape[2:]))
+        assert map_.shape[1:] == (ours.channels[stage], *2 * (ours.image_size // ours.strides[stage],))
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *HIERARCHICAL])

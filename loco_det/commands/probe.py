@@ -117,7 +117,7 @@ def probe(args: argparse.Namespace, backbone: Backbone | None = None) -> dict[st
     begun = time.monotonic()
     _check(args)
     if args.protocol == "segmentation":
-        return {**_segmentation(args), "seconds": round(time.monotonic() - begun, 1), "loco_det": __version__}
+        return {**_segmentation(args, backbone), "seconds": round(time.monotonic() - begun, 1), "loco_det": __version__}
     device = resolve_device(args.device)
     data = open_probe_data(args.data, args.val, limit=args.limit, seed=args.seed)
     backbone = backbone or load_backbone_for_probe(
@@ -305,10 +305,10 @@ def _semi(args: argparse.Namespace, extractor: Extractor, stage: str, data: Prob
 # --- segmentation -----------------------------------------------------------------------------------------------
 
 
-def _segmentation(args: argparse.Namespace) -> dict[str, Any]:
+def _segmentation(args: argparse.Namespace, backbone: Backbone | None) -> dict[str, Any]:
     device = resolve_device(args.device)
     data = open_pixel_data(args.data, args.val, limit=args.limit, seed=args.seed)
-    backbone = load_backbone_for_probe(
+    backbone = backbone or load_backbone_for_probe(
         args.backbone, seed=args.seed, image_size=args.image_size, branch=args.branch, stated=read_stated(args)
     )
     stages = choose_stages(backbone, args.stages)
