@@ -12,7 +12,7 @@ from convert_cases import caffe2_name, detectron_pkl, randomised
 
 from loco_det.backbones.names import to_torchvision
 from loco_det.backbones.resnet import ResNet
-from loco_det.convert import Stated, convert, load_backbone_weights, load_checkpoint
+from loco_det.convert import Stated, convert, read_backbone_tensors, read_checkpoint
 from loco_det.convert.name_patterns import NAMINGS
 
 pytest.importorskip("detectron2")
@@ -44,7 +44,7 @@ def detector(name: str, fragment: Path) -> torch.nn.Module:
 
 def ours(folder: Path) -> ResNet:
     model = ResNet(50, norm="FrozenBN").eval()
-    model.load_state_dict(load_backbone_weights(folder / "r50.pkl")[0])
+    model.load_state_dict(read_backbone_tensors(folder / "r50.pkl")[0])
     return model
 
 
@@ -65,7 +65,7 @@ def test_fpn(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         model = detector("FPN", folder / "r50.yaml")
     assert "shape of" not in caplog.text.lower()
-    tensors, _ = load_backbone_weights(folder / "r50.pkl")
+    tensors, _ = read_backbone_tensors(folder / "r50.pkl")
     assert_all_loaded(model, tensors, {"": "backbone.bottom_up."})
     assert model.pixel_mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
     x = torch.randn(1, 3, 97, 130, generator=torch.Generator().manual_seed(0))
@@ -75,7 +75,7 @@ def test_fpn(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_c4(folder: Path) -> None:
     model = detector("C4", folder / "r50.yaml")
-    tensors, _ = load_backbone_weights(folder / "r50.pkl")
+    tensors, _ = read_backbone_tensors(folder / "r50.pkl")
     assert_all_loaded(model, tensors, {"": "backbone.", "res5": "roi_heads."})
     x = torch.randn(1, 3, 97, 130, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -91,24 +91,24 @@ def test_a_checkpoint_that_detectron2_saved_comes_back(folder: Path, tmp_path: P
 
     model = detector(name, folder / "r50.yaml")
     DetectionCheckpointer(model, str(tmp_path)).save("model_final", iteration=5)
-    loaded = load_checkpoint(tmp_path / "model_final.pth")
+    loaded = read_checkpoint(tmp_path / "model_final.pth")
     assert loaded["iteration"] == 5
     assert loaded["model"].keys() == model.state_dict().keys()
-    tensors, manifest = load_backbone_weights(tmp_path / "model_final.pth")
+    tensors, manifest = read_backbone_tensors(tmp_path / "model_final.pth")
     assert manifest is None
-    expected, _ = load_backbone_weights(folder / "r50.pkl")
+    expected, _ = read_backbone_tensors(folder / "r50.pkl")
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[key], expected[key]) for key in expected)
 
 
 def test_msra_stride(folder: Path, tmp_path: Path) -> None:
-    tensors, _ = load_backbone_weights(folder / "r50.pkl")
+    tensors, _ = read_backbone_tensors(folder / "r50.pkl")
     torch.save(tensors, tmp_path / "msra.pth")
     stated = Stated("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), stride_in_1x1=True)
     convert(tmp_path / "msra.pth", tmp_path / "msra.pkl", stated=stated)
     model = detector("FPN", tmp_path / "msra.yaml")
     mine = ResNet(50, norm="FrozenBN", stride_in_1x1=True).eval()
-    mine.load_state_dict(load_backbone_weights(tmp_path / "msra.pkl")[0])
+    mine.load_state_dict(read_backbone_tensors(tmp_path / "msra.pkl")[0])
     x = torch.randn(1, 3, 97, 130, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert_same_features(model.backbone.bottom_up(x), mine(x))
@@ -129,7 +129,7 @@ def test_an_msra_file_is_read_as_detectron2_reads_it(tmp_path: Path) -> None:
     model = build_model(cfg).eval()
     DetectionCheckpointer(model).load(str(tmp_path / "R-50.pkl"))
     convert(tmp_path / "R-50.pkl", tmp_path / "ours.pkl")
-    tensors, manifest = load_backbone_weights(tmp_path / "ours.pkl")
+    tensors, manifest = read_backbone_tensors(tmp_path / "ours.pkl")
     assert_all_loaded(model, tensors, {"": "backbone.bottom_up."})
     assert (manifest.stride_in_1x1, manifest.channel_order) == (cfg.MODEL.RESNETS.STRIDE_IN_1X1, cfg.INPUT.FORMAT)
     assert list(manifest.pixel_mean) == pytest.approx(cfg.MODEL.PIXEL_MEAN)

@@ -15,7 +15,7 @@ from test_convert_sources import documented
 
 from loco_det.backbones.names import to_detectron2
 from loco_det.cli import run_job
-from loco_det.convert import Stated, load_any_backbone, load_backbone_weights
+from loco_det.convert import Stated, read_backbone, read_backbone_tensors
 from loco_det.convert import inspect as inspection
 from loco_det.core.errors import UserError
 
@@ -82,7 +82,7 @@ def test_the_line_runs(
         return
     branch = arguments[arguments.index("--branch") + 1] if "--branch" in arguments else next(iter(branches))
     expected = backbone_of(branches[branch])
-    found, manifest = load_backbone_weights(arguments[1])
+    found, manifest = read_backbone_tensors(arguments[1])
     assert found.keys() == {to_detectron2(name) for name in expected}
     assert all(torch.equal(found[to_detectron2(name)], tensor) for name, tensor in expected.items())
     assert "proof: matplotlib's grace_hopper.jpg (128 x 150)" in printed
@@ -185,4 +185,4 @@ def test_a_detectron2_configuration_that_does_not_say_it(tmp_path: Path, text: s
     path, _ = BY_FILE["model_final.pth"].write(tmp_path)
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=f"config.yaml: .*{said}"):
-        load_any_backbone(path, stated=Stated.from_d2_config(tmp_path / "config.yaml"))
+        read_backbone(path, stated=Stated.from_d2_config(tmp_path / "config.yaml"))

@@ -29,7 +29,7 @@ import torchvision
 from convert_cases import TRAPS, Reduce, hostile_files, pickles_that_run, raw_traps, torch_legacy, torch_zip
 from torch import nn
 
-from loco_det.convert import load_backbone_weights
+from loco_det.convert import read_backbone_tensors
 from loco_det.convert.inspect import inspect
 from loco_det.convert.load import left_out, load_tensors, open_tensors
 from loco_det.convert.report import take_account
@@ -195,10 +195,10 @@ def test_an_object_in_place_of_a_tensor_is_refused(tmp_path: Path) -> None:
     state["layer2.0.conv1.weight"] = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
     torch.save(state, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"'layer2.0.conv1.weight' is a torch.*, not a plain tensor; save it as one"):
-        load_backbone_weights(tmp_path / "a.pth")
+        read_backbone_tensors(tmp_path / "a.pth")
     torch.save({"model": nn.Linear(2, 2)}, tmp_path / "b.pth")
     with pytest.raises(UserError, match=r"holds no tensors, but objects .*Linear.*model.state_dict\(\)"):
-        load_backbone_weights(tmp_path / "b.pth")
+        read_backbone_tensors(tmp_path / "b.pth")
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -386,7 +386,7 @@ def test_hostile_files_do_nothing(corpus: Path) -> None:
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from loco_det.convert import load_backbone_weights\n"
+        "from loco_det.convert import read_backbone_tensors\n"
         "from loco_det.convert.inspect import inspect\n"
         "from loco_det.core.errors import UserError\n"
         "def kibibytes(field):\n"  # not ru_maxrss, which remembers the process that this one was forked from
@@ -394,7 +394,7 @@ def test_hostile_files_do_nothing(corpus: Path) -> None:
         "before = kibibytes('VmRSS')\n"
         "for path in sorted(Path(sys.argv[1]).iterdir()):\n"
         "    try:\n"
-        "        load_backbone_weights(path)\n"
+        "        read_backbone_tensors(path)\n"
         "        print('LOADED', path.name)\n"
         "    except UserError as error:\n"
         "        try:\n"
@@ -476,7 +476,7 @@ def test_hostile_files_do_nothing(corpus: Path) -> None:
 def test_each_guard_is_the_one_that_refuses(corpus: Path, name: str, said: str) -> None:
     """One guard may hide another's failure: each must be seen to act on the file made for it."""
     with pytest.raises(UserError, match=re.escape(said)):
-        load_backbone_weights(corpus / name)
+        read_backbone_tensors(corpus / name)
 
 
 @pytest.mark.parametrize(

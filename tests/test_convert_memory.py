@@ -19,7 +19,7 @@ import torchvision
 from convert_cases import detectron_pkl, randomised
 
 from loco_det.backbones.names import to_detectron2
-from loco_det.convert import load_backbone_weights
+from loco_det.convert import read_backbone_tensors
 from loco_det.convert.load import in_memory, load_tensors, open_tensors
 from loco_det.convert.sources import flatten
 from loco_det.core.errors import UserError
@@ -191,7 +191,7 @@ def test_a_changed_bit_is_found(tmp_path: Path) -> None:
     content[content.index(torch.arange(12.0).numpy().tobytes()) + 5] ^= 1
     path.write_bytes(content)
     assert open_tensors(path)["b"].sum() == 5
-    for read in (load_tensors, load_backbone_weights):
+    for read in (load_tensors, read_backbone_tensors):
         with pytest.raises(UserError, match=r"c\.pth: is damaged or incomplete \(Bad CRC-32"):
             read(path)
 

@@ -24,7 +24,7 @@ from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD, describe, l
 from loco_det.backbones.names import to_detectron2, to_torchvision
 from loco_det.backbones.resnet import ResNet
 from loco_det.cli import run_job
-from loco_det.convert import Stated, conversion, convert, load_any_backbone, load_backbone_weights
+from loco_det.convert import Stated, conversion, convert, read_backbone, read_backbone_tensors
 from loco_det.convert import prove as prove_module
 from loco_det.convert.architecture import Architecture
 from loco_det.convert.export import yaml_text
@@ -53,7 +53,7 @@ def r18(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def backbone_of(path: Path) -> ResNet:
-    tensors, manifest = load_backbone_weights(path)
+    tensors, manifest = read_backbone_tensors(path)
     model = ResNet(manifest.depth, stride_in_1x1=manifest.stride_in_1x1, norm="FrozenBN").eval()
     model.load_state_dict(tensors, strict=True)
     return model
@@ -123,26 +123,24 @@ def test_any_backbone_as_a_network(folder: Path, tmp_path: Path) -> None:
     layers = torch.nn.Sequential(*list(other.children())[:-2])
     x = torch.randn(1, 3, 65, 90, generator=torch.Generator().manual_seed(0))
     for path in (folder / "r50.pth", folder / "r50.pkl"):
-        network, manifest = load_any_backbone(path)
+        network, manifest = read_backbone(path)
         assert not network.training
         assert (manifest.architecture, manifest.channel_order) == ("resnet50", "RGB")
         with torch.no_grad():
             found, expected = network(x)["res5"], layers(x)
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-    tensors, _ = load_backbone_weights(folder / "r50.pkl")
+    tensors, _ = read_backbone_tensors(folder / "r50.pkl")
     torch.save(tensors, tmp_path / "d2.pth")
     with pytest.raises(UserError, match="does not say what pixels"):
-        load_any_backbone(tmp_path / "d2.pth")
-    network, manifest = load_any_backbone(
-        tmp_path / "d2.pth", norm="FrozenBN", stated=replace(MSRA, stride_in_1x1=True)
-    )
+        read_backbone(tmp_path / "d2.pth")
+    network, manifest = read_backbone(tmp_path / "d2.pth", norm="FrozenBN", stated=replace(MSRA, stride_in_1x1=True))
     assert (manifest.stride_in_1x1, network.res3[0].conv1.stride) == (True, (2, 2))
     assert network.state_dict().keys() == tensors.keys()
 
 
 def test_converting_what_was_converted_changes_nothing(folder: Path, tmp_path: Path) -> None:
     account = convert(folder / "r50.pkl", tmp_path / "again.pkl")
-    (once, first), (twice, again) = (load_backbone_weights(p) for p in (folder / "r50.pkl", tmp_path / "again.pkl"))
+    (once, first), (twice, again) = (read_backbone_tensors(p) for p in (folder / "r50.pkl", tmp_path / "again.pkl"))
     assert once.keys() == twice.keys()
     assert all(torch.equal(once[name], twice[name]) for name in once)
     assert msgspec.structs.replace(again, proof={}) == msgspec.structs.replace(first, proof={})
@@ -160,7 +158,7 @@ def test_our_artifact_keeps_its_manifest(tmp_path: Path) -> None:
     )  # fmt: skip
     save_backbone(tmp_path / "backbone.safetensors", plain, about)
     account = convert(tmp_path / "backbone.safetensors", tmp_path / "b.pkl")
-    tensors, manifest = load_backbone_weights(tmp_path / "b.pkl")
+    tensors, manifest = read_backbone_tensors(tmp_path / "b.pkl")
     _, before = load_backbone(tmp_path / "backbone.safetensors")
     assert manifest.proof == account.proof
     for name in before.__struct_fields__:
@@ -175,7 +173,7 @@ def test_our_artifact_keeps_its_manifest(tmp_path: Path) -> None:
 
 
 def test_detectron2_weights_must_be_told_their_pixels(folder: Path, tmp_path: Path) -> None:
-    tensors, _ = load_backbone_weights(folder / "r50.pkl")
+    tensors, _ = read_backbone_tensors(folder / "r50.pkl")
     path = tmp_path / "model_final.pth"
     torch.save({"model": prefixed("backbone.bottom_up.", tensors)}, path)
     for stated in (None, MSRA):
@@ -333,13 +331,13 @@ def test_the_command_says_one_sentence_and_status_2(tmp_path: Path) -> None:
 
 
 def test_the_command_passes_its_options_on(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    tensors, _ = load_backbone_weights(folder / "r50.pkl")
+    tensors, _ = read_backbone_tensors(folder / "r50.pkl")
     torch.save(tensors, tmp_path / "plain.pth")
     output = tmp_path / "out.pkl"
     given = ["--channel-order", "BGR", "--pixel-mean", "1", "2", "3", "--pixel-std", "4", "5", "6"]
     assert run_job("convert", [str(tmp_path / "plain.pth"), str(output), *given, "--stride-in-1x1", "yes"]) == 0
     assert "BGR, mean 1 2 3, std 4 5 6" in capsys.readouterr().out
-    assert load_backbone_weights(output)[1].stride_in_1x1 is True
+    assert read_backbone_tensors(output)[1].stride_in_1x1 is True
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -389,8 +387,8 @@ def test_there_and_back_changes_nothing(folder: Path, tmp_path: Path) -> None:
     _, manifest = load_backbone(tmp_path / "r50.safetensors")
     assert manifest.proof["tolerance"] == TOLERANCE
     convert(tmp_path / "r50.safetensors", tmp_path / "r50.pkl")
-    tensors, again = load_backbone_weights(tmp_path / "r50.pkl")
-    before, first = load_backbone_weights(folder / "r50.pkl")
+    tensors, again = read_backbone_tensors(tmp_path / "r50.pkl")
+    before, first = read_backbone_tensors(folder / "r50.pkl")
     assert again.tensors_sha256 == manifest.tensors_sha256 == first.tensors_sha256
     assert again.method == manifest.method == first.method
     assert tensors.keys() == before.keys()
@@ -398,7 +396,7 @@ def test_there_and_back_changes_nothing(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_stride_that_torchvision_lacks_is_not_written_for_it(folder: Path, tmp_path: Path) -> None:
-    torch.save(load_backbone_weights(folder / "r50.pkl")[0], tmp_path / "msra.pth")
+    torch.save(read_backbone_tensors(folder / "r50.pkl")[0], tmp_path / "msra.pth")
     with pytest.raises(UserError, match="torchvision and timm cannot be told"):
         convert(tmp_path / "msra.pth", tmp_path / "out.pth", stated=replace(MSRA, stride_in_1x1=True))
     assert not (tmp_path / "out.pth").exists()

@@ -36,7 +36,7 @@ from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD, describe, s
 from loco_det.backbones.names import to_detectron2, to_torchvision
 from loco_det.backbones.resnet import ResNet
 from loco_det.cli import run_job
-from loco_det.convert import load_any_backbone, load_backbone_weights, load_checkpoint
+from loco_det.convert import read_backbone, read_backbone_tensors, read_checkpoint
 from loco_det.convert.inspect import inspect
 from loco_det.convert.load import load_tensors, open_tensors
 from loco_det.convert.name_patterns import NAMINGS
@@ -217,7 +217,7 @@ def test_our_own_artifact(tmp_path: Path) -> None:
     state, plain = detectron2_names()
     manifest = describe(ResNet(18), stem="imagenet", method="loco", step=7)
     written = save_backbone(tmp_path / "backbone.safetensors", plain, manifest)
-    tensors, found = load_backbone_weights(tmp_path / "backbone.safetensors")
+    tensors, found = read_backbone_tensors(tmp_path / "backbone.safetensors")
     assert found == written
     assert tensors.keys() == state.keys()
     assert all(torch.equal(tensors[name], state[name]) for name in state)
@@ -227,7 +227,7 @@ def test_an_artifact_of_another_depth_than_it_says(tmp_path: Path) -> None:
     manifest = describe(ResNet(34), stem="imagenet", method="loco")
     save_backbone(tmp_path / "b.safetensors", detectron2_names()[1], manifest)
     with pytest.raises(UserError, match="says depth 34, its tensors 18"):
-        load_backbone_weights(tmp_path / "b.safetensors")
+        read_backbone_tensors(tmp_path / "b.safetensors")
 
 
 def test_an_artifact_without_its_first_convolution(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_an_artifact_without_its_first_convolution(tmp_path: Path) -> None:
     del plain["conv1.weight"]
     save_backbone(tmp_path / "b.safetensors", plain, describe(ResNet(18), stem="imagenet", method="loco"))
     with pytest.raises(UserError, match=r"b\.safetensors: tensor 'conv1.weight' of every ResNet is missing"):
-        load_backbone_weights(tmp_path / "b.safetensors")
+        read_backbone_tensors(tmp_path / "b.safetensors")
 
 
 @pytest.mark.parametrize("shape", [(64, 128, 3, 3), (0, 64, 3, 3), (64, 0, 3, 3), (1, 64, 3, 3), (64,)])
@@ -285,7 +285,7 @@ def test_small_image_stems_are_refused_with_the_reason(tmp_path: Path) -> None:
     plain = {to_torchvision(k): v for k, v in backbone.state_dict().items() if "num_batches" not in k}
     save_backbone(tmp_path / "b.safetensors", plain, describe(backbone, stem="cifar", method="loco"))
     with pytest.raises(UserError, match=r"3x3 stem .* BACKBONE.STEM imagenet"):
-        load_backbone_weights(tmp_path / "b.safetensors")
+        read_backbone_tensors(tmp_path / "b.safetensors")
 
 
 def test_small_image_stems_of_lightly_are_refused() -> None:
@@ -421,20 +421,20 @@ def test_two_prefixes_are_never_chosen_between() -> None:
 def test_load_checkpoint_keeps_names_and_everything_else(tmp_path: Path) -> None:
     file, _ = detectron2_fpn()
     torch.save(file, tmp_path / "model_final.pth")
-    loaded = load_checkpoint(tmp_path / "model_final.pth")
+    loaded = read_checkpoint(tmp_path / "model_final.pth")
     assert loaded["iteration"] == 9
     assert torch.equal(loaded["optimizer"]["state"][0], torch.ones(1))
     assert loaded["model"].keys() == file["model"].keys()
     assert all(torch.equal(loaded["model"][name], file["model"][name]) for name in file["model"])
     torch.save(file["model"], tmp_path / "bare.pth")
-    assert load_checkpoint(tmp_path / "bare.pth")["model"].keys() == file["model"].keys()
+    assert read_checkpoint(tmp_path / "bare.pth")["model"].keys() == file["model"].keys()
 
 
 def test_load_checkpoint_refuses_what_is_no_model(tmp_path: Path) -> None:
     for number, content in enumerate(({"model": {"a": 1}}, {"epoch": 3}, {"model": {}})):
         torch.save(content, tmp_path / f"{number}.pth")
         with pytest.raises(UserError, match="give a detector's checkpoint"):
-            load_checkpoint(tmp_path / f"{number}.pth")
+            read_checkpoint(tmp_path / f"{number}.pth")
 
 
 # --- beside and inside the backbone -----------------------------------------------------------------------------
@@ -496,7 +496,7 @@ def test_d4_a_branch_of_our_own_artifact_is_not_ignored(tmp_path: Path) -> None:
     tensors = {to_torchvision(n): t for n, t in net.state_dict().items() if "num_batches" not in n}
     save_backbone(tmp_path / "b.safetensors", tensors, describe(net, stem="imagenet", method="loco"))
     with pytest.raises(UserError, match=r"is one backbone and nothing else; leave --branch out"):
-        load_backbone_weights(tmp_path / "b.safetensors", "teacher")
+        read_backbone_tensors(tmp_path / "b.safetensors", "teacher")
 
 
 OTHER_NETWORKS = {
@@ -532,13 +532,13 @@ def test_d6_heads_inside_the_resnet_are_left_out_only_when_named(tmp_path: Path)
     heads = beside("pool_conv_block1.0.weight", "layer3.fpn_lateral.weight", "layer3.fpn_lateral.bias")
     torch.save(state | heads, tmp_path / "heads.pth")
     arguments = [str(tmp_path / "heads.pth"), str(tmp_path / "out.pkl")]
-    for read in (load_backbone_weights, load_any_backbone):  # for commands without --drop; --branch would not help
+    for read in (read_backbone_tensors, read_backbone):  # for commands without --drop; --branch would not help
         with pytest.raises(UserError, match=rf"loco-det convert {tmp_path}/heads.pth backbone.pkl --drop PATTERN$"):
             read(tmp_path / "heads.pth")
     assert run_job("convert", arguments) == 2
     assert run_job("convert", [*arguments, "--drop", "pool_conv_block*"]) == 2
     assert run_job("convert", [*arguments, "--drop", "pool_conv_block*", "--drop", "*.fpn_*"]) == 0
-    tensors, manifest = load_backbone_weights(tmp_path / "out.pkl")
+    tensors, manifest = read_backbone_tensors(tmp_path / "out.pkl")
     expected = {to_detectron2(name): tensor for name, tensor in backbone_of(state).items()}
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())

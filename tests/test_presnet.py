@@ -22,7 +22,7 @@ from loco_det.backbones.artifact import Stage, backbone_tensors, describe, load_
 from loco_det.backbones.presnet import PResNet, Resize
 from loco_det.backbones.resnet import BasicBlock, Bottleneck, ResNet, StagedBackbone, narrow
 from loco_det.cli import main
-from loco_det.convert import convert, load_any_backbone, load_backbone_weights
+from loco_det.convert import convert, read_backbone, read_backbone_tensors
 from loco_det.core.errors import UserError
 from loco_det.detection.weights import read_weights
 from loco_det.evaluation.probes.backbones import load_backbone_for_probe
@@ -340,7 +340,7 @@ def test_the_other_methods(method: str, units: int, images: Path, tmp_path: Path
 
 def test_the_network_is_rebuilt_from_its_file(artifact: Path) -> None:
     tensors, _ = load_backbone(artifact)
-    network, manifest = load_any_backbone(artifact)
+    network, manifest = read_backbone(artifact)
     assert isinstance(network, PResNet)
     assert not network.training
     state = network.state_dict()
@@ -360,7 +360,7 @@ def test_one_with_the_7x7_stem_is_rebuilt_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network, path = randomised(PResNet(stem_channels=8)).eval(), tmp_path / "b.safetensors"
     save_backbone(path, backbone_tensors(network), describe(network, stem="imagenet", method="gim"))
-    again, manifest = load_any_backbone(path)
+    again, manifest = read_backbone(path)
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert all(torch.equal(one, two) for one, two in zip(network(x).values(), again(x).values(), strict=True))
@@ -393,7 +393,7 @@ def test_nothing_takes_it_for_a_resnet(stem: str, tmp_path: Path, capsys: pytest
     network, path = PResNet(stem=stem, stem_channels=4), tmp_path / "b.safetensors"
     save_backbone(path, backbone_tensors(network), describe(network, stem=stem, method="loco"))
     said = r"b\.safetensors: is a Progressive ResNet-50 \(presnet50\), which no ResNet"
-    for read in (lambda p: convert(p, tmp_path / "b.pkl"), read_weights, load_backbone_weights):
+    for read in (lambda p: convert(p, tmp_path / "b.pkl"), read_weights, read_backbone_tensors):
         with pytest.raises(UserError, match=said):
             read(path)
     assert [file.name for file in tmp_path.iterdir()] == ["b.safetensors"]
@@ -419,7 +419,7 @@ def test_a_manifest_of_another_network_is_refused(
     path, manifest = tmp_path / "b.safetensors", describe(network, stem="cifar", method="loco")
     save_backbone(path, backbone_tensors(network), msgspec.structs.replace(manifest, **changes))
     with pytest.raises(UserError, match=rf"b\.safetensors: its tensors are not what its manifest says \(.*{said}"):
-        load_any_backbone(path)
+        read_backbone(path)
 
 
 def test_a_width_that_no_presnet_has_is_refused(tmp_path: Path) -> None:
@@ -428,7 +428,7 @@ def test_a_width_that_no_presnet_has_is_refused(tmp_path: Path) -> None:
     manifest.stages["stem"] = Stage(5, 1)
     save_backbone(path, {**backbone_tensors(network), "conv1.weight": torch.zeros(5, 3, 3, 3)}, manifest)
     with pytest.raises(UserError, match=r"b\.safetensors: presnet50 has no stem of 5 channels"):
-        load_any_backbone(path)
+        read_backbone(path)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD, load_backbone
 from loco_det.backbones.timm_blocks import TimmBlocks
 from loco_det.backbones.timm_models import TimmBackbone, parse
-from loco_det.convert import load_any_backbone
+from loco_det.convert import read_backbone
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.detection.keys import get_cfg as get_detector_cfg
@@ -424,7 +424,7 @@ def pretrained(folder: Path, output: Path, **changes: object) -> tuple[Path, Tim
 def test_what_was_pretrained_is_read_back_bit_for_bit(name: str, folder: Path, tmp_path: Path) -> None:
     path, network = pretrained(folder, tmp_path, BACKBONE__NAME=f"timm:{NAMES[name]}", SOLVER__MAX_STEPS=2)
     x = torch.randn(2, 3, SIDE, SIDE).to(memory_format=torch.channels_last)
-    read, manifest = load_any_backbone(path)
+    read, manifest = read_backbone(path)
     assert type(read) is TimmBackbone
     assert read.image_size == (
         SIDE if "img_size" in manifest.architecture else timm.get_pretrained_cfg(name_of(manifest)).input_size[1]

@@ -24,7 +24,7 @@ from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD, load_backbo
 from loco_det.backbones.names import to_detectron2
 from loco_det.backbones.resnet import ResNet
 from loco_det.commands.pretrain import pretrain_file
-from loco_det.convert import load_any_backbone
+from loco_det.convert import read_backbone
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
@@ -217,7 +217,7 @@ def test_a_narrow_network_goes_through_the_artifact(name: str, blocks: int, imag
     path = pretrain(config(images, tmp_path, **narrow, SOLVER__MAX_STEPS=1))
     tensors, manifest = load_backbone(path)
     assert [stage.channels for stage in manifest.stages.values()] == [8, *(8 * blocks * 2**i for i in range(4))]
-    model, _ = load_any_backbone(path)
+    model, _ = read_backbone(path)
     widths = {m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)}
     assert max(widths) == 64 * blocks
     assert len(tensors) == len([n for n in model.state_dict() if not n.endswith("num_batches_tracked")])

@@ -16,7 +16,7 @@ from torch import nn
 from loco_det.backbones.artifact import backbone_tensors, describe, save_backbone
 from loco_det.backbones.resnet import ResNet
 from loco_det.cli import main
-from loco_det.convert import Stated, load_any_backbone
+from loco_det.convert import Stated, read_backbone
 from loco_det.core.errors import UserError
 from loco_det.evaluation.probes.backbones import load_backbone_for_probe
 from loco_det.evaluation.probes.features import Extractor
@@ -149,7 +149,7 @@ def test_features_are_the_means_of_each_stages_output(artifact: Path, images: Pa
     found = Extractor(backbone, SIDE, torch.device("cpu"), batch=7, workers=0, cache=None)(
         data.test, ["stem", "res4"], "test"
     )
-    model, manifest = load_any_backbone(artifact)
+    model, manifest = read_backbone(artifact)
     for row in range(len(data.test)):
         bgr = cv2.imread(data.test.source.name(int(data.test.index[row])))
         rgb = bgr[:, :, ::-1].astype(np.float64)

@@ -1,7 +1,7 @@
 """Any known ResNet checkpoint -> Detectron2's or torchvision's weights: load safely, recognise, account, write, prove.
 
-`convert` is the command; `load_any_backbone` returns the network, for its features; training reads MODEL.WEIGHTS with
-`load_backbone_weights` and `load_checkpoint`.
+`convert` is the command; `read_backbone` returns the network, for its features; training reads MODEL.WEIGHTS with
+`read_backbone_tensors` and `read_checkpoint`.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _tensors_in(path: str) -> dict[str, Tensor]:
     return opened["model"] if isinstance(opened.get("model"), dict) else opened
 
 
-def load_any_backbone(
+def read_backbone(
     path: str | Path,
     branch: str | None = None,
     *,
@@ -196,7 +196,7 @@ def _filled(path: Path, model: StagedBackbone, tensors: dict[str, Tensor]) -> St
     return model.eval()
 
 
-def load_backbone_weights(path: str | Path, branch: str | None = None) -> tuple[dict[str, Tensor], Manifest | None]:
+def read_backbone_tensors(path: str | Path, branch: str | None = None) -> tuple[dict[str, Tensor], Manifest | None]:
     """Load a backbone's tensors under Detectron2's names in the ResNet (`stem.conv1.weight`), and its manifest.
 
     Reads everything that `convert` reads; the manifest is None unless the file is loco_det's. Tensors are
@@ -209,7 +209,7 @@ def load_backbone_weights(path: str | Path, branch: str | None = None) -> tuple[
     return {to_detectron2(name): tensor for name, tensor in account.converted.items()}, manifest
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint in Detectron2's format (.pth or .pkl): {"model": {name: tensor}, ...}, the rest as stored.
 
     A bare state dict becomes the "model" entry. Nothing is renamed.

@@ -22,7 +22,7 @@ from loco_det.backbones import own
 from loco_det.backbones.artifact import Manifest, check_hash, decode_manifest, load_backbone, require_resnet
 from loco_det.backbones.names import to_detectron2, to_torchvision
 from loco_det.backbones.timm_models import PREFIX, parse
-from loco_det.convert import load_checkpoint
+from loco_det.convert import read_checkpoint
 from loco_det.core import config
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
@@ -126,7 +126,7 @@ def read_weights(path: str | Path) -> Weights:
             return Weights(path, tensors, manifest)
         require_resnet(path, manifest)
         return Weights(path, {to_detectron2(name): tensor for name, tensor in tensors.items()}, manifest)
-    state = load_checkpoint(path)
+    state = read_checkpoint(path)
     tensors = state.pop("model")
     weights = Weights(path, tensors, state=state)
     note = state.get("loco_det")

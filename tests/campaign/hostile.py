@@ -22,7 +22,7 @@ from PIL import Image
 from campaign.fuzz import FUZZED, Written
 from campaign.jobs import Bench
 from campaign.tally import Tally, guarded, judged
-from loco_det.convert import load_backbone_weights
+from loco_det.convert import read_backbone_tensors
 from loco_det.convert.inspect import inspect
 
 _LAUGHS = "".join(f'<!ENTITY a{k} "{f"&a{k - 1};" * 10 if k else "ha"}">' for k in range(12))
@@ -193,7 +193,7 @@ def hostile(tally: Tally, bench: Bench) -> None:
         def read() -> str | None:
             if parser == "checkpoint file":
                 inspect(pickles / name)
-                load_backbone_weights(pickles / name)
+                read_backbone_tensors(pickles / name)
             elif parser == "own":
                 reader(OWN[name][0])(OWN[name][1]())
             elif name in CONTENTS:

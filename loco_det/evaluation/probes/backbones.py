@@ -28,7 +28,7 @@ from loco_det.backbones.own import OwnBackbone
 from loco_det.backbones.presnet import PRESNET, PResNet
 from loco_det.backbones.resnet import BLOCKS, STAGES, ResNet, measure_batchnorm, tensors_hash
 from loco_det.backbones.timm_models import TimmBackbone, parse
-from loco_det.convert import Stated, load_any_backbone
+from loco_det.convert import Stated, read_backbone
 from loco_det.core.errors import UserError
 from loco_det.images.decode import read_image
 from loco_det.images.indexed import DatasetSource
@@ -154,7 +154,7 @@ def load_backbone_for_probe(
     if kind not in ("random", "timm") and kind != name and not re.search(r"[\\/.]", kind):
         raise UserError(f"backbone {name!r}: the kind {kind!r} is unknown; give a file, timm:NAME or random:resnet50")
     if kind not in ("random", "timm"):
-        model, manifest = load_any_backbone(name, branch, stated=stated)
+        model, manifest = read_backbone(name, branch, stated=stated)
         default = 32 if manifest.stem == "cifar" else getattr(model, "image_size", 224)
         size = manifest.config.get("DATA", {}).get("IMAGE_SIZE", default)
         facts = {"architecture": manifest.architecture, "stem": manifest.stem, "source": manifest.method}
