@@ -48,8 +48,8 @@ def kill(tally: Tally, bench: Bench, name: str) -> None:
         _go_on(tally, bench, name, point)
 
 
-def _go_on(tally: Tally, bench: Bench, name: str, trial: int, whole: dict[str, object] | None = None) -> None:
-    """What a run has left is whole, and the job run again ends as the uninterrupted one did, or with `whole`."""
+def _go_on(tally: Tally, bench: Bench, name: str, trial: int, other: dict[str, object] | None = None) -> None:
+    """What a run has left is whole, and the job run again ends as the uninterrupted one did, or with `other`."""
     try:
         left(bench.work)
     except Exception as error:
@@ -59,7 +59,9 @@ def _go_on(tally: Tally, bench: Bench, name: str, trial: int, whole: dict[str, o
         outcome = "unhandled" if "Traceback" in bench.said.read_text(errors="replace") else "lost"
         tally.add(trial, outcome, f"run again it ends with {status}: {bench.last_words()}")
         return
-    found = difference(left(bench.work), whole or bench.whole[name])
+    found = difference(left(bench.work), bench.whole[name])
+    if found and other is not None:
+        found = difference(left(bench.work), other)
     tally.add(trial, "survived" if not found else "silent" if found.endswith("differs") else "lost", found)
 
 
@@ -78,11 +80,14 @@ def fail(tally: Tally, bench: Bench, name: str) -> None:
         status = bench.run(name, hook=Hook(bench.work, point, FAILURES[code]))
         if not _said_well(tally, bench, trial, status, f"{code} at {operations[point]}"):
             continue
-        _go_on(tally, bench, name, trial, _expected(bench, name))
+        _go_on(tally, bench, name, trial, _without_failed(bench, name))
 
 
-def _expected(bench: Bench, name: str) -> dict[str, object]:
-    """What the uninterrupted job left, without the line of an evaluation that the log says has failed."""
+def _without_failed(bench: Bench, name: str) -> dict[str, object]:
+    """What the uninterrupted job left, without the line of an evaluation that the log says has failed.
+
+    A run that goes on behind that evaluation does not repeat it.
+    """
     whole = dict(bench.whole[name])
     for done in re.findall(r"evaluation after iteration (\d+) failed", bench.said.read_text(errors="replace")):
         key = next(key for key in whole if key.endswith("metrics.json"))
