@@ -31,7 +31,6 @@ from loco_det.report.runs import find_runs
 NOT_COMPARED = (
     "log.txt",
     "SHA256SUMS",
-    ".lock",
     ".index",
     ".tmp",
 )  # ends of names: times and places of writing stand in these
@@ -155,8 +154,9 @@ def reported(place: Path) -> str:
 
 
 def left(work: Path) -> dict[str, Any]:
-    """{name: content}: all files of `out` and `cache`, comparable; raises what reading a half-written one raises."""
+    """{name: content}: all files of `out` and `cache` but locks; raises what reading a half-written one raises."""
     files = [file for top in ("out", "cache") for file in sorted((work / top).rglob("*")) if file.is_file()]
+    files = [file for file in files if not file.name.endswith(".lock")]
     return {str(file.relative_to(work)): content(file) for file in files}
 
 
