@@ -147,6 +147,7 @@ def test_layer_scale_cannot_be_lost(tmp_path: Path) -> None:
         (lambda s: s.update({"adapter.weight": torch.ones(2)}), r"'adapter\.weight' has no place .*--drop 'adapter"),
         (lambda s: s.update({"norm.bias": torch.full((64,), torch.nan)}), r"norm\.bias has values that are not finite"),
         (lambda s: s.update({"pos_embed": torch.ones(1, 197, 64)}), r"pos_embed"),
+        (lambda s: s.update({"norm.bias": torch.ones(64) * 1j}), r"norm\.bias is torch\.complex64"),
         (lambda s: [s.pop(k) for k in list(s) if k.startswith("patch_embed")], r"--branch PREFIX"),
         (lambda s: s.update({f"b.{k}": t for k, t in list(s.items())}), r"holds several backbones.*--branch"),
     ],
@@ -158,6 +159,23 @@ def test_what_does_not_fit_is_one_sentence(change: Callable, said: str, tmp_path
         converted(tmp_path, state)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_no_file_of_the_user_is_overwritten(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.safetensors"
+    save_file({k: t.contiguous() for k, t in weights().items()}, mine)
+    before = mine.read_bytes()
+    with pytest.raises(UserError, match=r"mine\.safetensors: is the input too; give the output another name"):
+        convert_timm(str(mine), mine, f"timm:{VIT}")
+    assert mine.read_bytes() == before
+    detector = tmp_path / "detector.yaml"
+    detector.write_text("SOLVER: {MAX_ITER: 6}\n")
+    with pytest.raises(UserError, match=r"detector\.yaml: is in the way of the YAML keys of detector\.safetensors"):
+        convert_timm(str(mine), tmp_path / "detector.safetensors", f"timm:{VIT}")
+    assert detector.read_text() == "SOLVER: {MAX_ITER: 6}\n"
+    assert not (tmp_path / "detector.safetensors").exists()
+    for _ in range(2):  # its own YAML may be replaced
+        convert_timm(str(mine), tmp_path / "out.safetensors", f"timm:{VIT}")
 
 
 def test_dropped_on_purpose_stands_in_the_manifest(tmp_path: Path) -> None:

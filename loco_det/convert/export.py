@@ -62,13 +62,13 @@ def write_torch(file: IO[bytes], tensors: dict[str, Tensor], manifest: Manifest)
 WRITERS = {".pkl": write_pickle, ".pth": write_torch, ".safetensors": write_backbone}
 """Suffix of the output -> (file, tensors, manifest) -> None; only the .pkl has Detectron2's names."""
 
-_SIGNED = "converted and proven by loco_det."
+SIGNED = "converted and proven by loco_det."
 
 
 def is_fragment(path: Path) -> bool:
     """Whether `yaml_text` wrote the file `path`, so that another conversion may replace it."""
     try:
-        return _SIGNED in path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+        return SIGNED in path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     except OSError:
         return False
 
@@ -78,7 +78,7 @@ def yaml_text(weights: Path, manifest: Manifest, architecture: Architecture) -> 
     wide = (architecture.groups, architecture.width_per_group) != (1, 64)
     method = " ".join(manifest.method.split())  # text from the file must not end the comment
     lines = [
-        f"# {architecture.name} backbone ({method}), {_SIGNED}",
+        f"# {architecture.name} backbone ({method}), {SIGNED}",
         "# These keys must agree with the weights: put them into your config, or name this file as its _BASE_.",
         "MODEL:",
         f"  WEIGHTS: {json.dumps(str(weights.absolute()), ensure_ascii=False)}",

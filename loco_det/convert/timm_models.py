@@ -26,6 +26,7 @@ from torch import Tensor
 
 from loco_det.backbones.artifact import HEADER_KEY, Manifest, Stage, save_backbone
 from loco_det.backbones.timm_models import PREFIX, TimmBackbone, create, parse
+from loco_det.convert.export import SIGNED, is_fragment
 from loco_det.convert.load import check_sums, in_memory, open_tensors, safetensors_metadata
 from loco_det.convert.plain_vit import LAYOUT, forward
 from loco_det.convert.report import shown
@@ -123,6 +124,11 @@ def convert_timm(
         raise UserError(f"--architecture {architecture}: give {PREFIX}NAME, e.g. {PREFIX}vit_small_patch16_224")
     if output.suffix != ".safetensors":
         raise UserError(f"{output}: weights of {architecture} are written as .safetensors; end the name so")
+    if output.resolve() == Path(source).resolve():
+        raise UserError(f"{output}: is the input too; give the output another name")
+    fragment = output.with_suffix(".yaml")
+    if fragment.exists() and not is_fragment(fragment):
+        raise UserError(f"{fragment}: is in the way of the YAML keys of {output.name}; give the output another name")
     name, options = parse(architecture)
     backbone = TimmBackbone(name, pretrained=source == architecture, **options).eval()
     model = backbone.model
@@ -153,7 +159,7 @@ def convert_timm(
         dropped={why: keys for why, keys in account.dropped.items() if why.startswith("as asked")},
     )
     save_backbone(output, account.converted, manifest)
-    with atomic_write(output.with_suffix(".yaml"), "w") as file:
+    with atomic_write(fragment, "w") as file:
         file.write(yaml_text(output, manifest))
     return account
 
@@ -195,7 +201,7 @@ def yaml_text(weights: Path, manifest: Manifest) -> str:
     numbers = (json.dumps([float(v) for v in values]) for values in (manifest.pixel_mean, manifest.pixel_std))
     mean, std = numbers
     lines = [
-        f"# {manifest.architecture} backbone ({' '.join(manifest.method.split())}), converted and proven by loco_det.",
+        f"# {manifest.architecture} backbone ({' '.join(manifest.method.split())}), {SIGNED}",
         "# These keys must agree with the weights: put them into your config, or name this file as its _BASE_.",
         "MODEL:",
         f"  WEIGHTS: {json.dumps(str(weights.absolute()), ensure_ascii=False)}",
@@ -241,6 +247,10 @@ def _take(
             raise UserError(
                 f"{path}: {name} is {tuple(result[name].shape)} and {backbone.architecture} takes "
                 f"{tuple(tensor.shape)}; give the --architecture that the weights are of"
+            )
+        if not result[name].is_floating_point():
+            raise UserError(
+                f"{path}: {name} is {result[name].dtype}, no floating-point weights; take the original file"
             )
         if not torch.isfinite(result[name]).all():
             raise UserError(f"{path}: {name} has values that are not finite; take an intact checkpoint")
