@@ -6,6 +6,7 @@ The commands `probe` and `train` do the same; here a backbone may also be any `n
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,6 +98,8 @@ def load_backbone(
     Raises:
         UserError: no such file or model, unknown or damaged weights, or a module without maps.
     """
+    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+        raise UserError(f"image_size {image_size!r}: give a whole number of pixels, at least 1")
     if isinstance(source, nn.Module):
         return own_backbone(source, image_size or 224, order, mean, std)
     if mean or std or order != "RGB":
@@ -162,9 +165,10 @@ def evaluate_detection(
             maps of strides 4 to 32 the FPN.
         train, test: data sets, by name (`coco_2017_train`) or path (docs/datasets.md).
         iterations: of training.
-        protocol: "frozen": the readout alone is trained; "finetune": all but the first two stages; "all".
+        protocol: "frozen": the readout alone is trained; "finetune": all but the first two stages; "all". A copy of
+            the backbone is trained, so the next evaluation begins with the same weights.
         masks: Mask R-CNN instead of Faster R-CNN.
-        output: folder of the run, with checkpoints and detections; None: a temporary one.
+        output: new folder of the run, with checkpoints and detections; None: a temporary one.
         device: "auto", "cpu" or "cuda".
         settings: further keys of Detectron2's, {"SOLVER.BASE_LR": 0.01, "INPUT.MIN_SIZE_TRAIN": (320,)}.
 
@@ -174,10 +178,12 @@ def evaluate_detection(
     Raises:
         UserError: bad data, settings or weights, or a backbone whose strides no pyramid takes.
     """
-    if protocol not in PROTOCOLS:
+    if protocol not in list(PROTOCOLS):
         raise UserError(f"protocol {protocol!r}: use one of {', '.join(PROTOCOLS)}")
+    if not isinstance(iterations, int) or iterations < 1:
+        raise UserError(f"iterations {iterations!r}: give a whole number of at least 1")
     backbone = backbone if isinstance(backbone, Backbone) else load_backbone(backbone)
-    folder = Path(output) if output else Path(tempfile.mkdtemp(prefix="loco_det_"))
+    folder = _new_folder(output)
     is_plain = getattr(backbone.model, "is_plain", False)
     chosen = {
         **_of_backbone(backbone, folder),
@@ -188,7 +194,7 @@ def evaluate_detection(
         "DATASETS.TRAIN": (train,),
         "DATASETS.TEST": (test,),
         "SOLVER.MAX_ITER": iterations,
-        "SOLVER.STEPS": (round(iterations * 2 / 3), round(iterations * 8 / 9)),
+        "SOLVER.STEPS": sorted({max(1, round(iterations * share)) for share in (2 / 3, 8 / 9)}),
         "SOLVER.WARMUP_ITERS": min(1000, iterations // 10),
         "SEED": seed,
         "OUTPUT_DIR": str(folder),
@@ -201,6 +207,19 @@ def evaluate_detection(
     return Result(found, rows, folder)
 
 
+def _new_folder(output: str | Path | None) -> Path:
+    if output is None:
+        return Path(tempfile.mkdtemp(prefix="loco_det_"))
+    folder = Path(output)
+    if (folder / "config.yaml").exists():
+        raise UserError(f"{folder}: holds another run; give another output, or remove that folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made a folder ({error.strerror}); give another output") from error
+    return folder
+
+
 def _of_backbone(backbone: Backbone, folder: Path) -> dict[str, Any]:
     """The keys that put a loaded backbone under a detector; its weights are written into `folder`."""
     pixels = {
@@ -209,7 +228,6 @@ def _of_backbone(backbone: Backbone, folder: Path) -> dict[str, Any]:
         "MODEL.PIXEL_STD": list(backbone.std),
     }
     model = backbone.model
-    folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, TimmBackbone):
         weights, known = folder / "backbone.safetensors", Pixels(backbone.order, backbone.mean, backbone.std)
         manifest = describe_timm(model, backbone.facts["source"], known)
@@ -227,7 +245,8 @@ def _of_backbone(backbone: Backbone, folder: Path) -> dict[str, Any]:
         convert(backbone.name, weights, branch=backbone.branch, stated=stated)
         return {key: setting.value for key, setting in read_settings(weights.with_suffix(".yaml")).items()}
     maps = [] if getattr(model, "is_plain", False) else FPN_STAGES
-    return {**pixels, "MODEL.BACKBONE.NAME": own.given(model), "MODEL.WEIGHTS": "", "MODEL.FPN.IN_FEATURES": maps}
+    trained = copy.deepcopy(model).requires_grad_(True)  # what is frozen is the protocol's choice alone
+    return {**pixels, "MODEL.BACKBONE.NAME": own.given(trained), "MODEL.WEIGHTS": "", "MODEL.FPN.IN_FEATURES": maps}
 
 
 def _shown(value: float | None) -> str:

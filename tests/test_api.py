@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from tiny_detection import TINY
 from torch import nn
@@ -173,6 +174,50 @@ def test_detection(source: str, tiny_data: Path, tmp_path: Path) -> None:
     assert str(found).splitlines()[1].startswith("bbox")
     after = backbone.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_every_evaluation_begins_with_the_same_weights(tiny_data: Path) -> None:
+    """Frozen, then tuned: the second is not frozen too, and neither changes the user's module."""
+    module = Maps().requires_grad_(False)
+    before = module.weight.clone()
+    options = {"train": "tiny_train", "test": "tiny_val", "iterations": 2, "device": "cpu", "settings": SMALL}
+    for protocol, is_trained in (("frozen", False), ("all", True)):
+        run = loco_det.evaluate_detection(module, protocol=protocol, **options)
+        tensors = torch.load(run.folder / "model_final.pth", weights_only=True)["model"]
+        weight = next(tensor for name, tensor in tensors.items() if name.endswith("module.weight"))
+        assert torch.equal(weight, before) != is_trained
+        assert torch.equal(module.weight, before)
+    assert loco_det.evaluate_detection(module, **{**options, "iterations": 1}).rows
+
+
+def test_another_runs_folder_is_left_alone(tiny_data: Path, tmp_path: Path) -> None:
+    options = {"train": "tiny_train", "test": "tiny_val", "iterations": 1, "device": "cpu", "settings": SMALL}
+    (tmp_path / "config.yaml").write_text("VERSION: 2\n")
+    (tmp_path / "backbone.safetensors").write_bytes(b"of another run")
+    with pytest.raises(UserError, match="holds another run; give another output"):
+        loco_det.evaluate_detection("random:timm:test_vit", output=tmp_path, **options)
+    assert (tmp_path / "backbone.safetensors").read_bytes() == b"of another run"
+    with pytest.raises(UserError, match="cannot be made a folder"):
+        loco_det.evaluate_detection(Maps(), output=tmp_path / "config.yaml", **options)
+    with pytest.raises(UserError, match="iterations '3': give a whole number"):
+        loco_det.evaluate_detection(Maps(), **{**options, "iterations": "3"})
+
+
+@pytest.mark.parametrize("source", ["random:resnet18", "file"])
+def test_the_asked_size_is_the_size_of_the_images(source: str, classes: Path, tmp_path: Path) -> None:
+    if source == "file":
+        source = str(tmp_path / "resnet.pth")
+        torch.save(torchvision.models.resnet18().state_dict(), source)
+    backbone = loco_det.load_backbone(source, image_size=64)
+    assert backbone.features(sorted(classes.glob("red/*.png"))[:1])["res5"].shape == (1, 512, 2, 2)
+
+
+def test_bad_sizes_and_half_precision_are_one_sentence() -> None:
+    for size in (0, -1, 64.5, "64"):
+        with pytest.raises(UserError, match="give a whole number of pixels"):
+            loco_det.load_backbone(Maps(), image_size=size)
+    with pytest.raises(UserError, match=r"weights are torch\.float16; give it in float32"):
+        loco_det.load_backbone(Maps().half(), image_size=64)
 
 
 def test_detection_refuses(tiny_data: Path, tmp_path: Path) -> None:

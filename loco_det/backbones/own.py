@@ -36,7 +36,7 @@ class OwnBackbone(StagedBackbone):
         is_plain: all maps have one stride.
 
     Raises:
-        UserError: it does not run on that image, or returns something else.
+        UserError: it is not in float32, does not run on that image, or returns something else.
     """
 
     def __init__(self, module: nn.Module, name: str, image_size: int = 224) -> None:
@@ -44,7 +44,9 @@ class OwnBackbone(StagedBackbone):
         self.architecture, self.module, self.image_size = name, module, image_size
         was_training = module.training
         example = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), torch.zeros(1))
-        x = torch.zeros(1, 3, image_size, image_size, device=example.device, dtype=example.dtype)
+        if example.dtype != torch.float32:
+            raise UserError(f"backbone {name}: its weights are {example.dtype}; give it in float32: module.float()")
+        x = torch.zeros(1, 3, image_size, image_size, device=example.device)
         try:
             with torch.no_grad():
                 found = module.eval()(x)

@@ -144,7 +144,7 @@ def load_backbone_for_probe(
 
     Args:
         seed: seed of an untrained model's weights.
-        image_size: side of the images; some of timm's models are built for a fixed one.
+        image_size: side of the images; None: the backbone's own; some of timm's models are built for a fixed one.
         branch, stated: options of a file, as for `convert`.
 
     Raises:
@@ -156,7 +156,7 @@ def load_backbone_for_probe(
     if kind not in ("random", "timm"):
         model, manifest = read_backbone(name, branch, stated=stated)
         default = 32 if manifest.stem == "cifar" else getattr(model, "image_size", 224)
-        size = manifest.config.get("DATA", {}).get("IMAGE_SIZE", default)
+        size = image_size or manifest.config.get("DATA", {}).get("IMAGE_SIZE", default)
         facts = {"architecture": manifest.architecture, "stem": manifest.stem, "source": manifest.method}
         pixels = (manifest.channel_order, manifest.pixel_mean, manifest.pixel_std)
         return Backbone(name, model, model.channels, *pixels, size, branch=branch, facts=facts)
@@ -167,10 +167,10 @@ def load_backbone_for_probe(
         return _timm(name, rest, pretrained=True, image_size=image_size)
     if rest.startswith("timm:"):
         return _timm(name, rest.removeprefix("timm:"), pretrained=False, image_size=image_size)
-    return _random(name, rest)
+    return _random(name, rest, image_size)
 
 
-def _random(name: str, rest: str) -> Backbone:
+def _random(name: str, rest: str, image_size: int | None) -> Backbone:
     networks = {**{f"resnet{depth}": partial(ResNet, depth) for depth in BLOCKS}, PRESNET: PResNet}
     models = {f"{network}{suffix}": (network, stem) for network in networks for suffix, stem in _STEMS.items()}
     if rest not in models:
@@ -178,7 +178,7 @@ def _random(name: str, rest: str) -> Backbone:
     network, stem = models[rest]
     model = networks[network](stem=stem).eval()
     facts = {"architecture": network, "stem": stem, "source": "random"}
-    size = 32 if stem == "cifar" else 224
+    size = image_size or (32 if stem == "cifar" else 224)
     return Backbone(name, model, model.channels, "RGB", IMAGENET_MEAN, IMAGENET_STD, size, untrained=True, facts=facts)
 
 
