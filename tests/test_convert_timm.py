@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loco_det.backbones.artifact import load_backbone
 from loco_det.cli import main
-from loco_det.convert import plain_vit
+from loco_det.convert import load_any_backbone, plain_vit
 from loco_det.convert.timm_models import convert_timm
 from loco_det.core.errors import UserError
 
@@ -176,6 +176,13 @@ def test_no_file_of_the_user_is_overwritten(tmp_path: Path) -> None:
     assert not (tmp_path / "detector.safetensors").exists()
     for _ in range(2):  # its own YAML may be replaced
         convert_timm(str(mine), tmp_path / "out.safetensors", f"timm:{VIT}")
+
+
+def test_chosen_positions_stand_in_the_manifest_and_the_keys(tmp_path: Path) -> None:
+    converted(tmp_path, weights(), f"{VIT}?positions=size")
+    assert load_backbone(tmp_path / "out.safetensors")[1].architecture == f"timm:{VIT}?positions=size"
+    assert f'NAME: "timm:{VIT}?positions=size"' in (tmp_path / "out.yaml").read_text()
+    assert load_any_backbone(tmp_path / "out.safetensors")[0].positions == "size"
 
 
 def test_dropped_on_purpose_stands_in_the_manifest(tmp_path: Path) -> None:

@@ -485,7 +485,7 @@ def test_random_weights_are_written_too(folder: Path, tmp_path: Path) -> None:
         ({"BACKBONE__NAME": "timm:no_such_model"}, "has no model"),
         ({"BACKBONE__NAME": "timm:test_vit?patch"}, "'patch' is no KEY=VALUE"),
         ({"BACKBONE__NAME": "timm:test_vit?colour=3"}, "colour"),
-        ({"BACKBONE__NAME": "timm:test_vit?pretrained=True"}, "pretrained is no option of pretraining; leave it out"),
+        ({"BACKBONE__NAME": "timm:test_vit?pretrained=True"}, "pretrained is no option behind the name; leave it out"),
         ({"BACKBONE__NAME": "timm:test_vit?class_token=True&global_pool=token"}, "cls token or registers; leave"),
         ({"BACKBONE__NAME": "timm:test_vit2?reg_tokens=2"}, "cls token or registers; leave"),
         (

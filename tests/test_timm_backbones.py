@@ -223,6 +223,11 @@ def test_options_stand_behind_the_name() -> None:
     )
     with pytest.raises(UserError, match=r"'drop' is no KEY=VALUE; write e\.g\. timm:vit\?drop_path_rate=0\.1"):
         parse("timm:vit?drop")
+    for key in ("name", "pretrained", "num_classes", "map_stride", "maps", "image_size"):
+        with pytest.raises(UserError, match=rf"timm:vit\?{key}=3: {key} is no option behind the name; leave it out"):
+            parse(f"timm:vit?{key}=3")
+    chosen = backbone("test_vit", positions="size", drop_path_rate=0.1).architecture
+    assert parse(chosen) == ("test_vit", {"drop_path_rate": 0.1, "positions": "size"})
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ BY_STRIDE = {2: "stem", 4: "res2", 8: "res3", 16: "res4", 32: "res5"}
 # How learned position embeddings are resized, all bicubic: timm's own code (antialiased), to the new size without
 # antialiasing (MAE, ViTDet), or by a scale factor to which 0.1 pixels are added (DINO, iBOT, DINOv2 without registers).
 POSITIONS = ("timm", "size", "offset")
+# Arguments of `TimmBackbone` and timm that the caller chooses, so that they cannot stand behind a name.
+_SET_ELSEWHERE = ("name", "pretrained", "num_classes", "features_only", "map_stride", "maps", "image_size")
 
 
 class TimmBackbone(StagedBackbone):
@@ -75,7 +77,8 @@ class TimmBackbone(StagedBackbone):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.architecture = PREFIX + name + "?" * bool(options) + "&".join(f"{k}={v}" for k, v in options.items())
+        named = {**options, **({"positions": positions} if positions else {})}
+        self.architecture = PREFIX + name + "?" * bool(named) + "&".join(f"{k}={v}" for k, v in named.items())
         self.options = options
         self.model = create(name, pretrained=pretrained, image_size=image_size, **options)
         config = self.model.pretrained_cfg
@@ -221,6 +224,8 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
         key, is_given, value = part.partition("=")
         if not is_given or not key.isidentifier():
             raise UserError(f"{text}: {part!r} is no KEY=VALUE; write e.g. {PREFIX}{name}?drop_path_rate=0.1")
+        if key in _SET_ELSEWHERE:
+            raise UserError(f"{text}: {key} is no option behind the name; leave it out")
         try:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
