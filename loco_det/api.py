@@ -185,8 +185,9 @@ def evaluate_detection(
     backbone = backbone if isinstance(backbone, Backbone) else load_backbone(backbone)
     folder = _new_folder(output)
     is_plain = getattr(backbone.model, "is_plain", False)
+    trained = copy.deepcopy(backbone.model).requires_grad_(True)  # what is frozen is the protocol's choice alone
     chosen = {
-        **_of_backbone(backbone, folder),
+        **_of_backbone(backbone, trained, folder, protocol),
         "MODEL.BACKBONE.FREEZE_AT": PROTOCOLS[protocol],
         "MODEL.MASK_ON": masks,
         "MODEL.DEVICE": device,
@@ -220,8 +221,8 @@ def _new_folder(output: str | Path | None) -> Path:
     return folder
 
 
-def _of_backbone(backbone: Backbone, folder: Path) -> dict[str, Any]:
-    """The keys that put a loaded backbone under a detector; its weights are written into `folder`."""
+def _of_backbone(backbone: Backbone, trained: nn.Module, folder: Path, protocol: str) -> dict[str, Any]:
+    """The keys that put a backbone under a detector: its weights, written into `folder`, or its copy `trained`."""
     pixels = {
         "INPUT.FORMAT": backbone.order,
         "MODEL.PIXEL_MEAN": list(backbone.mean),
@@ -244,8 +245,18 @@ def _of_backbone(backbone: Backbone, folder: Path) -> dict[str, Any]:
         stated = None if is_described(backbone.name) else Stated(backbone.order, backbone.mean, backbone.std)
         convert(backbone.name, weights, branch=backbone.branch, stated=stated)
         return {key: setting.value for key, setting in read_settings(weights.with_suffix(".yaml")).items()}
+    if protocol == "finetune":
+        raise UserError(
+            f"protocol 'finetune': {backbone.name} has no stages that are known here, of which the first two would be "
+            "frozen; use frozen or all, or give its weights as a file"
+        )
     maps = [] if getattr(model, "is_plain", False) else FPN_STAGES
-    trained = copy.deepcopy(model).requires_grad_(True)  # what is frozen is the protocol's choice alone
+    missing = [stage for stage in maps if stage not in backbone.channels]
+    if missing:
+        raise UserError(
+            f"backbone {backbone.name}: has no map {missing[0]}; its maps are {', '.join(backbone.channels)}. Return a "
+            f"dict of maps called {', '.join(FPN_STAGES)}, of strides 4, 8, 16 and 32, or one map of stride 16"
+        )
     return {**pixels, "MODEL.BACKBONE.NAME": own.given(trained), "MODEL.WEIGHTS": "", "MODEL.FPN.IN_FEATURES": maps}
 
 

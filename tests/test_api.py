@@ -86,6 +86,42 @@ def test_features_of_files_arrays_and_a_batch_are_the_same(classes: Path) -> Non
         backbone.features(batch.float())
 
 
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        ("grey.png", r"images are a str; give a list"),
+        (None, r"images are a NoneType; give a list"),
+        ([], r"images are a list; give a list"),
+        (
+            np.zeros((8, 8, 3), np.uint8),
+            r"images are a ndarray; give a list of .*, \[image\] for one",
+        ),
+    ],
+)
+def test_what_are_no_images(images: object, said: str) -> None:
+    backbone = loco_det.load_backbone(Maps(), image_size=64)
+    with pytest.raises(UserError, match=said):
+        backbone.features(images)
+    with pytest.raises(UserError, match="batch -1: give a whole number of at least 1"):
+        backbone.features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), batch=-1)
+
+
+@pytest.mark.parametrize("pixels", [{"std": (0, 0, 0)}, {"mean": 3}, {"mean": ("a", "b", "c")}, {"std": (1, 1)}])
+def test_what_are_no_pixels(pixels: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="is no list of three numbers in 0-255 units"):
+        loco_det.load_backbone(Maps(), image_size=64, **pixels)
+
+
+def test_a_given_module_is_kept_while_it_is_referred_to() -> None:
+    module = Maps()
+    name = own.given(module)
+    assert own.given(module) == name
+    assert own.find(name) is module
+    del module
+    with pytest.raises(UserError, match="a module that is gone"):
+        own.find(name)
+
+
 def test_a_module_of_ones_own() -> None:
     backbone = loco_det.load_backbone(Maps(), mean=(0, 0, 0), std=(255, 255, 255), image_size=64)
     assert backbone.channels == {"res2": 5, "res3": 5, "res4": 5, "res5": 5}
@@ -226,8 +262,14 @@ def test_detection_refuses(tiny_data: Path, tmp_path: Path) -> None:
         loco_det.evaluate_detection(Maps(), protocol="linear", **options)
     with pytest.raises(UserError, match=r"needs maps of stride 16, and its strides are \[8\]"):
         loco_det.evaluate_detection(Maps((8,)), output=tmp_path / "a", **options)
-    with pytest.raises(UserError, match="has no known stages to freeze; use 5 for all"):
+    with pytest.raises(UserError, match="has no stages that are known here"):
         loco_det.evaluate_detection(Maps(), protocol="finetune", output=tmp_path / "b", **options)
+
+
+def test_maps_of_other_names_are_one_sentence(tiny_data: Path, tmp_path: Path) -> None:
+    options = {"train": "tiny_train", "test": "tiny_val", "iterations": 1, "device": "cpu", "settings": SMALL}
+    with pytest.raises(UserError, match=r"has no map res2; its maps are a, b\. Return a dict of maps called res2"):
+        loco_det.evaluate_detection(Named(), output=tmp_path / "c", **options)
 
 
 def test_a_function_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +283,7 @@ def test_a_function_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("python:my_backbone:wrong", "returns a int; return an nn.Module"),
         ("python:my_backbone:gone", "AttributeError.*python:package.module:function"),
         ("python:my_backbone_2:build", "ModuleNotFoundError"),
-        ("python:given-99", "a module of another process"),
+        ("python:given-99", "a module that is gone, or of another process"),
     ):
         with pytest.raises(UserError, match=said):
             own.find(name)

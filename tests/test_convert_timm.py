@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loco_det.backbones.artifact import load_backbone
 from loco_det.cli import main
-from loco_det.convert import load_any_backbone, plain_vit
+from loco_det.convert import plain_vit, read_backbone
 from loco_det.convert.timm_models import convert_timm
 from loco_det.core.errors import UserError
 
@@ -182,12 +182,18 @@ def test_chosen_positions_stand_in_the_manifest_and_the_keys(tmp_path: Path) -> 
     converted(tmp_path, weights(), f"{VIT}?positions=size")
     assert load_backbone(tmp_path / "out.safetensors")[1].architecture == f"timm:{VIT}?positions=size"
     assert f'NAME: "timm:{VIT}?positions=size"' in (tmp_path / "out.yaml").read_text()
-    assert load_any_backbone(tmp_path / "out.safetensors")[0].positions == "size"
+    assert read_backbone(tmp_path / "out.safetensors")[0].positions == "size"
 
 
 def test_dropped_on_purpose_stands_in_the_manifest(tmp_path: Path) -> None:
     converted(tmp_path, weights() | {"adapter.weight": torch.ones(2)}, drop=["adapter*"])
     assert load_backbone(tmp_path / "out.safetensors")[1].dropped == {"as asked by --drop adapter*": ["adapter.weight"]}
+
+
+@pytest.mark.parametrize("pattern", ["blocks.*", "nothing*"])
+def test_a_pattern_that_drops_nothing_is_refused(pattern: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--drop .* drops nothing"):
+        converted(tmp_path, weights(), drop=[pattern])
 
 
 def test_the_proof_finds_a_lost_register_and_another_number_of_heads() -> None:

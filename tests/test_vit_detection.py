@@ -17,7 +17,7 @@ from loco_det.convert.timm_models import convert_timm
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.detection.cpu_speed import speed_up
-from loco_det.detection.keys import get_cfg
+from loco_det.detection.keys import check_supported, get_cfg
 from loco_det.detection.pyramid import SimpleFeaturePyramid
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.train import train_net
@@ -123,6 +123,19 @@ def test_the_fast_norm_is_the_exact_one_up_to_rounding() -> None:
     exact = norm(x)
     assert torch.allclose(speed_up(norm)(x), exact, atol=1e-5)
     assert norm.fast
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"MODEL__RESNETS__DEFORM_ON_PER_STAGE": [False, True, True, True]}, r"DEFORM_ON_PER_STAGE .*is for ResNets"),
+        ({"MODEL__RESNETS__RES5_DILATION": 2}, r"RES5_DILATION .*is for ResNets; leave it out for timm:test_vit"),
+        ({"MODEL__ROI_HEADS__NAME": "Res5ROIHeads"}, r"whose head is a ResNet's res5; timm:test_vit has none"),
+    ],
+)
+def test_what_only_a_resnet_can_be_is_refused(changes: dict[str, object], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        check_supported(tiny(tmp_path, "test_vit", **changes))
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))

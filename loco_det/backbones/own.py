@@ -7,6 +7,8 @@ with its weights loaded. From Python, `given` takes a module itself and returns 
 from __future__ import annotations
 
 import importlib
+import itertools
+import weakref
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,7 +20,8 @@ from loco_det.core.errors import UserError
 
 PREFIX = "python:"
 _GIVEN = "given-"
-_given: list[nn.Module] = []
+_given: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
 class OwnBackbone(StagedBackbone):
@@ -113,10 +116,11 @@ def _names(strides: Sequence[float]) -> list[str]:
 
 
 def given(module: nn.Module) -> str:
-    """Return a MODEL.BACKBONE.NAME for `module` in this process."""
-    if not any(module is other for other in _given):
-        _given.append(module)
-    return f"{PREFIX}{_GIVEN}{next(i for i, other in enumerate(_given) if module is other)}"
+    """Return a MODEL.BACKBONE.NAME for `module`, in this process and while something else refers to the module."""
+    known = next((name for name, other in _given.items() if other is module), None)
+    name = known or f"{PREFIX}{_GIVEN}{next(_numbers)}"
+    _given[name] = module
+    return name
 
 
 def find(name: str) -> nn.Module:
@@ -127,12 +131,12 @@ def find(name: str) -> nn.Module:
     """
     path = name.removeprefix(PREFIX)
     if path.startswith(_GIVEN):
-        number = path.removeprefix(_GIVEN)
-        if not number.isdigit() or int(number) >= len(_given):
+        if name not in _given:
             raise UserError(
-                f"MODEL.BACKBONE.NAME {name} was a module of another process; write python:package.module:function"
+                f"MODEL.BACKBONE.NAME {name} was a module that is gone, or of another process; write "
+                "python:package.module:function"
             )
-        return _given[int(number)]
+        return _given[name]
     place, _, function = path.partition(":")
     try:
         found = getattr(importlib.import_module(place), function)()

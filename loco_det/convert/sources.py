@@ -467,4 +467,7 @@ def _refuse_other_kinds(path: object, tensors: dict[str, Tensor], prefix: str) -
     for pattern, reason in REFUSED:
         for key in tensors:
             if re.fullmatch(prefix + pattern, key):
-                raise UserError(f"{path}: tensor {key!r} shows that it {reason}; give a plain ResNet's weights")
+                raise UserError(
+                    f"{path}: tensor {key!r} shows that it {reason}; give a plain ResNet's weights, or name the "
+                    "network: --architecture timm:NAME"
+                )

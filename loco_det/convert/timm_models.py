@@ -276,6 +276,12 @@ def _take(
                 f"weights are of, or drop it on purpose: --drop '{key}'"
             )
         dropped.setdefault(why, []).append(key)
+    for pattern in drop:
+        if f"as asked by --drop {pattern}" not in dropped:
+            raise UserError(
+                f"{path}: --drop {pattern} drops nothing: {backbone.architecture} needs what it matches, or it matches "
+                "nothing; leave it out"
+            )
     converted = {name: result[name].float().contiguous() for name in wanted}
     account = TimmAccount("weights file", backbone.architecture, prefix, len(everything), converted, dropped, pixels)
     return account, {name: tensor for name, tensor in own.items() if name not in unused}

@@ -77,8 +77,10 @@ class Backbone:
             batch: images at a time.
 
         Raises:
-            UserError: an image that cannot be read.
+            UserError: an image that cannot be read, something else than a list of images, or no images at a time.
         """
+        if not isinstance(batch, int) or batch < 1:
+            raise UserError(f"batch {batch!r}: give a whole number of at least 1")
         device = next((t.device for t in self.model.parameters()), torch.device("cpu"))
         parts: dict[str, list[Tensor]] = {}
         with torch.no_grad():
@@ -103,6 +105,9 @@ def _batches(images: Any, size: int, batch: int) -> Iterator[Tensor]:
             raise UserError(f"images are {tuple(images.shape)} {images.dtype}; give (B, 3, S, S) uint8, or a list")
         yield from images.split(batch)
         return
+    if not isinstance(images, Sequence) or isinstance(images, (str, bytes)) or not len(images):
+        kind = type(images).__name__
+        raise UserError(f"images are a {kind}; give a list of paths, images or arrays, [image] for one, or a batch")
     pictures = [_picture(image) for image in images]
     for found in build_plain_loader(DatasetSource(pictures, root="images"), size, batch_size=batch):
         yield found.images
@@ -122,8 +127,11 @@ def own_backbone(
     """
     name = type(module).__name__
     for key, values in (("mean", mean), ("std", std)):
-        if values is not None and (len(values) != 3 or not all(0 <= value <= 255 for value in values)):
-            raise UserError(f"backbone {name}: {key} {values!r} is not three numbers in 0-255 units")
+        numbers = values if isinstance(values, (list, tuple)) else [None]
+        least = 0 if key == "mean" else 1e-6
+        sound = len(numbers) == 3 and all(isinstance(v, (int, float)) and least <= v <= 255 for v in numbers)
+        if values is not None and not sound:
+            raise UserError(f"backbone {name}: {key} {values!r} is no list of three numbers in 0-255 units")
     if order not in ("RGB", "BGR"):
         raise UserError(f"backbone {name}: order {order!r} is neither RGB nor BGR")
     model = OwnBackbone(module, name, image_size).eval()
