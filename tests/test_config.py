@@ -374,3 +374,9 @@ def test_the_documented_table_is_the_codes():
 
     page = PAGE.read_text()
     assert page == with_table(page), "run python tests/record_key_table.py"
+
+
+def test_a_link_to_itself_is_one_sentence(tmp_path):
+    (tmp_path / "config.yaml").symlink_to(tmp_path / "config.yaml")
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        read_settings(tmp_path / "config.yaml")

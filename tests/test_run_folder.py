@@ -476,3 +476,10 @@ def test_a_disk_too_full_for_the_lock_is_one_sentence(tmp_path: Path) -> None:
             pass
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_sums_of_terabytes_are_not_read(tmp_path: Path) -> None:
+    with open(tmp_path / SUMS, "wb") as file:
+        file.truncate(1 << 42)
+    with pytest.raises(UserError, match="SHA256SUMS: is damaged"):
+        check_sums(tmp_path)

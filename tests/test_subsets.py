@@ -222,3 +222,8 @@ def test_parts_are_made_where_the_file_system_has_no_locks(tmp_path: Path, monke
     monkeypatch.setenv("LOCO_DET_CACHE", str(tmp_path))
     monkeypatch.setattr("fcntl.flock", no_locks)
     assert read(f"{NAME}@5pct_seed3") == wanted
+
+
+def test_parts_of_parts_without_end_are_refused() -> None:
+    with pytest.raises(UserError, match="5000 parts of parts; 8 are enough"):
+        find_dataset(NAME + "@10pct_seed0" * 5000)

@@ -48,6 +48,7 @@ _COCO = {
 
 COCO_NAMES = tuple(_COCO)
 LVIS_NAMES = ("lvis_v1_train", "lvis_v1_val")
+MAX_PARTS = 8  # of a name: a part of a part of ...
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ def find_dataset(name: str) -> Dataset:
         whole, *parts = name.split("@")
         masks = is_cityscapes(whole) and parts[:1] == ["masks"]
         parts = parts[masks:]
+    if len(parts) > MAX_PARTS:
+        raise UserError(f"data set {whole}: {len(parts)} parts of parts; {MAX_PARTS} are enough, leave the others out")
     for part in parts:
         check_part(part, name, objects=not has_pixels(whole))  # before anything is read
     dataset = _find_path(whole) if is_path(name) else _find_whole(whole, masks)

@@ -286,7 +286,7 @@ def _fault(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
 
 def _read_with_bases(path: Path, above: tuple[Path, ...], known: dict[Path, Settings]) -> Settings:
     """Merge a file's settings over its bases'; `above` are the files that include it, `known` those read before."""
-    here = path.resolve()
+    here = Path(os.path.realpath(path))  # of a circle of links too, which cannot be read below
     if here in known:
         return known[here]
     if here in above:

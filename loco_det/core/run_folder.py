@@ -18,6 +18,7 @@ from loco_det.core.files import atomic_write, file_sha256, os_errors
 
 LOCK = ".lock"
 SUMS = "SHA256SUMS"
+MAX_SUMS = 1 << 20  # bytes; a run leaves a few lines
 _SUMMED = ("config.yaml", "run.json", "metrics.json", "inference*/*.json", "*/inference*/*.json")
 _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 
@@ -93,6 +94,8 @@ def check_sums(folder: Path, only: Path | None = None) -> None:
     if not sums.is_file():
         return
     try:
+        if sums.stat().st_size > MAX_SUMS:
+            raise UserError(f"{sums}: is damaged; {advice}")
         for line in sums.read_text(errors="replace").splitlines():
             found = _SUM.fullmatch(line)
             if found is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -222,15 +223,15 @@ def find_runs(arguments: Sequence[str]) -> Runs:
             seed with different backbones. (Probes to which the user gave one name may be of several pretraining runs.)
     """
     runs = Runs()
-    seen: set[Path] = set()
+    seen: set[str] = set()
     for argument in arguments:
         name, path = _split(argument)
         if not path.exists():
             raise UserError(f"{path}: there is no such run; give folders of loco-det train, pretrain or probe results")
         before = len(seen)
         for place in _places(path):
-            if place.resolve() not in seen:
-                seen.add(place.resolve())
+            if (real := os.path.realpath(place)) not in seen:
+                seen.add(real)
                 _read(place, name, runs)
         if len(seen) == before:
             raise UserError(
