@@ -120,7 +120,7 @@ def choices(model: nn.Module) -> set[tuple[str, bool]]:
 
 @pytest.mark.parametrize("design", [cases.FPN, cases.C4], ids=["FPN", "C4"])
 def test_a_network_is_exact_until_it_is_sped_up_as_a_whole(design: dict[str, Any]) -> None:
-    kinds = {"GeneralizedRCNN", "Trunk", "Conv2d", "Conv", "RPN", "RoiPooler", "MaskHead"}
+    kinds = {"GeneralizedRCNN", "ResNetTrunk", "Conv2d", "Conv", "RPN", "RoiPooler", "MaskHead"}
     kinds |= {"StandardROIHeads"} if design is cases.FPN else set()
     exact, fast = ({(kind, choice) for kind in kinds} for choice in (False, True))
     model, other = (build_model(cases.configure(get_cfg(), design)) for _ in range(2))
