@@ -343,6 +343,20 @@ def freeze(module: nn.Module) -> nn.Module:
     return module
 
 
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+def is_still(module: nn.Module) -> bool:
+    """Whether a module is a normalisation whose statistics training does not change.
+
+    That is this package's or Detectron2's FrozenBatchNorm2d, or a BatchNorm without a trainable parameter: those of
+    timm's models, which stay in evaluation (`timm_models.TimmBackbone.train`).
+    """
+    if isinstance(module, BatchNorm):
+        return not any(parameter.requires_grad for parameter in module.parameters())
+    return type(module).__name__ == "FrozenBatchNorm2d"
+
+
 @torch.no_grad()
 def measure_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set a random model's BatchNorm statistics to plain means over `batches` of (B, 3, H, W).

@@ -82,7 +82,7 @@ class TimmBackbone(StagedBackbone):
         self.options = options
         self.model = create(name, pretrained=pretrained, image_size=image_size, **options)
         config = self.model.pretrained_cfg
-        is_flexible = any(getattr(self.model, key, False) for key in ("dynamic_img_size", "no_fixed_size"))
+        is_flexible = getattr(self.model, "dynamic_img_size", False)
         size = options.get("img_size") or image_size or config["input_size"][1:]
         size = (size, size) if isinstance(size, int) else tuple(size)
         self.fixed_size = size if config["fixed_input_size"] and not is_flexible else None

@@ -18,7 +18,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det import __version__
-from loco_det.backbones.resnet import tensors_hash
+from loco_det.backbones.resnet import BatchNorm, is_still, tensors_hash
 from loco_det.convert.load import load_tensors
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, check_writable
@@ -110,7 +110,7 @@ def use_cache(model: nn.Module, cfg: CfgNode, folder: Path) -> None:
     backbone = model.backbone
     trunk = getattr(backbone, "bottom_up", getattr(backbone, "net", backbone))
     moving = [name for name, parameter in trunk.named_parameters() if parameter.requires_grad]
-    moving += [name for name, m in trunk.named_modules() if is_moving(m)]
+    moving += [name for name, m in trunk.named_modules() if isinstance(m, BatchNorm) and not is_still(m)]
     if moving:
         raise UserError(
             f"--feature-cache needs a frozen backbone, but MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT} "
@@ -120,10 +120,3 @@ def use_cache(model: nn.Module, cfg: CfgNode, folder: Path) -> None:
     settings = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS.dump()
     identity = tensors_hash(trunk.state_dict().items()), settings, trunk.out_features
     trunk.cache = FeatureCache(folder, hashlib.sha256(repr(identity).encode()).hexdigest())
-
-
-def is_moving(module: nn.Module) -> bool:
-    """Whether a module is a BatchNorm whose statistics training changes: neither frozen nor kept in evaluation."""
-    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return False
-    return module.training or any(parameter.requires_grad for parameter in module.parameters())

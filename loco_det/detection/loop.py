@@ -22,7 +22,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from loco_det.backbones.resnet import tensors_hash
+from loco_det.backbones.resnet import is_still, tensors_hash
 from loco_det.core.distributed import barrier, first_of_all, rank, reduce_mean, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.launch import StopSignal
@@ -222,10 +222,7 @@ def frozen_hashes(model: nn.Module) -> dict[str, str]:
     """Return sha256 of each tensor that training must not change: frozen parameters and frozen normalisation."""
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     for prefix, module in model.named_modules():
-        still = isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
-            parameter.requires_grad for parameter in module.parameters()
-        )
-        if still or type(module).__name__ == "FrozenBatchNorm2d":  # this package's or Detectron2's
+        if is_still(module):
             buffers = module.named_buffers(recurse=False)
             # Detectron2's keeps an unused step counter of the original BatchNorm.
             frozen.update({f"{prefix}.{name}": b for name, b in buffers if name != "num_batches_tracked"})
