@@ -18,7 +18,6 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det.backbones import own
-from loco_det.backbones.own import OwnBackbone, find
 from loco_det.backbones.resnet import ResNet, freeze
 from loco_det.backbones.timm_models import PREFIX, TimmBackbone, parse
 from loco_det.core.errors import UserError
@@ -153,12 +152,12 @@ class FPN(nn.Module):
         return {name: outputs[name] for name in self.strides}
 
 
-class OwnTrunk(Trunk, OwnBackbone):
+class OwnTrunk(Trunk, own.OwnBackbone):
     """A detector's module of the user, `python:package.module:function`, frozen as a whole or not at all."""
 
     def __init__(self, cfg: CfgNode) -> None:
         name, wanted = cfg.MODEL.BACKBONE.NAME, list(cfg.MODEL.FPN.IN_FEATURES)
-        super().__init__(find(name), name)
+        super().__init__(own.find(name), name)
         unknown = [stage for stage in wanted if stage not in self.channels]
         if unknown:
             known = ", ".join(self.channels)

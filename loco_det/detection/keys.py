@@ -289,6 +289,9 @@ def _check_combinations(cfg: CfgNode, settings: Settings | None) -> None:
     if model.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals" and trained_here:
         needs = "MODEL.LOAD_PROPOSALS True and MODEL.META_ARCHITECTURE 'GeneralizedRCNN'"
         raise refusal(cfg, settings, "MODEL.PROPOSAL_GENERATOR.NAME", f", which needs {needs}; set them.")
+    if heads != "Res5ROIHeads" and not model.ROI_BOX_HEAD.NAME:
+        reason = f"; MODEL.ROI_HEADS.NAME {heads!r} needs 'FastRCNNConvFCHead'."
+        raise refusal(cfg, settings, "MODEL.ROI_BOX_HEAD.NAME", reason)
     if model.BACKBONE.NAME.startswith(OTHER_BACKBONES):
         _check_no_resnet(cfg, settings)
         return
@@ -301,21 +304,16 @@ def _check_combinations(cfg: CfgNode, settings: Settings | None) -> None:
             "; it takes four values, for res2 to res5, needs depth 50 or more, and Res5ROIHeads has no deformable res5."
         )
         raise refusal(cfg, settings, "MODEL.RESNETS.DEFORM_ON_PER_STAGE", reason)
-    if heads != "Res5ROIHeads" and not model.ROI_BOX_HEAD.NAME:
-        reason = f"; MODEL.ROI_HEADS.NAME {heads!r} needs 'FastRCNNConvFCHead'."
-        raise refusal(cfg, settings, "MODEL.ROI_BOX_HEAD.NAME", reason)
 
 
 def _check_no_resnet(cfg: CfgNode, settings: Settings | None) -> None:
     """Refuse what only a ResNet can be, for a backbone that is none."""
     name = cfg.MODEL.BACKBONE.NAME
-    if cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads":
+    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads":
         raise refusal(cfg, settings, "MODEL.ROI_HEADS.NAME", f", whose head is a ResNet's res5; {name} has none.")
     if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) or cfg.MODEL.RESNETS.RES5_DILATION != 1:
         key = "DEFORM_ON_PER_STAGE" if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) else "RES5_DILATION"
         raise refusal(cfg, settings, f"MODEL.RESNETS.{key}", f", which is for ResNets; leave it out for {name}.")
-    if not cfg.MODEL.ROI_BOX_HEAD.NAME:
-        raise refusal(cfg, settings, "MODEL.ROI_BOX_HEAD.NAME", "; use 'FastRCNNConvFCHead'.")
 
 
 def _plain(value: Any) -> Any:
