@@ -16,14 +16,14 @@ from torch import nn
 
 from loco_det.annotations.registry import find_dataset
 from loco_det.backbones import own
-from loco_det.backbones.artifact import save_backbone
+from loco_det.backbones.artifact import backbone_tensors, save_backbone
 from loco_det.backbones.resnet import ResNet
 from loco_det.backbones.timm_models import TimmBackbone
 from loco_det.commands import probe as probe_command
 from loco_det.convert import Stated, convert
 from loco_det.convert.conversion import is_described
 from loco_det.convert.sources import Pixels
-from loco_det.convert.timm_models import describe_timm, plain_tensors
+from loco_det.convert.timm_models import describe_timm
 from loco_det.core.config import load_config, read_settings
 from loco_det.core.errors import UserError
 from loco_det.detection.keys import get_cfg
@@ -185,9 +185,9 @@ def evaluate_detection(
     backbone = backbone if isinstance(backbone, Backbone) else load_backbone(backbone)
     folder = _new_folder(output)
     is_plain = getattr(backbone.model, "is_plain", False)
-    trained = copy.deepcopy(backbone.model).requires_grad_(True)  # what is frozen is the protocol's choice alone
+    keys, _kept = _of_backbone(backbone, folder, protocol)
     chosen = {
-        **_of_backbone(backbone, trained, folder, protocol),
+        **keys,
         "MODEL.BACKBONE.FREEZE_AT": PROTOCOLS[protocol],
         "MODEL.MASK_ON": masks,
         "MODEL.DEVICE": device,
@@ -221,8 +221,11 @@ def _new_folder(output: str | Path | None) -> Path:
     return folder
 
 
-def _of_backbone(backbone: Backbone, trained: nn.Module, folder: Path, protocol: str) -> dict[str, Any]:
-    """The keys that put a backbone under a detector: its weights, written into `folder`, or its copy `trained`."""
+def _of_backbone(backbone: Backbone, folder: Path, protocol: str) -> tuple[dict[str, Any], nn.Module | None]:
+    """The keys that put a backbone under a detector.
+
+    Its weights are written into `folder`, or a copy is `own.given`: the second value, which must be kept meanwhile.
+    """
     pixels = {
         "INPUT.FORMAT": backbone.order,
         "MODEL.PIXEL_MEAN": list(backbone.mean),
@@ -232,19 +235,15 @@ def _of_backbone(backbone: Backbone, trained: nn.Module, folder: Path, protocol:
     if isinstance(model, TimmBackbone):
         weights, known = folder / "backbone.safetensors", Pixels(backbone.order, backbone.mean, backbone.std)
         manifest = describe_timm(model, backbone.facts["source"], known)
-        save_backbone(weights, plain_tensors(model.model.state_dict()), manifest)
+        save_backbone(weights, backbone_tensors(model), manifest)
         maps = [] if model.is_plain else FPN_STAGES
-        return {
-            **pixels,
-            "MODEL.BACKBONE.NAME": model.architecture,
-            "MODEL.WEIGHTS": str(weights),
-            "MODEL.FPN.IN_FEATURES": maps,
-        }
+        keys = {"MODEL.BACKBONE.NAME": model.architecture, "MODEL.WEIGHTS": str(weights)}
+        return {**pixels, **keys, "MODEL.FPN.IN_FEATURES": maps}, None
     if isinstance(model, ResNet) and Path(backbone.name).is_file():
         weights = folder / "backbone.pkl"
         stated = None if is_described(backbone.name) else Stated(backbone.order, backbone.mean, backbone.std)
         convert(backbone.name, weights, branch=backbone.branch, stated=stated)
-        return {key: setting.value for key, setting in read_settings(weights.with_suffix(".yaml")).items()}
+        return {key: setting.value for key, setting in read_settings(weights.with_suffix(".yaml")).items()}, None
     if protocol == "finetune":
         raise UserError(
             f"protocol 'finetune': {backbone.name} has no stages that are known here, of which the first two would be "
@@ -257,7 +256,9 @@ def _of_backbone(backbone: Backbone, trained: nn.Module, folder: Path, protocol:
             f"backbone {backbone.name}: has no map {missing[0]}; its maps are {', '.join(backbone.channels)}. Return a "
             f"dict of maps called {', '.join(FPN_STAGES)}, of strides 4, 8, 16 and 32, or one map of stride 16"
         )
-    return {**pixels, "MODEL.BACKBONE.NAME": own.given(trained), "MODEL.WEIGHTS": "", "MODEL.FPN.IN_FEATURES": maps}
+    copied = copy.deepcopy(model).requires_grad_(True)  # what is frozen is the protocol's choice alone
+    keys = {"MODEL.BACKBONE.NAME": own.given(copied), "MODEL.WEIGHTS": "", "MODEL.FPN.IN_FEATURES": maps}
+    return {**pixels, **keys}, copied
 
 
 def _shown(value: float | None) -> str:

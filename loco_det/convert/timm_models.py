@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loco_det.backbones.artifact import HEADER_KEY, Manifest, Stage, save_backbone
+from loco_det.backbones.artifact import HEADER_KEY, Manifest, backbone_tensors, describe, save_backbone
 from loco_det.backbones.timm_models import PREFIX, TimmBackbone, create, parse
 from loco_det.convert.export import SIGNED, is_fragment
 from loco_det.convert.load import check_sums, in_memory, open_tensors, safetensors_metadata
@@ -51,8 +51,8 @@ _DROPPED = (
         "projection",
     ),
     (r"mask_token|masked_embed", "the token of masked patches"),
-    (r"(decoder|decoder_blocks|decoder_.*|upsample_.*|pred)\b.*", "decoder of reconstruction"),
-    (r"(.*\.)?(relative_position_index|attn_mask|relative_coords_table|rope\.periods|k_norm_bias)", "constants"),
+    (r"decoder.*", "decoder of reconstruction"),
+    (r"(.*\.)?(relative_position_index|attn_mask|relative_coords_table|rope\.periods)", "constants"),
 )
 
 
@@ -136,8 +136,8 @@ def convert_timm(
     if source.startswith(PREFIX):
         if source != architecture:
             raise UserError(f"{source}: is another model than --architecture {architecture}; leave one of them out")
-        tensors = dict(model.state_dict())
-        account = TimmAccount(source, architecture, "", len(tensors), plain_tensors(tensors), {}, pixels)
+        tensors = backbone_tensors(backbone)
+        account = TimmAccount(source, architecture, "", len(tensors), tensors, {}, pixels)
         own: Mapping[str, Tensor] = account.converted
     else:
         account, own = _take(Path(source), backbone, branch, drop, pixels)
@@ -166,17 +166,8 @@ def convert_timm(
 
 def describe_timm(backbone: TimmBackbone, method: str, pixels: Pixels, **fields: Any) -> Manifest:
     """Return the manifest of a backbone of timm; `method` says where its weights are from."""
-    return Manifest(
-        architecture=backbone.architecture,
-        depth=backbone.depth,
-        stem="patch" if backbone.is_plain else "timm",
-        stages={stage: Stage(backbone.channels[stage], backbone.strides[stage]) for stage in backbone.channels},
-        method=method,
-        channel_order=pixels.order,
-        pixel_mean=pixels.mean,
-        pixel_std=pixels.std,
-        **fields,
-    )
+    known = {"channel_order": pixels.order, "pixel_mean": pixels.mean, "pixel_std": pixels.std}
+    return describe(backbone, stem="patch" if backbone.is_plain else "timm", method=method, **known, **fields)
 
 
 def load_timm(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest) -> TimmBackbone:
@@ -215,15 +206,6 @@ def yaml_text(weights: Path, manifest: Manifest) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return float32 CPU tensors without step counters, for `save_backbone`."""
-    return {
-        name: in_memory(tensor.detach()).float()
-        for name, tensor in tensors.items()
-        if not name.endswith("num_batches_tracked")
-    }
-
-
 def _take(
     path: Path, backbone: TimmBackbone, branch: str | None, drop: Sequence[str], pixels: Pixels
 ) -> tuple[TimmAccount, dict[str, Tensor]]:
@@ -240,8 +222,8 @@ def _take(
     for name, tensor in wanted.items():
         if name not in result:
             raise UserError(
-                f"{path}: has no tensor for {name} of {backbone.architecture} ({_missing(wanted, result)} in all are "
-                "missing); give the --architecture that the weights are of"
+                f"{path}: has no tensor for {name} of {backbone.architecture} ({len(wanted.keys() - result.keys())} in all "
+                "are missing); give the --architecture that the weights are of"
             )
         if result[name].shape != tensor.shape:
             raise UserError(
@@ -261,7 +243,7 @@ def _take(
                 f"{path}: pos_embed has {have} positions and {backbone.architecture} {takes}, for another image size; "
                 "give the --architecture of that size"
             )
-    unused, whole = _unused(backbone, own, set(wanted)), _names_of_whole(backbone)
+    unused, whole = _unused(backbone, own, {name: result[name] for name in wanted}), _names_of_whole(backbone)
     dropped: dict[str, list[str]] = {}
     for key in everything:
         short = key.removeprefix(prefix)
@@ -285,10 +267,6 @@ def _take(
     converted = {name: result[name].float().contiguous() for name in wanted}
     account = TimmAccount("weights file", backbone.architecture, prefix, len(everything), converted, dropped, pixels)
     return account, {name: tensor for name, tensor in own.items() if name not in unused}
-
-
-def _missing(wanted: Mapping[str, Tensor], result: Mapping[str, Tensor]) -> int:
-    return sum(name not in result for name in wanted)
 
 
 def _prefix(path: Path, tensors: Mapping[str, Tensor], branch: str | None, architecture: str) -> str:
@@ -326,10 +304,9 @@ def _filtered(backbone: TimmBackbone, tensors: Mapping[str, Tensor]) -> dict[str
         ) from error
 
 
-def _unused(backbone: TimmBackbone, own: Mapping[str, Tensor], wanted: set[str]) -> set[str]:
-    """Names of tensors on which no tensor of the result depends: found by spoiling each of them."""
-    result = _filtered(backbone, own)
-    addresses = {result[name].data_ptr() for name in wanted}
+def _unused(backbone: TimmBackbone, own: Mapping[str, Tensor], result: Mapping[str, Tensor]) -> set[str]:
+    """Names of tensors on which no tensor of `result`, the filtered ones, depends: found by spoiling each of them."""
+    addresses = {tensor.data_ptr() for tensor in result.values()}
     unused = set()
     for name, tensor in own.items():
         if tensor.data_ptr() in addresses:
@@ -339,7 +316,7 @@ def _unused(backbone: TimmBackbone, own: Mapping[str, Tensor], wanted: set[str])
             after = _filtered(backbone, spoiled)
         except UserError:
             continue
-        if not any(torch.isnan(after[key]).any() for key in wanted if after[key].is_floating_point()):
+        if not any(torch.isnan(after[key]).any() for key in result if after[key].is_floating_point()):
             unused.add(name)
     return unused
 
