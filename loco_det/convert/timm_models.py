@@ -221,9 +221,10 @@ def _take(
     wanted = {n: t for n, t in backbone.model.state_dict().items() if not n.endswith("num_batches_tracked")}
     for name, tensor in wanted.items():
         if name not in result:
+            count = len(wanted.keys() - result.keys())
             raise UserError(
-                f"{path}: has no tensor for {name} of {backbone.architecture} ({len(wanted.keys() - result.keys())} in all "
-                "are missing); give the --architecture that the weights are of"
+                f"{path}: has no tensor for {name} of {backbone.architecture} ({count} in all are missing); give "
+                "the --architecture that the weights are of"
             )
         if result[name].shape != tensor.shape:
             raise UserError(
