@@ -60,9 +60,10 @@ DETECTIONS = 50  # of an image
 Step = Callable[[], None]
 
 
-def configuration(kind: str, device: str, size: int) -> CfgNode:
-    """The frozen or the fine-tuned config on one device, its images of one size and its learning rate next to none."""
+def configuration(file: str, device: str, size: int, **more: Any) -> CfgNode:
+    """A config on one device, its images of one size, its learning rate next to none, and `more` (KEY__PART=value)."""
     changes = {
+        **{key.replace("__", "."): value for key, value in more.items()},
         "MODEL.DEVICE": device,
         "MODEL.WEIGHTS": "",
         "TEST.DETECTIONS_PER_IMAGE": DETECTIONS,
@@ -73,7 +74,7 @@ def configuration(kind: str, device: str, size: int) -> CfgNode:
         "SOLVER.WARMUP_ITERS": 0,
     }
     overrides = [str(part) for pair in changes.items() for part in pair]
-    return load_config(get_cfg(), ROOT / "configs" / CONFIGS[kind], overrides)[0]
+    return load_config(get_cfg(), ROOT / "configs" / file, overrides)[0]
 
 
 def sample_images(cfg: CfgNode, size: int) -> tuple[list[dict[str, Any]], str]:
@@ -382,7 +383,7 @@ def main() -> None:
     args = options.parse_args()
     device = resolve_device(args.device)
     size = args.size or (800 if device.type == "cuda" else 320)
-    cfgs = {kind: configuration(kind, str(device), size) for kind in CONFIGS}
+    cfgs = {kind: configuration(file, str(device), size) for kind, file in CONFIGS.items()}
     samples, source = sample_images(cfgs["finetune"], size)
     sides = [f"ours:{job}" for job in ("frozen", "finetune", "infer")]
     if engine_d2.installed():

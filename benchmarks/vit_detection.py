@@ -1,6 +1,6 @@
 """Time and memory of Mask R-CNN on a frozen ViT-S/16, against Detectron2's ViTDet with its backbone frozen.
 
-    python benchmarks/vit_detection.py --json vit_detection.json     # some minutes on 2 cores
+    python benchmarks/vit_detection.py --json vit_detection.json
 
 Both have ViTDet's simple feature pyramid and heads (configs/base_rcnn_vit.yaml), the same weights, images, anchors,
 proposals and samples, and attention over the whole image. Detectron2's ViT has no cls token. Sides take turns as in
@@ -24,37 +24,17 @@ from typing import Any
 import detection_step
 import torch
 from _common import parser, report
-from detection_step import DETECTIONS, IMAGES, ROOT, engine_step, sample_images, take_turns, usual_step
+from detection_step import DETECTIONS, IMAGES, configuration, engine_step, sample_images, take_turns, usual_step
 from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det.backbones.timm_models import TimmBackbone
-from loco_det.core.config import load_config
 from loco_det.detection import engine_d2
 from loco_det.detection.engine_d2 import Detectron2Engine
 from loco_det.detection.engine_torchvision import TorchvisionEngine
-from loco_det.detection.keys import get_cfg
 
 NAME = "vit_small_patch16_224"
 THEIRS = "benchmark_vitdet"
-
-
-def configuration(size: int) -> CfgNode:
-    """Frozen Mask R-CNN on NAME, on a CPU, for images of one size."""
-    changes = {
-        "MODEL.DEVICE": "cpu",
-        "MODEL.MASK_ON": True,
-        "MODEL.BACKBONE.NAME": f"timm:{NAME}",
-        "MODEL.FPN.IN_FEATURES": ["blocks.11"],
-        "TEST.DETECTIONS_PER_IMAGE": DETECTIONS,
-        "INPUT.MIN_SIZE_TRAIN": (size,),
-        "INPUT.MAX_SIZE_TRAIN": size * 5 // 3,
-        "INPUT.RANDOM_FLIP": "none",
-        "SOLVER.BASE_LR": 1e-9,
-        "SOLVER.WARMUP_ITERS": 0,
-    }
-    overrides = [str(part) for pair in changes.items() for part in pair]
-    return load_config(get_cfg(), ROOT / "configs" / "base_rcnn_vit.yaml", overrides)[0]
 
 
 def make_weights(cfg: CfgNode, samples: list[dict[str, Any]], folder: Path) -> Path:
@@ -117,7 +97,8 @@ def main() -> None:
     options.add_argument("--turns", type=int, default=4, help="steps of each side that count")
     options.add_argument("--size", type=int, default=320, help="short side in pixels")
     args = options.parse_args()
-    cfg = configuration(args.size)
+    vit = {"MODEL__MASK_ON": True, "MODEL__BACKBONE__NAME": f"timm:{NAME}", "MODEL__FPN__IN_FEATURES": ["blocks.11"]}
+    cfg = configuration("base_rcnn_vit.yaml", "cpu", args.size, **vit)
     samples, source = sample_images(cfg, args.size)
     sides = [f"ours:{job}" for job in ("frozen", "infer")]
     if engine_d2.installed() and source != "made up":
