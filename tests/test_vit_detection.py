@@ -17,7 +17,9 @@ from loco_det.convert.timm_models import convert_timm
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.detection.cpu_speed import speed_up
+from loco_det.detection.feature_cache import use_cache
 from loco_det.detection.keys import check_supported, get_cfg
+from loco_det.detection.loop import frozen_hashes
 from loco_det.detection.pyramid import SimpleFeaturePyramid
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.train import train_net
@@ -178,6 +180,23 @@ def test_a_tuned_backbone_learns_above_what_is_frozen(
     frozen = {n for stage in trunk.stage_names[:2] for n in trunk.parts[stage]}
     assert all(same[n] for n in frozen)
     assert any(not same[n] for n in set(same) - frozen)
+
+
+@pytest.mark.parametrize("frozen", [5, 0])
+def test_statistics_of_a_frozen_batchnorm_are_held_to_it(frozen: int, tmp_path: Path) -> None:
+    """timm's own BatchNorm stays in the frozen network, so the run's proof and the cache must know that it is still."""
+    file = CONFIGS["test_convnext"]
+    changes = {"MODEL__BACKBONE__NAME": "timm:test_efficientnet", "MODEL__BACKBONE__FREEZE_AT": frozen}
+    model = build_model(load_config(get_cfg(), file, overrides(OUTPUT_DIR=tmp_path, **changes))[0])
+    norms = [n for n, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) > 5
+    hashed = {name for name in frozen_hashes(model) if "running_" in name}
+    assert hashed == ({f"{n}.{b}" for n in norms for b in ("running_mean", "running_var")} if frozen else set())
+    if frozen:
+        use_cache(model, get_cfg(), tmp_path / "cache")
+    else:
+        with pytest.raises(UserError, match=r"leaves .* to training"):
+            use_cache(model, get_cfg(), tmp_path / "cache")
 
 
 def test_cached_features_are_the_computed_ones(weights: dict[str, Path], tiny_data: Path, tmp_path: Path) -> None:

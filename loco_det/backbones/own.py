@@ -14,11 +14,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from loco_det.backbones import timm_models
 from loco_det.backbones.resnet import StagedBackbone
 from loco_det.backbones.timm_models import BY_STRIDE
 from loco_det.core.errors import UserError
 
 PREFIX = "python:"
+OTHER_BACKBONES = (timm_models.PREFIX, PREFIX)  # beginnings of MODEL.BACKBONE.NAME where the backbone is no ResNet
 _GIVEN = "given-"
 _given: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
 _numbers = itertools.count()

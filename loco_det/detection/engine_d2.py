@@ -19,12 +19,13 @@ from loco_det.annotations.coco import readable_annotations
 from loco_det.annotations.instances import Instances
 from loco_det.annotations.pixels import IGNORED
 from loco_det.annotations.registry import Dataset, find_dataset
+from loco_det.backbones.own import OTHER_BACKBONES
 from loco_det.core.config import Settings
 from loco_det.core.errors import UserError
 from loco_det.core.launch import leave_stopping_to_parent
 from loco_det.detection.engine import Batch
 from loco_det.detection.fpn import build_backbone
-from loco_det.detection.keys import OTHER_BACKBONES, check_task
+from loco_det.detection.keys import check_task
 
 _registered: dict[str, tuple[str, str]] = {}
 

@@ -49,8 +49,10 @@ class Trunk(nn.Module):
     def _compute(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         trained = any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            outputs = super().forward(x)
-        return {name: feature for name, feature in outputs.items() if name in self.out_features}
+            return self._maps(x)
+
+    def _maps(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: map_ for name, map_ in super().forward(x).items() if name in self.out_features}
 
 
 class ResNetTrunk(Trunk, ResNet):
@@ -81,6 +83,14 @@ class ResNetTrunk(Trunk, ResNet):
                 setattr(self, name, deformable(getattr(self, name)))
         for name in self.stage_names[: max(0, cfg.MODEL.BACKBONE.FREEZE_AT)]:
             freeze(getattr(self, name))
+
+    def _maps(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        maps = {}
+        for name in self.stage_names:  # those that are not asked for are freed at once
+            x = getattr(self, name)(x)
+            if name in self.out_features:
+                maps[name] = x
+        return maps
 
 
 class TimmTrunk(Trunk, TimmBackbone):

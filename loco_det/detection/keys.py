@@ -13,7 +13,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from loco_det.backbones import own, timm_models
+from loco_det.backbones.own import OTHER_BACKBONES
 from loco_det.core import config
 from loco_det.core.config import Settings, read_settings, refusal
 from loco_det.detection.boxes import BOX_LOSSES
@@ -21,7 +21,6 @@ from loco_det.detection.poolers import POOLER_TYPES
 
 DEFAULTS = Path(__file__).with_name("d2_defaults.yaml")
 _EXPECTED_TYPES = [[str, str, value, tolerance] for value in (int, float) for tolerance in (int, float)]
-OTHER_BACKBONES = (timm_models.PREFIX, own.PREFIX)  # beginnings of MODEL.BACKBONE.NAME: no ResNets
 _NORMS = ("BN", "SyncBN", "FrozenBN", "GN")
 
 # Keys that the model reads -> the values it supports; None: any value of the key's type.

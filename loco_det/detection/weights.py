@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from loco_det.backbones import own
 from loco_det.backbones.artifact import Manifest, check_hash, decode_manifest, load_backbone, require_resnet
 from loco_det.backbones.names import to_detectron2, to_torchvision
+from loco_det.backbones.own import OTHER_BACKBONES
 from loco_det.backbones.timm_models import PREFIX, parse
 from loco_det.convert import read_checkpoint
 from loco_det.core import config
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
-from loco_det.detection.keys import OTHER_BACKBONES
 
 STAGE = re.compile(r"(stem|res[2-5])\.")
 # Detectron2's prefixes of a detector's ResNet: under FPN, alone, and as the head of C4.

@@ -12,8 +12,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from loco_det.annotations.registry import find_dataset
-from loco_det.backbones import own, timm_models
 from loco_det.backbones.artifact import HEADER_KEY, decode_manifest
+from loco_det.backbones.own import OTHER_BACKBONES
 from loco_det.core.config import read_yaml
 from loco_det.core.errors import UserError
 from loco_det.core.files import has_checksum, read_regular
@@ -74,7 +74,7 @@ class DetectorRun:
     @property
     def is_other(self) -> bool:
         """Whether its backbone is no ResNet but timm's or the user's own."""
-        return self.config["MODEL.BACKBONE.NAME"].startswith((timm_models.PREFIX, own.PREFIX))
+        return self.config["MODEL.BACKBONE.NAME"].startswith(OTHER_BACKBONES)
 
     @property
     def form(self) -> str:
