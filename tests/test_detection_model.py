@@ -117,6 +117,14 @@ def test_frozen_stages_build_no_graph_and_do_not_move(norm: str, freeze_at: int)
     assert model.backbone.fpn_lateral2.weight.grad is not None
 
 
+@pytest.mark.parametrize(("design", "names"), [(cases.FPN, ["res2", "res3", "res4", "res5"]), (cases.C4, ["res4"])])
+def test_a_trunk_gives_what_is_asked_for_and_nothing_else(design: dict[str, Any], names: list[str]) -> None:
+    """What it gives is kept until the heads are done, and is what a feature cache writes."""
+    backbone = small(design).backbone
+    trunk = getattr(backbone, "bottom_up", backbone)
+    assert list(trunk(torch.zeros(1, 3, 64, 64))) == names
+
+
 def test_c4_freezes_the_trunk_and_trains_its_last_stage() -> None:
     model = small(cases.C4, {"MODEL.BACKBONE.FREEZE_AT": 5})
     assert not any(saved_by(model, "backbone").values())

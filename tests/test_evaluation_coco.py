@@ -357,6 +357,10 @@ def first(**changes: Any) -> dict[str, Any]:
         (json.dumps(first(id=2**54)), f"annotation id out of range, the first annotation id {2**54}"),
         (json.dumps(first(bbox=[1, 2])), r"bbox is not four numbers, the first \(id 1\)"),
         (json.dumps(first(segmentation=[[1, 1, 9, 1, 9, 1e9]])), "mask of annotation 1 has a point more than 100,000"),
+        (
+            json.dumps(first(segmentation=[[1, 1, 9, 1, 9, 150_000]])),
+            "mask of annotation 1 has a point more than 100,000",
+        ),
         (json.dumps(first(segmentation=[[1, 1, 99_999, 2] * 9000 + [1]])), "mask of annotation 1 has an outline"),
         (json.dumps(first(segmentation=[])), "annotation 1 has no segmentation.*boxes only"),
         (json.dumps(first(segmentation=[[1, 2, 3, 4]])), "annotation 1 has no segmentation"),

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import lvis_cases
 import numpy as np
@@ -24,15 +25,17 @@ from tiny_detection import tiny_cfg, write_tiny
 from loco_det.annotations.registry import find_dataset
 from loco_det.cli import main
 from loco_det.commands.report import training_series
+from loco_det.core.config import flat
 from loco_det.core.errors import UserError
 from loco_det.core.files import write_checked_json
+from loco_det.detection.keys import get_cfg
 from loco_det.evaluation.coco import evaluate_coco
 from loco_det.evaluation.lvis import NUMBERS, evaluate_lvis
 from loco_det.evaluation.voc import evaluate_voc
 from loco_det.report.analysis import experiments, probe_curves
 from loco_det.report.page import KINDS
 from loco_det.report.panels import panels
-from loco_det.report.runs import find_runs
+from loco_det.report.runs import DetectorRun, find_runs
 from loco_det.report.statistics import summarise, t95
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -622,3 +625,17 @@ def test_a_browser_shows_it_on_a_phone_in_light_and_dark_without_errors(page, tm
         assert seen["paper"] == paper
         assert seen["svg"] == seen["ink"], "charts must be readable in both schemes"
         assert seen["charts"] == seen["all"] >= 8
+
+
+def test_backbones_of_timm_are_compared_with_each_other_and_not_with_another_pyramid(tmp_path: Path) -> None:
+    plain = {"MODEL.FPN.IN_FEATURES": [], "MODEL.FPN.NORM": "LN", "MODEL.BACKBONE.FREEZE_AT": 5}
+    stages = {"MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"], "MODEL.BACKBONE.FREEZE_AT": 2}
+
+    def run(name: str, changes: dict[str, Any]) -> DetectorRun:
+        config = {**flat(get_cfg()), "MODEL.BACKBONE.NAME": f"timm:{name}", **changes}
+        return DetectorRun(name, tmp_path, config, [], None)
+
+    small, base, convnext = run("vit_small", plain), run("vit_base", plain), run("convnext", stages)
+    assert small.experiment == base.experiment != convnext.experiment
+    assert "simple pyramid, frozen" in small.title
+    assert "FPN, fine-tuned above stage 2" in convnext.title
