@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,3 +97,22 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETECTRON2_DATASETS", str(root))
         yield root
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with `python` and `loco-det`, which start at once: torch is there already (preloaded.py)."""
+    root = Path(__file__).resolve().parent.parent
+    folder = tmp_path_factory.mktemp("bin")
+    served = [str(root / "tests" / "preloaded.py"), str(folder / "socket")]
+    for name, module in (("python", ""), ("loco-det", "-m loco_det.cli ")):
+        command = folder / name
+        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{served[0]}" "{served[1]}" run {module}"$@"\n')
+        command.chmod(0o755)
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, *served], stdin=subprocess.PIPE, env=environment) as server:
+        while not (folder / "socket").exists():
+            assert server.poll() is None
+            time.sleep(0.05)
+        yield folder
+        server.stdin.close()

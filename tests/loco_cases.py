@@ -25,9 +25,9 @@ UNIT_LISTS = {
 
 
 def build(units: list[list[str]], recompute: str | list[str] | None = None, depth: int = 18, **backbone_options: int):
-    """A ResNet in float64, its stages and units, and a decoder and loss for each unit; always the same weights."""
+    """A narrow ResNet in float64, its stages and units, and a decoder and loss for each; always the same weights."""
     torch.manual_seed(0)
-    backbone = ResNet(depth, stem="cifar", **backbone_options).double()
+    backbone = ResNet(depth, stem="cifar", **{"res2_out_channels": 16, **backbone_options}).double()
     stages, spans = split_backbone(backbone, units, recompute)
     decoders = nn.ModuleList(
         Decoder(channels, residual_blocks(channels, 1, {0}), mlp_layers=2, hidden_dim=16, out_dim=8)

@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -299,13 +299,13 @@ def test_a_real_image_in_the_proof(r18: Path, tmp_path: Path) -> None:
     assert "picture.png (158 x 86)" in account.proof["image"]
 
 
-def run_tool(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "convert_to_d2.py"), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+@pytest.fixture
+def run_tool(commands: Path) -> Callable[..., subprocess.CompletedProcess]:
+    line = [str(commands / "python"), str(ROOT / "tools" / "convert_to_d2.py")]
+    return lambda *arguments: subprocess.run([*line, *map(str, arguments)], capture_output=True, text=True)
 
 
-def test_the_command_prints_account_and_proof(r18: Path, tmp_path: Path) -> None:
+def test_the_command_prints_account_and_proof(run_tool: Callable, r18: Path, tmp_path: Path) -> None:
     done = run_tool(r18, tmp_path / "out.pkl")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -321,7 +321,7 @@ def test_the_command_prints_account_and_proof(r18: Path, tmp_path: Path) -> None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.pkl", "out.yaml"]
 
 
-def test_the_command_says_one_sentence_and_status_2(tmp_path: Path) -> None:
+def test_the_command_says_one_sentence_and_status_2(run_tool: Callable, tmp_path: Path) -> None:
     done = run_tool(tmp_path / "absent.pth", tmp_path / "out.pkl")
     assert done.returncode == 2
     assert done.stdout == ""

@@ -19,7 +19,6 @@ import pytest
 import torch
 from fvcore.common.config import CfgNode
 
-from loco_det.annotations.loader import build_train_loader
 from loco_det.annotations.synthetic import CLASSES, make_shapes_dataset
 from loco_det.core import launch as launch_module
 from loco_det.core import log as log_module
@@ -31,7 +30,6 @@ from loco_det.core.files import write_json
 from loco_det.core.launch import StopSignal, launch, leave_stopping_to_parent
 from loco_det.core.log import log, setup_logging
 from loco_det.core.metrics import RunMetrics
-from loco_det.detection.keys import get_cfg as detection_keys
 from loco_det.images.folders import open_source
 from loco_det.images.two_views import build_two_view_loader
 from pretrain.defaults import get_cfg as pretraining_keys
@@ -90,6 +88,10 @@ def _two_view_batches(root: Path) -> Iterator:
 
 
 def _detection_batches(root: Path) -> Iterator:
+    # Here, for the processes of the jobs below import this file, and these two import torchvision.
+    from loco_det.annotations.loader import build_train_loader
+    from loco_det.detection.keys import get_cfg as detection_keys
+
     settings = ["DATASETS.TRAIN", ("shapes_train",), "DATALOADER.NUM_WORKERS", 1, "SOLVER.IMS_PER_BATCH", 2]
     settings += ["MODEL.ROI_HEADS.NUM_CLASSES", len(CLASSES), "INPUT.MASK_FORMAT", "bitmask"]
     cfg = load_config(detection_keys(), "", [str(text) for text in settings])[0]

@@ -66,7 +66,7 @@ def unit_lists(draw: st.DrawFn) -> tuple[list[tuple[int, int]], list[list[str]]]
 def test_any_units_at_all_equal_blocks_run_one_by_one(lists: tuple, recompute: set[str]) -> None:
     """The oracle knows blocks only: no stages, no plan; it runs each unit from the image up."""
     spans, names = lists
-    backbone, stages, units, decoders, losses = build(names, recompute=sorted(recompute), res2_out_channels=16)
+    backbone, stages, units, decoders, losses = build(names, recompute=sorted(recompute))
     kept = [k for k, stage in enumerate(stages) if stage.recompute]
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     LocalTrainer([s.module for s in stages], units, losses, recompute=kept).step(x)
@@ -74,7 +74,7 @@ def test_any_units_at_all_equal_blocks_run_one_by_one(lists: tuple, recompute: s
     counted = [m.num_batches_tracked.item() for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
     assert set(counted) == {1}
 
-    backbone, _, _, decoders, losses = build(names, res2_out_channels=16)
+    backbone, _, _, decoders, losses = build(names)
     blocks = [backbone.stem, *(block for s in (2, 3, 4, 5) for block in getattr(backbone, f"res{s}"))]
     for (first, last), loss in zip(spans, losses):
         h = x

@@ -28,7 +28,7 @@ def half_works(dtype: torch.dtype) -> bool:
 
 def small(units: list[list[str]], recompute: str | None = None):
     """Stages, units, losses and all modules, in float32."""
-    backbone, stages, spans, decoders, losses = build(units, recompute, res2_out_channels=16)
+    backbone, stages, spans, decoders, losses = build(units, recompute)
     return stages, spans, losses, nn.ModuleList([backbone.float(), decoders.float()])
 
 

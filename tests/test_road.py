@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,9 @@ SMALL_DETECTOR = [
 ]
 
 
-def command(script: str, *args: object, cwd: Path, data: Path) -> str:
-    environment = {**os.environ, "DETECTRON2_DATASETS": str(data), "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, str(ROOT / "tools" / script), *map(str, args)]
+def command(commands: Path, script: str, *args: object, cwd: Path, data: Path) -> str:
+    environment = {**os.environ, "DETECTRON2_DATASETS": str(data)}
+    line = [str(commands / "python"), str(ROOT / "tools" / script), *map(str, args)]
     done = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -39,7 +38,7 @@ def check(folder: Path, results: int) -> None:
     assert (folder / "model_final.pth").is_file()
 
 
-def test_the_road_on_made_up_images(tmp_path: Path) -> None:
+def test_the_road_on_made_up_images(commands: Path, tmp_path: Path) -> None:
     if (datasets_root() / "coco" / "annotations" / "instances_val2017.json").is_file():
         pytest.skip("the test below goes the same road on real images")
     make_shapes_dataset(tmp_path / "datasets", train=8, val=4, size=64, seed=0)
@@ -47,35 +46,44 @@ def test_the_road_on_made_up_images(tmp_path: Path) -> None:
     images = tmp_path / "datasets" / "shapes" / "train"
     small = ["SOLVER.BATCH_SIZE", 4, "SOLVER.MAX_STEPS", 2, "DATA.IMAGE_SIZE", 32, "DATA.NUM_WORKERS", 0]
     options = ["DATA.PATH", images, "OUTPUT_DIR", "pretrained", *small]
-    command("pretrain_net.py", "--config-file", "configs/pretrain/quickstart.yaml", *options, **common)
-    account = command("convert_to_d2.py", "pretrained/backbone.safetensors", "backbone.pkl", **common)
+    command(commands, "pretrain_net.py", "--config-file", "configs/pretrain/quickstart.yaml", *options, **common)
+    account = command(commands, "convert_to_d2.py", "pretrained/backbone.safetensors", "backbone.pkl", **common)
     assert "converted   100" in account
     options = ["MODEL.WEIGHTS", "backbone.pkl", "OUTPUT_DIR", "detector", *SMALL_DETECTOR]
     options += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
-    command("train_net.py", "--config-file", "configs/quickstart.yaml", "--engine", "torchvision", *options, **common)
+    command(
+        commands,
+        "train_net.py",
+        "--config-file",
+        "configs/quickstart.yaml",
+        "--engine",
+        "torchvision",
+        *options,
+        **common,
+    )
     check(tmp_path / "detector", results=1)
 
 
-def test_the_road_on_real_coco(real_coco: Path, tmp_path: Path) -> None:
+def test_the_road_on_real_coco(commands: Path, real_coco: Path, tmp_path: Path) -> None:
     """The user's own three lines, made small by overrides."""
     common = {"cwd": tmp_path, "data": real_coco}
     small = ["SOLVER.BATCH_SIZE", 4, "SOLVER.MAX_STEPS", 1]
     options = ["DATA.PATH", real_coco / "coco" / "train2017", "DATA.IMAGE_SIZE", 64, "DATA.NUM_WORKERS", 0, *small]
-    command("pretrain_net.py", "--config-file", "configs/pretrain/loco_r50.yaml", *options, **common)
+    command(commands, "pretrain_net.py", "--config-file", "configs/pretrain/loco_r50.yaml", *options, **common)
     folder = "output/pretrain/loco_r50"
-    command("convert_to_d2.py", f"{folder}/backbone.safetensors", f"{folder}/backbone_d2.pkl", **common)
+    command(commands, "convert_to_d2.py", f"{folder}/backbone.safetensors", f"{folder}/backbone_d2.pkl", **common)
     sizes = ["INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MAX_SIZE_TRAIN", 128, "INPUT.MIN_SIZE_TEST", 96]
     options = [*SMALL_DETECTOR, *sizes, "INPUT.MAX_SIZE_TEST", 128, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
     options += ["TEST.DETECTIONS_PER_IMAGE", 5]
     engine = ["--engine", "torchvision"]
-    command("train_net.py", "--config-file", "configs/coco_loco_r50.yaml", *engine, *options, **common)
+    command(commands, "train_net.py", "--config-file", "configs/coco_loco_r50.yaml", *engine, *options, **common)
     check(tmp_path / "output" / "coco_loco_r50", results=80)
 
 
 @pytest.mark.parametrize("script", ["pretrain_net.py", "convert_to_d2.py", "train_net.py"])
-def test_bad_input_is_one_sentence_and_status_2(script: str, tmp_path: Path) -> None:
+def test_bad_input_is_one_sentence_and_status_2(script: str, commands: Path, tmp_path: Path) -> None:
     arguments = ["no.pth", "out.pkl"] if script == "convert_to_d2.py" else ["--config-file", "no.yaml"]
-    line = [sys.executable, str(ROOT / "tools" / script), *arguments]
+    line = [str(commands / "python"), str(ROOT / "tools" / script), *arguments]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

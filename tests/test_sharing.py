@@ -119,12 +119,12 @@ def same(got: list[Tensor], want: list[Tensor], rtol: float = 1e-10, atol: float
 @pytest.mark.parametrize("name", UNIT_LISTS)
 def test_upper_equals_units_differentiated_alone(name: str, recompute: str | list[str]) -> None:
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
-    _, stages, units, decoders, losses = build(UNIT_LISTS[name], recompute, res2_out_channels=16)
+    _, stages, units, decoders, losses = build(UNIT_LISTS[name], recompute)
     modules = [stage.module for stage in stages]
     kept = [k for k, stage in enumerate(stages) if stage.recompute]
     UpperTrainer(modules, units, losses, recompute=kept).step(x)
     got = gradients(*modules, *decoders)
-    _, stages, units, decoders, losses = build(UNIT_LISTS[name], recompute, res2_out_channels=16)
+    _, stages, units, decoders, losses = build(UNIT_LISTS[name], recompute)
     modules, spans = [stage.module for stage in stages], [(unit.first, unit.last) for unit in units]
     same(got, upper_alone(modules, spans, list(decoders), losses, x))
 

@@ -67,8 +67,9 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
 
 
-def test_from_images_and_backbone_to_ap(arguments, tmp_path):
-    command = subprocess.run([*TRAIN_NET, *arguments()], capture_output=True, text=True, cwd=tmp_path)
+def test_from_images_and_backbone_to_ap(commands, arguments, tmp_path):
+    line = [str(commands / "python"), TRAIN_NET[1], *arguments()]
+    command = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
     assert command.returncode == 0, command.stderr
     out = tmp_path / "out"
     assert {"config.yaml", "log.txt", "metrics.json", "run.json", "model_final.pth", "last_checkpoint"} <= {

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -95,16 +94,16 @@ PREPARED = {"cityscapes": official_zips, "own_data": made_up_voc}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_tutorial_does_what_it_says(page: Path, tmp_path: Path) -> None:
+def test_a_tutorial_does_what_it_says(page: Path, commands: Path, tmp_path: Path) -> None:
     if page.stem == "own_data" and all((datasets_root() / name).is_dir() for name in ("bccd", "raccoon")):
         pytest.skip("the test below runs this page on the real sets")
-    work = run_page(page, tmp_path, PREPARED.get(page.stem))
+    work = run_page(page, commands, tmp_path, PREPARED.get(page.stem))
     if page.stem == "own_data":
         compare_with_pycocotools(work)
 
 
-def test_real_annotations_go_from_their_owners_folders_to_an_ap(tmp_path: Path) -> None:
-    compare_with_pycocotools(run_page(ROOT / "docs" / "tutorials" / "own_data.md", tmp_path, real_voc))
+def test_real_annotations_go_from_their_owners_folders_to_an_ap(commands: Path, tmp_path: Path) -> None:
+    compare_with_pycocotools(run_page(ROOT / "docs" / "tutorials" / "own_data.md", commands, tmp_path, real_voc))
 
 
 def compare_with_pycocotools(work: Path) -> None:
@@ -125,16 +124,10 @@ def last_metrics(run: Path) -> dict[str, float]:
     return json.loads((run / "metrics.json").read_text().splitlines()[-1])
 
 
-def run_page(page: Path, tmp_path: Path, prepare: Callable[[Path], None] | None) -> Path:
+def run_page(page: Path, commands: Path, tmp_path: Path, prepare: Callable[[Path], None] | None) -> Path:
     """Run a page's lines; the folder that they ran in."""
     blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     assert blocks
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    for name, module in (("python", ""), ("loco-det", "-m loco_det.cli ")):
-        command = commands / name
-        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" {module}"$@"\n')
-        command.chmod(0o755)
     work = tmp_path / "work"
     work.mkdir()
     if prepare is not None:
@@ -142,8 +135,6 @@ def run_page(page: Path, tmp_path: Path, prepare: Callable[[Path], None] | None)
     environment = {
         **{name: value for name, value in os.environ.items() if name != "DETECTRON2_DATASETS"},
         "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
     }
     script = "set -euo pipefail\n" + "".join(blocks)
     done = subprocess.run(
@@ -152,3 +143,23 @@ def run_page(page: Path, tmp_path: Path, prepare: Callable[[Path], None] | None)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert [name for name in MADE[page.stem] if not (work / name).is_file()] == []
     return work
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "out", "err"),
+    [
+        ("python -c 'print(1); raise SystemExit(3)'", 3, "1\n", r"^$"),
+        ("python -c 'import os; print(os.environ[\"FROM\"], os.getcwd()[-4:])'", 0, "here work\n", r"^$"),
+        ("echo 'raise ValueError(2)' | python -", 1, "", r"ValueError: 2\n$"),
+        ("python -c 'import os; os.kill(os.getpid(), 9)'", 137, "", r"^$"),
+        ("loco-det convert absent.pth out.pkl", 2, "", r"^error: .*absent\.pth"),
+    ],
+)
+def test_a_command_ends_as_its_own_process_would(
+    line: str, status: int, out: str, err: str, commands: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "work").mkdir()
+    environment = {**os.environ, "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "FROM": "here"}
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path / "work", env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, out)
+    assert re.search(err, done.stderr)
