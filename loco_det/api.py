@@ -24,9 +24,9 @@ from loco_det.convert import Stated, convert
 from loco_det.convert.conversion import is_described
 from loco_det.convert.sources import Pixels
 from loco_det.convert.timm_models import describe_timm
-from loco_det.core.config import load_config, read_settings
+from loco_det.core.config import read_settings
 from loco_det.core.errors import UserError
-from loco_det.detection.keys import get_cfg
+from loco_det.detection.keys import load_cfg
 from loco_det.detection.train import train_net
 from loco_det.evaluation.probes.backbones import Backbone, load_backbone_for_probe, own_backbone
 
@@ -170,7 +170,7 @@ def evaluate_detection(
         masks: Mask R-CNN instead of Faster R-CNN.
         output: new folder of the run, with checkpoints and detections; None: a temporary one.
         device: "auto", "cpu" or "cuda".
-        settings: further keys of Detectron2's, {"SOLVER.BASE_LR": 0.01, "INPUT.MIN_SIZE_TRAIN": (320,)}.
+        settings: further keys of `train`, {"SOLVER.BASE_LR": 0.01, "INPUT.MIN_SIZE_TRAIN": (320,)}.
 
     Returns:
         {"bbox": {"AP": percent, ...}, "segm": {...}}; prints as a table.
@@ -202,7 +202,7 @@ def evaluate_detection(
         **(settings or {}),
     }
     base = "base_rcnn_vit.yaml" if is_plain else "base_rcnn_fpn.yaml"
-    cfg, _ = load_config(get_cfg(), base, [text for key, value in chosen.items() for text in (key, str(value))])
+    cfg, _ = load_cfg(base, [text for key, value in chosen.items() for text in (key, str(value))])
     found = train_net(cfg, engine="torchvision", fast=True)
     rows = {kind: {name: v for name, v in numbers.items() if "AP-" not in name} for kind, numbers in found.items()}
     return Result(found, rows, folder)

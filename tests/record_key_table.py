@@ -1,4 +1,4 @@
-"""Write the tables of supported keys and of Detectron2's own files into docs/engines.md.
+"""Write the tables of this package's own keys, of supported keys and of Detectron2's own files into docs/engines.md.
 
 After a change of either: python tests/record_key_table.py
 """
@@ -14,11 +14,13 @@ from fvcore.common.config import CfgNode
 
 from loco_det.core.config import flat
 from loco_det.core.errors import UserError
+from loco_det.core.own_keys import OWN_KEYS
 from loco_det.detection.keys import SUPPORTED, check_supported, get_cfg
 
 STOCK = Path(__file__).parent / "golden" / "stock_configs.json"
 PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
 BEGIN, END = "<!-- keys: tests/record_key_table.py -->", "<!-- /keys -->"
+OWN_BEGIN, OWN_END = "<!-- own keys: tests/record_key_table.py -->", "<!-- /own keys -->"
 
 
 def table() -> str:
@@ -31,6 +33,12 @@ def table() -> str:
             rows.append(f"| `{key}` | `{default!r}` | {taken} |")
     rest = ", ".join(f"`{key}`" for key in sorted(flat(get_cfg())) if key not in SUPPORTED)
     return "\n".join([*rows, "", f"Every other key must keep its default: {rest}.", "", *stock_rows()])
+
+
+def own_table() -> str:
+    """One row for each key beside Detectron2's."""
+    rows = [f"| `{key}` | `{default!r}` | {meaning} |" for key, (default, meaning) in OWN_KEYS.items()]
+    return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows])
 
 
 def stock_rows() -> list[str]:
@@ -59,9 +67,11 @@ def refusal(cfg: CfgNode) -> str | None:
 
 
 def with_table(page: str) -> str:
-    """The page with the table between its two marks replaced."""
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
+    """The page with the tables between their marks replaced."""
+    for begin, end, text in ((OWN_BEGIN, OWN_END, own_table()), (BEGIN, END, table())):
+        before, _, rest = page.partition(begin)
+        page = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+    return page
 
 
 if __name__ == "__main__":

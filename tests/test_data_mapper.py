@@ -19,9 +19,16 @@ from loco_det.annotations.coco import CocoDataset, decode_segmentation, load_coc
 from loco_det.annotations.mapper import DetectionMapper, sample_rng
 from loco_det.annotations.masks import rasterize
 from loco_det.annotations.registry import Dataset, find_dataset
-from loco_det.annotations.transforms import Crop, Flip, draw_transforms, resize_short_side
+from loco_det.annotations.transforms import (
+    Crop,
+    Flip,
+    ScaleJitter,
+    draw_scale_jitter,
+    draw_transforms,
+    resize_short_side,
+)
 from loco_det.core.errors import UserError
-from loco_det.detection.keys import get_cfg
+from loco_det.detection.keys import get_cfg, load_cfg
 
 
 def config(*overrides) -> CfgNode:
@@ -330,6 +337,121 @@ def test_a_sample_is_what_its_draws_make_of_the_image_its_boxes_and_its_masks(tm
     assert flips == ({False} if cfg.INPUT.RANDOM_FLIP == "none" else {False, True})
 
 
+JITTER = {
+    "vitdet": [],
+    "padded": ["INPUT.SCALE_JITTER_PAD", "True"],
+    "enlarged": ["INPUT.SCALE_JITTER", "(1.5, 3.0)", "INPUT.FORMAT", "RGB"],
+    "boxes": ["MODEL.MASK_ON", "False", "INPUT.SCALE_JITTER_PAD", "True", "INPUT.RANDOM_FLIP", "vertical"],
+    "never mirrored": ["INPUT.RANDOM_FLIP", "none", "INPUT.SCALE_JITTER_SIZE", "33"],
+}
+
+
+def jittered(setting: str) -> CfgNode:
+    """Scales as far apart as ViTDet's, in a square of some pixels."""
+    common = ["MODEL.MASK_ON", "True", "INPUT.MASK_FORMAT", "bitmask"]
+    return load_cfg(
+        "", [*common, "INPUT.SCALE_JITTER", "(0.1, 2.0)", "INPUT.SCALE_JITTER_SIZE", "61", *JITTER[setting]]
+    )[0]
+
+
+@pytest.mark.parametrize("setting", JITTER)
+def test_scale_jitter_is_a_flip_a_resize_and_a_window(tmp_path, setting):
+    """Pixels by PIL, sizes in fractions, and what lies beyond the image in the square is grey and no object's."""
+    cfg = jittered(setting)
+    side, flip = cfg.INPUT.get("SCALE_JITTER_SIZE", 1024), cfg.INPUT.RANDOM_FLIP
+    dataset, mapper, seen = make_dataset(tmp_path, rle=True), DetectionMapper(cfg, train=True), set()
+    for i, position in itertools.product(range(3), range(12)):
+        record, found, rng = dataset[i], mapper(dataset[i], sample_rng(i, position)), sample_rng(i, position)
+        flipped = flip != "none" and rng.uniform() < 0.5
+        scale = Fraction(rng.uniform(*cfg.INPUT.SCALE_JITTER)) * Fraction(side, max(record.height, record.width))
+        height, width = (round(length * scale) for length in (record.height, record.width))
+        share = Fraction(rng.uniform())
+        y, x = (round(max(length - side, 0) * share) for length in (height, width))
+        square = bool(cfg.INPUT.get("SCALE_JITTER_PAD"))
+        size = (side, side) if square else (min(height, side), min(width, side))
+        seen.add((flipped, height > side or width > side))
+
+        def pixels(
+            whole,
+            filter,
+            beyond,
+            axis=int(flip != "vertical"),
+            flipped=flipped,
+            new=(width, height),
+            at=(y, x),
+            size=size,
+        ):
+            whole = np.flip(whole, axis) if flipped else whole
+            resized = np.asarray(Image.fromarray(whole).resize(new, filter))
+            part = resized[at[0] : at[0] + side, at[1] : at[1] + side]
+            full = np.full((*size, *part.shape[2:]), beyond, np.uint8)
+            full[: part.shape[0], : part.shape[1]] = part
+            return full
+
+        image = pixels(np.asarray(Image.open(record.file_name)), Image.Resampling.BILINEAR, 128)
+        image = image if cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1]
+        np.testing.assert_array_equal(found["image"].numpy(), image.transpose(2, 0, 1))
+        boxes, classes, masks = [], [], []
+        for k in range(3):
+            mask = pixels(coco_mask.decode(decode_segmentation(record, k)), Image.Resampling.NEAREST, 0).astype(bool)
+            ax, ay, bx, by = record.boxes[k].astype(np.float64)
+            if flipped and flip == "vertical":
+                ay, by = record.height - by, record.height - ay
+            elif flipped:
+                ax, bx = record.width - bx, record.width - ax
+            across, down = width / record.width, height / record.height
+            corners = np.array([ax * across - x, ay * down - y, bx * across - x, by * down - y])
+            box = corners.clip(0, [size[1], size[0]] * 2)
+            if cfg.MODEL.MASK_ON:
+                if not mask.any():
+                    continue
+                rows, columns = np.nonzero(mask)
+                box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            if box[2] - box[0] > 1e-5 and box[3] - box[1] > 1e-5:
+                boxes.append(box)
+                classes.append(record.classes[k])
+                masks.append(mask)
+        assert found["instances"].image_size == size
+        assert found["instances"].classes.tolist() == classes
+        np.testing.assert_allclose(found["instances"].boxes, np.reshape(boxes, (-1, 4)), rtol=1e-5, atol=1e-4)
+        if cfg.MODEL.MASK_ON:
+            np.testing.assert_array_equal(found["instances"].masks.tensor, np.reshape(masks, (-1, *size)))
+    assert len(seen) == {"enlarged": 2, "never mirrored": 2}.get(setting, 4)
+
+
+def test_jittered_polygons_stay_in_the_window_and_keep_their_shape(tmp_path):
+    """Boxes are those of the polygons' parts inside the square."""
+    overrides = ["MODEL.MASK_ON", "True", "INPUT.SCALE_JITTER", "(0.8, 2.0)", "INPUT.SCALE_JITTER_SIZE", "61"]
+    mapper = DetectionMapper(load_cfg("", [*overrides, "INPUT.SCALE_JITTER_PAD", "True"])[0], train=True)
+    dataset, compared = make_dataset(tmp_path), 0
+    for i, position in itertools.product(range(3), range(6)):
+        found = mapper(dataset[i], sample_rng(i, position))["instances"]
+        for box, instance in zip(found.boxes.numpy(), found.masks.polygons, strict=True):
+            points = np.concatenate(instance).reshape(-1, 2)
+            np.testing.assert_allclose(box, [*points.min(0), *points.max(0)], rtol=1e-5, atol=1e-5)
+            assert (points >= 0).all()
+            assert (points <= 61).all()
+            compared += 1
+    assert compared > 20
+
+
+def test_padding_of_pixel_labels_is_ignored():
+    rng, labels = np.random.RandomState(0), np.ones((20, 30), np.uint8)
+    for transform in draw_scale_jitter(ScaleJitter(0.5, 0.5, 32, True), "none", 20, 30, rng):
+        labels = transform.labels(labels)
+    expected = np.full((32, 32), 255, np.uint8)
+    expected[:11, :16] = 1  # 20 x 30 in 32 x 32 is 21.33 x 32, and half of it 10.67 x 16
+    np.testing.assert_array_equal(labels, expected)
+
+
+def test_jitter_leaves_a_pixel_of_the_thinnest_image():
+    for seed, (h, w) in enumerate([(1, 3000), (3000, 1), (1, 1)]):
+        image = np.zeros((h, w, 3), np.uint8)
+        for transform in draw_scale_jitter(ScaleJitter(0.1, 2.0, 64, False), "none", h, w, np.random.RandomState(seed)):
+            image = transform.image(image)
+        assert min(image.shape) > 0
+
+
 def test_objects_beside_the_window_are_left_out(tmp_path):
     """A box that the window's border flattens in one direction has a side still."""
     crop = ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE", [20, 20]]
@@ -409,10 +531,13 @@ def assert_equal_to_detectron2(dataset: CocoDataset, cfg: CfgNode, name: str, tr
     from detectron2.data import DatasetMapper
     from detectron2.data.datasets import load_coco_json
 
+    from loco_det.detection import engine_d2
+
     their_cfg = their_get_cfg()
     their_cfg.INPUT.update(cfg.INPUT)
     their_cfg.MODEL.MASK_ON = cfg.MODEL.MASK_ON
-    theirs, ours = DatasetMapper(their_cfg, is_train=train), DetectionMapper(cfg, train)
+    theirs = DatasetMapper(their_cfg, is_train=train, **(engine_d2._scale_jitter(cfg) if train else {}))
+    ours = DetectionMapper(cfg, train)
     records = load_coco_json(str(dataset.paths.annotations), str(dataset.paths.images), name)
     for i, their_record in enumerate(records):
         for position in range(draws):
@@ -449,6 +574,30 @@ def test_equal_to_detectron2(tmp_path, setting):
     if rle:
         cfg.INPUT.MASK_FORMAT = "bitmask"
     assert_equal_to_detectron2(make_dataset(tmp_path, rle), cfg, f"made_{setting}", train=True)
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("setting", [name for name in JITTER if name != "padded"])
+def test_scale_jitter_equals_detectron2s(tmp_path, setting):
+    """Masks as RLEs, which are cut exactly."""
+    assert_equal_to_detectron2(make_dataset(tmp_path, True), jittered(setting), f"made_lsj_{setting}", train=True)
+
+
+@pytest.mark.detectron2
+def test_padded_polygons_equal_detectron2s(tmp_path):
+    """Polygons, drawn after scales at which nothing is cut; shapely lets them start at another corner."""
+    pytest.importorskip("shapely")
+    cfg = load_cfg("", ["MODEL.MASK_ON", "True", "INPUT.MASK_FORMAT", "bitmask", "INPUT.SCALE_JITTER", "(0.3, 1.0)",
+                        "INPUT.SCALE_JITTER_SIZE", "61", "INPUT.SCALE_JITTER_PAD", "True"])[0]  # fmt: skip
+    assert_equal_to_detectron2(make_dataset(tmp_path), cfg, "made_lsj_polygon", train=True)
+
+
+@pytest.mark.detectron2
+def test_detectron2_adds_the_padding_to_masks_and_we_do_not(tmp_path):
+    """The one difference: an RLE's padding is 255 there, which counts as the object."""
+    pytest.importorskip("detectron2")
+    with pytest.raises(AssertionError):
+        assert_equal_to_detectron2(make_dataset(tmp_path, True), jittered("padded"), "made_lsj_padded", train=True)
 
 
 @pytest.mark.detectron2

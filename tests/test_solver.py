@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.detection import solver
-from loco_det.detection.keys import get_cfg
+from loco_det.detection.keys import load_cfg
 
 SCHEDULES = {
     "multi-step": ["SOLVER.MAX_ITER", "60", "SOLVER.STEPS", "(30, 45)", "SOLVER.WARMUP_ITERS", "10"],
@@ -40,8 +39,38 @@ class Net(nn.Module):
         self.frozen.requires_grad_(False)
 
 
+class Layers(nn.Module):
+    """Parts by name."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+class Transformer(Layers):
+    """A plain transformer's parameters, as timm and Detectron2 name them."""
+
+    def __init__(self, depth: int) -> None:
+        blocks = [Layers(norm1=nn.LayerNorm(4), fc=nn.Linear(4, 4)) for _ in range(depth)]
+        super().__init__(
+            patch_embed=Layers(proj=nn.Conv2d(3, 4, 2)), blocks=nn.Sequential(*blocks), norm=nn.LayerNorm(4)
+        )
+        self.pos_embed = nn.Parameter(torch.zeros(1, 9, 4))
+
+
+def vit_detector(depth: int = 3) -> nn.Module:
+    net = Layers(model=Transformer(depth))
+    net.model.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
+    return Layers(backbone=Layers(net=net, simfp_2=nn.Conv2d(4, 4, 1)), roi_heads=nn.Linear(4, 4))
+
+
+VITDET = ["SOLVER.OPTIMIZER", "AdamW", "SOLVER.LAYER_DECAY", "0.7", "SOLVER.BASE_LR", "0.1",
+          "SOLVER.WEIGHT_DECAY", "0.2", "SOLVER.WEIGHT_DECAY_POSITIONS", "0.0"]  # fmt: skip
+
+
 def config(*overrides: str):
-    return load_config(get_cfg(), "", list(overrides))[0]
+    return load_cfg("", list(overrides))[0]
 
 
 def rates(cfg, count: int | None = None) -> list[float]:
@@ -132,6 +161,58 @@ def test_each_parameter_gets_the_hyperparameters_of_its_kind():
         assert (group["lr"], group["weight_decay"]) == (1.0 if bias else 0.5, decay), name
         assert group["nesterov"]
         assert group["momentum"] == 0.9
+
+
+def test_every_block_of_a_transformer_learns_slower_than_the_one_above():
+    net = vit_detector(depth=3)
+    optimizer = solver.build_optimizer(config(*VITDET), net)
+    assert type(optimizer) is torch.optim.AdamW
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    powers = {"blocks.0": 3, "blocks.1": 2, "blocks.2": 1, "patch_embed": 4, "pos_embed": 4, "cls_token": 4}
+    for name, parameter in net.named_parameters():
+        power = next((n for part, n in powers.items() if part in name), 0)
+        decay = 0.0 if "norm" in name or name.endswith("pos_embed") else 0.2
+        group = group_of[id(parameter)]
+        assert group["lr"] == pytest.approx(0.1 * 0.7**power, rel=1e-12), name
+        assert (group["weight_decay"], group["betas"]) == (decay, (0.9, 0.999)), name
+
+
+def test_the_blocks_count_from_the_top_whatever_is_frozen():
+    net = vit_detector(depth=4)
+    for part in (net.backbone.net.model.patch_embed, net.backbone.net.model.blocks[0]):
+        part.requires_grad_(False)
+    optimizer = solver.build_optimizer(config(*VITDET), net)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates[id(net.backbone.net.model.blocks[1].fc.weight)] == pytest.approx(0.1 * 0.7**3)
+    assert id(net.backbone.net.model.blocks[0].fc.weight) not in rates
+
+
+def test_a_decay_by_layers_needs_a_plain_transformer():
+    with pytest.raises(UserError, match=r"SOLVER\.LAYER_DECAY is 0\.7, which is for plain transformers"):
+        solver.build_optimizer(config(*VITDET), Net())
+    swin = Layers(
+        backbone=Layers(bottom_up=Layers(model=Layers(layers_0=Layers(blocks=nn.Sequential(nn.Linear(2, 2))))))
+    )
+    with pytest.raises(UserError, match="this backbone is none; set it to"):
+        solver.build_optimizer(config(*VITDET), swin)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_adamw_does_what_its_equations_say(fast: bool):
+    betas = ["SOLVER.OPTIMIZER", "AdamW", "SOLVER.BETAS", "(0.8, 0.95)"]
+    cfg = config("SOLVER.BASE_LR", "0.1", "SOLVER.WEIGHT_DECAY", "0.01", *betas)
+    net = nn.Linear(3, 1, bias=False).double()
+    net.fast = fast
+    optimizer = solver.build_optimizer(cfg, net)
+    w = net.weight.detach().clone()
+    mean, square = torch.zeros_like(w), torch.zeros_like(w)
+    for step in range(1, 5):
+        x = torch.full((1, 3), float(step), dtype=torch.float64)
+        solver.optimizer_step(cfg, net(x).sum(), optimizer, solver.grad_scaler(cfg, torch.device("cpu")))
+        mean, square = 0.8 * mean + 0.2 * x, 0.95 * square + 0.05 * x**2
+        w = w * (1 - 0.1 * 0.01)
+        w = w - 0.1 * (mean / (1 - 0.8**step)) / ((square / (1 - 0.95**step)).sqrt() + 1e-8)
+    assert torch.allclose(net.weight, w, rtol=1e-12)
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -280,3 +361,31 @@ def test_twenty_steps_are_detectron2s(clip):
         other.step()
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("frozen", [False, True])
+def test_vitdets_optimiser_is_detectron2s_parameter_by_parameter(frozen: bool):
+    """Names of Detectron2's ViT and of ours; one group for each rate and decay, in the same order."""
+    build = pytest.importorskip("detectron2.solver.build")
+    from functools import partial
+
+    from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
+
+    theirs = Layers(backbone=Layers(net=Transformer(5), simfp_2=nn.Conv2d(4, 4, 1)), roi_heads=nn.Linear(4, 4))
+    ours = Layers(backbone=Layers(net=Layers(model=theirs.backbone.net), simfp_2=theirs.backbone.simfp_2),
+                  roi_heads=theirs.roi_heads)  # fmt: skip
+    theirs.backbone.net.blocks[:2].requires_grad_(not frozen)
+    expected = build.get_default_optimizer_params(
+        theirs,
+        base_lr=0.1,
+        weight_decay_norm=0.0,
+        lr_factor_func=partial(get_vit_lr_decay_rate, num_layers=5, lr_decay_rate=0.7),
+        overrides={"pos_embed": {"weight_decay": 0.0}},
+    )
+    for model in (theirs, ours):
+        found = solver.build_optimizer(config(*VITDET), model).param_groups
+        assert len(found) == len(expected)
+        for group, other in zip(found, expected):
+            assert [id(p) for p in group["params"]] == [id(p) for p in other["params"]]
+            assert (group["lr"], group["weight_decay"]) == (other["lr"], other.get("weight_decay", 0.2))

@@ -1,8 +1,9 @@
 """Maps an annotated image on disk to the detector's training input.
 
 Equals Detectron2's default mapper (data/dataset_mapper.py) for the same random draws, bit for bit: image, boxes,
-classes and masks. One difference is intended: coordinates written as whole numbers in JSON are scaled like any others,
-while Detectron2 truncates their decimals.
+classes and masks. Two differences are intended: coordinates written as whole numbers in JSON are scaled like any
+others, while Detectron2 truncates their decimals; and the padding of large-scale jitter belongs to no object, while
+Detectron2 adds it to every mask that is written as an RLE.
 
 Shape legend: H x W the image after the transforms, N its annotated objects.
 """
@@ -19,8 +20,16 @@ from pycocotools import mask as coco_mask
 from loco_det.annotations.coco import Record, decode_segmentation, size_problem
 from loco_det.annotations.instances import Instances
 from loco_det.annotations.masks import BitMasks, PolygonMasks, rasterize
-from loco_det.annotations.transforms import Transform, check_input, draw_transforms, resize_short_side
+from loco_det.annotations.transforms import (
+    ScaleJitter,
+    Transform,
+    check_input,
+    draw_scale_jitter,
+    draw_transforms,
+    resize_short_side,
+)
 from loco_det.core.errors import UserError
+from loco_det.core.own_keys import own_value
 from loco_det.images.decode import read_image
 
 # Pixels; objects with a box no wider or higher than this after the transforms are dropped.
@@ -57,6 +66,9 @@ class DetectionMapper:
         self.with_masks = bool(cfg.MODEL.MASK_ON)
         self.semantic = cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor"
         self.train = train
+        scales = own_value(cfg, "INPUT.SCALE_JITTER")
+        square = own_value(cfg, "INPUT.SCALE_JITTER_SIZE"), own_value(cfg, "INPUT.SCALE_JITTER_PAD")
+        self.jitter = ScaleJitter(*scales, *square) if scales else None
         limits = cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN, cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST
         self.most_proposals = limits[0 if train else 1]
 
@@ -111,6 +123,8 @@ class DetectionMapper:
         return sample
 
     def _transforms(self, record: Record, rng: np.random.RandomState | None) -> list[Transform]:
+        if self.train and self.jitter:
+            return draw_scale_jitter(self.jitter, self.input.RANDOM_FLIP, record.height, record.width, rng)
         if self.train:
             return draw_transforms(self.input, record.height, record.width, rng)
         if self.input.MIN_SIZE_TEST == 0:
@@ -121,7 +135,7 @@ class DetectionMapper:
     def _labels(self, record: Record, transforms: list[Transform]) -> torch.Tensor:
         labels = record.labels.read(record.file_name, (record.height, record.width))
         for transform in transforms:
-            labels = transform.mask(labels)
+            labels = transform.labels(labels)
         return torch.from_numpy(labels.astype(np.int64))
 
     def _instances(
@@ -139,7 +153,7 @@ class DetectionMapper:
         if self.with_masks:
             instances.masks = self._masks(record, rows, transforms, size, empty)
             keep = instances.masks.nonempty()
-            if self.input.CROP.ENABLED:
+            if self.input.CROP.ENABLED or self.jitter:
                 # A clipped box of a clipped object is not tight: a triangle's tip may lie outside the window.
                 instances.boxes = instances.masks.bounding_boxes()
         sides = instances.boxes[:, 2:] - instances.boxes[:, :2]

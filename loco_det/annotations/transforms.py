@@ -1,10 +1,11 @@
-"""The geometric transforms of detection training: crop, resize by the short side, flip.
+"""The geometric transforms of detection training: crop, resize, flip, and large-scale jitter.
 
-Each is a small tuple that transforms an image, a bitmap mask, points and polygons consistently; `draw_transforms` draws
-them. Arithmetic, random draws and their order are Detectron2's (data/transforms/).
+Each is a small tuple that transforms an image, a bitmap mask, pixel labels, points and polygons consistently;
+`draw_transforms` and `draw_scale_jitter` draw them. Arithmetic, random draws and their order are Detectron2's
+(data/transforms/), and for jitter those of ViTDet (projects/ViTDet/configs/common/coco_loader_lsj.py).
 
-Shape legend: image (H, W, 3) uint8, mask (H, W) uint8, points (P, 2) float64 or float32 x, y in pixels, polygon a flat
-float64 array x0, y0, x1, y1, ...
+Shape legend: image (H, W, 3) uint8, mask and labels (H, W) uint8, points (P, 2) float64 or float32 x, y in pixels,
+polygon a flat float64 array x0, y0, x1, y1, ...
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from loco_det.annotations.pixels import IGNORED
 from loco_det.core.errors import UserError
+
+PADDING = 128  # value of padded pixels, Detectron2's
 
 
 class Crop(NamedTuple):
-    """The window of width w and height h whose first pixel is (x, y)."""
+    """The window of width w and height h whose first pixel is (x, y); what is beyond the image is left out."""
 
     x: int
     y: int
@@ -28,7 +32,7 @@ class Crop(NamedTuple):
     def image(self, image: np.ndarray) -> np.ndarray:
         return image[self.y : self.y + self.h, self.x : self.x + self.w]
 
-    mask = image
+    mask = labels = image
 
     def points(self, points: np.ndarray) -> np.ndarray:
         return points - np.array((self.x, self.y), points.dtype)
@@ -55,6 +59,8 @@ class Resize(NamedTuple):
     def mask(self, mask: np.ndarray) -> np.ndarray:
         return self._pil(mask, Image.Resampling.NEAREST)
 
+    labels = mask
+
     def _pil(self, image: np.ndarray, filter: Image.Resampling) -> np.ndarray:
         return np.asarray(Image.fromarray(image).resize((self.new_width, self.new_height), filter))
 
@@ -75,7 +81,7 @@ class Flip(NamedTuple):
     def image(self, image: np.ndarray) -> np.ndarray:
         return np.flip(image, self.axis)
 
-    mask = image
+    mask = labels = image
 
     def points(self, points: np.ndarray) -> np.ndarray:
         points = points.copy()
@@ -86,7 +92,45 @@ class Flip(NamedTuple):
         return _move(self, polygons)
 
 
-Transform = Crop | Resize | Flip
+class Pad(NamedTuple):
+    """Adds rows below and columns on the right: grey to images, nothing to masks, `IGNORED` to labels."""
+
+    rows: int
+    columns: int
+
+    def image(self, image: np.ndarray) -> np.ndarray:
+        return self._padded(image, PADDING)
+
+    def mask(self, mask: np.ndarray) -> np.ndarray:
+        return self._padded(mask, 0)
+
+    def labels(self, labels: np.ndarray) -> np.ndarray:
+        return self._padded(labels, IGNORED)
+
+    def _padded(self, image: np.ndarray, value: int) -> np.ndarray:
+        widths = [(0, self.rows), (0, self.columns), (0, 0)]
+        return np.pad(image, widths[: image.ndim], constant_values=value)
+
+    def points(self, points: np.ndarray) -> np.ndarray:
+        return points
+
+    def polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
+        return polygons
+
+
+Transform = Crop | Resize | Flip | Pad
+
+
+class ScaleJitter(NamedTuple):
+    """Large-scale jitter: resize by a random scale, then crop to a square of `size` pixels, or with `pad` pad to it.
+
+    At scale 1 the image just fits into the square.
+    """
+
+    least: float
+    most: float
+    size: int
+    pad: bool
 
 
 def draw_transforms(cfg: Any, height: int, width: int, rng: np.random.RandomState) -> list[Transform]:
@@ -108,10 +152,34 @@ def draw_transforms(cfg: Any, height: int, width: int, rng: np.random.RandomStat
     if short:
         chosen.append(resize_short_side(height, width, int(short), cfg.MAX_SIZE_TRAIN))
         height, width = chosen[-1].new_height, chosen[-1].new_width
-    if cfg.RANDOM_FLIP != "none" and rng.uniform() < 0.5:
-        horizontal = cfg.RANDOM_FLIP == "horizontal"
-        chosen.append(Flip(1, width) if horizontal else Flip(0, height))
+    return chosen + _draw_flip(cfg.RANDOM_FLIP, height, width, rng)
+
+
+def draw_scale_jitter(
+    jitter: ScaleJitter, flip: str, height: int, width: int, rng: np.random.RandomState
+) -> list[Transform]:
+    """Draw the transforms of a training image of height x width pixels, in order: flip, resize, crop, pad.
+
+    Args:
+        flip: INPUT.RANDOM_FLIP.
+    """
+    chosen: list[Transform] = _draw_flip(flip, height, width, rng)
+    side = jitter.size * rng.uniform(jitter.least, jitter.most)
+    scale = min(side / height, side / width)
+    resized = max(1, round(height * scale)), max(1, round(width * scale))
+    share = rng.uniform()  # one for both axes
+    y, x = (round(max(length - jitter.size, 0) * share) for length in resized)
+    chosen += [Resize(height, width, *resized), Crop(x, y, jitter.size, jitter.size)]
+    missing = [max(jitter.size - length, 0) for length in resized]
+    if jitter.pad and any(missing):
+        chosen.append(Pad(*missing))
     return chosen
+
+
+def _draw_flip(kind: str, height: int, width: int, rng: np.random.RandomState) -> list[Transform]:
+    if kind == "none" or rng.uniform() >= 0.5:
+        return []
+    return [Flip(1, width) if kind == "horizontal" else Flip(0, height)]
 
 
 def resize_short_side(height: int, width: int, short: int, longest: int) -> Resize:

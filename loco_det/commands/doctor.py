@@ -102,12 +102,11 @@ def examine_config(config: str, overrides: list[str], weights: str | None = None
         from loco_det.annotations.classes import check_training_classes, missing_classes
         from loco_det.annotations.loader import check_kind
         from loco_det.annotations.registry import find_dataset
-        from loco_det.core.config import load_config
         from loco_det.detection import train
-        from loco_det.detection.keys import get_cfg
+        from loco_det.detection.keys import load_cfg
     except Exception as error:
         return [_broken("config", error)]
-    cfg, settings = load_config(get_cfg(), config, overrides)
+    cfg, settings = load_cfg(config, overrides)
 
     def engine() -> Check:
         chosen = train.choose_engine("auto")

@@ -31,14 +31,13 @@ from loco_det.annotations.pixels import CLASSES, LABEL_IDS, is_semantic
 from loco_det.annotations.registry import find_dataset
 from loco_det.annotations.transforms import resize_short_side
 from loco_det.core import config
-from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, read_regular, write_json
 from loco_det.core.log import Progress, log, setup_logging
 from loco_det.core.outputs import PREDICTED, check_places, check_written, record_places
 from loco_det.detection.cpu_speed import speed_up
 from loco_det.detection.engine import Engine
-from loco_det.detection.keys import get_cfg
+from loco_det.detection.keys import load_cfg
 from loco_det.detection.train import choose_engine, detector_device, log_engine
 from loco_det.detection.weights import load_weights
 from loco_det.evaluation.coco import instances_to_coco
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--batch-size is {args.batch_size}; give at least 1.")
     overrides = ["MODEL.WEIGHTS", args.weights, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(threshold)]
     overrides = [*args.opts, *overrides]
-    cfg, settings = load_config(get_cfg(), args.config_file, overrides)
+    cfg, settings = load_cfg(args.config_file, overrides)
     engine = choose_engine("torchvision" if args.export_onnx and args.engine == "auto" else args.engine)
     log_engine(engine)
     if engine.name == "torchvision":  # Detectron2 also predicts with configurations that training here refuses

@@ -19,11 +19,10 @@ from loco_det.annotations.registry import find_dataset
 from loco_det.annotations.synthetic import make_shapes_dataset
 from loco_det.commands.pretrain import pretrain_file
 from loco_det.convert import convert
-from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.core.files import write_json
 from loco_det.core.log import is_quiet, log, setup_logging
-from loco_det.detection.keys import get_cfg
+from loco_det.detection.keys import load_cfg
 from loco_det.detection.train import train_net
 from loco_det.report.plots import draw_detections, plot_losses
 
@@ -107,7 +106,7 @@ def _evaluate(method: str, out: Path, seed: int) -> dict[str, Any]:
     setup_logging(folder / "detector")
     settings = {"MODEL.WEIGHTS": weights, "SEED": seed, "OUTPUT_DIR": folder / "detector"}
     overrides = [str(part) for pair in settings.items() for part in pair]
-    cfg, _ = load_config(get_cfg(), "configs/quickstart.yaml", overrides)
+    cfg, _ = load_cfg("configs/quickstart.yaml", overrides)
     return train_net(cfg, engine="torchvision")
 
 

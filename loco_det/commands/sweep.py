@@ -30,13 +30,12 @@ from rich.table import Table
 
 from loco_det.convert import convert
 from loco_det.core import config
-from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.core.files import file_sha256, read_checked_json, read_regular, write_checked_json, write_json
 from loco_det.core.log import Progress, log, setup_logging
 from loco_det.core.metrics import check_wandb
 from loco_det.detection.feature_cache import check_cacheable
-from loco_det.detection.keys import get_cfg
+from loco_det.detection.keys import load_cfg
 from loco_det.detection.train import choose_engine
 
 LAUNCHERS = ("local", "torchrun", "submitit")
@@ -132,7 +131,7 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
     taken = {"MODEL.WEIGHTS", "SEED", "OUTPUT_DIR"} & set(args.set[::2])
     if taken:
         raise UserError(f"--set {min(taken)}: the sweep sets it itself; leave it out")
-    cfg, settings = load_config(get_cfg(), args.config_file, args.set)
+    cfg, settings = load_cfg(args.config_file, args.set)
     engine = choose_engine(args.engine)
     engine.check(cfg, settings)  # an error here would fail every cell
     if args.feature_cache:

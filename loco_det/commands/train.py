@@ -10,12 +10,11 @@ from fvcore.common.config import CfgNode
 
 from loco_det.annotations.subsets import part_name
 from loco_det.core import config
-from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
 from loco_det.core.launch import launch
 from loco_det.core.log import setup_logging
 from loco_det.core.metrics import check_wandb
-from loco_det.detection.keys import get_cfg
+from loco_det.detection.keys import load_cfg
 from loco_det.evaluation.cityscapes import OFFICIAL
 from loco_det.evaluation.coco import EVALUATORS
 
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     from loco_det.detection.train import choose_engine
 
     check_wandb(args.wandb)
-    cfg, settings = load_config(get_cfg(), args.config_file, args.opts)
+    cfg, settings = load_cfg(args.config_file, args.opts)
     if args.fraction is not None or args.few_shot is not None:
         cfg = _with_part_of_training_set(cfg, args.fraction, args.few_shot)
     if args.num_gpus < 1:

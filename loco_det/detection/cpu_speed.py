@@ -36,8 +36,8 @@ def is_fast(model: nn.Module) -> bool:
     return getattr(model, "fast", False)
 
 
-def bump_versions(optimizer: torch.optim.SGD, *_: object) -> None:
-    """Fused SGD does not bump tensor versions, by which cached weights are invalidated."""
+def bump_versions(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """A fused optimiser does not bump tensor versions, by which cached weights are invalidated."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             torch.autograd.graph.increment_version(parameter)

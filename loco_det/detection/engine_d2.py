@@ -23,9 +23,10 @@ from loco_det.backbones.own import OTHER_BACKBONES
 from loco_det.core.config import Settings
 from loco_det.core.errors import UserError
 from loco_det.core.launch import leave_stopping_to_parent
+from loco_det.core.own_keys import own_value
 from loco_det.detection.engine import Batch
 from loco_det.detection.fpn import build_backbone
-from loco_det.detection.keys import check_task
+from loco_det.detection.keys import check_task, stock
 
 _registered: dict[str, tuple[str, str]] = {}
 
@@ -59,7 +60,10 @@ class Detectron2Engine:
     def build_model(self, cfg: CfgNode) -> nn.Module:
         from detectron2.modeling import build_model
 
-        return build_model(_native(cfg))
+        model = build_model(_native(cfg))
+        if square := own_value(cfg, "MODEL.BACKBONE.SQUARE_PAD"):
+            model.backbone.square_pad = square
+        return model
 
     def train_batches(self, cfg: CfgNode, start: int) -> Iterable[Batch]:
         """`start` is unused: Detectron2's loader restarts its order of images at every start."""
@@ -69,7 +73,7 @@ class Detectron2Engine:
         for dataset in datasets:
             _register(dataset)
         native = _native(cfg)
-        mapper = DatasetMapper(native, is_train=True)
+        mapper = DatasetMapper(native, is_train=True, **_scale_jitter(cfg))
         if any(dataset.is_pixels for dataset in datasets):
             mapper = _SemanticMapper(mapper, datasets)
         return build_detection_train_loader(native, mapper=_WorkersMapper(mapper))
@@ -113,10 +117,26 @@ def _native(cfg: CfgNode) -> Any:
     from detectron2.config import get_cfg
 
     native = get_cfg()
-    native.merge_from_other_cfg(cfg)
+    native.merge_from_other_cfg(stock(cfg))
     if cfg.MODEL.BACKBONE.NAME.startswith(OTHER_BACKBONES):
         _register_backbone(cfg.MODEL.BACKBONE.NAME)
     return native
+
+
+def _scale_jitter(cfg: CfgNode) -> dict[str, Any]:
+    """Return the arguments of Detectron2's mapper for INPUT.SCALE_JITTER; none if that is off."""
+    from detectron2.data import transforms
+
+    if not (scales := own_value(cfg, "INPUT.SCALE_JITTER")):
+        return {}
+    size, flip = own_value(cfg, "INPUT.SCALE_JITTER_SIZE"), cfg.INPUT.RANDOM_FLIP
+    chosen = [
+        transforms.ResizeScale(*scales, size, size),
+        transforms.FixedSizeCrop((size, size), pad=own_value(cfg, "INPUT.SCALE_JITTER_PAD")),
+    ]
+    if flip != "none":
+        chosen.insert(0, transforms.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical"))
+    return {"augmentations": chosen, "recompute_boxes": cfg.MODEL.MASK_ON}
 
 
 def _register_backbone(name: str) -> None:
@@ -129,10 +149,18 @@ def _register_backbone(name: str) -> None:
     def output_shape(self: Any) -> dict[str, Any]:
         return {name: ShapeSpec(channels=self.channels[name], stride=self.strides[name]) for name in self.channels}
 
+    def padding_constraints(self: Any) -> dict[str, int]:
+        return {"square_size": self.square_pad}
+
     def build(native: Any, _: Any) -> Any:
         backbone = build_backbone(native)
         kind = type(backbone)
-        body = {"output_shape": output_shape, "size_divisibility": backbone.size_divisibility}
+        body = {
+            "output_shape": output_shape,
+            "size_divisibility": backbone.size_divisibility,
+            "square_pad": 0,
+            "padding_constraints": property(padding_constraints),
+        }
         backbone.__class__ = type(kind.__name__, (kind, Backbone), body)
         return backbone
 

@@ -21,6 +21,7 @@ from loco_det.backbones import own
 from loco_det.backbones.resnet import ResNet, freeze
 from loco_det.backbones.timm_models import PREFIX, TimmBackbone, parse
 from loco_det.core.errors import UserError
+from loco_det.core.own_keys import own_value
 from loco_det.detection.deformable import deformable
 from loco_det.detection.feature_cache import FeatureCache
 from loco_det.detection.layers import Conv, c2_xavier_fill
@@ -195,13 +196,19 @@ def build_backbone(cfg: CfgNode) -> ResNetTrunk | FPN | SimpleFeaturePyramid:
 
 
 class Network(nn.Module):
-    """Base of every network: its backbone, and the normalisation of pixels."""
+    """Base of every network: its backbone, and the normalisation and padding of images.
+
+    Attributes:
+        padding_unit: padded images have multiples of it as sides.
+    """
 
     fast = False  # set for all parts by `cpu_speed.speed_up`
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
         self.backbone = build_backbone(cfg)
+        self.square_pad = own_value(cfg, "MODEL.BACKBONE.SQUARE_PAD")
+        self.padding_unit = self.square_pad or self.backbone.size_divisibility
         # Not persistent: not in Detectron2's checkpoints.
         for name in ("pixel_mean", "pixel_std"):
             value = torch.tensor(cfg.MODEL[name.upper()], dtype=torch.float32).view(-1, 1, 1)
@@ -218,7 +225,14 @@ class Network(nn.Module):
         """Return normalised float32 images, zero-padded on the right and bottom to one size, and each (Hi, Wi)."""
         device = self.pixel_mean.device
         images = [(item["image"].to(device) - self.pixel_mean) / self.pixel_std for item in batch]
-        return pad(images, self.backbone.size_divisibility, 0), [tuple(image.shape[-2:]) for image in images]
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        if self.square_pad and max(map(max, sizes)) > self.square_pad:
+            height, width = max(sizes, key=max)
+            raise UserError(
+                f"MODEL.BACKBONE.SQUARE_PAD is {self.square_pad}, and an image has {height} x {width} pixels after "
+                "resizing; raise it, or lower the sizes of INPUT and TEST.AUG."
+            )
+        return pad(images, self.padding_unit, 0), sizes
 
 
 def pad(images: Sequence[torch.Tensor], unit: int, value: float) -> torch.Tensor:

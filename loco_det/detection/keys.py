@@ -2,12 +2,15 @@
 
 The tree itself is data, `d2_defaults.yaml`. The tables here list the keys that a user may change and the values that
 this engine supports; all other keys must keep their default, and are refused by name. `check_supported` validates a
-configuration once, before anything is opened or built; the code that builds the model relies on it.
+configuration once, before anything is opened or built; the code that builds the model relies on it. `load_cfg` also
+reads this package's own keys (`core/own_keys.py`), which `stock` leaves out.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from fvcore.common.config import CfgNode
 from loco_det.backbones.own import OTHER_BACKBONES
 from loco_det.core import config
 from loco_det.core.config import Settings, read_settings, refusal
+from loco_det.core.own_keys import OWN_KEYS, own_value
 from loco_det.detection.boxes import BOX_LOSSES
 from loco_det.detection.poolers import POOLER_TYPES
 
@@ -221,6 +225,25 @@ def get_cfg() -> CfgNode:
     return _defaults().clone()
 
 
+def load_cfg(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNode, Settings]:
+    """Read a detection configuration, as `load_config` does, over Detectron2's tree and this package's own keys.
+
+    Own keys with their default are left out of the result.
+    """
+    tree = get_cfg()
+    for key, (default, _) in OWN_KEYS.items():
+        section, _, last = key.rpartition(".")
+        config.value(tree, section)[last] = default
+    cfg, settings = config.load_config(tree, path, overrides)
+    unchanged = [key for key, (default, _) in OWN_KEYS.items() if config.value(cfg, key) == default]
+    return config.without(cfg, unchanged), settings
+
+
+def stock(cfg: CfgNode) -> CfgNode:
+    """Return `cfg` without this package's own keys, as Detectron2 takes it."""
+    return config.without(cfg, [key for key in config.flat(cfg) if key in OWN_KEYS])
+
+
 def check_supported(cfg: CfgNode, settings: Settings | None = None) -> None:
     """Refuse a configuration that the torchvision engine does not support.
 
@@ -278,6 +301,55 @@ def check_task(cfg: CfgNode, settings: Settings | None = None) -> None:
     if any([type(value) for value in expected] not in _EXPECTED_TYPES for expected in cfg.TEST.EXPECTED_RESULTS):
         reason = "; write each as ['bbox', 'AP', 38.5, 0.2]: task, metric, value and tolerance."
         raise refusal(cfg, settings, "TEST.EXPECTED_RESULTS", reason)
+    _check_own_solver(cfg, settings)
+    _check_own_sizes(cfg, settings)
+
+
+def _check_own_solver(cfg: CfgNode, settings: Settings | None) -> None:
+    optimizer, betas = own_value(cfg, "SOLVER.OPTIMIZER"), own_value(cfg, "SOLVER.BETAS")
+    decay, of_positions = own_value(cfg, "SOLVER.LAYER_DECAY"), own_value(cfg, "SOLVER.WEIGHT_DECAY_POSITIONS")
+    if optimizer not in ("SGD", "AdamW"):
+        raise refusal(cfg, settings, "SOLVER.OPTIMIZER", "; use SGD or AdamW.")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise refusal(cfg, settings, "SOLVER.BETAS", "; give two numbers from 0 to below 1.")
+    if optimizer == "SGD" and betas != OWN_KEYS["SOLVER.BETAS"].default:
+        raise refusal(cfg, settings, "SOLVER.BETAS", ", which SGD does not have; set SOLVER.OPTIMIZER AdamW.")
+    if optimizer == "AdamW" and cfg.SOLVER.NESTEROV:
+        raise refusal(cfg, settings, "SOLVER.NESTEROV", ", which AdamW does not have; set it to False.")
+    if not 0 < decay <= 1:
+        raise refusal(cfg, settings, "SOLVER.LAYER_DECAY", "; give a factor above 0, up to 1.")
+    if decay != 1 and cfg.SOLVER.BIAS_LR_FACTOR != 1:
+        raise refusal(cfg, settings, "SOLVER.LAYER_DECAY", ", which needs SOLVER.BIAS_LR_FACTOR 1.0; set one of them.")
+    if of_positions is not None and not (type(of_positions) in (int, float) and 0 <= of_positions < math.inf):
+        reason = "; give a finite number that is not negative."
+        raise refusal(cfg, settings, "SOLVER.WEIGHT_DECAY_POSITIONS", reason)
+
+
+def _check_own_sizes(cfg: CfgNode, settings: Settings | None) -> None:
+    jitter, size = own_value(cfg, "INPUT.SCALE_JITTER"), own_value(cfg, "INPUT.SCALE_JITTER_SIZE")
+    square = own_value(cfg, "MODEL.BACKBONE.SQUARE_PAD")
+    are_numbers = all(type(scale) in (int, float) for scale in jitter)
+    if jitter and not (are_numbers and len(jitter) == 2 and 0 < jitter[0] <= jitter[1] < math.inf):
+        raise refusal(cfg, settings, "INPUT.SCALE_JITTER", "; give the least and the largest scale, e.g. [0.1, 2.0].")
+    if jitter and cfg.INPUT.CROP.ENABLED:
+        raise refusal(cfg, settings, "INPUT.CROP.ENABLED", ", and INPUT.SCALE_JITTER crops already; set one of them.")
+    if size < 1:
+        raise refusal(cfg, settings, "INPUT.SCALE_JITTER_SIZE", "; give a size in pixels.")
+    for key in ("INPUT.SCALE_JITTER_SIZE", "INPUT.SCALE_JITTER_PAD"):
+        if not jitter and own_value(cfg, key) != OWN_KEYS[key].default:
+            raise refusal(cfg, settings, key, ", but INPUT.SCALE_JITTER is off; set that to e.g. [0.1, 2.0].")
+    if not square:
+        return
+    key = "MODEL.BACKBONE.SQUARE_PAD"
+    if square < 0 or square % 32:
+        raise refusal(cfg, settings, key, "; give a multiple of 32 pixels, or 0 for no square.")
+    if not cfg.MODEL.BACKBONE.NAME.startswith(OTHER_BACKBONES):
+        raise refusal(cfg, settings, key, ", which is for a MODEL.BACKBONE.NAME timm:... or python:...; leave it out.")
+    sides = {"INPUT.MAX_SIZE_TEST": cfg.INPUT.MAX_SIZE_TEST}
+    sides |= {"INPUT.SCALE_JITTER_SIZE": size} if jitter else {"INPUT.MAX_SIZE_TRAIN": cfg.INPUT.MAX_SIZE_TRAIN}
+    for name, side in sides.items():
+        if side > square:
+            raise refusal(cfg, settings, key, f", and {name} is {side}; lower {name} or raise the square.")
 
 
 def _check_combinations(cfg: CfgNode, settings: Settings | None) -> None:

@@ -45,7 +45,7 @@ class OneImage(nn.Module):
         (D,) int64 and, for Mask R-CNN, masks (D, M, M) of probabilities over the box."""
         model, heads = self.model, self.model.roi_heads
         size = int(image.shape[1]), int(image.shape[2])
-        unit = max(model.backbone.size_divisibility, 1)
+        unit = max(model.padding_unit, 1)
         pixels = (image.to(model.pixel_mean.dtype) - model.pixel_mean) / model.pixel_std
         padded = nn.functional.pad(pixels, (0, -size[1] % unit, 0, -size[0] % unit))
         features = model.backbone(padded[None])

@@ -103,7 +103,7 @@ class SemanticSegmentor(Network):
         logits = self.sem_seg_head(self.backbone(images))
         if self.training:
             targets = [item["sem_seg"].to(logits.device) for item in batch]
-            padded = pad(targets, self.backbone.size_divisibility, self.sem_seg_head.ignored)
+            padded = pad(targets, self.padding_unit, self.sem_seg_head.ignored)
             return {"loss_sem_seg": self.sem_seg_head.loss(logits, padded)}
         return [
             to_original(one, size, item.get("height", size[0]), item.get("width", size[1]))

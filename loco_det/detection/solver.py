@@ -1,12 +1,14 @@
 """Optimiser, schedule, clipping and precision of detector training, with Detectron2's arithmetic.
 
-All values come from `cfg.SOLVER`; sources are detectron2/solver/build.py and lr_scheduler.py (v0.6).
+All values come from `cfg.SOLVER`; sources are detectron2/solver/build.py and lr_scheduler.py (v0.6), and for AdamW and
+the decay by layers ViTDet (detectron2/modeling/backbone/vit.py `get_vit_lr_decay_rate`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from loco_det.core import config
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
+from loco_det.core.own_keys import own_value
 from loco_det.detection.cpu_speed import bump_versions, is_fast
 
 NORMS = (
@@ -35,10 +38,13 @@ NORMS = (
     nn.LocalResponseNorm,
     nn.modules.instancenorm._InstanceNorm,
 )
+# A block of a plain transformer below its pyramid: this package's, and in Detectron2's ViT.
+_BLOCK = re.compile(r"backbone\.net\.(?:model\.)?blocks\.(\d+)\.")
+_BELOW_BLOCKS = re.compile(r"backbone\.net\.(?:model\.)?(patch_embed|norm_pre|pos_embed|cls_token|reg_token)\b")
 
 
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
-    """SGD over the trainable parameters, one group for each set of hyperparameters, in order of appearance.
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD | torch.optim.AdamW:
+    """Build SOLVER.OPTIMIZER for the trainable parameters: a group per set of hyperparameters, in order of appearance.
 
     The order is Detectron2's, so that a checkpoint's optimiser state fits both engines.
 
@@ -53,32 +59,55 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
         raise UserError("SOLVER.NESTEROV needs SOLVER.MOMENTUM above 0.")
     groups: dict[tuple[tuple[str, float], ...], list[nn.Parameter]] = {}
     seen: set[int] = set()
-    for module in model.modules():
+    factors = layer_factors(model, own_value(cfg, "SOLVER.LAYER_DECAY"))
+    for place, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
-                groups.setdefault(_options(solver, module, name), []).append(parameter)
+                options = _options(cfg, module, name, factors.get(f"{place}.{name}", 1.0))
+                groups.setdefault(options, []).append(parameter)
     if not groups:
         raise UserError("No parameter of the model is trainable; lower MODEL.BACKBONE.FREEZE_AT.")
     fused = is_fast(model)  # one pass over memory, without a copy of all gradients
-    optimizer = torch.optim.SGD(
-        [{**dict(options), "params": parameters} for options, parameters in groups.items()],
-        lr=solver.BASE_LR,
-        momentum=solver.MOMENTUM,
-        nesterov=solver.NESTEROV,
-        weight_decay=solver.WEIGHT_DECAY,
-        foreach=not fused,
-        fused=fused,
-    )
+    params = [{**dict(options), "params": parameters} for options, parameters in groups.items()]
+    common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "foreach": not fused, "fused": fused}
+    if own_value(cfg, "SOLVER.OPTIMIZER") == "AdamW":
+        optimizer = torch.optim.AdamW(params, betas=own_value(cfg, "SOLVER.BETAS"), **common)
+    else:
+        optimizer = torch.optim.SGD(params, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **common)
     if fused:
         optimizer.register_step_post_hook(bump_versions)
     return optimizer
 
 
-def _options(solver: CfgNode, module: nn.Module, name: str) -> tuple[tuple[str, float], ...]:
-    options = {"lr": solver.BASE_LR}
+def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
+    """Return {name of a parameter: factor of its learning rate} for a plain transformer's parameters; others have 1.
+
+    Of n blocks, the last has `decay`, the first decay ** n, and what is below the blocks decay ** (n + 1).
+
+    Raises:
+        UserError: a decay other than 1, and the model has no plain transformer.
+    """
+    if decay == 1:
+        return {}
+    names = [name for name, _ in model.named_parameters()]
+    block = {name: int(found[1]) for name in names if (found := _BLOCK.match(name))}
+    if not block:
+        raise UserError(
+            f"SOLVER.LAYER_DECAY is {decay}, which is for plain transformers, and this backbone is none; set it to 1.0."
+        )
+    count = max(block.values()) + 1
+    below = {name: decay ** (count + 1) for name in names if _BELOW_BLOCKS.match(name)}
+    return below | {name: decay ** (count - index) for name, index in block.items()}
+
+
+def _options(cfg: CfgNode, module: nn.Module, name: str, factor: float) -> tuple[tuple[str, float], ...]:
+    solver, of_positions = cfg.SOLVER, own_value(cfg, "SOLVER.WEIGHT_DECAY_POSITIONS")
+    options = {"lr": solver.BASE_LR * factor}
     if isinstance(module, NORMS):
         options["weight_decay"] = solver.WEIGHT_DECAY_NORM
+    if name == "pos_embed" and of_positions is not None:
+        options["weight_decay"] = float(of_positions)
     if name == "bias":
         if solver.BIAS_LR_FACTOR != 1.0:
             options["lr"] = solver.BASE_LR * solver.BIAS_LR_FACTOR
