@@ -21,6 +21,7 @@ import ast
 import bisect
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 from types import MethodType
 from typing import Any
 
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loco_det.backbones.resnet import StagedBackbone
+from loco_det.backbones.windows import Windows, add_windows, windowed_maps
 from loco_det.core.errors import UserError
 
 PREFIX = "timm:"
@@ -53,6 +55,10 @@ class TimmBackbone(StagedBackbone):
         positions: how learned position embeddings are resized for other grids, one of `POSITIONS`; None: as the
             family's own code does it (`family_positions`). Families that use RoPE alone have none to resize.
         image_size: side for which a model is built that takes one size only; None: the option img_size, or timm's own.
+        window: side of the windows in which the blocks of a plain ViT attend, in patches; None: all attend to the whole
+            map, and the cls token and registers take part (`windows.py`).
+        global_blocks: with windows, indices of the blocks that attend to the whole map; None: the quarters' last.
+        rel_pos: with windows, side of the whole map in patches for which relative positions are made; None: none.
         options: further arguments of the model's constructor, e.g. `drop_path_rate`.
 
     Attributes:
@@ -74,10 +80,15 @@ class TimmBackbone(StagedBackbone):
         maps: Sequence[str] = (),
         positions: str | None = None,
         image_size: int | None = None,
+        window: int | None = None,
+        global_blocks: Sequence[int] | int | None = None,
+        rel_pos: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        named = {**options, **({"positions": positions} if positions else {})}
+        attention = {"window": window, "global_blocks": global_blocks, "rel_pos": rel_pos}
+        chosen = {key: value for key, value in {"positions": positions, **attention}.items() if value is not None}
+        named = {**options, **chosen}
         self.architecture = PREFIX + name + "?" * bool(named) + "&".join(f"{k}={v}" for k, v in named.items())
         self.options = options
         self.model = create(name, pretrained=pretrained, image_size=image_size, **options)
@@ -97,9 +108,12 @@ class TimmBackbone(StagedBackbone):
             self._plain(features, maps)
         else:
             self._hierarchical(features)
+        self.positions = positions or family_positions(name)
+        self.windows = None
+        if attention.keys() & chosen.keys():
+            self.windows = self._windows(**attention)
         parts = self._parts()
         self.model.prune_intermediate_layers(list(self.indices.values()), prune_norm=not self.normed, prune_head=True)
-        self.positions = positions or family_positions(name)
         _resize_positions_as(self.model, self.positions, name)
         left = {name for name, _ in self.model.named_parameters()}
         self.parts = {stage: [name for name in names if name in left] for stage, names in parts.items()}
@@ -121,6 +135,15 @@ class TimmBackbone(StagedBackbone):
         self.ends = {stage: features[last]["module"] for stage, last in self.ends.items()}
         self.channels = {name: features[index]["num_chs"] for name, index in self.indices.items()}
         self.strides = dict.fromkeys(self.indices, self.map_stride)
+
+    def _windows(self, window: int | None, global_blocks: Sequence[int] | int | None, rel_pos: int | None) -> Windows:
+        if global_blocks is None:
+            quarters = torch.arange(self.depth).tensor_split(min(QUARTERS, self.depth))
+            global_blocks = tuple(end - 1 for end in accumulate(map(len, quarters)))
+        chosen = global_blocks if isinstance(global_blocks, (tuple, list)) else (global_blocks,)
+        windows = Windows(window or 0, tuple(chosen), rel_pos or 0)
+        add_windows(self.model, windows, self.architecture)
+        return windows
 
     def _block(self, name: str) -> tuple[int, bool]:
         """The number of the block that a map is of, and whether it is normalised."""
@@ -188,14 +211,24 @@ class TimmBackbone(StagedBackbone):
                 f"backbone {self.architecture}: takes images of {takes} pixels only, and these are {given}; choose a "
                 "family whose positions can be resized"
             )
-        maps = self.model.forward_intermediates(
-            x, indices=sorted(set(self.indices.values())), output_fmt="NCHW", intermediates_only=True
-        )
-        of_index = dict(zip(sorted(set(self.indices.values())), maps))
+        wanted = sorted(set(self.indices.values()))
+        if self.windows:
+            of_index = self._windowed_maps(x, wanted)
+        else:
+            maps = self.model.forward_intermediates(x, indices=wanted, output_fmt="NCHW", intermediates_only=True)
+            of_index = dict(zip(wanted, maps))
         return {
             name: self._normalised(of_index[index]) if name in self.normed else of_index[index]
             for name, index in self.indices.items()
         }
+
+    def _windowed_maps(self, x: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
+        patches = self.model.patch_embed(x)
+        grid, positions = tuple(patches.shape[1:3]), self.model.pos_embed
+        if positions is not None:
+            old = tuple(self.model.patch_embed.grid_size)
+            positions = resize_positions(positions[:, -old[0] * old[1] :], grid, old, self.positions).unflatten(1, grid)
+        return windowed_maps(self.model, patches, self.windows, positions, wanted)
 
     def _normalised(self, x: Tensor) -> Tensor:
         return self.model.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -290,10 +323,14 @@ def resize_positions(table: Tensor, grid: tuple[int, int], old: tuple[int, int],
     """Resize (1, old[0] * old[1], C) position embeddings to (1, grid[0] * grid[1], C), in float32.
 
     Args:
-        how: "size" or "offset", see `POSITIONS`.
+        how: see `POSITIONS`.
     """
     if grid == old:
         return table
+    if how == "timm":
+        from timm.layers import resample_abs_pos_embed
+
+        return resample_abs_pos_embed(table, new_size=list(grid), old_size=list(old), num_prefix_tokens=0)
     image = table.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
     if how == "size":
         image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)

@@ -22,7 +22,8 @@ from loco_det.backbones import own
 from loco_det.backbones.artifact import Manifest, check_hash, decode_manifest, load_backbone, require_resnet
 from loco_det.backbones.names import to_detectron2, to_torchvision
 from loco_det.backbones.own import OTHER_BACKBONES
-from loco_det.backbones.timm_models import PREFIX, parse
+from loco_det.backbones.timm_models import PREFIX, family_positions, parse
+from loco_det.backbones.windows import REL_POS
 from loco_det.convert import read_checkpoint
 from loco_det.core import config
 from loco_det.core.errors import UserError
@@ -35,6 +36,9 @@ PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
 TIMM_PREFIXES = ("backbone.net.model.", "backbone.bottom_up.model.")
 # Parts of a model of timm that a configuration may leave unused: its final normalisation, and its last blocks.
 _UNUSED = re.compile(r"(fc_)?norm\..*|(blocks|stages|layers|features|s)\.?\d.*|head\..*")
+_PREFIX_TOKENS = ("cls_token", "reg_token")  # unused with windows
+# Detectron2's ViT, of ViTDet's own checkpoints: the same names as timm's, without our wrapper of timm's model.
+_VITDET = re.compile(r"backbone\.net\.(?=(patch_embed|pos_embed|blocks)\b)")
 # Tensors that a file may have and the model lacks: step counters, an ImageNet classifier, and constants of old
 # Detectron2 checkpoints.
 DROPPED = re.compile(
@@ -156,10 +160,13 @@ def apply_weights(model: nn.Module, weights: Weights, cfg: CfgNode, *, new_heads
         UserError: naming the missing, unknown or misshapen tensor, or the contradicting key.
     """
     check_manifest(weights, cfg)
+    if any(_VITDET.match(name) for name in weights.tensors) and cfg.MODEL.BACKBONE.NAME.startswith(PREFIX):
+        _check_vitdet(weights, cfg)
+        weights.tensors = {_VITDET.sub("backbone.net.model.", n): tensor for n, tensor in weights.tensors.items()}
     target = model.state_dict()
     if weights.is_backbone:
         is_timm = cfg.MODEL.BACKBONE.NAME.startswith(PREFIX)
-        matched = _match_timm(weights, target) if is_timm else _match_backbone(weights, target, cfg)
+        matched = _match_timm(weights, target, cfg) if is_timm else _match_backbone(weights, target, cfg)
     else:
         if new_heads:
             _drop_heads(weights, target)
@@ -200,23 +207,39 @@ def _match_backbone(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -
     return matched
 
 
-def _match_timm(weights: Weights, target: dict[str, Tensor]) -> dict[str, Tensor]:
+def _match_timm(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
+    unused = _PREFIX_TOKENS if "window" in parse(cfg.MODEL.BACKBONE.NAME)[1] else ()
     places = {name.removeprefix(prefix): name for name in target for prefix in TIMM_PREFIXES if name.startswith(prefix)}
     matched, dropped = {}, []
     for name, tensor in weights.tensors.items():
         if name in places:
             _check_shape(weights.path, name, tensor, target[places[name]])
             matched[places[name]] = tensor
-        elif _UNUSED.fullmatch(name):
+        elif _UNUSED.fullmatch(name) or name in unused:
             dropped.append(name)
         else:
             raise UserError(
                 f"{weights.path}: tensor {name} has no place in the model's backbone; convert the file again"
             )
-    _check_complete(weights.path, matched, places.values())
+    # No backbone is pretrained with relative positions: they start at zero, as in ViTDet.
+    _check_complete(weights.path, matched, (place for place in places.values() if not place.endswith(REL_POS)))
     if dropped:
         log.info("not used from %s: %d tensors, e.g. %s", weights.path, len(dropped), dropped[0])
     return matched
+
+
+def _check_vitdet(weights: Weights, cfg: CfgNode) -> None:
+    """Refuse a transformer that has the tensors of Detectron2's ViT but not its arithmetic."""
+    name, options = parse(cfg.MODEL.BACKBONE.NAME)
+    if "window" not in options:
+        wrong = "window=14, and rel_pos=64 if it has relative positions"
+    elif options.get("positions", family_positions(name)) != "size":
+        wrong = "positions=size"
+    else:
+        return
+    raise UserError(
+        f"{weights.path} is of ViTDet and MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}; add {wrong} behind its ?."
+    )
 
 
 def _drop_heads(weights: Weights, target: dict[str, Tensor]) -> None:
@@ -339,7 +362,7 @@ def check_manifest(weights: Weights, cfg: CfgNode) -> None:
         facts = weights.pixels
     ours = pixel_facts(cfg)
     for key, value in facts.items():
-        if key == "MODEL.BACKBONE.NAME" and _is_same_model(value, ours.get(key, "")):
+        if key == "MODEL.BACKBONE.NAME" and _is_same_model(value, ours.get(key, ""), weights.is_backbone):
             continue
         if key in ours and not _agree(value, ours[key]):
             raise UserError(
@@ -362,13 +385,19 @@ def pixel_facts(cfg: CfgNode) -> dict[str, Any]:
     return {**facts, **{f"MODEL.{name}": config.value(cfg, f"MODEL.{name}") for name in names}}
 
 
-def _is_same_model(weights: str, ours: str) -> bool:
-    """Whether `ours` is timm's model of `weights` with all of its options, and perhaps more, such as drop path."""
+def _is_same_model(weights: str, ours: str, is_backbone: bool) -> bool:
+    """Whether `ours` is timm's model of `weights` with all of its options, and perhaps more, such as drop path.
+
+    A backbone may be given windows; a detector was trained with those that its name says.
+    """
     (name, options), (own, chosen) = parse(weights), parse(ours)
-    return name == own and options.items() <= chosen.items()
+    fixed = () if is_backbone else ("window", "global_blocks", "rel_pos")
+    return name == own and options.items() <= chosen.items() and all(options.get(k) == chosen.get(k) for k in fixed)
 
 
 def _agree(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(abs(x - y) <= TOLERANCE for x, y in zip(a, b))
+        return len(a) == len(b) and all(map(_agree, a, b))
+    if isinstance(a, float) or isinstance(b, float):
+        return abs(a - b) <= TOLERANCE
     return a == b
