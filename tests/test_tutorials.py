@@ -32,7 +32,7 @@ MADE = {  # what each page promises to leave behind
         *("check/bccd/annotated.png", "runs/bccd/model_final.pth", "runs/raccoon/model_final.pth"),
         *("coco/bccd/annotations/val.json", "coco/raccoon/annotations/all.json", "report/index.html"),
     ],
-    "vit": ["mine.safetensors", "mine.yaml", "runs/mine/model_final.pth"],
+    "vit": ["mine.safetensors", "mine.yaml", "runs/mine/model_final.pth", "runs/finetuned/model_final.pth"],
     "own_images": ["pretrain/mine/backbone.safetensors", "loco.pkl", "gim.pkl", "mine.pkl", "report/index.html"],
 }
 
