@@ -347,6 +347,7 @@ def test_a_key_that_the_engine_cannot_honour(without_detectron2: None) -> None:
         (["SOLVER.IMS_PER_BATCH", "2"], "would be 0.0025"),  # 0.02 * 2 / 16
         (["SOLVER.BASE_LR", "0.2"], "would be 0.02"),
         (["SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.0025"], None),
+        (["SOLVER.BASE_LR", "0.0001", "SOLVER.OPTIMIZER", "AdamW"], None),  # the rule is SGD's
         (["SOLVER.MAX_ITER", "60000"], "shorten SOLVER.STEPS"),
         (["SOLVER.MAX_ITER", "60000", "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"], None),
     ],

@@ -83,6 +83,18 @@ def test_what_is_set_is_read_written_and_left_out_for_detectron2(tmp_path: Path)
         ([*VIT, "MODEL.BACKBONE.SQUARE_PAD", "-32"], "give a multiple of 32 pixels"),
         ([*VIT, "MODEL.BACKBONE.SQUARE_PAD", "512"], "and INPUT.MAX_SIZE_TEST is 1024; lower INPUT.MAX_SIZE_TEST or"),
         ([*VIT, "MODEL.BACKBONE.SQUARE_PAD", "1024", "INPUT.MAX_SIZE_TRAIN", "1333"], "INPUT.MAX_SIZE_TRAIN is 1333"),
+        (
+            [
+                *VIT,
+                "MODEL.BACKBONE.SQUARE_PAD",
+                "1024",
+                "TEST.AUG.ENABLED",
+                "True",
+                "MODEL.META_ARCHITECTURE",
+                "GeneralizedRCNN",
+            ],
+            "TEST.AUG.MAX_SIZE is 4000",
+        ),
     ],
 )
 def test_impossible_values_are_one_sentence(overrides: list[str], said: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import vitdet_cases as cases
+from detection_cases import detectron2_batch, our_batch
 from fvcore.common.config import CfgNode
 from record_stock_configs import form
 from tiny_detection import TINY
@@ -221,6 +222,37 @@ def test_detectron2s_lazy_model_gives_the_same_numbers_as_both_engines(tmp_path:
                 torch.testing.assert_close(one.scores, theirs.scores, rtol=0, atol=1e-5)
                 torch.testing.assert_close(one.boxes, theirs.pred_boxes.tensor, rtol=0, atol=1e-2)
                 assert (one.masks != theirs.pred_masks).float().mean() < 1e-4
+
+
+@pytest.mark.detectron2
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("one_thread")
+def test_a_training_step_is_that_of_detectron2s_lazy_model(tmp_path: Path) -> None:
+    """Losses, and the gradient of every parameter."""
+    pytest.importorskip("detectron2")
+    from detectron2.config import instantiate
+    from detectron2.utils.events import EventStorage
+
+    lazy = instantiate(cases.lazy_model()).train()
+    cases.fill(lazy.state_dict())
+    torch.save({"model": lazy.state_dict()}, tmp_path / "model.pth")
+    cfg = configured(MODEL__WEIGHTS=tmp_path / "model.pth")
+    model = build_model(cfg).train()
+    load_weights(model, cfg)
+    torch.manual_seed(0)
+    with EventStorage():
+        expected = lazy(detectron2_batch(train=True))
+    torch.manual_seed(0)
+    found = model(our_batch(train=True))
+    assert found.keys() == expected.keys()
+    for name, loss in expected.items():
+        torch.testing.assert_close(found[name], loss, rtol=1e-4, atol=1e-6)
+    sum(found.values()).backward()
+    sum(expected.values()).backward()
+    ours = cases.of_vitdet({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, parameter in lazy.named_parameters():
+        size = parameter.grad.abs().max().item()
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-3 * size, msg=name)
 
 
 @pytest.mark.detectron2

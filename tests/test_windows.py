@@ -108,9 +108,11 @@ def test_a_patch_is_seen_in_its_window_alone() -> None:
         assert ((seen(image)["blocks.5"] - seen(other)["blocks.5"]).abs().sum(1) > 1e-9).all()
 
 
-def test_global_blocks_alone_are_timms_model_without_its_token() -> None:
-    net = backbone(window=9, global_blocks=tuple(range(DEPTH)))
-    theirs = timm.create_model("test_vit", class_token=False, global_pool="avg", num_classes=0).double().eval()
+@pytest.mark.parametrize("parts", [{}, {"init_values": 0.5, "pre_norm": True, "qk_norm": True}])
+def test_global_blocks_alone_are_timms_model_without_its_token(parts: dict[str, object]) -> None:
+    """With LayerScale and further norms, too."""
+    net = backbone(window=9, global_blocks=tuple(range(DEPTH)), **parts)
+    theirs = timm.create_model("test_vit", class_token=False, global_pool="avg", num_classes=0, **parts).double().eval()
     state = net.model.state_dict() | {"pos_embed": net.model.pos_embed[:, 1:]}
     left = theirs.load_state_dict(state, strict=False)
     assert not left.unexpected_keys
@@ -119,8 +121,21 @@ def test_global_blocks_alone_are_timms_model_without_its_token() -> None:
     with torch.no_grad():
         (expected,) = theirs.forward_intermediates(image, indices=[DEPTH - 1], intermediates_only=True)
         assert torch.allclose(net(image)["blocks.5"], expected, rtol=1e-9, atol=1e-9)
-        one_window = backbone(window=10, global_blocks=())(image)["blocks.5"]  # as large as the map
+        one_window = backbone(window=10, global_blocks=(), **parts)(image)["blocks.5"]  # as large as the map
         assert torch.allclose(one_window, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_dropped_path_leaves_the_map_as_it_is() -> None:
+    """At a rate of 1 in all blocks but the first, whose rate is 0."""
+    net = backbone(window=3, drop_path_rate=0.5)
+    first = TimmBackbone("test_vit", maps=["blocks.0"], positions="size", window=3).double().eval()
+    first.load_state_dict(net.state_dict(), strict=False)
+    for block in net.model.blocks[1:]:
+        block.drop_path1.drop_prob = block.drop_path2.drop_prob = 1.0
+    image = torch.randn(2, 3, 80, 112, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(net.train()(image)["blocks.5"], first(image)["blocks.0"])
+        assert not torch.allclose(net.eval()(image)["blocks.5"], first(image)["blocks.0"])
 
 
 @pytest.mark.parametrize("how", ["timm", "size", "offset"])

@@ -327,11 +327,14 @@ def _weights(cfg: Any, settings: Any, path: str) -> Check:
 
 
 def _schedule(cfg: Any) -> Check:
-    """Compare the learning rate with the rule of Detectron2's baselines, 0.02 for 16 images, linear in the batch."""
+    """Compare SGD's learning rate with the rule of Detectron2's baselines, 0.02 for 16 images, linear in the batch."""
+    from loco_det.core.own_keys import own_value
+
     images, rate = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR
     rule = BASELINE_RATE * images / BASELINE_IMAGES
     found = f"SOLVER.BASE_LR {rate:g} for {images} images a step"
-    if not rule / RATE_SPAN <= rate <= rule * RATE_SPAN:
+    is_usual = rule / RATE_SPAN <= rate <= rule * RATE_SPAN
+    if own_value(cfg, "SOLVER.OPTIMIZER") == "SGD" and not is_usual:
         advice = f"{BASELINE_RATE:g} for {BASELINE_IMAGES} images, scaled with the batch, would be {rule:.3g}"
         return Check("schedule", "note", found, advice)
     late = [step for step in cfg.SOLVER.STEPS if step >= cfg.SOLVER.MAX_ITER]

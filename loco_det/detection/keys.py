@@ -347,6 +347,7 @@ def _check_own_sizes(cfg: CfgNode, settings: Settings | None) -> None:
         raise refusal(cfg, settings, key, ", which is for a MODEL.BACKBONE.NAME timm:... or python:...; leave it out.")
     sides = {"INPUT.MAX_SIZE_TEST": cfg.INPUT.MAX_SIZE_TEST}
     sides |= {"INPUT.SCALE_JITTER_SIZE": size} if jitter else {"INPUT.MAX_SIZE_TRAIN": cfg.INPUT.MAX_SIZE_TRAIN}
+    sides |= {"TEST.AUG.MAX_SIZE": cfg.TEST.AUG.MAX_SIZE} if cfg.TEST.AUG.ENABLED else {}
     for name, side in sides.items():
         if side > square:
             raise refusal(cfg, settings, key, f", and {name} is {side}; lower {name} or raise the square.")
