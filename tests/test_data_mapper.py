@@ -7,6 +7,7 @@ import json
 import math
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -435,13 +436,15 @@ def test_jittered_polygons_stay_in_the_window_and_keep_their_shape(tmp_path):
     assert compared > 20
 
 
-def test_padding_of_pixel_labels_is_ignored():
-    rng, labels = np.random.RandomState(0), np.ones((20, 30), np.uint8)
-    for transform in draw_scale_jitter(ScaleJitter(0.5, 0.5, 32, True), "none", 20, 30, rng):
-        labels = transform.labels(labels)
-    expected = np.full((32, 32), 255, np.uint8)
-    expected[:11, :16] = 1  # 20 x 30 in 32 x 32 is 21.33 x 32, and half of it 10.67 x 16
-    np.testing.assert_array_equal(labels, expected)
+def test_padding_of_pixel_labels_is_ignored(tmp_path):
+    overrides = ["MODEL.META_ARCHITECTURE", "SemanticSegmentor", "INPUT.SCALE_JITTER_PAD", "True",
+                 "INPUT.SCALE_JITTER", "(0.5, 0.5)", "INPUT.SCALE_JITTER_SIZE", "64"]  # fmt: skip
+    record = make_dataset(tmp_path)[0]  # 50 x 70
+    record = record._replace(labels=SimpleNamespace(read=lambda file, size: np.ones(size, np.uint8)))
+    labels = DetectionMapper(load_cfg("", overrides)[0], train=True)(record, sample_rng(0, 0))["sem_seg"]
+    expected = torch.full((64, 64), 255)
+    expected[:23, :32] = 1  # 70 pixels become 32, and 50 become 22.9
+    assert torch.equal(labels, expected)
 
 
 def test_jitter_leaves_a_pixel_of_the_thinnest_image():

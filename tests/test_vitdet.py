@@ -188,6 +188,10 @@ def test_resuming_with_another_optimiser_is_refused(pretrained: Path, tiny_data:
     wider = toy(tmp_path / "b", trained, MODEL__BACKBONE__NAME="timm:test_vit?window=6&rel_pos=6")
     with pytest.raises(UserError, match=r"was made with MODEL\.BACKBONE\.NAME .*window=3"):
         load_weights(build_model(wider), wider)
+    name = "timm:test_vit?drop_path_rate=0.2&window=3&rel_pos=6&global_blocks=0,1,2,3"
+    others = toy(tmp_path / "b", trained, MODEL__BACKBONE__NAME=name)
+    with pytest.raises(UserError, match=r"was made with MODEL\.BACKBONE\.NAME .*window=3"):
+        load_weights(build_model(others), others)
     calm = toy(
         tmp_path / "b",
         trained,

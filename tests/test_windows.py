@@ -195,6 +195,8 @@ def test_a_table_for_another_length_is_resized_linearly(rows: int, length: int) 
     [
         ("convnext_atto?window=7", "is no plain VisionTransformer, which windows need"),
         ("eva02_tiny_patch14_224?window=7", "is no plain VisionTransformer"),
+        ("test_vit?window=7&scale_attn_norm=True", "is no plain VisionTransformer"),
+        ("test_vit?window=7&rel_pos=0.5", "numbers of patches"),
         ("test_vit?rel_pos=14", "window and rel_pos are numbers of patches, e.g. window=14&rel_pos=64"),
         ("test_vit?window=-1", "numbers of patches"),
         ("test_vit?window=two", "numbers of patches"),

@@ -46,24 +46,13 @@ def add_windows(model: nn.Module, windows: Windows, name: str) -> None:
     Raises:
         UserError: another model than a plain `VisionTransformer`, or windows that it cannot have.
     """
-    from timm.models.vision_transformer import Attention, Block, VisionTransformer
+    from timm.models.vision_transformer import VisionTransformer
 
-    if type(model) is not VisionTransformer or any(type(block) is not Block for block in model.blocks):
+    if type(model) is not VisionTransformer or not all(map(_is_plain, model.blocks)):
         raise UserError(f"backbone {name}: is no plain VisionTransformer, which windows need; leave window out")
-    attentions = [block.attn for block in model.blocks]
-    extras = [getattr(attention, part, None) for attention in attentions for part in ("norm", "gate")]
-    if any(type(one) is not Attention for one in attentions) or any(
-        type(e) not in (type(None), nn.Identity) for e in extras
-    ):
-        raise UserError(f"backbone {name}: has an attention that windows are not made for; leave window out")
     depth, (side, global_blocks, rel_pos) = len(model.blocks), windows
-    numbers = (side, rel_pos, *global_blocks)
-    if (
-        any(type(n) is not int for n in numbers)
-        or side < 1
-        or rel_pos < 0
-        or not set(global_blocks) <= set(range(depth))
-    ):
+    are_numbers = all(type(number) is int for number in (side, rel_pos, *global_blocks))
+    if not are_numbers or side < 1 or rel_pos < 0 or not set(global_blocks) <= set(range(depth)):
         raise UserError(
             f"backbone {name}: window and rel_pos are numbers of patches, e.g. window=14&rel_pos=64, and global_blocks "
             f"are indices from 0 to {depth - 1}"
@@ -74,6 +63,16 @@ def add_windows(model: nn.Module, windows: Windows, name: str) -> None:
         length = 2 * (rel_pos if index in global_blocks else side) - 1
         for parameter in REL_POS:
             block.attn.register_parameter(parameter, nn.Parameter(torch.zeros(length, block.attn.head_dim)))
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether a block is timm's own, without the parts of an attention that `_attend_relatively` lacks."""
+    from timm.models.vision_transformer import Attention, Block
+
+    if type(block) is not Block or type(block.attn) is not Attention:
+        return False
+    extras = [getattr(block.attn, part, None) for part in ("norm", "gate")]
+    return all(extra is None or isinstance(extra, nn.Identity) for extra in extras)
 
 
 def windowed_maps(
