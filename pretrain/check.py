@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from fvcore.common.config import CfgNode
 
+from loco_det.backbones.networks import NETWORKS
 from loco_det.backbones.presnet import PRESNET
-from loco_det.backbones.resnet import BLOCKS, STEM_CHANNELS
+from loco_det.backbones.resnet import STEM_CHANNELS
 from loco_det.backbones.timm_models import PREFIX
 from loco_det.core import config
 from loco_det.core.config import Settings, refusal
@@ -47,7 +48,6 @@ RANGES = {
     "SHARING.PENALTY": (0, _MOST),
     "SEED": (-(2**63), 2**63 - 1),
 }
-NETWORKS = (*(f"resnet{depth}" for depth in BLOCKS), PRESNET)
 CHOICES = {
     "BACKBONE.STEM": ("imagenet", "cifar"),
     "BACKBONE.NORM": ("BN", "SyncBN"),

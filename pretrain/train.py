@@ -14,8 +14,8 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD, backbone_tensors, describe, save_backbone
-from loco_det.backbones.presnet import PRESNET, PResNet
-from loco_det.backbones.resnet import ResNet, StagedBackbone, measure_batchnorm, narrow
+from loco_det.backbones.networks import build_network
+from loco_det.backbones.resnet import StagedBackbone, measure_batchnorm
 from loco_det.backbones.timm_blocks import TimmBlocks
 from loco_det.backbones.timm_models import PREFIX, parse
 from loco_det.core import config
@@ -105,13 +105,10 @@ def build_backbone(cfg: CfgNode) -> StagedBackbone:
     Raises:
         UserError: a model of timm that cannot be pretrained.
     """
-    width, stem, norm = cfg.BACKBONE.WIDTH, cfg.BACKBONE.STEM, cfg.BACKBONE.NORM
     if cfg.BACKBONE.NAME.startswith(PREFIX):
         return _timm(cfg)
-    if cfg.BACKBONE.NAME == PRESNET:
-        return sync_anywhere(PResNet(stem=stem, norm=norm, stem_channels=width // 2))
-    depth = int(cfg.BACKBONE.NAME.removeprefix("resnet"))
-    return sync_anywhere(ResNet(depth, stem=stem, norm=norm, **narrow(depth, width)))
+    shape = {"stem": cfg.BACKBONE.STEM, "norm": cfg.BACKBONE.NORM, "width": cfg.BACKBONE.WIDTH}
+    return sync_anywhere(build_network(cfg.BACKBONE.NAME, **shape))
 
 
 def _timm(cfg: CfgNode) -> TimmBlocks:
@@ -196,7 +193,7 @@ def _train(
     schedule = learning_rate(cfg, total, loader.steps_per_epoch)
     state = {"learner": learner, "optimizer": optimizer, "scaler": scaler}
     start = _restore(cfg, state, source) if resume else 0
-    probe = KnnProbe(cfg, source, device, LAYOUT, _autocast(cfg, device))  # may refuse its images
+    probe = KnnProbe(cfg, source, device, LAYOUT, autocast(cfg, device))  # may refuse its images
     _begin(cfg, start)
     metrics.trim(start)
     average = GradientAverage(learner.parameters())
@@ -238,7 +235,7 @@ def _train(
             looking = monitor.due(step) or probing
             stepping.observe = monitor.record_gradients if looking else None
             losses = trainer.step(
-                _input(batch), autocast=_autocast(cfg, device), scale=scaler.scale if scaler.is_enabled() else None
+                _input(batch), autocast=autocast(cfg, device), scale=scaler.scale if scaler.is_enabled() else None
             )
             unread.add(step, losses, batch.index)
             if looking:
@@ -305,7 +302,8 @@ def _input(batch: TwoViews) -> Tensor:
     return normalise(batch.views.flatten(0, 1), IMAGENET_MEAN, IMAGENET_STD, LAYOUT)
 
 
-def _autocast(cfg: CfgNode, device: torch.device) -> Callable[[], object]:
+def autocast(cfg: CfgNode, device: torch.device) -> Callable[[], object]:
+    """Return what makes the context of one forward: SOLVER.AMP."""
     types = {"bf16": torch.bfloat16, "fp16": torch.float16}
     if cfg.SOLVER.AMP == "none":
         return nullcontext

@@ -24,7 +24,6 @@ from loco_det.backbones.resnet import BasicBlock, Bottleneck, ResNet, StagedBack
 from loco_det.cli import main
 from loco_det.convert import convert, read_backbone, read_backbone_tensors
 from loco_det.core.errors import UserError
-from loco_det.detection.weights import read_weights
 from loco_det.evaluation.probes.backbones import load_backbone_for_probe
 from loco_det.report import charts
 from pretrain.decoders import build_decoder
@@ -392,8 +391,8 @@ def test_an_untrained_one_is_probed_by_name(name: str, size: int) -> None:
 def test_nothing_takes_it_for_a_resnet(stem: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     network, path = PResNet(stem=stem, stem_channels=4), tmp_path / "b.safetensors"
     save_backbone(path, backbone_tensors(network), describe(network, stem=stem, method="loco"))
-    said = r"b\.safetensors: is a Progressive ResNet-50 \(presnet50\), which no ResNet"
-    for read in (lambda p: convert(p, tmp_path / "b.pkl"), read_weights, read_backbone_tensors):
+    said = r"b\.safetensors: is a Progressive ResNet-50, which no ResNet"
+    for read in (lambda p: convert(p, tmp_path / "b.pkl"), read_backbone_tensors):
         with pytest.raises(UserError, match=said):
             read(path)
     assert [file.name for file in tmp_path.iterdir()] == ["b.safetensors"]

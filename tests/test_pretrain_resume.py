@@ -134,7 +134,7 @@ def lives(folder: Path) -> None:
     """Runs in a process of its own, which has made no threads: the whole run, and one that is killed many times."""
     setup_logging(quiet=True)
     # Half precision takes minutes on a CPU; a resume must bring back the scaler, here one that is never at rest.
-    train._autocast = lambda *_: nullcontext
+    train.autocast = lambda *_: nullcontext
     torch.amp.GradScaler = partial(
         torch.amp.GradScaler, init_scale=INIT_SCALE, backoff_factor=2.0**-20, growth_factor=4.0, growth_interval=3
     )

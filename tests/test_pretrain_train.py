@@ -586,7 +586,7 @@ def test_a_batch_larger_than_the_data_is_refused(images: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize(("key", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_the_precision_that_was_asked_for_is_used(key: str, dtype: torch.dtype, images: Path, tmp_path: Path) -> None:
-    with train._autocast(config(images, tmp_path, SOLVER__AMP=key), torch.device("cpu"))():
+    with train.autocast(config(images, tmp_path, SOLVER__AMP=key), torch.device("cpu"))():
         assert torch.is_autocast_enabled("cpu")
         assert torch.get_autocast_dtype("cpu") == dtype
 
@@ -604,7 +604,7 @@ def test_the_scaler_of_fp16_changes_nothing_where_nothing_overflows(
 ) -> None:
     """In float32, for half precision takes minutes on a CPU; scales are powers of two."""
     plain = pretrain(config(images, tmp_path / "a", SOLVER__STEP_EARLY=False))
-    monkeypatch.setattr(train, "_autocast", lambda *_: nullcontext)
+    monkeypatch.setattr(train, "autocast", lambda *_: nullcontext)
     scaled = pretrain_file("", overrides(images, tmp_path / "b", SOLVER__AMP="fp16", CHECKPOINT_PERIOD=1))
     assert trace(tmp_path / "a") == trace(tmp_path / "b")
     assert load_backbone(plain)[1].tensors_sha256 == load_backbone(scaled)[1].tensors_sha256

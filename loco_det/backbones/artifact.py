@@ -20,7 +20,7 @@ from torch import Tensor
 
 from loco_det import __version__
 from loco_det.backbones.names import to_torchvision
-from loco_det.backbones.presnet import PRESNET
+from loco_det.backbones.networks import OWN_NETWORKS
 from loco_det.backbones.resnet import StagedBackbone, tensors_hash
 from loco_det.backbones.timm_models import PREFIX, TimmBackbone
 from loco_det.core.errors import UserError
@@ -143,10 +143,10 @@ def require_resnet(path: str | Path, manifest: Manifest) -> None:
             f"{path}: is timm's {manifest.architecture.removeprefix(PREFIX)}, no ResNet; give it as MODEL.WEIGHTS with "
             f"MODEL.BACKBONE.NAME {manifest.architecture}, or to loco-det probe"
         )
-    if manifest.architecture == PRESNET:
+    if manifest.architecture in OWN_NETWORKS:
         raise UserError(
-            f"{path}: is a Progressive ResNet-50 ({PRESNET}), which no ResNet of Detectron2, torchvision or timm can "
-            "hold; look at it with loco-det probe, or pretrain with BACKBONE.NAME resnet50 to detect with it"
+            f"{path}: is a {OWN_NETWORKS[manifest.architecture]}, which no ResNet of Detectron2, torchvision or timm "
+            f"can hold; give it as MODEL.WEIGHTS with MODEL.BACKBONE.NAME {manifest.architecture}, or to loco-det probe"
         )
 
 

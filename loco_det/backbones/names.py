@@ -1,8 +1,8 @@
 """The table of ResNet tensor names, torchvision's and Detectron2's.
 
 Rows are (torchvision pattern, Detectron2 pattern), where {n} is a number; stage numbers differ by one (layer1 is res2).
-The table is a bijection for both directions. It includes layer5, layer6 and res6, res7 of the six-stage backbone
-loco_det/backbones/presnet.py, which neither library has.
+The table is a bijection for both directions. It includes what neither library has: layer5, layer6 and res6, res7 of the
+six-stage backbone loco_det/backbones/presnet.py, and side1, side2 of loco_det/backbones/shufflenet.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ _ROWS = (
     ("layer{s}.{b}.bn{k}", "res{s}.{b}.conv{k}.norm"),
     ("layer{s}.{b}.downsample.0", "res{s}.{b}.shortcut"),
     ("layer{s}.{b}.downsample.1", "res{s}.{b}.shortcut.norm"),
+    ("layer{s}.{b}.side{k}", "res{s}.{b}.side{k}"),
+    ("layer{s}.{b}.sidebn{k}", "res{s}.{b}.side{k}.norm"),
 )
 _LEAVES = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 # Numbers without leading zeros; otherwise two names of one side would map to the same name.

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from loco_det.backbones import timm_models
+from loco_det.backbones.networks import OWN_NETWORKS
 from loco_det.backbones.resnet import StagedBackbone
 from loco_det.backbones.timm_models import BY_STRIDE
 from loco_det.core.errors import UserError
 
 PREFIX = "python:"
-OTHER_BACKBONES = (timm_models.PREFIX, PREFIX)  # beginnings of MODEL.BACKBONE.NAME where the backbone is no ResNet
+# Beginnings of MODEL.BACKBONE.NAME where the backbone is no ResNet.
+OTHER_BACKBONES = (timm_models.PREFIX, PREFIX, *OWN_NETWORKS)
 _GIVEN = "given-"
 _given: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
 _numbers = itertools.count()

@@ -24,12 +24,11 @@ from loco_det.backbones.artifact import (
     require_resnet,
 )
 from loco_det.backbones.names import to_detectron2
-from loco_det.backbones.presnet import PRESNET, PResNet
+from loco_det.backbones.networks import OWN_NETWORKS, build_network
+from loco_det.backbones.presnet import PRESNET
 from loco_det.backbones.resnet import (
     BLOCKS,
-    ResNet,
     StagedBackbone,
-    narrow,
     stage_channels,
     stage_strides,
     tensors_hash,
@@ -135,7 +134,7 @@ def read_backbone(
 ) -> tuple[StagedBackbone, Manifest]:
     """Load the backbone of any checkpoint that `convert` reads, as a network in evaluation mode, with its manifest.
 
-    Also reads our own backbones that detectors cannot use: those with the CIFAR stem, and PResNet-50.
+    Also reads our own that `convert` cannot write: those with the CIFAR stem, PResNet-50 and ShuffleNet v2-50.
 
     Args:
         path, branch, stated: as for `convert`.
@@ -158,7 +157,7 @@ def read_backbone(
             if stated:
                 raise UserError(f"{path}: its manifest already states the pixels; leave those options out")
             return load_timm(path, load_backbone(path)[0], manifest), manifest
-        if manifest.stem == "cifar" or manifest.architecture == PRESNET:
+        if manifest.stem == "cifar" or manifest.architecture in OWN_NETWORKS:
             _refuse_choices(path, branch)
             tensors, _ = load_backbone(path)
             account = Account("", "", Architecture(manifest.depth), len(tensors), tensors, {}, {})
@@ -171,18 +170,17 @@ def read_backbone(
 
 
 def _described(path: Path, tensors: dict[str, Tensor], manifest: Manifest, norm: str) -> StagedBackbone:
-    """Build the network of our own manifest, with fresh weights: PResNet-50 or a ResNet with CIFAR stem."""
+    """Build the network of our own manifest, with fresh weights: one of OWN_NETWORKS, or a ResNet with CIFAR stem."""
     stem, weight = manifest.stages.get("stem"), tensors.get("conv1.weight")
     if manifest.depth not in BLOCKS or stem is None or weight is None or weight.shape[:1] != (stem.channels,):
         described = f"depth {manifest.depth}, stem {'absent' if stem is None else f'of {stem.channels} channels'}"
         raise UserError(f"{path}: its tensors are not what its manifest says ({described}); write it again")
-    if manifest.architecture == PRESNET:
-        try:
-            return PResNet(stem=manifest.stem, norm=norm, stem_channels=stem.channels)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-    shape = {"stride_in_1x1": manifest.stride_in_1x1, **narrow(manifest.depth, stem.channels)}
-    return ResNet(manifest.depth, stem="cifar", norm=norm, **shape)
+    name = manifest.architecture if manifest.architecture in OWN_NETWORKS else f"resnet{manifest.depth}"
+    width = stem.channels * (2 if name == PRESNET else 1)
+    try:
+        return build_network(name, stem=manifest.stem, norm=norm, width=width, stride_in_1x1=manifest.stride_in_1x1)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _filled(path: Path, model: StagedBackbone, tensors: dict[str, Tensor]) -> StagedBackbone:

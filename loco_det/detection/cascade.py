@@ -17,6 +17,7 @@ from loco_det.core.errors import UserError
 from loco_det.detection.boxes import clip, nonempty
 from loco_det.detection.fast_rcnn import BoxHead, BoxPredictor
 from loco_det.detection.roi_heads import (
+    EXTRA_NORM,
     Losses,
     Maps,
     Res5ROIHeads,
@@ -118,5 +119,6 @@ def build_roi_heads(cfg: CfgNode, channels: dict[str, int], strides: dict[str, i
         "StandardROIHeads": StandardROIHeads,
         "CascadeROIHeads": CascadeROIHeads,
         "Res5ROIHeads": Res5ROIHeads,
+        EXTRA_NORM: Res5ROIHeads,
     }
     return kinds[cfg.MODEL.ROI_HEADS.NAME](cfg, channels, strides)

@@ -27,6 +27,7 @@ from loco_det.core.own_keys import own_value
 from loco_det.detection.engine import Batch
 from loco_det.detection.fpn import build_backbone
 from loco_det.detection.keys import check_task, stock
+from loco_det.detection.roi_heads import EXTRA_NORM
 
 _registered: dict[str, tuple[str, str]] = {}
 
@@ -120,6 +121,8 @@ def _native(cfg: CfgNode) -> Any:
     native.merge_from_other_cfg(stock(cfg))
     if cfg.MODEL.BACKBONE.NAME.startswith(OTHER_BACKBONES):
         _register_backbone(cfg.MODEL.BACKBONE.NAME)
+    if cfg.MODEL.ROI_HEADS.NAME == EXTRA_NORM:
+        _register_extra_norm()
     return native
 
 
@@ -140,7 +143,7 @@ def _scale_jitter(cfg: CfgNode) -> dict[str, Any]:
 
 
 def _register_backbone(name: str) -> None:
-    """Let Detectron2 build this package's backbone `name`, timm:... or python:..., with its pyramid."""
+    """Let Detectron2 build this package's backbone `name`, timm:..., python:... or a network, with its pyramid."""
     from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ShapeSpec
 
     if name in BACKBONE_REGISTRY:
@@ -165,6 +168,23 @@ def _register_backbone(name: str) -> None:
         return backbone
 
     BACKBONE_REGISTRY._do_register(name, build)
+
+
+def _register_extra_norm() -> None:
+    """Let Detectron2 build `Res5ROIHeadsExtraNorm`, MoCo's head, which it lacks."""
+    from detectron2.layers import get_norm
+    from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
+
+    if EXTRA_NORM in ROI_HEADS_REGISTRY:
+        return
+
+    def build_res5(cls: Any, native: Any) -> tuple[nn.Module, int]:
+        blocks, channels = Res5ROIHeads._build_res5_block.__func__(cls, native)
+        blocks.add_module("norm", get_norm(native.MODEL.RESNETS.NORM, channels))
+        return blocks, channels
+
+    head = type(EXTRA_NORM, (Res5ROIHeads,), {"_build_res5_block": classmethod(build_res5)})
+    ROI_HEADS_REGISTRY._do_register(EXTRA_NORM, head)
 
 
 class _WorkersMapper:

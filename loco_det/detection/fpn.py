@@ -18,7 +18,10 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det.backbones import own
+from loco_det.backbones.networks import OWN_NETWORKS
+from loco_det.backbones.presnet import PRESNET, PResNet
 from loco_det.backbones.resnet import ResNet, freeze
+from loco_det.backbones.shufflenet import ShuffleNet
 from loco_det.backbones.timm_models import PREFIX, TimmBackbone, parse
 from loco_det.core.errors import UserError
 from loco_det.core.own_keys import own_value
@@ -92,6 +95,44 @@ class ResNetTrunk(Trunk, ResNet):
             if name in self.out_features:
                 maps[name] = x
         return maps
+
+
+class StagedTrunk(Trunk):
+    """Mixin of a detector's other networks: the maps of MODEL.FPN.IN_FEATURES, each resized to a power of two.
+
+    The stride of a map is the power of two nearest to its own, so that the pyramid's levels halve one another: 4, 8, 16
+    and 32 for PResNet-50's res2, res3, res5 and res7, whose own are 4, 6.2, 14 and 28. MODEL.RESNETS.NORM is the
+    network's normalisation; its first MODEL.BACKBONE.FREEZE_AT stages are frozen.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__(norm=cfg.MODEL.RESNETS.NORM)
+        wanted = list(cfg.MODEL.FPN.IN_FEATURES)
+        unknown = [name for name in wanted if name not in self.channels]
+        if unknown or not wanted:
+            raise UserError(
+                f"MODEL.FPN.IN_FEATURES {wanted} must name stages of {self.architecture}: {', '.join(self.channels)}"
+            )
+        self.out_features = tuple(wanted)
+        self.strides = {name: 2 ** round(math.log2(stride)) for name, stride in self.strides.items()}
+        for name in self.stage_names[: max(0, cfg.MODEL.BACKBONE.FREEZE_AT)]:
+            freeze(getattr(self, name))
+
+    def _maps(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = {}
+        for name, map_ in super()._maps(x).items():
+            size = [-(-side // self.strides[name]) for side in x.shape[2:]]
+            same = list(map_.shape[2:]) == size
+            found[name] = map_ if same else F.interpolate(map_, size=size, mode="bilinear", align_corners=False)
+        return found
+
+
+class PResNetTrunk(StagedTrunk, PResNet):
+    """A detector's Progressive ResNet-50, `presnet50`; all of it is frozen by FREEZE_AT 7."""
+
+
+class ShuffleNetTrunk(StagedTrunk, ShuffleNet):
+    """A detector's ShuffleNet v2-50, `shufflenetv2_50`."""
 
 
 class TimmTrunk(Trunk, TimmBackbone):
@@ -188,6 +229,8 @@ def build_backbone(cfg: CfgNode) -> ResNetTrunk | FPN | SimpleFeaturePyramid:
         trunk = TimmTrunk(cfg) if kind == PREFIX else OwnTrunk(cfg)
         if trunk.is_plain:
             return SimpleFeaturePyramid(trunk, fpn.OUT_CHANNELS, fpn.NORM)
+    elif cfg.MODEL.BACKBONE.NAME in OWN_NETWORKS:
+        trunk = PResNetTrunk(cfg) if cfg.MODEL.BACKBONE.NAME == PRESNET else ShuffleNetTrunk(cfg)
     else:
         trunk = ResNetTrunk(cfg)
     if cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":

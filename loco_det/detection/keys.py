@@ -16,6 +16,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from loco_det.backbones.networks import OWN_NETWORKS
 from loco_det.backbones.own import OTHER_BACKBONES
 from loco_det.core import config
 from loco_det.core.config import Settings, read_settings, refusal
@@ -37,6 +38,7 @@ MODEL_KEYS: dict[str, tuple[Any, ...] | None] = {
     "MODEL.BACKBONE.NAME": (
         "build_resnet_backbone",
         "build_resnet_fpn_backbone",
+        *OWN_NETWORKS,
         "timm:NAME",
         "python:package.module:function",
     ),
@@ -81,7 +83,7 @@ MODEL_KEYS: dict[str, tuple[Any, ...] | None] = {
     "MODEL.RPN.POST_NMS_TOPK_TEST": None,
     "MODEL.RPN.NMS_THRESH": None,
     "MODEL.RPN.CONV_DIMS": None,
-    "MODEL.ROI_HEADS.NAME": ("StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads"),
+    "MODEL.ROI_HEADS.NAME": ("StandardROIHeads", "Res5ROIHeads", "Res5ROIHeadsExtraNorm", "CascadeROIHeads"),
     "MODEL.ROI_HEADS.NUM_CLASSES": None,
     "MODEL.ROI_HEADS.IN_FEATURES": None,
     "MODEL.ROI_HEADS.IOU_THRESHOLDS": None,
@@ -361,7 +363,7 @@ def _check_combinations(cfg: CfgNode, settings: Settings | None) -> None:
     if model.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals" and trained_here:
         needs = "MODEL.LOAD_PROPOSALS True and MODEL.META_ARCHITECTURE 'GeneralizedRCNN'"
         raise refusal(cfg, settings, "MODEL.PROPOSAL_GENERATOR.NAME", f", which needs {needs}; set them.")
-    if heads != "Res5ROIHeads" and not model.ROI_BOX_HEAD.NAME:
+    if not heads.startswith("Res5ROIHeads") and not model.ROI_BOX_HEAD.NAME:
         reason = f"; MODEL.ROI_HEADS.NAME {heads!r} needs 'FastRCNNConvFCHead'."
         raise refusal(cfg, settings, "MODEL.ROI_BOX_HEAD.NAME", reason)
     if model.BACKBONE.NAME.startswith(OTHER_BACKBONES):
@@ -371,7 +373,7 @@ def _check_combinations(cfg: CfgNode, settings: Settings | None) -> None:
         if depth < 50 and model.RESNETS[name] != needed:
             reason = f", but MODEL.RESNETS.DEPTH {depth} needs {needed}; change one of them."
             raise refusal(cfg, settings, f"MODEL.RESNETS.{name}", reason)
-    if any(deform) and (depth < 50 or len(deform) != 4 or (deform[3] and heads == "Res5ROIHeads")):
+    if any(deform) and (depth < 50 or len(deform) != 4 or (deform[3] and heads.startswith("Res5ROIHeads"))):
         reason = (
             "; it takes four values, for res2 to res5, needs depth 50 or more, and Res5ROIHeads has no deformable res5."
         )
@@ -381,11 +383,13 @@ def _check_combinations(cfg: CfgNode, settings: Settings | None) -> None:
 def _check_no_resnet(cfg: CfgNode, settings: Settings | None) -> None:
     """Refuse what only a ResNet can be, for a backbone that is none."""
     name = cfg.MODEL.BACKBONE.NAME
-    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads":
+    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and cfg.MODEL.ROI_HEADS.NAME.startswith("Res5ROIHeads"):
         raise refusal(cfg, settings, "MODEL.ROI_HEADS.NAME", f", whose head is a ResNet's res5; {name} has none.")
     if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) or cfg.MODEL.RESNETS.RES5_DILATION != 1:
         key = "DEFORM_ON_PER_STAGE" if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) else "RES5_DILATION"
         raise refusal(cfg, settings, f"MODEL.RESNETS.{key}", f", which is for ResNets; leave it out for {name}.")
+    if name in OWN_NETWORKS and cfg.MODEL.RESNETS.NORM == "GN":
+        raise refusal(cfg, settings, "MODEL.RESNETS.NORM", f", and {name} has widths that 32 groups do not divide.")
 
 
 def _plain(value: Any) -> Any:

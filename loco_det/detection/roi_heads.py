@@ -15,7 +15,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det.annotations.instances import Instances
-from loco_det.backbones.resnet import make_stage
+from loco_det.backbones.resnet import make_norm, make_stage
 from loco_det.core.errors import UserError
 from loco_det.detection.boxes import match, pairwise_iou, sample_labels
 from loco_det.detection.fast_rcnn import BoxHead, BoxPredictor
@@ -25,6 +25,8 @@ from loco_det.detection.poolers import RoiPooler, with_image
 Features = dict[str, torch.Tensor]
 Maps = Sequence[torch.Tensor]
 Losses = dict[str, torch.Tensor]
+
+EXTRA_NORM = "Res5ROIHeadsExtraNorm"  # MoCo's name of the C4 head with a norm after res5
 
 # Regions pooled at once in inference: 13 MB (7 x 7) and 6 MB (14 x 14) of 256 channels, enough for full speed.
 BOXES_AT_ONCE = 256
@@ -188,7 +190,10 @@ class StandardROIHeads(RoiHeads):
 
 
 class Res5ROIHeads(RoiHeads):
-    """Both branches share one pooler and the ResNet's last stage (C4; ResNet paper, appendix A)."""
+    """Both branches share one pooler and the ResNet's last stage (C4; ResNet paper, appendix A).
+
+    As Res5ROIHeadsExtraNorm with a further MODEL.RESNETS.NORM after it: MoCo (arXiv 1911.05722) section 4.2.
+    """
 
     def __init__(self, cfg: CfgNode, channels: dict[str, int], strides: dict[str, int]) -> None:
         super().__init__(cfg, strides)
@@ -209,6 +214,8 @@ class Res5ROIHeads(RoiHeads):
             width_per_group=resnets.WIDTH_PER_GROUP,
             res2_out_channels=resnets.RES2_OUT_CHANNELS,
         )
+        if cfg.MODEL.ROI_HEADS.NAME == EXTRA_NORM:
+            self.res5.add_module("norm", make_norm(resnets.NORM, width))
         self.box_predictor = BoxPredictor(cfg, width)
         self.mask_on = cfg.MODEL.MASK_ON
         if self.mask_on:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from loco_det.backbones import own
 from loco_det.backbones.artifact import Manifest, check_hash, decode_manifest, load_backbone, require_resnet
 from loco_det.backbones.names import to_detectron2, to_torchvision
+from loco_det.backbones.networks import OWN_NETWORKS
 from loco_det.backbones.own import OTHER_BACKBONES
 from loco_det.backbones.timm_models import PREFIX, family_positions, parse
 from loco_det.backbones.windows import REL_POS
@@ -29,7 +30,7 @@ from loco_det.core import config
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
 
-STAGE = re.compile(r"(stem|res[2-5])\.")
+STAGE = re.compile(r"(stem|res[2-7])\.")
 # Detectron2's prefixes of a detector's ResNet: under FPN, alone, and as the head of C4.
 PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
 # Prefixes of a detector's model of timm: under the pyramid of a plain transformer, and under FPN.
@@ -113,7 +114,7 @@ def read_weights(path: str | Path) -> Weights:
     Nothing in the file is executed.
 
     Raises:
-        UserError: a URL, a missing or damaged file, names that are not Detectron2's, or a backbone other than a ResNet.
+        UserError: a URL, a missing or damaged file, or names that are not Detectron2's.
     """
     text = str(path)
     if "://" in text:
@@ -128,7 +129,8 @@ def read_weights(path: str | Path) -> Weights:
         tensors, manifest = load_backbone(path)
         if manifest.architecture.startswith(PREFIX):
             return Weights(path, tensors, manifest)
-        require_resnet(path, manifest)
+        if manifest.architecture not in OWN_NETWORKS:
+            require_resnet(path, manifest)
         return Weights(path, {to_detectron2(name): tensor for name, tensor in tensors.items()}, manifest)
     state = read_checkpoint(path)
     tensors = state.pop("model")
@@ -200,8 +202,10 @@ def _match_backbone(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -
         else:
             _check_shape(weights.path, name, tensor, target[places[name]])
             matched[places[name]] = tensor
-    # No backbone is pretrained with deformable convolutions: their offsets start at zero, as in Detectron2.
-    _check_complete(weights.path, matched, (place for place in places.values() if ".conv2_offset." not in place))
+    # No backbone is pretrained with deformable convolutions, whose offsets start at zero as in Detectron2, nor with
+    # the norm that MoCo's head adds.
+    new = re.compile(r".*\.conv2_offset\..*|roi_heads\.res5\.norm\..*")
+    _check_complete(weights.path, matched, (place for place in places.values() if not new.fullmatch(place)))
     if dropped:
         log.info("not used from %s: %d tensors, e.g. %s", weights.path, len(dropped), dropped[0])
     return matched
@@ -336,9 +340,9 @@ def check_manifest(weights: Weights, cfg: CfgNode) -> None:
     facts: dict[str, Any] = {}
     if weights.manifest is not None:
         m = weights.manifest
-        is_timm = m.architecture.startswith(PREFIX)
-        if is_timm != cfg.MODEL.BACKBONE.NAME.startswith(OTHER_BACKBONES):
-            build = m.architecture if is_timm else "build_resnet_fpn_backbone"
+        is_timm, is_other = m.architecture.startswith(PREFIX), m.architecture.startswith(OTHER_BACKBONES)
+        if is_other != cfg.MODEL.BACKBONE.NAME.startswith(OTHER_BACKBONES):
+            build = m.architecture if is_other else "build_resnet_fpn_backbone"
             raise UserError(
                 f"{weights.path} is a backbone of {m.architecture} and MODEL.BACKBONE.NAME is "
                 f"{cfg.MODEL.BACKBONE.NAME}; set it to {build}."
@@ -352,11 +356,11 @@ def check_manifest(weights: Weights, cfg: CfgNode) -> None:
             "MODEL.PIXEL_MEAN": list(m.pixel_mean),
             "MODEL.PIXEL_STD": list(m.pixel_std),
         }
-        if is_timm:
+        if is_other:
             facts["MODEL.BACKBONE.NAME"] = m.architecture
         else:
             facts["MODEL.RESNETS.DEPTH"] = m.depth
-        if not is_timm and m.depth >= 50:
+        if not is_other and m.depth >= 50:
             facts["MODEL.RESNETS.STRIDE_IN_1X1"] = m.stride_in_1x1
     elif weights.pixels is not None:
         facts = weights.pixels

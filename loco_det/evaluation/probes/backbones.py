@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD
+from loco_det.backbones.networks import NETWORKS, build_network
 from loco_det.backbones.own import OwnBackbone
-from loco_det.backbones.presnet import PRESNET, PResNet
-from loco_det.backbones.resnet import BLOCKS, STAGES, ResNet, measure_batchnorm, tensors_hash
+from loco_det.backbones.resnet import STAGES, measure_batchnorm, tensors_hash
 from loco_det.backbones.timm_models import TimmBackbone, parse
 from loco_det.convert import Stated, read_backbone
 from loco_det.core.errors import UserError
@@ -179,12 +178,11 @@ def load_backbone_for_probe(
 
 
 def _random(name: str, rest: str, image_size: int | None) -> Backbone:
-    networks = {**{f"resnet{depth}": partial(ResNet, depth) for depth in BLOCKS}, PRESNET: PResNet}
-    models = {f"{network}{suffix}": (network, stem) for network in networks for suffix, stem in _STEMS.items()}
+    models = {f"{network}{suffix}": (network, stem) for network in NETWORKS for suffix, stem in _STEMS.items()}
     if rest not in models:
         raise UserError(f"backbone {name!r}: {rest!r} is unknown; use random: with one of {', '.join(models)}")
     network, stem = models[rest]
-    model = networks[network](stem=stem).eval()
+    model = build_network(network, stem=stem).eval()
     facts = {"architecture": network, "stem": stem, "source": "random"}
     size = image_size or (32 if stem == "cifar" else 224)
     return Backbone(name, model, model.channels, "RGB", IMAGENET_MEAN, IMAGENET_STD, size, untrained=True, facts=facts)
