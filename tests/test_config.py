@@ -15,7 +15,7 @@ from loco_det.core.own_keys import OWN_KEYS
 from loco_det.detection.keys import SUPPORTED, check_supported, get_cfg, load_cfg
 
 REPOSITORY = Path(__file__).parent.parent
-CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+CONFIGS = sorted(f for folder in ("", "paper", "recipes") for f in (REPOSITORY / "configs" / folder).glob("*.yaml"))
 STOCK = [path for path in CONFIGS if not OWN_KEYS.keys() & read_settings(path).keys()]
 
 
@@ -301,7 +301,8 @@ def test_every_shipped_config_is_honoured_and_says_how_to_run_it(path):
     check_supported(load_cfg(path)[0])
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     if path.name.startswith(("coco_", "voc_", "cityscapes_", "lvis_")):
-        assert any(line.startswith("# Command:") and f"configs/{path.name}" in line for line in head)
+        named = path.relative_to(REPOSITORY).as_posix()
+        assert any(line.startswith("# Command:") and named in line for line in head)
         assert any(line.startswith("# Hardware:") for line in head)
         assert any(line.startswith("# Result:") for line in head)
         assert len(path.read_text().splitlines()) - len(head) <= 12  # a short diff over its bases
@@ -314,7 +315,9 @@ def test_frozen_and_fine_tuned_differ_where_they_should():
     assert {key for key in frozen if frozen[key] != tuned[key]} == {
         "MODEL.BACKBONE.FREEZE_AT",
         "MODEL.RESNETS.NORM",
-        "MODEL.FPN.NORM",
+        *(f"MODEL.ROI_BOX_HEAD.{key}" for key in ("NUM_CONV", "NUM_FC", "NORM")),  # the frozen one is the paper's
+        "MODEL.ROI_MASK_HEAD.NORM",
+        "INPUT.MIN_SIZE_TRAIN",
         "OUTPUT_DIR",
     }
     assert {key for key in frozen if frozen[key] != other[key]} == {"MODEL.WEIGHTS", "OUTPUT_DIR"}

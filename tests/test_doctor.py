@@ -37,6 +37,8 @@ MACHINE = (
     "disk",
     "shared memory",
 )
+NEW_LAYERS = ("FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+WITHOUT_NORMS = [text for part in NEW_LAYERS for text in (f"MODEL.{part}.NORM", "")]
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -252,7 +254,7 @@ def config_check(name: str, overrides: list[str], weights: Path | None = None) -
 
 def test_a_config_that_is_ready(without_detectron2: None, datasets: Path, backbone: Path, tmp_path: Path) -> None:
     add_coco(datasets)
-    checks = examine_config(CONFIG, ["OUTPUT_DIR", str(tmp_path / "run")], str(backbone))
+    checks = examine_config(CONFIG, [*WITHOUT_NORMS, "OUTPUT_DIR", str(tmp_path / "run")], str(backbone))
     assert {check.name: check.status for check in checks} == {
         "config": "ok",
         "data set coco_2017_train": "ok",
@@ -364,7 +366,34 @@ def test_syncbn_without_a_second_gpu(without_detectron2: None, gpus, status, mon
     check = config_check("norm", ["MODEL.FPN.NORM", "SyncBN"])
     assert check.status == status
     assert "MODEL.FPN.NORM" in check.found
-    assert config_check("norm", ["MODEL.FPN.NORM", "", "MODEL.RESNETS.NORM", "FrozenBN"]).status == "ok"
+    assert config_check("norm", [*WITHOUT_NORMS, "MODEL.RESNETS.NORM", "FrozenBN"]).status == "ok"
+
+
+TUNED = ["MODEL.BACKBONE.FREEZE_AT", "2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "method", "words"),
+    [
+        ([*TUNED, "MODEL.RESNETS.NORM", "FrozenBN"], "loco", "set MODEL.RESNETS.NORM SyncBN"),
+        ([*TUNED, "MODEL.RESNETS.NORM", "FrozenBN"], "MoCo v1/v2", "set MODEL.RESNETS.NORM SyncBN"),
+        ([*TUNED, "MODEL.RESNETS.NORM", "FrozenBN"], "torchvision or timm ResNet", None),
+        (["MODEL.RESNETS.NORM", "FrozenBN"], "loco", None),  # frozen
+        ([*TUNED, "MODEL.RESNETS.NORM", "BN"], "loco", "have SyncBN"),
+        ([*TUNED, "MODEL.RESNETS.NORM", "SyncBN"], "loco", None),
+        ([*TUNED, *WITHOUT_NORMS, "MODEL.RESNETS.NORM", "SyncBN"], "loco", "set MODEL.FPN.NORM SyncBN"),
+    ],
+)
+def test_norms_that_break_a_tuned_backbone(
+    without_detectron2: None, overrides, method: str, words, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    network = ResNet(50)
+    file = tmp_path / "b.safetensors"
+    save_backbone(file, backbone_tensors(network), describe(network, stem="imagenet", method=method))
+    check = config_check("norm", overrides, file)
+    assert check.status == ("ok" if words is None else "note")
+    assert words is None or words in check.advice
 
 
 # --- the answer -------------------------------------------------------------------------------------------------

@@ -227,3 +227,18 @@ def test_parts_are_made_where_the_file_system_has_no_locks(tmp_path: Path, monke
 def test_parts_of_parts_without_end_are_refused() -> None:
     with pytest.raises(UserError, match="5000 parts of parts; 8 are enough"):
         find_dataset(NAME + "@10pct_seed0" * 5000)
+
+
+@pytest.mark.parametrize("count", [1, 30, 300])
+def test_a_number_of_images_is_the_start_of_the_same_order(count: int) -> None:
+    order = sorted(range(0, NUMBER * 3, 3), key=lambda i: hashlib.sha256(f"4 {i}".encode()).hexdigest())
+    assert image_ids(f"{NAME}@{count}images_seed4") == set(order[:count])
+    assert image_ids(f"{NAME}@30images_seed4") == image_ids(f"{NAME}@10pct_seed4")
+
+
+@pytest.mark.parametrize(
+    ("part", "said"), [("301images_seed0", "asks for 301 images of a set of 300"), ("0images_seed0", "means nothing")]
+)
+def test_a_number_of_images_that_cannot_be_had(part: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        find_dataset(f"{NAME}@{part}")

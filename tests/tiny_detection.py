@@ -12,13 +12,18 @@ from PIL import Image
 from loco_det.core.config import load_config
 from loco_det.detection.keys import get_cfg
 
-# A ResNet-18 Mask R-CNN whose pyramid, heads and numbers of regions are as small as they can be.
+# A ResNet-18 Mask R-CNN whose pyramid, heads and numbers of regions are as small as they can be, and without norms.
 TINY = {
     "MODEL.DEVICE": "cpu",
     "MODEL.WEIGHTS": "",
     "MODEL.RESNETS.DEPTH": 18,
     "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
     "MODEL.FPN.OUT_CHANNELS": 16,
+    "MODEL.FPN.NORM": "",
+    "MODEL.ROI_BOX_HEAD.NUM_CONV": 0,
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 2,
+    "MODEL.ROI_BOX_HEAD.NORM": "",
+    "MODEL.ROI_MASK_HEAD.NORM": "",
     "MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16], [32], [64], [128]],
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 32,
     "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 30,

@@ -9,6 +9,7 @@ A detection data set's subset is named NAME@PART, with one or more parts:
 | PART | what is kept |
 |---|---|
 | 1pct_seed0, 0.5pct_seed3 | that share of all listed images, rounded up; an image's name is its id |
+| 10000images_seed0 | that many of all listed images |
 | 10shot_seed0 | 10 non-crowd objects of each class, or all, and their images; an object's name is its id |
 | classes_person+traffic-light | only these classes, with all images; a space is written as - |
 
@@ -32,6 +33,7 @@ from loco_det.annotations.index import load_index
 from loco_det.core.errors import UserError
 
 _SHARE = re.compile(r"(\d+(?:\.\d+)?(?:e-\d+)?)pct_seed(\d{1,18})")  # part_name formats a tiny share as 1e-07
+_IMAGES = re.compile(r"(\d{1,18})images_seed(\d{1,18})")
 _SHOTS = re.compile(r"(\d{1,18})shot_seed(\d{1,18})")
 _CLASSES = re.compile(r"classes_(.+)")
 
@@ -119,7 +121,7 @@ def part_of(annotations: Path, part: str, name: str) -> Path:
 def check_part(part: str, name: str, objects: bool) -> None:
     """Raise UserError for an invalid part, or one that selects by objects if the set has no `objects`."""
     _chooser(part, name)
-    if not (objects or _SHARE.fullmatch(part)):
+    if not (objects or _SHARE.fullmatch(part) or _IMAGES.fullmatch(part)):
         raise UserError(
             f"data set {name}: @{part} chooses by objects, and pixel labels are none; use e.g. @10pct_seed0"
         )
@@ -127,7 +129,7 @@ def check_part(part: str, name: str, objects: bool) -> None:
 
 def is_part(text: str) -> bool:
     """Whether the text after an @ has the form of a part."""
-    return any(pattern.fullmatch(text) for pattern in (_SHARE, _SHOTS, _CLASSES))
+    return any(pattern.fullmatch(text) for pattern in (_SHARE, _IMAGES, _SHOTS, _CLASSES))
 
 
 def part_name(share: float | None = None, shots: int | None = None, seed: int = 0) -> str:
@@ -141,7 +143,11 @@ def _chooser(part: str, name: str) -> Callable[[_Listed], Kept]:
     if found := _SHARE.fullmatch(part):
         share, seed = float(found[1]) / 100, int(found[2])
         if 0 < share <= 1:
-            return lambda listed: _share(listed, share, seed)
+            return lambda listed: _some_images(listed, part_size(share, len(listed.images)), seed, name)
+    elif found := _IMAGES.fullmatch(part):
+        count, seed = int(found[1]), int(found[2])
+        if count:
+            return lambda listed: _some_images(listed, count, seed, name)
     elif found := _SHOTS.fullmatch(part):
         shots, seed = int(found[1]), int(found[2])
         if shots:
@@ -149,14 +155,16 @@ def _chooser(part: str, name: str) -> Callable[[_Listed], Kept]:
     elif found := _CLASSES.fullmatch(part):
         return lambda listed: _classes(listed, found[1].split("+"), name)
     raise UserError(
-        f"DATASETS: '{name}' ends in @{part}, which means nothing; write a part as @1pct_seed0, @10shot_seed0 or "
-        "@classes_person+car."
+        f"DATASETS: '{name}' ends in @{part}, which means nothing; write a part as @1pct_seed0, "
+        "@10000images_seed0, @10shot_seed0 or @classes_person+car."
     )
 
 
-def _share(listed: _Listed, share: float, seed: int) -> Kept:
+def _some_images(listed: _Listed, count: int, seed: int, name: str) -> Kept:
+    if count > len(listed.images):
+        raise UserError(f"DATASETS: '{name}' asks for {count} images of a set of {len(listed.images)}; ask for fewer.")
     order = hashed_order([str(image.id) for image in listed.images], seed)
-    rows = set(order[: part_size(share, len(order))].tolist())
+    rows = set(order[:count].tolist())
     ids = {image.id for row, image in enumerate(listed.images) if row in rows}
     return (
         [image.id in ids for image in listed.images],

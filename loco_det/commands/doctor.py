@@ -30,6 +30,8 @@ LINE_WIDTH = 200  # if the output is not a terminal
 BASELINE_RATE, BASELINE_IMAGES = 0.02, 16  # of Detectron2's COCO configurations
 RATE_SPAN = 2.5  # deviations from the rule by a larger factor get a note
 NORM_KEYS = tuple(f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD"))
+# In the names of sources and methods of weights that were made with labels, or not trained at all.
+SUPERVISED = ("torchvision", "timm", "msra", "caffe2", "detectron2", "hugging face", "random")
 SMALL_DISK, SMALL_SHARED_MEMORY = 5 * GIB, 1 * GIB
 
 
@@ -130,7 +132,7 @@ def examine_config(config: str, overrides: list[str], weights: str | None = None
     checks += [_guarded(f"data set {name}", lambda name=name: data_set(name)) for name in names]
     checks.append(_guarded("weights", lambda: _weights(cfg, settings, weights or cfg.MODEL.WEIGHTS)))
     checks.append(_guarded("schedule", lambda: _schedule(cfg)))
-    checks.append(_guarded("norm", lambda: _norm(cfg)))
+    checks.append(_guarded("norm", lambda: _norm(cfg, weights or cfg.MODEL.WEIGHTS)))
     checks.append(_guarded("output", lambda: _disk(Path(cfg.OUTPUT_DIR), "output")))
     return checks
 
@@ -344,8 +346,8 @@ def _schedule(cfg: Any) -> Check:
     return Check("schedule", "ok", found)
 
 
-def _norm(cfg: Any) -> Check:
-    """Check normalisation whose statistics depend on the number of processes."""
+def _norm(cfg: Any, weights: str) -> Check:
+    """Check normalisation that a tuned backbone's recipe needs, or whose statistics depend on the processes."""
     import torch
 
     from loco_det.core.config import value
@@ -353,12 +355,42 @@ def _norm(cfg: Any) -> Check:
     used = {key: value(cfg, key) for key in NORM_KEYS}
     synced = [key for key, norm in used.items() if norm == "SyncBN"]
     shown = ", ".join(f"{key} {norm or 'none'}" for key, norm in used.items())
+    if problem := _norm_of_recipes(cfg, _is_self_supervised(weights)):
+        return Check("norm", "note", *problem)
     if synced and torch.cuda.device_count() < 2:
         advice = (
             f"SyncBN of one process is BN over its {cfg.SOLVER.IMS_PER_BATCH} images; published runs have 16 over 8"
         )
         return Check("norm", "note", f"{', '.join(synced)} is SyncBN, and there is no second GPU here", advice)
     return Check("norm", "ok", shown)
+
+
+def _norm_of_recipes(cfg: Any, self_supervised: bool) -> tuple[str, str] | None:
+    """Return what departs from MoCo's and LoCo's recipes of fine-tuning, and the advice; None for a frozen backbone."""
+    norm, freeze = cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT
+    if freeze >= 5 or cfg.MODEL.BACKBONE.NAME.startswith(("timm:", "python:")):
+        return None
+    if norm == "FrozenBN" and self_supervised:
+        found = f"a self-supervised backbone is tuned from stage {freeze} on under MODEL.RESNETS.NORM FrozenBN"
+        return found, "its activations are not of supervised scale: set MODEL.RESNETS.NORM SyncBN, as MoCo and LoCo do"
+    if norm == "BN" and cfg.SOLVER.IMS_PER_BATCH > 1:
+        found = f"MODEL.RESNETS.NORM BN has statistics of each GPU's share of {cfg.SOLVER.IMS_PER_BATCH} images"
+        return found, "recipes for tuned backbones have SyncBN"
+    if norm == "SyncBN" and "fpn" in cfg.MODEL.BACKBONE.NAME and not cfg.MODEL.FPN.NORM:
+        advice = "MoCo and LoCo have SyncBN in new layers too: set MODEL.FPN.NORM SyncBN"
+        return "MODEL.RESNETS.NORM is SyncBN and MODEL.FPN.NORM is none", advice
+    return None
+
+
+def _is_self_supervised(path: str) -> bool:
+    """Whether a weights file says that it was made without labels: its manifest's method."""
+    from loco_det.detection.weights import read_weights
+
+    try:
+        manifest = read_weights(path).manifest if path else None
+    except UserError:  # the check of the weights says so
+        return False
+    return manifest is not None and not any(word in manifest.method.lower() for word in SUPERVISED)
 
 
 # --- output -----------------------------------------------------------------------------------------------------
