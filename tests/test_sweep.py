@@ -305,5 +305,5 @@ def test_a_real_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = out / "loco" / "fraction-0.5_seed-0"
     assert "bbox/AP" in json.loads((folder / "result.json").read_text())["results"]
     assert "tiny_train@50pct_seed0" in (folder / "config.yaml").read_text()
-    monkeypatch.setattr(sweep, "_train", None)
+    monkeypatch.setattr(sweep, "run_process", None)
     assert run(out, *options, "--set", *tiny) == 0

@@ -12,18 +12,13 @@ last checkpoint, and the next sweep retries a failed one.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -31,19 +26,25 @@ from rich.table import Table
 from loco_det.convert import convert
 from loco_det.core import config
 from loco_det.core.errors import UserError
-from loco_det.core.files import file_sha256, read_checked_json, read_regular, write_checked_json, write_json
+from loco_det.core.files import file_sha256, read_checked_json, write_checked_json, write_json
+from loco_det.core.jobs import (
+    add_launcher_arguments,
+    check_launcher,
+    command_line,
+    last_words,
+    launch_all,
+    run_process,
+    try_lock,
+)
 from loco_det.core.log import Progress, log, setup_logging
 from loco_det.core.metrics import check_wandb
 from loco_det.detection.feature_cache import check_cacheable
 from loco_det.detection.keys import load_cfg
 from loco_det.detection.train import choose_engine
+from loco_det.report.runs import MEASURES, last_scores
 
-LAUNCHERS = ("local", "torchrun", "submitit")
 RESULT = "result.json"
 OUTPUT = "train.txt"
-MEASURES = ("/AP", "/IoU")  # suffixes of the metrics in the table
-_LAST_LINES = 3  # shown of a failed run whose last line is no error message
-_running: set[subprocess.Popen] = set()  # running cells of this process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,16 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fractions", nargs="+", type=float, default=[1.0], metavar="F", help="fractions of the training images"
     )
     parser.add_argument("--engine", choices=("auto", "torchvision", "detectron2"), default="auto")
-    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes for each cell")
-    parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="cells at a time; submitit submits all at once"
-    )
-    parser.add_argument("--launcher", choices=LAUNCHERS, default="local")
-    parser.add_argument("--cluster", default=None, help="submitit: slurm or local (default: detected)")
-    parser.add_argument("--partition", help="submitit: SLURM partition")
-    parser.add_argument(
-        "--timeout", type=int, default=24 * 60, metavar="MIN", help="submitit: time limit of a cell, in minutes"
-    )
+    add_launcher_arguments(parser, "cell")
     parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="as for `train`, shared by all cells")
     parser.add_argument("--wandb", metavar="PROJECT", help="as for `train`, for every cell")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="overrides for every cell")
@@ -108,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     waiting = [cell for cell in cells if not _is_done(cell)]
     log.info("%d cells, %d of them done; what one prints is in its %s", len(cells), len(cells) - len(waiting), OUTPUT)
     with Progress(len(waiting), "cells") as progress:
-        for cell, problem in _launch(args, waiting):
+        for cell, problem in launch_all(args, waiting, run_cell):
             if problem:
                 log.error("%s: %s", cell.folder, problem)
                 failed[str(cell.folder)] = problem
@@ -126,8 +118,7 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--fractions {args.fractions}: give shares above 0, up to 1")
     if min(args.seeds) < 0:
         raise UserError(f"--seeds {args.seeds}: give 0 or more; a negative one would be drawn anew each time")
-    if args.num_gpus < 1 or args.jobs < 1:
-        raise UserError("--num-gpus and --jobs must be at least 1")
+    check_launcher(args)
     taken = {"MODEL.WEIGHTS", "SEED", "OUTPUT_DIR"} & set(args.set[::2])
     if taken:
         raise UserError(f"--set {min(taken)}: the sweep sets it itself; leave it out")
@@ -206,18 +197,13 @@ def _digits(fraction: float) -> str:
 
 
 def _command(args: argparse.Namespace, weights: Path, fraction: float, seed: int, folder: Path) -> list[str]:
-    start = [sys.executable, "-m", "loco_det.cli"]
-    processes = ["--num-gpus", str(args.num_gpus)]
-    if args.launcher == "torchrun":
-        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={args.num_gpus}"]
-        start, processes = [sys.executable, "-m", *torchrun, "-m", "loco_det.cli"], []
     part = [] if fraction == 1 else ["--fraction", _digits(fraction)]
     more = ["--wandb", args.wandb] if args.wandb else []
     more += ["--feature-cache", str(args.feature_cache.absolute())] if args.feature_cache else []
     own = {"MODEL.WEIGHTS": weights, "SEED": seed, "OUTPUT_DIR": folder}
     overrides = [*args.set, *(str(text) for pair in own.items() for text in pair)]
-    options = ["--config-file", args.config_file, "--engine", args.engine, "--resume", *processes, *part, *more]
-    return [*start, "train", *options, *overrides]
+    options = ["--config-file", args.config_file, "--engine", args.engine, "--resume", *part, *more]
+    return command_line(["train", *options, *overrides], args)
 
 
 def _is_done(cell: Cell) -> bool:
@@ -232,135 +218,20 @@ def run_cell(cell: Cell) -> str | None:
     """Run a cell; returns None, or the problem in one sentence."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     with open(cell.folder / ".lock", "w") as lock:
-        if not _locked(lock):
+        if not try_lock(lock):
             return "another sweep is running it"
         if _is_done(cell):  # another sweep finished it meanwhile
             return None
         write_checked_json(cell.folder / "cell.json", {**asdict(cell), "folder": str(cell.folder)})
         begun = time.time()
         with open(cell.folder / OUTPUT, "a") as output:
-            status = _train(cell.command, output, lock)
-        results = _results(cell.folder) if status == 0 else None
+            status, _ = run_process(cell.command, output, lock)
+        results = last_scores(cell.folder) if status == 0 else None
         if results is None:
-            lines = (cell.folder / OUTPUT).read_text(errors="replace").strip().splitlines()
-            lines = lines[-1 if lines and lines[-1].startswith("error: ") else -_LAST_LINES :]
-            return f"train ended with status {status}: {' / '.join(lines) or 'it printed nothing'}"
+            return f"train ended with status {status}: {last_words(cell.folder / OUTPUT)}"
         done = {"key": cell.key, "results": results, "seconds": round(time.time() - begun, 1)}
         write_checked_json(cell.folder / RESULT, done)
     return None
-
-
-def _train(command: list[str], output: IO[Any], lock: IO[Any]) -> int:
-    """Run the training; returns its exit status.
-
-    The process inherits the lock, so that the cell stays locked if only the sweep is killed. It has its own session:
-    `_launch` forwards a signal once, while a second one from the terminal would keep it from saving.
-    """
-    streams = {"stdout": output, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, **streams, pass_fds=[lock.fileno()], start_new_session=True) as process:
-        _running.add(process)
-        try:
-            return process.wait()
-        except BaseException:
-            process.terminate()
-            raise
-        finally:
-            _running.discard(process)
-
-
-def _locked(file: Any) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _results(folder: Path) -> dict[str, float] | None:
-    """Return the last AP or IoU line of metrics.json as {"bbox/AP": percent, ...}."""
-    try:
-        lines = read_regular(folder / "metrics.json").splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            return None  # a damaged last evaluation is none
-        if isinstance(values, dict) and any(name.endswith(MEASURES) for name in values):
-            return {name: value for name, value in values.items() if "/AP" in name or "sem_seg/" in name}
-    return None
-
-
-def _launch(args: argparse.Namespace, cells: list[Cell]) -> Iterator[tuple[Cell, str | None]]:
-    """Yield each cell as it ends, with its problem or None."""
-    if not cells:
-        return
-    if args.launcher == "submitit":
-        yield from _submit(args, cells)
-        return
-    with ThreadPoolExecutor(args.jobs) as pool:
-        running = {pool.submit(run_cell, cell): cell for cell in cells}
-        try:
-            for future in as_completed(running):
-                yield running[future], _problem(future)
-        except BaseException:  # cancel waiting cells; running ones save and exit
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(_running):
-                process.terminate()
-            raise
-
-
-def _problem(future: Future[str | None]) -> str | None:
-    try:
-        return future.result()
-    except (OSError, UserError) as error:  # the folder cannot be written: fails this cell only
-        return str(error)
-
-
-def _submit(args: argparse.Namespace, cells: list[Cell]) -> Iterator[tuple[Cell, str | None]]:
-    executor = submitit_executor(args)
-    jobs = {executor.submit(run_cell, cell): cell for cell in cells}
-    log.info("submitted %d jobs; their logs are in %s", len(jobs), args.out / "submitit")
-    while jobs:
-        for job in [job for job in jobs if job.done()]:
-            yield jobs.pop(job), _outcome(job)
-        time.sleep(min(5.0, 0.2 * len(jobs)))
-
-
-def _outcome(job: Any) -> str | None:
-    try:
-        return job.result()
-    except Exception as error:  # killed, timed out or lost by the cluster: fails this cell only
-        return f"job {job.job_id} failed: {str(error).strip().splitlines()[-1][:300]}"
-
-
-def submitit_executor(args: argparse.Namespace) -> Any:
-    """Return the executor that submits one job per cell.
-
-    Raises:
-        UserError: submitit is not installed or the cluster is unavailable.
-    """
-    try:
-        import submitit
-    except ImportError as error:
-        raise UserError("--launcher submitit needs submitit; run pip install 'loco_det[submitit]'") from error
-    folder = args.out.absolute() / "submitit"
-    try:
-        executor = submitit.AutoExecutor(folder=str(folder), cluster=args.cluster)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"--cluster {args.cluster}: {error}; use slurm or local") from error
-    gpus = args.num_gpus if executor.cluster != "local" or _has_gpu() else 0
-    executor.update_parameters(name="loco-det", timeout_min=args.timeout, gpus_per_node=gpus, tasks_per_node=1)
-    if args.partition:
-        executor.update_parameters(slurm_partition=args.partition)
-    return executor
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 # --- the record -------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ _FREE = (
     "SOLVER.CHECKPOINT_PERIOD",
     "TEST.EVAL_PERIOD",
 )
+MEASURES = ("/AP", "/IoU")  # suffixes of a detector's main scores in metrics.json
 _PLAIN_NAMES = ("backbone", "backbone_d2", "model_final", "model")  # of weights files; the folder's name says more
 _PROBE_BYTES = 4 << 20  # no probe's JSON is larger
 _OF_A_PROBE = (b'"top1_interval"', b'"batchnorm"')  # keys that only a probe writes into one file
@@ -404,3 +405,19 @@ def _check_names(runs: Runs) -> None:
 
 def _weights(run: DetectorRun) -> str:
     return ((run.record or {}).get("weights") or {}).get("sha256") or run.config["MODEL.WEIGHTS"]
+
+
+def last_scores(folder: Path) -> dict[str, float] | None:
+    """Return the last line of metrics.json with AP or IoU as {"bbox/AP": percent, ...}; None without a sound one."""
+    try:
+        lines = read_regular(folder / "metrics.json").splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            return None  # a damaged last evaluation is none
+        if isinstance(values, dict) and any(name.endswith(MEASURES) for name in values):
+            return {name: value for name, value in values.items() if "/AP" in name or "sem_seg/" in name}
+    return None
