@@ -33,7 +33,6 @@ from functools import partial
 import torch
 from _common import parser, report
 from fvcore.common.config import CfgNode
-from saved_bytes import SavedBytes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -42,6 +41,7 @@ from loco_det.backbones.resnet import ResNet
 from loco_det.core.device import keep_freed_memory, resolve_device
 from pretrain.compiling import stage_compiler
 from pretrain.defaults import get_cfg
+from pretrain.memory import SavedBytes
 from pretrain.train import LAYOUT, Learner, local_trainer
 
 TEMPERATURE = 0.1

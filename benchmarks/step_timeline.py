@@ -23,11 +23,11 @@ from _common import parser, report
 from local_backward import configuration
 from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
-from saved_bytes import SavedBytes
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from loco_det.core.device import keep_freed_memory
 from pretrain.loco import LocalTrainer, Unit, method_units, split_backbone
+from pretrain.memory import SavedBytes
 from pretrain.train import LAYOUT, Learner
 
 TITLES = {"simclr": "SimCLR, end to end", "gim": "Greedy InfoMax", "loco": "LoCo"}

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loco_cases import UNIT_LISTS, build, gradients, obvious_step
-from saved_bytes import SavedBytes
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from loco_det.core.errors import UserError
 from pretrain.loco import LocalTrainer, Unit, plan_passes
+from pretrain.memory import SavedBytes
 
 
 @pytest.mark.parametrize("name", UNIT_LISTS)

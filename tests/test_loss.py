@@ -7,9 +7,9 @@ import statistics
 
 import pytest
 import torch
-from saved_bytes import SavedBytes
 
 from pretrain.loss import embedding_health, nt_xent
+from pretrain.memory import SavedBytes
 
 
 def loop_nt_xent(z: torch.Tensor, temperature: float) -> float:

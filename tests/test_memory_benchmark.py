@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loco_det.backbones.resnet import Conv2d
+from pretrain.memory import kept, learner_of
 
 ROOT = Path(__file__).resolve().parent.parent
 NARROW = {"STEM": "cifar", "WIDTH": 8}
@@ -19,13 +20,13 @@ NARROW = {"STEM": "cifar", "WIDTH": 8}
 def storages(backbone: nn.Module, x: Tensor) -> dict[str, dict[int, int]]:
     """{place: bytes} of what each stage must keep, the stem's with res2's: inputs of convolutions and of BatchNorm,
     results of ReLUs, and BatchNorm's mean and deviation of every channel; without the images."""
-    kept: dict[str, dict[int, int]] = {}
+    found: dict[str, dict[int, int]] = {}
     alive = []
 
     def keep(stage: str, tensor: Tensor) -> None:
         alive.append(tensor)
         if tensor.data_ptr() != x.data_ptr():
-            kept.setdefault(stage, {})[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            found.setdefault(stage, {})[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
 
     def convolution(module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> None:
         keep(stage_of[module], inputs[0])
@@ -45,13 +46,13 @@ def storages(backbone: nn.Module, x: Tensor) -> dict[str, dict[int, int]]:
             module.register_forward_hook(batchnorm)
     with torch.no_grad():
         backbone(x)
-    return kept
+    return found
 
 
 @pytest.mark.parametrize("name", ["resnet18", "presnet50"])
 def test_the_backbones_bytes_are_those_of_the_stages_alive_at_a_time(name: str) -> None:
     x = torch.randn(4, 3, 20, 20)
-    stages = storages(memory.learner_of(name, "simclr", **NARROW).backbone, x)
+    stages = storages(learner_of(name, "simclr", **NARROW).backbone, x)
     order = sorted(stages)
     together = {
         "simclr": [order],
@@ -60,13 +61,13 @@ def test_the_backbones_bytes_are_those_of_the_stages_alive_at_a_time(name: str) 
     }
     for method, groups in together.items():
         most = max(sum({k: v for stage in group for k, v in stages[stage].items()}.values()) for group in groups)
-        whole, backbone = memory.kept(memory.learner_of(name, method, **NARROW), x)
+        whole, backbone = kept(learner_of(name, method, **NARROW), x)
         assert backbone == most, method
         assert whole > backbone
 
 
 def test_only_loco_has_the_halving_block() -> None:
-    counts = {m: [len(d.blocks) for d in memory.learner_of("resnet18", m).decoders] for m in memory.PAPER["resnet50"]}
+    counts = {m: [len(d.blocks) for d in learner_of("resnet18", m).decoders] for m in memory.PAPER["resnet50"]}
     assert counts == {"simclr": [0], "gim": [0] * 4, "loco": [1] * 3}
 
 

@@ -19,7 +19,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loco_cases import UNIT_LISTS, build, gradients, obvious_step
-from saved_bytes import SavedBytes
 from torch import Tensor, nn
 
 from loco_det.backbones.artifact import load_backbone
@@ -36,6 +35,7 @@ from pretrain.compiling import stage_compiler
 from pretrain.defaults import get_cfg
 from pretrain.loco import LocalTrainer, Unit
 from pretrain.loss import nt_xent
+from pretrain.memory import SavedBytes
 from pretrain.sharing import SoftTrainer, UpperTrainer, private_copies
 from pretrain.stepping import Stepping
 from pretrain.train import Learner, local_trainer, pretrain
