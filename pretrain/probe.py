@@ -11,14 +11,13 @@ from pathlib import PurePosixPath
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from loco_det.annotations.subsets import share_of_each_class
 from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD
 from loco_det.backbones.resnet import StagedBackbone
-from loco_det.core.distributed import rank, world_size
+from loco_det.core.distributed import gather, rank, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
 from loco_det.evaluation.knn import knn_predict
@@ -151,16 +150,3 @@ def _open(path: str) -> Source:
         return open_source(path)
     except UserError as error:  # its message is about the training images
         raise UserError(str(error).replace("DATA.PATH", "KNN.VAL_PATH")) from error
-
-
-def gather(x: Tensor) -> Tensor:
-    """Concatenate rows (n, ...) of all processes by rank; n may differ."""
-    if world_size() == 1:
-        return x
-    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
-    most = int(torch.stack(counts).max())
-    padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])

@@ -20,7 +20,7 @@ from torch import nn
 from loco_det.backbones.artifact import load_backbone
 from loco_det.backbones.resnet import ResNet
 from loco_det.core.config import load_config
-from loco_det.core.distributed import rank, world_size
+from loco_det.core.distributed import gather, rank, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.launch import launch
 from loco_det.images.folders import open_source
@@ -30,7 +30,7 @@ from pretrain.defaults import get_cfg
 from pretrain.loco import LocalTrainer, Unit, running_statistics_kept
 from pretrain.loss import nt_xent
 from pretrain.optim import build_optimizer
-from pretrain.probe import KnnProbe, gather
+from pretrain.probe import KnnProbe
 from pretrain.stepping import Stepping
 from pretrain.sync_batchnorm import SyncBatchNorm, sync_anywhere
 from pretrain.train import pretrain as pretrain_with_relu

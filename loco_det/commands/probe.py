@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from torch import Tensor
 from loco_det import __version__
 from loco_det.commands.convert import add_input_arguments, read_stated
 from loco_det.core.device import resolve_device
+from loco_det.core.distributed import is_main
 from loco_det.core.errors import UserError
 from loco_det.core.files import cache_folder, check_writable, write_checked_json
+from loco_det.core.launch import launch
 from loco_det.core.log import Progress, log
 from loco_det.evaluation.knn import knn_predict
 from loco_det.evaluation.probes.backbones import Backbone, choose_stages, load_backbone_for_probe
@@ -33,6 +36,7 @@ from loco_det.evaluation.probes.scores import top_scores
 from loco_det.evaluation.probes.segmentation import MASKS, METHODS, DenseSettings, image_size, probe_segmentation
 from loco_det.evaluation.probes.tsne import CLASSES, IMAGES, balanced, check_tsne, numbers_of, write_tsne
 
+ALONE = ("semi", "segmentation")  # protocols of one process
 PROTOCOLS = ("linear", "knn", "semi", "ridge", "segmentation")
 RECIPES = ("sweep", "paper")
 _SEGMENTATION = "segmentation --method {}"
@@ -92,6 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, metavar="N", help=f"default {_BATCH}; segmentation {_DENSE_BATCH}")
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="data workers")
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N", help="processes, one GPU each if available: linear, knn, ridge"
+    )
     parser.add_argument("--cache", type=Path, metavar="DIR", help="feature cache (default: ~/.cache/loco_det/features)")
     parser.add_argument("--no-cache", action="store_true", help="do not cache features")
     add_input_arguments(parser)
@@ -105,7 +112,18 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.json:
         check_writable(args.json)
+    if args.num_gpus < 1:
+        raise UserError(f"--num-gpus is {args.num_gpus}; give at least 1, which without a GPU means one CPU process")
+    if args.protocol in ALONE and (args.num_gpus > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        raise UserError(f"--num-gpus {args.num_gpus}: --protocol {args.protocol} runs in one process; leave it out")
+    launch(_worker, args.num_gpus, args)
+
+
+def _worker(args: argparse.Namespace) -> None:
+    """Probe in this process's share of the job; the main process shows and writes the results."""
     results = probe(args)
+    if not is_main():
+        return
     if not args.quiet:
         (_print_segmentation if args.protocol == "segmentation" else _print)(results)
     if args.json:
@@ -278,6 +296,8 @@ def _ridge(args: argparse.Namespace, stage: str, train: Tensor, labels: Tensor, 
 def _tsne(args: argparse.Namespace, extractor: Extractor, stage: str, data: ProbeData) -> dict[str, Any]:
     images = balanced(data.test, args.tsne_images or IMAGES, args.seed)
     features = extractor(images, [stage], "t-SNE")[stage].numpy()
+    if not is_main():
+        return {}
     return write_tsne(args.tsne, features, images, data.classes, args.backbone, stage, args.seed)
 
 

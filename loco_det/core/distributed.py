@@ -53,6 +53,25 @@ def first_of_all(value: Any) -> Any:
     return next((one for one in found if one is not None), None)
 
 
+def share_of(count: int) -> slice:
+    """Return this process's part of `count` rows: consecutive, all of one length but perhaps the last ones."""
+    size = -(-count // world_size())
+    return slice(min(rank() * size, count), min((rank() + 1) * size, count))
+
+
+def gather(x: Tensor) -> Tensor:
+    """Concatenate rows (n, ...) of all processes by rank; n may differ."""
+    if world_size() == 1:
+        return x
+    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    most = int(torch.stack(counts).max())
+    padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
+
+
 def averaged(model: nn.Module, device: torch.device) -> DistributedDataParallel:
     """Wrap `model` to average gradients over processes, without broadcasting buffers at every step."""
     names = inspect.signature(DistributedDataParallel).parameters

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from loco_det.core.distributed import share_of
 from loco_det.core.errors import UserError, raising
 from loco_det.evaluation.probes.images import LabelledImages
 from loco_det.images.decode import decode_image
@@ -30,7 +31,7 @@ def steps_an_epoch(count: int, batch: int, drop_last: bool) -> int:
 def crop_batches(
     images: LabelledImages, size: int, *, epochs: int, batch: int, seed: int, drop_last: bool, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of all epochs, each epoch in a new order.
+    """Yield the batches of all epochs, each epoch in a new order; with several processes each one's share of a batch.
 
     Args:
         size: S.
@@ -84,4 +85,5 @@ class _Requests:
         for epoch in range(self.epochs):
             order = rng.permutation(self.count)
             for step in range(self.steps):
-                yield [(epoch, int(row)) for row in order[step * self.batch : (step + 1) * self.batch]]
+                rows = order[step * self.batch : (step + 1) * self.batch]
+                yield [(epoch, int(row)) for row in rows[share_of(len(rows))]]

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loco_det.core.distributed import barrier, first_of_all, gather, is_main, share_of, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, stat_line, write_json
 from loco_det.core.log import Progress, log
@@ -64,34 +65,45 @@ class Extractor:
         folder = self.cache / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         shapes = {stage: (len(images), self.backbone.channels[stage]) for stage in stages}
         found = {stage: _read(folder / f"{stage}.npy", shapes[stage]) for stage in stages}
-        absent = [stage for stage, features in found.items() if features is None]
+        # As the main process sees it, since all must agree on what to compute.
+        absent = first_of_all([stage for stage, features in found.items() if features is None])
         if absent:
             new = self._extract(images, absent, what)
-            try:
-                write_json(folder / "facts.json", facts)
-                for stage, features in new.items():
-                    _write(folder / f"{stage}.npy", features)
-            except UserError as error:  # continue without the cache
-                log.warning("%s; these features are not cached", error)
+            if is_main():
+                self._store(folder, facts, new)
+            barrier()  # until the files are whole
             found.update(new)
         else:
             log.info("%s: features of %d images from the cache", what, len(images))
         return {stage: found[stage] for stage in stages}
 
+    def _store(self, folder: Path, facts: dict[str, Any], features: dict[str, Tensor]) -> None:
+        try:
+            write_json(folder / "facts.json", facts)
+            for stage, part in features.items():
+                _write(folder / f"{stage}.npy", part)
+        except UserError as error:  # continue without the cache
+            log.warning("%s; these features are not cached", error)
+
     @torch.no_grad()
     def pool(self, x: Tensor, stages: list[str]) -> dict[str, Tensor]:
         """Pool (B, 3, S, S) float32 of `Backbone.input` to {stage: (B, C) float32}, in the backbone's current mode."""
+        if not len(x):  # a process without a share of the batch
+            return {stage: x.new_zeros(0, self.backbone.channels[stage]) for stage in stages}
         outputs = self.backbone.model(x)
         return {stage: outputs[stage].float().mean((2, 3)) for stage in stages}
 
     def _extract(self, images: LabelledImages, stages: list[str], what: str) -> dict[str, Tensor]:
-        features = {stage: torch.empty(len(images), self.backbone.channels[stage]) for stage in stages}
+        own = images.take(np.arange(len(images))[share_of(len(images))])
+        features = {stage: torch.empty(len(own), self.backbone.channels[stage]) for stage in stages}
         self.backbone.model.eval()
         row = 0
-        for x, _ in self.batches(images, f"{what} features"):
+        for x, _ in self.batches(own, f"{what} features") if len(own) else ():
             for stage, part in self.pool(x, stages).items():
                 features[stage][row : row + len(x)] = part
             row += len(x)
+        if world_size() > 1:
+            features = {stage: gather(part.to(self.device)).cpu() for stage, part in features.items()}
         for stage, part in features.items():
             if not part.isfinite().all():
                 raise UserError(f"{self.backbone.name}: features of {stage} are not finite; take sound weights")

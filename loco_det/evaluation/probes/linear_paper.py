@@ -4,7 +4,8 @@ LoCo (Xiong, Ren, Urtasun, arXiv 2008.01342) states optimizer, rate, 100 epochs 
 and 90. It does not state batch, weight decay, views or initialisation; they follow MoCo's linear evaluation (He et al.,
 arXiv 1911.05722, and its code): 256 images, none, a random crop and flip of each training image per epoch, and weights
 of deviation 0.01. Features are the pooled maps, not standardised. Each epoch costs a forward of all training images,
-shared by all stages.
+shared by all stages, and between the processes of a job: each computes the features of its share of a batch, and all
+train the same classifiers on the joined batch, so their number changes nothing but rounding.
 
 Shape legend: B images in a batch, D the stage's channels, C classes.
 """
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from loco_det.core.distributed import gather
 from loco_det.core.errors import UserError
 from loco_det.core.log import Progress
 from loco_det.evaluation.probes.crops import crop_batches, steps_an_epoch
@@ -59,12 +61,19 @@ def paper_probe(
         workers=extractor.workers,
     )  # fmt: skip
     batches = (
-        (step // per_epoch, extractor.pool(extractor.backbone.input(images, extractor.device), stages), labels)
-        for step, (images, labels) in enumerate(crops)
+        (step // per_epoch, *_joined(extractor, images, labels, stages)) for step, (images, labels) in enumerate(crops)
     )
     with Progress(recipe.epochs * per_epoch, "linear probe, paper's recipe") as progress:
         widths = {stage: extractor.backbone.channels[stage] for stage in stages}
         return train_linear(batches, widths, classes, recipe, extractor.device, progress.advance)
+
+
+def _joined(
+    extractor: Extractor, images: Tensor, labels: Tensor, stages: list[str]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return a batch's pooled features (B, D) and labels (B,), from every process's share of its images."""
+    features = extractor.pool(extractor.backbone.input(images, extractor.device), stages)
+    return {stage: gather(part) for stage, part in features.items()}, gather(labels.to(extractor.device))
 
 
 def train_linear(

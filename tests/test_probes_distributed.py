@@ -1,0 +1,97 @@
+"""The linear readout and frozen features on several processes: the same numbers as on one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from loco_det.cli import main
+from loco_det.core.distributed import share_of
+from loco_det.evaluation.probes.backbones import load_backbone_for_probe
+from loco_det.evaluation.probes.features import Extractor
+from loco_det.evaluation.probes.images import open_probe_data
+from loco_det.evaluation.probes.linear_paper import PaperRecipe, paper_probe
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ with 9 and val/ with 5 noisy patches of two classes."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, counts in (("train", (5, 4)), ("val", (3, 2))):
+        for name, colour, count in zip(("blue", "red"), ((220, 30, 30), (30, 30, 220)), counts):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(rng.normal(colour, 60, (16, 16, 3)), 0, 255).astype(np.uint8)
+                cv2.imwrite(str(root / split / name / f"{i}.png"), pixels)
+    return root
+
+
+def work(root: Path, cache: Path) -> dict[str, torch.Tensor]:
+    """Classifiers after two epochs in batches of 4, 4 and 1, and the test images' features, computed and cached."""
+    torch.set_num_threads(1)
+    data = open_probe_data(str(root), None, limit=0, seed=0)
+    backbone = load_backbone_for_probe("random:resnet18-cifar", seed=0)
+    extractor = Extractor(backbone, 16, torch.device("cpu"), batch=2, workers=0, cache=cache)
+    extractor.measure(data.train, 0)
+    heads = paper_probe(extractor, ["res2", "res5"], data.train, 2, PaperRecipe(epochs=2, batch=4, rate=0.1))
+    found = {f"{stage} head": head.weight.detach() for stage, head in heads.items()}
+    for again in ("", " again"):
+        found |= {f"{stage}{again}": f for stage, f in extractor(data.test, ["res2", "res5"], "test").items()}
+    return found
+
+
+def process(rank: int, count: int, root: Path, out: Path) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", init_method=f"file://{out}/meet{count}", rank=rank, world_size=count)
+    torch.save(work(root, out / f"cache{count}"), out / f"{count}_{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_have_the_numbers_of_one(count: int, images: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=process, args=(rank, count, images, tmp_path)) for rank in range(count)]
+    for child in children:
+        child.start()
+    alone = work(images, tmp_path / "cache1")
+    for child in children:
+        child.join(120)
+    assert [child.exitcode for child in children] == [0] * count
+    for rank in range(count):
+        found = torch.load(tmp_path / f"{count}_{rank}.pt")
+        assert list(found) == list(alone)
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, alone[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("rows", [0, 1, 4, 5, 7])
+def test_shares_are_consecutive_and_whole(count: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    for rank in range(count):
+        monkeypatch.setattr("loco_det.core.distributed.world_size", lambda: count)
+        monkeypatch.setattr("loco_det.core.distributed.rank", lambda rank=rank: rank)
+        part = list(range(rows))[share_of(rows)]
+        assert len(part) <= -(-rows // count)
+        found += part
+    assert found == list(range(rows))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--protocol", "semi", "--num-gpus", "2"], "--protocol semi runs in one process"),
+        (["--protocol", "knn", "--num-gpus", "0"], "--num-gpus is 0"),
+    ],
+)
+def test_what_runs_alone_is_refused(more: list[str], said: str, images: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["probe", "random:resnet18-cifar", "--data", str(images), *more]) == 2
+    assert said in capsys.readouterr().err
