@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from loco_det.report import charts
 from loco_det.report.losses import UnitLoss
@@ -64,6 +64,11 @@ def html_page(
     }
     empty = [f"{SECTIONS[key]}: nothing was given for this part" for key, found in content.items() if not found]
     content["missing"] = report["missing"] + empty
+    return template("page.html.j2").render(report=report, sections=SECTIONS, content=content)
+
+
+def template(name: str) -> Template:
+    """Return a template of this folder, which escapes all values."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -72,29 +77,29 @@ def html_page(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("page.html.j2").render(report=report, sections=SECTIONS, content=content)
+    return environment.get_template(name)
 
 
 def markdown_page(report: dict[str, Any]) -> str:
     """Render the page's tables as Markdown; `report` as for `html_page`."""
-    parts = [f"# {_plain(report['title'])}", f"Made {report['created']} by loco_det {report['loco_det']}."]
+    parts = [f"# {plain(report['title'])}", f"Made {report['created']} by loco_det {report['loco_det']}."]
     for experiment in report["experiments"]:
         header, rows = _main_table(experiment)
-        parts += [f"## {_plain(experiment['title'])}", _markdown_table(header, rows)]
+        parts += [f"## {plain(experiment['title'])}", markdown_table(header, rows)]
         header, rows = _paired_table(experiment)
         if rows:
-            parts += [f"Differences to {_plain(experiment['baseline'])} ({_bootstrap(experiment)}):"]
-            parts.append(_markdown_table(header, rows))
+            parts += [f"Differences to {plain(experiment['baseline'])} ({_bootstrap(experiment)}):"]
+            parts.append(markdown_table(header, rows))
         header, rows = _class_table(experiment)
         if rows:
-            parts += ["Per class:", _markdown_table(header, rows)]
+            parts += ["Per class:", markdown_table(header, rows)]
     for probe in report["probes"]:
         header, rows = _probe_table(probe)
-        parts += [f"## {_plain(_probe_title(probe))}", _markdown_table(header, rows)]
+        parts += [f"## {plain(_probe_title(probe))}", markdown_table(header, rows)]
     if report["inputs"] or report["other_inputs"]:
-        parts += ["## Inputs and environment", _markdown_table(*_inputs_table(report))]
+        parts += ["## Inputs and environment", markdown_table(*_inputs_table(report))]
     if report["missing"]:
-        parts += ["## Missing", "\n".join(f"- {_plain(text)}" for text in report["missing"])]
+        parts += ["## Missing", "\n".join(f"- {plain(text)}" for text in report["missing"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -180,12 +185,13 @@ def _top1(found: dict[str, Any] | None) -> str:
     return text + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
 
 
-def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table as Markdown, its first column to the left and the others to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(_plain, line)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(plain, line)) + " |" for line in lines)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that Markdown shows as it is, on one line: neither HTML nor a link nor the end of a cell."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([|`*])|(?<=\])(?=\()", r"\\\1", text)
