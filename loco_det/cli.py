@@ -35,6 +35,7 @@ JOBS = {
     "predict": "run a trained detector or segmentor on images and videos; writes pictures, COCO JSON, ONNX",
     "probe": "classify images by a backbone's frozen features, stage by stage",
     "sweep": "train and evaluate every backbone with every seed and share of the images, resumably",
+    "paper": "make a table or figure of the LoCo paper, in full or in small, its numbers beside ours",
     "report": "compare runs and probes on one page: intervals, errors, curves and pictures",
 }
 OWN_LOG = {"doctor"}  # reads --quiet itself: it must work where torch does not

@@ -1,0 +1,298 @@
+"""`loco-det paper`: each table and figure of the LoCo paper as one command, its figures beside ours."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from loco_det.annotations.registry import find_dataset
+from loco_det.core.errors import UserError
+from loco_det.core.files import atomic_write, locked, write_json
+from loco_det.core.jobs import (
+    add_launcher_arguments,
+    check_launcher,
+    command_line,
+    last_words,
+    launch_all,
+    run_process,
+    try_lock,
+)
+from loco_det.core.log import Progress, log, setup_logging
+from loco_det.core.run_folder import summary
+from loco_det.detection.run_record import environment
+from loco_det.paper import costs
+from loco_det.paper.page import write_page
+from loco_det.paper.plan import (
+    SCALES,
+    SPLITS,
+    TARGETS,
+    Chain,
+    Options,
+    PlannedRow,
+    Step,
+    commands_of,
+    detection_images,
+    labelled,
+    plan,
+)
+from loco_det.paper.results import pretrained
+from loco_det.paper.settings import changed_settings, configuration
+
+OF_OBJECTS = ("detection", "few_labels", "pictures")  # at small scale --data is a detection set
+PRETRAINED, HELD_OUT = 10_000, 10_000  # of CIFAR-10's training images; held out for choosing rates
+OUTPUT = "commands.txt"  # beside what a command makes: all that it prints
+_SEEDS = {"full": (0,), "small": (0, 1, 2)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The table or figure, scale, data, seeds, overrides and launcher."""
+    parser.add_argument("target", nargs="?", choices=TARGETS, metavar="TARGET", help=f"one of {', '.join(TARGETS)}")
+    parser.add_argument("--scale", choices=SCALES, default="small", help="the paper's, or narrow on a CPU (default)")
+    parser.add_argument(
+        "--data", metavar="PATH", help="full: ImageNet's folder; small: CIFAR-10 (zip, folder), or a detection set"
+    )
+    parser.add_argument("--out", type=Path, default=Path("output/paper"), metavar="DIR", help="all runs and the page")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and what it costs, and stop")
+    parser.add_argument("--page", action="store_true", help="run nothing: write the page of what is there")
+    parser.add_argument("--no-measure", action="store_true", help="do not measure a step for the hours and memory")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: 0 1 2; full: 0; splits: 0 to 4")
+    parser.add_argument("--supervised", default="", metavar="FILE", help="full: weights of the supervised rows")
+    parser.add_argument("--set-pretrain", nargs="+", default=[], metavar="KEY VALUE", help="for every pretraining")
+    parser.add_argument("--set-train", nargs="+", default=[], metavar="KEY VALUE", help="for every detector")
+    add_launcher_arguments(parser, "row and seed")
+
+
+def run(args: argparse.Namespace) -> int:
+    """List the targets, or plan, run and write the page of one; returns 1 if a command failed.
+
+    Raises:
+        UserError: bad arguments, data or settings.
+    """
+    if args.target is None:
+        _list_targets()
+        return 0
+    options = _options(args)
+    rows = plan(args.target, options)
+    steps = commands_of(rows)
+    for step in steps:  # an error here would fail every row
+        if step.words[0] in ("pretrain", "train"):
+            configuration(step)
+    failed: dict[str, str] = {}
+    if args.dry_run:
+        _print_plan(args, rows)
+        return 0
+    setup_logging(args.out)
+    if not args.page:
+        prepare(args.target, options)
+        _print_plan(args, rows)
+        failed = _run_all(args, rows)
+    savings = _savings(options.out) if args.target == "memory" else None
+    page = write_page(args.target, rows, options, environment(torch.device(_device())), savings, _changed(rows))
+    log.info("wrote %s", page)
+    return 1 if failed else 0
+
+
+def _list_targets() -> None:
+    table = Table("target", "what it is", box=None, pad_edge=False)
+    for name, words in TARGETS.items():
+        table.add_row(name, words)
+    Console().print(table)
+
+
+def _options(args: argparse.Namespace) -> Options:
+    check_launcher(args)
+    if not args.data:
+        what = "the folder of ImageNet" if args.scale == "full" else (
+            "a detection set with the splits train and test" if args.target in OF_OBJECTS else "CIFAR-10, zip or folder"
+        )  # fmt: skip
+        raise UserError(f"--data is missing; give {what}")
+    seeds = args.seeds or (SPLITS if args.target == "few_labels" else _SEEDS[args.scale])
+    if min(seeds) < 0:
+        raise UserError(f"--seeds {args.seeds}: give 0 or more")
+    if args.supervised and not Path(args.supervised).is_file():
+        raise UserError(f"--supervised {args.supervised}: no such file; correct the path")
+    return Options(
+        scale=args.scale,
+        data=os.path.abspath(os.path.expanduser(args.data)),
+        out=args.out.absolute(),
+        seeds=tuple(dict.fromkeys(seeds)),
+        pretrain=tuple(args.set_pretrain),
+        train=tuple(args.set_train),
+        supervised=args.supervised and os.path.abspath(args.supervised),
+    )
+
+
+# --- data -------------------------------------------------------------------------------------------------------
+
+
+def prepare(target: str, options: Options) -> None:
+    """Unpack and list the images of the small scale; what is there already is left as it is.
+
+    Raises:
+        UserError: the data are missing or not what they should be.
+    """
+    if not os.path.exists(options.data):
+        raise UserError(f"--data {options.data}: there is no such file or folder; correct the path")
+    if not options.is_small:
+        return
+    if target in OF_OBJECTS:
+        _list_detection_images(options)
+        return
+    folder = labelled(options)
+    with locked(options.out / ".unpacking.lock"):
+        if (options.out / "held_out.txt").is_file():  # the last that is written
+            return
+        if folder != Path(options.data):
+            with zipfile.ZipFile(options.data) as file:
+                file.extractall(options.out)
+        if not (folder / "train").is_dir():
+            raise UserError(f"--data {options.data}: has no folder train of class folders; give CIFAR-10 as images")
+        write_lists(folder / "train", options.out)
+
+
+def write_lists(train: Path, out: Path) -> None:
+    """Write train.txt and held_out.txt: the images to pretrain on and those held out, the same of each class."""
+    lines: dict[str, list[str]] = {"train.txt": [], "held_out.txt": []}
+    root = os.path.relpath(train, out) if train.is_relative_to(out) else str(train.absolute())
+    classes = sorted(folder.name for folder in train.iterdir())
+    for name in classes:
+        files = sorted(path.name for path in (train / name).iterdir())
+        random.Random(f"0 {name}").shuffle(files)
+        held = min(HELD_OUT // len(classes), len(files) // 5)
+        kept = PRETRAINED // len(classes)
+        for list_name, chosen in (("held_out.txt", files[:held]), ("train.txt", files[held : held + kept])):
+            lines[list_name] += [f"{root}/{name}/{file}\t{name}" for file in chosen]
+    for list_name, content in lines.items():
+        with atomic_write(out / list_name, "w") as file:
+            file.write("\n".join(content) + "\n")
+
+
+def _list_detection_images(options: Options) -> None:
+    path = detection_images(options)
+    if path.is_file():
+        return
+    found = find_dataset(f"{options.data}@train")
+    with atomic_write(path, "w") as file:
+        file.writelines(f"{(found.images / name).absolute()}\n" for name in found.index.file_name.tolist())
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------
+
+
+def _print_plan(args: argparse.Namespace, rows: Sequence[PlannedRow]) -> None:
+    """Print every command to run with its cost, and the sums."""
+    steps = commands_of(rows)
+    waiting = [step for step in steps if not step.made.exists()]
+    measure = (lambda job, cfg: costs.Measured(1, 0.0, 0.0, 0, 0, 0)) if args.no_measure else costs.measure_step
+    found = costs.costs(steps, args.num_gpus, args.scale == "small", measure) if waiting else {}
+    table = Table("command", "state", "steps", "hours", "GiB", box=None, pad_edge=False)
+    for step in steps:
+        cost = found.get(step)
+        numbers = ("", "", "") if cost is None else _shown(cost, args.no_measure)
+        table.add_row(
+            f"{step.words[0]} {step.made.relative_to(args.out.absolute())}",
+            "done" if step.made.exists() else "to run",
+            *numbers,
+        )
+    if not args.quiet:
+        Console(width=None if Console().is_terminal else 200).print(table)
+    hours = sum(found[step].hours for step in waiting if step in found)
+    most = max((found[step].bytes for step in waiting if step in found), default=0) / 2**30
+    log.info("%d commands, %d of them done", len(steps), len(steps) - len(waiting))
+    if waiting and not args.no_measure:
+        log.info(
+            "expected: %.1f hours one after another, at most %.1f GiB in a process; from a step measured on %s, "
+            "without reading images and evaluation",
+            *(hours, most, _device()),
+        )  # fmt: skip
+    for row in rows:
+        if row.why:
+            log.warning("%s is left out: %s", row.label, row.why)
+
+
+def _shown(cost: costs.Cost, unmeasured: bool) -> tuple[str, str, str]:
+    if unmeasured:
+        return f"{cost.steps:,}", "", ""
+    return f"{cost.steps:,}", f"{cost.hours:.2f}", f"{cost.bytes / 2**30:.2f}"
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# --- running ----------------------------------------------------------------------------------------------------
+
+
+def _run_all(args: argparse.Namespace, rows: Sequence[PlannedRow]) -> dict[str, str]:
+    """Run what is not done: first backbones that several chains need, then the chains; returns the failures."""
+    chains = [chain for row in rows for chain in row.chains if not chain.done]
+    firsts = [chain.steps[0] for chain in chains]
+    shared = [step for step in dict.fromkeys(firsts) if firsts.count(step) > 1 and not step.made.exists()]
+    failed: dict[str, str] = {}
+    for items in ([Chain("", 0, (step,)) for step in shared], chains):
+        with Progress(len(items), "rows and seeds") as progress:
+            for chain, problem in launch_all(args, items, _Runner(args)):
+                if problem:
+                    log.error("%s: %s", chain.steps[-1].made.parent, problem)
+                    failed[str(chain.steps[-1].made)] = problem
+                progress.advance(failed=len(failed))
+    return failed
+
+
+class _Runner:
+    """Runs a chain's commands in order, here or on another machine; returns None, or the problem in one sentence."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+
+    def __call__(self, chain: Chain) -> str | None:
+        for step in chain.steps:
+            if problem := run_step(step, self.args):
+                return problem
+        return None
+
+
+def run_step(step: Step, args: argparse.Namespace) -> str | None:
+    """Run one command unless it is done; returns None, or the problem in one sentence."""
+    folder = step.made.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f".{step.made.name}.lock", "w") as lock:
+        if not try_lock(lock):
+            return "another command is at it"
+        if step.made.exists():
+            return None
+        spent = float(step.clock.read_text()) if step.clock.exists() else 0.0
+        with open(folder / OUTPUT, "a") as output:
+            status, seconds = run_process(command_line(step.words, args), output, lock)
+        step.clock.write_text(f"{spent + seconds:.1f}")
+        if status or not step.made.exists():
+            return f"{step.words[0]} ended with status {status}: {last_words(folder / OUTPUT)}"
+    return None
+
+
+# --- what the page needs ----------------------------------------------------------------------------------------
+
+
+def _savings(out: Path) -> dict[str, Any]:
+    """Return what each method saves of memory, counted once and kept in OUT/memory_savings.json."""
+    path = out / "memory_savings.json"
+    if not path.is_file():
+        log.info("counting the bytes that a step keeps, on ResNet-50 and PResNet-50 at %d pixels", costs.MEMORY_SIZE)
+        write_json(path, costs.memory_savings())
+    return json.loads(path.read_text())
+
+
+def _changed(rows: Sequence[PlannedRow]) -> dict[str, str]:
+    """Return the finished pretrainings whose settings are not those planned, with what differs."""
+    found = {step.made.parent.name: changed_settings(step) for step in pretrained(rows)}
+    return {name: summary(changes) for name, changes in found.items() if changes}

@@ -1,0 +1,40 @@
+"""The configurations of a plan's commands, and how those of finished runs differ from them."""
+
+from __future__ import annotations
+
+import functools
+
+import yaml
+from fvcore.common.config import CfgNode
+
+from loco_det.backbones.artifact import load_backbone
+from loco_det.core.config import load_config
+from loco_det.core.run_folder import differences
+from loco_det.detection import keys
+from loco_det.paper.plan import Step, config_of
+from pretrain.defaults import get_cfg
+from pretrain.train import FREE_KEYS
+
+
+@functools.cache
+def configuration(step: Step) -> CfgNode:
+    """Return the configuration of a `pretrain` or `train` command, as the command reads it.
+
+    Raises:
+        UserError: a wrong key or value.
+    """
+    at = step.words.index("--config-file") + 2
+    defaults = get_cfg() if step.words[0] == "pretrain" else keys.get_cfg()
+    return load_config(defaults, config_of(step), step.words[at:])[0]
+
+
+def changed_settings(step: Step) -> dict[str, str]:
+    """Return the keys in which a finished pretraining differs from its plan: {"SOLVER.BASE_LR": "0.5 before, ..."}.
+
+    Keys that do not affect the result may differ.
+
+    Raises:
+        UserError: the backbone cannot be read.
+    """
+    _, manifest = load_backbone(step.made)
+    return differences(manifest.config, yaml.safe_load(configuration(step).dump()), FREE_KEYS)
