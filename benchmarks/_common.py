@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout 
 
 from loco_det.core.files import write_json
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def parser(description: str) -> argparse.ArgumentParser:
     """A parser that already has `--json PATH`."""

@@ -24,7 +24,6 @@ import argparse
 import fcntl
 import json
 import os
-import random
 import resource
 import statistics
 import subprocess
@@ -41,18 +40,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout it stands in, installed or not
 
-from loco_det.core.config import load_config, value
-from loco_det.core.files import atomic_write, locked, write_json
+from loco_det.core.files import atomic_write, write_json
 from loco_det.core.log import log, setup_logging
 from loco_det.detection.run_record import environment
-from pretrain.defaults import get_cfg
+from loco_det.paper import plan
+from loco_det.paper.data import PRETRAINED, unpack
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
 BLOCKS = [f"res{stage}.{block}" for stage in (2, 3, 4, 5) for block in (0, 1)]  # of ResNet-18
 SEEDS = (0, 1, 2)
-PRETRAINED = 10_000  # images; the same of each class
-HELD_OUT = 10_000  # a fifth of CIFAR-10's training images, never pretrained on
 RATES = (0.0625, 0.125, 0.25, 0.5, 1.0)
 RATE_EPOCHS = 6
 DETECTION_METHODS = ("random", "gim", "simclr", "loco")
@@ -82,7 +79,6 @@ ROWS = {
     "gim_presnet": Row("presnet", "gim_r50", "gim_presnet"),
     "loco_presnet": Row("presnet", "loco_r50", "loco_presnet"),
 }
-SWITCHES = ("METHOD", "UNITS", "DECODER", "SHARING")
 
 
 def main() -> None:
@@ -119,13 +115,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def switches(row: Row) -> dict[str, Any]:
     """{"METHOD": "loco", "DECODER.CONV_BLOCKS": 1, ...}: what the paper's configuration sets, its bases included."""
-    cfg, settings = load_config(get_cfg(), ROOT / "configs" / "pretrain" / f"{row.config}.yaml")
-    found = {
-        key: value(cfg, key)
-        for key, setting in settings.items()
-        if key.partition(".")[0] in SWITCHES and "/base_" not in setting.origin
-    }
-    return {**found, **({"UNITS": row.units} if row.units else {})}
+    return {**plan.switches(row.config), **({"UNITS": row.units} if row.units else {})}
 
 
 # --- images -----------------------------------------------------------------------------------------------------
@@ -133,27 +123,10 @@ def switches(row: Row) -> dict[str, Any]:
 
 def unpacked(archive: Path, out: Path) -> Path:
     """The folder with train and test, the archive's only one; beside it the lists train.txt and held_out.txt."""
-    with zipfile.ZipFile(archive) as file, locked(out / ".unpacking.lock"):
+    with zipfile.ZipFile(archive) as file:
         (top,) = {name.partition("/")[0] for name in file.namelist()}
-        if not (out / "held_out.txt").is_file():  # the last that is written
-            file.extractall(out)
-            write_lists(out / top / "train", out)
+    unpack(archive, out / top, out)
     return out / top
-
-
-def write_lists(train: Path, out: Path) -> None:
-    """Divide the images under `train` into those held out and those pretrained on; the same of each class."""
-    lines: dict[str, list[str]] = {"train.txt": [], "held_out.txt": []}
-    classes = sorted(folder.name for folder in train.iterdir())
-    for name in classes:
-        files = sorted(path.name for path in (train / name).iterdir())
-        random.Random(f"0 {name}").shuffle(files)
-        held, kept = HELD_OUT // len(classes), PRETRAINED // len(classes)
-        for list_name, chosen in (("held_out.txt", files[:held]), ("train.txt", files[held : held + kept])):
-            lines[list_name] += [f"{train.relative_to(out) / name / file}\t{name}" for file in chosen]
-    for list_name, content in lines.items():
-        with atomic_write(out / list_name, "w") as file:
-            file.write("\n".join(content) + "\n")
 
 
 # --- cells ------------------------------------------------------------------------------------------------------

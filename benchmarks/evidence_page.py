@@ -10,11 +10,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from evidence import DETECTION_METHODS, HELD_OUT, PRETRAINED, RATE_EPOCHS, RATES, RESULTS, ROOT, ROWS, SEEDS
+from evidence import DETECTION_METHODS, RATE_EPOCHS, RATES, RESULTS, ROOT, ROWS, SEEDS
 from matplotlib.figure import Figure
 
 from loco_det.core.config import load_config
 from loco_det.core.files import atomic_write
+from loco_det.paper.data import HELD_OUT, PRETRAINED
 from loco_det.report.drawing import COLOURS
 from loco_det.report.plots import save_figure
 from loco_det.report.statistics import summarise

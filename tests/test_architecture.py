@@ -122,9 +122,9 @@ def test_the_walk_sees_what_it_should() -> None:
     assert len(FILES) > 40
 
 
-def test_one_command_knows_pretrain_and_the_costs_of_the_paper() -> None:
+def test_one_command_knows_pretrain_and_the_plan_of_the_paper() -> None:
     knows = {m for m in FILES if m.startswith("loco_det") and any(i.startswith("pretrain") for i in imports(m))}
-    assert knows == {"loco_det.commands.pretrain", "loco_det.paper.costs"}
+    assert knows == {"loco_det.commands.pretrain", "loco_det.paper.costs", "loco_det.paper.settings"}
 
 
 def test_one_file_imports_detectron2_and_only_when_called() -> None:

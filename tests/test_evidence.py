@@ -18,6 +18,8 @@ import evidence  # noqa: E402
 import evidence_page  # noqa: E402
 
 from loco_det.images.folders import open_source  # noqa: E402
+from loco_det.paper.data import write_lists  # noqa: E402
+from loco_det.paper.plan import SWITCHES  # noqa: E402
 
 
 def cell(row: str, seed: int, top1: float, losses: dict[str, list[list[float]]]) -> dict:
@@ -150,9 +152,9 @@ def test_a_row_has_the_switches_of_the_papers_configuration(name: str) -> None:
     found = evidence.switches(row)
     content = yaml.safe_load((ROOT / "configs" / "pretrain" / f"{row.config}.yaml").read_text())
     for key, value in content.items():
-        if isinstance(value, dict) and key in evidence.SWITCHES:
+        if isinstance(value, dict) and key in SWITCHES:
             assert all(found[f"{key}.{leaf}"] == value[leaf] for leaf in value)
-        elif key in evidence.SWITCHES:
+        elif key in SWITCHES:
             assert found[key] == value
     assert found["METHOD"] in ("simclr", "gim", "loco", "loco_res2")
     block = name in ("gim_conv", "loco", "loco_res2", "loco_blocks", "loco_presnet")
@@ -160,14 +162,12 @@ def test_a_row_has_the_switches_of_the_papers_configuration(name: str) -> None:
     assert ("UNITS" in found) == name.endswith("blocks")
 
 
-def test_the_lists_share_no_image_and_have_the_same_number_of_each_class(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(evidence, "PRETRAINED", 6)
-    monkeypatch.setattr(evidence, "HELD_OUT", 4)
+def test_the_lists_share_no_image_and_have_the_same_number_of_each_class(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / "set/train" / name).mkdir(parents=True)
         for i in range(7):
             (tmp_path / "set/train" / name / f"{i}.jpg").touch()
-    evidence.write_lists(tmp_path / "set/train", tmp_path)
+    write_lists(tmp_path / "set/train", tmp_path, 6, 4)
     train, held = ((tmp_path / file).read_text().split("\n")[:-1] for file in ("train.txt", "held_out.txt"))
     assert (len(train), len(held)) == (6, 4)
     assert not set(train) & set(held)
@@ -178,7 +178,7 @@ def test_the_lists_share_no_image_and_have_the_same_number_of_each_class(tmp_pat
         )
         assert classes.count("cat") == classes.count("dog")
     before = train
-    evidence.write_lists(tmp_path / "set/train", tmp_path)
+    write_lists(tmp_path / "set/train", tmp_path, 6, 4)
     assert (tmp_path / "train.txt").read_text().split("\n")[:-1] == before
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import paper_page
 import pytest
 
 from loco_det.cli import main
@@ -17,6 +18,7 @@ from loco_det.commands import paper
 from loco_det.core.errors import UserError
 from loco_det.paper import costs, plan
 from loco_det.paper.costs import Measured
+from loco_det.paper.data import unpack
 from loco_det.paper.figures import FEW, FROZEN, ROWS
 from loco_det.paper.page import write_page
 from loco_det.paper.plan import TARGETS, Chain, Options, PlannedRow, Step, commands_of
@@ -356,7 +358,7 @@ def test_a_step_is_measured(objects: Path, tmp_path: Path) -> None:
     simclr, gim = (costs.measure_step("pretrain", configuration(row.chains[0].steps[0])) for row in
                    plan.plan("curves", options)[:2])  # fmt: skip
     assert simclr.steps == 2
-    assert simclr.images == 2
+    assert simclr.images == 4  # the whole batch, since they are small
     assert simclr.seconds > simclr.forward > 0
     assert 0 < gim.saved < simclr.saved  # local losses keep less
     options = Options("small", str(objects), tmp_path, (0,), train=tuple(words(TOY_DETECTOR)))
@@ -420,7 +422,7 @@ def test_the_lists_are_those_of_the_evidence(tmp_path: Path) -> None:
         (tmp_path / "cifar10" / "train" / name).mkdir(parents=True)
         for i in range(10):
             (tmp_path / "cifar10" / "train" / name / f"{i}.png").write_bytes(b"")
-    paper.write_lists(tmp_path / "cifar10" / "train", tmp_path)
+    unpack(tmp_path / "cifar10", tmp_path / "cifar10", tmp_path)
     kept, held = ((tmp_path / f"{name}.txt").read_text().splitlines() for name in ("train", "held_out"))
     assert (len(kept), len(held)) == (16, 4)
     assert not set(kept) & set(held)
@@ -435,3 +437,15 @@ def test_the_switches_of_a_small_row_are_its_configurations() -> None:
     assert names["loco_presnet50_100ep"] == "loco_presnet"
     assert names["loco_r50_100ep"] == names["loco_r50"] == "loco"
     assert plan.small_network("gim_sh50") == "sh50"
+
+
+def test_pages_are_put_below_their_marks(tmp_path: Path) -> None:
+    (tmp_path / "curves.md").write_text(
+        "# Losses\n\n## Curves\n\n![x](curves.png)\n\n```text\nloco-det # no heading\n```\n"
+    )
+    text = "# Page\n\n<!-- page: curves -->\n\nold\n\n<!-- page: table1 -->\n\nkept\n"
+    found = paper_page.with_pages(text, tmp_path)
+    assert "<!-- page: curves -->\n\n## Losses\n\n### Curves\n\n![x](paper_curves.png)\n" in found
+    assert "old" not in found
+    assert found.endswith("<!-- page: table1 -->\n\nkept\n")
+    assert paper_page.with_pages(found, tmp_path) == found

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from loco_det.annotations.registry import find_dataset
 from loco_det.core.errors import UserError
-from loco_det.core.files import atomic_write, locked, write_json
+from loco_det.core.files import write_json
 from loco_det.core.jobs import (
     add_launcher_arguments,
     check_launcher,
@@ -31,6 +28,7 @@ from loco_det.core.log import Progress, log, setup_logging
 from loco_det.core.run_folder import summary
 from loco_det.detection.run_record import environment
 from loco_det.paper import costs
+from loco_det.paper.data import prepare
 from loco_det.paper.page import write_page
 from loco_det.paper.plan import (
     SCALES,
@@ -41,15 +39,12 @@ from loco_det.paper.plan import (
     PlannedRow,
     Step,
     commands_of,
-    detection_images,
-    labelled,
     plan,
 )
 from loco_det.paper.results import pretrained
 from loco_det.paper.settings import changed_settings, configuration
 
 OF_OBJECTS = ("detection", "few_labels", "pictures")  # at small scale --data is a detection set
-PRETRAINED, HELD_OUT = 10_000, 10_000  # of CIFAR-10's training images; held out for choosing rates
 OUTPUT = "commands.txt"  # beside what a command makes: all that it prints
 _SEEDS = {"full": (0,), "small": (0, 1, 2)}
 
@@ -93,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     setup_logging(args.out)
     if not args.page:
-        prepare(args.target, options)
+        prepare(options, args.target in OF_OBJECTS)
         _print_plan(args, rows)
         failed = _run_all(args, rows)
     savings = _savings(options.out) if args.target == "memory" else None
@@ -130,60 +125,6 @@ def _options(args: argparse.Namespace) -> Options:
         train=tuple(args.set_train),
         supervised=args.supervised and os.path.abspath(args.supervised),
     )
-
-
-# --- data -------------------------------------------------------------------------------------------------------
-
-
-def prepare(target: str, options: Options) -> None:
-    """Unpack and list the images of the small scale; what is there already is left as it is.
-
-    Raises:
-        UserError: the data are missing or not what they should be.
-    """
-    if not os.path.exists(options.data):
-        raise UserError(f"--data {options.data}: there is no such file or folder; correct the path")
-    if not options.is_small:
-        return
-    if target in OF_OBJECTS:
-        _list_detection_images(options)
-        return
-    folder = labelled(options)
-    with locked(options.out / ".unpacking.lock"):
-        if (options.out / "held_out.txt").is_file():  # the last that is written
-            return
-        if folder != Path(options.data):
-            with zipfile.ZipFile(options.data) as file:
-                file.extractall(options.out)
-        if not (folder / "train").is_dir():
-            raise UserError(f"--data {options.data}: has no folder train of class folders; give CIFAR-10 as images")
-        write_lists(folder / "train", options.out)
-
-
-def write_lists(train: Path, out: Path) -> None:
-    """Write train.txt and held_out.txt: the images to pretrain on and those held out, the same of each class."""
-    lines: dict[str, list[str]] = {"train.txt": [], "held_out.txt": []}
-    root = os.path.relpath(train, out) if train.is_relative_to(out) else str(train.absolute())
-    classes = sorted(folder.name for folder in train.iterdir())
-    for name in classes:
-        files = sorted(path.name for path in (train / name).iterdir())
-        random.Random(f"0 {name}").shuffle(files)
-        held = min(HELD_OUT // len(classes), len(files) // 5)
-        kept = PRETRAINED // len(classes)
-        for list_name, chosen in (("held_out.txt", files[:held]), ("train.txt", files[held : held + kept])):
-            lines[list_name] += [f"{root}/{name}/{file}\t{name}" for file in chosen]
-    for list_name, content in lines.items():
-        with atomic_write(out / list_name, "w") as file:
-            file.write("\n".join(content) + "\n")
-
-
-def _list_detection_images(options: Options) -> None:
-    path = detection_images(options)
-    if path.is_file():
-        return
-    found = find_dataset(f"{options.data}@train")
-    with atomic_write(path, "w") as file:
-        file.writelines(f"{(found.images / name).absolute()}\n" for name in found.index.file_name.tolist())
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------

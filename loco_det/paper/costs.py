@@ -1,8 +1,8 @@
 """What a plan will cost: steps counted from the configurations, hours and memory from one short measured step.
 
-The step is measured on this machine's device on made-up images, at a small batch, in one process; its time grows with
-the batch and falls with the number of processes. Reading images is left out, and so are a readout's own classifiers and
-the evaluation of a detector.
+The step is measured on this machine's device on made-up images, two of 224 pixels or as many small ones, in one
+process; its time grows with the batch and falls with the number of processes. Reading images is left out, and so are a
+readout's own classifiers and the evaluation of a detector.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from loco_det.paper.figures import SAVINGS
 from loco_det.paper.plan import Step
 from loco_det.paper.settings import configuration
 from pretrain.memory import SavedBytes, savings
-from pretrain.train import Learner, autocast, local_trainer
+from pretrain.train import LAYOUT, Learner, autocast, local_trainer
 
 IMAGENET = {"train": 1_281_167, "test": 50_000}
 CIFAR = {"pretrained": 10_000, "train": 50_000, "test": 10_000}
-MEASURED_IMAGES = 2  # in a measured step
+MEASURED_IMAGES = 2  # of MEMORY_SIZE in a measured step; as many pixels of other sizes
 MEMORY_SIZE = 224  # pixels of the images of `memory_savings`
 PAPER_EPOCHS = 100  # of the paper's linear recipe, each a forward of all training images
 COPIES = 3  # of every trained weight: itself, its gradient, its momentum
@@ -155,8 +155,9 @@ def _measure_pretraining(cfg: CfgNode) -> Measured:
         cfg = config.changed(cfg, METHOD="simclr")  # the same network
     torch.manual_seed(0)
     learner = Learner(cfg).to(device)
-    images = min(MEASURED_IMAGES, cfg.SOLVER.BATCH_SIZE)
-    x = torch.randn(2 * images, 3, cfg.DATA.IMAGE_SIZE, cfg.DATA.IMAGE_SIZE, device=device)
+    size = cfg.DATA.IMAGE_SIZE
+    images = min(max(MEASURED_IMAGES * MEMORY_SIZE**2 // size**2, MEASURED_IMAGES), cfg.SOLVER.BATCH_SIZE)
+    x = torch.randn(2 * images, 3, size, size, device=device).to(memory_format=LAYOUT)
     trainer = local_trainer(learner)
     saved, seconds = _timed(learner, device, lambda: trainer.step(x, autocast=autocast(cfg, device)))
     learner.eval()
@@ -227,5 +228,5 @@ def memory_savings() -> dict[str, dict[str, dict[str, float]]]:
         {network: {method: `pretrain.memory.savings`}}
     """
     shape = (2 * MEASURED_IMAGES, 3, MEMORY_SIZE, MEMORY_SIZE)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(memory_format=LAYOUT)
     return {network: savings(network, x) for network in SAVINGS}

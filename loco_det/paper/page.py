@@ -57,11 +57,12 @@ def write_page(
         sections.append(_tsne(rows))
     if target == "pictures":
         sections.append(_pictures(rows, options))
-    sections += [_not_run(found), _differences(found, changed or {}, options), _how(rows, machine)]
+    sections += [_not_run(found), _differences(found, changed or {}), _how(target, rows, options, machine)]
     path = options.out / target
     write_sections(path, TARGETS[target][0].upper() + TARGETS[target][1:], [part for part in sections if _has(part)])
     numbers = [{"row": r.row.label, "paper": r.row.paper, "ours": r.ours, "whole": r.is_whole} for r in found]
-    write_json(path.with_name(f"{target}.json"), {"target": target, "scale": options.scale, "rows": numbers})
+    content = {"target": target, "scale": options.scale, "rows": numbers, "commands": _commands(commands_of(rows))}
+    write_json(path.with_name(f"{target}.json"), content)
     return path.with_name(f"{target}.md")
 
 
@@ -79,7 +80,8 @@ def _introduction(target: str, options: Options) -> list[str]:
         SOURCE,
         f"Ours at small scale: {set_up}, everything narrow and short, so our figures are not to be compared with the "
         "paper's one by one; the differences between rows may be. Mean over seeds, in brackets its 95 % interval.",
-        "Differences are to the first row, seed by seed; a star marks those whose 95 % interval leaves zero out.",
+        "Differences are to the first row of the same network or share, seed by seed; a star marks those whose 95 % "
+        "interval leaves zero out.",
     ]
 
 
@@ -98,8 +100,8 @@ def _table(target: str, found: Sequence[Result], options: Options) -> list[Secti
         for column in measured:
             ours = result.ours.get(column, {})
             if apart:
-                first = found[0].ours.get(column, {})
-                difference = to_first(ours, first) if result is not found[0] else ""
+                first = next(one for one in found if one.row.group == result.row.group)
+                difference = to_first(ours, first.ours.get(column, {})) if result is not first else ""
             else:
                 difference = to_paper(ours, result.row.paper.get(column))
             row += [mean(ours) or NOT_RUN, difference]
@@ -191,20 +193,26 @@ def _not_run(found: Sequence[Result]) -> Section:
     return Section("Not run", points=missing)
 
 
-def _differences(found: Sequence[Result], changed: dict[str, str], options: Options) -> Section:
+def _differences(found: Sequence[Result], changed: dict[str, str]) -> Section:
     points = [f"{result.row.label}: {result.row.differs}" for result in found if result.row.differs]
     points += [f"{run} was made with other settings than planned: {what}" for run, what in changed.items()]
     return Section("Differences", points=points)
 
 
-def _how(rows: Sequence[PlannedRow], machine: dict[str, Any]) -> Section:
-    done = [step for step in commands_of(rows) if step.made.exists()]
+def _how(target: str, rows: Sequence[PlannedRow], options: Options, machine: dict[str, Any]) -> Section:
+    steps = commands_of(rows)
+    done = [step for step in steps if step.made.exists()]
     hours = sum(float(step.clock.read_text()) for step in done if step.clock.is_file()) / 3600
     packages = {name: version for name, version in machine["packages"].items() if version}
     text = (
-        f"{len(done)} of {len(commands_of(rows))} commands have been run, in {hours:.1f} hours of processor time; this "
-        f"page was written on {machine['device']}, {machine['cores']} cores, torch {packages.get('torch', '?')}, "
-        f"loco_det {machine['loco_det']}."
+        f"{len(done)} of {len(steps)} commands have been run, in {hours:.1f} hours of processor time; this page was "
+        f"written on {machine['device']}, {machine['cores']} cores, torch {packages.get('torch', '?')}, loco_det "
+        f"{machine['loco_det']}. Those of the first row and seed, OUT for the folder; {target}.json has all:"
     )
-    lines = [" ".join(("loco-det", *step.words)) for step in commands_of(rows)]
-    return Section("How", text=[text], code="\n".join(lines))
+    first = next((chain.steps for row in rows for chain in row.chains), ())
+    code = "\n".join(_commands(first)).replace(f"{options.out}/", "OUT/").replace(options.data, Path(options.data).name)
+    return Section("How", text=[text], code=code)
+
+
+def _commands(steps: Sequence[Step]) -> list[str]:
+    return [" ".join(("loco-det", *step.words)) for step in steps]

@@ -72,6 +72,7 @@ class PlannedRow:
         paper: the paper's figures by column.
         chains: one for each seed; none if it cannot be run, and `why` says why.
         differs: how the run at this scale differs from the paper's row besides the scale.
+        group: rows that are compared with one another, with the first of them.
     """
 
     label: str
@@ -79,6 +80,7 @@ class PlannedRow:
     chains: tuple[Chain, ...] = ()
     why: str = ""
     differs: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,8 @@ def _read_out(rows: Sequence[Row], options: Options) -> Iterator[PlannedRow]:
             chains.append(Chain(small_name(row.config) if options.is_small else row.config, seed, steps))
         paper = {"top-1": row.top1} if row.top1 is not None else {}
         label = f"{row.words}, {row.place}" if row.place == PROGRESSIVE else row.words
-        yield PlannedRow(label, paper, tuple(chains), differs=_differs(row.config, options))
+        group = small_network(small_name(row.config))
+        yield PlannedRow(label, paper, tuple(chains), differs=_differs(row.config, options), group=group)
 
 
 def _differs(config: str, options: Options) -> str:
@@ -314,7 +317,7 @@ def _few_labels(options: Options) -> Iterator[PlannedRow]:
             for method in SMALL_DETECTION:
                 label = f"{SMALL_WORDS[method]}, {share.removesuffix('pct')} % of the images"
                 chains = tuple(_small_few(size, share, method, split, options) for split in options.seeds)
-                yield PlannedRow(label, {}, chains)
+                yield PlannedRow(label, {}, chains, group=size)
         return
     for (size, method), by_epochs in FEW.items():
         for epochs, figures in by_epochs.items():

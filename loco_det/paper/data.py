@@ -1,0 +1,77 @@
+"""The images of the small scale: CIFAR-10 unpacked and listed, and the training images of a detection set."""
+
+from __future__ import annotations
+
+import os
+import random
+import zipfile
+from pathlib import Path
+
+from loco_det.annotations.registry import find_dataset
+from loco_det.core.errors import UserError
+from loco_det.core.files import atomic_write, locked
+from loco_det.paper.plan import Options, detection_images, labelled
+
+PRETRAINED, HELD_OUT = 10_000, 10_000  # of CIFAR-10's training images; held out for choosing rates
+LISTS = ("train.txt", "held_out.txt")
+
+
+def prepare(options: Options, objects: bool) -> None:
+    """Unpack and list what the small scale pretrains on; what is there already is left as it is.
+
+    Args:
+        objects: `options.data` is a detection set.
+
+    Raises:
+        UserError: the data are missing or not what they should be.
+    """
+    if not os.path.exists(options.data):
+        raise UserError(f"--data {options.data}: there is no such file or folder; correct the path")
+    if options.is_small and objects:
+        _list_detection_images(options)
+    elif options.is_small:
+        unpack(Path(options.data), labelled(options), options.out)
+
+
+def unpack(data: Path, folder: Path, out: Path) -> None:
+    """Unpack a zip of `folder` into `out`, unless `data` is that folder, and write the lists of its images there.
+
+    Raises:
+        UserError: it has no folder train.
+    """
+    with locked(out / ".unpacking.lock"):
+        if (out / LISTS[-1]).is_file():  # the last that is written
+            return
+        if folder != data:
+            with zipfile.ZipFile(data) as file:
+                file.extractall(out)
+        train = folder / "train"
+        if not train.is_dir():
+            raise UserError(f"--data {data}: has no folder train of class folders; give CIFAR-10 as images")
+        count = sum(1 for _ in train.glob("*/*"))
+        write_lists(train, out, PRETRAINED, min(HELD_OUT, count // 5))
+
+
+def write_lists(train: Path, out: Path, pretrained: int, held_out: int) -> None:
+    """Write train.txt and held_out.txt: the images to pretrain on and those held out, the same of each class."""
+    lines: dict[str, list[str]] = {name: [] for name in LISTS}
+    root = os.path.relpath(train, out) if train.is_relative_to(out) else str(train.absolute())
+    classes = sorted(folder.name for folder in train.iterdir())
+    for name in classes:
+        files = sorted(path.name for path in (train / name).iterdir())
+        random.Random(f"0 {name}").shuffle(files)
+        held, kept = held_out // len(classes), pretrained // len(classes)
+        for list_name, chosen in (("held_out.txt", files[:held]), ("train.txt", files[held : held + kept])):
+            lines[list_name] += [f"{root}/{name}/{file}\t{name}" for file in chosen]
+    for list_name, content in lines.items():
+        with atomic_write(out / list_name, "w") as file:
+            file.write("\n".join(content) + "\n")
+
+
+def _list_detection_images(options: Options) -> None:
+    path = detection_images(options)
+    if path.is_file():
+        return
+    found = find_dataset(f"{options.data}@train")
+    with atomic_write(path, "w") as file:
+        file.writelines(f"{(found.images / name).absolute()}\n" for name in found.index.file_name.tolist())
