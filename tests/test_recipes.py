@@ -11,9 +11,9 @@ from torch import nn
 
 from loco_det.backbones.artifact import backbone_tensors, describe, save_backbone
 from loco_det.backbones.resnet import ResNet
-from loco_det.core.config import flat, load_config
+from loco_det.core.config import flat
 from loco_det.detection.engine_d2 import Detectron2Engine
-from loco_det.detection.keys import get_cfg
+from loco_det.detection.keys import get_cfg, load_cfg
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.weights import load_weights
 from loco_det.paper.figures import FEW, FROZEN
@@ -54,6 +54,10 @@ BOB = {
     "MODEL.ROI_BOX_HEAD.NORM": "SyncBN",
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": "giou",
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": 10.0,
+    "SOLVER.OPTIMIZER": "AdamW",
+    "SOLVER.BASE_LR": 1e-4,
+    "SOLVER.WEIGHT_DECAY": 0.05,
+    "SOLVER.AMP.ENABLED": True,
     "INPUT.MIN_SIZE_TRAIN": tuple(range(480, 801, 32)),
 }
 # LoCo's experiments and appendix.
@@ -92,7 +96,7 @@ STATED = {
 
 @pytest.mark.parametrize("name", STATED)
 def test_a_recipe_has_its_sources_settings(name: str) -> None:
-    found = flat(load_config(get_cfg(), ROOT / f"{name}.yaml")[0])
+    found = flat(load_cfg(ROOT / f"{name}.yaml")[0])
     assert {key: found[key] for key in STATED[name]} == STATED[name]
 
 
@@ -109,9 +113,7 @@ def test_the_headers_say_the_papers_figures() -> None:
 @pytest.mark.parametrize("data", ["coco", "cityscapes"])
 @pytest.mark.parametrize("method", ["loco", "gim", "simclr", "supervised"])
 def test_the_plain_names_are_the_papers_protocol(data: str, method: str) -> None:
-    plain, paper = (
-        flat(load_config(get_cfg(), ROOT / folder / f"{data}_{method}_r50.yaml")[0]) for folder in ("", "paper")
-    )
+    plain, paper = (flat(load_cfg(ROOT / folder / f"{data}_{method}_r50.yaml")[0]) for folder in ("", "paper"))
     assert {key for key in plain if plain[key] != paper[key]} == {"OUTPUT_DIR"}
 
 

@@ -10,7 +10,7 @@ from fvcore.common.config import CfgNode
 from loco_det.backbones.artifact import load_backbone
 from loco_det.core.config import load_config
 from loco_det.core.run_folder import differences
-from loco_det.detection import keys
+from loco_det.detection.keys import load_cfg
 from loco_det.paper.plan import Step, config_of
 from pretrain.defaults import get_cfg
 from pretrain.train import FREE_KEYS
@@ -23,9 +23,8 @@ def configuration(step: Step) -> CfgNode:
     Raises:
         UserError: a wrong key or value.
     """
-    at = step.words.index("--config-file") + 2
-    defaults = get_cfg() if step.words[0] == "pretrain" else keys.get_cfg()
-    return load_config(defaults, config_of(step), step.words[at:])[0]
+    file, overrides = config_of(step), step.words[step.words.index("--config-file") + 2 :]
+    return (load_config(get_cfg(), file, overrides) if step.words[0] == "pretrain" else load_cfg(file, overrides))[0]
 
 
 def changed_settings(step: Step) -> dict[str, str]:
