@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,6 @@ class Options:
     pretrain: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
     supervised: str = ""
-    probes: dict[str, tuple[str, ...]] = field(default_factory=lambda: SMALL_PROBES)
 
     @property
     def is_small(self) -> bool:
@@ -171,7 +170,7 @@ def probes(backbone: Path, last: str, options: Options) -> list[Step]:
         return [Step(made, ("probe", str(backbone), *told, *common, "--json", str(made)))]
     common += ("--cache", str(folder / "features"), "--workers", "0")
     steps = []
-    for protocol, more in options.probes.items():
+    for protocol, more in SMALL_PROBES.items():
         made = folder / f"{protocol}.json"
         words = ("probe", str(backbone), "--protocol", protocol, *more, *common, "--json", str(made))
         steps.append(Step(made, words))
