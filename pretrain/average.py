@@ -6,14 +6,15 @@ if it is large enough; it is waited for only when its weights are about to be st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from loco_det.core.distributed import world_size
+from loco_det.core.distributed import replicas
 
 FULL = 25 * 2**20  # bytes at which a bucket is sent, as in torch's DistributedDataParallel
 WORTHWHILE = 2**20  # minimum bytes to send at the end of a stage; less waits for the next, to save latency
@@ -30,7 +31,8 @@ class Work(Protocol):
 class _Bucket:
     """Gradients sent as one flat tensor, of which each `.grad` becomes a view."""
 
-    def __init__(self, parameters: list[nn.Parameter], send: Callable[[Tensor], Work]) -> None:
+    def __init__(self, parameters: list[nn.Parameter], send: Callable[[Tensor], Work], processes: int) -> None:
+        self.processes = processes
         self.flat = torch.empty(
             sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device
         )
@@ -47,7 +49,7 @@ class _Bucket:
     def wait(self) -> None:
         if self.work is not None:
             self.work.wait()
-            self.flat /= world_size()
+            self.flat /= self.processes
             self.work = None
 
 
@@ -58,26 +60,45 @@ class GradientAverage:
 
     Args:
         parameters: their gradients are added as autograd writes them, so each may be written once per step.
-        send: starts to sum a flat tensor over processes in place; by default an all-reduce in a separate process group,
-            so that small messages of BatchNorm and the loss do not queue behind large ones.
+        send: starts to sum a flat tensor over processes in place; by default an all-reduce. On a CPU it has a process
+            group of its own, so that small messages of BatchNorm and the loss do not queue behind large ones. On GPUs
+            all messages share one group: two NCCL communicators must not have operations under way at the same time.
+        group: for the messages, instead of these.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter] = (), send: Callable[[Tensor], Work] | None = None) -> None:
-        self.alone = world_size() == 1
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter] = (),
+        send: Callable[[Tensor], Work] | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.processes, self.is_paused = replicas(), False
+        self.alone = self.processes == 1
         self.gathered: list[nn.Parameter] = []
         self.sent: dict[nn.Parameter, _Bucket] = {}
         self.send = send
         if self.alone:
             return
+        parameters = list(parameters)
         if send is None:
-            group = dist.new_group()
+            if group is None and all(p.device.type == "cpu" for p in parameters):
+                group = dist.new_group()
             self.send = lambda flat: dist.all_reduce(flat, group=group, async_op=True)
         for p in parameters:
             p.register_post_accumulate_grad_hook(self.add)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """In this context gradients are not final: autograd adds to them, and none is sent."""
+        self.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = False
+
     def add(self, parameter: nn.Parameter) -> None:
         """Add this parameter's gradient, which is final."""
-        if self.alone or parameter.grad is None:
+        if self.alone or self.is_paused or parameter.grad is None:
             return
         if self.gathered and self.gathered[0].dtype != parameter.dtype:
             self.flush()
@@ -88,7 +109,7 @@ class GradientAverage:
     def flush(self, least: int = 0) -> None:
         """Send the current bucket, if it has at least `least` bytes."""
         if self.gathered and self._bytes() >= least:
-            bucket = _Bucket(self.gathered, self.send)
+            bucket = _Bucket(self.gathered, self.send, self.processes)
             self.sent.update(dict.fromkeys(self.gathered, bucket))
             self.gathered = []
 

@@ -29,13 +29,14 @@ RANGES = {
     "LOSS.TEMPERATURE": (1e-6, _MOST),
     "LOSS.CHUNK": (0, _MOST),
     "DATA.IMAGE_SIZE": (1, 2**14),
-    "DATA.NUM_WORKERS": (0, _MOST),
+    "DATA.NUM_WORKERS": (-1, _MOST),
     "DATA.SHUFFLE_BUFFER": (1, _MOST),
     "DATA.MAX_BAD_SHARE": (0, 1),
     "SOLVER.BASE_LR": (0, _MOST),
     "SOLVER.MOMENTUM": (0, 1),
     "SOLVER.WEIGHT_DECAY": (0, _MOST),
     "SOLVER.BATCH_SIZE": (1, _MOST),
+    "SOLVER.ACCUMULATE": (1, _MOST),
     "SOLVER.EPOCHS": (0, _MOST),
     "SOLVER.MAX_STEPS": (0, _MOST),
     "SOLVER.WARMUP_EPOCHS": (0, _MOST),
@@ -54,7 +55,10 @@ CHOICES = {
     "DECODER.CONV": ("blocks", "stage", "full"),
     "SHARING.MODE": ("hard", "upper", "soft"),
     "SOLVER.OPTIMIZER": ("lars", "sgd", "adamw"),
+    "SOLVER.PARALLEL": ("data", "stages"),
+    "SOLVER.SCHEDULE": ("exact", "streaming"),
     "SOLVER.AMP": ("none", "bf16", "fp16"),
+    "FLOAT32_PRECISION": ("", "highest", "high", "medium"),
 }
 
 
@@ -80,6 +84,7 @@ def check(cfg: CfgNode, settings: Settings | None = None) -> None:
     if not cfg.UNITS and cfg.METHOD not in (*METHODS, "random"):
         raise refusal(cfg, settings, "METHOD", f"; use one of {', '.join(METHODS)} or random, or set UNITS")
     _check_solver(cfg, settings)
+    _check_parallel(cfg, settings)
     _check_backbone(cfg, settings)
     _check_decoder(cfg, settings)
     _check_sharing(cfg, settings)
@@ -90,8 +95,38 @@ def check(cfg: CfgNode, settings: Settings | None = None) -> None:
 def _check_solver(cfg: CfgNode, settings: Settings | None) -> None:
     if cfg.SOLVER.EPOCHS == cfg.SOLVER.MAX_STEPS == 0:
         raise refusal(cfg, settings, "SOLVER.EPOCHS", ", and so is SOLVER.MAX_STEPS; set one of them")
-    if cfg.SOLVER.BATCH_SIZE % world_size():
+    if cfg.SOLVER.PARALLEL == "data" and cfg.SOLVER.BATCH_SIZE % world_size():
         raise refusal(cfg, settings, "SOLVER.BATCH_SIZE", f"; use a multiple of {world_size()} processes")
+    parts, processes = cfg.SOLVER.ACCUMULATE, world_size()
+    if parts > 1 and cfg.SOLVER.BATCH_SIZE % (parts * processes):
+        remedy = f"use a divisor of SOLVER.BATCH_SIZE {cfg.SOLVER.BATCH_SIZE} over {processes} process(es)"
+        raise refusal(cfg, settings, "SOLVER.ACCUMULATE", f"; {remedy}")
+
+
+def _check_parallel(cfg: CfgNode, settings: Settings | None) -> None:
+    """Check SOLVER.PARALLEL and SOLVER.SCHEDULE with the keys that go with neither."""
+    streaming = cfg.SOLVER.SCHEDULE == "streaming"
+    if cfg.SOLVER.PARALLEL == "data":
+        if streaming:
+            raise refusal(cfg, settings, "SOLVER.SCHEDULE", ", which is for SOLVER.PARALLEL stages; use exact")
+        return
+    if world_size() == 1:
+        reason = ", but there is one process; start several with --num-gpus or torchrun, or use data"
+        raise refusal(cfg, settings, "SOLVER.PARALLEL", reason)
+    nothing = (None, "none", "", [], ())
+    refused = {
+        "SOLVER.AMP": cfg.SOLVER.AMP == "fp16" and "its loss scale is one for all stages; use bf16 or none",
+        "SOLVER.ACCUMULATE": cfg.SOLVER.ACCUMULATE > 1 and "a process sees a batch once; use 1",
+        "SOLVER.COMPILE": cfg.SOLVER.COMPILE and "stages are not compiled there; use False",
+        "SHARING.MODE": cfg.SHARING.MODE != "hard" and "only hard sharing is spread over processes; use hard",
+        "METHOD": cfg.METHOD == "random" and not cfg.UNITS and "nothing is trained; use SOLVER.PARALLEL data",
+        "SOLVER.RECOMPUTE": streaming
+        and cfg.SOLVER.RECOMPUTE not in nothing
+        and "streaming would recompute with newer weights; use none",
+    }
+    for key, remedy in refused.items():
+        if remedy:
+            raise refusal(cfg, settings, key, f" with SOLVER.PARALLEL stages, where {remedy}")
 
 
 def _check_backbone(cfg: CfgNode, settings: Settings | None) -> None:
@@ -123,6 +158,9 @@ def _check_decoder(cfg: CfgNode, settings: Settings | None) -> None:
 
 def _check_sharing(cfg: CfgNode, settings: Settings | None) -> None:
     mode, penalty = cfg.SHARING.MODE, cfg.SHARING.PENALTY
+    if mode == "soft" and cfg.SOLVER.ACCUMULATE > 1:
+        reason = ", but SHARING.MODE soft differentiates its penalty once a step; set it to 1"
+        raise refusal(cfg, settings, "SOLVER.ACCUMULATE", reason)
     if penalty and mode != "soft":
         reason = f" and ties copies, which SHARING.MODE {mode} has none of; set SHARING.MODE soft or SHARING.PENALTY 0"
         raise refusal(cfg, settings, "SHARING.PENALTY", reason)

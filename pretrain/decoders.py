@@ -56,9 +56,24 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(x)
-        # As a quotient: the mean's gradient is then one number per map, not a map, in any layout.
-        total = x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
-        return self.mlp(total / (x.shape[2] * x.shape[3]))
+        return self.mlp(_Pool.apply(x))
+
+
+class _Pool(torch.autograd.Function):
+    """Global average pool, (2B, C, H, W) -> (2B, C) in float32 at least, whose gradient stays one number for each map.
+
+    Autograd's would expand before it casts to half precision, and so write whole maps.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype, wide = x.shape, x.dtype, torch.promote_types(x.dtype, torch.float32)
+        return x.sum((2, 3), dtype=wide) / (x.shape[2] * x.shape[3])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        each = gradient / (ctx.shape[2] * ctx.shape[3])
+        return each.to(ctx.dtype)[:, :, None, None].expand(ctx.shape)
 
 
 def build_decoder(settings: dict[str, Any], backbone: StagedBackbone, stage: str, norm: str = "BN") -> Decoder:

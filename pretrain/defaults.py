@@ -37,7 +37,7 @@ def get_cfg() -> CfgNode:
                 "PATH": "",  # class folders, a flat folder, a text list, a zip, tar shards, ...: docs/datasets.md
                 "FORMAT": "auto",  # auto | folder | flat | list | zip | tar | huggingface | torchvision:NAME
                 "IMAGE_SIZE": 224,
-                "NUM_WORKERS": 4,
+                "NUM_WORKERS": -1,  # data workers of each process; -1: its share of this machine's cores
                 "SHUFFLE_BUFFER": 4096,  # size of the shuffle buffer for tar shards, in images
                 "MAX_BAD_SHARE": 0.01,  # unreadable images are skipped and reported up to this share
             },
@@ -59,6 +59,9 @@ def get_cfg() -> CfgNode:
                 "MOMENTUM": 0.9,
                 "WEIGHT_DECAY": 1e-6,
                 "BATCH_SIZE": 256,  # images, over all processes
+                "ACCUMULATE": 1,  # parts in which a process computes its images; negatives from all of them
+                "PARALLEL": "data",  # data: every process has the whole network | stages: some stages of it
+                "SCHEDULE": "exact",  # with stages: exact | streaming, in which no process waits for a gradient
                 "EPOCHS": 100,
                 "MAX_STEPS": 0,  # stop here instead of after EPOCHS, if above 0
                 "WARMUP_EPOCHS": 10.0,
@@ -76,6 +79,9 @@ def get_cfg() -> CfgNode:
             },
             "LOG_PERIOD": 20,  # steps between two lines of metrics.json
             "CHECKPOINT_PERIOD": 500,  # steps between two checkpoints; the last two are kept
+            "CUDNN_BENCHMARK": True,  # on a GPU: let cuDNN choose by timing; all steps have one shape
+            "FLOAT32_PRECISION": "",  # on a GPU: highest, high or medium for float32 products; empty: torch's default
+            "DETERMINISTIC": False,  # on a GPU: the same numbers in every run, slower
             "SEED": 0,
             "DEVICE": "auto",
             "OUTPUT_DIR": "output/pretrain",

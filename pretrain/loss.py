@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from loco_det.core.distributed import rank, world_size
+from loco_det.core.distributed import replica_group, replica_rank, replicas
 
 
 def nt_xent(z: Tensor, temperature: float, chunk: int = 0) -> Tensor:
@@ -37,7 +37,7 @@ def nt_xent(z: Tensor, temperature: float, chunk: int = 0) -> Tensor:
 
 def _nt_xent(z: Tensor, temperature: float, chunk: int) -> Tensor:
     candidates = gather_with_gradient(z)
-    offset = rank() * len(z)
+    offset = replica_rank() * len(z)
     own = torch.arange(len(z), device=z.device) + offset
     other = own.roll(len(z) // 2)
     if not 0 < chunk < len(z):
@@ -62,20 +62,20 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        gathered = x.new_empty(replicas() * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(gathered, x.contiguous(), group=replica_group())
+        return gathered
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(world_size())[rank()]
+        dist.all_reduce(gradient, group=replica_group())
+        return gradient.chunk(replicas())[replica_rank()]
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
     """(n, D) on each process -> (n * processes, D) on all; the same tensor on a single process."""
-    return _Gather.apply(x) if world_size() > 1 else x
+    return _Gather.apply(x) if replicas() > 1 else x
 
 
 @torch.no_grad()

@@ -1,4 +1,7 @@
-"""Synchronised BatchNorm that also runs on a CPU, which torch's own does not support.
+"""Synchronised BatchNorm that also runs on a CPU, which torch's own does not support, and on GPUs without host waits.
+
+torch's own makes the host wait three times a layer on a GPU, to leave out processes with an empty batch; all processes
+of a run have equally many images.
 
 Shape legend: b images on this process, C channels, N numbers of one channel on all processes.
 """
@@ -10,15 +13,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loco_det.core.distributed import world_size
+from loco_det.core.distributed import replica_group, replicas
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """`torch.nn.SyncBatchNorm`, unchanged on a GPU; on a CPU the sums are reduced over gloo."""
+    """`torch.nn.SyncBatchNorm` with torch's kernels on a GPU; on a CPU the sums are reduced over gloo."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu" or not self.training or world_size() == 1:
+        on_gpu = input.device.type != "cpu"
+        if not self.training or replicas() == 1 or (on_gpu and self.momentum is None):
             return super().forward(input)
+        if on_gpu:
+            return self._on_gpu(input)
         output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps)
         if self.track_running_stats:
             with torch.no_grad():
@@ -27,6 +33,52 @@ class SyncBatchNorm(nn.SyncBatchNorm):
                 self.running_mean.lerp_(mean.to(self.running_mean), share)
                 self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), share)
         return output
+
+    def _on_gpu(self, x: Tensor) -> Tensor:
+        running = None, None
+        if self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+            running = self.running_mean, self.running_var
+        return _NormaliseOnGpu.apply(x, self.weight, self.bias, *running, self.eps, self.momentum)
+
+
+class _NormaliseOnGpu(torch.autograd.Function):
+    """Normalise (b, c, ...) by statistics over all processes, with the kernels of torch's SyncBatchNorm.
+
+    Source: torch/nn/modules/_functions.py, for processes with equally many numbers of a channel.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+        eps: float, share: float,
+    ) -> Tensor:  # fmt: skip
+        if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+            x = x.contiguous()
+        mean, inverse = torch.batch_norm_stats(x, eps)
+        counts = mean.new_full((replicas(),), x.numel() // x.shape[1])
+        both = torch.empty(replicas() * 2 * len(mean), dtype=mean.dtype, device=mean.device)
+        dist.all_gather_into_tensor(both, torch.cat([mean, inverse]), group=replica_group())
+        means, inverses = both.view(replicas(), 2, -1).unbind(1)
+        mean, inverse = torch.batch_norm_gather_stats_with_counts(
+            x, means.contiguous(), inverses.contiguous(), running_mean, running_var, share, eps, counts
+        )
+        ctx.save_for_backward(x, weight, mean, inverse, counts.to(torch.int32))
+        return torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse, counts = ctx.saved_tensors
+        if not (gradient.is_contiguous() or gradient.is_contiguous(memory_format=torch.channels_last)):
+            gradient = gradient.contiguous()
+        total, along, to_weight, to_bias = torch.batch_norm_backward_reduce(
+            gradient, x, mean, inverse, weight, True, True, True
+        )
+        sums = torch.cat([total, along])
+        dist.all_reduce(sums, group=replica_group())
+        total, along = sums.chunk(2)
+        to_input = torch.batch_norm_backward_elemt(gradient, x, mean, inverse, weight, total, along, counts)
+        return to_input, to_weight, to_bias, None, None, None, None
 
 
 class _Normalise(torch.autograd.Function):
@@ -38,7 +90,7 @@ class _Normalise(torch.autograd.Function):
         here = x.numel() / x.shape[1]
         variance, mean = (t.double() for t in torch.var_mean(x.float() if x.itemsize < 4 else x, around, correction=0))
         sums = torch.cat([mean * here, (variance + mean**2) * here, mean.new_tensor([here])])
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=replica_group())
         count = sums[-1]
         mean, square = (sums[:-1] / count).chunk(2)
         variance = (square - mean**2).clamp(min=0)
@@ -57,7 +109,7 @@ class _Normalise(torch.autograd.Function):
         x, gradient = x.to(wide) - mean.to(wide).view(shape), gradient.to(wide)
         own = torch.cat([gradient.sum(ctx.around), (gradient * x).sum(ctx.around)]).double()
         sums = own.clone()
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=replica_group())
         total, along = (sums / count).chunk(2)
         slope = (along * inverse**2).to(wide).view(shape)
         scale = (inverse * weight.double()).to(wide).view(shape)

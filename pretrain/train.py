@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -20,8 +21,8 @@ from loco_det.backbones.timm_blocks import TimmBlocks
 from loco_det.backbones.timm_models import PREFIX, parse
 from loco_det.core import config
 from loco_det.core.config import Settings
-from loco_det.core.device import keep_freed_memory, resolve_device, seed_everything
-from loco_det.core.distributed import barrier, is_main, world_size
+from loco_det.core.device import keep_freed_memory, resolve_device, seed_everything, set_arithmetic
+from loco_det.core.distributed import barrier, is_main, of_rank_0, on_cpu, same_on_all, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 from loco_det.core.launch import CommonStop, StopSignal
@@ -30,8 +31,9 @@ from loco_det.core.metrics import RunMetrics
 from loco_det.core.run_folder import differences, run_folder, summary
 from loco_det.images.folders import open_source
 from loco_det.images.source import Source
-from loco_det.images.two_views import TwoViewLoader, TwoViews, build_two_view_loader
+from loco_det.images.two_views import TwoViewLoader, build_two_view_loader
 from loco_det.images.views import normalise
+from pretrain.accumulate import Accumulation
 from pretrain.average import GradientAverage
 from pretrain.check import check
 from pretrain.checkpoint import drop_old_checkpoints, latest_checkpoint, retire_checkpoints, save_checkpoint
@@ -43,6 +45,7 @@ from pretrain.monitor import Monitor, Stopwatch, UnreadLosses
 from pretrain.optim import build_optimizer, learning_rate
 from pretrain.probe import KnnProbe
 from pretrain.sharing import SoftTrainer, UpperTrainer, private_copies
+from pretrain.stage_run import StageRun, train_stages
 from pretrain.stepping import Stepping
 from pretrain.sync_batchnorm import sync_anywhere
 
@@ -54,12 +57,15 @@ FREE_KEYS = (
     "DEVICE",
     "LOG_PERIOD",
     "CHECKPOINT_PERIOD",
+    "CUDNN_BENCHMARK",
+    "DETERMINISTIC",
     "DATA.NUM_WORKERS",
     "DATA.PATH",
     "AUGMENT.DEVICE",
     "SOLVER.RECOMPUTE",
     "SOLVER.COMPILE",
     "SOLVER.STEP_EARLY",
+    "SOLVER.PARALLEL",
     "KNN.",
 )
 
@@ -94,7 +100,10 @@ class Learner(nn.Module):
 
     def loss(self, i: int, features: Tensor) -> Tensor:
         """Compute unit i's NT-Xent from its last stage's output (2b, C, H, W)."""
-        z = self.decoders[i](features)
+        return self.contrast(i, self.decoders[i](features))
+
+    def contrast(self, i: int, z: Tensor) -> Tensor:
+        """Compute unit i's NT-Xent from its embeddings (2b, D)."""
         self.embeddings[i] = z.detach()
         return nt_xent(z, self.temperature, self.chunk)
 
@@ -152,6 +161,9 @@ def pretrain(
     """
     check(cfg, settings)
     device = resolve_device(cfg.DEVICE)
+    set_arithmetic(
+        device, benchmark=cfg.CUDNN_BENCHMARK, precision=cfg.FLOAT32_PRECISION, deterministic=cfg.DETERMINISTIC
+    )
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(cfg.SEED)  # the same weights on every process
@@ -162,7 +174,8 @@ def pretrain(
             source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT)
         else:
             cfg = config.changed(cfg, **{"DATA.PATH": source.root})  # for records and messages
-        loader = build_two_view_loader(cfg, source)
+        spread = cfg.SOLVER.PARALLEL == "stages"
+        loader = None if spread else build_two_view_loader(cfg, source)
         seed_everything(cfg.SEED)
         if is_random:
             if resume and (found := latest_checkpoint(Path(cfg.OUTPUT_DIR))):
@@ -172,7 +185,10 @@ def pretrain(
             measure_statistics(backbone, loader)
             return write_backbone(cfg, backbone, [], source, step=0)
         learner = network.to(device)
-        step = _train(cfg, learner, loader, source, device, resume, metrics)
+        if spread:
+            step = _train_stages(cfg, learner, source, device, resume, metrics)
+        else:
+            step = _train(cfg, learner, loader, source, device, resume, metrics)
         return write_backbone(cfg, learner.backbone, unit_names(cfg, learner.backbone), source, step)
 
 
@@ -192,7 +208,8 @@ def _train(
     total = cfg.SOLVER.MAX_STEPS or cfg.SOLVER.EPOCHS * loader.steps_per_epoch
     schedule = learning_rate(cfg, total, loader.steps_per_epoch)
     state = {"learner": learner, "optimizer": optimizer, "scaler": scaler}
-    start = _restore(cfg, state, source) if resume else 0
+    start = _restore(cfg, state, source) if resume and is_main() else 0
+    start = _same_start(state, start)
     probe = KnnProbe(cfg, source, device, LAYOUT, autocast(cfg, device))  # may refuse its images
     _begin(cfg, start)
     metrics.trim(start)
@@ -202,7 +219,8 @@ def _train(
         log.info(
             "SOLVER.AMP fp16: the optimizer steps at the end, since one infinite gradient must skip the whole step"
         )
-    trainer = local_trainer(learner, stepping, compiler)
+    parts = cfg.SOLVER.ACCUMULATE
+    trainer = local_trainer(learner, stepping, compiler, parts)
     log.info(
         "%s: %d images, %d steps of %d images on %s", cfg.METHOD, len(source), total, cfg.SOLVER.BATCH_SIZE, device
     )
@@ -227,7 +245,7 @@ def _train(
                 if step > start and world_size() == 1:  # with several processes a collective would be needed
                     unread.read()
                     stepping.finish()
-                    _save(cfg, state, step, source)
+                    _save(cfg, _values(state), step, source)
                 raise
             stepping.lr = schedule(step / total)
             done = step + 1
@@ -235,7 +253,9 @@ def _train(
             looking = monitor.due(step) or probing
             stepping.observe = monitor.record_gradients if looking else None
             losses = trainer.step(
-                _input(batch), autocast=autocast(cfg, device), scale=scaler.scale if scaler.is_enabled() else None
+                _input(batch.views) if parts == 1 else [partial(_input, v) for v in batch.views.chunk(parts, 1)],
+                autocast=autocast(cfg, device),
+                scale=scaler.scale if scaler.is_enabled() else None,
             )
             unread.add(step, losses, batch.index)
             if looking:
@@ -243,38 +263,69 @@ def _train(
             if looking or not stepping.early:
                 stepping.finish()
             with waited.paused():
+                if probing:
+                    same_on_all(learner.buffers())  # statistics of BatchNorm, which differ by process without SyncBN
                 found = probe(learner.backbone) if probing else {}
             progress.advance(**monitor(step, losses, stepping.lr, found))
             stopped = done < total and should_stop()
             if done % cfg.CHECKPOINT_PERIOD == 0 or done == total or stopped:
                 unread.read()
                 stepping.finish()
-                _save(cfg, state, done, source)
+                same_on_all(learner.buffers())
+                _save(cfg, _values(state), done, source)
             if stopped:
                 by = stop.received or "a signal"
                 raise UserError(f"stopped by {by} after step {done}; --resume continues from there")
     return total
 
 
+def _train_stages(
+    cfg: CfgNode, learner: Learner, source: Source, device: torch.device, resume: bool, metrics: RunMetrics
+) -> int:
+    """Run all steps with the stages spread over processes; returns their number."""
+    optimizer = build_optimizer(cfg, learner)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    state = {"learner": learner, "optimizer": optimizer, "scaler": scaler}
+    start = _same_start(state, _restore(cfg, state, source) if resume and is_main() else 0)
+    probe = KnnProbe(cfg, source, device, LAYOUT, autocast(cfg, device))
+    run = StageRun(cfg, learner, optimizer, device, _input)
+    per_epoch = len(source) // cfg.SOLVER.BATCH_SIZE
+    _begin(cfg, start)
+    metrics.trim(start)
+
+    def save(done: int, optimizer_state: dict[str, Any] | None) -> None:
+        values = {"learner": learner.state_dict(), "optimizer": optimizer_state, "scaler": scaler.state_dict()}
+        _save(cfg, values, done, source)
+
+    total = cfg.SOLVER.MAX_STEPS or cfg.SOLVER.EPOCHS * per_epoch
+    schedule = learning_rate(cfg, total, per_epoch)
+    return train_stages(run, source, metrics, start, schedule, autocast(cfg, device), probe, save)
+
+
 def local_trainer(
     learner: Learner,
     stepping: Stepping | None = None,
     compiler: Callable[[nn.Module], nn.Module] | None = None,
-) -> LocalTrainer | SoftTrainer:
+    parts_of_batch: int = 1,
+) -> LocalTrainer | SoftTrainer | Accumulation:
     """Build the learner's local step for its SHARING.MODE.
 
     Args:
         learner: its stages, units and losses.
         stepping: is notified when `learner.parts()` are needed and final; None without an optimizer.
         compiler: replaces the module of each stage and private copy.
+        parts_of_batch: above 1, the step takes the batch in so many parts (pretrain/accumulate.py).
     """
     parts = learner.parts()  # in the trainers' order: stages and copies first
     taken: list[nn.Module] = []  # decoders whose loss is known; their gradients are final with the next stage's
 
-    def loss(i: int, features: Tensor) -> Tensor:
+    def decode(i: int) -> None:
         if stepping:
             stepping.ready(learner.decoders[i])
-            taken.append(learner.decoders[i])
+
+    def loss(i: int, features: Tensor) -> Tensor:
+        decode(i)
+        taken.append(learner.decoders[i])
         return learner.loss(i, features)
 
     def ready(k: int) -> None:
@@ -284,7 +335,7 @@ def local_trainer(
     def final(k: int) -> None:
         if stepping:
             stepping.final(parts[k], *taken)
-            taken.clear()
+        taken.clear()
 
     made = compiler or (lambda module: module)
     stages = [made(stage.module) for stage in learner.stages]
@@ -294,12 +345,18 @@ def local_trainer(
         return SoftTrainer(stages, copies, learner.units, losses, penalty, on_final=final, on_start=ready)
     trainer = UpperTrainer if learner.sharing.MODE == "upper" else LocalTrainer
     recompute = [k for k, stage in enumerate(learner.stages) if stage.recompute]
-    return trainer(stages, learner.units, losses, on_final=final, recompute=recompute, on_start=ready)
+    local = trainer(stages, learner.units, losses, on_final=final, recompute=recompute, on_start=ready)
+    if parts_of_batch == 1:
+        return local
+    average = stepping.average if stepping else None
+    return Accumulation(
+        local, learner.decoders, learner.contrast, average, decode, lambda i: taken.append(learner.decoders[i])
+    )
 
 
-def _input(batch: TwoViews) -> Tensor:
-    """Convert to (2b, 3, S, S) float32 on the views' device: the first view of every image, then the second."""
-    return normalise(batch.views.flatten(0, 1), IMAGENET_MEAN, IMAGENET_STD, LAYOUT)
+def _input(views: Tensor) -> Tensor:
+    """Convert (2, b, 3, S, S) uint8 to (2b, 3, S, S) float32: the first view of every image, then the second."""
+    return normalise(views.flatten(0, 1), IMAGENET_MEAN, IMAGENET_STD, LAYOUT)
 
 
 def autocast(cfg: CfgNode, device: torch.device) -> Callable[[], object]:
@@ -318,7 +375,7 @@ def measure_statistics(backbone: StagedBackbone, loader: TwoViewLoader) -> None:
 
         def inputs() -> Iterator[Tensor]:
             for _ in range(count):
-                yield _input(next(batches))
+                yield _input(next(batches).views)
                 progress.advance()
 
         measure_batchnorm(backbone, inputs())
@@ -344,14 +401,18 @@ def _begin(cfg: CfgNode, start: int) -> None:
             file.write(cfg.dump())
 
 
-def _save(cfg: CfgNode, state: dict[str, object], step: int, source: Source) -> None:
+def _save(cfg: CfgNode, state: dict[str, Any], step: int, source: Source) -> None:
+    """Write a checkpoint with the entries of `state`, which only rank 0 needs to have."""
     barrier()  # until every process has verified its losses
     if is_main():
-        values = {name: part.state_dict() for name, part in state.items()}
         facts = {"step": step, "images": len(source), "names": source.identity()}
         facts |= {"config": cfg.dump(), "config_hash": config_hash(cfg)}
-        save_checkpoint(Path(cfg.OUTPUT_DIR), {**values, **facts})
+        save_checkpoint(Path(cfg.OUTPUT_DIR), {**state, **facts})
     barrier()
+
+
+def _values(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: part.state_dict() for name, part in state.items()}
 
 
 def _restore(cfg: CfgNode, state: dict[str, object], source: Source) -> int:
@@ -381,6 +442,21 @@ def _restore(cfg: CfgNode, state: dict[str, object], source: Source) -> int:
         part.load_state_dict(values[name])
     log.info("resumed from %s at step %d", path, values["step"])
     return values["step"]
+
+
+def _same_start(state: dict[str, Any], start: int) -> int:
+    """Give every process rank 0's weights, optimizer and first step: others may draw or read something else.
+
+    Machines without a common folder have no common checkpoint, and other CPUs may draw other initial weights.
+    """
+    if world_size() == 1:
+        return start
+    start = of_rank_0(start)
+    same_on_all(state["learner"].state_dict().values())
+    if start:
+        for name in ("optimizer", "scaler"):
+            state[name].load_state_dict(of_rank_0(on_cpu(state[name].state_dict()) if is_main() else None))
+    return start
 
 
 def write_backbone(cfg: CfgNode, backbone: StagedBackbone, units: list[list[str]], source: Source, step: int) -> Path:

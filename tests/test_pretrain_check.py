@@ -25,6 +25,7 @@ COUNTS = {
     "DATA.NUM_WORKERS": (0, 10**9),
     "DATA.SHUFFLE_BUFFER": (1, 10**9),
     "SOLVER.BATCH_SIZE": (1, 10**9),
+    "SOLVER.ACCUMULATE": (1, 256),  # the batch
     "SOLVER.EPOCHS": (1, 10**9),  # where MAX_STEPS is 0
     "SOLVER.MAX_STEPS": (0, 10**9),
     "KNN.PERIOD": (0, 10**9),

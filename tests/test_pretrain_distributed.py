@@ -25,6 +25,7 @@ from loco_det.core.errors import UserError
 from loco_det.core.launch import launch
 from loco_det.images.folders import open_source
 from pretrain import sync_batchnorm, train
+from pretrain.accumulate import Accumulation
 from pretrain.average import GradientAverage
 from pretrain.defaults import get_cfg
 from pretrain.loco import LocalTrainer, Unit, running_statistics_kept
@@ -99,6 +100,24 @@ def steps(method: str) -> list[torch.Tensor]:
     return [torch.stack(values), *modules.state_dict().values()]
 
 
+def accumulated(method: str) -> dict[str, torch.Tensor]:
+    """As `step`, in two parts; a part is the same four views of each process, so BatchNorm sees the same images."""
+    torch.manual_seed(0)
+    stages = [nn.Sequential(nn.Conv2d(c, 4, 3, padding=1), SyncBatchNorm(4), nn.GELU()).double() for c in (3, 4, 4)]
+    heads = [nn.Sequential(nn.Linear(4, 6), SyncBatchNorm(6), nn.Linear(6, 5)).double() for _ in UNITS[method]]
+    pooled = [nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head) for head in heads]
+    views = torch.randn(2, 8, 3, 6, 6, dtype=torch.float64) * 3 + 5
+    parts = [part.chunk(world_size(), 1)[rank()].flatten(0, 1) for part in views.chunk(2, 1)]
+    modules = nn.ModuleList([*stages, *heads])
+    average = GradientAverage(modules.parameters())
+    local = LocalTrainer(stages, UNITS[method], [], lambda _: average.flush())
+    trainer = Accumulation(local, pooled, lambda _, z: nt_xent(z, 0.2), average)
+    values = trainer.step([part.clone for part in parts])
+    average.wait(list(modules.parameters()))
+    gradients = {name: p.grad for name, p in modules.named_parameters()}
+    return {"losses": torch.stack(values), **gradients, **dict(modules.named_buffers())}
+
+
 def run_of_late_messages(cfg: CfgNode) -> None:
     """No gradient travels before it is asked for; the probe keeps what it is shown after the last step."""
 
@@ -129,6 +148,7 @@ def worker(settings: list[str], labelled: str, folder: str) -> None:
     torch.save(features(labelled, folder), Path(folder) / f"features{rank()}.pt")
     run_of_late_messages(configuration([*settings, *LATE], f"{folder}/late", "loco"))
     torch.save([step(*case) for case in CASES], Path(folder) / f"{rank()}.pt")
+    torch.save([accumulated(method) for method in UNITS], Path(folder) / f"accumulated{rank()}.pt")
     torch.save(gather(torch.arange(3 * rank() * 2).view(-1, 2) + 10), Path(folder) / f"gathered{rank()}.pt")
     torch.save([steps(method) for method in UNITS], Path(folder) / f"steps{rank()}.pt")
     for method in UNITS:
@@ -200,6 +220,16 @@ def test_a_step_of_two_processes_equals_one(case: int, two: Path) -> None:
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], want, rtol=1e-10, atol=1e-12)
         assert want.abs().max() > 0
+
+
+@pytest.mark.parametrize("number", range(3), ids=list(UNITS))
+def test_a_step_in_parts_of_two_processes_equals_one(number: int, two: Path) -> None:
+    first, second = (torch.load(two / f"accumulated{r}.pt", weights_only=True)[number] for r in (0, 1))
+    whole = accumulated(list(UNITS)[number])
+    torch.testing.assert_close((first.pop("losses") + second.pop("losses")) / 2, whole.pop("losses"))
+    for name, want in whole.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], want, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", UNITS)
@@ -302,8 +332,8 @@ def test_alone_it_is_torch_batchnorm_and_statistics_can_be_kept() -> None:
 @pytest.fixture
 def twin(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were another process, with the same images."""
-    monkeypatch.setattr(sync_batchnorm, "world_size", lambda: 2)
-    monkeypatch.setattr(sync_batchnorm.dist, "all_reduce", lambda sums: sums.mul_(2))
+    monkeypatch.setattr(sync_batchnorm, "replicas", lambda: 2)
+    monkeypatch.setattr(sync_batchnorm.dist, "all_reduce", lambda sums, group: sums.mul_(2))
 
 
 @pytest.mark.usefixtures("twin")

@@ -146,7 +146,7 @@ def test_neither_does_a_message_that_arrives_late(
     method: str, finish: bool, delay: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want = obvious(method, "lars")
-    monkeypatch.setattr(average, "world_size", lambda: 2)
+    monkeypatch.setattr(average, "replicas", lambda: 2)
     late = Link(delay)
     assert same(Run(method, "lars", early=False, link=late).steps(finish=True), want)
     monkeypatch.setattr(average, "FULL", 600)
@@ -162,7 +162,7 @@ def test_neither_does_a_message_that_arrives_late(
 def test_the_end_of_a_step_waits_for_nothing_and_the_next_forward_for_its_stage_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(average, "world_size", lambda: 2)
+    monkeypatch.setattr(average, "replicas", lambda: 2)
     monkeypatch.setattr(stepping, "WORTHWHILE", 0)
     link = Link(delay=10**9)
     run = Run("loco", "sgd", early=True, link=link)
@@ -182,7 +182,7 @@ def test_the_end_of_a_step_waits_for_nothing_and_the_next_forward_for_its_stage_
 
 
 def test_gradients_too_small_for_a_message_travel_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(average, "world_size", lambda: 2)
+    monkeypatch.setattr(average, "replicas", lambda: 2)
     link = Link(delay=0)
     run = Run("loco", "sgd", early=True, link=link)
     sizes = [sum(p.numel() * 4 for p in module.parameters()) for module in run.network]
@@ -210,7 +210,7 @@ def test_a_stage_is_stepped_and_its_gradient_freed_while_later_ones_have_yet_to_
 def test_observe_sees_every_averaged_gradient_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     x, results = torch.randn(8, 3, 6, 6), []
     for link, early, scale in ((None, True, None), (None, False, 8.0), (Link(1), True, None)):
-        monkeypatch.setattr(average, "world_size", lambda link=link: 2 if link else 1)
+        monkeypatch.setattr(average, "replicas", lambda link=link: 2 if link else 1)
         run, seen = Run("loco", "sgd", early=early, link=link, scale=scale), {}
         run.stepping.observe = lambda part, seen=seen: seen.update({p: p.grad.norm() for p in part})
         run.trainer.step(x, scale=run.scaler.scale if scale else None)
@@ -245,7 +245,7 @@ def test_gradients_travel_in_a_group_of_their_own_and_nobody_waits(monkeypatch: 
         calls.append((group, async_op))
         return link.send(flat)
 
-    monkeypatch.setattr(average, "world_size", lambda: 2)
+    monkeypatch.setattr(average, "replicas", lambda: 2)
     monkeypatch.setattr(average, "dist", SimpleNamespace(new_group=lambda: "own", all_reduce=all_reduce))
     layer = nn.Linear(3, 4)
     means = GradientAverage(layer.parameters())
@@ -256,7 +256,7 @@ def test_gradients_travel_in_a_group_of_their_own_and_nobody_waits(monkeypatch: 
 
 
 def test_messages_keep_memory_formats_and_are_no_larger_than_need_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(average, "world_size", lambda: 2)
+    monkeypatch.setattr(average, "replicas", lambda: 2)
     monkeypatch.setattr(average, "FULL", 2000)
     layers = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3).double(), nn.Linear(3, 4))
     layers[0].to(memory_format=torch.channels_last)

@@ -30,7 +30,7 @@ from loco_det.core.errors import UserError
 from loco_det.core.log import log
 from loco_det.images.folders import open_source
 from loco_det.images.indexed import DatasetSource
-from loco_det.images.two_views import TwoViews, build_two_view_loader
+from loco_det.images.two_views import build_two_view_loader
 from pretrain import train
 from pretrain.checkpoint import latest_checkpoint
 from pretrain.decoders import Decoder
@@ -139,7 +139,7 @@ def test_each_step_has_its_rate_and_a_run_its_epochs(images: Path, tmp_path: Pat
 
 def test_images_are_normalised_first_views_first_and_channels_last(images: Path, tmp_path: Path) -> None:
     views = torch.randint(0, 256, (2, 4, 3, 8, 8), dtype=torch.uint8)
-    x = train._input(TwoViews(views, torch.arange(4)))
+    x = train._input(views)
     assert x.is_contiguous(memory_format=torch.channels_last)
     mean, std = (np.array(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     np.testing.assert_allclose(x.numpy(), (views.flatten(0, 1).numpy() - mean) / std, rtol=1e-5, atol=1e-5)
@@ -205,7 +205,7 @@ def test_random_measures_batch_statistics_and_trains_nothing(images: Path, tmp_p
     loader = build_two_view_loader(config(images, tmp_path), open_source(images))
     means = []
     for batch, _ in zip(loader.batches(0), range(loader.steps_per_epoch)):
-        x = train._input(batch)
+        x = train._input(batch.views)
         means.append(F.conv2d(x, fresh["stem.conv1.weight"], stride=2, padding=3).mean((0, 2, 3)))
     torch.testing.assert_close(random["bn1.running_mean"], torch.stack(means).mean(0), rtol=1e-4, atol=1e-5)
     assert (manifest.method, manifest.step, manifest.units) == ("random", 0, [])

@@ -48,7 +48,6 @@ def common_seed(seed: int) -> int:
         return seed
     drawn = torch.tensor(np.random.SeedSequence().generate_state(1)[0] % 2**31, dtype=torch.int64)
     if world_size() > 1:
-        drawn = drawn.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.broadcast(drawn, 0)
     log.info("SEED is %d: this run drew %d; set it to repeat the run", seed, int(drawn))
     return int(drawn)
@@ -74,10 +73,43 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def local_processes() -> int:
+    """Return the number of this job's processes on this machine, as far as its launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
+
+
+def loader_workers(wanted: int) -> int:
+    """Return the data workers of this process: `wanted`, if negative its share of the cores; never more than those."""
+    share = max(1, usable_cores() // local_processes())
+    return share if wanted < 0 else min(wanted, usable_cores())
+
+
+def set_arithmetic(device: torch.device, *, benchmark: bool, precision: str = "", deterministic: bool = False) -> None:
+    """Set cuDNN's and torch's arithmetic for a run on `device`; without effect on a CPU.
+
+    Args:
+        benchmark: time cuDNN's algorithms for every new shape and take the fastest.
+        precision: of float32 products: highest, high (TF32), medium (bf16); empty leaves torch's default, which is TF32
+            in convolutions only.
+        deterministic: refuse operations whose result changes from run to run, and choose algorithms that repeat theirs.
+    """
+    if device.type != "cuda":
+        return
+    torch.backends.cudnn.benchmark = benchmark and not deterministic
+    if precision:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = precision != "highest"
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.backends.cudnn.deterministic = True
+        torch.use_deterministic_algorithms(True)
+
+
 def resolve_device(name: str) -> torch.device:
     """Return the device called `name`: auto (CUDA if available), cpu, cuda, cuda:N, mps.
 
-    On several processes "auto" and "cuda" mean the GPU of the local rank.
+    On several processes "auto" and "cuda" mean the GPU of the local rank. The GPU becomes torch's current one, so that
+    what asks for no particular GPU uses it too.
 
     Raises:
         UserError: not a device, or not available on this machine.
@@ -91,10 +123,15 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
-        device = torch.device("cuda", local_rank() if device.index is None else device.index)
+        if device.index is not None and world_size() > 1:
+            raise UserError(f"device {name!r} is one GPU for {world_size()} processes; use cuda, which is one for each")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        # With SLURM's --gpus-per-task a process sees its own GPU only, as number 0.
+        own = 0 if count == 1 and "SLURM_GPUS_PER_TASK" in os.environ else local_rank()
+        device = torch.device("cuda", own if device.index is None else device.index)
         if device.index >= count:
             raise UserError(f"device {name!r} needs GPU {device.index} but {count} are usable; use auto or cpu")
+        torch.cuda.set_device(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"device {name!r} is not usable on this machine; use auto or cpu")
     return device

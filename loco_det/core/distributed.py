@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,11 +23,40 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """Return this process's number on its machine, from torchrun or, if srun started it, from SLURM."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
 
 
 def is_main() -> bool:
     return rank() == 0
+
+
+_replicas: dist.ProcessGroup | None = None  # None: all processes of the job
+
+
+@contextmanager
+def replicated(group: dist.ProcessGroup) -> Iterator[None]:
+    """In this context only `group` holds the same weights as this process; the job's others hold other stages."""
+    global _replicas
+    before, _replicas = _replicas, group
+    try:
+        yield
+    finally:
+        _replicas = before
+
+
+def replica_group() -> dist.ProcessGroup | None:
+    """Return the group of the processes with the same weights, for collectives; None for the whole job."""
+    return _replicas
+
+
+def replica_rank() -> int:
+    return rank() if _replicas is None else dist.get_rank(_replicas)
+
+
+def replicas() -> int:
+    """Return the number of processes with the same weights, which share a batch."""
+    return world_size() if _replicas is None else dist.get_world_size(_replicas)
 
 
 def barrier() -> None:
@@ -72,9 +103,33 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
 
 
+def same_on_all(tensors: Iterable[Tensor]) -> None:
+    """Overwrite these tensors, which every process gives in the same order, with rank 0's."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), 0)
+
+
+def on_cpu(value: Any) -> Any:
+    """Copy every tensor in a state of dictionaries and lists to the CPU."""
+    if isinstance(value, dict):
+        return {key: on_cpu(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_cpu(part) for part in value)
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def of_rank_0(value: Any) -> Any:
+    """Return rank 0's value, plain data or tensors on the CPU."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
 def averaged(model: nn.Module, device: torch.device) -> DistributedDataParallel:
     """Wrap `model` to average gradients over processes, without broadcasting buffers at every step."""
     names = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # older torch
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, **{buffers: False})
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **{buffers: False})

@@ -10,12 +10,15 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from loco_det.core.device import usable_cores
 from loco_det.core.distributed import local_rank, world_size
 from loco_det.core.errors import INTERRUPTED, UserError, out_of_memory
 from loco_det.core.log import is_quiet, log_failure, setup_logging
@@ -23,6 +26,7 @@ from loco_det.core.log import is_quiet, log_failure, setup_logging
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 _SAME_SIGNAL = 2.0  # seconds within which repeated signals count as one
 _LEAVING = 10.0  # seconds for a process to exit by itself, and again after SIGTERM
+_PATIENCE = timedelta(hours=2)  # for work that rank 0 does alone: measuring AP, writing to a slow disk
 _TRACEBACK = 4000  # maximum length of a child's; those of all children must fit into one pipe
 
 
@@ -56,26 +60,26 @@ class StopSignal:
 class CommonStop:
     """Called once per step by every process: whether any of them received a stop signal. All return the same value.
 
-    Processes exchange signals through a CPU process group; each step returns the state of the previous one, so nobody
-    waits for a device or for a process that is a little behind.
+    Processes exchange signals through a CPU process group; each step returns the state of `lag` steps before, so nobody
+    waits for a device or for a process that is so many steps behind.
     """
 
-    def __init__(self, stop: StopSignal) -> None:
-        self.stop = stop
+    def __init__(self, stop: StopSignal, lag: int = 1) -> None:
+        self.stop, self.lag = stop, lag
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
-        self.pending: tuple[torch.Tensor, dist.Work] | None = None
+        self.pending: deque[tuple[torch.Tensor, dist.Work]] = deque()
 
     def __call__(self) -> bool:
         received = self.stop.received is not None
         if self.group is None:
             return received
-        before = self.pending
         flag = torch.tensor([float(received)])
-        self.pending = flag, dist.all_reduce(flag, group=self.group, async_op=True)
-        if before is None:
+        self.pending.append((flag, dist.all_reduce(flag, group=self.group, async_op=True)))
+        if len(self.pending) <= self.lag:
             return False
-        before[1].wait()
-        return bool(before[0] > 0)
+        before, work = self.pending.popleft()
+        work.wait()
+        return bool(before > 0)
 
 
 def leave_stopping_to_parent(_: int = 0) -> None:
@@ -101,7 +105,7 @@ def launch(worker: Callable[..., Any], processes: int, *args: Any) -> Any:
     """Run `worker(*args)` in every process of the job; returns its value on a single process, else None.
 
     Under torchrun (WORLD_SIZE in the environment) this process joins that job; otherwise `processes` > 1 starts that
-    many here and forwards SIGTERM and SIGINT to them. The backend is nccl if every process has its own GPU, else gloo.
+    many here and forwards SIGTERM and SIGINT to them. Tensors on GPUs travel by nccl, those on the CPU by gloo.
 
     Raises:
         UserError: as the worker raised it, in any process; or a process was killed.
@@ -211,6 +215,8 @@ def _spawned(
 
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+        if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1
+            torch.set_num_threads(max(1, usable_cores() // processes))
         _joined(reporting, args)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)  # older torch would make it a success
@@ -220,13 +226,13 @@ def _spawned(
 
 
 def _joined(worker: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    processes = int(os.environ["WORLD_SIZE"])
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    on_gpu = gpus >= per_machine
-    if on_gpu:
-        torch.cuda.set_device(local_rank())
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    # Both where there are GPUs: which one is used follows from a tensor's device, so a run on the CPU works there too.
+    # Barriers and Python objects go by gloo, which neither occupies a GPU nor aborts the job while rank 0 is busy.
+    backend = "gloo"
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=_PATIENCE)
     try:
         return worker(*args)
     finally:

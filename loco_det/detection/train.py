@@ -20,7 +20,7 @@ from loco_det.annotations import loader
 from loco_det.annotations.classes import check_training_classes, missing_classes
 from loco_det.annotations.registry import find_dataset
 from loco_det.core import config
-from loco_det.core.device import common_seed, keep_freed_memory, resolve_device, seed_everything
+from loco_det.core.device import common_seed, keep_freed_memory, resolve_device, seed_everything, set_arithmetic
 from loco_det.core.distributed import averaged, barrier, is_main, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
@@ -170,11 +170,8 @@ def _prepare(cfg: CfgNode, eval_only: bool) -> CfgNode:
     cfg = config.changed(cfg, SEED=seed, **{"MODEL.DEVICE": device})
     if cfg.MODEL.DEVICE == "cpu" and not eval_only:
         keep_freed_memory()
-    if cfg.MODEL.DEVICE.startswith("cuda"):
-        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not eval_only
-        if cfg.FLOAT32_PRECISION:
-            torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
-            torch.backends.cudnn.allow_tf32 = cfg.FLOAT32_PRECISION != "highest"
+    benchmark = cfg.CUDNN_BENCHMARK and not eval_only
+    set_arithmetic(torch.device(cfg.MODEL.DEVICE), benchmark=benchmark, precision=cfg.FLOAT32_PRECISION)
     parts = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD")
     synced = [part for part in parts if cfg.MODEL[part].NORM == "SyncBN"]
     if synced and cfg.MODEL.DEVICE == "cpu" and world_size() > 1:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from loco_det.core import distributed
-from loco_det.core.device import keep_freed_memory, resolve_device, usable_cores
+from loco_det.core.device import keep_freed_memory, loader_workers, resolve_device
 from loco_det.core.errors import UserError, raising
 from loco_det.core.launch import leave_stopping_to_parent
 from loco_det.images.batched_views import packed
@@ -316,7 +316,7 @@ def _tar_results(
 
     def results(start: int) -> Iterator[WorkerResult]:
         views = TarViews(dataset, batch, buffer, *place, start)
-        loader = loader_of(views, None, min(num_workers, len(views.own)), False)
+        loader = loader_of(views, None, min(loader_workers(num_workers), len(views.own)), False)
         parts = iter(loader)
         while True:  # workers take turns, each with its runs' part of the same step
             yield joined([next(parts) for _ in range(max(1, loader.num_workers))], pin_memory)
@@ -396,10 +396,9 @@ def build_plain_loader(
 
 def loader_of(dataset: Dataset, requests: Any, num_workers: int, pin_memory: bool) -> DataLoader:
     """Build a DataLoader that returns dataset[request] for every request, in order and unchanged."""
-    if num_workers < 0:
-        raise UserError(f"DATA.NUM_WORKERS is {num_workers}; use 0 or more")
-    # More workers than cores only cost memory; results are the same.
-    num_workers = min(num_workers, usable_cores())
+    if num_workers < -1:
+        raise UserError(f"DATA.NUM_WORKERS is {num_workers}; use -1 for a share of the cores, or 0 or more")
+    num_workers = loader_workers(num_workers)  # more than cores only cost memory; results are the same
     return DataLoader(
         dataset,
         sampler=requests,

@@ -1,0 +1,138 @@
+"""Every path that a GPU would take, walked under a pretended one: no device mix, and only the recorded host waits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pretended_cuda import CUDA, DeviceMix, Pretended, pretended_cuda
+from torch import nn
+
+from loco_det.backbones.artifact import load_backbone
+from loco_det.core.config import load_config
+from pretrain import train
+from pretrain.defaults import get_cfg
+from pretrain.train import pretrain
+
+# --- the pretence itself ----------------------------------------------------------------------------------------
+
+
+def test_it_computes_what_the_cpu_does_and_says_cuda() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    x = torch.randn(2, 3, 6, 6)
+    net(x)
+    twin = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+    twin.load_state_dict(net.state_dict())
+    net(x).sum().backward()
+    with pretended_cuda() as waits:
+        there = twin.to("cuda")
+        waits.clear()
+        loss = there(x.to(CUDA, non_blocking=True)).sum()
+        loss.backward()
+        assert loss.device == CUDA
+        assert loss.is_cuda
+        assert waits.total() == 0
+        grads = [p.grad.cpu() for p in there.parameters()]
+    assert all(type(g) is torch.Tensor for g in grads)
+    assert all(torch.equal(g, p.grad) for g, p in zip(grads, net.parameters()))
+
+
+def test_it_refuses_and_counts() -> None:
+    with pretended_cuda() as waits:
+        x = torch.arange(4.0, device="cuda")
+        assert isinstance(x, Pretended)
+        for wrong in (lambda: x + torch.ones(4), lambda: x[torch.tensor([1])], lambda: F.linear(x, torch.ones(2, 4))):
+            with pytest.raises(DeviceMix):
+                wrong()
+        for wrong in (x.numpy, lambda: np.asarray(x)):
+            with pytest.raises(TypeError):
+                wrong()
+        assert x.sum() * torch.tensor(2.0) == 12  # single numbers may mix; 1 wait
+        waits.clear()
+        cases = {
+            x.sum().item: 1, x.tolist: 1, x.cpu: 1, x.nonzero: 1, lambda: x[x > 1]: 1, lambda: bool(x[0]): 1,
+            lambda: x.to("cpu", non_blocking=True): 0, lambda: torch.zeros(3).to("cuda"): 1,
+            lambda: torch.zeros(3).to("cuda", non_blocking=True): 0, lambda: x * 2: 0, lambda: x[1:3]: 0,
+            lambda: torch.zeros(3, device="cuda"): 0, lambda: torch.tensor([1.0], device="cuda"): 1,
+            lambda: x.where(x > 1, 0): 0, lambda: x.masked_fill_(x > 9, 0): 0,
+        }  # fmt: skip
+        for number, (call, want) in enumerate(cases.items()):
+            waits.clear()
+            call()
+            assert waits.total() == want, number
+
+
+# --- pretraining ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        (made / str(i % 2)).mkdir(exist_ok=True)
+        cv2.imwrite(str(made / str(i % 2) / f"{i}.png"), rng.integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    return made
+
+
+def configured(folder: Path, output: Path, *more: object):
+    text = f"""BACKBONE.NAME resnet18 BACKBONE.STEM cifar BACKBONE.WIDTH 8 DECODER.HIDDEN_DIM 16 DECODER.OUT_DIM 8
+        DECODER.CONV_BLOCKS 1 DATA.PATH {folder} DATA.IMAGE_SIZE 16 DATA.NUM_WORKERS 0 SOLVER.BATCH_SIZE 4
+        SOLVER.MAX_STEPS 3 SOLVER.WARMUP_EPOCHS 0 LOG_PERIOD 100 KNN.PERIOD 0 OUTPUT_DIR {output}"""
+    return load_config(get_cfg(), "", [*text.split(), *map(str, more)])[0]
+
+
+CASES = {
+    "simclr": ("METHOD", "simclr"),
+    "gim": ("METHOD", "gim", "SOLVER.STEP_EARLY", False),
+    "loco, sgd": ("METHOD", "loco", "SOLVER.OPTIMIZER", "sgd", "SOLVER.RECOMPUTE", "first"),
+    "loco, bf16": ("METHOD", "loco", "SOLVER.AMP", "bf16", "LOSS.CHUNK", 3, "SOLVER.OPTIMIZER", "adamw"),
+    "loco, fp16": ("METHOD", "loco", "SOLVER.AMP", "fp16", "SOLVER.OPTIMIZER", "sgd"),
+    "loco_res2, in parts": ("METHOD", "loco_res2", "SOLVER.ACCUMULATE", 2),
+    "soft": ("SHARING.MODE", "soft", "SHARING.PENALTY", 0.01),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_pretraining_step_does_not_wait(case: str, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """Between two lines of metrics.json; fp16 must know whether a gradient overflowed."""
+    seen = []
+    original = train.Monitor.__call__
+
+    def counted(self, step, *args):
+        seen.append((step, WAITS.total(), WAITS.table()))
+        WAITS.clear()
+        return original(self, step, *args)
+
+    monkeypatch.setattr(train.Monitor, "__call__", counted)
+    with pretended_cuda() as WAITS:
+        path = pretrain(configured(folder, tmp_path, "DEVICE", "cuda", *CASES[case]))
+    tensors, _ = load_backbone(path)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    step, count, table = seen[1]
+    assert (step, count) == (1, 1 if "fp16" in case else 0), table
+
+
+def test_a_run_with_a_line_a_step_a_probe_a_resume_and_views_from_the_device(folder: Path, tmp_path: Path) -> None:
+    more = ("DEVICE", "cuda", "KNN.PERIOD", 1, "KNN.K", 1, "LOG_PERIOD", 1, "AUGMENT.DEVICE", "auto")
+    with pretended_cuda():
+        pretrain(configured(folder, tmp_path, *more, "CHECKPOINT_PERIOD", 2))
+        (tmp_path / "checkpoint_00000003.pth").unlink()
+        pretrain(configured(folder, tmp_path, *more, "CHECKPOINT_PERIOD", 2), resume=True)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [0, 1, 2]
+    assert "knn/res5" in lines[-1]
+
+
+def test_what_it_computes_is_what_the_cpu_computes(folder: Path, tmp_path: Path) -> None:
+    with pretended_cuda():
+        path = pretrain(configured(folder, tmp_path / "cuda", "DEVICE", "cuda"))
+    want = pretrain(configured(folder, tmp_path / "cpu", "DEVICE", "cpu"))
+    for name, tensor in load_backbone(want)[0].items():
+        torch.testing.assert_close(load_backbone(path)[0][name], tensor, rtol=1e-4, atol=1e-5)
