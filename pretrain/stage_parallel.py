@@ -181,6 +181,7 @@ class StageTrainer(LocalTrainer):
         place: its neighbours.
         streaming: the schedule.
         on_gradient: called with a parameter whose gradient was computed for a copy of it.
+        on_losses: called when the own losses of a step, and so their decoders' gradients, are known.
         on_final, recompute, on_start: as for LocalTrainer, for the own stages.
     """
 
@@ -195,12 +196,13 @@ class StageTrainer(LocalTrainer):
         *,
         streaming: bool = False,
         on_gradient: Callable[[nn.Parameter], None] | None = None,
+        on_losses: Callable[[], None] | None = None,
         on_final: Callable[[int], None] | None = None,
         recompute: Collection[int] = (),
         on_start: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__(stages, units, losses, on_final, recompute, on_start)
-        self.own, self.streaming, self.on_gradient = own, streaming, on_gradient
+        self.own, self.streaming, self.on_gradient, self.on_losses = own, streaming, on_gradient, on_losses
         passes = [p for k in own for p in self.plan[k]]
         self.whens = sorted({p.when for p in passes if p.when >= own.stop})  # known above, in order of arrival
         self.late = {k for k in own if any(p.when >= own.stop for p in self.plan[k])}
@@ -236,6 +238,8 @@ class StageTrainer(LocalTrainer):
                 x = self.input.receive(more)
         batch = _Batch({}, {}, more)
         losses = self._forward_half(x, batch, context)
+        if self.on_losses is not None:
+            self.on_losses()
         if not self.streaming:
             self._late_half(batch, context)
             return losses

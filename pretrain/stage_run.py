@@ -181,8 +181,8 @@ class StageRun:
             taken.append(learner.decoders[i])
             return learner.loss(i, features)
 
-        def final(k: int) -> None:
-            stepping.final(learner.stages[k].module, *taken)
+        def final(*modules: nn.Module) -> None:
+            stepping.final(*modules, *taken)
             taken.clear()
 
         trainer = StageTrainer(
@@ -194,7 +194,8 @@ class StageRun:
             self.device,
             streaming=cfg.SOLVER.SCHEDULE == "streaming",
             on_gradient=average.add,
-            on_final=final,
+            on_losses=final,
+            on_final=lambda k: final(learner.stages[k].module),
             recompute=[k for k, stage in enumerate(learner.stages) if stage.recompute],
             on_start=lambda k: stepping.ready(learner.stages[k].module),
         )

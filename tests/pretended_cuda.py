@@ -300,6 +300,11 @@ class _Move(torch.autograd.Function):
         return gradient.elem.clone() if isinstance(gradient, Pretended) else Pretended(gradient.clone())
 
 
+def _no_grad(self: Any) -> None:
+    self.without = torch.no_grad()
+    self.without.__enter__()
+
+
 class _Stream:
     """A stream that does at once what it is told."""
 
@@ -308,6 +313,9 @@ class _Stream:
 
     def wait_stream(self, _: Any) -> None:
         pass
+
+    def is_capturing(self) -> bool:
+        return False
 
     def __enter__(self) -> _Stream:
         return self
@@ -336,6 +344,9 @@ def pretended_cuda(gpus: int = 1) -> Iterator[Waits]:
         patch.setattr(torch, "is_autocast_enabled", lambda device="cuda": enabled(on_cpu(device)))
         patch.setattr(torch, "load", lambda *a, **kw: load(*a, **{**kw, "map_location": "cpu"}))
         patch.setattr(Tensor, "record_stream", lambda *_: None)
+        # Wrappers cannot be made in inference mode; decorators made of it before are changed, too.
+        patch.setattr(torch.inference_mode, "__enter__", _no_grad)
+        patch.setattr(torch.inference_mode, "__exit__", lambda self, *_: self.without.__exit__(None, None, None))
         for name, value in {
             "is_available": lambda: True,
             "device_count": lambda: gpus,
@@ -349,7 +360,16 @@ def pretended_cuda(gpus: int = 1) -> Iterator[Waits]:
             "stream": lambda stream: stream,
             "current_stream": _Stream,
             "is_bf16_supported": lambda *_: True,
+            "is_current_stream_capturing": lambda: False,
         }.items():
             patch.setattr(torch.cuda, name, value)
+        if hasattr(torch, "accelerator"):
+            patch.setattr(torch.accelerator, "current_stream", _Stream)
+        # A module's parameters are replaced, not given other data in place, which a wrapper has none of.
+        replaced = torch.__future__.get_overwrite_module_params_on_conversion()
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
         waits.clear()
-        yield waits
+        try:
+            yield waits
+        finally:
+            torch.__future__.set_overwrite_module_params_on_conversion(replaced)

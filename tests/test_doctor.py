@@ -194,9 +194,20 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: device)
+    problem = [""]
+    monkeypatch.setattr(doctor, "_gpu_problem", lambda: problem[0])
+    monkeypatch.setattr("loco_det.core.device.usable_cores", lambda: 24)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     check = doctor._gpu()
     assert check.status == "ok"
     assert check.found.startswith("NVIDIA H100 (80 GiB), NVIDIA H100 (80 GiB)")
+    assert "12 cores a GPU" in check.found
+    monkeypatch.setattr("loco_det.core.device.usable_cores", lambda: 4)
+    assert (doctor._gpu().status, "2 cores a GPU" in doctor._gpu().found) == ("note", True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    assert "no NCCL" in doctor._gpu().found
+    problem[0] = "RuntimeError: no kernel image"
+    assert (doctor._gpu().status, "no kernel image" in doctor._gpu().found) == ("fail", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([self / "nvidia0"]))
     assert doctor._gpu().status == "fail"

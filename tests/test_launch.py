@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,6 @@ def _report(folder: str) -> None:
         "draw": float(torch.rand(())),
         "quiet": log_module._quiet,
         "shown": log_module._shows_progress(),
-        "backend": torch.distributed.get_backend(),
         "on this machine": os.environ["LOCAL_WORLD_SIZE"],
     }
     write_json(Path(folder) / f"{rank()}.json", found)
@@ -146,7 +146,6 @@ def test_two_processes_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert found["on this machine"] == "2"
         assert found["quiet"] is True
         assert found["shown"] is False
-        assert found["backend"] == ("nccl" if torch.cuda.device_count() >= 2 else "gloo")
     assert first["draw"] != second["draw"]
     assert (tmp_path / "metrics.json").read_text() == '{"rank": 0}\n'
 
@@ -269,9 +268,23 @@ def test_one_process_runs_here_and_returns() -> None:
 
 def test_under_torchrun_the_process_joins_that_job(monkeypatch: pytest.MonkeyPatch) -> None:
     joined = {}
-    monkeypatch.setattr(launch_module.dist, "init_process_group", lambda backend: joined.update(backend=backend))
+    monkeypatch.setattr(
+        launch_module.dist, "init_process_group", lambda b, timeout: joined.update(backend=b, t=timeout)
+    )
     monkeypatch.setattr(launch_module.dist, "destroy_process_group", lambda: joined.update(left=True))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert launch(lambda: "value", 1) == "value"
-    assert joined == {"backend": "gloo", "left": True}
+    assert joined == {"backend": "gloo", "t": timedelta(hours=2), "left": True}
+    # On a machine with GPUs both back ends, since the run's device need not be one, whatever their number.
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    for name, number in (("LOCAL_RANK", 3), ("SLURM_LOCALID", 1)):
+        monkeypatch.setenv(name, str(number))
+        assert launch(lambda: "value", 1) == "value"
+        assert joined["backend"] == "cpu:gloo,cuda:nccl"
+        assert chosen.pop() == 1
+        monkeypatch.delenv(name)

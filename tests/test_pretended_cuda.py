@@ -11,10 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pretended_cuda import CUDA, DeviceMix, Pretended, pretended_cuda
+from pretended_cuda import waits as WAITS
+from tiny_detection import TINY, tiny_cfg
 from torch import nn
 
 from loco_det.backbones.artifact import load_backbone
+from loco_det.cli import main
 from loco_det.core.config import load_config
+from loco_det.detection import loop
+from loco_det.detection.engine_torchvision import TorchvisionEngine
+from loco_det.detection.keys import get_cfg as detection_keys
+from loco_det.detection.rcnn import build_model
+from loco_det.detection.train import train_net
 from pretrain import train
 from pretrain.defaults import get_cfg
 from pretrain.train import pretrain
@@ -106,12 +114,13 @@ def test_a_pretraining_step_does_not_wait(case: str, folder: Path, tmp_path: Pat
     original = train.Monitor.__call__
 
     def counted(self, step, *args):
-        seen.append((step, WAITS.total(), WAITS.table()))
-        WAITS.clear()
-        return original(self, step, *args)
+        seen.append((step, waits.total(), waits.table()))
+        shown = original(self, step, *args)
+        waits.clear()
+        return shown
 
     monkeypatch.setattr(train.Monitor, "__call__", counted)
-    with pretended_cuda() as WAITS:
+    with pretended_cuda() as waits:
         path = pretrain(configured(folder, tmp_path, "DEVICE", "cuda", *CASES[case]))
     tensors, _ = load_backbone(path)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
@@ -136,3 +145,93 @@ def test_what_it_computes_is_what_the_cpu_computes(folder: Path, tmp_path: Path)
     want = pretrain(configured(folder, tmp_path / "cpu", "DEVICE", "cpu"))
     for name, tensor in load_backbone(want)[0].items():
         torch.testing.assert_close(load_backbone(path)[0][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+# --- the detector -----------------------------------------------------------------------------------------------
+
+# Host waits of one training iteration (two images), and of the prediction of one image.
+DETECTOR_WAITS = {"step": 39, "image": 26}
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[int, str]]]:
+    """Counts and tables of each training iteration and each batch of predictions, of one image each."""
+    found: dict[str, list[tuple[int, str]]] = {"step": [], "image": []}
+    seed, forward = loop.seed_iteration, TorchvisionEngine.predict
+
+    def seeding(*args):
+        found["step"].append((WAITS.total(), WAITS.table()))
+        WAITS.clear()
+        return seed(*args)
+
+    def predicting(self, model, batch):
+        WAITS.clear()
+        out = forward(self, model, batch)
+        found["image"].append((WAITS.total(), WAITS.table()))
+        return out
+
+    monkeypatch.setattr(loop, "seed_iteration", seeding)
+    monkeypatch.setattr(TorchvisionEngine, "predict", predicting)
+    return found
+
+
+def within(found: list[tuple[int, str]], most: int) -> None:
+    """The second count; the first fills caches."""
+    count, table = found[1]
+    assert count <= most, table
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_counted"),
+    [
+        ({}, True),
+        ({"MODEL__BACKBONE__FREEZE_AT": 2, "SOLVER__AMP__ENABLED": True}, False),
+        ({"MODEL__MASK_ON": False, "INPUT__MASK_FORMAT": "bitmask", "SOLVER__CLIP_GRADIENTS__ENABLED": True}, False),
+    ],
+    ids=["frozen", "tuned in half precision", "boxes"],
+)
+def test_the_detector_trains_and_is_evaluated(changes, is_counted, tiny_data, counted, tmp_path) -> None:
+    with pretended_cuda():
+        results = train_net(
+            tiny_cfg(tmp_path, SOLVER__MAX_ITER=3, MODEL__DEVICE="cuda", **changes), engine="torchvision"
+        )
+    assert 0 <= results["bbox"]["AP"] <= 100
+    if is_counted:
+        within(counted["step"][1:], DETECTOR_WAITS["step"])
+        within(counted["image"], DETECTOR_WAITS["image"])
+
+
+def test_predict(tiny_data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = [
+        str(part) for key, value in TINY.items() for part in (key, value) if key not in ("MODEL.WEIGHTS", "SEED")
+    ]
+    model = build_model(load_config(detection_keys(), "configs/coco_loco_r50.yaml", settings)[0])
+    torch.save({"model": model.state_dict()}, tmp_path / "detector.pth")
+    settings[settings.index("MODEL.DEVICE") + 1] = "cuda"
+    arguments = ["--config-file", "configs/coco_loco_r50.yaml", "--weights", tmp_path / "detector.pth", "--engine",
+                 "torchvision", "--out", tmp_path / "out", "--score-threshold", 0.0, "--opts", *settings]  # fmt: skip
+    with pretended_cuda():
+        assert main(["predict", str(tiny_data / "tiny" / "val"), *map(str, arguments)]) == 0
+    assert json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+
+
+# --- probes -----------------------------------------------------------------------------------------------------
+
+PROBES = {
+    "knn": "--k 1",
+    "linear": "--epochs 1 --rates 0.1 1",
+    "linear --recipe paper": "--epochs 1",
+    "ridge": "",
+    "semi": "--epochs 1 --labels 50",
+}
+
+
+def test_probes(folder: Path, tmp_path: Path) -> None:
+    path = pretrain(configured(folder, tmp_path / "run", "DEVICE", "cpu", "SOLVER.MAX_STEPS", 1))
+    fixed = f"--data {folder} --image-size 16 --device cuda --workers 0 --no-cache --json"
+    with pretended_cuda():
+        for number, (protocol, options) in enumerate(PROBES.items()):
+            words = f"probe {path} --protocol {protocol} {options} {fixed} {tmp_path / str(number)}"
+            assert main([*words.split(), "--quiet"]) == 0
+            assert json.loads((tmp_path / str(number)).read_text())["device"] == "cuda:0"

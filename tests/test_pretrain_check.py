@@ -22,7 +22,7 @@ COUNTS = {
     "BACKBONE.WIDTH": (64, 64),  # with the imagenet stem
     "LOSS.CHUNK": (0, 10**9),
     "DATA.IMAGE_SIZE": (1, 16384),
-    "DATA.NUM_WORKERS": (0, 10**9),
+    "DATA.NUM_WORKERS": (-1, 10**9),  # -1: by the cores
     "DATA.SHUFFLE_BUFFER": (1, 10**9),
     "SOLVER.BATCH_SIZE": (1, 10**9),
     "SOLVER.ACCUMULATE": (1, 256),  # the batch

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from loco_det.backbones.artifact import backbone_tensors, describe, save_backbon
 from loco_det.backbones.resnet import ResNet
 from loco_det.cli import main
 from loco_det.commands import sweep
+from loco_det.core.errors import UserError
 
 CONFIG = "configs/coco_loco_r50.yaml"
 # Stands for `train`: counts its calls, fails for seed 2, writes what train writes.
@@ -227,6 +229,62 @@ def test_submitit_runs_cells_as_jobs(weights: Path, fake: None) -> None:
     assert (weights / "out/a/fraction-1_seed-0/result.json").is_file()
     assert not (weights / "out/a/fraction-1_seed-2/result.json").exists()
     assert list((weights / "out" / "submitit").iterdir())
+
+
+def test_no_two_cells_share_a_gpu(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four cells, three at a time, two GPUs each, on a machine with five of which CUDA_VISIBLE_DEVICES names some."""
+    code = """
+import json, os, pathlib, sys, time
+folder, shown = pathlib.Path(sys.argv[1]), os.environ["CUDA_VISIBLE_DEVICES"]
+taken = [pathlib.Path(sys.argv[2]) / name for name in shown.split(",")]
+for path in taken:
+    path.mkdir()  # fails if another cell has it
+time.sleep(0.2)
+for path in taken:
+    path.rmdir()
+(folder / "gpus").write_text(shown)
+(folder / "metrics.json").write_text(json.dumps({"bbox/AP": 1.0}) + chr(10))
+"""
+    there = weights / "there"
+    there.mkdir()
+    monkeypatch.setattr(
+        sweep, "_command", lambda a, w, fraction, seed, folder: [sys.executable, "-c", code, str(folder), str(there)]
+    )
+    monkeypatch.setattr(sweep, "visible_gpus", lambda: ["3", "5", "GPU-a", "GPU-b", "7"])
+    options = ("--backbones", weights / "a.pkl", "--seeds", 0, 1, 2, 3, "--jobs", 3, "--num-gpus", 2)
+    assert run(weights / "out", *options) == 0
+    used = {path.read_text() for path in (weights / "out").rglob("gpus")}
+    assert used <= {"3,5", "GPU-a,GPU-b"}
+
+
+def test_more_gpus_than_there_are_and_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="--num-gpus is 3 and 2 GPUs are usable"):
+        sweep.Gpus(["0", "1"], 3)
+    with sweep.Gpus([], 3).lent() as shown:
+        assert shown == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for visible, want in (("", ["0", "1"]), ("4, GPU-x", ["4", "GPU-x"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert sweep.visible_gpus() == want
+
+
+def test_a_submitted_job_asks_for_the_cores_of_its_loaders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = {}
+
+    class Executor:
+        cluster = "slurm"
+
+        def __init__(self, **_: object) -> None:
+            pass
+
+        def update_parameters(self, **values: object) -> None:
+            asked.update(values)
+
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor))
+    args = SimpleNamespace(out=tmp_path, cluster=None, num_gpus=2, timeout=1, partition=None, config_file=CONFIG)
+    sweep.submitit_executor(SimpleNamespace(**vars(args), set=["DATALOADER.NUM_WORKERS", "7"]))
+    assert (asked["gpus_per_node"], asked["cpus_per_task"]) == (2, 16)
 
 
 def test_submitit_that_is_not_there(weights: Path, fake: None, monkeypatch, capsys: pytest.CaptureFixture) -> None:

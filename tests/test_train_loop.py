@@ -163,8 +163,8 @@ def test_a_changed_frozen_tensor_is_an_error(tmp_path, monkeypatch):
     step = solver.optimizer_step
     seen = []
 
-    def and_touch_the_backbone(cfg, loss, optimizer, scaler):
-        step(cfg, loss, optimizer, scaler)
+    def and_touch_the_backbone(cfg, loss, optimizer, scaler, *rest):
+        step(cfg, loss, optimizer, scaler, *rest)
         seen[0].backbone.bottom_up.res4[0].conv1.weight.data += 1e-3
 
     build = TorchvisionEngine.build_model

@@ -38,6 +38,9 @@ class Instances:
         return self._map(lambda value: value[index])
 
     def to(self, device: torch.device | str) -> Instances:
+        """Move to `device`; to a GPU without waiting for the copy."""
+        if torch.device(device).type == "cuda":
+            return self._map(lambda value: value.to(device, non_blocking=True))
         return self._map(lambda value: value.to(device))
 
     def _map(self, function: Any) -> Instances:

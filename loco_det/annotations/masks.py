@@ -9,6 +9,7 @@ Shape legend: N instances, H x W the image in pixels, M the side of a cropped ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import cv2
 import numpy as np
@@ -81,7 +82,7 @@ class PolygonMasks:
         chosen.polygons = [self.polygons[i] for i in index.tolist()]
         return chosen
 
-    def to(self, device: torch.device | str) -> PolygonMasks:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PolygonMasks:
         """Return itself: polygons stay on the CPU, the crops go to the device of the boxes."""
         return self
 
@@ -154,8 +155,9 @@ class BitMasks:
         """Select instances by a bool (N,) or integer (K,) tensor."""
         return BitMasks(self.bitmaps, self.index[index.to(self.index.device)])
 
-    def to(self, device: torch.device | str) -> BitMasks:
-        return BitMasks(self.bitmaps.to(device), self.index.to(device))
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> BitMasks:
+        move = partial(torch.Tensor.to, device=device, non_blocking=non_blocking)
+        return BitMasks(move(self.bitmaps), move(self.index))
 
     def nonempty(self) -> torch.Tensor:
         """(N,) bool: at least one pixel is set."""

@@ -33,6 +33,7 @@ NORM_KEYS = tuple(f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_H
 # In the names of sources and methods of weights that were made with labels, or not trained at all.
 SUPERVISED = ("torchvision", "timm", "msra", "caffe2", "detectron2", "hugging face", "random")
 SMALL_DISK, SMALL_SHARED_MEMORY = 5 * GIB, 1 * GIB
+CORES_A_GPU = 6  # for about 1200 images a second at 224 pixels, two views each (docs/scale.md)
 
 
 class Check(NamedTuple):
@@ -249,14 +250,42 @@ def _packages() -> Check:
 def _gpu() -> Check:
     import torch
 
+    from loco_det.core.device import usable_cores
+
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         names = ", ".join(f"{d.name} ({d.total_memory / GIB:.0f} GiB)" for d in devices)
-        return Check("gpu", "ok", f"{names}; CUDA {torch.version.cuda}")
+        return Check("gpu", *_gpu_state(f"{names}; CUDA {torch.version.cuda}", usable_cores() / len(devices)))
     if any(Path("/dev").glob("nvidia[0-9]*")):
         advice = "update the driver, or install a torch built for its CUDA version"
         return Check("gpu", "fail", f"an NVIDIA device that torch {torch.__version__} cannot use", advice)
     return Check("gpu", "note", "none: everything runs on the CPU", "use a GPU for more than small data sets")
+
+
+def _gpu_state(found: str, cores: float) -> tuple[str, ...]:
+    """Return status, finding and advice: whether a convolution runs, and the cores for each GPU's images."""
+    import torch
+
+    if problem := _gpu_problem():
+        return "fail", f"{found}; a convolution fails ({problem})", "install a torch and a driver made for this GPU"
+    found += f"; {cores:.0f} cores a GPU"
+    if not torch.distributed.is_nccl_available():
+        return "note", f"{found}; no NCCL", "several processes need a torch with NCCL"
+    if cores < CORES_A_GPU:
+        advice = f"pretraining may wait for images below {CORES_A_GPU} cores a GPU: AUGMENT.DEVICE auto, or more cores"
+        return "note", found, advice
+    return "ok", found
+
+
+def _gpu_problem() -> str:
+    import torch
+
+    try:
+        torch.nn.functional.conv2d(torch.ones(1, 1, 4, 4, device="cuda"), torch.ones(1, 1, 3, 3, device="cuda"))
+        torch.cuda.synchronize()
+    except Exception as error:  # drivers raise various exceptions
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _detectron2() -> Check:

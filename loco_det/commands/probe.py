@@ -282,7 +282,7 @@ def _knn(args: argparse.Namespace, stage: str, train: Tensor, labels: Tensor, te
 
 def _ridge(args: argparse.Namespace, stage: str, train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Outcome:
     standard = Standard.of(train)
-    ridge = fit_ridge(standard(train), labels, classes)
+    ridge = fit_ridge(train, labels, classes, standard=standard)
     strengths = list(ridge.errors)
     facts = {
         "lambda": ridge.strength,

@@ -126,12 +126,12 @@ def match(
         index = torch.zeros(quality.shape[1], dtype=torch.int64, device=quality.device)
         return index, torch.full_like(index, labels[0], dtype=torch.int8)
     best, index = quality.max(dim=0)
-    edges = torch.tensor(list(thresholds), dtype=best.dtype, device=best.device)
-    values = torch.tensor(list(labels), dtype=torch.int8, device=best.device)
-    label = values[torch.bucketize(best, edges, right=True)]
+    label = torch.full_like(index, labels[0], dtype=torch.int8)
+    for threshold, value in zip(thresholds, labels[1:]):  # by numbers: tensors would have to be sent to a GPU
+        label.masked_fill_(best >= threshold, value)
     if low_quality:
         best_of_truth = quality.max(dim=1, keepdim=True).values
-        label[(quality == best_of_truth).any(dim=0)] = 1
+        label.masked_fill_((quality == best_of_truth).any(dim=0), 1)
     return index, label
 
 
@@ -158,4 +158,8 @@ def sample_labels(
 
 def nms_per_class(boxes: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor, threshold: float) -> torch.Tensor:
     """Return kept indices by descending score; a box suppresses those of its class (or level) above `threshold` IoU."""
-    return torchvision.ops.batched_nms(boxes.float(), scores.float(), classes, threshold)
+    boxes, scores = boxes.float(), scores.float()
+    if boxes.is_cuda and 0 < boxes.numel() <= 100_000:  # torchvision's way of so few, which sends a 1 to the GPU
+        offsets = classes.to(boxes) * (boxes.max() + 1)
+        return torchvision.ops.nms(boxes + offsets[:, None], scores, threshold)
+    return torchvision.ops.batched_nms(boxes, scores, classes, threshold)

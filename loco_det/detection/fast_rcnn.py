@@ -176,10 +176,11 @@ def select_detections(
         max_detections: negative for no limit.
     """
     finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
-    if not finite.all():
-        boxes, scores = boxes[finite], scores[finite]
     scores = scores[:, :-1]
-    region, classes = (scores > score_threshold).nonzero(as_tuple=True)
+    chosen = scores > score_threshold
+    if not torch.jit.is_tracing():  # ONNX's file keeps them
+        chosen &= finite[:, None]
+    region, classes = chosen.nonzero(as_tuple=True)
     scores = scores[region, classes]
     boxes = boxes.view(boxes.shape[0], boxes.shape[1] // 4, 4)  # len() would be a constant in a trace
     boxes = boxes[region, classes if boxes.shape[1] > 1 else torch.zeros_like(classes)]

@@ -267,7 +267,7 @@ class Network(nn.Module):
     def preprocess(self, batch: Batch) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """Return normalised float32 images, zero-padded on the right and bottom to one size, and each (Hi, Wi)."""
         device = self.pixel_mean.device
-        images = [(item["image"].to(device) - self.pixel_mean) / self.pixel_std for item in batch]
+        images = [(item["image"].to(device, non_blocking=True) - self.pixel_mean) / self.pixel_std for item in batch]
         sizes = [tuple(image.shape[-2:]) for image in images]
         if self.square_pad and max(map(max, sizes)) > self.square_pad:
             height, width = max(sizes, key=max)

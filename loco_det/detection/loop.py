@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
 
 from loco_det.backbones.resnet import is_still, tensors_hash
 from loco_det.core.distributed import barrier, first_of_all, rank, reduce_mean, world_size
@@ -144,12 +144,16 @@ def _steps(run: Run, stop: StopSignal) -> Iterator[tuple[int, bool]]:
         waited = time.perf_counter() - began
         with solver.autocast(run.cfg, run.device, run.model):
             losses = run.engine.losses(run.wrapped, batch)
-        flag = torch.tensor(float(stop.received is not None), device=run.device)
-        shown = reduce_mean({**losses, "stop": flag})
-        stopped = shown.pop("stop") > 0
         run.done = None
-        check_finite(shown, iteration)
-        solver.optimizer_step(run.cfg, sum(losses.values()), run.optimizer, run.scaler)
+        shown: dict[str, float] = {}
+
+        def read(losses: dict[str, Tensor] = losses, shown: dict[str, float] = shown, at: int = iteration) -> None:
+            flag = torch.full((), float(stop.received is not None), device=run.device)
+            shown.update(reduce_mean({**losses, "stop": flag}))
+            check_finite({name: value for name, value in shown.items() if name != "stop"}, at)
+
+        solver.optimizer_step(run.cfg, sum(losses.values()), run.optimizer, run.scaler, read)
+        stopped = shown.pop("stop") > 0
         lr = max(run.optimizer.param_groups, key=lambda group: len(group["params"]))["lr"]
         run.schedule.step()
         times = {"time": time.perf_counter() - began, "data_time": waited}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from loco_det.annotations.masks import PolygonMasks
 from loco_det.detection.cpu_speed import logits_of_own_class
 from loco_det.detection.layers import Conv, c2_msra_fill
 
@@ -67,8 +68,10 @@ def mask_loss(logits: torch.Tensor, masks: Sequence[Any], boxes: Sequence[torch.
     """
     if not len(logits):
         return logits.sum() * 0
+    if isinstance(next(m for m, b in zip(masks, boxes) if len(b)), PolygonMasks):  # rasterised on the host
+        boxes = torch.cat(list(boxes)).cpu().split([len(b) for b in boxes])
     cropped = [m.crop_and_resize(b, logits.shape[-1]) for m, b in zip(masks, boxes) if len(b)]
-    targets = torch.cat([c.to(logits.device) for c in cropped]).float()
+    targets = torch.cat(cropped).to(logits.device, non_blocking=True).float()
     return F.binary_cross_entropy_with_logits(logits, targets)
 
 

@@ -39,6 +39,14 @@ def with_image(boxes: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([image, torch.cat(list(boxes))], dim=1)
 
 
+def _by_level(level: torch.Tensor, levels: int) -> list[torch.Tensor]:
+    """Return the regions of each level, ascending, from (R,) int64 in [0, levels)."""
+    if torch.jit.is_tracing():  # counts on the host would become constants
+        return [(level == i).nonzero().squeeze(1) for i in range(levels)]
+    counts = torch.bincount(level, minlength=levels).tolist()
+    return list(level.argsort(stable=True).split(counts))
+
+
 class RoiPooler(nn.Module):
     """Pools each region from the pyramid level for its size.
 
@@ -81,7 +89,7 @@ class RoiPooler(nn.Module):
         if len(features) == 1:
             return self._pool(features[0], regions, self.strides[0])
         level = assign_levels(regions[:, 1:], self.lowest, self.highest) - self.lowest
-        chosen = [(level == i).nonzero().squeeze(1) for i in range(len(features))]
+        chosen = _by_level(level, len(features))
         pooled = [self._pool(f, regions[c], s) for f, c, s in zip(features, chosen, self.strides)]
         return torch.cat(pooled)[torch.cat(chosen).argsort()]
 

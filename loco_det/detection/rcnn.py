@@ -128,7 +128,7 @@ def postprocess(detections: Instances, height: int, width: int) -> Instances:
     boxes[:, 0::2] *= scale_x
     boxes[:, 1::2] *= scale_y
     boxes = clip(boxes, (height, width))
-    keep = nonempty(boxes)
+    keep = nonempty(boxes).nonzero().squeeze(1)
     masks = detections.masks
     return Instances(
         (height, width),

@@ -43,6 +43,7 @@ class Sample:
         truth: (Ri, 4) matched ground truth; the region itself if the image has none.
         index: (Ri,) int64 matched ground truth.
         masks: the image's ground-truth masks or None.
+        foreground: number of foreground regions, which `masks` are for; 0 if not known.
     """
 
     boxes: torch.Tensor
@@ -50,12 +51,15 @@ class Sample:
     truth: torch.Tensor
     index: torch.Tensor
     masks: Any
+    foreground: int = 0
 
 
-def make_sample(boxes: torch.Tensor, classes: torch.Tensor, index: torch.Tensor, target: Instances) -> Sample:
+def make_sample(
+    boxes: torch.Tensor, classes: torch.Tensor, index: torch.Tensor, target: Instances, foreground: int = 0
+) -> Sample:
     """Return the `Sample` of regions with known classes and matches."""
     truth = target.boxes[index] if len(target) else boxes
-    return Sample(boxes, classes, truth, index, target.masks)
+    return Sample(boxes, classes, truth, index, target.masks, foreground)
 
 
 def box_losses(
@@ -95,8 +99,9 @@ class RoiHeads(nn.Module):
         for proposal, target in zip(proposals, targets):
             boxes = torch.cat([proposal.boxes, target.boxes]) if s.PROPOSAL_APPEND_GT else proposal.boxes
             index, classes = self.label(boxes, target, s.IOU_THRESHOLDS, s.IOU_LABELS)
-            chosen = torch.cat(sample_labels(classes, s.BATCH_SIZE_PER_IMAGE, s.POSITIVE_FRACTION, self.num_classes))
-            samples.append(make_sample(boxes[chosen], classes[chosen], index[chosen], target))
+            objects, rest = sample_labels(classes, s.BATCH_SIZE_PER_IMAGE, s.POSITIVE_FRACTION, self.num_classes)
+            chosen = torch.cat([objects, rest])
+            samples.append(make_sample(boxes[chosen], classes[chosen], index[chosen], target, len(objects)))
         return samples
 
     def label(
@@ -107,16 +112,14 @@ class RoiHeads(nn.Module):
         if not len(target):
             return index, torch.full_like(index, self.num_classes)
         classes = target.classes[index]
-        classes[label == 0] = self.num_classes
-        classes[label == -1] = -1
+        classes.masked_fill_(label == 0, self.num_classes).masked_fill_(label == -1, -1)
         return index, classes
 
     def mask_losses(self, pooled: torch.Tensor, samples: Sequence[Sample]) -> Losses:
         """Return `loss_mask` of the foreground regions, whose pooled features are (R, C, S, S)."""
-        chosen = [s.classes < self.num_classes for s in samples]
-        classes = torch.cat([s.classes[c] for s, c in zip(samples, chosen)])
-        masks = [s.masks[s.index[c]] if c.any() else None for s, c in zip(samples, chosen)]
-        boxes = [s.boxes[c] for s, c in zip(samples, chosen)]
+        classes = torch.cat([s.classes[: s.foreground] for s in samples])
+        masks = [s.masks[s.index[: s.foreground]] if s.foreground else None for s in samples]
+        boxes = [s.boxes[: s.foreground] for s in samples]
         return {"loss_mask": mask_loss(self.mask_head(pooled, classes), masks, boxes)}
 
 
@@ -152,7 +155,7 @@ class StandardROIHeads(RoiHeads):
         samples = self.sample(proposals, targets)
         losses = self.train_boxes(maps, samples, targets)
         if self.mask_on:
-            foreground = [s.boxes[s.classes < self.num_classes] for s in samples]
+            foreground = [s.boxes[: s.foreground] for s in samples]
             losses.update(self.mask_losses(self.mask_pooler(maps, foreground), samples))
         return losses
 
@@ -232,8 +235,8 @@ class Res5ROIHeads(RoiHeads):
             return self.box_predictor.detect(scores, deltas, proposals)
         losses = box_losses(self.box_predictor, scores, deltas, regions)
         if self.mask_on:
-            foreground = torch.cat([s.classes < self.num_classes for s in regions])
-            losses.update(self.mask_losses(pooled[foreground], regions))
+            parts = zip(pooled.split([len(s.boxes) for s in regions]), regions)
+            losses.update(self.mask_losses(torch.cat([part[: s.foreground] for part, s in parts]), regions))
         return losses
 
     def predict_masks(self, features: Features, detections: Sequence[Instances]) -> None:

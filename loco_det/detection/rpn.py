@@ -7,6 +7,7 @@ Source: Faster R-CNN section 3.1; detectron2/modeling/proposal_generator.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -127,11 +128,9 @@ class RPN(nn.Module):
             height, width = image_size
             edge = anchors.new_tensor([width, height]) + s.BOUNDARY_THRESH
             inside = (anchors[:, :2] >= -s.BOUNDARY_THRESH).all(1) & (anchors[:, 2:] < edge).all(1)
-            label[~inside] = -1
+            label.masked_fill_(~inside, -1)
         positive, negative = sample_labels(label, s.BATCH_SIZE_PER_IMAGE, s.POSITIVE_FRACTION, 0)
-        label.fill_(-1)
-        label[positive] = 1
-        label[negative] = 0
+        label.fill_(-1).index_fill_(0, positive, 1).index_fill_(0, negative, 0)
         return label, index
 
     def _losses(
@@ -151,8 +150,11 @@ class RPN(nn.Module):
         labelled = [self.label_anchors(all_anchors, t, size) for t, size in zip(targets, image_sizes)]
         labels = torch.stack([label for label, _ in labelled])
         image, anchor = (labels >= 0).nonzero(as_tuple=True)
-        found = labels[image, anchor] == 1
-        truth = torch.cat([t.boxes[index[label == 1]] for t, (label, index) in zip(targets, labelled)])
+        is_object = labels[image, anchor] == 1
+        found = is_object.nonzero().squeeze(1)
+        before = accumulate([0, *(len(t) for t in targets)])  # boxes of the images before
+        matched = torch.stack([index + count for (_, index), count in zip(labelled, before)])
+        truth = torch.cat([t.boxes for t in targets])[matched[image[found], anchor[found]]]
         if maps is None:
             score, delta = (
                 torch.cat(logits, dim=1)[image, anchor],
@@ -165,7 +167,7 @@ class RPN(nn.Module):
         location = regression_loss(
             self.coder, all_anchors[anchor[found]], delta, truth, s.BBOX_REG_LOSS_TYPE, s.SMOOTH_L1_BETA
         )
-        objectness = F.binary_cross_entropy_with_logits(score, found.float(), reduction="sum")
+        objectness = F.binary_cross_entropy_with_logits(score, is_object.float(), reduction="sum")
         # Divide by the configured number of regions, so that images with few objects do not weigh more.
         regions = s.BATCH_SIZE_PER_IMAGE * len(targets)
         return {
@@ -208,15 +210,13 @@ class RPN(nn.Module):
         kept: int,
     ) -> Instances:
         finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores)
-        if not finite.all():
-            if self.training:
-                raise UserError(
-                    "the RPN predicts infinite or undefined boxes, so training has diverged: lower SOLVER.BASE_LR, "
-                    "lengthen SOLVER.WARMUP_ITERS or check MODEL.PIXEL_MEAN and PIXEL_STD"
-                )
-            boxes, scores, level = boxes[finite], scores[finite], level[finite]
         boxes = clip(boxes, image_size)
-        large = nonempty(boxes, self.min_side)
+        large = (nonempty(boxes, self.min_side) & finite).nonzero().squeeze(1)
+        if self.training and len(large) < len(finite) and not finite.all():
+            raise UserError(
+                "the RPN predicts infinite or undefined boxes, so training has diverged: lower SOLVER.BASE_LR, "
+                "lengthen SOLVER.WARMUP_ITERS or check MODEL.PIXEL_MEAN and PIXEL_STD"
+            )
         boxes, scores, level = boxes[large], scores[large], level[large]
         keep = nms_per_class(boxes, scores, level, self.settings.NMS_THRESH)[:kept]
         return Instances(image_size, boxes=boxes[keep], scores=scores[keep])

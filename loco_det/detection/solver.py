@@ -263,9 +263,19 @@ def grad_scaler(cfg: CfgNode, device: torch.device) -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cuda", enabled=cfg.SOLVER.AMP.ENABLED and device.type == "cuda")
 
 
-def optimizer_step(cfg: CfgNode, loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Run backward of the total loss (a scalar), clipping, and the optimiser's update; frees the gradients."""
+def optimizer_step(
+    cfg: CfgNode,
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    read: Callable[[], None] = lambda: None,
+) -> None:
+    """Run backward of the total loss (a scalar), clipping, and the optimiser's update; frees the gradients.
+
+    `read` is called before the update, and may wait for the device, which has the backward to do meanwhile.
+    """
     scaler.scale(loss).backward()
+    read()
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
         scaler.unscale_(optimizer)
         clip_gradients(cfg, (p for group in optimizer.param_groups for p in group["params"]))

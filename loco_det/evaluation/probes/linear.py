@@ -48,10 +48,12 @@ class Standard:
     scale: Tensor  # (D,)
 
     @staticmethod
-    def of(features: Tensor) -> Standard:
-        count = len(features)
-        mean = sum(part.double().sum(0) for part in features.split(8192)) / count
-        variance = sum((part.double() - mean).square().sum(0) for part in features.split(8192)) / count
+    def of(features: Tensor, rows: Tensor | None = None) -> Standard:
+        """Measure (N, D) features, or these rows of them, a few thousand at a time."""
+        rows = torch.arange(len(features), device=features.device) if rows is None else rows
+        chunks, count = rows.split(8192), len(rows)
+        mean = sum(features[chunk].double().sum(0) for chunk in chunks) / count
+        variance = sum((features[chunk].double() - mean).square().sum(0) for chunk in chunks) / count
         scale = torch.where(variance > 0, variance.rsqrt(), torch.zeros_like(variance))
         return Standard(mean.to(features.dtype), scale.to(features.dtype))
 
@@ -65,13 +67,18 @@ def train_classifiers(
     classes: int,
     recipe: Recipe,
     advance: Callable[[int], None] = lambda _: None,
+    *,
+    standard: Callable[[Tensor], Tensor] = lambda x: x,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Train R classifiers together.
 
     Args:
-        features: (N, D), standardised, on the device to work on.
+        features: (N, D), on the device to work on. They are not copied as a whole: ImageNet's take 10 GB.
         labels: (N,) int64.
         advance: called with the number of steps done.
+        standard: standardises a batch.
+        rows: train on these features only.
 
     Returns:
         weight (R, C, D) and bias (R, C); not finite for rates that diverged.
@@ -81,17 +88,18 @@ def train_classifiers(
     weights = [nn.Parameter(start.clone()) for _ in recipe.rates]
     biases = [nn.Parameter(torch.zeros(classes).to(features)) for _ in recipe.rates]
     optimizer = _optimizer(recipe, weights, biases)
-    per_epoch = math.ceil(len(features) / recipe.batch)
+    rows = torch.arange(len(features), device=features.device) if rows is None else rows
+    per_epoch = math.ceil(len(rows) / recipe.batch)
     total = recipe.epochs * per_epoch
     for epoch in range(recipe.epochs):
-        order = torch.randperm(len(features), generator=generator).to(features.device)
-        for number, rows in enumerate(order.split(recipe.batch)):
+        order = rows[torch.randperm(len(rows), generator=generator).to(features.device)]
+        for number, chosen in enumerate(order.split(recipe.batch)):
             factor = 0.5 * (1 + math.cos(math.pi * (epoch * per_epoch + number) / total))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-            logits = torch.addmm(torch.cat(biases), features[rows], torch.cat(weights).T)
-            logits = logits.view(len(rows), len(weights), classes).transpose(1, 2)  # (B, C, R)
-            target = labels[rows, None].expand(-1, len(weights))
+            logits = torch.addmm(torch.cat(biases), standard(features[chosen]), torch.cat(weights).T)
+            logits = logits.view(len(chosen), len(weights), classes).transpose(1, 2)  # (B, C, R)
+            target = labels[chosen, None].expand(-1, len(weights))
             loss = nn.functional.cross_entropy(logits, target, reduction="none").mean(0).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # a sum: the rates' gradients are independent
@@ -148,15 +156,16 @@ def linear_probe(
     kept[held] = False
     if not kept.any():
         raise UserError(f"--data: {len(labels)} training images are too few to hold any out; give more, two of a class")
-    standard = Standard.of(features[kept])
-    weight, bias = train_classifiers(standard(features[kept]), labels[kept], classes, recipe, advance)
+    kept = kept.nonzero().squeeze(1)
+    standard = Standard.of(features, kept)
+    weight, bias = train_classifiers(features, labels, classes, recipe, advance, standard=standard, rows=kept)
     accuracy = [_accuracy(standard(features[held]), labels[held], w, b) for w, b in zip(weight, bias)]
     if all(a is None for a in accuracy):
         raise UserError(f"the linear probe diverged at every learning rate of {list(recipe.rates)}; lower --rates")
     best = max(range(len(accuracy)), key=lambda r: -1.0 if accuracy[r] is None else accuracy[r])
     final = Recipe(**{**vars(recipe), "rates": (recipe.rates[best],)})
     standard = Standard.of(features)
-    weight, bias = train_classifiers(standard(features), labels, classes, final, advance)
+    weight, bias = train_classifiers(features, labels, classes, final, advance, standard=standard)
     if not weight.isfinite().all():
         raise UserError(
             f"the linear probe diverged at the learning rate that it chose, {final.rates[0]}; lower --rates"

@@ -10,6 +10,7 @@ Influence in Regression, 1982, section 2.2). All in float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,11 +42,18 @@ class Ridge:
 
 
 @torch.no_grad()
-def fit_ridge(features: Tensor, labels: Tensor, classes: int, strengths: tuple[float, ...] | None = None) -> Ridge:
-    """Fit on (N, D) features and (N,) labels, on the features' device.
+def fit_ridge(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    strengths: tuple[float, ...] | None = None,
+    standard: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Ridge:
+    """Fit on (N, D) features and (N,) labels, on the features' device, a few thousand at a time.
 
     Args:
         strengths: candidate lambdas; default `STRENGTHS` times N.
+        standard: standardises some features; also those that are scored must be standardised.
 
     Raises:
         ValueError: fewer than two features, or inconsistent shapes or strengths.
@@ -55,19 +63,19 @@ def fit_ridge(features: Tensor, labels: Tensor, classes: int, strengths: tuple[f
     if count < 2 or labels.shape != (count,) or min(lambdas) <= 0:
         raise ValueError(f"{count} features, {tuple(labels.shape)} labels, strengths {lambdas}")
     labels = labels.to(features.device)
-    mean = sum(part.double().sum(0) for part in features.split(CHUNK)) / count
+    mean = sum(standard(part).double().sum(0) for part in features.split(CHUNK)) / count
     covariance = features.new_zeros(features.shape[1], features.shape[1], dtype=torch.float64)
     moment = features.new_zeros(features.shape[1], classes, dtype=torch.float64)
-    target_mean = _targets(labels, classes).mean(0)
+    target_mean = torch.bincount(labels, minlength=classes).double() * (2 / count) - 1
     for part, target in zip(features.split(CHUNK), labels.split(CHUNK)):
-        x = part.double() - mean
+        x = standard(part).double() - mean
         covariance += x.T @ x
         moment += x.T @ (_targets(target, classes) - target_mean)
     values, vectors = torch.linalg.eigh(covariance)
     values, rotated = values.clamp_(min=0), vectors.T @ moment
     squared = torch.zeros(len(lambdas), dtype=torch.float64)
     for part, target in zip(features.split(CHUNK), labels.split(CHUNK)):
-        z = (part.double() - mean) @ vectors
+        z = (standard(part).double() - mean) @ vectors
         y = _targets(target, classes) - target_mean
         for i, strength in enumerate(lambdas):
             shrunk = 1 / (values + strength)
