@@ -94,11 +94,12 @@ detection_step.MAKE["detectron2"] = vitdet_side
 
 def main() -> None:
     options = parser(__doc__)
+    options.add_argument("--device", default="cpu", help="cpu or cuda")
     options.add_argument("--turns", type=int, default=4, help="steps of each side that count")
     options.add_argument("--size", type=int, default=320, help="short side in pixels")
     args = options.parse_args()
     vit = {"MODEL__MASK_ON": True, "MODEL__BACKBONE__NAME": f"timm:{NAME}", "MODEL__FPN__IN_FEATURES": ["blocks.11"]}
-    cfg = configuration("base_rcnn_vit.yaml", "cpu", args.size, **vit)
+    cfg = configuration("base_rcnn_vit.yaml", args.device, args.size, **vit)
     samples, source = sample_images(cfg, args.size)
     sides = [f"ours:{job}" for job in ("frozen", "infer")]
     if engine_d2.installed() and source != "made up":

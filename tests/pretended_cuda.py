@@ -252,6 +252,8 @@ class _Device(TorchFunctionMode):
             return self._moved(func, name, args, kwargs)
         if name == "pin_memory":
             return args[0]
+        if name == "one_hot":  # makes tensors inside, on what it takes for the CPU
+            return tree_map(_wrap, func(*tree_map(_unwrap, args), **kwargs))
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
             if name in ("tensor", "as_tensor"):

