@@ -37,8 +37,16 @@ QUICK = (
 )
 
 
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.get_closest_marker("cuda") and not _has_gpu():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if any(f"/{item.nodeid}".startswith((f"/tests/{name}", f"/{name}")) for name in QUICK):
             item.add_marker("quick")
 

@@ -233,7 +233,7 @@ def test_the_host_asks_nothing_of_the_device_and_does_not_wait_to_tell_it_someth
     assert not literals.found
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_a_gpu_s_host_never_waits() -> None:
     _, decoded = drawn(32, "PNG", 16, (20, 60))
     there = decoded._replace(pixels=decoded.pixels.cuda())

@@ -167,7 +167,7 @@ def test_coarse_decoding_changes_views_little(factor):
 
 @pytest.mark.parametrize(
     "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))],
+    ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)],
 )
 def test_normalise_equals_torchvision(device):
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
