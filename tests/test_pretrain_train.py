@@ -314,7 +314,8 @@ def test_a_run_may_change_where_and_how_fast_it_goes_and_nothing_else(images: Pa
         "DATA.PATH",
         "AUGMENT.DEVICE",
     }
-    free |= {"SOLVER.RECOMPUTE", "SOLVER.COMPILE", "SOLVER.STEP_EARLY"}
+    free |= {"SOLVER.RECOMPUTE", "SOLVER.COMPILE", "SOLVER.STEP_EARLY", "SOLVER.PARALLEL"}
+    free |= {"CUDNN_BENCHMARK", "DETERMINISTIC"}
     free |= {f"KNN.{key}" for key in get_cfg().KNN}
 
     def leaves(node: CfgNode, above: str = "") -> Iterator[tuple[CfgNode, str, str]]:
