@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
+import os
+import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from loco_det.backbones.artifact import load_backbone
 from loco_det.core.config import load_config
 from loco_det.core.distributed import rank, replica_rank, replicas, replicated, world_size
 from loco_det.core.errors import UserError
+from loco_det.core.log import log
 from pretrain import stage_run
 from pretrain.average import GradientAverage
 from pretrain.check import check
@@ -294,16 +299,63 @@ def run(images: Path, output: Path, *more: object, resume: bool = False) -> Path
 STAGES = ("SOLVER.PARALLEL", "stages")
 
 
-def programs(images: Path, folder: Path) -> None:
+class Said(logging.Handler):
+    """What is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def at_step(number: int, what: Callable[[], None]) -> Callable[..., dict[int, Tensor]]:
+    """A step of StageTrainer that calls `what` before the given one, at rank 1."""
+    original, steps = StageTrainer.step, itertools.count()
+
+    def step(self, *args, **options):
+        if rank() == 1 and next(steps) == number:
+            what()
+        return original(self, *args, **options)
+
+    return step
+
+
+def programs(images: Path, folder: Path) -> tuple[list[str], str]:
+    """Returns what the exact run logs, and how the stopped one ends."""
     with pytest.MonkeyPatch.context() as patch:  # the placement does not depend on the clock
         patch.setattr(stage_run, "measure_costs", lambda *_: [1.0] * 4)
+        said = Said()
+        log.addHandler(said)
+        log.setLevel(logging.INFO)
         run(images, folder / "exact", *STAGES)
+        log.removeHandler(said)
+        with patch.context() as signalled:
+            signalled.setattr(StageTrainer, "step", at_step(0, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+            with pytest.raises(UserError) as stopped:
+                run(images, folder / "stopped", *STAGES)
+        run(images, folder / "stopped", *STAGES, resume=True)
         streaming = (*STAGES, "SOLVER.SCHEDULE", "streaming")
         run(images, folder / "streaming", *streaming)
         run(images, folder / "cut", *streaming)
         if rank() == 0:
             (folder / "cut" / "checkpoint_00000006.pth").unlink()
         run(images, folder / "cut", *streaming, resume=True)
+    return said.lines, str(stopped.value)
+
+
+def dies(images: Path, folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_run, "measure_costs", lambda *_: [1.0] * 4)
+        patch.setattr(StageTrainer, "step", at_step(2, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+        run(images, folder / "dies", *STAGES)
+
+
+def test_a_process_that_dies_ends_its_neighbour(images: Path, tmp_path: Path) -> None:
+    """The launcher then names it (test_launch)."""
+    with pytest.raises(AssertionError, match=r"(?s)RuntimeError.*(closed|reset) by peer"):
+        forked(2, dies, tmp_path / "job", images, tmp_path)
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
@@ -312,7 +364,11 @@ def lines(folder: Path) -> list[dict[str, float]]:
 
 
 def test_the_program_logs_saves_and_resumes_as_with_one_process(images: Path, tmp_path: Path) -> None:
-    forked(2, programs, tmp_path / "job", images, tmp_path)
+    (said, stopped), (_, also) = forked(2, programs, tmp_path / "job", images, tmp_path)
+    assert "process 0: stem..res2.1, res3.0..res3.1 (50% of the work)" in said
+    assert [line[:18] for line in said if " MiB" in line] == ["process 0: at most", "process 1: at most"]
+    assert stopped.startswith("stopped by a signal after step 4;")
+    assert also.startswith("stopped by SIGTERM after step 4;")
     want = load_backbone(run(images, tmp_path / "one"))[0]
     for name, tensor in load_backbone(tmp_path / "exact" / "backbone.safetensors")[0].items():
         torch.testing.assert_close(tensor, want[name], rtol=1e-5, atol=1e-6)
@@ -324,6 +380,9 @@ def test_the_program_logs_saves_and_resumes_as_with_one_process(images: Path, tm
     assert one.keys() == many.keys()
     for step in (0, 1, 3, 5):
         assert many[step] == pytest.approx(one[step], rel=2e-3, abs=1e-5)
+    resumed = load_backbone(tmp_path / "stopped" / "backbone.safetensors")[0]
+    for name, tensor in load_backbone(tmp_path / "exact" / "backbone.safetensors")[0].items():
+        assert torch.equal(resumed[name], tensor)
     a, b = (torch.load(tmp_path / d / "checkpoint_00000006.pth", weights_only=True) for d in ("exact", "one"))
     assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
     assert a["config_hash"] == b["config_hash"]
