@@ -44,6 +44,17 @@ def test_compiled_stages_equal_eager_ones(name: str, recompute: list[int]) -> No
     assert {int(buffer) for buffer in compiled if buffer.dtype == torch.int64} == {2}  # batches that BatchNorm counted
 
 
+@pytest.mark.parametrize(("recompute", "graphs"), [([], 3), ([0, 1, 2], 6)], ids=["kept", "recomputed"])
+def test_a_stage_is_one_graph_and_is_compiled_once(recompute: list[int], graphs: int) -> None:
+    """A recomputed one twice: its first forward has no gradient, the later ones leave the statistics alone."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    two_steps(UNITS["loco"], recompute, "aot_eager")
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == graphs + 1  # and the trial before training
+
+
 def test_every_stage_is_compiled_though_many_share_their_code() -> None:
     """Past its limit torch.compile would run the rest as they are."""
     graphs = []

@@ -151,7 +151,7 @@ def test_what_it_computes_is_what_the_cpu_computes(folder: Path, tmp_path: Path)
 
 # Host waits of one training iteration (two images), and of the prediction of one image.
 ONE_STEP = {"SOLVER__MAX_ITER": 1, "DATASETS__TEST": ()}  # half precision is slow on a CPU
-DETECTOR_WAITS = {"step": 23, "image": 14}
+DETECTOR_WAITS = {"step": 23, "image": 7}
 
 
 @pytest.fixture
