@@ -358,6 +358,7 @@ def pretended_cuda(gpus: int = 1) -> Iterator[Waits]:
             "max_memory_allocated": lambda *_: 0,
             "reset_peak_memory_stats": lambda *_: None,
             "get_device_name": lambda *_: "pretended",
+            "get_device_capability": lambda *_: (8, 0),
             "Stream": _Stream,
             "stream": lambda stream: stream,
             "current_stream": _Stream,

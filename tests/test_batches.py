@@ -60,7 +60,7 @@ def test_on_a_cpu_the_worker_s_tensor_is_the_one_that_is_normalised(
     stream = build_two_view_loader(config(folder), open_source(folder)).batches()
     with Copies() as copies:
         for _ in range(3):
-            x = train._input(next(stream))
+            x = train._input(next(stream).views)
             assert x.is_contiguous(memory_format=torch.channels_last)
     assert [x.data_ptr() for x in normalised] == [views.views.data_ptr() for (views, _) in made]
     assert normalised[0].shape == (16, 3, SIZE, SIZE)
