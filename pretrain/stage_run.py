@@ -11,6 +11,7 @@ import resource
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from loco_det.core.distributed import is_main, of_rank_0, on_cpu, replicated, world_size
+from loco_det.core.distributed import alone, is_main, of_rank_0, on_cpu, replicated, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.launch import CommonStop, StopSignal
 from loco_det.core.log import Progress, log
@@ -27,6 +28,7 @@ from loco_det.core.metrics import RunMetrics
 from loco_det.images.source import Source
 from loco_det.images.two_views import build_two_view_loader
 from pretrain.average import GradientAverage
+from pretrain.loco import running_statistics_kept
 from pretrain.loss import embedding_health
 from pretrain.monitor import HEALTH_IMAGES, Stopwatch, UnreadLosses
 from pretrain.placement import measure_costs, place
@@ -130,8 +132,9 @@ class StageRun:
     """One process of the run.
 
     Args:
-        learner: the whole network, on the device.
-        steps: first step and their number.
+        learner: the whole network (a `pretrain.train.Learner`), on the device.
+        optimizer: of all its parameters.
+        prepare: from views (2, b, 3, S, S) uint8 to the network's input.
     """
 
     def __init__(
@@ -159,7 +162,8 @@ class StageRun:
             x = torch.zeros(2, MEASURED_IMAGES, 3, size, size, dtype=torch.uint8, device=self.device)
             stages = [stage.module for stage in learner.stages]
             losses = [lambda h, d=decoder: d(h).square().mean() for decoder in learner.decoders]
-            costs = measure_costs(stages, learner.units, losses, self.prepare(x))
+            with alone(), running_statistics_kept(learner.decoders):
+                costs = measure_costs(stages, learner.units, losses, self.prepare(x))
         costs = of_rank_0(costs)
         owners = place(costs, self.place.length)
         total = sum(costs)
@@ -242,90 +246,108 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def train_stages(
-    run: StageRun,
-    source: Source,
-    metrics: RunMetrics,
-    start: int,
-    schedule: Callable[[float], float],
-    autocast: Callable[[], object],
-    probe: Any,
-    save: Callable[[int, dict[str, Any] | None], None],
-) -> int:
-    """Run all steps from `start`; returns their number.
+@dataclass
+class StageSteps:
+    """The steps of this process, with their lines, checkpoints and probes.
 
     Args:
         schedule: learning rate by progress.
         probe: the nearest-neighbour probe, or what looks like one.
         save: writes a checkpoint of a step, given the optimizer's state at rank 0.
     """
-    cfg, learner, where = run.cfg, run.learner, run.place
-    run.owned.forget()
-    with replicated(where.replicas):
-        trainer, stepping = run.build()
-        loader = build_two_view_loader(cfg, source, rank=where.pipeline, world_size=where.pipelines)
-        total = cfg.SOLVER.MAX_STEPS or cfg.SOLVER.EPOCHS * loader.steps_per_epoch
-        waited = Stopwatch()
-        batches = waited.through(loader.batches(start)) if where.position == 0 else None
-        unread = UnreadLosses(learner.unit_labels, source)
-        lines = Lines(run.names(), where.pipelines, partial(_write, metrics))
-        log.info(
-            "%s, %s over %d processes%s: %d images, %d steps of %d images on %s",
-            *(cfg.METHOD, cfg.SOLVER.SCHEDULE, where.length),
-            *(f" in {where.pipelines} pipelines" if where.pipelines > 1 else "", len(source), total),
-            *(cfg.SOLVER.BATCH_SIZE, run.device),
+
+    run: StageRun
+    source: Source
+    metrics: RunMetrics
+    schedule: Callable[[float], float]
+    autocast: Callable[[], object]
+    probe: Any
+    save: Callable[[int, dict[str, Any] | None], None]
+
+    def train(self, start: int) -> int:
+        """Run all steps from `start`; returns their number."""
+        run, cfg, where = self.run, self.run.cfg, self.run.place
+        run.owned.forget()
+        with replicated(where.replicas):
+            self.trainer, self.stepping = run.build()
+            loader = build_two_view_loader(cfg, self.source, rank=where.pipeline, world_size=where.pipelines)
+            self.steps_per_epoch = loader.steps_per_epoch
+            self.total = cfg.SOLVER.MAX_STEPS or cfg.SOLVER.EPOCHS * loader.steps_per_epoch
+            self.waited, self.counted = Stopwatch(), 0
+            batches = self.waited.through(loader.batches(start)) if where.position == 0 else None
+            self.unread = UnreadLosses(run.learner.unit_labels, self.source)
+            self.lines = Lines(run.names(), where.pipelines, partial(_write, self.metrics))
+            log.info(
+                "%s, %s, %d processes in %d pipelines: %d images, %d steps of %d images on %s",
+                *(cfg.METHOD, cfg.SOLVER.SCHEDULE, world_size(), where.pipelines),
+                *(len(self.source), self.total, cfg.SOLVER.BATCH_SIZE, run.device),
+            )
+            with StopSignal() as stop, Progress(self.total, "pretrain", start, unit="it") as progress:
+                should_stop = CommonStop(stop, lag=where.length + 1)
+                for step in range(start, self.total):
+                    x = run.prepare(next(batches).views) if batches is not None else None
+                    self._step(step, x)
+                    progress.advance()
+                    stopped = step + 1 < self.total and should_stop()
+                    self._pause(step + 1, stopped)
+                    if stopped:
+                        by = stop.received or "a signal"
+                        raise UserError(f"stopped by {by} after step {step + 1}; --resume continues from there")
+            self.trainer.close()
+            run.log_memory()
+        return self.total
+
+    def _step(self, step: int, x: Tensor | None) -> None:
+        """Run one step, with its line of metrics.json if one is due."""
+        run, done = self.run, step + 1
+        is_due = step == 0 or done % run.cfg.LOG_PERIOD == 0
+        rate, before = (self.schedule(max(at, 0) / self.total) for at in (step, step - 1))
+        self.stepping.observe = run.record_gradients if is_due else None
+        self.stepping.lr = rate
+        losses = self.trainer.step(
+            x,
+            more=done < self.total,
+            autocast=self.autocast,
+            before_late=lambda: setattr(self.stepping, "lr", before),  # the passes of the step before have its rate
         )
-        counted = 0
-        with StopSignal() as stop, Progress(total, "pretrain", start, unit="it") as progress:
-            should_stop = CommonStop(stop, lag=where.length + 1)
-            for step in range(start, total):
-                done = step + 1
-                x = run.prepare(next(batches).views) if batches is not None else None
-                is_due = step == 0 or done % cfg.LOG_PERIOD == 0
-                stepping.observe = run.record_gradients if is_due else None
-                stepping.lr = schedule(step / total)
-                # The passes of the step before belong to its rate.
-                rate = partial(setattr, stepping, "lr", schedule(max(step - 1, 0) / total))
-                losses = trainer.step(x, more=done < total, autocast=autocast, before_late=rate)
-                stepping.lr = schedule(step / total)
-                _keep(unread, step, losses, learner)
-                counted += 1
-                if is_due:
-                    unread.read()
-                    seconds, waiting = waited.lap()
-                    rates = {"images_per_second": counted * cfg.SOLVER.BATCH_SIZE / seconds}
-                    extra = {"lr": stepping.lr, **rates, "data_wait_share": waiting / seconds}
-                    lines.add(step, run.numbers(losses), extra)
-                    counted = 0
-                progress.advance()
-                stopped = done < total and should_stop()
-                probing = probe.due(done, loader.steps_per_epoch, total)
-                if probing or stopped or done == total or done % cfg.CHECKPOINT_PERIOD == 0:
-                    unread.read()
-                    trainer.drain(autocast)
-                    stepping.finish()
-                    lines.flush()
-                    run.owned.renew()
-                    with waited.paused():
-                        found = probe(learner.backbone) if probing else {}
-                    if found and is_main():
-                        metrics.write({"iteration": step, **found})
-                    if stopped or done == total or done % cfg.CHECKPOINT_PERIOD == 0:
-                        save(done, run.owned.optimizer_state())
-                if stopped:
-                    trainer.abandon()
-                    by = stop.received or "a signal"
-                    raise UserError(f"stopped by {by} after step {done}; --resume continues from there")
-        trainer.close()
-        run.log_memory()
-    return total
+        self.stepping.lr = rate
+        self._keep(step, losses)
+        self.counted += 1
+        if is_due:
+            self.unread.read()
+            seconds, waiting = self.waited.lap()
+            images = self.counted * run.cfg.SOLVER.BATCH_SIZE
+            extra = {"lr": rate, "images_per_second": images / seconds, "data_wait_share": waiting / seconds}
+            self.lines.add(step, run.numbers(losses), extra)
+            self.counted = 0
 
+    def _keep(self, step: int, losses: dict[int, Tensor]) -> None:
+        """Add a step's own losses to those to check; others' are checked where they are, and stand as zeros."""
+        if losses:
+            zero = torch.zeros_like(next(iter(losses.values())))
+            each = [losses.get(i, zero) for i in range(len(self.run.learner.units))]
+            self.unread.add(step, each, torch.empty(0, dtype=torch.int64))
 
-def _keep(unread: UnreadLosses, step: int, losses: dict[int, Tensor], learner: Any) -> None:
-    """Add a step's own losses; those of other processes, which check them, stand as zeros."""
-    if losses:
-        zero = torch.zeros_like(next(iter(losses.values())))
-        unread.add(step, [losses.get(i, zero) for i in range(len(learner.units))], torch.empty(0, dtype=torch.int64))
+    def _pause(self, done: int, stopped: bool) -> None:
+        """Probe and save if due, with all weights up to date; all processes wait for each other."""
+        run = self.run
+        saving = stopped or done == self.total or done % run.cfg.CHECKPOINT_PERIOD == 0
+        probing = self.probe.due(done, self.steps_per_epoch, self.total)
+        if not (saving or probing):
+            return
+        self.unread.read()
+        self.trainer.drain(self.autocast)
+        self.stepping.finish()
+        self.lines.flush()
+        run.owned.renew()
+        with self.waited.paused():
+            found = self.probe(run.learner.backbone) if probing else {}
+        if found and is_main():
+            self.metrics.write({"iteration": done - 1, **found})
+        if saving:
+            self.save(done, run.owned.optimizer_state())
+        if stopped:
+            self.trainer.abandon()
 
 
 def _write(metrics: RunMetrics, step: int, numbers: dict[str, float], extra: dict[str, float]) -> None:

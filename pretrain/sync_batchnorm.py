@@ -21,7 +21,9 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         on_gpu = input.device.type != "cpu"
-        if not self.training or replicas() == 1 or (on_gpu and self.momentum is None):
+        if not self.training or replicas() == 1:  # torch's own would synchronise the whole job
+            return nn.modules.batchnorm._BatchNorm.forward(self, input)
+        if on_gpu and self.momentum is None:
             return super().forward(input)
         if on_gpu:
             return self._on_gpu(input)

@@ -45,7 +45,7 @@ from pretrain.monitor import Monitor, Stopwatch, UnreadLosses
 from pretrain.optim import build_optimizer, learning_rate
 from pretrain.probe import KnnProbe
 from pretrain.sharing import SoftTrainer, UpperTrainer, private_copies
-from pretrain.stage_run import StageRun, train_stages
+from pretrain.stage_run import StageRun, StageSteps
 from pretrain.stepping import Stepping
 from pretrain.sync_batchnorm import sync_anywhere
 
@@ -299,7 +299,7 @@ def _train_stages(
 
     total = cfg.SOLVER.MAX_STEPS or cfg.SOLVER.EPOCHS * per_epoch
     schedule = learning_rate(cfg, total, per_epoch)
-    return train_stages(run, source, metrics, start, schedule, autocast(cfg, device), probe, save)
+    return StageSteps(run, source, metrics, schedule, autocast(cfg, device), probe, save).train(start)
 
 
 def local_trainer(

@@ -32,6 +32,18 @@ def is_main() -> bool:
 
 
 _replicas: dist.ProcessGroup | None = None  # None: all processes of the job
+_is_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """In this context this process computes by itself: losses and statistics are over its own images."""
+    global _is_alone
+    before, _is_alone = _is_alone, True
+    try:
+        yield
+    finally:
+        _is_alone = before
 
 
 @contextmanager
@@ -51,11 +63,15 @@ def replica_group() -> dist.ProcessGroup | None:
 
 
 def replica_rank() -> int:
+    if _is_alone:
+        return 0
     return rank() if _replicas is None else dist.get_rank(_replicas)
 
 
 def replicas() -> int:
     """Return the number of processes with the same weights, which share a batch."""
+    if _is_alone:
+        return 1
     return world_size() if _replicas is None else dist.get_world_size(_replicas)
 
 
