@@ -291,8 +291,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(images: Path, output: Path, *more: object, resume: bool = False) -> Path:
     text = f"""BACKBONE.NAME resnet18 BACKBONE.STEM cifar BACKBONE.WIDTH 8 BACKBONE.NORM SyncBN DECODER.HIDDEN_DIM 16
         DECODER.OUT_DIM 8 DATA.PATH {images} DATA.IMAGE_SIZE 16 DATA.NUM_WORKERS 0 SOLVER.BATCH_SIZE 4
-        SOLVER.MAX_STEPS 6 SOLVER.OPTIMIZER adamw SOLVER.BASE_LR 0.001 SOLVER.WARMUP_EPOCHS 1 LOG_PERIOD 2 KNN.PERIOD 3 KNN.K 1
-        CHECKPOINT_PERIOD 3 DEVICE cpu OUTPUT_DIR {output}"""
+        SOLVER.MAX_STEPS 6 SOLVER.OPTIMIZER adamw SOLVER.BASE_LR 0.001 SOLVER.WARMUP_EPOCHS 1 LOG_PERIOD 2
+        KNN.PERIOD 3 KNN.K 1 CHECKPOINT_PERIOD 3 DEVICE cpu OUTPUT_DIR {output}"""
     return pretrain(load_config(get_cfg(), "", [*text.split(), *map(str, more)])[0], resume)
 
 
