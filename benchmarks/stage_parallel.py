@@ -356,7 +356,7 @@ def draw(args: Namespace) -> None:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--png", type=Path, metavar="PATH", help="draw three steps of LoCo in two processes there")
-    options.add_argument("--turns", type=int, default=3)
+    options.add_argument("--turns", type=int, default=2)
     options.add_argument("--steps", type=int, default=7, help="of a side in a turn")
     options.add_argument("--size", type=int, default=64, help="pixels")
     options.add_argument("--images", type=int, default=4, help="of a step over all processes, two views each")
