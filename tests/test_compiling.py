@@ -22,7 +22,7 @@ UNITS = {
 }
 
 
-def two_steps(units: list[Unit], recompute: list[int], backend: str | None) -> list[torch.Tensor]:
+def two_steps(units: list[Unit], recompute: list[int], backend: str | Callable | None) -> list[torch.Tensor]:
     """Losses, gradients and BatchNorm's buffers after two steps over residual blocks, in float64."""
     torch.compiler.reset()
     torch.manual_seed(0)
@@ -49,10 +49,16 @@ def test_a_stage_is_one_graph_and_is_compiled_once(recompute: list[int], graphs:
     """A recomputed one twice: its first forward has no gradient, the later ones leave the statistics alone."""
     from torch._dynamo.utils import counters
 
+    made = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable:
+        made.append(graph.code)
+        return graph.forward
+
     counters.clear()
-    two_steps(UNITS["loco"], recompute, "aot_eager")
+    two_steps(UNITS["loco"], recompute, backend)
     assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] == graphs + 1  # and the trial before training
+    assert len([code for code in made if "conv" in code]) == graphs  # others are trials before training
 
 
 def test_every_stage_is_compiled_though_many_share_their_code() -> None:
