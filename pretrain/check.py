@@ -18,6 +18,7 @@ from loco_det.core.distributed import world_size
 from loco_det.images.two_views import augmenting_device
 from loco_det.images.views import view_config
 from pretrain.loco import METHODS
+from pretrain.stage_parallel import SCHEDULES
 
 _MOST = 10**9  # for values without another upper limit; more is a typing error, infinite, or overflows
 # Minimum and maximum, both inclusive.
@@ -56,7 +57,7 @@ CHOICES = {
     "SHARING.MODE": ("hard", "upper", "soft"),
     "SOLVER.OPTIMIZER": ("lars", "sgd", "adamw"),
     "SOLVER.PARALLEL": ("data", "stages"),
-    "SOLVER.SCHEDULE": ("exact", "streaming"),
+    "SOLVER.SCHEDULE": SCHEDULES,
     "SOLVER.AMP": ("none", "bf16", "fp16"),
     "FLOAT32_PRECISION": ("", "highest", "high", "medium"),
 }
