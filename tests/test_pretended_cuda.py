@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -18,7 +19,7 @@ from torch import nn
 from loco_det.backbones.artifact import load_backbone
 from loco_det.cli import main
 from loco_det.core.config import load_config
-from loco_det.detection import loop
+from loco_det.detection import loop, onnx
 from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.keys import get_cfg as detection_keys
 from loco_det.detection.rcnn import build_model
@@ -214,6 +215,21 @@ def test_predict(tiny_data: Path, tmp_path: Path) -> None:
     with pretended_cuda():
         assert main(["predict", str(tiny_data / "tiny" / "val"), *map(str, arguments)]) == 0
     assert json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+
+
+def test_an_onnx_file_is_compared_with_the_model_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's TF32 convolutions would differ by more than the limits."""
+    seen = []
+    monkeypatch.setattr(onnx, "_runtime", lambda: SimpleNamespace(InferenceSession=lambda *_, **__: None))
+    monkeypatch.setattr(
+        onnx, "_trace", lambda net, image, path: seen.extend(map(type, net.parameters())) or path.touch()
+    )
+    monkeypatch.setattr(onnx, "_difference", lambda *_: {"boxes": 0.0, "scores": 0.0})
+    with pretended_cuda():
+        model = build_model(tiny_cfg(tmp_path)).to("cuda").eval()
+        assert {type(p) for p in model.parameters()} == {Pretended}
+        onnx.export_onnx(model, torch.zeros(3, 64, 64, dtype=torch.uint8), tmp_path / "a.onnx")
+    assert set(seen) == {nn.Parameter}
 
 
 # --- probes -----------------------------------------------------------------------------------------------------
