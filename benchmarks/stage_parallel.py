@@ -15,8 +15,8 @@ A side runs `--steps` steps; `seconds` is the mean of those after the second at 
 two processes are measured `--turns` times in turn with `one`, and each figure is the median over turns.
 
 The model (benchmarks/pipeline_model.py) replays what every process computed between its messages; `predicted` is its
-step, `relative_error` against the measured one. For 4 to 64 devices it assumes that all stages take the same time, as
-the mean measured stage, and that a message takes `--transfer` of a stage's forward and is sent beside computing. GPipe
+step, `relative_error` against the measured one. For 4 to 64 devices it assumes that all devices take as long as the
+mean measured stage, and that a message takes `--transfer` of a stage's forward and is sent beside computing. GPipe
 and 1F1B run the same stages end to end with four micro-batches a device. Its `speedup` is the work of all devices over
 the time of a step. No such machine was measured.
 
@@ -48,6 +48,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from loco_det.core.device import keep_freed_memory
 from loco_det.core.distributed import rank, replicated, world_size
 from loco_det.core.launch import launch
+from loco_det.core.log import setup_logging
 from pretrain.average import GradientAverage
 from pretrain.defaults import get_cfg
 from pretrain.optim import build_optimizer
@@ -276,6 +277,19 @@ def stage_work(args: Namespace, method: str) -> tuple[list[float], Work]:
     return costs, Work(*mean)
 
 
+def balanced(work: Work, method: str, count: int) -> list[Work]:
+    """Return the work of devices that take the same time; LoCo's first and last stage do not have all passes."""
+    if method == "gim":
+        return [work] * count
+    first = work.total() / (work.forward + work.parameter)
+    last = work.total() / (work.total() - work.input_only)
+    return [scaled(work, first), *[work] * (count - 2), scaled(work, last)]
+
+
+def scaled(work: Work, factor: float) -> Work:
+    return Work(*(seconds * factor for seconds in vars(work).values()))
+
+
 def model(works: dict[str, Work], transfer: float) -> dict[str, dict[str, dict[str, float]]]:
     """Predict 4 to 64 devices with one stage each."""
     found: dict[str, dict[str, dict[str, float]]] = {}
@@ -284,7 +298,8 @@ def model(works: dict[str, Work], transfer: float) -> dict[str, dict[str, dict[s
         for method in METHODS:
             work = works[method]
             for schedule in ("exact", "streaming"):
-                programs = local_programs([work] * count, method, schedule, steps=4 * count + 20)
+                devices = balanced(work, method, count)
+                programs = local_programs(devices, method, schedule, steps=4 * count + 20)
                 ends, _ = simulate(programs, transfer * work.forward)
                 done = sum(
                     v for k, v in (item for p in (steps[-1] for steps in programs) for item in p) if k == "compute"
@@ -362,6 +377,7 @@ def main() -> None:
     options.add_argument("--images", type=int, default=4, help="of a step over all processes, two views each")
     options.add_argument("--transfer", type=float, default=0.05, help="model: a message's time, of a stage's forward")
     args = options.parse_args()
+    setup_logging(quiet=True)
     shown = SimpleNamespace(**{k: v for k, v in vars(args).items() if k != "png"})
     turns: dict[str, dict[int, dict[str, list]]] = {m: {2: {}, 4: {}} for m in METHODS}
     for turn in range(args.turns):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from loco_det.core.distributed import replica_group, replica_rank, replicas
+from loco_det.core.distributed import gather_replicas, replica_group, replica_rank, replicas
 
 
 def nt_xent(z: Tensor, temperature: float, chunk: int = 0) -> Tensor:
@@ -62,9 +62,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        gathered = x.new_empty(replicas() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=replica_group())
-        return gathered
+        return gather_replicas(x)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:

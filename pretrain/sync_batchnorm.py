@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loco_det.core.distributed import replica_group, replicas
+from loco_det.core.distributed import gather_replicas, replica_group, replicas
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
@@ -59,9 +59,7 @@ class _NormaliseOnGpu(torch.autograd.Function):
             x = x.contiguous()
         mean, inverse = torch.batch_norm_stats(x, eps)
         counts = mean.new_full((replicas(),), x.numel() // x.shape[1])
-        both = torch.empty(replicas() * 2 * len(mean), dtype=mean.dtype, device=mean.device)
-        dist.all_gather_into_tensor(both, torch.cat([mean, inverse]), group=replica_group())
-        means, inverses = both.view(replicas(), 2, -1).unbind(1)
+        means, inverses = gather_replicas(torch.cat([mean, inverse])).view(replicas(), 2, -1).unbind(1)
         mean, inverse = torch.batch_norm_gather_stats_with_counts(
             x, means.contiguous(), inverses.contiguous(), running_mean, running_var, share, eps, counts
         )

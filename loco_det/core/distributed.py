@@ -75,6 +75,14 @@ def replicas() -> int:
     return world_size() if _replicas is None else dist.get_world_size(_replicas)
 
 
+def gather_replicas(x: Tensor) -> Tensor:
+    """Concatenate (n, ...) of all replicas by rank, (n * replicas, ...); n must be the same."""
+    gathered = x.new_empty(replicas() * len(x), *x.shape[1:])
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
+    gather(gathered, x.contiguous(), group=_replicas)
+    return gathered
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
