@@ -149,21 +149,22 @@ class Monitor:
         self.steps = 0
         extra = {"lr": lr, "images_per_second": rate, "data_wait_share": waiting / seconds}
         self.metrics.write({"iteration": step, **means, **extra, **found})
-        self._warn_of_collapse(means, step)
+        self.warned = self.warned or warn_of_collapse(means, step)
         self.shown = {**{k: v for k, v in means.items() if k.startswith("loss/")}, "img/s": rate}
         return self.shown
 
-    def _warn_of_collapse(self, means: dict[str, float], step: int) -> None:
-        for label in self.labels:
-            if means[f"std/{label}"] < MIN_STD and not self.warned:
-                self.warned = True
-                log.warning(
-                    "step %d: the embeddings of unit %s have collapsed (std %.3f of 1); lower SOLVER.BASE_LR or "
-                    "raise the batch size",
-                    step,
-                    label,
-                    means[f"std/{label}"],
-                )
+
+def warn_of_collapse(means: dict[str, float], step: int) -> bool:
+    """Warn of the first unit whose embeddings are nearly all alike, by a line's "std/UNIT"; returns whether one is."""
+    for name, value in means.items():
+        if name.startswith("std/") and value < MIN_STD:
+            log.warning(
+                "step %d: the embeddings of unit %s have collapsed (std %.3f of 1); lower SOLVER.BASE_LR or raise the "
+                "batch size",
+                *(step, name.removeprefix("std/"), value),
+            )
+            return True
+    return False
 
 
 def stage_norms(backbone: StagedBackbone, norms: dict[nn.Parameter, Tensor]) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from loco_det.images.two_views import build_two_view_loader
 from pretrain.average import GradientAverage
 from pretrain.loco import running_statistics_kept
 from pretrain.loss import embedding_health
-from pretrain.monitor import HEALTH_IMAGES, Stopwatch, UnreadLosses
+from pretrain.monitor import HEALTH_IMAGES, Stopwatch, UnreadLosses, warn_of_collapse
 from pretrain.placement import measure_costs, place
 from pretrain.stage_parallel import Place, StageTrainer, pipeline_length
 from pretrain.stepping import Stepping
@@ -263,6 +263,7 @@ class StageSteps:
     autocast: Callable[[], object]
     probe: Any
     save: Callable[[int, dict[str, Any] | None], None]
+    warned: bool = False  # of a collapse
 
     def train(self, start: int) -> int:
         """Run all steps from `start`; returns their number."""
@@ -276,7 +277,7 @@ class StageSteps:
             self.waited, self.counted = Stopwatch(), 0
             batches = self.waited.through(loader.batches(start)) if where.position == 0 else None
             self.unread = UnreadLosses(run.learner.unit_labels, self.source)
-            self.lines = Lines(run.names(), where.pipelines, partial(_write, self.metrics))
+            self.lines = Lines(run.names(), where.pipelines, self._write)
             log.info(
                 "%s, %s, %d processes in %d pipelines: %d images, %d steps of %d images on %s",
                 *(cfg.METHOD, cfg.SOLVER.SCHEDULE, world_size(), where.pipelines),
@@ -321,6 +322,11 @@ class StageSteps:
             self.lines.add(step, run.numbers(losses), extra)
             self.counted = 0
 
+    def _write(self, step: int, numbers: dict[str, float], extra: dict[str, float]) -> None:
+        norms = {name: value**0.5 for name, value in numbers.items() if name.startswith("grad_norm/")}
+        self.metrics.write({"iteration": step, **numbers, **norms, **extra})
+        self.warned = self.warned or warn_of_collapse(numbers, step)
+
     def _keep(self, step: int, losses: dict[int, Tensor]) -> None:
         """Add a step's own losses to those to check; others' are checked where they are, and stand as zeros."""
         if losses:
@@ -348,8 +354,3 @@ class StageSteps:
             self.save(done, run.owned.optimizer_state())
         if stopped:
             self.trainer.abandon()
-
-
-def _write(metrics: RunMetrics, step: int, numbers: dict[str, float], extra: dict[str, float]) -> None:
-    norms = {name: value**0.5 for name, value in numbers.items() if name.startswith("grad_norm/")}
-    metrics.write({"iteration": step, **numbers, **norms, **extra})
