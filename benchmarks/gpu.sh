@@ -43,9 +43,8 @@ from pathlib import Path
 from loco_det.annotations.synthetic import make_shapes_dataset
 from loco_det.commands.pretrain import pretrain_file
 from loco_det.convert import convert
-from loco_det.core.config import load_config
 from loco_det.core.files import write_json
-from loco_det.detection.keys import get_cfg
+from loco_det.detection.keys import load_cfg
 from loco_det.detection.train import train_net
 
 out, begun, found = Path(sys.argv[1]), time.monotonic(), {}
@@ -56,7 +55,7 @@ for method in ("random", "loco"):
     settings = ["METHOD", method, "DATA.PATH", str(images), "OUTPUT_DIR", str(folder / "pretrain"), "DEVICE", "cuda"]
     convert(pretrain_file("configs/pretrain/quickstart.yaml", settings), folder / "backbone.pkl")
     settings = ["MODEL.WEIGHTS", str(folder / "backbone.pkl"), "OUTPUT_DIR", str(folder / "detector")]
-    cfg, _ = load_config(get_cfg(), "configs/quickstart.yaml", [*settings, "MODEL.DEVICE", "cuda"])
+    cfg, _ = load_cfg("configs/quickstart.yaml", [*settings, "MODEL.DEVICE", "cuda"])
     found[method] = train_net(cfg, engine="torchvision")
 write_json(Path(sys.argv[2]), {"frozen": found, "seconds": round(time.monotonic() - begun, 1)})
 PY
