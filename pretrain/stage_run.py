@@ -316,6 +316,7 @@ class StageSteps:
         self.counted += 1
         if is_due:
             self.unread.read()
+            self.stepping.finish()  # with gradients that other pipelines still average, which the line needs
             seconds, waiting = self.waited.lap()
             images = self.counted * run.cfg.SOLVER.BATCH_SIZE
             extra = {"lr": rate, "images_per_second": images / seconds, "data_wait_share": waiting / seconds}
