@@ -21,7 +21,7 @@ from loco_det.backbones.artifact import backbone_tensors, describe, save_backbon
 from loco_det.backbones.resnet import ResNet
 from loco_det.cli import main
 from loco_det.commands import sweep
-from loco_det.core.errors import UserError
+from loco_det.core import jobs
 
 CONFIG = "configs/coco_loco_r50.yaml"
 # Stands for `train`: counts its calls, fails for seed 2, writes what train writes.
@@ -250,23 +250,24 @@ for path in taken:
     monkeypatch.setattr(
         sweep, "_command", lambda a, w, fraction, seed, folder: [sys.executable, "-c", code, str(folder), str(there)]
     )
-    monkeypatch.setattr(sweep, "visible_gpus", lambda: ["3", "5", "GPU-a", "GPU-b", "7"])
+    monkeypatch.setattr(jobs, "visible_gpus", lambda: ["3", "5", "GPU-a", "GPU-b", "7"])
     options = ("--backbones", weights / "a.pkl", "--seeds", 0, 1, 2, 3, "--jobs", 3, "--num-gpus", 2)
     assert run(weights / "out", *options) == 0
     used = {path.read_text() for path in (weights / "out").rglob("gpus")}
     assert used <= {"3,5", "GPU-a,GPU-b"}
 
 
-def test_more_gpus_than_there_are_and_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="--num-gpus is 3 and 2 GPUs are usable"):
-        sweep.Gpus(["0", "1"], 3)
-    with sweep.Gpus([], 3).lent() as shown:
-        assert shown == {}
+def test_fewer_gpus_than_a_job_wants_and_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    with jobs.Gpus(["0", "1"], 3).lent():
+        assert not getattr(jobs._thread, "shown", {})
+    with jobs.Gpus(["0", "1", "2"], 2).lent():
+        assert jobs._thread.shown == {"CUDA_VISIBLE_DEVICES": "0,1"}
+    assert not jobs._thread.shown
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for visible, want in (("", ["0", "1"]), ("4, GPU-x", ["4", "GPU-x"])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert sweep.visible_gpus() == want
+        assert jobs.visible_gpus() == want
 
 
 def test_a_submitted_job_asks_for_the_cores_of_its_loaders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -282,9 +283,8 @@ def test_a_submitted_job_asks_for_the_cores_of_its_loaders(monkeypatch: pytest.M
             asked.update(values)
 
     monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor))
-    args = SimpleNamespace(out=tmp_path, cluster=None, num_gpus=2, timeout=1, partition=None, config_file=CONFIG)
-    sweep.submitit_executor(SimpleNamespace(**vars(args), set=["DATALOADER.NUM_WORKERS", "7"]))
-    assert (asked["gpus_per_node"], asked["cpus_per_task"]) == (2, 16)
+    jobs.submitit_executor(SimpleNamespace(out=tmp_path, cluster=None, num_gpus=2, timeout=1, partition=None))
+    assert (asked["gpus_per_node"], asked["cpus_per_task"]) == (2, 10)
 
 
 def test_submitit_that_is_not_there(weights: Path, fake: None, monkeypatch, capsys: pytest.CaptureFixture) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import os
+import queue
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -18,7 +21,9 @@ from loco_det.core.log import log
 
 LAUNCHERS = ("local", "torchrun", "submitit")
 _LAST_LINES = 3  # shown of a failed command whose last line is no error message
+_WORKERS = 4  # data workers of a process, each of which needs a core: DATALOADER.NUM_WORKERS by default
 _running: set[subprocess.Popen] = set()  # commands of this process
+_thread = threading.local()  # .shown: variables for the environment of the commands that this thread runs
 Item = TypeVar("Item")
 
 
@@ -61,7 +66,7 @@ def run_process(command: Sequence[str], output: IO[Any], lock: IO[Any]) -> tuple
         output: gets what it prints.
         lock: an open file that is locked.
     """
-    streams = {"stdout": output, "stderr": subprocess.STDOUT}
+    streams = {"stdout": output, "stderr": subprocess.STDOUT, "env": {**os.environ, **getattr(_thread, "shown", {})}}
     with subprocess.Popen(command, **streams, pass_fds=[lock.fileno()], start_new_session=True) as process:
         _running.add(process)
         try:
@@ -93,17 +98,65 @@ def last_words(output: Path) -> str:
     return " / ".join(lines) or "it printed nothing"
 
 
+class Gpus:
+    """The GPUs of this machine, lent to jobs, so that two of them never share one.
+
+    Args:
+        visible: numbers or names of the GPUs. If they are fewer than a job's, none is lent: it runs on the CPU, or says
+            itself what it lacks.
+        each: GPUs of a job.
+    """
+
+    def __init__(self, visible: list[str], each: int) -> None:
+        self.free: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.are_enough = len(visible) >= each
+        for at in range(0, len(visible) - each + 1, each):
+            self.free.put(",".join(visible[at : at + each]))
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Wait for a job's GPUs; the commands that this thread runs in the block see only them."""
+        if not self.are_enough:
+            yield
+            return
+        taken = self.free.get()
+        _thread.shown = {"CUDA_VISIBLE_DEVICES": taken}
+        try:
+            yield
+        finally:
+            _thread.shown = {}
+            self.free.put(taken)
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return named[:count] or [str(number) for number in range(count)]
+
+
 def launch_all(
     args: argparse.Namespace, items: Sequence[Item], run: Callable[[Item], str | None]
 ) -> Iterator[tuple[Item, str | None]]:
-    """Run `run(item)` for every item by the launcher of `args`; yields each as it ends, with its problem or None."""
+    """Run `run(item)` for every item by the launcher of `args`; yields each as it ends, with its problem or None.
+
+    Items that run here at the same time have GPUs of their own.
+    """
     if not items:
         return
     if args.launcher == "submitit":
         yield from _submit(args, items, run)
         return
+    gpus = Gpus(visible_gpus(), args.num_gpus)
+
+    def run_on_own(item: Item) -> str | None:
+        with gpus.lent():
+            return run(item)
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        running = {pool.submit(run, item): item for item in items}
+        running = {pool.submit(run_on_own, item): item for item in items}
         try:
             for future in as_completed(running):
                 yield running[future], _problem(future)
@@ -156,7 +209,10 @@ def submitit_executor(args: argparse.Namespace) -> Any:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--cluster {args.cluster}: {error}; use slurm or local") from error
     gpus = args.num_gpus if executor.cluster != "local" or _has_gpu() else 0
-    executor.update_parameters(name="loco-det", timeout_min=args.timeout, gpus_per_node=gpus, tasks_per_node=1)
+    cores = args.num_gpus * (1 + _WORKERS)  # SLURM's default is one for all
+    executor.update_parameters(
+        name="loco-det", timeout_min=args.timeout, gpus_per_node=gpus, tasks_per_node=1, cpus_per_task=cores
+    )
     if args.partition:
         executor.update_parameters(slurm_partition=args.partition)
     return executor
