@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from loco_cases import UNIT_LISTS, build, gradients
-from saved_bytes import SavedBytes
 from torch import Tensor, nn
 
 from loco_det.backbones.artifact import load_backbone
@@ -22,6 +21,7 @@ from pretrain.checkpoint import latest_checkpoint
 from pretrain.defaults import get_cfg
 from pretrain.loco import LocalTrainer
 from pretrain.loss import nt_xent
+from pretrain.memory import SavedBytes
 from pretrain.train import pretrain
 
 IMAGES = 4  # two views each
