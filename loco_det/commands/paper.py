@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from loco_det.core import config
 from loco_det.core.errors import UserError
 from loco_det.core.files import write_json
 from loco_det.core.jobs import (
@@ -180,14 +181,22 @@ def _run_all(args: argparse.Namespace, rows: Sequence[PlannedRow]) -> dict[str, 
     firsts = [chain.steps[0] for chain in chains]
     shared = [step for step in dict.fromkeys(firsts) if firsts.count(step) > 1 and not step.made.exists()]
     failed: dict[str, str] = {}
+    told = {"on_cpu": args.scale == "small", "workers": _most_workers(chains)}
     for items in ([Chain("", 0, (step,)) for step in shared], chains):
         with Progress(len(items), "rows and seeds") as progress:
-            for chain, problem in launch_all(args, items, _Runner(args)):
+            for chain, problem in launch_all(args, items, _Runner(args), **told):
                 if problem:
                     log.error("%s: %s", chain.steps[-1].made.parent, problem)
                     failed[str(chain.steps[-1].made)] = problem
                 progress.advance(failed=len(failed))
     return failed
+
+
+def _most_workers(chains: Sequence[Chain]) -> int:
+    """Return the most data workers that a command of the chains starts for each process."""
+    keys = {"pretrain": "DATA.NUM_WORKERS", "train": "DATALOADER.NUM_WORKERS"}
+    steps = [step for chain in chains for step in chain.steps if step.words[0] in keys]
+    return max([0, *(config.value(configuration(step), keys[step.words[0]]) for step in steps)])
 
 
 class _Runner:
@@ -196,15 +205,15 @@ class _Runner:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
 
-    def __call__(self, chain: Chain) -> str | None:
+    def __call__(self, chain: Chain, shown: Mapping[str, str]) -> str | None:
         for step in chain.steps:
-            if problem := run_step(step, self.args):
+            if problem := run_step(step, self.args, shown):
                 return problem
         return None
 
 
-def run_step(step: Step, args: argparse.Namespace) -> str | None:
-    """Run one command unless it is done; returns None, or the problem in one sentence."""
+def run_step(step: Step, args: argparse.Namespace, shown: Mapping[str, str]) -> str | None:
+    """Run one command, with `shown` in its environment, unless it is done; returns None, or the problem."""
     folder = step.made.parent
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f".{step.made.name}.lock", "w") as lock:
@@ -214,7 +223,7 @@ def run_step(step: Step, args: argparse.Namespace) -> str | None:
             return None
         spent = float(step.clock.read_text()) if step.clock.exists() else 0.0
         with open(folder / OUTPUT, "a") as output:
-            status, seconds = run_process(command_line(step.words, args), output, lock)
+            status, seconds = run_process(command_line(step.words, args), output, lock, shown)
         step.clock.write_text(f"{spent + seconds:.1f}")
         if status or not step.made.exists():
             return f"{step.words[0]} ended with status {status}: {last_words(folder / OUTPUT)}"

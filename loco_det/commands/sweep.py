@@ -16,10 +16,12 @@ import hashlib
 import json
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fvcore.common.config import CfgNode
 from rich.console import Console
 from rich.table import Table
 
@@ -99,8 +101,10 @@ def run(args: argparse.Namespace) -> int:
             failed[name] = str(error)
     waiting = [cell for cell in cells if not _is_done(cell)]
     log.info("%d cells, %d of them done; what one prints is in its %s", len(cells), len(cells) - len(waiting), OUTPUT)
+    cfg = _config(args)
+    told = {"on_cpu": cfg.MODEL.DEVICE == "cpu", "workers": cfg.DATALOADER.NUM_WORKERS}
     with Progress(len(waiting), "cells") as progress:
-        for cell, problem in launch_all(args, waiting, run_cell):
+        for cell, problem in launch_all(args, waiting, run_cell, **told):
             if problem:
                 log.error("%s: %s", cell.folder, problem)
                 failed[str(cell.folder)] = problem
@@ -129,6 +133,10 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
         check_cacheable(cfg, engine.name)
     common = config.changed(cfg, OUTPUT_DIR="", SEED=0, **{"MODEL.WEIGHTS": ""})
     return {"config": common.dump(), "engine": args.engine, "num_gpus": args.num_gpus}
+
+
+def _config(args: argparse.Namespace) -> CfgNode:
+    return load_cfg(args.config_file, args.set)[0]
 
 
 def _named(backbones: list[str]) -> dict[str, Path]:
@@ -214,8 +222,8 @@ def _is_done(cell: Cell) -> bool:
 # --- running ----------------------------------------------------------------------------------------------------
 
 
-def run_cell(cell: Cell) -> str | None:
-    """Run a cell; returns None, or the problem in one sentence."""
+def run_cell(cell: Cell, shown: Mapping[str, str]) -> str | None:
+    """Run a cell with `shown` added to its environment; returns None, or the problem in one sentence."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     with open(cell.folder / ".lock", "w") as lock:
         if not try_lock(lock):
@@ -225,7 +233,7 @@ def run_cell(cell: Cell) -> str | None:
         write_checked_json(cell.folder / "cell.json", {**asdict(cell), "folder": str(cell.folder)})
         begun = time.time()
         with open(cell.folder / OUTPUT, "a") as output:
-            status, _ = run_process(cell.command, output, lock)
+            status, _ = run_process(cell.command, output, lock, shown)
         results = last_scores(cell.folder) if status == 0 else None
         if results is None:
             return f"train ended with status {status}: {last_words(cell.folder / OUTPUT)}"

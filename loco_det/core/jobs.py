@@ -9,9 +9,8 @@ import os
 import queue
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -21,9 +20,7 @@ from loco_det.core.log import log
 
 LAUNCHERS = ("local", "torchrun", "submitit")
 _LAST_LINES = 3  # shown of a failed command whose last line is no error message
-_WORKERS = 4  # data workers of a process, each of which needs a core: DATALOADER.NUM_WORKERS by default
 _running: set[subprocess.Popen] = set()  # commands of this process
-_thread = threading.local()  # .shown: variables for the environment of the commands that this thread runs
 Item = TypeVar("Item")
 
 
@@ -56,7 +53,48 @@ def command_line(words: Sequence[str], args: argparse.Namespace) -> list[str]:
     return [sys.executable, "-m", "loco_det.cli", job, "--num-gpus", str(args.num_gpus), *rest]
 
 
-def run_process(command: Sequence[str], output: IO[Any], lock: IO[Any]) -> tuple[int, float]:
+class Gpus:
+    """The GPUs of this machine, lent to jobs, so that two of them never share one.
+
+    Args:
+        visible: numbers or names of the GPUs; without any, jobs run on the CPU.
+        each: GPUs of a job.
+
+    Raises:
+        UserError: a job needs more than there are.
+    """
+
+    def __init__(self, visible: list[str], each: int) -> None:
+        if visible and each > len(visible):
+            raise UserError(f"--num-gpus is {each} and {len(visible)} GPUs are usable; lower it")
+        self.free: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.are_there = bool(visible)
+        for at in range(0, len(visible) - each + 1, each):
+            self.free.put(",".join(visible[at : at + each]))
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[dict[str, str]]:
+        """Wait for a job's GPUs; yields the environment that shows only them."""
+        if not self.are_there:
+            yield {}
+            return
+        taken = self.free.get()
+        try:
+            yield {"CUDA_VISIBLE_DEVICES": taken}
+        finally:
+            self.free.put(taken)
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return named[:count] or [str(number) for number in range(count)]
+
+
+def run_process(command: Sequence[str], output: IO[Any], lock: IO[Any], shown: Mapping[str, str]) -> tuple[int, float]:
     """Run a command; returns its exit status and the processor time that it and its children used, in seconds.
 
     The process inherits the lock, so that it stays locked if only this one is killed. It has its own session:
@@ -65,8 +103,9 @@ def run_process(command: Sequence[str], output: IO[Any], lock: IO[Any]) -> tuple
     Args:
         output: gets what it prints.
         lock: an open file that is locked.
+        shown: added to its environment.
     """
-    streams = {"stdout": output, "stderr": subprocess.STDOUT, "env": {**os.environ, **getattr(_thread, "shown", {})}}
+    streams = {"stdout": output, "stderr": subprocess.STDOUT, "env": {**os.environ, **shown}}
     with subprocess.Popen(command, **streams, pass_fds=[lock.fileno()], start_new_session=True) as process:
         _running.add(process)
         try:
@@ -98,65 +137,37 @@ def last_words(output: Path) -> str:
     return " / ".join(lines) or "it printed nothing"
 
 
-class Gpus:
-    """The GPUs of this machine, lent to jobs, so that two of them never share one.
+def launch_all(
+    args: argparse.Namespace,
+    items: Sequence[Item],
+    run: Callable[[Item, Mapping[str, str]], str | None],
+    *,
+    on_cpu: bool,
+    workers: int,
+) -> Iterator[tuple[Item, str | None]]:
+    """Run `run(item, environment)` for every item by the launcher of `args`.
 
     Args:
-        visible: numbers or names of the GPUs. If they are fewer than a job's, none is lent: it runs on the CPU, or says
-            itself what it lacks.
-        each: GPUs of a job.
-    """
+        run: returns an item's problem or None; `environment` shows its processes the GPUs that are theirs.
+        on_cpu: whether items use no GPU.
+        workers: data workers of each process, which need cores of a SLURM job.
 
-    def __init__(self, visible: list[str], each: int) -> None:
-        self.free: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.are_enough = len(visible) >= each
-        for at in range(0, len(visible) - each + 1, each):
-            self.free.put(",".join(visible[at : at + each]))
-
-    @contextlib.contextmanager
-    def lent(self) -> Iterator[None]:
-        """Wait for a job's GPUs; the commands that this thread runs in the block see only them."""
-        if not self.are_enough:
-            yield
-            return
-        taken = self.free.get()
-        _thread.shown = {"CUDA_VISIBLE_DEVICES": taken}
-        try:
-            yield
-        finally:
-            _thread.shown = {}
-            self.free.put(taken)
-
-
-def visible_gpus() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return named[:count] or [str(number) for number in range(count)]
-
-
-def launch_all(
-    args: argparse.Namespace, items: Sequence[Item], run: Callable[[Item], str | None]
-) -> Iterator[tuple[Item, str | None]]:
-    """Run `run(item)` for every item by the launcher of `args`; yields each as it ends, with its problem or None.
-
-    Items that run here at the same time have GPUs of their own.
+    Yields:
+        Each item as it ends, with its problem or None.
     """
     if not items:
         return
     if args.launcher == "submitit":
-        yield from _submit(args, items, run)
+        yield from _submit(args, items, run, workers)
         return
-    gpus = Gpus(visible_gpus(), args.num_gpus)
+    gpus = Gpus([] if on_cpu else visible_gpus(), args.num_gpus)
 
-    def run_on_own(item: Item) -> str | None:
-        with gpus.lent():
-            return run(item)
+    def here(item: Item) -> str | None:
+        with gpus.lent() as shown:
+            return run(item, shown)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        running = {pool.submit(run_on_own, item): item for item in items}
+        running = {pool.submit(here, item): item for item in items}
         try:
             for future in as_completed(running):
                 yield running[future], _problem(future)
@@ -175,10 +186,13 @@ def _problem(future: Future[str | None]) -> str | None:
 
 
 def _submit(
-    args: argparse.Namespace, items: Sequence[Item], run: Callable[[Item], str | None]
+    args: argparse.Namespace,
+    items: Sequence[Item],
+    run: Callable[[Item, Mapping[str, str]], str | None],
+    workers: int,
 ) -> Iterator[tuple[Item, str | None]]:
-    executor = submitit_executor(args)
-    jobs = {executor.submit(run, item): item for item in items}
+    executor = submitit_executor(args, workers)
+    jobs = {executor.submit(run, item, {}): item for item in items}
     log.info("submitted %d jobs; their logs are in %s", len(jobs), args.out / "submitit")
     while jobs:
         for job in [job for job in jobs if job.done()]:
@@ -193,8 +207,8 @@ def _outcome(job: Any) -> str | None:
         return f"job {job.job_id} failed: {str(error).strip().splitlines()[-1][:300]}"
 
 
-def submitit_executor(args: argparse.Namespace) -> Any:
-    """Return the executor that submits one job per item.
+def submitit_executor(args: argparse.Namespace, workers: int) -> Any:
+    """Return the executor that submits one job per item; each process has `workers` data workers.
 
     Raises:
         UserError: submitit is not installed or the cluster is unavailable.
@@ -209,7 +223,8 @@ def submitit_executor(args: argparse.Namespace) -> Any:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--cluster {args.cluster}: {error}; use slurm or local") from error
     gpus = args.num_gpus if executor.cluster != "local" or _has_gpu() else 0
-    cores = args.num_gpus * (1 + _WORKERS)  # SLURM's default is one for all
+    # Each process and each of its data workers needs a core; SLURM's default is one for all.
+    cores = args.num_gpus * (1 + workers)
     executor.update_parameters(
         name="loco-det", timeout_min=args.timeout, gpus_per_node=gpus, tasks_per_node=1, cpus_per_task=cores
     )
