@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_detection import overrides, write_tiny
+from tiny_detection import RESNET_18, overrides, write_tiny
 
 from loco_det.backbones.artifact import backbone_tensors, describe, save_backbone
 from loco_det.backbones.resnet import ResNet
@@ -354,7 +354,7 @@ def test_a_real_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "loco").mkdir()
     artifact = tmp_path / "loco" / "backbone.safetensors"
     save_backbone(artifact, backbone_tensors(net), describe(net, stem="imagenet", method="loco"))
-    pairs = overrides(SOLVER__MAX_ITER=1, SOLVER__STEPS=())
+    pairs = overrides(**RESNET_18, SOLVER__MAX_ITER=1, SOLVER__STEPS=())
     tiny = [
         t for k, v in zip(pairs[::2], pairs[1::2]) if k not in ("SEED", "MODEL.WEIGHTS", "OUTPUT_DIR") for t in (k, v)
     ]

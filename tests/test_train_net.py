@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_detection import overrides
+from tiny_detection import RESNET_18, overrides
 
 from loco_det.annotations.synthetic import CLASSES, make_shapes_dataset
 from loco_det.backbones.artifact import backbone_tensors, describe, save_backbone
@@ -47,6 +47,7 @@ def arguments(world, tmp_path, monkeypatch):
 
     def build(*flags: str, config: str = "configs/coco_loco_r50.yaml", **changes: object) -> list[str]:
         standard = {
+            **RESNET_18,
             "MODEL__WEIGHTS": world / "backbone.pkl",
             "MODEL__ROI_HEADS__NUM_CLASSES": len(CLASSES),
             "INPUT__MASK_FORMAT": "bitmask",

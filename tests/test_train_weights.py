@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_detection import tiny_cfg
+from tiny_detection import RESNET_18, tiny_cfg
 
 from loco_det.backbones.artifact import backbone_tensors, describe, save_backbone
 from loco_det.backbones.resnet import ResNet
@@ -48,7 +48,7 @@ def backbone(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("kind", ["safetensors", "pkl", "pth"])
 @pytest.mark.parametrize("shape", ["fpn", "c4"])
 def test_every_backbone_tensor_arrives_and_nothing_else_changes(backbone, tmp_path, kind, shape):
-    cfg = tiny_cfg(tmp_path, MODEL__WEIGHTS=backbone[kind], **(C4 if shape == "c4" else {}))
+    cfg = tiny_cfg(tmp_path, **RESNET_18, MODEL__WEIGHTS=backbone[kind], **(C4 if shape == "c4" else {}))
     model = build_model(cfg)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     load_weights(model, cfg)
@@ -89,7 +89,7 @@ def damaged(tensors: dict[str, torch.Tensor], tmp_path: Path, change) -> Path:
 def test_a_backbone_that_does_not_fit_is_refused_by_tensor(backbone, tmp_path, change, words):
     state = {name: tensor.clone() for name, tensor in backbone["net"].state_dict().items()}
     path = damaged(state, tmp_path, change)
-    cfg = tiny_cfg(tmp_path, MODEL__WEIGHTS=path)
+    cfg = tiny_cfg(tmp_path, **RESNET_18, MODEL__WEIGHTS=path)
     with pytest.raises(UserError) as refused:
         load_weights(build_model(cfg), cfg)
     for word in [str(path), *words]:
@@ -98,7 +98,7 @@ def test_a_backbone_that_does_not_fit_is_refused_by_tensor(backbone, tmp_path, c
 
 def test_the_classifier_and_step_counters_may_be_left_over(backbone, tmp_path):
     path = damaged(backbone["net"].state_dict(), tmp_path, lambda t: t.update({"stem.fc.weight": torch.zeros(9, 512)}))
-    cfg = tiny_cfg(tmp_path, MODEL__WEIGHTS=path)
+    cfg = tiny_cfg(tmp_path, **RESNET_18, MODEL__WEIGHTS=path)
     load_weights(build_model(cfg), cfg)
 
 
@@ -113,7 +113,7 @@ def test_the_classifier_and_step_counters_may_be_left_over(backbone, tmp_path):
 )
 @pytest.mark.parametrize("kind", ["safetensors", "pkl"])
 def test_weights_that_contradict_the_configuration_are_refused(backbone, tmp_path, changes, words, kind):
-    cfg = tiny_cfg(tmp_path, MODEL__WEIGHTS=backbone[kind], **changes)
+    cfg = tiny_cfg(tmp_path, MODEL__WEIGHTS=backbone[kind], **{**RESNET_18, **changes})
     with pytest.raises(UserError) as refused:
         load_weights(build_model(cfg), cfg)
     for word in words:
@@ -121,7 +121,7 @@ def test_weights_that_contradict_the_configuration_are_refused(backbone, tmp_pat
 
 
 def test_a_rounded_mean_is_no_contradiction(backbone, tmp_path):
-    cfg = tiny_cfg(tmp_path, MODEL__WEIGHTS=backbone["pkl"], MODEL__PIXEL_MEAN=[123.68, 116.28, 103.53])
+    cfg = tiny_cfg(tmp_path, **RESNET_18, MODEL__WEIGHTS=backbone["pkl"], MODEL__PIXEL_MEAN=[123.68, 116.28, 103.53])
     load_weights(build_model(cfg), cfg)
 
 
@@ -129,7 +129,7 @@ def test_the_stride_of_a_bottleneck_must_agree(tmp_path):
     net = ResNet(50, norm="BN")
     manifest = describe(net, stem="imagenet", method="loco")
     save_backbone(tmp_path / "b.safetensors", backbone_tensors(net), manifest)
-    changes = {"MODEL__RESNETS__DEPTH": 50, "MODEL__RESNETS__RES2_OUT_CHANNELS": 256}
+    changes = {**RESNET_18, "MODEL__RESNETS__DEPTH": 50, "MODEL__RESNETS__RES2_OUT_CHANNELS": 256}
     cfg = tiny_cfg(tmp_path, MODEL__WEIGHTS=tmp_path / "b.safetensors", MODEL__RESNETS__STRIDE_IN_1X1=True, **changes)
     with pytest.raises(UserError, match=r"STRIDE_IN_1X1 false.*true"):
         load_weights(build_model(cfg), cfg)
@@ -138,7 +138,7 @@ def test_the_stride_of_a_bottleneck_must_agree(tmp_path):
 def test_the_head_of_c4_gets_res5(tmp_path):
     net = ResNet(50, norm="BN")
     save_backbone(tmp_path / "b.safetensors", backbone_tensors(net), describe(net, stem="imagenet", method="loco"))
-    depth = {"MODEL__RESNETS__DEPTH": 50, "MODEL__RESNETS__RES2_OUT_CHANNELS": 256}
+    depth = {**RESNET_18, "MODEL__RESNETS__DEPTH": 50, "MODEL__RESNETS__RES2_OUT_CHANNELS": 256}
     cfg = tiny_cfg(tmp_path, MODEL__WEIGHTS=tmp_path / "b.safetensors", **depth, **C4)
     model = build_model(cfg)
     load_weights(model, cfg)
@@ -151,7 +151,7 @@ def test_the_head_of_c4_gets_res5(tmp_path):
 def test_a_cifar_stem_is_refused(tmp_path):
     net = ResNet(18, stem="cifar", norm="BN")
     save_backbone(tmp_path / "b.safetensors", backbone_tensors(net), describe(net, stem="cifar", method="loco"))
-    cfg = tiny_cfg(tmp_path, MODEL__WEIGHTS=tmp_path / "b.safetensors")
+    cfg = tiny_cfg(tmp_path, **RESNET_18, MODEL__WEIGHTS=tmp_path / "b.safetensors")
     with pytest.raises(UserError, match="cifar stem"):
         load_weights(build_model(cfg), cfg)
 

@@ -12,12 +12,13 @@ from PIL import Image
 from loco_det.core.config import load_config
 from loco_det.detection.keys import get_cfg
 
-# A ResNet-18 Mask R-CNN whose pyramid, heads and numbers of regions are as small as they can be, and without norms.
+# A Mask R-CNN whose ResNet-50, pyramid, heads and numbers of regions are as small as they can be, and without norms.
 TINY = {
     "MODEL.DEVICE": "cpu",
     "MODEL.WEIGHTS": "",
-    "MODEL.RESNETS.DEPTH": 18,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
     "MODEL.FPN.OUT_CHANNELS": 16,
     "MODEL.FPN.NORM": "",
     "MODEL.ROI_BOX_HEAD.NUM_CONV": 0,
@@ -49,6 +50,14 @@ TINY = {
     "SOLVER.WARMUP_ITERS": 2,
     "TEST.DETECTIONS_PER_IMAGE": 10,
     "SEED": 3,
+}
+
+# `changes` for weights of a whole ResNet-18.
+RESNET_18 = {
+    "MODEL__RESNETS__DEPTH": 18,
+    "MODEL__RESNETS__STEM_OUT_CHANNELS": 64,
+    "MODEL__RESNETS__WIDTH_PER_GROUP": 64,
+    "MODEL__RESNETS__RES2_OUT_CHANNELS": 64,
 }
 
 
