@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from saved_bytes import SavedBytes
 from tiny_detection import overrides
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from pretrain.decoders import build_decoder
 from pretrain.defaults import get_cfg
 from pretrain.loco import METHODS, LocalTrainer, method_units, split_backbone
 from pretrain.loss import nt_xent
+from pretrain.memory import SavedBytes
 from pretrain.sharing import SoftTrainer, UpperTrainer, private_copies
 from pretrain.train import Learner, build_backbone, pretrain
 
