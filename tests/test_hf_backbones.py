@@ -298,6 +298,15 @@ def test_layer_scale_cannot_be_lost(folders: dict[str, Path], tmp_path: Path) ->
     refused(folder, rf"has no place for tensor {name} \(1 in all\)")
 
 
+def test_a_final_norm_that_is_missing_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = changed(folders["dinov2"], tmp_path / "headless")
+    tensors = {k: t for k, t in load_file(folder / "model.safetensors").items() if k != "dinov2.layernorm.weight"}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, r"has no tensor .*layernorm\.weight \(1 in all\)")
+
+
 def test_wrong_pixels_are_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"was made with MODEL\.PIXEL_MEAN \[127\.5, 63\.75, 31\.\d+\] and the config"):
         build_model(small(f"hf:{folders['convnext']}", FPN, MODEL__PIXEL_MEAN=[123.675, 116.28, 103.53]))

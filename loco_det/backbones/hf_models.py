@@ -32,7 +32,7 @@ _DROPPED = re.compile(
     r"(.*\.)?(mask_token|position_ids|relative_position_index|num_batches_tracked)"
 )
 # Norms of detection, which no checkpoint of a classifier has: they begin as 1 and 0.
-_FRESH = re.compile(r"(hidden_states_norms|layernorms?)\..*")
+_FRESH = re.compile(r"hidden_states_norms\..*")
 _BLOCK = re.compile(r"(?:.*?\.)?(?:layer|layers|stages|blocks)\.(\d+)\..*")
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _REMEDY = "give the folder of a model that save_pretrained wrote, or its name on the hub"
