@@ -337,6 +337,8 @@ def test_commands_of_the_launchers() -> None:
     assert not {"--wandb", "--feature-cache"} & set(plain)
     cached = sweep._command(arguments(feature_cache=Path("kept")), {"MODEL.WEIGHTS": "w.pkl"}, 1.0, 0, Path("f"))
     assert cached[cached.index("--feature-cache") + 1] == str(Path("kept").absolute())
+    trained = sweep._command(arguments(train_feature_cache=Path("kept")), {"MODEL.WEIGHTS": "w.pkl"}, 1.0, 0, Path("f"))
+    assert trained[trained.index("--train-feature-cache") + 1] == str(Path("kept").absolute())
     torchrun = sweep._command(arguments(num_gpus=2, launcher="torchrun"), {"MODEL.WEIGHTS": "w.pkl"}, 1.0, 0, Path("f"))
     assert torchrun[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     assert "--fraction" not in torchrun

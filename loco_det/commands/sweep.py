@@ -277,8 +277,8 @@ def _digits(fraction: float) -> str:
 def _command(args: argparse.Namespace, keys: dict[str, Any], fraction: float, seed: int, folder: Path) -> list[str]:
     part = [] if fraction == 1 else ["--fraction", _digits(fraction)]
     more = ["--wandb", args.wandb] if args.wandb else []
-    for option, folder in (("", args.feature_cache), ("train-", args.train_feature_cache)):
-        more += [f"--{option}feature-cache", str(folder.absolute())] if folder else []
+    for option, cache in (("--feature-cache", args.feature_cache), ("--train-feature-cache", args.train_feature_cache)):
+        more += [option, str(cache.absolute())] if cache else []
     last = {**keys, "SEED": seed, "OUTPUT_DIR": folder}
     overrides = [*args.set, *(str(text) for pair in last.items() for text in pair)]
     options = ["--config-file", args.config_file, "--engine", args.engine, "--resume", *part, *more]
