@@ -11,10 +11,13 @@ import pytest
 import torch
 from fvcore.common.config import CfgNode
 from tiny_detection import overrides, tiny_cfg, write_tiny
+from torch import nn
 
+from loco_det.backbones import own
 from loco_det.core.errors import UserError
 from loco_det.detection import engine_d2, feature_cache
 from loco_det.detection.fpn import Trunk
+from loco_det.detection.keys import load_cfg
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.train import train_net
 
@@ -233,18 +236,19 @@ def test_training_images_that_vary_are_refused(tmp_path: Path, changes: dict[str
     assert not list(tmp_path.rglob("*.pt"))
 
 
+def test_large_scale_jitter_is_refused() -> None:
+    cfg = load_cfg("configs/base_rcnn_vit.yaml", ["INPUT.SCALE_JITTER", "[0.1, 2.0]"])[0]
+    with pytest.raises(UserError, match=r"set INPUT\.SCALE_JITTER \(\), or leave it out"):
+        feature_cache.check_cacheable(cfg, "torchvision", training=True)
+    feature_cache.check_cacheable(cfg, "torchvision")
+
+
 def test_both_caches_of_a_frozen_module_are_kept_apart(tmp_path: Path, computed: list[tuple[int, ...]]) -> None:
     """A module stays in evaluation while it is trained on; its training images still do not go to the other cache."""
-    from torch import nn
-
-    from loco_det.backbones import own
-    from loco_det.core.config import load_config
-    from loco_det.detection.keys import get_cfg
-
     module = nn.Conv2d(3, 8, 16, 16)
     keys = {"MODEL__BACKBONE__NAME": own.given(module), "MODEL__BACKBONE__FREEZE_AT": 5, "INPUT__MIN_SIZE_TRAIN": (64,)}
     given = overrides(**keys, OUTPUT_DIR=tmp_path / "run", SOLVER__MAX_ITER=2, SOLVER__STEPS=())
-    cfg = load_config(get_cfg(), "configs/base_rcnn_vit.yaml", [*given, "MODEL.ROI_BOX_HEAD.CONV_DIM", "16"])[0]
+    cfg = load_cfg("configs/base_rcnn_vit.yaml", [*given, "MODEL.ROI_BOX_HEAD.CONV_DIM", "16"])[0]
     train_net(cfg, engine="torchvision", feature_cache=tmp_path / "test")
     assert [shape[0] for shape in computed] == [2, 2, 1, 1, 1, 1, 1, 1]
     assert len(list((tmp_path / "test").glob("*.pt"))) == 6

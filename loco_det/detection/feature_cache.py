@@ -25,6 +25,7 @@ from loco_det.backbones.resnet import BatchNorm, is_still, tensors_hash
 from loco_det.convert.load import load_tensors
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, check_writable
+from loco_det.core.own_keys import own_value
 from loco_det.core.log import log
 
 Features = dict[str, Tensor]
@@ -108,6 +109,8 @@ def check_cacheable(cfg: CfgNode, engine: str, *, training: bool = False) -> Non
 
 def _varying(cfg: CfgNode) -> str:
     """What to change so that a training image has one form and its mirror image; empty: nothing."""
+    if own_value(cfg, "INPUT.SCALE_JITTER"):
+        return "set INPUT.SCALE_JITTER ()"
     sizes = cfg.INPUT.MIN_SIZE_TRAIN
     if isinstance(sizes, (tuple, list)) and len(set(sizes)) > 1:
         return f"set INPUT.MIN_SIZE_TRAIN {tuple(sizes)} to one size"
