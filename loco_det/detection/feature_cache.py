@@ -25,8 +25,8 @@ from loco_det.backbones.resnet import BatchNorm, is_still, tensors_hash
 from loco_det.convert.load import load_tensors
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, check_writable
-from loco_det.core.own_keys import own_value
 from loco_det.core.log import log
+from loco_det.core.own_keys import own_value
 
 Features = dict[str, Tensor]
 
