@@ -256,6 +256,11 @@ def test_a_resnet_is_no_transformer(place: Path, tmp_path: Path) -> None:
     for file in ("resnet.pth", "resnet.pkl"):
         with pytest.raises(UserError, match=r"holds a ResNet \(.*conv1\.weight\), and timm:test_vit is none; leave"):
             convert_timm(str(place / file), tmp_path / "out.safetensors", "timm:test_vit")
+    both = {"student": torch.load(place / "vit.pth"), "teacher": torch.load(place / "resnet.pth")}
+    torch.save(both, tmp_path / "both.pth")
+    with pytest.raises(UserError, match="holds several backbones; choose one: --branch"):
+        convert_timm(str(tmp_path / "both.pth"), tmp_path / "out.safetensors", "timm:test_vit")
+    convert_timm(str(tmp_path / "both.pth"), tmp_path / "out.safetensors", "timm:test_vit", branch="student:")
     cfg = tiny_cfg(tmp_path)
     resnet = build_model(cfg).state_dict()
     bare = {n.removeprefix("backbone.bottom_up."): t for n, t in resnet.items() if "bottom_up" in n}

@@ -301,9 +301,10 @@ def _prefix(path: Path, tensors: Mapping[str, Tensor], branch: str | None, archi
 
 
 def _refuse_resnet(path: Path, tensors: Mapping[str, Tensor], backbone: TimmBackbone) -> None:
-    """Raise UserError if the file holds a ResNet and `backbone` is none."""
+    """Raise UserError if the file holds a ResNet and nothing else, and `backbone` is none."""
     first = next((name for name in tensors if _OF_RESNET.fullmatch(name)), None)
-    if first is not None and not any(_OF_RESNET.fullmatch(name) for name in backbone.model.state_dict()):
+    others = [name for name in tensors if _FIRST.fullmatch(name) and not name.endswith("conv1.weight")]
+    if first is not None and not others and not any(_OF_RESNET.fullmatch(name) for name in backbone.model.state_dict()):
         raise UserError(
             f"{path}: holds a ResNet ({first}), and {backbone.architecture} is none; leave --architecture out: "
             f"loco-det convert {path} backbone.pkl"
