@@ -79,12 +79,12 @@ def test_a_sweep_over_a_vit_and_a_module(place: Path, tmp_path: Path, monkeypatc
     """Its cells run in this process, one after the other."""
     ran: list[list[str]] = []
 
-    def here(command: list[str], output: object, lock: object) -> tuple[int, float]:
+    def here(command: list[str], *_: object) -> tuple[int, float]:
         ran.append(command[command.index("loco_det.cli") + 1 :])
         return main(ran[-1]), 0.0
 
     monkeypatch.setattr(sweep, "run_process", here)
-    monkeypatch.setattr(sweep, "launch_all", lambda args, cells, run: [(cell, run(cell)) for cell in cells])
+    monkeypatch.setattr(sweep, "launch_all", lambda args, cells, run, **_: [(cell, run(cell, {})) for cell in cells])
     given = [place / "vit.safetensors", "python:own_module_of_a_test:build"]
     argv = ["sweep", "--config-file", VIT, "--out", tmp_path, "--engine", "torchvision", "--backbones", *given]
     argv += ["--set", *pairs(SOLVER__MAX_ITER=1, SOLVER__STEPS=())]
