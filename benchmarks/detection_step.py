@@ -310,8 +310,13 @@ MAKE = {"ours": our_side, "detectron2": detectron2_side, "torchvision": torchvis
 # --- processes --------------------------------------------------------------------------------------------------
 
 
-def work(name: str, cfg: CfgNode, weights: Path, samples: list[dict[str, Any]], pipe: Connection) -> None:
-    """One side in its own process: a step and its seconds for every message, at the end the peak."""
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+
+
+def work(
+    name: str, cfg: CfgNode, weights: Path, samples: list[dict[str, Any]], pipe: Connection, clock: str = "wall"
+) -> None:
+    """One side in its own process: a step and its seconds by `clock` for every message, at the end the peak."""
     library, job = name.split(":")
     device = torch.device(cfg.MODEL.DEVICE)
     start_memory(device)
@@ -320,10 +325,10 @@ def work(name: str, cfg: CfgNode, weights: Path, samples: list[dict[str, Any]], 
     torch.manual_seed(0)
     while pipe.recv():
         wait()
-        began = time.perf_counter()
+        began = CLOCKS[clock]()
         step()
         wait()
-        pipe.send(time.perf_counter() - began)
+        pipe.send(CLOCKS[clock]() - began)
     pipe.send(peak_memory(device))
 
 
@@ -350,7 +355,12 @@ def status(field: str) -> int:
 
 
 def take_turns(
-    sides: list[str], cfgs: dict[str, CfgNode], weights: dict[str, Path], samples: list[dict[str, Any]], turns: int
+    sides: list[str],
+    cfgs: dict[str, CfgNode],
+    weights: dict[str, Path],
+    samples: list[dict[str, Any]],
+    turns: int,
+    clock: str = "wall",
 ) -> tuple[list[dict[str, float]], dict[str, int]]:
     """Seconds of every side in every turn, after one that does not count, and every side's peak in bytes."""
     context = multiprocessing.get_context("spawn")
@@ -358,7 +368,8 @@ def take_turns(
     for name in sides:
         kind = "frozen" if name.endswith("frozen") else "finetune"
         pipes[name], theirs = context.Pipe()
-        process = context.Process(target=work, args=(name, cfgs[kind], weights[kind], samples, theirs), daemon=True)
+        given = (name, cfgs[kind], weights[kind], samples, theirs, clock)
+        process = context.Process(target=work, args=given, daemon=True)
         process.start()
         theirs.close()
         processes.append(process)

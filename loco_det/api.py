@@ -17,6 +17,7 @@ from torch import nn
 from loco_det.annotations.registry import find_dataset
 from loco_det.backbones import own
 from loco_det.backbones.artifact import backbone_tensors, save_backbone
+from loco_det.backbones.hf_models import HfBackbone
 from loco_det.backbones.resnet import ResNet
 from loco_det.backbones.timm_models import TimmBackbone
 from loco_det.commands import probe as probe_command
@@ -85,8 +86,9 @@ def load_backbone(
     """Load a backbone, in evaluation mode, on the CPU.
 
     Args:
-        source: a weights file of any kind that `loco-det convert` reads or writes, "timm:NAME", "random:resnet50",
-            "random:timm:NAME", or a module: (B, 3, H, W) -> a map, several, or a dict of maps, each (B, C, h, w).
+        source: a weights file of any kind that `loco-det convert` reads or writes, "timm:NAME", "hf:FOLDER",
+            "random:resnet50", "random:timm:NAME", or a module: (B, 3, H, W) -> a map, several, or a dict of maps, each
+            (B, C, h, w).
         image_size: side of the images, in pixels; None: the backbone's own, 224 for a module.
         branch: of a file with several backbones.
         mean, std: pixels that a module was trained with, in 0-255 units in `order`; None: ImageNet's.
@@ -116,7 +118,7 @@ def probe(
         backbone: from `load_backbone`, or what that takes.
         data: labelled images: class folders, a zip, a list, CIFAR.
         protocol: a value of the command's --protocol.
-        options: the command's other options by name, `limit=1000`, `stages=["res5"]`.
+        options: the command's other options by name, `limit=1000`, `stages=["res5"]`; None for its default.
 
     Returns:
         What the command writes as JSON; prints as a table of the stages.
@@ -124,13 +126,17 @@ def probe(
     Raises:
         UserError: bad options, images or weights.
     """
+    if not isinstance(data, (str, Path)):
+        raise UserError(f"data {data!r}: give the path of labelled images")
     backbone = backbone if isinstance(backbone, Backbone) else load_backbone(backbone)
     parser = argparse.ArgumentParser(prog="loco_det.probe", exit_on_error=False, add_help=False)
     probe_command.add_arguments(parser)
     argv = [backbone.name, "--data", str(data), "--protocol", protocol]
     for name, value in options.items():
+        if value is None or value is False:
+            continue
         values = [str(one) for one in value] if isinstance(value, (list, tuple)) else [str(value)]
-        argv += [f"--{name.replace('_', '-')}", *([] if value is True else values)] if value is not False else []
+        argv += [f"--{name.replace('_', '-')}", *([] if value is True else values)]
     try:
         args, unknown = parser.parse_known_args(argv)
     except (argparse.ArgumentError, SystemExit) as error:
@@ -182,6 +188,11 @@ def evaluate_detection(
         raise UserError(f"protocol {protocol!r}: use one of {', '.join(PROTOCOLS)}")
     if not isinstance(iterations, int) or iterations < 1:
         raise UserError(f"iterations {iterations!r}: give a whole number of at least 1")
+    for key, name in (("train", train), ("test", test)):
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{key} {name!r}: give a data set by name or path, e.g. 'coco_2017_{key}'")
+    if settings is not None and not (isinstance(settings, Mapping) and all(isinstance(key, str) for key in settings)):
+        raise UserError(f"settings {settings!r}: give a dict of Detectron2's keys, {{'SOLVER.BASE_LR': 0.01}}")
     backbone = backbone if isinstance(backbone, Backbone) else load_backbone(backbone)
     folder = _new_folder(output)
     is_plain = getattr(backbone.model, "is_plain", False)
@@ -239,6 +250,9 @@ def _of_backbone(backbone: Backbone, folder: Path, protocol: str) -> tuple[dict[
         maps = [] if model.is_plain else FPN_STAGES
         keys = {"MODEL.BACKBONE.NAME": model.architecture, "MODEL.WEIGHTS": str(weights)}
         return {**pixels, **keys, "MODEL.FPN.IN_FEATURES": maps}, None
+    if isinstance(model, HfBackbone):
+        keys = {"MODEL.BACKBONE.NAME": model.architecture, "MODEL.WEIGHTS": ""}
+        return {**pixels, **keys, "MODEL.FPN.IN_FEATURES": [] if model.is_plain else FPN_STAGES}, None
     if isinstance(model, ResNet) and Path(backbone.name).is_file():
         weights = folder / "backbone.pkl"
         stated = None if is_described(backbone.name) else Stated(backbone.order, backbone.mean, backbone.std)

@@ -61,6 +61,7 @@ OPTIONAL = {
     "wandb",
     "sklearn",
     "pandas",
+    "transformers",
 }  # extras, imported when they are called for
 IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL", "opencv-python-headless": "cv2"}
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fvcore.common.config import CfgNode
-from tiny_detection import tiny_cfg, write_tiny
+from tiny_detection import overrides, tiny_cfg, write_tiny
+from torch import nn
 
+from loco_det.backbones import own
 from loco_det.core.errors import UserError
 from loco_det.detection import engine_d2, feature_cache
 from loco_det.detection.fpn import Trunk
+from loco_det.detection.keys import load_cfg
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.train import train_net
 
@@ -169,3 +173,85 @@ def test_another_version_of_the_software_reads_nothing(
     monkeypatch.setattr("loco_det.detection.feature_cache.__version__", "99")
     evaluate(place, tmp_path / "b", "a", cache, False)
     assert len(computed) == 6
+
+
+# --- training images --------------------------------------------------------------------------------------------
+
+
+def trained(out: Path, cache: Path | None, fast: bool = False, **changes: Any) -> tuple[dict[str, Any], list[str], Any]:
+    """AP, the lines of losses without times, and the tensors of the detector after three epochs of six images."""
+    sizes = {"INPUT__MIN_SIZE_TRAIN": (64,), "SOLVER__MAX_ITER": 9, "SOLVER__STEPS": ()}
+    cfg = tiny_cfg(out, **{**sizes, **changes})
+    found = train_net(cfg, engine="torchvision", fast=fast, train_feature_cache=cache)
+    tensors = torch.load(out / "model_final.pth", weights_only=True)["model"]
+    lines = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
+    return found, [{k: v for k, v in line.items() if k.startswith(("loss", "total"))} for line in lines], tensors
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.usefixtures("one_thread")
+def test_training_images_are_computed_once_and_nothing_else_changes(
+    tmp_path: Path, computed: list[tuple[int, ...]], fast: bool
+) -> None:
+    """Six images and their mirror images, in batches of two that one size pads alike or not."""
+    without = trained(tmp_path / "without", None, fast)
+    computed.clear()
+    filling = trained(tmp_path / "filling", tmp_path / "cache", fast)
+    once = [shape for shape in computed if shape[0] == 1]
+    files = sorted((tmp_path / "cache").glob("*.pt"))
+    assert len(once) - 6 == len(files)  # the evaluation computes its six images itself
+    assert 6 < len(files) < 18
+    computed.clear()
+    reading = trained(tmp_path / "reading", tmp_path / "cache", fast)
+    assert len(computed) == 6
+    assert sorted((tmp_path / "cache").glob("*.pt")) == files
+    assert str(filling[:2]) == str(reading[:2])
+    assert all(torch.equal(tensor, reading[2][name]) for name, tensor in filling[2].items())
+    for name, tensor in without[2].items():
+        torch.testing.assert_close(filling[2][name], tensor, rtol=1e-3, atol=1e-4)
+    for mine, theirs in zip(filling[1], without[1], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3)
+    assert filling[0]["bbox"]["AP"] == pytest.approx(without[0]["bbox"]["AP"], abs=0.5)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_batch_of_one_image_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
+    one = {"SOLVER__IMS_PER_BATCH": 1, "SOLVER__MAX_ITER": 7, "INPUT__RANDOM_FLIP": "vertical"}
+    without, cached = (trained(tmp_path / name, folder, **one) for name, folder in (("a", None), ("b", tmp_path / "c")))
+    assert str(without[:2]) == str(cached[:2])
+    assert all(torch.equal(tensor, cached[2][name]) for name, tensor in without[2].items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"INPUT__MIN_SIZE_TRAIN": (64, 72)}, r"set INPUT\.MIN_SIZE_TRAIN \(64, 72\) to one size, or leave it out"),
+        ({"INPUT__CROP__ENABLED": True}, r"is for images of one fixed size; set INPUT\.CROP\.ENABLED False"),
+        ({"MODEL__BACKBONE__FREEZE_AT": 4}, r"--train-feature-cache needs a frozen backbone, but .*FREEZE_AT 4 leaves"),
+    ],
+)
+def test_training_images_that_vary_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        trained(tmp_path, tmp_path / "cache", **changes)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_large_scale_jitter_is_refused() -> None:
+    cfg = load_cfg("configs/base_rcnn_vit.yaml", ["INPUT.SCALE_JITTER", "[0.1, 2.0]"])[0]
+    with pytest.raises(UserError, match=r"set INPUT\.SCALE_JITTER \(\), or leave it out"):
+        feature_cache.check_cacheable(cfg, "torchvision", training=True)
+    feature_cache.check_cacheable(cfg, "torchvision")
+
+
+def test_both_caches_of_a_frozen_module_are_kept_apart(tmp_path: Path, computed: list[tuple[int, ...]]) -> None:
+    """A module stays in evaluation while it is trained on; its training images still do not go to the other cache."""
+    module = nn.Conv2d(3, 8, 16, 16)
+    keys = {"MODEL__BACKBONE__NAME": own.given(module), "MODEL__BACKBONE__FREEZE_AT": 5, "INPUT__MIN_SIZE_TRAIN": (64,)}
+    given = overrides(**keys, OUTPUT_DIR=tmp_path / "run", SOLVER__MAX_ITER=2, SOLVER__STEPS=())
+    cfg = load_cfg("configs/base_rcnn_vit.yaml", [*given, "MODEL.ROI_BOX_HEAD.CONV_DIM", "16"])[0]
+    train_net(cfg, engine="torchvision", feature_cache=tmp_path / "test")
+    assert [shape[0] for shape in computed] == [2, 2, 1, 1, 1, 1, 1, 1]
+    assert len(list((tmp_path / "test").glob("*.pt"))) == 6
+    train_net(cfg, engine="torchvision", feature_cache=tmp_path / "test", train_feature_cache=tmp_path / "train")
+    assert len(list((tmp_path / "test").glob("*.pt"))) == 6
+    assert len(list((tmp_path / "train").glob("*.pt"))) == 4

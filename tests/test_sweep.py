@@ -324,20 +324,22 @@ def arguments(**changes: object):
 
 
 def test_commands_of_the_launchers() -> None:
-    plain = sweep._command(arguments(num_gpus=2), Path("w.pkl"), 0.1, 3, Path("f"))
+    plain = sweep._command(arguments(num_gpus=2), {"MODEL.WEIGHTS": "w.pkl"}, 0.1, 3, Path("f"))
     assert plain[:4] == [sys.executable, "-m", "loco_det.cli", "train"]
     assert plain[plain.index("--num-gpus") + 1] == "2"
     assert plain[plain.index("--fraction") + 1] == "0.1"
-    near = sweep._command(arguments(), Path("w.pkl"), 0.1000001, 3, Path("f"))
+    near = sweep._command(arguments(), {"MODEL.WEIGHTS": "w.pkl"}, 0.1000001, 3, Path("f"))
     assert near[near.index("--fraction") + 1] == "0.1000001"
     assert plain[-6:] == ["MODEL.WEIGHTS", "w.pkl", "SEED", "3", "OUTPUT_DIR", "f"]
     assert "--resume" in plain
-    watched = sweep._command(arguments(wandb="grid"), Path("w.pkl"), 1.0, 0, Path("f"))
+    watched = sweep._command(arguments(wandb="grid"), {"MODEL.WEIGHTS": "w.pkl"}, 1.0, 0, Path("f"))
     assert watched[watched.index("--wandb") + 1] == "grid"
     assert not {"--wandb", "--feature-cache"} & set(plain)
-    cached = sweep._command(arguments(feature_cache=Path("kept")), Path("w.pkl"), 1.0, 0, Path("f"))
+    cached = sweep._command(arguments(feature_cache=Path("kept")), {"MODEL.WEIGHTS": "w.pkl"}, 1.0, 0, Path("f"))
     assert cached[cached.index("--feature-cache") + 1] == str(Path("kept").absolute())
-    torchrun = sweep._command(arguments(num_gpus=2, launcher="torchrun"), Path("w.pkl"), 1.0, 0, Path("f"))
+    trained = sweep._command(arguments(train_feature_cache=Path("kept")), {"MODEL.WEIGHTS": "w.pkl"}, 1.0, 0, Path("f"))
+    assert trained[trained.index("--train-feature-cache") + 1] == str(Path("kept").absolute())
+    torchrun = sweep._command(arguments(num_gpus=2, launcher="torchrun"), {"MODEL.WEIGHTS": "w.pkl"}, 1.0, 0, Path("f"))
     assert torchrun[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     assert "--fraction" not in torchrun
     assert "--num-gpus" not in torchrun

@@ -21,8 +21,10 @@ from loco_det.backbones.timm_models import BY_STRIDE
 from loco_det.core.errors import UserError
 
 PREFIX = "python:"
+HF_PREFIX = "hf:"  # of transformers' models, see hf_models.py
+WITH_WEIGHTS = (HF_PREFIX, PREFIX)  # those that bring their weights, so that MODEL.WEIGHTS is for detectors alone
 # Beginnings of MODEL.BACKBONE.NAME where the backbone is no ResNet.
-OTHER_BACKBONES = (timm_models.PREFIX, PREFIX, *OWN_NETWORKS)
+OTHER_BACKBONES = (timm_models.PREFIX, HF_PREFIX, PREFIX, *OWN_NETWORKS)
 _GIVEN = "given-"
 _given: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -74,7 +76,7 @@ class OwnBackbone(StagedBackbone):
             )
             raise UserError(f"backbone {name}: returns {kinds or 'nothing'}; return maps (B, C, H, W)")
         strides = [self._stride(map_, image_size) for map_ in maps]
-        names = [str(key) for key in found] if self.is_named else _names(strides)
+        names = [str(key) for key in found] if self.is_named else names_by_stride(strides)
         self.stage_names = tuple(names)
         self.channels = {key: map_.shape[1] for key, map_ in zip(names, maps)}
         self.strides = dict(zip(names, strides))
@@ -114,7 +116,8 @@ class OwnBackbone(StagedBackbone):
         return super().train(mode and not is_frozen)
 
 
-def _names(strides: Sequence[float]) -> list[str]:
+def names_by_stride(strides: Sequence[float]) -> list[str]:
+    """Return `stem` (2), `res2` (4) to `res5` (32), or `map0`, `map1`, ... where strides are equal or others."""
     names = [BY_STRIDE.get(stride, "") for stride in strides]
     return names if all(names) and len(set(names)) == len(names) else [f"map{i}" for i in range(len(strides))]
 

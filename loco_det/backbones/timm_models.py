@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import ast
 import bisect
+import contextlib
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from types import MethodType
 from typing import Any
@@ -30,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loco_det.backbones.resnet import StagedBackbone
+from loco_det.backbones.timm_swin import LEVEL_NORMS, use_any_size
 from loco_det.backbones.windows import Windows, add_windows, windowed_maps
 from loco_det.core.errors import UserError
 
@@ -39,6 +42,7 @@ BY_STRIDE = {2: "stem", 4: "res2", 8: "res3", 16: "res4", 32: "res5"}
 # How learned position embeddings are resized, all bicubic: timm's own code (antialiased), to the new size without
 # antialiasing (MAE, ViTDet), or by a scale factor to which 0.1 pixels are added (DINO, iBOT, DINOv2 without registers).
 POSITIONS = ("timm", "size", "offset")
+_OF_THE_HUB = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")  # modules that fetch weights
 # Arguments of `TimmBackbone` and timm that the caller chooses, so that they cannot stand behind a name.
 _SET_ELSEWHERE = ("name", "pretrained", "num_classes", "features_only", "map_stride", "maps", "image_size")
 
@@ -54,6 +58,8 @@ class TimmBackbone(StagedBackbone):
             "norm(blocks.N)" the same under the model's final normalisation, "norm" that of the last block.
         positions: how learned position embeddings are resized for other grids, one of `POSITIONS`; None: as the
             family's own code does it (`family_positions`). Families that use RoPE alone have none to resize.
+        level_norm: of a hierarchical one, whether a detector puts a LayerNorm behind each map; None: as its authors'
+            detection code does it (`timm_swin.LEVEL_NORMS`).
         image_size: side for which a model is built that takes one size only; None: the option img_size, or timm's own.
         window: side of the windows in which the blocks of a plain ViT attend, in patches; None: all attend to the whole
             map, and the cls token and registers take part (`windows.py`).
@@ -66,6 +72,7 @@ class TimmBackbone(StagedBackbone):
         patch: pixels of a plain ViT's patch.
         pixel_mean, pixel_std: RGB, 0-255 units, of timm's recipe.
         image_size: side of its images.
+        level_norm_eps: epsilon of the norm that a detector puts behind each map; None: no norm.
 
     Raises:
         UserError: timm lacks the model, its weights are unavailable, or it gives no feature maps.
@@ -79,6 +86,7 @@ class TimmBackbone(StagedBackbone):
         map_stride: int | None = None,
         maps: Sequence[str] = (),
         positions: str | None = None,
+        level_norm: bool | None = None,
         image_size: int | None = None,
         window: int | None = None,
         global_blocks: Sequence[int] | int | None = None,
@@ -87,11 +95,13 @@ class TimmBackbone(StagedBackbone):
     ) -> None:
         super().__init__()
         attention = {"window": window, "global_blocks": global_blocks, "rel_pos": rel_pos}
-        chosen = {key: value for key, value in {"positions": positions, **attention}.items() if value is not None}
+        given = {"positions": positions, "level_norm": level_norm, **attention}
+        chosen = {key: value for key, value in given.items() if value is not None}
         named = {**options, **chosen}
         self.architecture = PREFIX + name + "?" * bool(named) + "&".join(f"{k}={v}" for k, v in named.items())
         self.options = options
         self.model = create(name, pretrained=pretrained, image_size=image_size, **options)
+        use_any_size(self.model)
         config = self.model.pretrained_cfg
         is_flexible = getattr(self.model, "dynamic_img_size", False)
         size = options.get("img_size") or image_size or config["input_size"][1:]
@@ -112,6 +122,7 @@ class TimmBackbone(StagedBackbone):
         self.windows = None
         if attention.keys() & chosen.keys():
             self.windows = self._windows(**attention)
+        self.level_norm_eps = self._level_norm(level_norm)
         parts = self._parts()
         self.model.prune_intermediate_layers(list(self.indices.values()), prune_norm=not self.normed, prune_head=True)
         _resize_positions_as(self.model, self.positions, name)
@@ -166,6 +177,14 @@ class TimmBackbone(StagedBackbone):
             self.indices[name] = index
             self.channels[name], self.strides[name] = feature["num_chs"], feature["reduction"]
         self.stage_names = (*(() if "stem" in self.ends else ("stem",)), *self.ends)
+
+    def _level_norm(self, wanted: bool | None) -> float | None:
+        if self.is_plain and wanted is not None:
+            raise UserError(f"backbone {self.architecture}: level_norm is for hierarchical models; leave it out")
+        if not isinstance(wanted, bool) and wanted is not None:
+            raise UserError(f"backbone {self.architecture}: level_norm is True or False, not {wanted!r}")
+        usual = LEVEL_NORMS.get(type(self.model).__name__)
+        return usual if wanted is None else (usual or 1e-6) if wanted else None
 
     def _parts(self) -> dict[str, list[str]]:
         """Names of the parameters of every stage: those registered up to the end of the stage's last module."""
@@ -235,14 +254,19 @@ class TimmBackbone(StagedBackbone):
 
     def resized(self, x: Tensor) -> Tensor:
         """Resize images so that a map of this plain ViT has ceil(H / map_stride) x ceil(W / map_stride) pixels."""
-        size = [-(-side // self.map_stride) * self.patch for side in x.shape[2:]]
-        if list(x.shape[2:]) == size:
-            return x
-        if self.map_stride == self.patch:
-            return F.pad(x, (0, size[1] - x.shape[3], 0, size[0] - x.shape[2]))
-        whole = [-(-side // self.map_stride) * self.map_stride for side in x.shape[2:]]
-        x = F.pad(x, (0, whole[1] - x.shape[3], 0, whole[0] - x.shape[2]))
-        return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=self.patch < self.map_stride)
+        return resized_to_stride(x, self.patch, self.map_stride)
+
+
+def resized_to_stride(x: Tensor, patch: int, stride: int) -> Tensor:
+    """Resize (B, 3, H, W) to ceil(H / stride) x ceil(W / stride) patches, padded with zeros to a multiple of stride."""
+    size = [-(-side // stride) * patch for side in x.shape[2:]]
+    if list(x.shape[2:]) == size:
+        return x
+    whole = [-(-side // stride) * stride for side in x.shape[2:]]
+    x = F.pad(x, (0, whole[1] - x.shape[3], 0, whole[0] - x.shape[2]))
+    if stride == patch:
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=patch < stride)
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
@@ -282,7 +306,8 @@ def create(name: str, *, pretrained: bool, image_size: int | None, **options: An
     sized = {"img_size": image_size} if image_size else {}
     for flexible in ({"dynamic_img_size": True}, {"strict_img_size": False}, sized, {}):
         try:
-            return timm.create_model(name, pretrained=pretrained, num_classes=0, **options, **flexible)
+            with quiet_hub():
+                return timm.create_model(name, pretrained=pretrained, num_classes=0, **options, **flexible)
         except TypeError as error:  # the family has no such argument
             if flexible and any(key in str(error) for key in flexible):
                 continue
@@ -291,13 +316,29 @@ def create(name: str, *, pretrained: bool, image_size: int | None, **options: An
             reason = error
         break
     said = " ".join(str(reason).split())[:200] or type(reason).__name__
-    remedy = (
-        "connect to the hub once (weights are then in its cache), or give the weights as a file, or use "
-        f"random:{PREFIX}{name} for an untrained one"
-        if pretrained
-        else "choose another model or other options"
-    )
+    remedy = "choose another model or other options"
+    if pretrained:
+        remedy = f"give its weights as a file, or use random:{PREFIX}{name} for an untrained one"
+        if isinstance(reason, OSError) or type(reason).__module__.partition(".")[0] in _OF_THE_HUB:
+            raise UserError(
+                f"backbone {PREFIX}{name}: its weights are not in the cache and cannot be fetched "
+                f"({type(reason).__name__}); connect to the hub once, {remedy}"
+            )
     raise UserError(f"backbone {PREFIX}{name}: timm could not build it ({said}); {remedy}")
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Keep the hub's client from logging its retries: what fails in the end is one error."""
+    loggers = [logging.getLogger(name) for name in _OF_THE_HUB]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def pixels(model: nn.Module) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

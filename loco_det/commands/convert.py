@@ -6,8 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
+from loco_det.backbones.own import HF_PREFIX
 from loco_det.backbones.timm_models import PREFIX
 from loco_det.convert.conversion import convert
+from loco_det.convert.hf_models import write_keys
 from loco_det.convert.inspect import inspect
 from loco_det.convert.report import Account
 from loco_det.convert.stated import Stated
@@ -17,7 +19,7 @@ from loco_det.core.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """INPUT, OUTPUT and the facts that a file does not record."""
-    told = "a .pth, .pt, .tar, .ckpt, .bin, .safetensors or .pkl; or timm:NAME for timm's own weights"
+    told = "a .pth, .pt, .tar, .ckpt, .bin, .safetensors or .pkl; timm:NAME for timm's own weights; hf:FOLDER"
     parser.add_argument("input", metavar="INPUT", help=told)
     parser.add_argument(
         "output",
@@ -85,6 +87,9 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.output is None:
         raise UserError(f"{args.input}: give an OUTPUT to convert it to, or --inspect to look at it")
+    if args.input.startswith(HF_PREFIX):
+        _write_keys(args)
+        return
     options = {"branch": args.branch, "drop": args.drop, "stated": read_stated(args)}
     architecture = args.architecture or (args.input if args.input.startswith(PREFIX) else None)
     account: Account | TimmAccount
@@ -101,3 +106,32 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps({**account.facts(), "written": written}))
     elif not args.quiet:
         print("\n".join([*account.lines(), "", f"wrote {' and '.join(written)}"]))
+
+
+def _write_keys(args: argparse.Namespace) -> None:
+    """Write the keys of a model of transformers, and print its stages and what of its checkpoint is not used."""
+    given = {
+        "--architecture": args.architecture,
+        "--branch": args.branch,
+        "--drop": args.drop,
+        "--image": args.image,
+        "the pixels' options": read_stated(args),
+    }
+    for option, value in given.items():
+        if value:
+            raise UserError(f"{args.input}: states its network and its pixels itself; leave {option} out")
+    backbone = write_keys(args.input, args.output)
+    facts = {
+        "architecture": backbone.architecture,
+        "pixels": {"order": backbone.order, "mean": backbone.pixel_mean, "std": backbone.pixel_std},
+        "stages": {name: {"channels": backbone.channels[name], "stride": s} for name, s in backbone.strides.items()},
+        "dropped": backbone.dropped,
+        "written": [args.output],
+    }
+    if args.json:
+        print(json.dumps(facts))
+    elif not args.quiet:
+        stages = ", ".join(f"{name} (stride {stride})" for name, stride in backbone.strides.items())
+        print(f"backbone   {args.input}\nmaps       {stages}")
+        print(f"pixels     {backbone.order}, mean {backbone.pixel_mean}, std {backbone.pixel_std}")
+        print(f"not used   {len(backbone.dropped)} tensors {' '.join(backbone.dropped[:3])}\n\nwrote {args.output}")

@@ -341,10 +341,15 @@ def _shared_memory() -> Check:
 
 def _weights(cfg: Any, settings: Any, path: str) -> Check:
     """Load them into the configured model exactly as training would."""
+    from loco_det.backbones.own import WITH_WEIGHTS
     from loco_det.detection.keys import check_supported
     from loco_det.detection.rcnn import build_model
     from loco_det.detection.weights import apply_weights, read_weights
 
+    if not path and cfg.MODEL.BACKBONE.NAME.startswith(WITH_WEIGHTS):
+        check_supported(cfg, settings)
+        build_model(cfg)
+        return Check("weights", "ok", f"{cfg.MODEL.BACKBONE.NAME} has its own weights and fits the config")
     if not path:
         return Check("weights", "note", "MODEL.WEIGHTS is empty: random values", "pretrain or convert a backbone")
     weights = read_weights(path)

@@ -65,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export-onnx", type=Path, metavar="PATH", help="also export the detector to ONNX, and check it"
     )
-    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="configuration overrides")
+    parser.add_argument(
+        "--opts", nargs="*", default=[], metavar="KEY VALUE", help="overrides, e.g. TEST.AUG.ENABLED True"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -88,6 +90,8 @@ def run(args: argparse.Namespace) -> None:
         engine.check(cfg, settings)
     if _is_segmentor(cfg) and (args.score_threshold is not None or args.export_onnx):
         raise UserError("a SemanticSegmentor takes no --score-threshold (every pixel has a class) nor --export-onnx.")
+    if args.export_onnx and cfg.TEST.AUG.ENABLED:
+        raise UserError("--export-onnx exports one pass over an image; set TEST.AUG.ENABLED False, or leave one out.")
     media, unreadable, written = _claimed(args, cfg)
     setup_logging(args.out)
     model, cfg = load_detector(cfg, engine)
@@ -95,6 +99,8 @@ def run(args: argparse.Namespace) -> None:
     if args.export_onnx:
         export(model, cfg, engine, media, args.export_onnx)
     speed_up(model, not args.exact)
+    if cfg.TEST.AUG.ENABLED and not _is_segmentor(cfg):
+        model = engine.augment(cfg, model)
     record_places(args.out, written, planned=True)
     predict(model, cfg, engine, media, names, args.out, args.batch_size, not args.no_pictures, unreadable)
     record_places(args.out, written, planned=False)

@@ -1,6 +1,6 @@
 """The command `sweep`: trains every backbone with every seed on every fraction of the training images.
 
-    OUT/backbones/NAME.pkl              converted backbones
+    OUT/backbones/NAME.pkl              converted backbones; of timm:NAME .safetensors
     OUT/NAME/fraction-0.1_seed-0/       a cell: the run's OUTPUT_DIR, with train.txt, its output
         result.json                     exists only once the cell is done
     OUT/sweep.json                      all cells
@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,14 @@ from fvcore.common.config import CfgNode
 from rich.console import Console
 from rich.table import Table
 
+from loco_det.backbones import own, timm_models
+from loco_det.backbones.artifact import HEADER_KEY, decode_manifest, load_backbone
+from loco_det.backbones.hf_models import HfBackbone
+from loco_det.backbones.own import OTHER_BACKBONES, WITH_WEIGHTS
+from loco_det.backbones.resnet import tensors_hash
 from loco_det.convert import convert
+from loco_det.convert.load import safetensors_metadata
+from loco_det.convert.timm_models import convert_timm
 from loco_det.core import config
 from loco_det.core.errors import UserError
 from loco_det.core.files import file_sha256, read_checked_json, write_checked_json, write_json
@@ -43,6 +51,7 @@ from loco_det.core.metrics import check_wandb
 from loco_det.detection.feature_cache import check_cacheable
 from loco_det.detection.keys import load_cfg
 from loco_det.detection.train import choose_engine
+from loco_det.detection.weights import is_same_model
 from loco_det.report.runs import MEASURES, last_scores
 
 RESULT = "result.json"
@@ -51,7 +60,13 @@ OUTPUT = "train.txt"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The grid, options for every cell, and the launcher."""
-    parser.add_argument("--backbones", nargs="+", required=True, metavar="[NAME=]FILE", help="anything `convert` reads")
+    parser.add_argument(
+        "--backbones",
+        nargs="+",
+        required=True,
+        metavar="[NAME=]BACKBONE",
+        help="a file that `convert` reads or wrote, timm:NAME, hf:FOLDER, or python:package.module:function",
+    )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="a detection config, as for `train`")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
@@ -61,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=("auto", "torchvision", "detectron2"), default="auto")
     add_launcher_arguments(parser, "cell")
     parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="as for `train`, shared by all cells")
+    parser.add_argument("--train-feature-cache", type=Path, metavar="DIR", help="likewise")
     parser.add_argument("--wandb", metavar="PROJECT", help="as for `train`, for every cell")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="overrides for every cell")
 
@@ -83,6 +99,19 @@ class Cell:
     command: list[str]
 
 
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone as `train` takes it.
+
+    Attributes:
+        content: hash of its weights.
+        keys: what puts it under a detector; MODEL.WEIGHTS at least.
+    """
+
+    content: str
+    keys: dict[str, Any]
+
+
 def run(args: argparse.Namespace) -> int:
     """Run unfinished cells; returns 1 if a cell failed.
 
@@ -93,15 +122,15 @@ def run(args: argparse.Namespace) -> int:
     setup_logging(args.out)
     failed: dict[str, str] = {}
     cells: list[Cell] = []
-    for name, file in _named(args.backbones).items():
+    cfg = _config(args)
+    for name, source in _named(args.backbones).items():
         try:
-            cells += _cells(args, shared, name, _weights(args.out, name, file))
+            cells += _cells(args, shared, name, _backbone(args.out, name, source, cfg.MODEL.BACKBONE.NAME))
         except UserError as error:  # concerns this backbone only
             log.error("%s: %s", name, error)
             failed[name] = str(error)
     waiting = [cell for cell in cells if not _is_done(cell)]
     log.info("%d cells, %d of them done; what one prints is in its %s", len(cells), len(cells) - len(waiting), OUTPUT)
-    cfg = _config(args)
     told = {"on_cpu": cfg.MODEL.DEVICE == "cpu", "workers": cfg.DATALOADER.NUM_WORKERS}
     with Progress(len(waiting), "cells") as progress:
         for cell, problem in launch_all(args, waiting, run_cell, **told):
@@ -129,8 +158,9 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
     cfg, settings = load_cfg(args.config_file, args.set)
     engine = choose_engine(args.engine)
     engine.check(cfg, settings)  # an error here would fail every cell
-    if args.feature_cache:
-        check_cacheable(cfg, engine.name)
+    for folder, training in ((args.feature_cache, False), (args.train_feature_cache, True)):
+        if folder:
+            check_cacheable(cfg, engine.name, training=training)
     common = config.changed(cfg, OUTPUT_DIR="", SEED=0, **{"MODEL.WEIGHTS": ""})
     return {"config": common.dump(), "engine": args.engine, "num_gpus": args.num_gpus}
 
@@ -139,27 +169,65 @@ def _config(args: argparse.Namespace) -> CfgNode:
     return load_cfg(args.config_file, args.set)[0]
 
 
-def _named(backbones: list[str]) -> dict[str, Path]:
-    """Return {name: file}; without NAME= a file is named after itself, or its folder if its own name is generic."""
-    found: dict[str, Path] = {}
+def _named(backbones: list[str]) -> dict[str, str]:
+    """Return {name: source}; without NAME= a file is named after itself, or its folder if its own name is generic."""
+    found: dict[str, str] = {}
     for text in backbones:
-        name, equals, file = text.partition("=")
-        path = Path(file if equals else text)
-        if not equals:
+        name, equals, source = text.partition("=")
+        if text.startswith((timm_models.PREFIX, *WITH_WEIGHTS)):  # an equals sign is of its options
+            name, source = re.split(r"[:/]", text.partition("?")[0])[-1], text
+        elif not equals:
+            path, source = Path(text), text
             name = path.parent.name if path.stem in ("backbone", "backbone_d2") and path.parent.name else path.stem
         if not name or name in found or name == "backbones" or "/" in name:
             raise UserError(
-                f"--backbones {text}: {name!r} is not a valid name here, or is used twice; write NAME={path}"
+                f"--backbones {text}: {name!r} is not a valid name here, or is used twice; write NAME={source}"
             )
-        found[name] = path
+        found[name] = source
     return found
 
 
+def _backbone(out: Path, name: str, source: str, configured: str) -> Backbone:
+    """Return a backbone as `train` takes it: a file is used as it is, or converted once.
+
+    `configured` is the configuration's MODEL.BACKBONE.NAME; it stays if it is the same model with more options.
+    """
+    if source.startswith(own.PREFIX):
+        module = own.find(source)
+        return Backbone(tensors_hash(module.state_dict().items()), {"MODEL.BACKBONE.NAME": source, "MODEL.WEIGHTS": ""})
+    if source.startswith(own.HF_PREFIX):
+        model = HfBackbone(source.removeprefix(own.HF_PREFIX))
+        pixels = _pixel_keys(model.order, model.pixel_mean, model.pixel_std)
+        keys = {"MODEL.BACKBONE.NAME": source, "MODEL.WEIGHTS": "", **pixels}
+        return Backbone(tensors_hash(model.state_dict().items()), keys)
+    if source.startswith(timm_models.PREFIX):
+        weights = out.absolute() / "backbones" / f"{name}.safetensors"
+        if not weights.is_file() or load_backbone(weights)[1].architecture != source:
+            log.info("%s: taking %s", name, source)
+            convert_timm(source, weights, source)
+    else:
+        weights = _weights(out, name, Path(source))
+    keys: dict[str, Any] = {"MODEL.WEIGHTS": weights}
+    if weights.suffix == ".safetensors":
+        manifest = load_backbone(weights)[1]
+        if not is_same_model(manifest.architecture, configured, True):
+            keys["MODEL.BACKBONE.NAME"] = manifest.architecture
+        keys.update(_pixel_keys(manifest.channel_order, manifest.pixel_mean, manifest.pixel_std))
+    return Backbone(_sha256(weights), keys)
+
+
+def _pixel_keys(order: str, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    return {"INPUT.FORMAT": order, "MODEL.PIXEL_MEAN": list(mean), "MODEL.PIXEL_STD": list(std)}
+
+
 def _weights(out: Path, name: str, file: Path) -> Path:
-    """Return weights for `train`: the file itself if it is a .pkl, else its conversion, made once."""
+    """Return weights for `train`: the file itself if it is a .pkl or timm's, else its conversion, made once."""
     if file.suffix == ".pkl":
         if not file.is_file():
             raise UserError(f"{file}: no such file; correct the path")
+        return file.absolute()
+    header = safetensors_metadata(file).get(HEADER_KEY) if file.is_file() else None
+    if header is not None and decode_manifest(header, file).architecture.startswith(OTHER_BACKBONES):
         return file.absolute()
     target, note = out.absolute() / "backbones" / f"{name}.pkl", out / "backbones" / f"{name}.json"
     source, made = _sha256(file), read_checked_json(note) or {}
@@ -177,15 +245,17 @@ def _sha256(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror}); correct the path") from error
 
 
-def _cells(args: argparse.Namespace, shared: dict[str, Any], name: str, weights: Path) -> list[Cell]:
-    content = _sha256(weights)
+def _cells(args: argparse.Namespace, shared: dict[str, Any], name: str, backbone: Backbone) -> list[Cell]:
     cells = []
+    more = {key: str(value) for key, value in backbone.keys.items() if key != "MODEL.WEIGHTS"}
+    shared = {**shared, **({"backbone": more} if more else {})}
     for fraction in dict.fromkeys(args.fractions):  # a repeated cell would count as two seeds
         for seed in dict.fromkeys(args.seeds):
-            facts = {**shared, "weights": content, "fraction": fraction, "seed": seed}
+            facts = {**shared, "weights": backbone.content, "fraction": fraction, "seed": seed}
             key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
             folder = args.out.absolute() / name / f"fraction-{_digits(fraction)}_seed-{seed}"
-            cells.append(Cell(name, fraction, seed, folder, key, _command(args, weights, fraction, seed, folder)))
+            command = _command(args, backbone.keys, fraction, seed, folder)
+            cells.append(Cell(name, fraction, seed, folder, key, command))
     for cell in cells:
         record = cell.folder / "cell.json"
         if not record.is_file():
@@ -204,12 +274,13 @@ def _digits(fraction: float) -> str:
     return short if float(short) == fraction else repr(fraction)
 
 
-def _command(args: argparse.Namespace, weights: Path, fraction: float, seed: int, folder: Path) -> list[str]:
+def _command(args: argparse.Namespace, keys: dict[str, Any], fraction: float, seed: int, folder: Path) -> list[str]:
     part = [] if fraction == 1 else ["--fraction", _digits(fraction)]
     more = ["--wandb", args.wandb] if args.wandb else []
-    more += ["--feature-cache", str(args.feature_cache.absolute())] if args.feature_cache else []
-    own = {"MODEL.WEIGHTS": weights, "SEED": seed, "OUTPUT_DIR": folder}
-    overrides = [*args.set, *(str(text) for pair in own.items() for text in pair)]
+    for option, cache in (("--feature-cache", args.feature_cache), ("--train-feature-cache", args.train_feature_cache)):
+        more += [option, str(cache.absolute())] if cache else []
+    last = {**keys, "SEED": seed, "OUTPUT_DIR": folder}
+    overrides = [*args.set, *(str(text) for pair in last.items() for text in pair)]
     options = ["--config-file", args.config_file, "--engine", args.engine, "--resume", *part, *more]
     return command_line(["train", *options, *overrides], args)
 

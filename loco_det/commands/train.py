@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cache the frozen backbone's features of test images in DIR, for later evaluations",
     )
     parser.add_argument(
+        "--train-feature-cache",
+        type=Path,
+        metavar="DIR",
+        help="the same of training images, of one size and mirrored at most",
+    )
+    parser.add_argument(
         "--max-bad-share",
         type=float,
         metavar="S",
@@ -75,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
     engine.check(cfg, settings)
     options = {"engine": engine, "eval_only": args.eval_only, "resume": args.resume, "evaluator": args.evaluator}
     options.update(new_heads=args.new_heads, fast=not args.exact, feature_cache=args.feature_cache)
+    options.update(train_feature_cache=args.train_feature_cache)
     options.update(max_bad_share=args.max_bad_share, wandb=args.wandb)
     launch(_worker, args.num_gpus, cfg, options)
 

@@ -6,12 +6,14 @@ The result is our artifact with timm's names, beside it the keys that a detector
 layouts of other code bases (DINO, DINOv2, MAE, MoCo v3, ConvNeXt, Swin, CLIP, ...); what they leave out without a word
 is found by experiment: a tensor of the file that no tensor of the result depends on must be one of a named kind.
 
-Proof: a vision transformer is compared with `plain_vit`, an independent implementation that reads the file's own names;
-another network with timm's own, loaded from the result.
+Proof: a vision transformer is compared with `plain_vit`, a ConvNeXt or Swin with `hierarchical`, independent
+implementations that read the file's own names; another network with timm's own, loaded from the result.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import sys
@@ -26,9 +28,9 @@ from torch import Tensor
 
 from loco_det.backbones.artifact import HEADER_KEY, Manifest, backbone_tensors, describe, save_backbone
 from loco_det.backbones.timm_models import PREFIX, TimmBackbone, create, parse
+from loco_det.convert import hierarchical, plain_vit
 from loco_det.convert.export import SIGNED, is_fragment
 from loco_det.convert.load import check_sums, in_memory, open_tensors, safetensors_metadata
-from loco_det.convert.plain_vit import LAYOUT, forward
 from loco_det.convert.report import shown
 from loco_det.convert.sources import Pixels, flatten
 from loco_det.convert.stated import Stated
@@ -41,6 +43,7 @@ _FIRST = re.compile(
     r"conv_stem\.weight|conv1\.weight|downsample_layers\.0\.0\.weight|stem\.conv1?\.conv\.weight|"
     r"embeddings\.patch_embedding\.weight|patch_embed1?\.proj\.weight)"
 )
+_OF_RESNET = re.compile(r"(.*[.:])?(layer1|res2)\.0\.conv1\.weight")
 # Tensors that no backbone has: (names behind the prefix or in the whole file, why they are dropped).
 _DROPPED = (
     (r"(.*\.)?num_batches_tracked", "step counters"),
@@ -51,8 +54,12 @@ _DROPPED = (
         "projection",
     ),
     (r"mask_token|masked_embed", "the token of masked patches"),
+    (r"local_cls_norm\..*", "normalisation of pretraining's local crops"),
     (r"decoder.*", "decoder of reconstruction"),
-    (r"(.*\.)?(relative_position_index|attn_mask|relative_coords_table|rope\.periods)", "constants"),
+    (
+        r"(.*\.)?(relative_position_index|attn_mask|relative_coords_table|rope(_embed)?\.periods|qkv\.bias_mask)",
+        "constants",
+    ),
 )
 
 
@@ -215,7 +222,9 @@ def _take(
     if HEADER_KEY in safetensors_metadata(path):
         raise UserError(f"{path}: is a backbone that loco-det wrote already; give it as MODEL.WEIGHTS")
     everything = dict(flatten(path, loaded))
+    _refuse_resnet(path, everything, backbone)
     prefix = _prefix(path, everything, branch, backbone.architecture)
+    _check_activation(path, everything, backbone)
     own = {key.removeprefix(prefix): in_memory(tensor) for key, tensor in everything.items() if key.startswith(prefix)}
     result = _filtered(backbone, own)
     wanted = {n: t for n, t in backbone.model.state_dict().items() if not n.endswith("num_batches_tracked")}
@@ -244,6 +253,7 @@ def _take(
                 f"{path}: pos_embed has {have} positions and {backbone.architecture} {takes}, for another image size; "
                 "give the --architecture of that size"
             )
+    _check_periods(path, own, backbone)
     unused, whole = _unused(backbone, own, {name: result[name] for name in wanted}), _names_of_whole(backbone)
     dropped: dict[str, list[str]] = {}
     for key in everything:
@@ -253,6 +263,8 @@ def _take(
         why = _why(key, short, drop, inside=key.startswith(prefix))
         if why is None and short in whole:
             why = "the model's layers behind its last map"
+        if why is None and short.endswith(".qkv.bias") and _is_without_effect(key, everything):
+            why = "biases that are zero"
         if why is None:
             raise UserError(
                 f"{path}: tensor {key!r} has no place in {backbone.architecture}: give the --architecture that the "
@@ -288,6 +300,37 @@ def _prefix(path: Path, tensors: Mapping[str, Tensor], branch: str | None, archi
     return found[0]
 
 
+def _refuse_resnet(path: Path, tensors: Mapping[str, Tensor], backbone: TimmBackbone) -> None:
+    """Raise UserError if the file holds a ResNet and nothing else, and `backbone` is none."""
+    first = next((name for name in tensors if _OF_RESNET.fullmatch(name)), None)
+    others = [name for name in tensors if _FIRST.fullmatch(name) and not name.endswith("conv1.weight")]
+    if first is not None and not others and not any(_OF_RESNET.fullmatch(name) for name in backbone.model.state_dict()):
+        raise UserError(
+            f"{path}: holds a ResNet ({first}), and {backbone.architecture} is none; leave --architecture out: "
+            f"loco-det convert {path} backbone.pkl"
+        )
+
+
+def _check_activation(path: Path, tensors: Mapping[str, Tensor], backbone: TimmBackbone) -> None:
+    """Raise UserError for OpenAI's CLIP in a model with another activation, which no tensor's shape shows."""
+    activation = getattr(getattr(getattr(backbone.model, "blocks", [None])[0], "mlp", None), "act", None)
+    if "input_resolution" in tensors and type(activation).__name__ != "QuickGELU":
+        raise UserError(
+            f"{path}: is OpenAI's CLIP, whose activation is QuickGELU, and that of {backbone.architecture} is "
+            f"{type(activation).__name__}; give an --architecture with quickgelu in its name, e.g. "
+            f"{PREFIX}vit_base_patch16_clip_quickgelu_224"
+        )
+
+
+def _check_periods(path: Path, own: Mapping[str, Tensor], backbone: TimmBackbone) -> None:
+    """Raise UserError if DINOv3's rotary periods, a constant in its file, are others than the model's."""
+    theirs, ours = own.get("rope_embed.periods"), getattr(getattr(backbone.model, "rope", None), "periods", None)
+    if theirs is None:
+        return
+    if ours is None or theirs.shape != ours.shape or not torch.allclose(theirs.float(), ours.float(), rtol=2**-7):
+        raise UserError(f"{path}: rope_embed.periods are not those of {backbone.architecture}; give its --architecture")
+
+
 def _filtered(backbone: TimmBackbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under timm's names, by the filter of the model's family where timm has one."""
     module = sys.modules[type(backbone.model).__module__]
@@ -295,8 +338,11 @@ def _filtered(backbone: TimmBackbone, tensors: Mapping[str, Tensor]) -> dict[str
     wanted = {name for name in backbone.model.state_dict() if not name.endswith("num_batches_tracked")}
     if renamed is None or wanted <= tensors.keys():
         return dict(tensors)
+    prefix = "visual." if "class_embedding" in tensors else ""  # by which timm knows CLIP's layout
+    given = {prefix + name: tensor for name, tensor in tensors.items()}
     try:
-        return dict(renamed(dict(tensors), backbone.model))
+        with contextlib.redirect_stdout(io.StringIO()):  # timm's filter of DINOv3 prints
+            return dict(renamed(given, backbone.model))
     except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:
         said = " ".join(str(error).split())[:150]
         raise UserError(
@@ -330,6 +376,12 @@ def _names_of_whole(backbone: TimmBackbone) -> set[str]:
         return set(timm.create_model(parse(backbone.architecture)[0], **backbone.options).state_dict())
 
 
+def _is_without_effect(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a bias is zero wherever its mask, if the file has one (DINOv3's keys), lets it through."""
+    bias, mask = in_memory(tensors[key]), tensors.get(f"{key}_mask")
+    return not (bias if mask is None else bias[in_memory(mask) != 0]).any()
+
+
 def _why(key: str, short: str, drop: Sequence[str], *, inside: bool) -> str | None:
     for pattern in drop:
         if fnmatchcase(key, pattern) or fnmatchcase(short, pattern):
@@ -340,6 +392,34 @@ def _why(key: str, short: str, drop: Sequence[str], *, inside: bool) -> str | No
     return None if inside else "beside the chosen backbone"
 
 
+def _independent(backbone: TimmBackbone, own: Mapping[str, Tensor], x: Tensor) -> tuple[str, Tensor] | None:
+    """The last map by a function of the file's tensors, and the name of its network; None for families without one."""
+    model = backbone.model
+    kind = type(model).__name__
+    if backbone.is_plain:
+        tensors = plain_vit.clip_names(own)
+        rope = getattr(model, "rope", None)
+        base = 0.0 if rope is None else rope.temperature if type(rope).__name__ == "RotaryEmbeddingDinoV3" else None
+        known = hasattr(model.blocks[0], "attn") and all(plain_vit.LAYOUT.fullmatch(name) for name in tensors)
+        activation = type(model.blocks[0].mlp.act).__name__
+        is_gated = any(".mlp.w12." in name for name in tensors)
+        if base is None or not known or not (is_gated or activation in ("GELU", "QuickGELU")):
+            return None
+        heads, eps, quick = model.blocks[0].attn.num_heads, model.norm.eps, activation == "QuickGELU"
+        return "vision transformer", plain_vit.forward(tensors, x, heads=heads, eps=eps, base=base, quick=quick)
+    if kind == "ConvNeXt":
+        tensors, block = hierarchical.convnext_names(own), model.stages[0].blocks[0]
+        is_the_authors = type(block.mlp.act).__name__ == "GELU" and block.norm.eps == hierarchical.CONVNEXT_EPS
+        if is_the_authors and all(hierarchical.CONVNEXT.fullmatch(name) for name in tensors):
+            return "ConvNeXt", hierarchical.convnext(tensors, x)
+    if kind in ("SwinTransformer", "SwinTransformerV2"):
+        tensors, attention = hierarchical.swin_names(own), model.layers[0].blocks[0].attn
+        is_resized = any(getattr(attention, "pretrained_window_size", ()))  # positions of another window
+        if all(hierarchical.SWIN.fullmatch(name) for name in tensors) and not is_resized:
+            return "Swin", hierarchical.swin(tensors, x, window=attention.window_size[0])
+    return None
+
+
 @torch.no_grad()
 def _prove(backbone: TimmBackbone, own: Mapping[str, Tensor]) -> dict[str, Any]:
     """Compare the last map of the result with the source's network in float64, on an image of the model's own size."""
@@ -347,10 +427,9 @@ def _prove(backbone: TimmBackbone, own: Mapping[str, Tensor]) -> dict[str, Any]:
 
     from loco_det.convert.prove import TOLERANCE, difference, made_image  # lazy: it imports torchvision
 
-    config = backbone.model.pretrained_cfg
     embedding = getattr(backbone.model, "patch_embed", None)
     built_for = getattr(embedding, "img_size", None) if backbone.is_plain else None
-    height, width = built_for or config["input_size"][1:]
+    height, width = built_for or 2 * (backbone.image_size,)
     picture = torch.from_numpy(made_image(height, width)).permute(2, 0, 1)[None].double()
     mean, std = (
         torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (backbone.pixel_mean, backbone.pixel_std)
@@ -358,12 +437,12 @@ def _prove(backbone: TimmBackbone, own: Mapping[str, Tensor]) -> dict[str, Any]:
     x = (picture - mean) / std
     model = backbone.double()
     found = list(model(x).values())[-1]
-    has_rope = getattr(model.model, "rope", None) is not None
-    if backbone.is_plain and not has_rope and all(LAYOUT.fullmatch(name) for name in own):
-        heads, eps = model.model.blocks[0].attn.num_heads, model.model.norm.eps
-        expected = forward({name: tensor.double() for name, tensor in own.items()}, x, heads=heads, eps=eps)
-        witness = "an independent vision transformer that reads the file's names"
+    independent = _independent(backbone, {name: tensor.double() for name, tensor in own.items()}, x)
+    if independent is not None:
+        kind, expected = independent
+        witness = f"an independent {kind} that reads the file's names"
     else:
+        config = backbone.model.pretrained_cfg
         network = create(config["architecture"], pretrained=False, image_size=None, **backbone.options).double().eval()
         network.load_state_dict(model.model.state_dict(), strict=False)  # layers behind the last map stay random
         outputs: list[Tensor] = []

@@ -1,9 +1,12 @@
-"""Caches the features of a frozen backbone on disk, for evaluations that repeat the same images.
+"""Caches the features of a frozen backbone on disk, for evaluations and trainings that repeat the same images.
 
 In a sweep over seeds or shares of the data, all detectors share one frozen backbone. With a cache each test image goes
 through it once: DIR gets one file per image, named by the hash of everything its content depends on, so files are never
 stale and several runs can share DIR. Reading returns the computed features bit for bit, in the same layout and the
 network's dtype (float32, except under autocast).
+
+Training images are cached as they enter the network, resized, mirrored or not, and padded to their batch's size. Each
+goes through the backbone alone, so that a file does not depend on the others of its batch.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from loco_det.convert.load import load_tensors
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, check_writable
 from loco_det.core.log import log
+from loco_det.core.own_keys import own_value
 
 Features = dict[str, Tensor]
 
@@ -89,20 +93,36 @@ def _read(path: Path, device: torch.device) -> Features | None:
     return {name: tensor.to(device) for name, tensor in features.items()}
 
 
-def check_cacheable(cfg: CfgNode, engine: str) -> None:
-    """Check that engine and configuration allow a cache, before a model is built.
+def check_cacheable(cfg: CfgNode, engine: str, *, training: bool = False) -> None:
+    """Check that engine and configuration allow a cache of test or of training images, before a model is built.
 
     Raises:
-        UserError: the engine has no cache, or test-time augmentation changes the inputs.
+        UserError: the engine has no cache, or augmentation other than mirroring changes the inputs.
     """
+    option = _option(training)
     if engine != "torchvision":
-        raise UserError("--feature-cache is the torchvision engine's; add --engine torchvision, or leave it out.")
-    if cfg.TEST.AUG.ENABLED:
-        raise UserError("--feature-cache is for images of one fixed size; set TEST.AUG.ENABLED False, or leave it out.")
+        raise UserError(f"{option} is the torchvision engine's; add --engine torchvision, or leave it out.")
+    reason = _varying(cfg) if training else "set TEST.AUG.ENABLED False" if cfg.TEST.AUG.ENABLED else ""
+    if reason:
+        raise UserError(f"{option} is for images of one fixed size; {reason}, or leave it out.")
 
 
-def use_cache(model: nn.Module, cfg: CfgNode, folder: Path) -> None:
-    """Let a loaded detector read its frozen backbone's features from `folder` during evaluation.
+def _varying(cfg: CfgNode) -> str:
+    """What to change so that a training image has one form and its mirror image; empty: nothing."""
+    if own_value(cfg, "INPUT.SCALE_JITTER"):
+        return "set INPUT.SCALE_JITTER ()"
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    if isinstance(sizes, (tuple, list)) and len(set(sizes)) > 1:
+        return f"set INPUT.MIN_SIZE_TRAIN {tuple(sizes)} to one size"
+    return "set INPUT.CROP.ENABLED False" if cfg.INPUT.CROP.ENABLED else ""
+
+
+def _option(training: bool) -> str:
+    return "--train-feature-cache" if training else "--feature-cache"
+
+
+def use_cache(model: nn.Module, cfg: CfgNode, folder: Path, *, training: bool = False) -> None:
+    """Let a loaded detector read its frozen backbone's features from `folder`, in evaluation or in training.
 
     Raises:
         UserError: the backbone is not entirely frozen, or the folder cannot be written.
@@ -113,10 +133,11 @@ def use_cache(model: nn.Module, cfg: CfgNode, folder: Path) -> None:
     moving += [name for name, m in trunk.named_modules() if isinstance(m, BatchNorm) and not is_still(m)]
     if moving:
         raise UserError(
-            f"--feature-cache needs a frozen backbone, but MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT} "
+            f"{_option(training)} needs a frozen backbone, but MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT} "
             f"leaves {moving[0]} to training; raise it (5 freezes everything), or leave the option out."
         )
     check_writable(folder / "features.pt")
     settings = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS.dump()
     identity = tensors_hash(trunk.state_dict().items()), settings, trunk.out_features
-    trunk.cache = FeatureCache(folder, hashlib.sha256(repr(identity).encode()).hexdigest())
+    cache = FeatureCache(folder, hashlib.sha256(repr(identity).encode()).hexdigest())
+    setattr(trunk, "train_cache" if training else "cache", cache)

@@ -18,9 +18,10 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det.backbones import own
+from loco_det.backbones.hf_models import HfBackbone
 from loco_det.backbones.networks import OWN_NETWORKS
 from loco_det.backbones.presnet import PRESNET, PResNet
-from loco_det.backbones.resnet import ResNet, freeze
+from loco_det.backbones.resnet import LayerNorm, ResNet, freeze
 from loco_det.backbones.shufflenet import ShuffleNet
 from loco_det.backbones.timm_models import PREFIX, TimmBackbone, parse
 from loco_det.core.errors import UserError
@@ -38,17 +39,33 @@ class Trunk(nn.Module):
 
     Attributes:
         out_features: the stages whose maps it returns.
+        level_norm_eps: epsilon of a norm that a feature pyramid puts behind each map; None: no norm.
         cache: of features in evaluation.
+        train_cache: of features in training.
+        in_training: the mode that the detector was set to, while a frozen module may stay in evaluation.
     """
 
     size_divisibility = 0
     fast = False  # form of its convolutions; the cache separates the two
     out_features: tuple[str, ...]
     cache: FeatureCache | None = None
+    train_cache: FeatureCache | None = None
+    in_training = True
+    level_norm_eps: float | None = None
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, 3, H, W) normalised images -> {stage: feature} for the stages of `out_features`."""
-        return self._compute(x) if self.training or self.cache is None else self.cache(x, self._compute, self.fast)
+        cache = self.train_cache if self.in_training else self.cache
+        if cache is None:
+            return self._compute(x)
+        if not self.in_training:
+            return cache(x, self._compute, self.fast)
+        found = [cache(one[None], self._compute, self.fast) for one in x]
+        return {name: torch.cat([maps[name] for maps in found]) for name in found[0]}
+
+    def train(self, mode: bool = True) -> Trunk:
+        self.in_training = mode
+        return super().train(mode)
 
     def _compute(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         trained = any(parameter.requires_grad for parameter in self.parameters())
@@ -156,7 +173,8 @@ class FPN(nn.Module):
     Source: FPN section 3; detectron2/modeling/backbone/fpn.py.
 
     Args:
-        bottom_up: the backbone.
+        bottom_up: the backbone; with its `level_norm_eps` each map goes through a LayerNorm, `fpn_norm2` to 5, first.
+            These are of the pyramid: they are trained on a frozen backbone too, as in Swin's and ConvNeXt's code.
         in_features: its stages from fine to coarse, each half the size of the previous one, the last of stride 32.
         out_channels: channels of every level.
         norm: "" for biases instead, or a normalisation's name.
@@ -167,10 +185,11 @@ class FPN(nn.Module):
         super().__init__()
         strides = [bottom_up.strides.get(name) for name in in_features]
         if not strides or None in strides or any(32 >> i != s for i, s in enumerate(reversed(strides))):
+            known = ", ".join(f"{name} (stride {stride})" for name, stride in bottom_up.strides.items())
+            where = " (MODEL.RESNETS.OUT_FEATURES, RES5_DILATION 1)" if isinstance(bottom_up, ResNet) else ""
             raise UserError(
-                f"MODEL.FPN.IN_FEATURES {list(in_features)} has strides {strides}; name neighbouring stages of "
-                "the backbone (MODEL.RESNETS.OUT_FEATURES) from fine to coarse, ending in one of stride 32 "
-                "(RES5_DILATION 1)"
+                f"MODEL.FPN.IN_FEATURES {list(in_features)} has strides {strides}, and {bottom_up.architecture} has "
+                f"{known}; name neighbouring ones from fine to coarse, ending in one of stride 32{where}"
             )
         self.in_features = tuple(in_features)
         self.average = average
@@ -180,6 +199,8 @@ class FPN(nn.Module):
             output = Conv(out_channels, out_channels, 3, norm)
             c2_xavier_fill(lateral)
             c2_xavier_fill(output)
+            if bottom_up.level_norm_eps is not None:
+                self.add_module(f"fpn_norm{level}", LayerNorm(bottom_up.channels[name], bottom_up.level_norm_eps))
             self.add_module(f"fpn_lateral{level}", lateral)
             self.add_module(f"fpn_output{level}", output)
         self.bottom_up = bottom_up
@@ -193,7 +214,10 @@ class FPN(nn.Module):
         outputs: dict[str, torch.Tensor] = {}
         above: torch.Tensor | None = None
         for name, level in reversed(list(zip(self.in_features, self.levels))):
-            x = getattr(self, f"fpn_lateral{level}")(features[name])
+            x = features[name]
+            if self.bottom_up.level_norm_eps is not None:
+                x = getattr(self, f"fpn_norm{level}")(x)
+            x = getattr(self, f"fpn_lateral{level}")(x)
             if above is not None:
                 x = x + F.interpolate(above, scale_factor=2.0, mode="nearest")
                 x = x / 2 if self.average else x
@@ -202,6 +226,32 @@ class FPN(nn.Module):
         coarsest = self.levels[-1]
         outputs[f"p{coarsest + 1}"] = F.max_pool2d(outputs[f"p{coarsest}"], kernel_size=1, stride=2)
         return {name: outputs[name] for name in self.strides}
+
+
+class HfTrunk(Trunk, HfBackbone):
+    """A detector's model of transformers, `hf:FOLDER`, its first MODEL.BACKBONE.FREEZE_AT stages frozen.
+
+    MODEL.FPN.IN_FEATURES names its maps: stages of a hierarchical one, `stageN` of a plain transformer, and none for
+    that of its last block.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        wanted = list(cfg.MODEL.FPN.IN_FEATURES)
+        super().__init__(cfg.MODEL.BACKBONE.NAME.removeprefix(own.HF_PREFIX), map_stride=STRIDE, maps=wanted)
+        self._check_pixels(cfg)
+        self.out_features = tuple(wanted or list(self.channels)[-1:]) if self.is_plain else tuple(wanted)
+        if self.is_plain:
+            self.channels = {stage: self.channels[stage] for stage in self.out_features}
+            self.strides = dict.fromkeys(self.out_features, STRIDE)
+        self.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
+
+    def _check_pixels(self, cfg: CfgNode) -> None:
+        pairs = [("INPUT.FORMAT", cfg.INPUT.FORMAT, self.order)]
+        for key, theirs in (("PIXEL_MEAN", self.pixel_mean), ("PIXEL_STD", self.pixel_std)):
+            pairs.append((f"MODEL.{key}", [round(v, 2) for v in cfg.MODEL[key]], [round(v, 2) for v in theirs]))
+        for key, given, theirs in pairs:
+            if given != theirs:
+                raise UserError(f"{self.architecture} was made with {key} {theirs} and the configuration has {given}")
 
 
 class OwnTrunk(Trunk, own.OwnBackbone):
@@ -225,8 +275,9 @@ def build_backbone(cfg: CfgNode) -> ResNetTrunk | FPN | SimpleFeaturePyramid:
     """Build the backbone named by MODEL.BACKBONE.NAME, its first MODEL.BACKBONE.FREEZE_AT stages frozen."""
     fpn = cfg.MODEL.FPN
     kind = cfg.MODEL.BACKBONE.NAME.partition(":")[0] + ":"
-    if kind in (PREFIX, own.PREFIX):
-        trunk = TimmTrunk(cfg) if kind == PREFIX else OwnTrunk(cfg)
+    others = {PREFIX: TimmTrunk, own.HF_PREFIX: HfTrunk, own.PREFIX: OwnTrunk}
+    if kind in others:
+        trunk = others[kind](cfg)
         if trunk.is_plain:
             return SimpleFeaturePyramid(trunk, fpn.OUT_CHANNELS, fpn.NORM)
     elif cfg.MODEL.BACKBONE.NAME in OWN_NETWORKS:

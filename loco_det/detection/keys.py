@@ -40,6 +40,7 @@ MODEL_KEYS: dict[str, tuple[Any, ...] | None] = {
         "build_resnet_fpn_backbone",
         *OWN_NETWORKS,
         "timm:NAME",
+        "hf:FOLDER",
         "python:package.module:function",
     ),
     "MODEL.BACKBONE.FREEZE_AT": None,

@@ -8,10 +8,12 @@ Shape legend: the image is (3, H, W), D detections, M mask side.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +97,7 @@ def export_onnx(model: nn.Module, image: Tensor, path: Path) -> dict[str, float]
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with torch.no_grad():
-                _trace(network, image, temporary)
+                _trace_or_refuse(network, image, temporary)
                 session = runtime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
                 differences = [_difference(network, session, view) for view in (image, image.flip(2))]
             largest = {name: max(d[name] for d in differences) for name in differences[0]}
@@ -133,6 +135,18 @@ def check_exportable(model: nn.Module) -> None:
         raise UserError("deformable stages (MODEL.RESNETS.DEFORM_ON_PER_STAGE) cannot be exported to ONNX.")
 
 
+def _trace_or_refuse(network: OneImage, image: Tensor, path: Path) -> None:
+    try:
+        _trace(network, image, path)
+    except UserError:
+        raise
+    except Exception as error:  # timm's and users' networks hold anything
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"this network cannot be exported to ONNX ({said}); predict with its checkpoint here"
+        ) from error
+
+
 def _trace(network: OneImage, image: Tensor, path: Path) -> None:
     names = ["boxes", "scores", "classes", *(["masks"] if network.model.roi_heads.mask_on else [])]
     options: dict[str, Any] = {}
@@ -140,7 +154,7 @@ def _trace(network: OneImage, image: Tensor, path: Path) -> None:
         "dynamo" in inspect.signature(torch.onnx.export).parameters
     ):  # since torch 2.5; it does not support NMS's output sizes
         options["dynamo"] = False
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_antialias():
         warnings.simplefilter("ignore")  # about sizes that become constants, as intended
         torch.onnx.export(
             network,
@@ -152,6 +166,31 @@ def _trace(network: OneImage, image: Tensor, path: Path) -> None:
             dynamic_axes={name: {0: "detections"} for name in names},
             **options,
         )
+
+
+@contextlib.contextmanager
+def _without_antialias() -> Iterator[None]:
+    """Let antialiased resizing, which ONNX lacks at this opset, be two matrix products with the same weights.
+
+    Transformers resize their position embeddings and, with patches of another size than 16, the image so.
+    """
+    resize = nn.functional.interpolate
+
+    def products(x: Tensor, size: Any = None, *args: Any, antialias: bool = False, **options: Any) -> Tensor:
+        if not antialias or x.ndim != 4 or size is None:
+            return resize(x, size, *args, antialias=antialias, **options)
+        height, width = (int(side) for side in x.shape[2:])
+        new_height, new_width = (int(side) for side in ((size, size) if isinstance(size, int) else size))
+        rows, columns = (torch.eye(side, dtype=x.dtype)[None, None] for side in (height, width))
+        down = resize(rows, (new_height, height), *args, antialias=True, **options)
+        across = resize(columns, (width, new_width), *args, antialias=True, **options)
+        return down.detach() @ x @ across.detach()
+
+    nn.functional.interpolate = products
+    try:
+        yield
+    finally:
+        nn.functional.interpolate = resize
 
 
 def _difference(network: OneImage, session: Any, image: Tensor) -> dict[str, float]:

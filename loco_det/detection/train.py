@@ -57,6 +57,7 @@ def train_net(
     evaluator: str = "hotcoco",
     fast: bool = False,
     feature_cache: Path | None = None,
+    train_feature_cache: Path | None = None,
     max_bad_share: float | None = None,
     wandb: str | None = None,
 ) -> dict[str, Any]:
@@ -72,6 +73,7 @@ def train_net(
         evaluator: "hotcoco" or "pycocotools".
         fast: on a CPU, let the torchvision engine's numbers differ from Detectron2's by rounding (`cpu_speed`).
         feature_cache: cache the frozen backbone's features of test images in this folder.
+        train_feature_cache: the same of training images, which must have one size.
         max_bad_share: tolerated share of training images that fail to decode; None for the torchvision engine's
             default. Detectron2's loader tolerates none.
         wandb: W&B project to log metrics.json to.
@@ -96,8 +98,10 @@ def train_net(
         engine = tolerant(engine, max_bad_share)
     log_engine(engine)
     check_evaluator(cfg, evaluator)
-    if feature_cache is not None:
-        check_cacheable(cfg, engine.name)
+    caches = [(feature_cache, False), (None if eval_only else train_feature_cache, True)]
+    caches = [(folder, training) for folder, training in caches if folder is not None]
+    for _, training in caches:
+        check_cacheable(cfg, engine.name, training=training)
     drawn, written = cfg.SEED < 0, cfg
     with run_folder(cfg.OUTPUT_DIR), RunMetrics(cfg, wandb, resume) as metrics:
         cfg = _prepare(cfg, eval_only)
@@ -110,8 +114,8 @@ def train_net(
         else:
             run = start_run(cfg, engine, model, resume, drawn, new_heads=new_heads)
         _write_config(written)
-        if feature_cache is not None:
-            use_cache(model, cfg, feature_cache)
+        for folder, training in caches:
+            use_cache(model, cfg, folder, training=training)
         if not eval_only:
             train(run, evaluator, metrics)
         results = evaluate_finally(cfg, model, engine, evaluator)

@@ -18,11 +18,10 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from loco_det.backbones import own
 from loco_det.backbones.artifact import Manifest, check_hash, decode_manifest, load_backbone, require_resnet
 from loco_det.backbones.names import to_detectron2, to_torchvision
 from loco_det.backbones.networks import OWN_NETWORKS
-from loco_det.backbones.own import OTHER_BACKBONES
+from loco_det.backbones.own import OTHER_BACKBONES, WITH_WEIGHTS
 from loco_det.backbones.timm_models import PREFIX, family_positions, parse
 from loco_det.backbones.windows import REL_POS
 from loco_det.convert import read_checkpoint
@@ -35,6 +34,7 @@ STAGE = re.compile(r"(stem|res[2-7])\.")
 PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
 # Prefixes of a detector's model of timm: under the pyramid of a plain transformer, and under FPN.
 TIMM_PREFIXES = ("backbone.net.model.", "backbone.bottom_up.model.")
+_OTHER_PREFIXES = (*TIMM_PREFIXES, "backbone.net.module.", "backbone.bottom_up.module.")  # and a user's module
 # Parts of a model of timm that a configuration may leave unused: its final normalisation, and its last blocks.
 _UNUSED = re.compile(r"(fc_)?norm\..*|(blocks|stages|layers|features|s)\.?\d.*|head\..*")
 _PREFIX_TOKENS = ("cls_token", "reg_token")  # unused with windows
@@ -99,7 +99,7 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, new_heads: bool = False) -> 
     """
     path = cfg.MODEL.WEIGHTS
     if not path:
-        own_weights = cfg.MODEL.BACKBONE.NAME.startswith(own.PREFIX)
+        own_weights = cfg.MODEL.BACKBONE.NAME.startswith(WITH_WEIGHTS)
         which = "every layer outside the backbone, which has its own weights," if own_weights else "every layer"
         log.info("MODEL.WEIGHTS is empty: %s starts from random values", which)
         return None
@@ -162,6 +162,7 @@ def apply_weights(model: nn.Module, weights: Weights, cfg: CfgNode, *, new_heads
         UserError: naming the missing, unknown or misshapen tensor, or the contradicting key.
     """
     check_manifest(weights, cfg)
+    _check_kind(weights, cfg)
     if any(_VITDET.match(name) for name in weights.tensors) and cfg.MODEL.BACKBONE.NAME.startswith(PREFIX):
         _check_vitdet(weights, cfg)
         weights.tensors = {_VITDET.sub("backbone.net.model.", n): tensor for n, tensor in weights.tensors.items()}
@@ -177,6 +178,20 @@ def apply_weights(model: nn.Module, weights: Weights, cfg: CfgNode, *, new_heads
     model.load_state_dict(matched, strict=False)
     kind = "backbone" if weights.is_backbone else "detector"
     log.info("loaded %d %s tensors from %s", len(matched), kind, weights.path)
+
+
+def _check_kind(weights: Weights, cfg: CfgNode) -> None:
+    """Refuse weights on a ResNet for another backbone, and the other way round, where no manifest says it."""
+    name = cfg.MODEL.BACKBONE.NAME
+    is_resnet = any(STAGE.match(re.sub(r"^backbone\.(bottom_up\.)?", "", key)) for key in weights.tensors)
+    is_other = any(key.startswith(_OTHER_PREFIXES) for key in weights.tensors)
+    if weights.manifest is None and (is_resnet, is_other)[not name.startswith((PREFIX, *WITH_WEIGHTS))]:
+        kind = "backbone" if weights.is_backbone else "detector"
+        found = "no ResNet" if is_other else "a ResNet"
+        raise UserError(
+            f"{weights.path} is a {kind} with {found} and MODEL.BACKBONE.NAME is {name}; give weights of that "
+            "backbone, or the configuration of these."
+        )
 
 
 def _match_backbone(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
@@ -341,6 +356,11 @@ def check_manifest(weights: Weights, cfg: CfgNode) -> None:
     if weights.manifest is not None:
         m = weights.manifest
         is_timm, is_other = m.architecture.startswith(PREFIX), m.architecture.startswith(OTHER_BACKBONES)
+        if cfg.MODEL.BACKBONE.NAME.startswith(WITH_WEIGHTS):
+            raise UserError(
+                f"{weights.path} is a backbone of {m.architecture} and MODEL.BACKBONE.NAME is "
+                f"{cfg.MODEL.BACKBONE.NAME}, which has weights of its own; leave MODEL.WEIGHTS empty."
+            )
         if is_other != cfg.MODEL.BACKBONE.NAME.startswith(OTHER_BACKBONES):
             build = m.architecture if is_other else "build_resnet_fpn_backbone"
             raise UserError(
@@ -366,7 +386,7 @@ def check_manifest(weights: Weights, cfg: CfgNode) -> None:
         facts = weights.pixels
     ours = pixel_facts(cfg)
     for key, value in facts.items():
-        if key == "MODEL.BACKBONE.NAME" and _is_same_model(value, ours.get(key, ""), weights.is_backbone):
+        if key == "MODEL.BACKBONE.NAME" and is_same_model(value, ours.get(key, ""), weights.is_backbone):
             continue
         if key in ours and not _agree(value, ours[key]):
             raise UserError(
@@ -389,7 +409,7 @@ def pixel_facts(cfg: CfgNode) -> dict[str, Any]:
     return {**facts, **{f"MODEL.{name}": config.value(cfg, f"MODEL.{name}") for name in names}}
 
 
-def _is_same_model(weights: str, ours: str, is_backbone: bool) -> bool:
+def is_same_model(weights: str, ours: str, is_backbone: bool) -> bool:
     """Whether `ours` is timm's model of `weights` with all of its options, and perhaps more, such as drop path.
 
     A backbone may be given windows; a detector was trained with those that its name says.

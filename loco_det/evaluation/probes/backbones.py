@@ -4,6 +4,7 @@
 |---|---|
 | a file | anything that `loco-det convert` reads, and all of our own backbones |
 | `timm:NAME` | timm's model with its pretrained weights, from the local cache or the hub |
+| `hf:FOLDER`, `hf:NAME` | a model of transformers with its weights (extra `hf`) |
 | `random:resnet50`, `random:presnet50-cifar` | our untrained network, BatchNorm measured on training images |
 | `random:timm:NAME` | timm's model untrained; BatchNorm likewise |
 
@@ -23,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD
+from loco_det.backbones.hf_models import HfBackbone
 from loco_det.backbones.networks import NETWORKS, build_network
 from loco_det.backbones.own import OwnBackbone
 from loco_det.backbones.resnet import STAGES, measure_batchnorm, tensors_hash
@@ -158,9 +160,11 @@ def load_backbone_for_probe(
         UserError: no such file or model, or its weights are unavailable.
     """
     kind, _, rest = name.partition(":")
-    if kind not in ("random", "timm") and kind != name and not re.search(r"[\\/.]", kind):
-        raise UserError(f"backbone {name!r}: the kind {kind!r} is unknown; give a file, timm:NAME or random:resnet50")
-    if kind not in ("random", "timm"):
+    if kind not in _KINDS and kind != name and not re.search(r"[\\/.]", kind):
+        raise UserError(
+            f"backbone {name!r}: the kind {kind!r} is unknown; give a file, timm:NAME, hf:FOLDER or random:resnet50"
+        )
+    if kind not in _KINDS:
         model, manifest = read_backbone(name, branch, stated=stated)
         default = 32 if manifest.stem == "cifar" else getattr(model, "image_size", 224)
         size = image_size or manifest.config.get("DATA", {}).get("IMAGE_SIZE", default)
@@ -170,11 +174,19 @@ def load_backbone_for_probe(
     if branch is not None or stated:
         raise UserError(f"backbone {name!r}: --branch and the pixel options are for files; leave them out")
     torch.manual_seed(seed)
+    if kind == "hf":
+        found = HfBackbone(rest, image_size=image_size).eval()
+        facts = {"architecture": name, "source": "transformers"}
+        pixels = (found.order, found.pixel_mean, found.pixel_std)
+        return Backbone(name, found, found.channels, *pixels, found.image_size, facts=facts)
     if kind == "timm":
         return _timm(name, rest, pretrained=True, image_size=image_size)
     if rest.startswith("timm:"):
         return _timm(name, rest.removeprefix("timm:"), pretrained=False, image_size=image_size)
     return _random(name, rest, image_size)
+
+
+_KINDS = ("random", "timm", "hf")
 
 
 def _random(name: str, rest: str, image_size: int | None) -> Backbone:
