@@ -25,9 +25,10 @@ from torch.utils.data import DataLoader
 
 from loco_det.core import log as log_module
 from loco_det.core.device import resolve_device, seed_everything
-from loco_det.core.errors import UserError, raising
+from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, read_regular, write_json
 from loco_det.core.log import Progress, log, log_failure, setup_logging
+from loco_det.core.workers import raising
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -25,9 +25,10 @@ from loco_det.annotations.mapper import DetectionMapper, ProposalsOfImage, sampl
 from loco_det.annotations.registry import Dataset, find_dataset, has_pixels
 from loco_det.core.device import common_seed, usable_cores
 from loco_det.core.distributed import rank, world_size
-from loco_det.core.errors import UserError, raising
+from loco_det.core.errors import UserError
 from loco_det.core.launch import leave_stopping_to_parent
 from loco_det.core.log import log
+from loco_det.core.workers import check_shared_memory, raising, shared
 from loco_det.images.unusable import SUBSTITUTES, Unusable
 
 MAX_BAD_SHARE = 0.01  # tolerated share of training images that fail to decode
@@ -89,6 +90,7 @@ def build_train_loader(
     total, processes = cfg.SOLVER.IMS_PER_BATCH, world_size()
     if total < 1 or total % processes:
         raise UserError(f"SOLVER.IMS_PER_BATCH is {total}, which {processes} processes cannot share equally.")
+    check_room(cfg)
     datasets = [_load(cfg, find_dataset(name), train=True) for name in cfg.DATASETS.TRAIN]
     check_training_classes(cfg, [dataset.paths for dataset in datasets])
     chosen = [_trainable(cfg, dataset) for dataset in datasets]
@@ -350,4 +352,16 @@ def _loader(
 
 
 def _as_list(samples: Sequence[Any]) -> list[Any]:
-    return list(samples)
+    return shared(list(samples))
+
+
+def check_room(cfg: CfgNode) -> None:
+    """Refuse more workers than shared memory has room for: the largest training image, 4:3, times the batch.
+
+    Raises:
+        UserError: as `check_shared_memory`.
+    """
+    short = max(cfg.INPUT.MIN_SIZE_TRAIN, default=0)
+    image = 3 * short * min(cfg.INPUT.MAX_SIZE_TRAIN, short * 4 // 3)
+    workers = min(cfg.DATALOADER.NUM_WORKERS, usable_cores())
+    check_shared_memory(image * cfg.SOLVER.IMS_PER_BATCH, workers, "DATALOADER.NUM_WORKERS")

@@ -32,7 +32,9 @@ RATE_SPAN = 2.5  # deviations from the rule by a larger factor get a note
 NORM_KEYS = tuple(f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD"))
 # In the names of sources and methods of weights that were made with labels, or not trained at all.
 SUPERVISED = ("torchvision", "timm", "msra", "caffe2", "detectron2", "hugging face", "random")
-SMALL_DISK, SMALL_SHARED_MEMORY = 5 * GIB, 1 * GIB
+SMALL_DISK = 5 * GIB
+# Shared memory below which the loader processes of this package's configurations fail, or might.
+LITTLE_SHARED_MEMORY, SMALL_SHARED_MEMORY = GIB // 4, GIB
 CORES_A_GPU = 6  # for about 1200 images a second at 224 pixels, two views each (docs/scale.md)
 
 
@@ -43,14 +45,6 @@ class Check(NamedTuple):
     status: str
     found: str
     advice: str = ""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The optional configuration to check, and the output format."""
-    parser.add_argument("--config-file", metavar="FILE", help="a detection config to check with its data and weights")
-    parser.add_argument("--weights", metavar="FILE", help="weights to check against it, instead of its MODEL.WEIGHTS")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,7 +89,7 @@ def examine() -> list[Check]:
     return [_guarded(name, check) for name, check in checks.items()]
 
 
-def examine_config(config: str, overrides: list[str], weights: str | None = None) -> list[Check]:
+def examine_config(config: str | list[str], overrides: list[str], weights: str | None = None) -> list[Check]:
     """Check a detection configuration, its data sets, and `weights` (None: its MODEL.WEIGHTS).
 
     Raises:
@@ -114,7 +108,8 @@ def examine_config(config: str, overrides: list[str], weights: str | None = None
     def engine() -> Check:
         chosen = train.choose_engine("auto")
         chosen.check(cfg, settings)
-        return Check("config", "ok", f"{config} on the {chosen.name} engine")
+        files = config if isinstance(config, str) else " ".join(config)
+        return Check("config", "ok", f"{files} on the {chosen.name} engine")
 
     def data_set(name: str) -> Check:
         check_kind(cfg, name)
@@ -134,6 +129,7 @@ def examine_config(config: str, overrides: list[str], weights: str | None = None
     checks.append(_guarded("weights", lambda: _weights(cfg, settings, weights or cfg.MODEL.WEIGHTS)))
     checks.append(_guarded("schedule", lambda: _schedule(cfg)))
     checks.append(_guarded("norm", lambda: _norm(cfg, weights or cfg.MODEL.WEIGHTS)))
+    checks.append(_guarded("loaders", lambda: _loaders(cfg)))
     checks.append(_guarded("output", lambda: _disk(Path(cfg.OUTPUT_DIR), "output")))
     return checks
 
@@ -307,7 +303,7 @@ def _data_sets() -> Check:
     root = datasets_root().absolute()
     if found:
         return Check("data sets", "ok", f"{', '.join(found)} under {root}")
-    advice = "set DETECTRON2_DATASETS; layout: docs/datasets.md"
+    advice = "set DETECTRON2_DATASETS to the folder that holds coco/, lvis/, VOC2007/ or cityscapes/"
     return Check("data sets", "note", f"no COCO, LVIS, Pascal VOC or Cityscapes under {root}", advice)
 
 
@@ -331,8 +327,9 @@ def _shared_memory() -> Check:
     size = shutil.disk_usage(folder)
     found = f"{size.free / GIB:.1f} of {size.total / GIB:.1f} GiB free in {folder}"
     if size.free < SMALL_SHARED_MEMORY:
-        advice = "loader processes may die: docker run --shm-size=8g, or DATALOADER.NUM_WORKERS 0"
-        return Check("shared memory", "note", found, advice)
+        advice = "docker run --shm-size=8g, or DATALOADER.NUM_WORKERS 0 (DATA.NUM_WORKERS 0, --workers 0)"
+        status = "fail" if size.free < LITTLE_SHARED_MEMORY else "note"
+        return Check("shared memory", status, found, f"loader processes find no room: {advice}")
     return Check("shared memory", "ok", found)
 
 
@@ -378,6 +375,14 @@ def _schedule(cfg: Any) -> Check:
         advice = f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}: the rate never falls there; shorten SOLVER.STEPS too"
         return Check("schedule", "note", f"SOLVER.STEPS {tuple(late)} are never reached", advice)
     return Check("schedule", "ok", found)
+
+
+def _loaders(cfg: Any) -> Check:
+    """Check that shared memory has room for the configuration's batches, as training would."""
+    from loco_det.annotations.loader import check_room
+
+    check_room(cfg)
+    return Check("loaders", "ok", f"room for the batches of DATALOADER.NUM_WORKERS {cfg.DATALOADER.NUM_WORKERS}")
 
 
 def _norm(cfg: Any, weights: str) -> Check:

@@ -1,11 +1,6 @@
-"""`UserError` for bad input, its transport out of loader workers, and the exit status of an interrupted command."""
+"""`UserError` for bad input, and the exit status of an interrupted command."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
-
-_Batch = TypeVar("_Batch")
 
 LONGEST = 2000  # characters of a sentence
 INTERRUPTED = 130  # as a shell reports SIGINT
@@ -18,10 +13,14 @@ class UserError(Exception):
     The message is one sentence that names the file, key or tensor and the remedy. The command line prints it and exits
     with status 2; any other exception is a bug and keeps its traceback. A hostile name or value in it changes neither
     its one line (unprintable characters are escaped) nor its length (the middle beyond `LONGEST` is left out).
+
+    Attributes:
+        add: arguments after which the command works, if that is all it takes; the command line prints the whole line.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, add: str = "") -> None:
         super().__init__(message if message.isprintable() else "".join(map(_printable, message)))
+        self.add = add
 
     def __str__(self) -> str:
         text = super().__str__()
@@ -30,21 +29,6 @@ class UserError(Exception):
 
 def _printable(character: str) -> str:
     return character if character.isprintable() else character.encode("unicode_escape").decode()
-
-
-def raising(batches: Iterable[_Batch | UserError]) -> Iterator[_Batch]:
-    """Yield a loader's batches; raise the UserErrors that its data set returns as a batch or as a sample in one.
-
-    If a worker raised such an error, the DataLoader would wrap it in the worker's traceback.
-
-    Raises:
-        UserError: the first one found.
-    """
-    for batch in batches:
-        for part in batch if isinstance(batch, list) else (batch,):
-            if isinstance(part, UserError):
-                raise part
-        yield batch
 
 
 def out_of_memory(error: BaseException) -> UserError | None:

@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from loco_det.core import distributed
 from loco_det.core.device import keep_freed_memory, loader_workers, resolve_device
-from loco_det.core.errors import UserError, raising
+from loco_det.core.errors import UserError
 from loco_det.core.launch import leave_stopping_to_parent
+from loco_det.core.workers import check_shared_memory, raising, shared
 from loco_det.images.batched_views import packed
 from loco_det.images.batches import TwoViews, WorkerResult, deliver_decoded, deliver_views, joined, prefetch
 from loco_det.images.decode import decode_image
@@ -266,7 +267,10 @@ def build_two_view_loader(
     if batch < 1 or batch % world_size:
         raise UserError(f"SOLVER.BATCH_SIZE is {batch}; use a multiple of {world_size} processes")
     if batch > len(source):
-        raise UserError(f"SOLVER.BATCH_SIZE is {batch} but DATA.PATH {source.root} has {len(source)} images; lower it")
+        fits = f"SOLVER.BATCH_SIZE {_fitting_batch(len(source), world_size)}"
+        raise UserError(
+            f"SOLVER.BATCH_SIZE is {batch} but DATA.PATH {source.root} has {len(source)} images; add {fits}", add=fits
+        )
     if not 0 <= cfg.DATA.MAX_BAD_SHARE <= 1:
         raise UserError(f"DATA.MAX_BAD_SHARE is {cfg.DATA.MAX_BAD_SHARE}; use a share from 0 to 1")
     device = resolve_device(cfg.DEVICE)
@@ -275,6 +279,7 @@ def build_two_view_loader(
     dataset = (TwoViewDataset if makes is None else DecodedDataset)(source, config, cfg.SEED)
     pin = (makes or device).type == "cuda"
     share, place, workers = batch // world_size, (rank, world_size), cfg.DATA.NUM_WORKERS
+    _check_room(cfg, share, world_size)
     if isinstance(source, TarSource):
         results = _tar_results(dataset, share, cfg.DATA.SHUFFLE_BUFFER, place, workers, pin)
     else:
@@ -285,6 +290,18 @@ def build_two_view_loader(
     return TwoViewLoader(
         source, len(source) // batch, cfg.DATA.MAX_BAD_SHARE, lambda start: prefetch(results(start), device, deliver)
     )
+
+
+def _fitting_batch(images: int, world_size: int) -> int:
+    """The largest power of 2 up to 256 and a quarter of the images, as a multiple of the processes."""
+    most = max(1, min(256, images // 4))
+    return max(1, 2 ** (most.bit_length() - 1) // world_size) * world_size
+
+
+def _check_room(cfg: CfgNode, share: int, world_size: int) -> None:
+    """Refuse more workers than shared memory has room for: two views of each image of a batch."""
+    workers = world_size * loader_workers(cfg.DATA.NUM_WORKERS)
+    check_shared_memory(2 * share * 3 * cfg.DATA.IMAGE_SIZE**2, workers, "DATA.NUM_WORKERS")
 
 
 def augmenting_device(name: str, device: torch.device) -> torch.device | None:
@@ -403,17 +420,13 @@ def loader_of(dataset: Dataset, requests: Any, num_workers: int, pin_memory: boo
         dataset,
         sampler=requests,
         batch_size=None,
-        collate_fn=_as_is,
+        collate_fn=shared,
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0 and requests is not None,
         worker_init_fn=prepare_worker,
         generator=torch.Generator(),  # so that the global generator is not used
     )
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
 
 
 def prepare_worker(_: int = 0) -> None:

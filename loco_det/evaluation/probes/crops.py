@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from loco_det.core.distributed import share_of
-from loco_det.core.errors import UserError, raising
+from loco_det.core.errors import UserError
+from loco_det.core.workers import raising
 from loco_det.evaluation.probes.images import LabelledImages
 from loco_det.images.decode import decode_image
 from loco_det.images.two_views import loader_of

@@ -22,7 +22,8 @@ from torch.utils import data as torch_data
 from loco_det.annotations.pixels import IGNORED
 from loco_det.annotations.registry import Dataset, find_dataset
 from loco_det.annotations.subsets import hashed_order, part_size
-from loco_det.core.errors import UserError, raising
+from loco_det.core.errors import UserError
+from loco_det.core.workers import raising
 from loco_det.evaluation.probes.images import TEST_SHARE
 from loco_det.images.decode import decode_image, read_file
 from loco_det.images.two_views import loader_of
