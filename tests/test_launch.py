@@ -36,17 +36,22 @@ from loco_det.images.two_views import build_two_view_loader
 from pretrain.defaults import get_cfg as pretraining_keys
 
 ROOT = Path(__file__).resolve().parent.parent
+ANSWER = "\nstopping after this step and saving; again to stop now\n"  # once, whatever the number of processes
 
 
-def test_a_signal_waits_for_the_step_and_a_second_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_waits_for_the_step_and_a_second_interrupts(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(launch_module, "_SAME_SIGNAL", 0.0)
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
         assert stop.received is None
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == "SIGTERM"
+        assert capfd.readouterr().err == ANSWER  # at once
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err == ""
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -239,7 +244,7 @@ def test_a_signal_to_the_job_or_its_first_process_lets_all_save(name: str, to: C
     with _job(tmp_path, "saves") as process:
         to(process.pid, signal.Signals[name])
         out, err = process.communicate(timeout=120)
-    assert (out, err) == (f"UserError stopped by {name}\n", "")
+    assert (out, err) == (f"UserError stopped by {name}\n", ANSWER)
     assert len(list(tmp_path.glob("saved*"))) == 2
 
 
@@ -255,7 +260,7 @@ def test_a_second_signal_ends_all_processes_at_once(tmp_path: Path) -> None:
         _until(tmp_path, "told*", process)
         time.sleep(launch_module._SAME_SIGNAL + 0.1)
         os.kill(process.pid, signal.SIGINT)
-        assert process.communicate(timeout=120) == ("KeyboardInterrupt \n", "")
+        assert process.communicate(timeout=120) == ("KeyboardInterrupt \n", ANSWER)
     assert not list(tmp_path.glob("saved*"))
 
 

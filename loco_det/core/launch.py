@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from loco_det.core.device import usable_cores
-from loco_det.core.distributed import local_rank, world_size
+from loco_det.core.distributed import is_main, local_rank, world_size
 from loco_det.core.errors import INTERRUPTED, UserError, out_of_memory
 from loco_det.core.log import is_quiet, log_failure, setup_logging
 
@@ -33,12 +33,14 @@ _TRACEBACK = 4000  # maximum length of a child's; those of all children must fit
 class StopSignal:
     """While active, SIGTERM and SIGINT only set `received`, so that a loop can save and stop between two steps.
 
-    A second signal interrupts at once. Signals within two seconds of the first count as the same request: terminals and
-    schedulers signal every process of a job, and its launcher forwards what it receives.
+    The main process answers the first one at once, on standard error. A second signal interrupts at once. Signals
+    within two seconds of the first count as the same request: terminals and schedulers signal every process of a job,
+    and its launcher forwards what it receives.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, answer: str = "stopping after this step and saving; again to stop now") -> None:
         self.received: str | None = None
+        self.answer = answer if is_main() else ""
 
     def __enter__(self) -> StopSignal:
         self._before = {s: signal.signal(s, self._handle) for s in _STOPS}
@@ -53,6 +55,8 @@ class StopSignal:
     def _handle(self, number: int, _frame: object) -> None:
         if self.received is None:
             self.received, self._until = signal.Signals(number).name, time.monotonic() + _SAME_SIGNAL
+            if self.answer:
+                os.write(2, f"\n{self.answer}\n".encode())  # sys.stderr may be in the middle of a write
         elif time.monotonic() > self._until:
             raise KeyboardInterrupt
 
@@ -121,7 +125,7 @@ def launch(worker: Callable[..., Any], processes: int, *args: Any) -> Any:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = (worker, args, processes, port, errors, is_quiet())
-    with StopSignal() as stop:
+    with StopSignal(answer="") as stop:  # the processes answer
         with _signals_held():  # by the children too, until they are past their imports
             children = torch.multiprocessing.spawn(_spawned, arguments, nprocs=processes, join=False).processes
         killed = _wait(children, stop)
