@@ -21,7 +21,7 @@ from loco_det.backbones.timm_blocks import TimmBlocks
 from loco_det.backbones.timm_models import PREFIX, parse
 from loco_det.core import config
 from loco_det.core.config import Settings
-from loco_det.core.device import keep_freed_memory, resolve_device, seed_everything, set_arithmetic
+from loco_det.core.device import has_bf16_units, keep_freed_memory, resolve_device, seed_everything, set_arithmetic
 from loco_det.core.distributed import barrier, is_main, of_rank_0, on_cpu, same_on_all, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
@@ -221,6 +221,8 @@ def _train(
         )
     parts = cfg.SOLVER.ACCUMULATE
     trainer = local_trainer(learner, stepping, compiler, parts)
+    if _is_slow_bf16(cfg, device):
+        log.warning("SOLVER.AMP is bf16 and this CPU has no units for it: computing in float32, which is faster here")
     log.info(
         "%s: %d images, %d steps of %d images on %s", cfg.METHOD, len(source), total, cfg.SOLVER.BATCH_SIZE, device
     )
@@ -362,9 +364,13 @@ def _input(views: Tensor) -> Tensor:
 def autocast(cfg: CfgNode, device: torch.device) -> Callable[[], object]:
     """Return what makes the context of one forward: SOLVER.AMP."""
     types = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    if cfg.SOLVER.AMP == "none":
+    if cfg.SOLVER.AMP == "none" or _is_slow_bf16(cfg, device):
         return nullcontext
     return lambda: torch.autocast(device.type, types[cfg.SOLVER.AMP])
+
+
+def _is_slow_bf16(cfg: CfgNode, device: torch.device) -> bool:
+    return cfg.SOLVER.AMP == "bf16" and device.type == "cpu" and not has_bf16_units()
 
 
 def measure_statistics(backbone: StagedBackbone, loader: TwoViewLoader) -> None:

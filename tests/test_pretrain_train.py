@@ -26,6 +26,7 @@ from loco_det.backbones.resnet import ResNet
 from loco_det.commands.pretrain import pretrain_file
 from loco_det.convert import read_backbone
 from loco_det.core.config import load_config
+from loco_det.core.device import has_bf16_units
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
 from loco_det.images.folders import open_source
@@ -586,13 +587,40 @@ def test_a_batch_larger_than_the_data_is_refused(images: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("key", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_the_precision_that_was_asked_for_is_used(key: str, dtype: torch.dtype, images: Path, tmp_path: Path) -> None:
+def test_the_precision_that_was_asked_for_is_used(
+    key: str, dtype: torch.dtype, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "has_bf16_units", lambda: True)
     with train.autocast(config(images, tmp_path, SOLVER__AMP=key), torch.device("cpu"))():
         assert torch.is_autocast_enabled("cpu")
         assert torch.get_autocast_dtype("cpu") == dtype
 
 
-def test_mixed_precision_trains(images: Path, tmp_path: Path) -> None:
+def test_bf16_is_off_where_the_cpu_has_no_units_for_it(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(train, "has_bf16_units", lambda: False)
+    pretrain(config(images, tmp_path / "a", SOLVER__AMP="bf16"))
+    pretrain(config(images, tmp_path / "b"))
+    assert [line["loss/res2-res3"] for line in trace(tmp_path / "a")] == [
+        line["loss/res2-res3"] for line in trace(tmp_path / "b")
+    ]
+    assert "no units for it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "has"),
+    [("flags : fpu avx512_bf16 amx_tile", True), ("flags : amx_bf16", True), ("Features : fp asimd bf16", True),
+     ("flags : fpu avx512f avx512bw", False)],
+)  # fmt: skip
+def test_units_for_bf16_are_read_from_the_cpus_flags(flags: str, has: bool, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(flags)
+    assert has_bf16_units(str(tmp_path / "cpuinfo")) is has
+    assert not has_bf16_units(str(tmp_path / "absent"))
+
+
+def test_mixed_precision_trains(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "has_bf16_units", lambda: True)
     pretrain(config(images, tmp_path / "a", SOLVER__AMP="bf16"))
     pretrain(config(images, tmp_path / "b"))
     for low, full in zip(trace(tmp_path / "a")[:1], trace(tmp_path / "b")[:1]):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -103,6 +105,17 @@ def set_arithmetic(device: torch.device, *, benchmark: bool, precision: str = ""
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.backends.cudnn.deterministic = True
         torch.use_deterministic_algorithms(True)
+
+
+@functools.cache
+def has_bf16_units(cpuinfo: str = "/proc/cpuinfo") -> bool:
+    """Whether this CPU computes in bfloat16 itself (AVX512_BF16, AMX, ARM's BF16); emulated, it is slower than float32.
+
+    Only Linux says so; elsewhere the answer is no.
+    """
+    with contextlib.suppress(OSError):
+        return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(Path(cpuinfo).read_text().split()))
+    return False
 
 
 def resolve_device(name: str) -> torch.device:
