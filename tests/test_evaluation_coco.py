@@ -18,15 +18,21 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from loco_det.annotations.instances import Instances
+from loco_det.annotations.registry import Dataset
 from loco_det.core.errors import UserError
+from loco_det.core.log import setup_logging
 from loco_det.evaluation import coco
 from loco_det.evaluation.coco import (
     EVALUATORS,
+    Measure,
     evaluate_coco,
+    format_categories,
     format_results,
     instances_to_coco,
+    log_categories,
     write_results,
 )
+from loco_det.evaluation.measure import Subject
 
 H, W = 90, 120
 CATEGORY_IDS = [9, 2, 5, 30]  # with gaps, not in order; 30 never occurs
@@ -452,7 +458,8 @@ def test_results_that_cannot_be_written_leave_the_old_ones(tmp_path):
 def test_table(tmp_path):
     truth, results = made_up_set(0)
     numbers = evaluate_coco(saved(tmp_path, truth), results)
-    text = format_results(numbers)
+    text = f"{format_results(numbers)}\n\n{format_categories(numbers)}"
+    assert "AP per category" not in format_results(numbers)
     for iou_type in BOTH:
         for name, value in numbers[iou_type].items():
             assert name.removeprefix("AP-") in text
@@ -461,6 +468,27 @@ def test_table(tmp_path):
         lines = block.splitlines()[1:]
         assert len({len(line) for line in lines}) == 1
         assert len({line.count("|") for line in lines}) == 1
+
+
+@pytest.mark.parametrize("count", [1, 20, 21])
+def test_many_categories_go_to_the_file_alone(count: int, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    numbers = {"bbox": {"AP": 1.0, **{f"AP-class {k}": float(k) for k in range(count)}}}
+    setup_logging(tmp_path)
+    log_categories(numbers)
+    shown, whole = capsys.readouterr().err, (tmp_path / "log.txt").read_text()
+    assert all(f"| class {k} " in whole for k in range(count))
+    assert ("| class 0 " in shown) == (count <= 20)
+    assert ("in log.txt and metrics.json" in shown) == (count > 20)
+
+
+def test_no_detection_at_all_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    truth, _ = made_up_set(0)
+    subject = Subject(Dataset("x", tmp_path, saved(tmp_path, truth)), tmp_path / "i", False, (1,), EVALUATORS[0])
+    Measure(subject).write([])
+    assert "no score reached MODEL.ROI_HEADS.SCORE_THRESH_TEST" in caplog.text
+    caplog.clear()
+    Measure(subject).write([GOOD])
+    assert "no score" not in caplog.text
 
 
 # --- Detectron2 itself ------------------------------------------------------------------------------------------

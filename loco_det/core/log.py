@@ -21,7 +21,7 @@ from loco_det.core.files import os_errors
 log = logging.getLogger("loco_det")
 _LINE = "%(asctime)s %(levelname).1s %(message)s"
 _LINE_SECONDS = 10.0  # between two progress lines
-_FILE_ONLY = {"file_only": True}  # marks lines that the terminal shows in another form
+FILE_ONLY = {"file_only": True}  # marks lines that the terminal shows in another form
 _quiet = False
 _display: RichProgress | None = None  # the active display; a bar inside another's block becomes a row of it
 
@@ -91,7 +91,7 @@ def setup_logging(output_dir: str | Path | None = None, quiet: bool | None = Non
 def log_failure(error: BaseException) -> None:
     """Write the error that ends the command to log.txt, with traceback for a bug; the command line prints it itself."""
     bug = not isinstance(error, (UserError, KeyboardInterrupt))
-    log.error("%s", str(error) or type(error).__name__, exc_info=error if bug else None, extra=_FILE_ONLY)
+    log.error("%s", str(error) or type(error).__name__, exc_info=error if bug else None, extra=FILE_ONLY)
 
 
 def is_quiet() -> bool:
@@ -147,7 +147,7 @@ class Progress:
             self.display.update(self.row, completed=self.done, eta=eta, shown=shown)
         if now - self.last_line >= _LINE_SECONDS or self.done >= self.total:
             self.last_line = now
-            destination = _FILE_ONLY if self.display is not None else None
+            destination = FILE_ONLY if self.display is not None else None
             log.info("%s %d/%d eta %s %s", self.description, self.done, self.total, eta, shown, extra=destination)
 
 

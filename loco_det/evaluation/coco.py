@@ -28,11 +28,12 @@ from loco_det.annotations.index import CocoIndex
 from loco_det.annotations.instances import Instances
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
-from loco_det.core.log import log
+from loco_det.core.log import FILE_ONLY, log
 from loco_det.evaluation.bootstrap import Matched, Resamplable, in_every_draw
 from loco_det.evaluation.coco_checks import Detections, GroundTruth, check_results, read_ground_truth
 from loco_det.evaluation.measure import MatchesOnce, Subject
 
+SHOWN_CATEGORIES = 20  # more go to log.txt alone
 EVALUATORS = ("hotcoco", "pycocotools")
 SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 AREAS = {"APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, 1e10)}  # square pixels, both ends inclusive
@@ -252,11 +253,17 @@ class Measure(MatchesOnce):
     def write(self, results: list[dict[str, Any]]) -> None:
         file = write_results(self.folder.parent, results, self.folder.name)
         log.info("%s: %d detections written to %s", self.dataset.name, len(results), file)
+        if not results:
+            log.warning(
+                "0 detections: no score reached MODEL.ROI_HEADS.SCORE_THRESH_TEST; mostly training was too short "
+                "(SOLVER.MAX_ITER) or its rate too low (SOLVER.BASE_LR)"
+            )
 
     def evaluate(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         numbers = self.numbers(results)
         protocol = self.rules or self.evaluator
         log.info("%s, by %s:\n%s", self.dataset.name, protocol, format_results(numbers))
+        log_categories(numbers)
         return numbers
 
     def match(self, results: list[dict[str, Any]]) -> Any:
@@ -316,19 +323,36 @@ def write_results(output_dir: str | Path, results: list[dict[str, Any]], folder:
 
 
 def format_results(results: dict[str, dict[str, float]]) -> str:
-    """Format the numbers of `evaluate_coco` as text tables: a summary and the categories, for each IoU type."""
+    """Format the numbers of `evaluate_coco` as text: a table without the categories for each IoU type."""
     tables = []
     for iou_type, numbers in results.items():
         summary = {name: value for name, value in numbers.items() if not name.startswith("AP-")}
-        categories = {name[3:]: value for name, value in numbers.items() if name.startswith("AP-")}
         tables.append(f"{iou_type} AP:\n" + table([list(summary), [f"{v:.3f}" for v in summary.values()]]))
-        if categories:
-            cells = [cell for name, value in categories.items() for cell in (name, f"{value:.3f}")]
+    return "\n\n".join(tables)
+
+
+def format_categories(results: dict[str, dict[str, float]]) -> str:
+    """Format the AP of each category as text: a table for each IoU type; empty for a single category."""
+    tables = []
+    for iou_type, numbers in results.items():
+        cells = [
+            cell for name, value in numbers.items() if name.startswith("AP-") for cell in (name[3:], f"{value:.3f}")
+        ]
+        if cells:
             columns = min(6, len(cells))
             cells += [""] * (-len(cells) % columns)
             rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
             tables.append(f"{iou_type} AP per category:\n" + table([["category", "AP"] * (columns // 2), *rows]))
     return "\n\n".join(tables)
+
+
+def log_categories(results: dict[str, dict[str, float]]) -> None:
+    """Log the AP of each category; of more than `SHOWN_CATEGORIES` the terminal is told only where it is."""
+    count = max((sum(name.startswith("AP-") for name in numbers) for numbers in results.values()), default=0)
+    if count > SHOWN_CATEGORIES:
+        log.info("AP of each of %d categories: in log.txt and metrics.json of a run, in the --json of evaluate", count)
+    if count:
+        log.info("%s", format_categories(results), extra=FILE_ONLY if count > SHOWN_CATEGORIES else None)
 
 
 def table(rows: list[list[str]]) -> str:
