@@ -185,10 +185,13 @@ def test_the_sheet_shows_each_image_and_its_views(folder):
     check(folder, "--size", 32)
     sheet = cv2.imread("out/two_views.png")
     assert sheet.shape[1] == 2 * (3 * 32 + 8) + 3 * 8  # two groups of three tiles
+    headings = sheet[:20, :, 0] < 200  # one above each of the six pictures
+    for left in (8 + group * (3 * 32 + 8 + 8) + tile * (32 + 4) for group in range(2) for tile in range(3)):
+        assert headings[:, left : left + 32].any()
     views = two_views((folder / "cat" / "0.jpg").read_bytes(), "x", view_config(32, {}), 0, 0, 0)
     for number, shown in enumerate(views):
         left = 8 + (32 + 4) * (1 + number)
-        np.testing.assert_array_equal(sheet[8:40, left : left + 32, ::-1], shown)
+        np.testing.assert_array_equal(sheet[20 + 8 : 20 + 40, left : left + 32, ::-1], shown)
 
 
 # --- annotations ------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from rich.table import Table
 from loco_det import __version__
 from loco_det.annotations.check import Checked, check_coco, check_source, masks_of
 from loco_det.annotations.coco import CocoDataset, match_files
-from loco_det.annotations.formats.conversion import FORMATS, convert_annotations, write_conversion
+from loco_det.annotations.formats.conversion import convert_annotations, write_conversion
 from loco_det.annotations.formats.summary import lines
 from loco_det.annotations.index import CocoIndex, load_index
 from loco_det.annotations.paths import is_annotated, is_path
@@ -27,7 +27,7 @@ from loco_det.core.errors import UserError
 from loco_det.core.files import write_json
 from loco_det.images.folders import open_source
 from loco_det.images.source import Source
-from loco_det.images.views import PRESETS, view_config
+from loco_det.images.views import view_config
 from loco_det.report.contact_sheet import annotated_sheet, two_view_sheet
 from loco_det.report.plots import save_figure
 
@@ -35,7 +35,6 @@ PAIRS, ANNOTATED = 10, 12  # images on the sheets
 IMAGE_FILES = (".tar", ".zip", ".txt")  # files that DATA.PATH accepts besides folders
 BARS, BAR_WIDTH = 20, 30  # classes in the text; characters of the longest bar
 PLOTTED = 100  # classes in histogram.png
-MASKS = ("auto", "polygon", "bitmask", "none")
 
 
 class Target(NamedTuple):
@@ -44,43 +43,6 @@ class Target(NamedTuple):
     name: str
     source: Source | None
     paths: Dataset | None
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to check or convert, and the output."""
-    parser.add_argument(
-        "action",
-        choices=["check", "convert"],
-        help="check: validate a data set and draw samples; convert: annotations to COCO's format",
-    )
-    parser.add_argument(
-        "path",
-        metavar="PATH",
-        help="check: images as for DATA.PATH, or a data set as for DATASETS.TRAIN; convert: a folder or file",
-    )
-    parser.add_argument("to", nargs="?", type=Path, metavar="OUT", help="convert: output folder of annotations/*.json")
-    parser.add_argument(
-        "--annotations", type=Path, metavar="FILE", help="a COCO file for the images in the folder PATH"
-    )
-    parser.add_argument(
-        "--format",
-        default="auto",
-        metavar="FORMAT",
-        help=f"check: of an image set, as DATA.FORMAT; convert: auto, {', '.join(FORMATS)}",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of check.json and pictures (output/data_check/NAME)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help="data workers (default: 4)")
-    parser.add_argument(
-        "--size", type=int, default=224, metavar="PIXELS", help="size of a view on the sheet (default: 224)"
-    )
-    parser.add_argument("--preset", choices=PRESETS, default="simclr", help="the views' augmentation")
-    masks = "check for this INPUT.MASK_FORMAT, or boxes only (default: by the file's masks)"
-    parser.add_argument("--masks", choices=MASKS, default="auto", help=masks)
-    parser.add_argument("--max-bad-share", type=float, default=0.01, metavar="SHARE", help="as DATA.MAX_BAD_SHARE")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the samples and their views")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -237,7 +199,9 @@ def _histogram(classes: dict[str, int], unit: str, out: Path) -> None:
     names, values = zip(*shown[::-1])
     figure = Figure(figsize=(7, 1 + 0.17 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    axes.barh(range(len(shown)), values, color="#0072B2", height=0.75)
+    bars = axes.barh(range(len(shown)), values, color="#0072B2", height=0.75)
+    axes.bar_label(bars, [f"{value:,}" for value in values], padding=2, fontsize=6)
+    axes.margins(x=0.08)  # for the counts
     axes.set_yticks(range(len(shown)), [name[:40] for name in names], fontsize=7, parse_math=False)
     axes.set_ylim(-0.6, len(shown) - 0.4)
     positive = [value for value in values if value]

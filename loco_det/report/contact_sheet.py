@@ -18,6 +18,7 @@ from loco_det.report.drawing import annotated_shapes, draw_instances
 
 _GAP = 8  # pixels between pictures
 _CAPTION = 18  # pixels of text below one
+_HEADING = 20  # pixels of text above the columns
 _PAPER, _INK = 255, (70, 70, 70)
 _LONG = 44  # characters of a caption
 
@@ -38,7 +39,9 @@ def two_view_sheet(images: Sequence[tuple[bytes, str]], config: ViewConfig, seed
         first, second = (np.ascontiguousarray(view.transpose(1, 2, 0)) for view in views)
         row = np.hstack([_fitted(pixels, tile), _blank(tile, _GAP // 2), first, _blank(tile, _GAP // 2), second])
         cells.append(_captioned(row, Path(name).name))
-    _write(_columns(cells, 2), out)
+    sheet = _columns(cells, 2)
+    headings = [(_GAP + column * (cells[0].shape[1] + _GAP), tile) for column in range(min(2, len(cells)))]
+    _write(np.vstack([_headed(sheet.shape[1], headings), sheet]), out)
 
 
 def annotated_sheet(dataset: CocoDataset, images: Sequence[int], out: Path, width: int = 380, columns: int = 3) -> bool:
@@ -96,6 +99,16 @@ def _captioned(picture: np.ndarray, text: str) -> np.ndarray:
     text = text if len(text) <= _LONG else f"...{text[-_LONG:]}"
     cv2.putText(plate, text, (0, _CAPTION - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.38, _INK, 1, cv2.LINE_AA)
     return np.vstack([picture, plate])
+
+
+def _headed(width: int, rows: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Name the three pictures of each (left edge, side of a picture) in a strip of `width`."""
+    strip = _blank(_HEADING, width)
+    for left, tile in rows:
+        for number, text in enumerate(("image", "view 1", "view 2")):
+            place = (left + number * (tile + _GAP // 2), _HEADING - 4)
+            cv2.putText(strip, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, _INK, 1, cv2.LINE_AA)
+    return strip
 
 
 def _columns(cells: Sequence[np.ndarray], count: int) -> np.ndarray:
