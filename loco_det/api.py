@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from loco_det import arguments
 from loco_det.annotations.registry import find_dataset
 from loco_det.backbones import own
 from loco_det.backbones.artifact import backbone_tensors, save_backbone
@@ -130,7 +131,7 @@ def probe(
         raise UserError(f"data {data!r}: give the path of labelled images")
     backbone = backbone if isinstance(backbone, Backbone) else load_backbone(backbone)
     parser = argparse.ArgumentParser(prog="loco_det.probe", exit_on_error=False, add_help=False)
-    probe_command.add_arguments(parser)
+    arguments.probe(parser)
     argv = [backbone.name, "--data", str(data), "--protocol", protocol]
     for name, value in options.items():
         if value is None or value is False:

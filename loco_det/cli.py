@@ -1,15 +1,19 @@
 """The command line: `loco-det COMMAND ...`, and the same jobs for the files in tools/.
 
-A job is a module of `loco_det/commands/` with two functions: `add_arguments` adds its arguments to a parser, `run`
-executes it and returns an exit status, None for 0. It is imported only when requested. This module has what all jobs
-share: `--quiet`, `--debug`, one-sentence errors, the exit status.
+A job has its arguments in `loco_det/arguments.py` and is a module of `loco_det/commands/` with a function `run`, which
+executes it and returns an exit status, None for 0. The module is imported only when its arguments have been read. This
+module has what all jobs share: `KEY VALUE` anywhere, `--quiet`, `--debug`, one-sentence errors, the exit status.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib
+import os
+import re
+import shlex
 import signal
 import sys
 import threading
@@ -17,16 +21,17 @@ import traceback
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
-from loco_det import __version__
+from loco_det import __version__, arguments
 from loco_det.core.errors import INTERRUPTED, UserError, out_of_memory
 
 BAD_INPUT = 2  # argparse's own status for arguments that it refuses
 
 
-# In the order of the help text; each is a file of loco_det/commands/.
+# In the order of the help text; each is a file of loco_det/commands/ and a function of loco_det/arguments.py.
 JOBS = {
     "quickstart": "make a data set, pretrain on it, convert, detect: all steps in minutes on a CPU",
     "doctor": "check this machine, its data sets and a config with its weights, with remedies",
+    "configs": "list the configurations that come with this package",
     "data": "`data check PATH`: validate a whole data set; `data convert SRC OUT`: convert it to COCO's format",
     "pretrain": "pretrain a backbone on unlabelled images with LoCo, GIM or SimCLR",
     "convert": "convert a backbone to weights for Detectron2 and `train`, with a proof",
@@ -39,10 +44,25 @@ JOBS = {
     "report": "compare runs and probes on one page: intervals, errors, curves and pictures",
 }
 OWN_LOG = {"doctor"}  # reads --quiet itself: it must work where torch does not
+SHELLS = ("bash", "zsh", "tcsh")
+_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+")  # of a configuration, with at least one section
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`loco-det COMMAND ARGUMENTS`; returns the exit status."""
+    parser = _main_parser()
+    args = parser.parse_args(argv)
+    if args.completion:
+        return _print_completion(args.completion)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    if args.command not in JOBS:
+        parser.error(_no_such_command(args.command))
+    return run_job(args.command, args.rest, prog=f"loco-det {args.command}")
+
+
+def _main_parser() -> argparse.ArgumentParser:
     width = max(map(len, JOBS))
     commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in JOBS.items())
     parser = argparse.ArgumentParser(
@@ -53,10 +73,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"loco-det {__version__}")
-    parser.add_argument("command", choices=JOBS, metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("--completion", choices=SHELLS, metavar="SHELL", help=f"print it for {', '.join(SHELLS)}")
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of the commands below")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    return run_job(args.command, args.rest, prog=f"loco-det {args.command}")
+    return parser
+
+
+def _no_such_command(name: str) -> str:
+    close = difflib.get_close_matches(name, JOBS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(JOBS)}"
+    return f"there is no COMMAND {name!r}; {hint}"
+
+
+def _print_completion(shell: str) -> int:
+    """Print the script that completes commands, options and files in `shell`."""
+    try:
+        import shtab
+    except ImportError:
+        print("error: --completion needs shtab; run pip install 'loco_det[completion]'", file=sys.stderr)
+        return BAD_INPUT
+    parser = argparse.ArgumentParser(prog="loco-det")
+    commands = parser.add_subparsers()
+    for name, text in JOBS.items():
+        job = commands.add_parser(name, help=text)
+        _add_arguments(job, name)
+        for action in job._actions:
+            action.complete = shtab.FILE
+    print(shtab.complete(parser, shell))
+    return 0
 
 
 def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -71,10 +115,13 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
         0; 1 if a check failed (`doctor`, `data check`); 2 for bad input or insufficient memory, with one sentence on
         standard error and a traceback only under --debug; 130 when interrupted by SIGINT or SIGTERM. A bug raises.
     """
+    argv = sys.argv[1:] if argv is None else argv
     try:
         with _sigterm_interrupts():
+            parser = _parser(name, prog)
+            args = _parsed(parser, argv)
             job = importlib.import_module(f"loco_det.commands.{name}")
-            return _run(job, _parsed(job, name, argv, prog), logs=name not in OWN_LOG)
+            return _run(job, args, logs=name not in OWN_LOG, line=f"{parser.prog} {shlex.join(argv)}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -93,16 +140,52 @@ def _sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _parsed(job: ModuleType, name: str, argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+def _parser(name: str, prog: str | None) -> argparse.ArgumentParser:
     text = JOBS[name]
     parser = argparse.ArgumentParser(prog=prog, description=f"{text[0].upper()}{text[1:]}.")
-    job.add_arguments(parser)
+    _add_arguments(parser, name)
+    return parser
+
+
+def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    getattr(arguments, name)(parser)
     parser.add_argument("--quiet", action="store_true", help="show only warnings and errors")
     parser.add_argument("--debug", action="store_true", help="show a traceback for bad input, too")
-    return parser.parse_intermixed_args(argv)  # allows options between KEY and VALUE pairs
 
 
-def _run(job: ModuleType, args: argparse.Namespace, logs: bool) -> int:
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    overrides: list[str] = []
+    if any(action.dest == "opts" for action in parser._actions):
+        argv, overrides = _without_overrides(parser, argv)
+    args = parser.parse_intermixed_args(argv)  # allows options between further KEY and VALUE pairs
+    if overrides:
+        args.opts = [*overrides, *args.opts]
+    return args
+
+
+def _without_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take `SECTION.KEY VALUE` out of the arguments, wherever they stand; returns the others, and the pairs.
+
+    A key is no key where it is an option's value or an existing file, and has a value unless an option follows.
+    """
+    others: list[str] = []
+    overrides: list[str] = []
+    words = iter(argv)
+    for word in words:
+        action = parser._option_string_actions.get(others[-1]) if others else None
+        is_value = action is not None and action.nargs != 0
+        if is_value or not _KEY.fullmatch(word) or os.path.exists(word):
+            others.append(word)
+            continue
+        value = next(words, None)
+        if value is None or value.startswith("--"):
+            others += [word] if value is None else [word, value]
+        else:
+            overrides += [word, value]
+    return others, overrides
+
+
+def _run(job: ModuleType, args: argparse.Namespace, logs: bool, line: str) -> int:
     if logs:
         from loco_det.core.log import log_failure, setup_logging
 
@@ -118,6 +201,8 @@ def _run(job: ModuleType, args: argparse.Namespace, logs: bool) -> int:
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
+        if message.add:
+            print(f"type: {line} {message.add}", file=sys.stderr)
         return BAD_INPUT
 
 

@@ -44,11 +44,13 @@ MAY_IMPORT = {
     | {"pretrain"},
     "loco_det.commands": CORE
     | {f"loco_det.{room}" for room in ("backbones", "images", "annotations", "evaluation", "convert", "report")}
-    | {"loco_det.detection", "loco_det.paper", "pretrain"},
-    "loco_det.cli": CORE,
+    | {"loco_det.detection", "loco_det.paper", "loco_det.arguments", "pretrain"},
+    "loco_det.cli": CORE | {"loco_det.arguments"},
+    "loco_det.__main__": {"loco_det.cli"},
+    "loco_det.arguments": set(),
     "loco_det.api": CORE
     | {f"loco_det.{room}" for room in ("backbones", "annotations", "evaluation", "convert", "detection")}
-    | {"loco_det.commands.probe"},
+    | {"loco_det.commands.probe", "loco_det.arguments"},
 }
 # The import name of a distribution, where the two differ.
 OPTIONAL = {
@@ -62,6 +64,7 @@ OPTIONAL = {
     "sklearn",
     "pandas",
     "transformers",
+    "shtab",
 }  # extras, imported when they are called for
 IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL", "opencv-python-headless": "cv2"}
 

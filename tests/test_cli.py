@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from loco_det import __version__, cli
+from loco_det import __version__, arguments, cli
 from loco_det.cli import JOBS, main, run_job
 from loco_det.commands import pretrain as command
 from loco_det.core.errors import UserError
@@ -42,7 +42,8 @@ def job(monkeypatch: pytest.MonkeyPatch):
     def install(run, add_arguments=lambda parser: None, logs: bool = False):
         monkeypatch.setattr(cli, "JOBS", {"work": "do something"})
         monkeypatch.setattr(cli, "OWN_LOG", set() if logs else {"work"})
-        module = SimpleNamespace(add_arguments=add_arguments, run=run)
+        monkeypatch.setattr(arguments, "work", add_arguments, raising=False)
+        module = SimpleNamespace(run=run)
         monkeypatch.setitem(sys.modules, "loco_det.commands.work", module)
         return lambda *argv: run_job("work", list(argv), prog="loco-det work")
 
@@ -200,8 +201,13 @@ def test_version(capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().out == f"loco-det {__version__}\n"
 
 
-@pytest.mark.parametrize("argv", [[], ["prtrain"], ["--quiet"]])
-def test_no_or_an_unknown_command_is_status_2(argv: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_no_command_is_the_help(capsys: pytest.CaptureFixture) -> None:
+    assert main([]) == 0
+    assert capsys.readouterr().out.startswith("usage: loco-det")
+
+
+@pytest.mark.parametrize("argv", [["prtrain"], ["--quiet"]])
+def test_an_unknown_command_is_status_2(argv: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as info:
         main(argv)
     assert info.value.code == 2
@@ -347,6 +353,7 @@ def test_a_stopped_pretraining_saves_and_says_how_to_go_on(
     assert process.returncode == 2, err
     last = err.splitlines()[-1]
     assert last.startswith(f"error: stopped by {name} after step ")
+    assert err.count("again to stop now") == 1
     assert "Traceback" not in err
     assert "--resume" in last
     assert not (tmp_path / "run" / "backbone.safetensors").exists()

@@ -115,7 +115,7 @@ def test_settings_know_where_they_were_written(tmp_path):
         ("_BASE_: missing.yaml", [], ["line 1", "missing.yaml", "does not exist"]),
         ("_BASE_: https://x.org/a.yaml", [], ["https://x.org/a.yaml", "download"]),
         ("_BASE_: {A: 1}", [], ["_BASE_", "file name"]),
-        ("NAME: a", ["SOLVER.STEPS", "[x, y]"], ["SOLVER.STEPS", "type tuple", "quotes", "['a', 'b']"]),
+        ("NAME: a", ["SOLVER.STEPS", "[x, y]"], ["SOLVER.STEPS", "type tuple", 'write SOLVER.STEPS "(']),
         ("NAME: a", ["SEED"], ["SEED", "KEY VALUE"]),
         ("NAME: a", ["SEED=3"], ["SEED=3", "KEY VALUE"]),
         ("NAME: a", ["SEDE", "3"], ["the command line", "SEDE", "did you mean SEED?"]),

@@ -17,6 +17,7 @@ import pytest
 import torch
 from tiny_detection import RESNET_18, overrides, write_tiny
 
+from loco_det import arguments as command_arguments
 from loco_det.backbones.artifact import backbone_tensors, describe, save_backbone
 from loco_det.backbones.resnet import ResNet
 from loco_det.cli import main
@@ -162,6 +163,7 @@ def test_a_folder_that_cannot_be_written_is_the_failure_of_its_cell(
 WAITING = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands it on as ignored
+from loco_det import arguments as command_arguments
 from loco_det.commands import sweep
 from loco_det.cli import main
 CELL = '''
@@ -301,7 +303,8 @@ def test_submitit_that_is_not_there(weights: Path, fake: None, monkeypatch, caps
         (("--fractions", "0"), "--fractions"),
         (("--seeds", "-1"), "--seeds"),
         (("--jobs", "0"), "--jobs"),
-        (("--set", "SEED", "3"), "--set SEED"),
+        (("--set", "SEED", "3"), "SEED: the sweep sets it itself"),
+        (("MODEL.WEIGHTS", "x.pkl"), "MODEL.WEIGHTS: the sweep sets it itself"),
         (("--set", "SOLVER.BASE_LR", "high"), "SOLVER.BASE_LR"),
         (("--backbones", "x/a.pkl", "y/a.pkl"), "used twice"),
         (("--feature-cache", "x", "--engine", "torchvision", "--set", "TEST.AUG.ENABLED", "True"), "TEST.AUG"),
@@ -317,7 +320,7 @@ def arguments(**changes: object):
     import argparse
 
     parser = argparse.ArgumentParser()
-    sweep.add_arguments(parser)
+    command_arguments.sweep(parser)
     args = parser.parse_args(["--backbones", "a", "--config-file", CONFIG, "--out", "o"])
     vars(args).update(changes)
     return args

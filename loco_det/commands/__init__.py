@@ -1,1 +1,1 @@
-"""One file per command: `add_arguments` and `run`."""
+"""One file per command, with `run`; its arguments are in `loco_det/arguments.py`."""

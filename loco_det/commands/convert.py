@@ -17,45 +17,8 @@ from loco_det.convert.timm_models import TimmAccount, convert_timm
 from loco_det.core.errors import UserError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """INPUT, OUTPUT and the facts that a file does not record."""
-    told = "a .pth, .pt, .tar, .ckpt, .bin, .safetensors or .pkl; timm:NAME for timm's own weights; hf:FOLDER"
-    parser.add_argument("input", metavar="INPUT", help=told)
-    parser.add_argument(
-        "output",
-        metavar="OUTPUT",
-        nargs="?",
-        help="output: .pkl for Detectron2, with a .yaml of the keys that must agree with it; .pth or "
-        ".safetensors for torchvision and timm; .safetensors for --architecture",
-    )
-    parser.add_argument(
-        "--architecture",
-        metavar="timm:NAME",
-        help="the network, if it is no ResNet, e.g. timm:vit_small_patch14_dinov2",
-    )
-    parser.add_argument("--inspect", action="store_true", help="report the content of INPUT, convert nothing")
-    parser.add_argument(
-        "--drop", action="append", default=[], metavar="PATTERN", help="drop tensors, e.g. 'layer*.pool_conv*'"
-    )
-    parser.add_argument("--image", help="image for the proof (default: matplotlib's photograph)")
-    add_input_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-
-
-def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments for facts that a backbone's file may not record; parsed by `read_stated`."""
-    parser.add_argument("--branch", help="the backbone, if the file holds several")
-    parser.add_argument("--channel-order", choices=("RGB", "BGR"), help="channel order of training")
-    for name in ("--pixel-mean", "--pixel-std"):
-        parser.add_argument(name, nargs=3, type=float, metavar="X", help="in 0-255 units, in --channel-order")
-    parser.add_argument("--stride-in-1x1", choices=("yes", "no"), help="yes for weights from MSRA (Caffe)")
-    parser.add_argument(
-        "--d2-config", metavar="YAML", help="read order, mean, std and stride from Detectron2's config.yaml of the run"
-    )
-
-
 def read_stated(args: argparse.Namespace) -> Stated:
-    """Read the arguments of `add_input_arguments`, given singly or as Detectron2's configuration.
+    """Read the arguments of `arguments._stated`, given singly or as Detectron2's configuration.
 
     Raises:
         UserError: both are given, or the configuration cannot be used.

@@ -19,7 +19,6 @@ from loco_det.core.log import log
 from loco_det.core.run_folder import check_sums
 from loco_det.detection.precomputed import read_proposals
 from loco_det.evaluation.bootstrap import Resamplable
-from loco_det.evaluation.cityscapes import OFFICIAL
 from loco_det.evaluation.coco import EVALUATORS, table
 from loco_det.evaluation.coco_checks import check_results, read_ground_truth
 from loco_det.evaluation.measure import Measure, Results, Subject, check_known_evaluator, measure_class
@@ -28,31 +27,6 @@ from loco_det.evaluation.results_file import held_types, read_results
 
 # The shapes of a results file that a measure uses; other measures use both.
 _TYPES = {"voc": ("bbox",), "cityscapes": ("segm",), "proposals": ("bbox",)}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Results, data set and measure."""
-    parser.add_argument(
-        "results",
-        type=Path,
-        metavar="RESULTS",
-        help="a COCO results JSON; box_proposals.pkl; for pixel labels a folder",
-    )
-    parser.add_argument(
-        "other", type=Path, nargs="?", metavar="RESULTS2", help="compare it with RESULTS on the same draws"
-    )
-    parser.add_argument("--data", required=True, metavar="NAME|ANNOTATIONS", help="a data set as in DATASETS.TEST")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the numbers to this file")
-    parser.add_argument(
-        "--iou-type", choices=("bbox", "segm"), help="boxes or masks only (default: what the results have)"
-    )
-    parser.add_argument(
-        "--measure", choices=("coco", "lvis", "proposals"), help="measure to use instead of the data set's own"
-    )
-    parser.add_argument("--evaluator", choices=(*EVALUATORS, OFFICIAL), default=EVALUATORS[0])
-    parser.add_argument(
-        "--bootstrap", type=int, default=1000, metavar="N", help="bootstrap draws of images; 0 for no intervals"
-    )
 
 
 def run(args: argparse.Namespace) -> None:

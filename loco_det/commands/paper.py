@@ -17,7 +17,6 @@ from loco_det.core import config
 from loco_det.core.errors import UserError
 from loco_det.core.files import write_json
 from loco_det.core.jobs import (
-    add_launcher_arguments,
     check_launcher,
     command_line,
     last_words,
@@ -32,7 +31,6 @@ from loco_det.paper import costs
 from loco_det.paper.data import prepare
 from loco_det.paper.page import write_page
 from loco_det.paper.plan import (
-    SCALES,
     SPLITS,
     TARGETS,
     Chain,
@@ -48,24 +46,6 @@ from loco_det.paper.settings import changed_settings, configuration
 OF_OBJECTS = ("detection", "few_labels", "pictures")  # at small scale --data is a detection set
 OUTPUT = "commands.txt"  # beside what a command makes: all that it prints
 _SEEDS = {"full": (0,), "small": (0, 1, 2)}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The table or figure, scale, data, seeds, overrides and launcher."""
-    parser.add_argument("target", nargs="?", choices=TARGETS, metavar="TARGET", help=f"one of {', '.join(TARGETS)}")
-    parser.add_argument("--scale", choices=SCALES, default="small", help="the paper's, or narrow on a CPU (default)")
-    parser.add_argument(
-        "--data", metavar="PATH", help="full: ImageNet's folder; small: CIFAR-10 (zip, folder), or a detection set"
-    )
-    parser.add_argument("--out", type=Path, default=Path("output/paper"), metavar="DIR", help="all runs and the page")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and what it costs, and stop")
-    parser.add_argument("--page", action="store_true", help="run nothing: write the page of what is there")
-    parser.add_argument("--no-measure", action="store_true", help="do not measure a step for the hours and memory")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: 0 1 2; full: 0; splits: 0 to 4")
-    parser.add_argument("--supervised", default="", metavar="FILE", help="full: weights of the supervised rows")
-    parser.add_argument("--set-pretrain", nargs="+", default=[], metavar="KEY VALUE", help="for every pretraining")
-    parser.add_argument("--set-train", nargs="+", default=[], metavar="KEY VALUE", help="for every detector")
-    add_launcher_arguments(parser, "row and seed")
 
 
 def run(args: argparse.Namespace) -> int:

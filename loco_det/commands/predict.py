@@ -35,6 +35,7 @@ from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, read_regular, write_json
 from loco_det.core.log import Progress, log, setup_logging
 from loco_det.core.outputs import PREDICTED, check_places, check_written, record_places
+from loco_det.detection.checkpoint import last_checkpoint
 from loco_det.detection.cpu_speed import speed_up
 from loco_det.detection.engine import Engine
 from loco_det.detection.keys import load_cfg
@@ -45,29 +46,8 @@ from loco_det.evaluation.pixels import labels_to_coco, write_labels
 from loco_det.images.media import Frame, Medium, VideoWriter, find_media, read_ahead, read_frames
 from loco_det.report.drawing import Shape, class_colours, draw_instances, draw_labels, draw_legend
 
+CONFIG = "config.yaml"  # of a run
 AHEAD = 2  # batches decoded ahead of prediction
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Configuration, weights, inputs and outputs."""
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="images, folders of them, videos")
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="the detector's YAML file")
-    parser.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint of either engine")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for pictures and JSON")
-    parser.add_argument("--score-threshold", type=float, metavar="S", help="minimum score of a detection (0.5)")
-    parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="images per batch (2)")
-    parser.add_argument(
-        "--classes", type=Path, metavar="FILE", help="class names: a COCO annotation file, or text lines"
-    )
-    parser.add_argument("--no-pictures", action="store_true", help="write JSON only")
-    parser.add_argument("--engine", choices=("auto", "torchvision", "detectron2"), default="auto")
-    parser.add_argument("--exact", action="store_true", help="Detectron2's numbers bit for bit, slower on a CPU")
-    parser.add_argument(
-        "--export-onnx", type=Path, metavar="PATH", help="also export the detector to ONNX, and check it"
-    )
-    parser.add_argument(
-        "--opts", nargs="*", default=[], metavar="KEY VALUE", help="overrides, e.g. TEST.AUG.ENABLED True"
-    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -76,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: bad arguments, configuration or weights; at the end, if an input was unreadable.
     """
+    _find_run(args)
     threshold = 0.5 if args.score_threshold is None else args.score_threshold
     if not 0 <= threshold <= 1:
         raise UserError(f"--score-threshold is {args.score_threshold}; a score lies in 0 to 1.")
@@ -111,6 +92,41 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
+def _find_run(args: argparse.Namespace) -> None:
+    """Take configuration, weights and output folder from a run of `train`, where they are not given.
+
+    The run is the first input, or the folder of --weights.
+
+    Raises:
+        UserError: there is none, it has no checkpoint, or no input follows.
+    """
+    run = Path(args.inputs[0])
+    if not args.config_file and (run / CONFIG).is_file():
+        del args.inputs[0]
+        if not args.inputs:
+            raise UserError(f"{run} is a run and no image; name images after it: loco-det predict {run} photo.jpg")
+        args.weights = args.weights or str(_checkpoint_of(run))
+        args.out = args.out or run / "predictions"
+    elif not args.config_file and args.weights:
+        run = Path(args.weights).parent
+    if not args.config_file and (run / CONFIG).is_file():
+        args.config_file = [str(run / CONFIG)]
+    if not args.config_file or not args.weights:
+        raise UserError(
+            "predict needs a detector: the folder of a run before the images, or --config-file FILE --weights FILE"
+        )
+    args.out = args.out or Path("predictions")
+
+
+def _checkpoint_of(run: Path) -> Path:
+    found = last_checkpoint(run) or run / "model_final.pth"
+    if not found.is_file():
+        raise UserError(
+            f"{run} has a configuration and no checkpoint; train it with loco-det train --config-file {run / CONFIG}"
+        )
+    return found
+
+
 def _claimed(args: argparse.Namespace, cfg: CfgNode) -> tuple[list[Medium], list[Path], list[str]]:
     """Return the media, the unreadable ones, and the files to be written below --out.
 
@@ -122,7 +138,7 @@ def _claimed(args: argparse.Namespace, cfg: CfgNode) -> tuple[list[Medium], list
     output = Labels if _is_segmentor(cfg) else Detections
     written = [output.RESULTS, output.ANNOTATIONS, PREDICTED]
     written += [place for medium in media for place in of_input(medium.name, medium.is_video)]
-    given = [args.config_file, args.weights, *([args.classes] if args.classes else [])]
+    given = [*args.config_file, args.weights, *([args.classes] if args.classes else [])]
     inputs = [*(medium.path for medium in media), *map(Path, given)]
     check_written([*map(args.out.joinpath, written), *([args.export_onnx] if args.export_onnx else [])], inputs)
     check_places(args.out, written)
@@ -234,6 +250,11 @@ def predict(
     categories = [{"id": number, "name": name} for number, name in names.items()]
     write_json(out / output.ANNOTATIONS, {"images": images, "annotations": annotations, "categories": categories})
     log.info("%d %s in %d images, written to %s", len(results), output.WHAT, len(images), out)
+    if images and not results:
+        threshold = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST
+        log.warning(
+            "0 %s: no score reached %g; lower --score-threshold, or train the detector longer", output.WHAT, threshold
+        )
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The command `pretrain`: arguments, processes and logging around `pretrain.train`."""
+"""The command `pretrain`: processes and logging around `pretrain.train`."""
 
 from __future__ import annotations
 
@@ -9,24 +9,12 @@ from fvcore.common.config import CfgNode
 
 from loco_det.core.config import Settings, load_config
 from loco_det.core.errors import UserError
+from loco_det.core.key_table import print_keys
 from loco_det.core.launch import launch
 from loco_det.core.log import setup_logging
 from loco_det.core.metrics import check_wandb
-from pretrain.defaults import get_cfg
+from pretrain.defaults import get_cfg, meanings
 from pretrain.train import pretrain
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Config, overrides and processes, in Detectron2's style."""
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML file, e.g. configs/pretrain/*.yaml")
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from the newest checkpoint in OUTPUT_DIR, if any"
-    )
-    parser.add_argument(
-        "--num-gpus", type=int, default=1, metavar="N", help="processes to start here, one GPU each if available"
-    )
-    parser.add_argument("--wandb", metavar="PROJECT", help="also log metrics.json to Weights & Biases")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides, e.g. DATA.PATH images SEED 1")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -35,6 +23,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: bad arguments, configuration or data.
     """
+    if args.keys is not None:
+        print_keys(get_cfg(), meanings(), args.keys)
+        return
+    if not args.config_file:
+        raise UserError("--config-file is missing; give one, as loco-det configs pretrain lists them")
     if args.num_gpus < 1:
         raise UserError(f"--num-gpus is {args.num_gpus}; give at least 1, which without a GPU means one CPU process")
     check_wandb(args.wandb)

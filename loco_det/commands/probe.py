@@ -1,4 +1,4 @@
-"""The command `probe`: its arguments, the protocols, and the JSON record."""
+"""The command `probe`: the protocols, and the JSON record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from rich.table import Table
 from torch import Tensor
 
 from loco_det import __version__
-from loco_det.commands.convert import add_input_arguments, read_stated
+from loco_det.arguments import BATCH, DENSE_BATCH, DENSE_METHODS, RECIPES, TSNE_IMAGES
+from loco_det.commands.convert import read_stated
 from loco_det.core.device import resolve_device
 from loco_det.core.distributed import is_main
 from loco_det.core.errors import UserError
@@ -33,12 +34,10 @@ from loco_det.evaluation.probes.linear_paper import PaperRecipe, paper_probe
 from loco_det.evaluation.probes.pixel_images import PixelData, open_pixel_data
 from loco_det.evaluation.probes.ridge import fit_ridge
 from loco_det.evaluation.probes.scores import top_scores
-from loco_det.evaluation.probes.segmentation import MASKS, METHODS, DenseSettings, image_size, probe_segmentation
-from loco_det.evaluation.probes.tsne import CLASSES, IMAGES, balanced, check_tsne, numbers_of, write_tsne
+from loco_det.evaluation.probes.segmentation import MASKS, DenseSettings, image_size, probe_segmentation
+from loco_det.evaluation.probes.tsne import balanced, check_tsne, numbers_of, write_tsne
 
 ALONE = ("semi", "segmentation")  # protocols of one process
-PROTOCOLS = ("linear", "knn", "semi", "ridge", "segmentation")
-RECIPES = ("sweep", "paper")
 _SEGMENTATION = "segmentation --method {}"
 _DENSE_KNN, _DENSE_LINEAR = _SEGMENTATION.format("knn"), _SEGMENTATION.format("linear")
 # Options of single protocols; refused for the others.
@@ -52,56 +51,7 @@ _OPTIONS = {
     "patches": (_DENSE_KNN,),
     "labels": ("semi",),
 }
-_BATCH, _DENSE_BATCH = 256, 16
 _OF_THE_SWEEP = ("optimizer", "rates")  # fixed by the paper's recipe
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """BACKBONE, data, protocol and the options of each protocol."""
-    parser.add_argument("backbone", metavar="BACKBONE", help="a weights file, timm:NAME or random:resnet50")
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="PATH",
-        help="labelled images: folders, a zip, a list, CIFAR; of pixels MASKS@IMAGES",
-    )
-    parser.add_argument("--val", metavar="PATH", help="the test images, if --data does not hold them")
-    parser.add_argument("--protocol", choices=PROTOCOLS, required=True)
-    parser.add_argument("--method", choices=METHODS, help="segmentation: the head on the frozen maps")
-    parser.add_argument(
-        "--stages", nargs="+", metavar="STAGE", help="stem res2 ... (default: all; semi, segmentation: the last)"
-    )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results to this file")
-    parser.add_argument("--image-size", type=int, metavar="N", help="side in pixels (default: the backbone's own)")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="use about N images of each split")
-    parser.add_argument(
-        "--recipe", choices=RECIPES, help="linear: sweep of learning rates (default) or the paper's own"
-    )
-    parser.add_argument("--optimizer", choices=tuple(RATES), help="linear: sgd (default) or lars")
-    parser.add_argument("--rates", nargs="+", type=float, metavar="LR", help="learning rates for batches of 256")
-    parser.add_argument(
-        "--epochs", type=int, metavar="N", help="linear: 100 (segmentation: 32); semi: 60 up to 1 %%, 30 above"
-    )
-    parser.add_argument("--k", type=int, metavar="N", help="knn: neighbours (default 20; segmentation: 30)")
-    parser.add_argument(
-        "--temperature", type=float, metavar="T", help="knn: of the votes (default 0.07; segmentation: 0.02)"
-    )
-    parser.add_argument("--patches", type=int, metavar="N", help="segmentation, knn: kept of each image (default 8)")
-    parser.add_argument("--labels", nargs="+", type=float, metavar="PERCENT", help="semi: default 1 10")
-    parser.add_argument("--tsne", type=Path, metavar="PNG", help="write a t-SNE plot of the test images' features")
-    parser.add_argument(
-        "--tsne-images", type=int, metavar="N", help=f"its number of images, of {CLASSES} classes (default {IMAGES})"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--batch-size", type=int, metavar="N", help=f"default {_BATCH}; segmentation {_DENSE_BATCH}")
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help="data workers")
-    parser.add_argument(
-        "--num-gpus", type=int, default=1, metavar="N", help="processes, one GPU each if available: linear, knn, ridge"
-    )
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="feature cache (default: ~/.cache/loco_det/features)")
-    parser.add_argument("--no-cache", action="store_true", help="do not cache features")
-    add_input_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -133,6 +83,7 @@ def _worker(args: argparse.Namespace) -> None:
 def probe(args: argparse.Namespace, backbone: Backbone | None = None) -> dict[str, Any]:
     """Probe `backbone`, or the one of the arguments; returns the content of --json (docs/probes.md lists the keys)."""
     begun = time.monotonic()
+    _name_backbone(args)
     _check(args)
     if args.protocol == "segmentation":
         return {**_segmentation(args, backbone), "seconds": round(time.monotonic() - begun, 1), "loco_det": __version__}
@@ -143,7 +94,7 @@ def probe(args: argparse.Namespace, backbone: Backbone | None = None) -> dict[st
     )
     stages = choose_stages(backbone, args.stages)
     size = args.image_size or backbone.image_size
-    batch = args.batch_size or _BATCH
+    batch = args.batch_size or BATCH
     extractor = Extractor(backbone, size, device, batch=batch, workers=args.workers, cache=_cache(args))
     log.info("%s: %d training and %d test images of %d classes (%s)", args.data, len(data.train), len(data.test),
              len(data.classes), data.split)  # fmt: skip
@@ -177,10 +128,17 @@ def probe(args: argparse.Namespace, backbone: Backbone | None = None) -> dict[st
     }
 
 
+def _name_backbone(args: argparse.Namespace) -> None:
+    """Let `args.backbone` be the backbone, however it was given."""
+    if (args.backbone is None) == (args.backbone_too is None):
+        raise UserError("give one backbone, as BACKBONE or as --weights BACKBONE: a file, timm:NAME or random:resnet50")
+    args.backbone = args.backbone or args.backbone_too
+
+
 def _check(args: argparse.Namespace) -> None:
     if (args.protocol == "segmentation") != (args.method is not None):
         raise UserError(
-            f"--protocol segmentation and --method belong together; give both, with one of {', '.join(METHODS)}"
+            f"--protocol segmentation and --method belong together; give both, with one of {', '.join(DENSE_METHODS)}"
         )
     protocol = _SEGMENTATION.format(args.method) if args.method else args.protocol
     for option, protocols in _OPTIONS.items():
@@ -294,7 +252,7 @@ def _ridge(args: argparse.Namespace, stage: str, train: Tensor, labels: Tensor, 
 
 
 def _tsne(args: argparse.Namespace, extractor: Extractor, stage: str, data: ProbeData) -> dict[str, Any]:
-    images = balanced(data.test, args.tsne_images or IMAGES, args.seed)
+    images = balanced(data.test, args.tsne_images or TSNE_IMAGES, args.seed)
     features = extractor(images, [stage], "t-SNE")[stage].numpy()
     if not is_main():
         return {}
@@ -334,7 +292,7 @@ def _segmentation(args: argparse.Namespace, backbone: Backbone | None) -> dict[s
     stages = choose_stages(backbone, args.stages)
     stages = stages if args.stages else stages[-1:]
     size = args.image_size or image_size(backbone, stages)
-    extractor = DenseExtractor(backbone, size, device, batch=args.batch_size or _DENSE_BATCH, workers=args.workers)
+    extractor = DenseExtractor(backbone, size, device, batch=args.batch_size or DENSE_BATCH, workers=args.workers)
     log.info("%s: %d training and %d test images of %d classes (%s)", args.data, len(data.train), len(data.test),
              len(data.classes), data.split)  # fmt: skip
     extractor.grids(stages)  # refuse a size before the work begins

@@ -32,12 +32,6 @@ SHOWN_IMAGES = (2, 3, 4, 5)
 SHOWN_SCORE = 0.3
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Output folder and seed."""
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for data, runs, results")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-
-
 def run(args: argparse.Namespace) -> None:
     """Run all steps with the parsed arguments.
 

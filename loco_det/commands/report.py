@@ -24,26 +24,6 @@ CURVES = {"total loss": "total_loss", "box AP": "bbox/AP", "mask AP": "segm/AP",
 LOSSES = "pretraining_losses.png"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Runs, output folder and options."""
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="[NAME=]RUN",
-        help="a run's folder, a folder with runs below it, or a probe's JSON; NAME is the backbone's name",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report")
-    parser.add_argument("--title", default="Backbones for detection and segmentation")
-    parser.add_argument("--baseline", metavar="NAME", help="the backbone to compare with (default: the first)")
-    parser.add_argument(
-        "--bootstrap", type=int, default=1000, metavar="N", help="bootstrap draws of images; 0 for none"
-    )
-    parser.add_argument("--images", type=int, default=4, metavar="N", help="number of images shown with predictions")
-    parser.add_argument(
-        "--score-threshold", type=float, default=0.5, metavar="S", help="minimum score of detections shown"
-    )
-
-
 def run(args: argparse.Namespace) -> None:
     """Write the report.
 

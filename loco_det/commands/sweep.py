@@ -38,7 +38,6 @@ from loco_det.core import config
 from loco_det.core.errors import UserError
 from loco_det.core.files import file_sha256, read_checked_json, write_checked_json, write_json
 from loco_det.core.jobs import (
-    add_launcher_arguments,
     check_launcher,
     command_line,
     last_words,
@@ -56,29 +55,6 @@ from loco_det.report.runs import MEASURES, last_scores
 
 RESULT = "result.json"
 OUTPUT = "train.txt"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The grid, options for every cell, and the launcher."""
-    parser.add_argument(
-        "--backbones",
-        nargs="+",
-        required=True,
-        metavar="[NAME=]BACKBONE",
-        help="a file that `convert` reads or wrote, timm:NAME, hf:FOLDER, or python:package.module:function",
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="a detection config, as for `train`")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
-    parser.add_argument(
-        "--fractions", nargs="+", type=float, default=[1.0], metavar="F", help="fractions of the training images"
-    )
-    parser.add_argument("--engine", choices=("auto", "torchvision", "detectron2"), default="auto")
-    add_launcher_arguments(parser, "cell")
-    parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="as for `train`, shared by all cells")
-    parser.add_argument("--train-feature-cache", type=Path, metavar="DIR", help="likewise")
-    parser.add_argument("--wandb", metavar="PROJECT", help="as for `train`, for every cell")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="overrides for every cell")
 
 
 @dataclass(frozen=True)
@@ -152,10 +128,13 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
     if min(args.seeds) < 0:
         raise UserError(f"--seeds {args.seeds}: give 0 or more; a negative one would be drawn anew each time")
     check_launcher(args)
-    taken = {"MODEL.WEIGHTS", "SEED", "OUTPUT_DIR"} & set(args.set[::2])
+    if not args.config_file:
+        raise UserError("--config-file is missing; give a configuration of train, as loco-det configs lists them")
+    overrides = [*args.set, *args.opts]
+    taken = {"MODEL.WEIGHTS", "SEED", "OUTPUT_DIR"} & set(overrides[::2])
     if taken:
-        raise UserError(f"--set {min(taken)}: the sweep sets it itself; leave it out")
-    cfg, settings = load_cfg(args.config_file, args.set)
+        raise UserError(f"{min(taken)}: the sweep sets it itself; leave it out")
+    cfg, settings = load_cfg(args.config_file, overrides)
     engine = choose_engine(args.engine)
     engine.check(cfg, settings)  # an error here would fail every cell
     for folder, training in ((args.feature_cache, False), (args.train_feature_cache, True)):
@@ -280,8 +259,9 @@ def _command(args: argparse.Namespace, keys: dict[str, Any], fraction: float, se
     for option, cache in (("--feature-cache", args.feature_cache), ("--train-feature-cache", args.train_feature_cache)):
         more += [option, str(cache.absolute())] if cache else []
     last = {**keys, "SEED": seed, "OUTPUT_DIR": folder}
-    overrides = [*args.set, *(str(text) for pair in last.items() for text in pair)]
-    options = ["--config-file", args.config_file, "--engine", args.engine, "--resume", *part, *more]
+    overrides = [*args.set, *args.opts, *(str(text) for pair in last.items() for text in pair)]
+    files = [word for file in args.config_file for word in ("--config-file", file)]
+    options = [*files, "--engine", args.engine, "--resume", *part, *more]
     return command_line(["train", *options, *overrides], args)
 
 

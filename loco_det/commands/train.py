@@ -1,66 +1,24 @@
-"""The command `train`: its arguments, in Detectron2's style, and the launch of training or evaluation."""
+"""The command `train`: launches training or evaluation, and ends with its numbers and what to do next."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import shlex
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
 from loco_det.annotations.subsets import part_name
 from loco_det.core import config
+from loco_det.core.distributed import is_main
 from loco_det.core.errors import UserError
+from loco_det.core.key_table import print_keys
 from loco_det.core.launch import launch
-from loco_det.core.log import setup_logging
+from loco_det.core.log import is_quiet, setup_logging
 from loco_det.core.metrics import check_wandb
-from loco_det.detection.keys import load_cfg
-from loco_det.evaluation.cityscapes import OFFICIAL
-from loco_det.evaluation.coco import EVALUATORS
+from loco_det.detection.keys import load_cfg, meanings, whole_tree
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Config, engine, overrides and processes."""
-    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file with Detectron2's keys")
-    parser.add_argument("--engine", choices=("auto", "torchvision", "detectron2"), default="auto")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and stop")
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from OUTPUT_DIR/last_checkpoint if there is one"
-    )
-    parser.add_argument(
-        "--new-heads",
-        action="store_true",
-        help="initialise heads of MODEL.WEIGHTS that do not fit, e.g. of other classes",
-    )
-    parser.add_argument(
-        "--num-gpus", type=int, default=1, metavar="N", help="processes to start here, one GPU each if available"
-    )
-    parser.add_argument("--evaluator", choices=(*EVALUATORS, OFFICIAL), default=EVALUATORS[0])
-    parser.add_argument(
-        "--exact", action="store_true", help="torchvision engine on a CPU: Detectron2's numbers bit for bit, slower"
-    )
-    parser.add_argument(
-        "--feature-cache",
-        type=Path,
-        metavar="DIR",
-        help="cache the frozen backbone's features of test images in DIR, for later evaluations",
-    )
-    parser.add_argument(
-        "--train-feature-cache",
-        type=Path,
-        metavar="DIR",
-        help="the same of training images, of one size and mirrored at most",
-    )
-    parser.add_argument(
-        "--max-bad-share",
-        type=float,
-        metavar="S",
-        help="torchvision engine: tolerated share of unusable training images, which are replaced (0.01)",
-    )
-    parser.add_argument("--fraction", type=float, metavar="F", help="train on a share of the images, 0.01 for 1 %%")
-    parser.add_argument("--few-shot", type=int, metavar="K", help="train on K objects of each class")
-    parser.add_argument("--wandb", metavar="PROJECT", help="also log metrics.json to Weights & Biases")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides, e.g. SOLVER.BASE_LR 0.01")
+SHOWN = ("AP", "AP50", "AP75", "IoU")  # of a data set's numbers, in the last line
 
 
 def run(args: argparse.Namespace) -> None:
@@ -71,8 +29,12 @@ def run(args: argparse.Namespace) -> None:
     """
     from loco_det.detection.train import choose_engine
 
+    if args.keys is not None:
+        print_keys(whole_tree(), meanings(), args.keys)
+        return
     check_wandb(args.wandb)
-    cfg, settings = load_cfg(args.config_file, args.opts)
+    overrides = [*args.opts, *(["MODEL.WEIGHTS", args.weights] if args.weights else [])]
+    cfg, settings = load_cfg(args.config_file, overrides)
     if args.fraction is not None or args.few_shot is not None:
         cfg = _with_part_of_training_set(cfg, args.fraction, args.few_shot)
     if args.num_gpus < 1:
@@ -102,4 +64,35 @@ def _worker(cfg: CfgNode, options: dict[str, Any]) -> dict[str, Any]:
     from loco_det.detection.train import train_net
 
     setup_logging(cfg.OUTPUT_DIR or None)
-    return train_net(cfg, **options)
+    found = train_net(cfg, **options)
+    if is_main() and not is_quiet():
+        print("\n".join(last_words(cfg, found)))
+    return found
+
+
+def last_words(cfg: CfgNode, found: dict[str, Any]) -> list[str]:
+    """Return what is said at the end of a run: its numbers in one line for each data set, its files, what to do next.
+
+    Args:
+        found: what `train_net` returned.
+    """
+    one = len(cfg.DATASETS.TEST) == 1
+    by_set = {cfg.DATASETS.TEST[0]: found} if one and found else found
+    lines = [f"{name}: {_numbers(numbers)}" for name, numbers in by_set.items()]
+    folder = shlex.quote(cfg.OUTPUT_DIR)
+    lines.append(f"in {folder}: checkpoints, metrics.json, log.txt{', inference/' if found else ''}")
+    following = [f"loco-det predict {folder} photo.jpg"] if cfg.MODEL.META_ARCHITECTURE != "ProposalNetwork" else []
+    if found:
+        following.append(f"loco-det report {folder} --out {shlex.quote(f'{cfg.OUTPUT_DIR}/report')}")
+    return [*lines, *(f"next: {line}" for line in following)]
+
+
+def _numbers(results: dict[str, dict[str, float]]) -> str:
+    """One line of a data set's main numbers: "bbox AP 31.2, AP50 50.1; segm AP 28.0, AP50 47.3"."""
+    parts = []
+    for task, numbers in results.items():
+        shown = [f"{name} {value:.1f}" for name, value in numbers.items() if name in SHOWN]
+        parts.append(
+            f"{task} {', '.join(shown or [f'{name} {value:.1f}' for name, value in list(numbers.items())[:3]])}"
+        )
+    return "; ".join(parts)

@@ -10,6 +10,10 @@ from loco_det.core.config import read_settings
 from loco_det.core.errors import UserError
 
 
+class PixelsUnknown(UserError):
+    """A file does not record its pixels or stride, and the user has not stated them."""
+
+
 @dataclass(frozen=True)
 class Stated:
     """The user's statements, None where not given; order, mean and std come together.
@@ -64,7 +68,7 @@ class Stated:
             _check_pixels(*pixels, ("--channel-order", "--pixel-mean", "--pixel-std"))
         needs_stride = depth >= 50 and self.stride_in_1x1 is None
         if known is None and (self.channel_order is None or needs_stride):
-            raise UserError(
+            raise PixelsUnknown(
                 f"{path}: does not say what pixels and stride it was trained with; state --channel-order, "
                 "--pixel-mean, --pixel-std and --stride-in-1x1, or give Detectron2's config.yaml of the run as "
                 "--d2-config"

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 import os
+import re
+import shlex
 from ast import literal_eval
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
@@ -31,6 +34,12 @@ MAX_NODES = 200_000
 MAX_BYTES = 1 << 20  # likewise; the reader takes a second for each megabyte
 MAX_DIGITS = 100  # of a number as it is written
 MAX_BASES = 100  # files of which each is the base of the next
+# Sections that only one kind of configuration has, by the command that takes it.
+_SECTIONS = {
+    "pretrain": ("METHOD", "UNITS", "BACKBONE", "DECODER", "LOSS", "DATA", "AUGMENT", "KNN"),
+    "train": ("MODEL", "DATASETS", "DATALOADER", "INPUT", "TEST"),
+}
+_SORTS = {"pretrain": "pretraining", "train": "detection"}
 
 
 class Setting(NamedTuple):
@@ -44,12 +53,14 @@ Settings = Mapping[str, Setting]
 """What the user set, by dotted key."""
 
 
-def load_config(defaults: CfgNode, path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNode, Settings]:
-    """Merge a YAML file and `KEY VALUE` overrides over a copy of `defaults`.
+def load_config(
+    defaults: CfgNode, path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()
+) -> tuple[CfgNode, Settings]:
+    """Merge YAML files and `KEY VALUE` overrides over a copy of `defaults`.
 
     Args:
         defaults: every legal key with its default value, which decides names and types; not changed.
-        path: the YAML file, resolved by `find_config`; "" for the defaults alone.
+        path: the YAML file, resolved by `find_config`, or several, of which later ones win; "" for the defaults alone.
         overrides: [key, value, key, value, ...], values as text, e.g. ["SOLVER.BASE_LR", "0.1"].
 
     Returns:
@@ -57,9 +68,13 @@ def load_config(defaults: CfgNode, path: str | Path, overrides: Sequence[str] = 
 
     Raises:
         UserError: naming file, line and key, for a file that is missing or not YAML, a key that appears twice
-            or does not exist, a value of the wrong type.
+            or does not exist, a value of the wrong type, or a file for another command.
     """
-    settings = read_settings(path) if path else {}
+    settings: dict[str, Setting] = {}
+    for file in [path] if isinstance(path, (str, Path)) else path:
+        found = read_settings(file) if file else {}
+        _check_sort(defaults, found, file)
+        settings.update(found)
     if len(overrides) % 2:
         raise UserError(
             f"Overrides come as KEY VALUE pairs separated by a space, and {overrides[-1]!r} has no partner."
@@ -74,6 +89,19 @@ def load_config(defaults: CfgNode, path: str | Path, overrides: Sequence[str] = 
         _assign(cfg, key, setting)
     cfg.freeze()
     return cfg, settings
+
+
+def _check_sort(defaults: CfgNode, settings: Settings, file: str | Path) -> None:
+    """Refuse a file of pretraining's keys for detection, and the reverse."""
+    for command, sections in _SECTIONS.items():
+        others = [
+            key for key in settings if key.partition(".")[0] in sections and key.partition(".")[0] not in defaults
+        ]
+        if others:
+            raise UserError(
+                f"{file}: this is a {_SORTS[command]} file ({settings[others[0]].origin}: {others[0]}); "
+                f"use loco-det {command} --config-file {file}"
+            )
 
 
 def read_settings(path: str | Path) -> dict[str, Setting]:
@@ -147,17 +175,31 @@ def find_config(path: str | Path) -> Path:
     path = Path(os.path.expanduser(path))
     if os.path.isfile(path):  # a Path raises OSError for a name that is too long
         return path
-    package = Path(__file__).parent.parent
     inside = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
-    folders = [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
     if not path.is_absolute():
-        for folder in folders:
+        for folder in _config_folders():
             if os.path.isfile(folder / inside):
                 return folder / inside
-    known = [f.relative_to(folder).as_posix() for folder in folders for f in sorted(folder.rglob("*.yaml"))]
-    close = difflib.get_close_matches(inside.as_posix(), known, n=1)
-    hint = f"did you mean configs/{close[0]}" if close else "give the path of a .yaml file"
+    close = difflib.get_close_matches(f"configs/{inside.as_posix()}", packaged_configs(), n=1)
+    hint = (
+        f"did you mean {close[0]}" if close else "give the path of a .yaml file, or a name that loco-det configs lists"
+    )
     raise UserError(f"There is no configuration file {path}; {hint}.")
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Map the names of this package's configurations, "configs/pretrain/loco_r50.yaml", to their files."""
+    return {
+        f"configs/{file.relative_to(folder).as_posix()}": file
+        for folder in _config_folders()
+        for file in sorted(folder.rglob("*.yaml"))
+    }
+
+
+def _config_folders() -> list[Path]:
+    """Where they are: in the installed package, or in a checkout."""
+    package = Path(__file__).parent.parent
+    return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -370,16 +412,49 @@ def _fit(value: Any, default: Any, key: str, origin: str) -> Any:
         if len(kinds) == 1 and odd:
             raise UserError(
                 f"{origin}: {key} takes a {_kind(default)} of {kinds.pop()}s, and {odd[0]!r} in it is of "
-                f"type {_kind(odd[0])}."
+                f"type {_kind(odd[0])}; write {example(key, value, default)}"
             )
         return type(default)(value)
     if type(value) is type(default):
         return value
     expected = "section of keys" if isinstance(default, CfgNode) else f"value of type {_kind(default)}"
     shown = "null" if value is None else f"{value!r} of type {_kind(value)}"
-    unquoted = isinstance(default, (list, tuple)) and isinstance(value, str) and value.lstrip()[:1] in ("[", "(")
-    todo = "put quotes around the words in it, as in ['a', 'b']" if unquoted else "change the value"
-    raise UserError(f"{origin}: {key} takes a {expected}, and was given {shown}; {todo}.")
+    todo = "set the keys in it" if isinstance(default, CfgNode) else f"write {example(key, value, default)}"
+    raise UserError(f"{origin}: {key} takes a {expected}, and was given {shown}; {todo}")
+
+
+def example(key: str, value: Any, default: Any) -> str:
+    """Return `KEY VALUE` for a shell, with a value of the type of `default` that is as near to `value` as can be.
+
+    example("DATASETS.TRAIN", "x", ()) is `DATASETS.TRAIN "('x',)"`.
+    """
+    return f"{key} {shell_value(_nearest(value, default))}"
+
+
+def shell_value(value: Any) -> str:
+    """Return a value as one word of a command line that `load_config` reads back as the same value."""
+    text = value if isinstance(value, str) and _decode(value) == value else repr(value)
+    return (
+        shlex.quote(text) if re.search(r'["$`\\!]', text) or not re.search(r"[\s'(\[{*?;&|<>~#]", text) else f'"{text}"'
+    )
+
+
+def _nearest(value: Any, default: Any) -> Any:
+    if isinstance(default, (list, tuple)):
+        items = list(value) if isinstance(value, (list, tuple)) else re.findall(r"[^\s,()\[\]'\"]+", str(value))
+        kinds = {_leaf_kind(leaf) for leaf in _leaves(default)}
+        if kinds == {"number"}:
+            items = [item for item in map(_decode, items) if _leaf_kind(item) == "number"]
+        elif kinds <= {"str"}:
+            items = [str(item) for item in items]
+        return type(default)(items or default or ("NAME",))
+    if isinstance(default, bool):
+        return str(value).lower() not in ("false", "no", "off", "0", "none", "")
+    if isinstance(default, str):
+        return str(value)
+    if isinstance(default, int):
+        return int(value) if isinstance(value, float) and math.isfinite(value) else default
+    return default
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -399,10 +474,13 @@ def _kind(value: Any) -> str:
 
 
 def _no_such_key(cfg: CfgNode, key: str, setting: Setting) -> UserError:
-    parts = [name.split(".") for name in flat(cfg)]
+    parts, parts_of_key = [name.split(".") for name in flat(cfg)], key.split(".")
     known = dict.fromkeys(".".join(names[:depth]) for names in parts for depth in range(1, len(names) + 1))
     upper = key.upper()
     same_word = [k for k in known if k.rpartition(".")[2] == upper.rpartition(".")[2]]
     close = difflib.get_close_matches(upper, same_word or known, n=1, cutoff=0.0 if same_word else 0.6)
     hint = f"did you mean {close[0]}?" if close else "remove it."
+    for command, sections in _SECTIONS.items():
+        if parts_of_key[0] in sections and parts_of_key[0] not in cfg:
+            hint = f"it is one of {_SORTS[command]}, for loco-det {command}"
     return UserError(f"{setting.origin}: there is no key {key}; {hint}")

@@ -18,24 +18,9 @@ from typing import IO, Any, TypeVar
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
 
-LAUNCHERS = ("local", "torchrun", "submitit")
 _LAST_LINES = 3  # shown of a failed command whose last line is no error message
 _running: set[subprocess.Popen] = set()  # commands of this process
 Item = TypeVar("Item")
-
-
-def add_launcher_arguments(parser: argparse.ArgumentParser, unit: str) -> None:
-    """Processes, launcher and its options; `unit` is what runs at a time, in the help."""
-    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help=f"processes for each {unit}")
-    parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help=f"{unit}s at a time; submitit submits all at once"
-    )
-    parser.add_argument("--launcher", choices=LAUNCHERS, default="local")
-    parser.add_argument("--cluster", default=None, help="submitit: slurm or local (default: detected)")
-    parser.add_argument("--partition", help="submitit: SLURM partition")
-    parser.add_argument(
-        "--timeout", type=int, default=24 * 60, metavar="MIN", help=f"submitit: time limit of a {unit}, in minutes"
-    )
 
 
 def check_launcher(args: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from fvcore.common.config import CfgNode
 from loco_det.backbones.networks import OWN_NETWORKS
 from loco_det.backbones.own import OTHER_BACKBONES
 from loco_det.core import config
-from loco_det.core.config import Settings, read_settings, refusal
+from loco_det.core.config import Settings, read_settings, read_yaml, refusal
 from loco_det.core.own_keys import OWN_KEYS, own_value
 from loco_det.detection.boxes import BOX_LOSSES
 from loco_det.detection.poolers import POOLER_TYPES
@@ -228,16 +228,21 @@ def get_cfg() -> CfgNode:
     return _defaults().clone()
 
 
-def load_cfg(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNode, Settings]:
-    """Read a detection configuration, as `load_config` does, over Detectron2's tree and this package's own keys.
-
-    Own keys with their default are left out of the result.
-    """
+def whole_tree() -> CfgNode:
+    """Return Detectron2's tree with this package's own keys, all with their default value."""
     tree = get_cfg()
     for key, (default, _) in OWN_KEYS.items():
         section, _, last = key.rpartition(".")
         config.value(tree, section)[last] = default
-    cfg, settings = config.load_config(tree, path, overrides)
+    return tree
+
+
+def load_cfg(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> tuple[CfgNode, Settings]:
+    """Read a detection configuration, as `load_config` does, over Detectron2's tree and this package's own keys.
+
+    Own keys with their default are left out of the result.
+    """
+    cfg, settings = config.load_config(whole_tree(), path, overrides)
     unchanged = [key for key, (default, _) in OWN_KEYS.items() if config.value(cfg, key) == default]
     return config.without(cfg, unchanged), settings
 
@@ -245,6 +250,12 @@ def load_cfg(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNode, 
 def stock(cfg: CfgNode) -> CfgNode:
     """Return `cfg` without this package's own keys, as Detectron2 takes it."""
     return config.without(cfg, [key for key in config.flat(cfg) if key in OWN_KEYS])
+
+
+def meanings() -> dict[str, str]:
+    """Return what each supported key means, in one line."""
+    own = {key: one.meaning.replace("`", "") for key, one in OWN_KEYS.items()}
+    return read_yaml(DEFAULTS.with_name("meanings.yaml")) | own
 
 
 def check_supported(cfg: CfgNode, settings: Settings | None = None) -> None:

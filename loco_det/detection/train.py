@@ -41,6 +41,7 @@ from loco_det.detection.cpu_speed import speed_up
 from loco_det.detection.engine import Engine
 from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.feature_cache import check_cacheable, use_cache
+from loco_det.detection.foreign_weights import with_own_weights
 from loco_det.detection.inference import check_data, check_evaluator, check_expected, evaluate_finally, flatten
 from loco_det.detection.loop import Run, check_frozen, frozen_hashes, train
 from loco_det.detection.run_record import write_record
@@ -136,7 +137,7 @@ def choose_engine(name: str) -> Engine:
     if name not in ("auto", "torchvision", "detectron2"):
         raise UserError(f"There is no engine {name!r}; use auto, torchvision or detectron2.")
     if name == "detectron2" and not engine_d2.installed():
-        raise UserError("Detectron2 is not installed here; use --engine torchvision, or install it (docs/engines.md).")
+        raise UserError("Detectron2 is not installed here; use --engine torchvision, or install it.")
     use_detectron2 = name == "detectron2" or (name == "auto" and engine_d2.installed())
     return engine_d2.Detectron2Engine() if use_detectron2 else TorchvisionEngine()
 
@@ -242,7 +243,7 @@ def start_run(
     if resume and last is None:
         left = "; its model_*.pth are of an earlier run" if any(Path(cfg.OUTPUT_DIR).glob("model_*.pth")) else ""
         log.log(WARNING if left else INFO, "%s has no last_checkpoint to resume: starting anew%s", cfg.OUTPUT_DIR, left)
-    weights = load_weights(model, cfg, new_heads=new_heads) if last is None else None
+    weights = load_weights(model, with_own_weights(cfg), new_heads=new_heads) if last is None else None
     device = torch.device(cfg.MODEL.DEVICE)
     optimizer = solver.build_optimizer(cfg, model)
     schedule = solver.build_schedule(cfg, optimizer)

@@ -26,6 +26,7 @@ from loco_det.backbones.timm_models import PREFIX, family_positions, parse
 from loco_det.backbones.windows import REL_POS
 from loco_det.convert import read_checkpoint
 from loco_det.core import config
+from loco_det.core.config import shell_value
 from loco_det.core.errors import UserError
 from loco_det.core.log import log
 
@@ -55,6 +56,7 @@ _HEADS = {
     "predictor of labels": re.compile(r"sem_seg_head\.predictor\..*"),
 }
 _NEW_HEADS = "initialise the heads that do not fit: loco-det train --new-heads"
+RES2 = "MODEL.RESNETS.RES2_OUT_CHANNELS"  # follows from the depth, and is set beside it
 TOLERANCE = 0.01  # in 0-255 units: published means are rounded to two or three digits
 
 
@@ -365,7 +367,8 @@ def check_manifest(weights: Weights, cfg: CfgNode) -> None:
             build = m.architecture if is_other else "build_resnet_fpn_backbone"
             raise UserError(
                 f"{weights.path} is a backbone of {m.architecture} and MODEL.BACKBONE.NAME is "
-                f"{cfg.MODEL.BACKBONE.NAME}; set it to {build}."
+                f"{cfg.MODEL.BACKBONE.NAME}; set it to {build}.",
+                add=f"MODEL.BACKBONE.NAME {build}",
             )
         if not is_timm and m.stem != "imagenet":
             raise UserError(
@@ -379,20 +382,24 @@ def check_manifest(weights: Weights, cfg: CfgNode) -> None:
         if is_other:
             facts["MODEL.BACKBONE.NAME"] = m.architecture
         else:
-            facts["MODEL.RESNETS.DEPTH"] = m.depth
+            facts["MODEL.RESNETS.DEPTH"], facts[RES2] = m.depth, m.stages["res2"].channels
         if not is_other and m.depth >= 50:
             facts["MODEL.RESNETS.STRIDE_IN_1X1"] = m.stride_in_1x1
     elif weights.pixels is not None:
         facts = weights.pixels
-    ours = pixel_facts(cfg)
-    for key, value in facts.items():
-        if key == "MODEL.BACKBONE.NAME" and is_same_model(value, ours.get(key, ""), weights.is_backbone):
-            continue
-        if key in ours and not _agree(value, ours[key]):
-            raise UserError(
-                f"{weights.path} was made with {key} {json.dumps(value)} and the configuration has "
-                f"{json.dumps(ours[key])}; set {key} to the weights' value."
-            )
+    ours = {**pixel_facts(cfg), RES2: config.value(cfg, RES2)}
+    wrong = {
+        key: value
+        for key, value in facts.items()
+        if key in ours and not _fits(key, value, ours[key], weights.is_backbone)
+    }
+    if wrong:
+        named = ", ".join(
+            f"{key} {json.dumps(value)} and the configuration has {json.dumps(ours[key])}"
+            for key, value in wrong.items()
+        )
+        lines = " ".join(f"{key} {shell_value(value)}" for key, value in wrong.items())
+        raise UserError(f"{weights.path} was made with {named}; add {lines}", add=lines)
 
 
 def pixel_facts(cfg: CfgNode) -> dict[str, Any]:
@@ -417,6 +424,10 @@ def is_same_model(weights: str, ours: str, is_backbone: bool) -> bool:
     (name, options), (own, chosen) = parse(weights), parse(ours)
     fixed = () if is_backbone else ("window", "global_blocks", "rel_pos")
     return name == own and options.items() <= chosen.items() and all(options.get(k) == chosen.get(k) for k in fixed)
+
+
+def _fits(key: str, theirs: Any, ours: Any, is_backbone: bool) -> bool:
+    return is_same_model(theirs, ours, is_backbone) if key == "MODEL.BACKBONE.NAME" else _agree(theirs, ours)
 
 
 def _agree(a: Any, b: Any) -> bool:
