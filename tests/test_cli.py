@@ -250,7 +250,7 @@ def test_quickstart_gets_its_folder_and_seed(monkeypatch: pytest.MonkeyPatch, tm
     calls = []
     monkeypatch.setattr(quickstart, "quickstart", lambda *values: calls.append(values))
     assert main(["quickstart", "--out", str(tmp_path), "--seed", "3"]) == 0
-    assert calls == [(tmp_path, 3)]
+    assert calls == [(tmp_path, 3, None)]
 
 
 # --- bad input to the real commands -----------------------------------------------------------------------------

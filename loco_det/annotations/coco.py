@@ -148,6 +148,16 @@ def load_coco(paths: Dataset, *, need_annotations: bool = True, masks: str = "")
     return CocoDataset(paths, index, names)
 
 
+def image_files(dataset: Dataset) -> list[Path]:
+    """Return the images of a data set, as absolute paths; its annotations need not be valid.
+
+    Raises:
+        UserError: an image has no file.
+    """
+    found = load_coco(dataset, need_annotations=False)
+    return [(dataset.images / found.names[i]).absolute() for i in range(len(found))]
+
+
 def check_images(dataset: CocoDataset) -> None:
     """Raise UserError if an image of the set cannot be read or has another size than its annotations.
 

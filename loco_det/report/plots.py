@@ -48,16 +48,16 @@ def plot_losses(metrics: dict[str, Path], out: Path) -> None:
 
 
 def draw_detections(
-    dataset: CocoDataset, runs: dict[str, list[dict[str, Any]]], out: Path, *, images: Sequence[int], threshold: float
+    dataset: CocoDataset, runs: dict[str, list[dict[str, Any]]], out: Path, *, images: Sequence[int], best: int
 ) -> None:
-    """Draw one row per image: the ground truth, then each run's detections.
+    """Draw one row per image: the ground truth, then each run's best detections, however low they score.
 
     Args:
         dataset: with annotations.
         runs: name -> COCO results (RLE `segmentation` optional).
         out: the PNG to write.
         images: positions in the dataset.
-        threshold: minimum score of the detections drawn.
+        best: number of detections drawn in an image, those of the highest scores.
     """
     columns = ["ground truth", *runs]
     figure = Figure(figsize=(2.3 * len(columns), 2.4 * len(images)), layout="constrained")
@@ -68,7 +68,8 @@ def draw_detections(
         shown = [annotated_shapes(record)]
         for results in runs.values():
             found = [r for r in results if r["image_id"] == record.image_id]
-            shown.append(detected_shapes(found, dataset.category_ids, threshold))
+            found = sorted(found, key=lambda r: -r["score"])[:best]
+            shown.append(detected_shapes(found, dataset.category_ids, 0.0))
         for axes, shapes in zip(row, shown):
             axes.axis("off")
             axes.imshow(draw_instances(pixels, shapes, dataset.class_names, width=PANEL_WIDTH))
