@@ -28,7 +28,8 @@ def check_count(cfg: CfgNode, name: str, classes: int) -> None:
     key = num_classes_key(name)
     expected = value(cfg, key)
     if classes != expected:
-        raise UserError(f"data set {name} has {classes} classes and {key} is {expected}; set {key} {classes}.")
+        line = f"{key} {classes}"
+        raise UserError(f"data set {name} has {classes} classes and {key} is {expected}; set {line}.", add=line)
 
 
 def check_training_classes(cfg: CfgNode, training_sets: Sequence[Dataset]) -> None:
