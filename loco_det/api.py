@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from loco_det import arguments
+from loco_det.annotations.coco import image_files
 from loco_det.annotations.registry import find_dataset
 from loco_det.backbones import own
 from loco_det.backbones.artifact import backbone_tensors, save_backbone
@@ -30,8 +31,9 @@ from loco_det.core.config import read_settings
 from loco_det.core.errors import UserError
 from loco_det.detection.keys import load_cfg
 from loco_det.detection.train import train_net
-from loco_det.evaluation.probes.backbones import Backbone, load_backbone_for_probe, own_backbone
+from loco_det.evaluation.probes.backbones import Backbone, load_backbone_for_probe, measure_on, own_backbone
 
+LAPTOP = "configs/laptop.yaml"
 FPN_STAGES = ["res2", "res3", "res4", "res5"]
 PROTOCOLS = {"frozen": 5, "finetune": 2, "all": 0}  # of detection -> MODEL.BACKBONE.FREEZE_AT
 
@@ -160,6 +162,7 @@ def evaluate_detection(
     iterations: int,
     protocol: str = "frozen",
     masks: bool = False,
+    small: bool = False,
     output: str | Path | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -175,6 +178,7 @@ def evaluate_detection(
         protocol: "frozen": the readout alone is trained; "finetune": all but the first two stages; "all". A copy of
             the backbone is trained, so the next evaluation begins with the same weights.
         masks: Mask R-CNN instead of Faster R-CNN.
+        small: images of 256 pixels, batches of 4 and small heads, as in configs/laptop.yaml: minutes on a CPU.
         output: new folder of the run, with checkpoints and detections; None: a temporary one.
         device: "auto", "cpu" or "cuda".
         settings: further keys of `train`, {"SOLVER.BASE_LR": 0.01, "INPUT.MIN_SIZE_TRAIN": (320,)}.
@@ -197,8 +201,11 @@ def evaluate_detection(
     backbone = backbone if isinstance(backbone, Backbone) else load_backbone(backbone)
     folder = _new_folder(output)
     is_plain = getattr(backbone.model, "is_plain", False)
+    if backbone.untrained:
+        measure_on(backbone, image_files(find_dataset(train)), seed)
     keys, _kept = _of_backbone(backbone, folder, protocol)
     chosen = {
+        **(_small_keys() if small else {}),
         **keys,
         "MODEL.BACKBONE.FREEZE_AT": PROTOCOLS[protocol],
         "MODEL.MASK_ON": masks,
@@ -218,6 +225,13 @@ def evaluate_detection(
     found = train_net(cfg, engine="torchvision", fast=True)
     rows = {kind: {name: v for name, v in numbers.items() if "AP-" not in name} for kind, numbers in found.items()}
     return Result(found, rows, folder)
+
+
+def _small_keys() -> dict[str, Any]:
+    """The keys of configs/laptop.yaml itself, without those of its base and those that the caller sets."""
+    own = {key: one.value for key, one in read_settings(LAPTOP).items() if LAPTOP in one.origin}
+    set_here = ("MODEL.DEVICE", "MODEL.BACKBONE.FREEZE_AT", "OUTPUT_DIR", "SEED")
+    return {key: value for key, value in own.items() if key not in set_here}
 
 
 def _new_folder(output: str | Path | None) -> Path:

@@ -126,7 +126,7 @@ def convert(parser: argparse.ArgumentParser) -> None:
 def train(parser: argparse.ArgumentParser) -> None:
     """Config, weights, engine, overrides and processes."""
     _config(parser, "YAML file with Detectron2's keys", "e.g. SOLVER.BASE_LR 0.01")
-    _weights(parser, "instead of MODEL.WEIGHTS; a file of another project is converted, with a proof")
+    _weights(parser, "instead of MODEL.WEIGHTS: a file of any project, timm:NAME or random:resnet50")
     _keys(parser)
     parser.add_argument("--engine", choices=ENGINES, default="auto")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and stop")

@@ -377,3 +377,40 @@ def test_train_ends_with_its_numbers_its_files_and_what_is_next(tmp_path: Path) 
         "b: sem_seg IoU 40.0",
     ]
     assert not any("report" in line for line in train_command.last_words(cfg, {}))
+
+
+# --- the baseline -----------------------------------------------------------------------------------------------
+
+
+def test_random_weights_are_the_same_measured_network_everywhere(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BatchNorm's statistics are plain means over the training images, from the command and from Python."""
+    from loco_det import api
+    from loco_det.annotations.coco import image_files
+    from loco_det.annotations.registry import find_dataset
+    from loco_det.backbones.artifact import load_backbone
+    from loco_det.evaluation.probes import backbones
+
+    monkeypatch.setattr(backbones, "MEASURED_BATCH", 2)
+    cfg = small(tmp_path, "random:resnet18", **{"MODEL__RESNETS__DEPTH": 18, "SEED": 5})
+    found = train_command._with_random_weights(cfg)
+    tensors, manifest = load_backbone(found.MODEL.WEIGHTS)
+    assert (manifest.method, manifest.architecture) == ("random", "resnet18")
+    backbone = backbones.load_backbone_for_probe("random:resnet18", seed=5)
+    pixels = backbones.DatasetSource(image_files(find_dataset("tiny_train")))
+    images = torch.cat([b.images for b in backbones.build_plain_loader(pixels, 224, batch_size=6)])
+    stem = backbone.model.stem.conv1
+    with torch.no_grad():  # all six images at once: the mean of the batches' means
+        mean = torch.nn.functional.conv2d(backbone.input(images, torch.device("cpu")), stem.weight, None, 2, 3).mean(
+            (0, 2, 3)
+        )
+    torch.testing.assert_close(tensors["bn1.running_mean"], mean, rtol=1e-4, atol=1e-5)
+    seen = []
+    monkeypatch.setattr(api, "train_net", lambda cfg, **options: seen.append(api.own._given) or {})
+    monkeypatch.setattr(api.own, "given", lambda module: seen.append(module) or "python:x")
+    api.evaluate_detection(
+        backbones.load_backbone_for_probe("random:resnet18", seed=5), train="tiny_train", test="tiny_val", iterations=1,
+        output=tmp_path / "b", seed=5,
+    )  # fmt: skip
+    torch.testing.assert_close(seen[0].stem.conv1.norm.running_mean, tensors["bn1.running_mean"])

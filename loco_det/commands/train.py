@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from loco_det.annotations.coco import image_files
+from loco_det.annotations.registry import find_dataset
 from loco_det.annotations.subsets import part_name
+from loco_det.backbones.artifact import backbone_tensors, describe, save_backbone
 from loco_det.core import config
 from loco_det.core.distributed import is_main
 from loco_det.core.errors import UserError
 from loco_det.core.key_table import print_keys
 from loco_det.core.launch import launch
-from loco_det.core.log import is_quiet, setup_logging
+from loco_det.core.log import is_quiet, log, setup_logging
 from loco_det.core.metrics import check_wandb
 from loco_det.detection.keys import load_cfg, meanings, whole_tree
 
+RANDOM = "random:"  # of weights: an untrained network
 SHOWN = ("AP", "AP50", "AP75", "IoU")  # of a data set's numbers, in the last line
 
 
@@ -41,11 +46,38 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--num-gpus is {args.num_gpus}; give at least 1, which without a GPU means one CPU process.")
     engine = choose_engine(args.engine)
     engine.check(cfg, settings)
+    if str(cfg.MODEL.WEIGHTS).startswith(RANDOM):
+        cfg = _with_random_weights(cfg)
     options = {"engine": engine, "eval_only": args.eval_only, "resume": args.resume, "evaluator": args.evaluator}
     options.update(new_heads=args.new_heads, fast=not args.exact, feature_cache=args.feature_cache)
     options.update(train_feature_cache=args.train_feature_cache)
     options.update(max_bad_share=args.max_bad_share, wandb=args.wandb)
     launch(_worker, args.num_gpus, cfg, options)
+
+
+def _with_random_weights(cfg: CfgNode) -> CfgNode:
+    """Return `cfg` with an untrained backbone, whose BatchNorm statistics are measured on the training images.
+
+    Raises:
+        UserError: no such network, or no training images.
+    """
+    from loco_det.evaluation.probes.backbones import load_backbone_for_probe, measure_on
+
+    if not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty; name a data set to measure the untrained network's statistics on")
+    backbone = load_backbone_for_probe(str(cfg.MODEL.WEIGHTS), seed=max(cfg.SEED, 0))
+    files = [file for name in cfg.DATASETS.TRAIN for file in image_files(find_dataset(name))]
+    log.info("%s: measuring its BatchNorm statistics on training images", cfg.MODEL.WEIGHTS)
+    measure_on(backbone, files, max(cfg.SEED, 0))
+    path = Path(cfg.OUTPUT_DIR) / "random_backbone.safetensors"
+    network = backbone.facts["architecture"]
+    stem = backbone.facts.get("stem") or ("patch" if backbone.model.is_plain else "timm")
+    pixels = {"channel_order": backbone.order, "pixel_mean": backbone.mean, "pixel_std": backbone.std}
+    save_backbone(
+        path, backbone_tensors(backbone.model), describe(backbone.model, stem=stem, method="random", **pixels)
+    )
+    log.info("wrote %s, a random %s", path, network)
+    return config.changed(cfg, **{"MODEL.WEIGHTS": str(path)})
 
 
 def _with_part_of_training_set(cfg: CfgNode, fraction: float | None, shots: int | None) -> CfgNode:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ from loco_det.images.decode import read_image
 from loco_det.images.indexed import DatasetSource
 from loco_det.images.two_views import build_plain_loader
 from loco_det.images.views import normalise
+
+MEASURED, MEASURED_BATCH = 512, 32  # images for the statistics of an untrained backbone
 
 
 @dataclass
@@ -211,6 +214,17 @@ def _timm(name: str, rest: str, *, pretrained: bool, image_size: int | None) -> 
     facts = {"architecture": rest, "source": f"timm {timm.__version__}" + ("" if pretrained else ", random")}
     pixels = ("RGB", model.pixel_mean, model.pixel_std)
     return Backbone(name, model, model.channels, *pixels, model.image_size, untrained=not pretrained, facts=facts)
+
+
+def measure_on(backbone: Backbone, images: Sequence[Path], seed: int) -> None:
+    """Measure an untrained backbone's BatchNorm statistics on some images, chosen by `seed`: the baseline "random"."""
+    order = np.random.default_rng(seed).permutation(len(images))[:MEASURED]
+    whole = (
+        max(1, len(order) // MEASURED_BATCH) * MEASURED_BATCH
+    )  # statistics of a smaller last batch would count as much
+    source = DatasetSource([images[i] for i in order[:whole]], root="images")
+    loader = build_plain_loader(source, backbone.image_size, batch_size=MEASURED_BATCH)
+    backbone.measure(backbone.input(found.images, torch.device("cpu")) for found in loader)
 
 
 def choose_stages(backbone: Backbone, wanted: list[str] | None) -> list[str]:
