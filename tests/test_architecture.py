@@ -318,7 +318,9 @@ def test_the_wheel_gets_every_package_and_data_file() -> None:
     on_disk = {f.parent.relative_to(ROOT) for f in FILES.values()}
     on_disk |= {Path(path).parent for path in CONFIGS}
     assert set(folders.values()) == on_disk
-    files = [f for top in ("loco_det", "configs") for f in (ROOT / top).rglob("*") if f.suffix in (".yaml", ".j2")]
+    files = [
+        f for top in ("loco_det", "configs") for f in (ROOT / top).rglob("*") if f.suffix in (".yaml", ".j2", ".typed")
+    ]
     taken = [
         f for p, patterns in setuptools["package-data"].items() for x in patterns for f in (ROOT / folders[p]).glob(x)
     ]

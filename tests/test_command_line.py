@@ -21,6 +21,7 @@ from loco_det.commands import predict
 from loco_det.commands import train as train_command
 from loco_det.core.config import example, flat, load_config, shell_value
 from loco_det.core.errors import UserError
+from loco_det.core.own_keys import OWN_KEYS
 from loco_det.detection import foreign_weights, keys
 from loco_det.detection.train import train_net
 from loco_det.evaluation import cityscapes, coco
@@ -127,7 +128,7 @@ def test_a_misspelt_command_is_answered_with_the_right_one(
 
 
 def test_every_key_has_a_meaning() -> None:
-    assert set(keys.meanings()) == set(keys.SUPPORTED)
+    assert set(keys.meanings()) == {*keys.SUPPORTED, *OWN_KEYS}
     assert set(defaults.meanings()) == set(flat(defaults.get_cfg()))
     for text in (*keys.meanings().values(), *defaults.meanings().values()):
         assert len(text) > 4, text

@@ -463,6 +463,13 @@ def test_quiet_shows_only_what_needs_attention(found, capsys: pytest.CaptureFixt
     assert "aaa" not in out
 
 
+def test_weights_of_another_project_are_a_note_since_train_converts_them(datasets: Path, tmp_path: Path) -> None:
+    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "theirs.pth")
+    check = config_check("weights", [], tmp_path / "theirs.pth")
+    assert check.status == "note"
+    assert "train converts it" in check.advice
+
+
 @pytest.mark.parametrize(
     ("argv", "text"),
     [

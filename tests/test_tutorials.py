@@ -27,7 +27,7 @@ MADE = {  # what each page promises to leave behind
     ],
     "from_moco": ["moco.pkl", "moco.yaml", "runs/moco_c4/inference/coco_instances_results.json"],
     "new_method": ["mine.safetensors", "mine.pkl"],
-    "own_backbone": ["mine.pkl", "runs/mine_1/model_final.pth", "runs/scratch_1/model_final.pth", "report/index.html"],
+    "own_backbone": ["mine.pkl", "runs/mine_1/model_final.pth", "runs/random_1/model_final.pth", "report/index.html"],
     "own_data": [
         *("check/bccd/annotated.png", "runs/bccd/model_final.pth", "runs/raccoon/model_final.pth"),
         *("coco/bccd/annotations/val.json", "coco/raccoon/annotations/all.json", "report/index.html"),

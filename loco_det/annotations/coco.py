@@ -155,7 +155,7 @@ def image_files(dataset: Dataset) -> list[Path]:
         UserError: an image has no file.
     """
     found = load_coco(dataset, need_annotations=False)
-    return [(dataset.images / found.names[i]).absolute() for i in range(len(found))]
+    return [(dataset.images / found.file_name[i]).absolute() for i in range(len(found))]
 
 
 def check_images(dataset: CocoDataset) -> None:

@@ -339,6 +339,7 @@ def _shared_memory() -> Check:
 def _weights(cfg: Any, settings: Any, path: str) -> Check:
     """Load them into the configured model exactly as training would."""
     from loco_det.backbones.own import WITH_WEIGHTS
+    from loco_det.detection.foreign_weights import is_foreign
     from loco_det.detection.keys import check_supported
     from loco_det.detection.rcnn import build_model
     from loco_det.detection.weights import apply_weights, read_weights
@@ -349,6 +350,9 @@ def _weights(cfg: Any, settings: Any, path: str) -> Check:
         return Check("weights", "ok", f"{cfg.MODEL.BACKBONE.NAME} has its own weights and fits the config")
     if not path:
         return Check("weights", "note", "MODEL.WEIGHTS is empty: random values", "pretrain or convert a backbone")
+    if is_foreign(path):
+        advice = "train converts it, with a proof; look at it first: loco-det convert FILE --inspect"
+        return Check("weights", "note", f"{path} is of another project", advice)
     weights = read_weights(path)
     check_supported(cfg, settings)  # because the model is built with the torchvision engine
     apply_weights(build_model(cfg), weights, cfg)
