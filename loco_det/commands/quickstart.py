@@ -37,6 +37,7 @@ SHOWN_IMAGES, SHOWN_BEST = (2, 3, 4, 5), 3  # images, and detections of each
 DATA_COST, DETECTOR_COST = 0.07, 0.5
 PRETRAINING_COST = {"random": 0.05, "gim": 0.85, "simclr": 0.8, "loco": 1.1}
 ROBOFLOW = "_annotations.coco.json"
+SPLITS = ("train", "trainval", "training", "val", "valid", "validation", "test", "testing", "dev")
 TRAIN_NAMES, TEST_NAMES = ("train",), ("val", "test", "dev")  # beginnings of the splits' names
 
 
@@ -157,9 +158,7 @@ def _splits(folder: Path, out: Path) -> tuple[str, str]:
     for inside in () if found else sorted(path for path in folder.glob("*/") if (path / ROBOFLOW).is_file()):
         found[inside.name] = f"{inside}/"
     if not found:
-        found = {
-            split: f"{folder}/@{split}" for split in (*TRAIN_NAMES, *TEST_NAMES) if _is_there(f"{folder}/@{split}")
-        }
+        found = {split: f"{folder}/@{split}" for split in SPLITS if _is_there(f"{folder}/@{split}")}
     train, test = (
         next((name for start in starts for split, name in found.items() if split.startswith(start)), None)
         for starts in (TRAIN_NAMES, TEST_NAMES)
