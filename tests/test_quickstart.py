@@ -166,6 +166,7 @@ def test_splits_classes_and_masks_of_a_folder_are_found(make: Any, classes: int,
     assert sets.detector["MODEL.MASK_ON"] is bool(masks)
     assert sets.detector["INPUT.MASK_FORMAT"] == (masks or "polygon")
     assert len(open_source(str(sets.images), "list")) == 6
+    assert sets.pretraining["SOLVER.BATCH_SIZE"] == 2  # the configuration's would not fit
 
 
 def test_one_set_is_divided_without_an_image_in_both(tmp_path: Path) -> None:

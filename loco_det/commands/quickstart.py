@@ -31,6 +31,7 @@ from loco_det.report.plots import draw_detections, plot_losses
 
 METHODS = ("random", "gim", "simclr", "loco")
 TRAIN_IMAGES, VAL_IMAGES = 400, 100
+FEW_IMAGES = 96  # of a user's: fewer are pretrained on in smaller batches
 OWN_SIDE = 160  # pixels of the shorter side of a user's images
 SHOWN_IMAGES, SHOWN_BEST = (2, 3, 4, 5), 3  # images, and detections of each
 # Times relative to each other, measured by benchmarks/quickstart.py, for the minutes left.
@@ -138,14 +139,17 @@ def own_sets(data: str, out: Path) -> Sets:
     train, test = _splits(Path(data).absolute(), out)
     train, test = _at_most(train, TRAIN_IMAGES), _at_most(test, VAL_IMAGES)
     dataset = find_dataset(train)
-    listed = out / "train_images.txt"
+    listed, count = out / "train_images.txt", len(dataset.index.image_id)
+    few = {"SOLVER.BATCH_SIZE": max(2, count // 4)} if count < FEW_IMAGES else {}
     with atomic_write(listed, "w") as file:
         file.writelines(f"{path}\n" for path in image_files(dataset))
     masks = masks_of(dataset.index)
     side = {"INPUT.MIN_SIZE_TRAIN": (OWN_SIDE,), "INPUT.MIN_SIZE_TEST": OWN_SIDE}
     side |= {"INPUT.MAX_SIZE_TRAIN": 2 * OWN_SIDE, "INPUT.MAX_SIZE_TEST": 2 * OWN_SIDE}
     detector = {**side, "MODEL.ROI_HEADS.NUM_CLASSES": len(dataset.index.category_names), "MODEL.MASK_ON": bool(masks)}
-    return Sets(train, test, listed, {"DATA.FORMAT": "list"}, {**detector, "INPUT.MASK_FORMAT": masks or "polygon"})
+    return Sets(
+        train, test, listed, {"DATA.FORMAT": "list", **few}, {**detector, "INPUT.MASK_FORMAT": masks or "polygon"}
+    )
 
 
 def _splits(folder: Path, out: Path) -> tuple[str, str]:
