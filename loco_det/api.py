@@ -9,6 +9,7 @@ import argparse
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,7 @@ def evaluate_detection(
     folder = _new_folder(output)
     is_plain = getattr(backbone.model, "is_plain", False)
     if backbone.untrained:
+        backbone = replace(backbone, model=copy.deepcopy(backbone.model))  # the caller's stays as it is
         measure_on(backbone, image_files(find_dataset(train)), seed)
     keys, _kept = _of_backbone(backbone, folder, protocol)
     chosen = {
