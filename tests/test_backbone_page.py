@@ -84,7 +84,7 @@ def test_the_lines_for_a_file(capsys: pytest.CaptureFixture) -> None:
 def test_the_lines_for_timm_and_for_a_module(number: int, capsys: pytest.CaptureFixture) -> None:
     text = "\n".join(blocks("python")[number])
     toy = {"SOLVER.IMS_PER_BATCH": 2, "INPUT.MIN_SIZE_TRAIN": (64,), "INPUT.MIN_SIZE_TEST": 64}
-    assert '"iterations": 300' in text
-    exec(text.replace('"iterations": 300', f'"iterations": 2, "settings": {toy}'), {})
+    assert '"iterations": 200' in text
+    exec(text.replace('"iterations": 200', f'"iterations": 2, "settings": {toy}'), {})
     rows = re.findall(r"^bbox +\d+\.\d\d", capsys.readouterr().out, re.MULTILINE)
     assert len(rows) == text.count("print(")
