@@ -123,3 +123,35 @@ def test_no_message_names_what_only_a_checkout_has() -> None:
 def test_help_names_no_such_thing_either(name: str) -> None:
     text = cli._parser(name, name).format_help()
     assert not re.search(r"\b(docs|tools|tests)/\w+\.\w+", text)
+
+
+# --- the documentation ------------------------------------------------------------------------------------------
+
+
+def documented() -> Iterator[tuple[str, str]]:
+    """(page, command line) of every `loco-det` in the code blocks of README and docs, without variables."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        for block in re.findall(r"```(?:sh|text|bash)\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                found = re.search(r"(?:^|[ /&])(loco-det [a-z].*)", line)
+                if found and not re.search(r"\.\.\.|\[|\$", found[1]):
+                    yield str(page.relative_to(ROOT)), found[1]
+
+
+LINES = list(documented())
+
+
+def test_the_pages_have_commands() -> None:
+    assert len(LINES) > 40
+    assert {page for page, _ in LINES} >= {"README.md", "docs/predict.md", "docs/is_my_backbone_good.md"}
+
+
+@pytest.mark.parametrize(("page", "line"), LINES, ids=[f"{page}-{i}" for i, (page, _) in enumerate(LINES)])
+def test_a_documented_command_has_arguments_that_exist(page: str, line: str) -> None:
+    words = shlex.split(line, comments=True)[1:]
+    for stop in ("|", "||", "&&", ";", ">", "&"):
+        words = words[: words.index(stop)] if stop in words else words
+    assert words[0] in cli.JOBS, f"{page}: {line}"
+    args = cli._parsed(cli._parser(words[0], words[0]), words[1:])  # SystemExit for an option that is not there
+    for file in getattr(args, "config_file", []):
+        assert not file.startswith("configs/") or file in packaged_configs(), f"{page}: {line}"

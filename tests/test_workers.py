@@ -74,7 +74,7 @@ def _full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def loaded(*names: str) -> list[Any]:
-    loader = DataLoader(Batches(), sampler=list(names), batch_size=None, num_workers=1, collate_fn=shared)
+    loader = DataLoader(Batches(), sampler=list(names), batch_size=None, num_workers=1, collate_fn=shared, timeout=60)
     return list(raising(loader))
 
 
