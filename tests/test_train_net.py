@@ -135,6 +135,9 @@ def test_a_signal_to_the_whole_job_saves_and_says_how_to_go_on(arguments, tmp_pa
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 2, said
     assert "Traceback" not in said
+    answer = "\nstopping after this step and saving; again to stop now\n"
+    assert said.count(answer) == 1  # by the first of the processes
+    said = said.replace(answer, "")
     assert re.fullmatch(rf"(.* I .*\n)*error: stopped by {name} after iteration .*\n", said)
     assert (tmp_path / "out" / (tmp_path / "out" / "last_checkpoint").read_text()).is_file()
 
