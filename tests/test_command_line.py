@@ -27,6 +27,7 @@ from loco_det.detection.train import train_net
 from loco_det.evaluation import cityscapes, coco
 from loco_det.evaluation.probes import linear, segmentation, tsne
 from loco_det.images import views
+from loco_det.paper import plan
 from pretrain import defaults
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,6 +93,8 @@ def test_a_probe_takes_one_backbone(capsys: pytest.CaptureFixture) -> None:
 def test_the_choices_offered_are_those_that_there_are() -> None:
     assert (*coco.EVALUATORS, cityscapes.OFFICIAL) == arguments.EVALUATORS
     assert tuple(FORMATS) == arguments.ANNOTATION_FORMATS
+    assert tuple(plan.TARGETS) == arguments.PAPER_TARGETS
+    assert plan.SCALES == arguments.PAPER_SCALES
     assert tuple(views.PRESETS) == arguments.PRESETS
     assert arguments.DENSE_METHODS == segmentation.METHODS
     assert tuple(linear.RATES) == arguments.OPTIMIZERS
