@@ -48,16 +48,23 @@ def plot_losses(metrics: dict[str, Path], out: Path) -> None:
 
 
 def draw_detections(
-    dataset: CocoDataset, runs: dict[str, list[dict[str, Any]]], out: Path, *, images: Sequence[int], best: int
+    dataset: CocoDataset,
+    runs: dict[str, list[dict[str, Any]]],
+    out: Path,
+    *,
+    images: Sequence[int],
+    threshold: float = 0.0,
+    best: int | None = None,
 ) -> None:
-    """Draw one row per image: the ground truth, then each run's best detections, however low they score.
+    """Draw one row per image: the ground truth, then each run's detections.
 
     Args:
         dataset: with annotations.
         runs: name -> COCO results (RLE `segmentation` optional).
         out: the PNG to write.
         images: positions in the dataset.
-        best: number of detections drawn in an image, those of the highest scores.
+        threshold: minimum score of the detections drawn.
+        best: most detections drawn in an image, those of the highest scores; None for all.
     """
     columns = ["ground truth", *runs]
     figure = Figure(figsize=(2.3 * len(columns), 2.4 * len(images)), layout="constrained")
@@ -69,7 +76,7 @@ def draw_detections(
         for results in runs.values():
             found = [r for r in results if r["image_id"] == record.image_id]
             found = sorted(found, key=lambda r: -r["score"])[:best]
-            shown.append(detected_shapes(found, dataset.category_ids, 0.0))
+            shown.append(detected_shapes(found, dataset.category_ids, threshold))
         for axes, shapes in zip(row, shown):
             axes.axis("off")
             axes.imshow(draw_instances(pixels, shapes, dataset.class_names, width=PANEL_WIDTH))
