@@ -8,7 +8,7 @@ from pathlib import Path
 from fvcore.common.config import CfgNode
 
 from loco_det.backbones.artifact import HEADER_KEY
-from loco_det.backbones.own import PREFIX as OWN
+from loco_det.backbones.own import WITH_WEIGHTS
 from loco_det.backbones.timm_models import PREFIX as TIMM
 from loco_det.convert import Stated, convert
 from loco_det.convert.conversion import is_described
@@ -33,7 +33,7 @@ def with_own_weights(cfg: CfgNode) -> CfgNode:
         UserError: in every process, as `convert`.
     """
     path = str(cfg.MODEL.WEIGHTS)
-    if not path or cfg.MODEL.BACKBONE.NAME.startswith(OWN) or not is_foreign(path):
+    if not path or cfg.MODEL.BACKBONE.NAME.startswith(WITH_WEIGHTS) or not is_foreign(path):
         return cfg
     is_timm = path.startswith(TIMM) or cfg.MODEL.BACKBONE.NAME.startswith(TIMM)
     target, problem = Path(cfg.OUTPUT_DIR) / f"{NAME}{'.safetensors' if is_timm else '.pkl'}", None
