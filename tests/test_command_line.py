@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from tiny_detection import tiny_cfg
+from tiny_detection import RESNET_18, tiny_cfg
 
 from loco_det import arguments, cli
 from loco_det.annotations.formats.conversion import FORMATS
@@ -282,7 +282,8 @@ def foreign(tmp_path: Path) -> Path:
 
 
 def small(tmp_path: Path, weights: Path, **changes: object):
-    return tiny_cfg(tmp_path / "run", **{"MODEL__WEIGHTS": str(weights), "SOLVER__MAX_ITER": 1, **changes})
+    given = {"MODEL__WEIGHTS": str(weights), "SOLVER__MAX_ITER": 1}
+    return tiny_cfg(tmp_path / "run", **{**RESNET_18, **given, **changes})
 
 
 def test_train_converts_weights_of_another_project_and_says_the_proof(
