@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from tiny_detection import overrides, tiny_cfg
+from tiny_detection import RESNET_18, overrides, tiny_cfg
 from torch import nn
 
 import loco_det
@@ -295,7 +295,7 @@ def test_wrong_stages_are_told_in_the_backbones_own_names(tmp_path: Path) -> Non
         build_model(load_config(get_cfg(), FPN, given)[0])
     assert "RESNETS" not in str(error.value)
     with pytest.raises(UserError, match=r"resnet18 has .*res5 \(stride 32\).*\(MODEL\.RESNETS\.OUT_FEATURES"):
-        build_model(tiny_cfg(tmp_path, MODEL__FPN__IN_FEATURES=["res2", "layer3"]))
+        build_model(tiny_cfg(tmp_path, MODEL__FPN__IN_FEATURES=["res2", "layer3"], **RESNET_18))
 
 
 def test_weights_of_the_hub_without_a_network_are_one_sentence(

@@ -333,6 +333,9 @@ class Recorder:
         self.read.add(path)
         return value
 
+    def get(self, name: str, default: Any) -> Any:
+        return self[name] if name in self.node else default
+
     __getattr__ = __getitem__
 
 

@@ -215,6 +215,7 @@ def test_targets_of_detection(
     assert small("few_labels", objects, out, *options) == 0
     rows = json.loads((out / "few_labels.json").read_text())["rows"]
     assert [row["row"] for row in rows] == ["LoCo, 50 % of the images", "LoCo, 10 % of the images"]
+    assert [command[0] for command in here] == ["pretrain", "train", "train", "train"]  # one backbone for all
     config = (out / "few_10k_loco_0" / "config.yaml").read_text()
     assert "@train@50pct_seed0" in config
     assert "FREEZE_AT: 2" in config
@@ -398,6 +399,14 @@ def test_means_intervals_and_stars(tmp_path: Path) -> None:
     assert "| a | 52.0 | 50.0 [47.5, 52.5] |  |" in text
     # seed by seed 10, 11, 9
     assert "| b | 63.0 | 60.0 [57.5, 62.5] | +10.0 [+7.5, +12.5] \\* |" in text
+
+
+def test_small_rows_are_compared_with_the_first_of_their_network(tmp_path: Path) -> None:
+    rows = rows_with(tmp_path, {"a": [50.0], "b": [60.0], "c": [65.0]}, {"a": 1.0, "b": 2.0, "c": 3.0})
+    rows = [PlannedRow(r.label, r.paper, r.chains, group=group) for r, group in zip(rows, ("r18", "sh50", "sh50"))]
+    text = write_page("table1", rows, Options("small", "/x", tmp_path, (0,)), MACHINE).read_text()
+    assert "| b | 2.0 | 60.0 |  |" in text
+    assert "| c | 3.0 | 65.0 | +5.0 |" in text
 
 
 def test_what_was_not_run_says_so(tmp_path: Path) -> None:

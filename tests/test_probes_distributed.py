@@ -35,17 +35,21 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def work(root: Path, cache: Path) -> dict[str, torch.Tensor]:
-    """Classifiers after two epochs in batches of 4, 4 and 1, and the test images' features, computed and cached."""
+    """Classifiers after two epochs in batches of 4, 4 and 1, the test images' features, computed and cached, and the
+    number of images that went through the network for them.
+    """
     torch.set_num_threads(1)
     data = open_probe_data(str(root), None, limit=0, seed=0)
     backbone = load_backbone_for_probe("random:resnet18-cifar", seed=0)
     extractor = Extractor(backbone, 16, torch.device("cpu"), batch=2, workers=0, cache=cache)
     extractor.measure(data.train, 0)
+    seen, pool = [], extractor.pool
+    extractor.pool = lambda x, stages: seen.append(len(x)) or pool(x, stages)
     heads = paper_probe(extractor, ["res2", "res5"], data.train, 2, PaperRecipe(epochs=2, batch=4, rate=0.1))
     found = {f"{stage} head": head.weight.detach() for stage, head in heads.items()}
     for again in ("", " again"):
         found |= {f"{stage}{again}": f for stage, f in extractor(data.test, ["res2", "res5"], "test").items()}
-    return found
+    return {**found, "images": torch.tensor(sum(seen))}
 
 
 def process(rank: int, count: int, root: Path, out: Path) -> None:
@@ -65,8 +69,9 @@ def test_several_processes_have_the_numbers_of_one(count: int, images: Path, tmp
     for child in children:
         child.join(120)
     assert [child.exitcode for child in children] == [0] * count
-    for rank in range(count):
-        found = torch.load(tmp_path / f"{count}_{rank}.pt")
+    shares = [torch.load(tmp_path / f"{count}_{rank}.pt") for rank in range(count)]
+    assert sum(found.pop("images") for found in shares) == alone.pop("images") == 2 * 9 + 5
+    for found in shares:
         assert list(found) == list(alone)
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, alone[name], rtol=1e-4, atol=1e-5, msg=name)

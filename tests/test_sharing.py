@@ -539,7 +539,7 @@ def test_stepping_late_or_with_scaled_losses_is_the_same(
     mode: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With nested units. fp16 in float32, for half precision takes minutes on a CPU; scales are powers of two."""
-    monkeypatch.setattr(train, "_autocast", lambda *_: nullcontext)
+    monkeypatch.setattr(train, "autocast", lambda *_: nullcontext)
     units = ["UNITS", "[['res2','res5'],['res3','res4'],['res3','res5']]"]
     shas = set()
     for number, keys in enumerate(([], ["SOLVER.STEP_EARLY", "False"], ["SOLVER.AMP", "fp16"])):

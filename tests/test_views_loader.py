@@ -216,7 +216,7 @@ def test_share_zero_tolerates_none(folder):
     [
         ({"SOLVER__BATCH_SIZE": 24}, r"SOLVER\.BATCH_SIZE is 24 but DATA\.PATH .* has 23 images"),
         ({"SOLVER__BATCH_SIZE": 0}, r"SOLVER\.BATCH_SIZE is 0"),
-        ({"DATA__NUM_WORKERS": -1}, r"DATA\.NUM_WORKERS is -1"),
+        ({"DATA__NUM_WORKERS": -2}, r"DATA\.NUM_WORKERS is -2"),
         ({"DATA__MAX_BAD_SHARE": 1.5}, r"DATA\.MAX_BAD_SHARE is 1\.5"),
         ({"DATA__IMAGE_SIZE": -3}, r"DATA\.IMAGE_SIZE -3"),
         ({"AUGMENT__PRESET": "none"}, r"AUGMENT\.PRESET 'none'"),

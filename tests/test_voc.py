@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_detection import overrides
+from tiny_detection import RESNET_18, overrides
 
 from loco_det.annotations.coco import load_coco
 from loco_det.annotations.index import load_index
@@ -247,7 +247,7 @@ def test_limits(root, eleven_points):
 
 
 def voc_cfg(output_dir: Path) -> Any:
-    tiny = overrides(OUTPUT_DIR=output_dir, MODEL__MASK_ON=False, MODEL__ROI_HEADS__NUM_CLASSES=20)
+    tiny = overrides(**RESNET_18, OUTPUT_DIR=output_dir, MODEL__MASK_ON=False, MODEL__ROI_HEADS__NUM_CLASSES=20)
     names = ["DATASETS.TRAIN", "('voc_2007_trainval',)", "DATASETS.TEST", "('voc_2007_test',)"]
     return load_config(get_cfg(), "configs/coco_loco_r50_faster.yaml", [*tiny, *names])[0]
 

@@ -145,7 +145,7 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config(args: argparse.Namespace) -> CfgNode:
-    return load_cfg(args.config_file, args.set)[0]
+    return load_cfg(args.config_file, [*args.set, *args.opts])[0]
 
 
 def _named(backbones: list[str]) -> dict[str, str]:

@@ -427,7 +427,8 @@ def is_same_model(weights: str, ours: str, is_backbone: bool) -> bool:
 
 
 def _fits(key: str, theirs: Any, ours: Any, is_backbone: bool) -> bool:
-    return is_same_model(theirs, ours, is_backbone) if key == "MODEL.BACKBONE.NAME" else _agree(theirs, ours)
+    is_name = key == "MODEL.BACKBONE.NAME"
+    return _agree(theirs, ours) or (is_name and is_same_model(theirs, ours, is_backbone))
 
 
 def _agree(a: Any, b: Any) -> bool:
