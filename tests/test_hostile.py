@@ -30,7 +30,6 @@ from loco_det.annotations.index import load_index
 from loco_det.annotations.registry import Dataset, find_dataset
 from loco_det.annotations.segmentation import decode
 from loco_det.cli import main
-from loco_det.commands import sweep
 from loco_det.convert.load import open_tensors
 from loco_det.core.config import load_config, read_yaml
 from loco_det.core.errors import LONGEST, UserError
@@ -41,7 +40,7 @@ from loco_det.detection.keys import get_cfg
 from loco_det.detection.train import train_net
 from loco_det.images.decode import decode_exactly, decode_image, image_size, read_image
 from loco_det.images.folders import open_source
-from loco_det.report.runs import find_runs
+from loco_det.report.runs import find_runs, last_scores
 
 
 @pytest.fixture(autouse=True)
@@ -415,7 +414,7 @@ def test_e_names_in_report_md_are_text(trained: Path, tmp_path: Path, monkeypatc
 def test_e_a_damaged_metrics_json_neither_stops_a_resumed_run_nor_a_sweep(data: bytes, tmp_path: Path) -> None:
     line = b'{"iteration": 3, "bbox/AP": 1.5}\n'
     (tmp_path / "metrics.json").write_bytes(line + data)
-    assert sweep._results(tmp_path) in (None, {"bbox/AP": 1.5})
+    assert last_scores(tmp_path) in (None, {"bbox/AP": 1.5})
     JsonLines(tmp_path).trim(4)
     assert (tmp_path / "metrics.json").read_bytes() == line
 

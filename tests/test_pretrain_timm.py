@@ -518,7 +518,10 @@ def test_random_weights_are_written_too(folder: Path, tmp_path: Path) -> None:
             "BACKBONE.STEM is 'cifar', which is for ResNets; leave it imagenet, timm:test_vit",
         ),
         ({"BACKBONE__WIDTH": 8}, "BACKBONE.WIDTH is 8, which is for ResNets; leave it 64"),
-        ({"BACKBONE__NAME": "vit_tiny"}, "BACKBONE.NAME is 'vit_tiny'; use one of .*presnet50, or timm:NAME"),
+        (
+            {"BACKBONE__NAME": "vit_tiny"},
+            "BACKBONE.NAME is 'vit_tiny'; use one of .*shufflenetv2_50, or timm:NAME",
+        ),
         ({"DECODER__CONV": "stage", "DECODER__CONV_BLOCKS": 0}, "DECODER.CONV is 'stage', which is for ResNets"),
         ({"UNITS": [["stem", "stem"], ["blocks", "blocks"]]}, "a unit ends in the stem of timm:test_vit.*blocks.0-1"),
         (

@@ -307,7 +307,7 @@ def test_timm_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> Non
         raise OSError("no connection")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(UserError, match=r"no connection.*random:timm:resnet18"):
+    with pytest.raises(UserError, match=r"cannot be fetched.*random:timm:resnet18"):
         load_backbone_for_probe("timm:resnet18")
 
 

@@ -26,7 +26,6 @@ from loco_det.annotations.mapper import DetectionMapper, sample_rng
 from loco_det.annotations.registry import find_dataset
 from loco_det.annotations.transforms import Crop, Resize
 from loco_det.cli import run_job
-from loco_det.commands import sweep
 from loco_det.commands.doctor import examine_config
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
@@ -36,7 +35,7 @@ from loco_det.detection.train import check_classes, train_net
 from loco_det.evaluation import pixels as scores
 from loco_det.report.analysis import experiments
 from loco_det.report.panels import panels
-from loco_det.report.runs import find_runs
+from loco_det.report.runs import find_runs, last_scores
 
 NAME = "cityscapes_fine_sem_seg"
 ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
@@ -329,7 +328,7 @@ def test_training_both_evaluators_and_a_submission(engine: str, tree: Path, tmp_
 
 def test_report_and_sweep_know_the_scores(tmp_path: Path) -> None:
     found = train_net(cfg(tmp_path / "run"), engine="torchvision")["sem_seg"]
-    assert sweep._results(tmp_path / "run")["sem_seg/IoU"] == pytest.approx(found["IoU"])
+    assert last_scores(tmp_path / "run")["sem_seg/IoU"] == pytest.approx(found["IoU"])
     assert run_job("report", [str(tmp_path / "run"), "--out", str(tmp_path / "report")]) == 0
     report = json.loads((tmp_path / "report/report.json").read_text())
     (experiment,) = report["experiments"]
