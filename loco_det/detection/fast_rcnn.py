@@ -16,7 +16,7 @@ from torch import nn
 from loco_det.annotations.instances import Instances
 from loco_det.core.errors import UserError
 from loco_det.detection.boxes import BoxCoder, clip, nms_per_class, regression_loss
-from loco_det.detection.layers import Conv, c2_msra_fill, c2_xavier_fill
+from loco_det.detection.layers import Conv, c2_msra_fill, c2_xavier_fill, run_convs
 
 
 class BoxHead(nn.Module):
@@ -50,8 +50,7 @@ class BoxHead(nn.Module):
             c2_xavier_fill(getattr(self, name))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for name in self.convs:
-            x = getattr(self, name)(x)
+        x = run_convs((getattr(self, name) for name in self.convs), x)
         if self.fcs:
             x = x.flatten(1)
         for name in self.fcs:

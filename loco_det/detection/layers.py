@@ -6,12 +6,16 @@ The convolution has Detectron2's parameter names; Detectron2 uses the same parts
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from loco_det.backbones.folding import convolve
-from loco_det.backbones.resnet import make_norm
+from loco_det.backbones.resnet import LayerNorm, make_norm
 
 # Newer torch warns when fvcore compiles an unused loss; importing this package must not warn.
 with warnings.catch_warnings():
@@ -20,7 +24,8 @@ with warnings.catch_warnings():
     from fvcore.nn.precise_bn import get_bn_modules
     from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 
-__all__ = ["Conv", "c2_msra_fill", "c2_xavier_fill", "get_bn_modules", "giou_loss", "smooth_l1_loss", "update_bn_stats"]
+__all__ = ["Conv", "c2_msra_fill", "c2_xavier_fill", "get_bn_modules", "giou_loss", "run_convs", "smooth_l1_loss",
+           "update_bn_stats"]  # fmt: skip
 
 
 class Conv(nn.Conv2d):
@@ -40,3 +45,48 @@ class Conv(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return convolve(self, x, relu=self.relu)
+
+
+def run_convs(convs: Iterable[Conv], x: torch.Tensor) -> torch.Tensor:
+    """Run convolutions one after another, (B, C, H, W) -> (B, out, H, W), and keep less of them for backward.
+
+    A convolution and a ReLU keep the map between them, and a LayerNorm before them its own input: two maps a layer.
+    Here the map between is made again in backward, from what the LayerNorm keeps: the same bits.
+    """
+    made: _Again | None = None
+    for conv in convs:
+        with _kept_as(x, made) if made else nullcontext():
+            if not (torch.is_grad_enabled() and conv.relu and isinstance(conv.norm, LayerNorm)):
+                x, made = conv(x), None
+                continue
+            raw = conv._conv_forward(x, conv.weight, conv.bias)
+        x, made = conv.norm(raw), _Again(conv.norm, raw.detach())
+        with _kept_as(x, made):
+            x = F.relu_(x)
+    return x
+
+
+class _Again:
+    """Makes the output of a LayerNorm and ReLU again, once for the two that ask for it in a backward pass."""
+
+    def __init__(self, norm: LayerNorm, x: torch.Tensor) -> None:
+        self.norm, self.x = norm, x
+        self.output: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:
+        if self.output is None:
+            self.output = F.relu_(self.norm(self.x))
+            return self.output
+        output, self.output = self.output, None
+        return output
+
+
+def _kept_as(x: torch.Tensor, made: _Again) -> saved_tensors_hooks:
+    """Operations in this context that would keep `x` for backward keep `made` instead."""
+    where, shape = x.data_ptr(), x.shape
+
+    def pack(kept: torch.Tensor) -> torch.Tensor | _Again:
+        return made if kept.data_ptr() == where and kept.shape == shape else kept
+
+    return saved_tensors_hooks(pack, lambda kept: kept() if isinstance(kept, _Again) else kept)

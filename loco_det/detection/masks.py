@@ -16,7 +16,7 @@ from torch import nn
 
 from loco_det.annotations.masks import PolygonMasks
 from loco_det.detection.cpu_speed import logits_of_own_class
-from loco_det.detection.layers import Conv, c2_msra_fill
+from loco_det.detection.layers import Conv, c2_msra_fill, run_convs
 
 # Pixels sampled at once when masks are pasted together, on a GPU: 1 GiB of float32.
 PASTE_PIXELS = 2**28
@@ -44,8 +44,7 @@ class MaskHead(nn.Module):
         nn.init.zeros_(self.predictor.bias)
 
     def forward(self, x: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        for name in self.convs:
-            x = getattr(self, name)(x)
+        x = run_convs((getattr(self, name) for name in self.convs), x)
         if self.fast:
             return logits_of_own_class(self.deconv, self.predictor, x, classes)
         return logits_of_classes(self.predictor(F.relu_(self.deconv(x))), classes)
