@@ -61,7 +61,12 @@ def convolve(conv: nn.Conv2d, x: Tensor, *, relu: bool = False, add: Tensor | No
 def _finish(out: Tensor, add: Tensor | None, relu: bool) -> Tensor:
     if add is not None:
         out += add
-    return F.relu_(out) if relu else out
+    return rectified(out) if relu else out
+
+
+def rectified(out: Tensor) -> Tensor:
+    """ReLU, in place if that is cheaper: of a view, as of a LayerNorm's result, backward would copy the whole map."""
+    return F.relu(out) if torch.is_grad_enabled() and out._is_view() else F.relu_(out)
 
 
 def _is_constant(norm: nn.Module | None) -> bool:

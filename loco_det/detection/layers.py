@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from loco_det.backbones.folding import convolve
+from loco_det.backbones.folding import convolve, rectified
 from loco_det.backbones.resnet import LayerNorm, make_norm
 
 # Newer torch warns when fvcore compiles an unused loss; importing this package must not warn.
@@ -61,8 +61,10 @@ def run_convs(convs: Iterable[Conv], x: torch.Tensor) -> torch.Tensor:
                 continue
             raw = conv._conv_forward(x, conv.weight, conv.bias)
         x, made = conv.norm(raw), _Again(conv.norm, raw.detach())
-        with _kept_as(x, made):
-            x = F.relu_(x)
+        with saved_tensors_hooks(
+            lambda _, made=made: made, lambda again: again()
+        ):  # a ReLU keeps nothing but its result
+            x = rectified(x)
     return x
 
 
