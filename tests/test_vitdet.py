@@ -19,12 +19,14 @@ from tiny_detection import TINY
 from loco_det.convert.timm_models import convert_timm
 from loco_det.core.errors import UserError
 from loco_det.detection import solver
+from loco_det.detection.foreign_weights import with_own_weights
 from loco_det.detection.keys import check_supported, load_cfg
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.train import train_net
 from loco_det.detection.weights import load_weights
 
 CONFIG = "configs/coco_vitdet_b.yaml"
+WINDOWED = "timm:test_vit?drop_path_rate=0.2&window=3&rel_pos=6"
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "vitdet.json").read_text())
 
 
@@ -121,7 +123,7 @@ def toy(output: Path, weights: Path | str = "", **changes: object) -> CfgNode:
     """The recipe on 80 x 64 images, with AMP off."""
     small = {
         **{key.replace(".", "__"): value for key, value in TINY.items() if "RESNETS" not in key},
-        "MODEL__BACKBONE__NAME": "timm:test_vit?drop_path_rate=0.2&window=3&rel_pos=6",
+        "MODEL__BACKBONE__NAME": WINDOWED,
         "MODEL__BACKBONE__SQUARE_PAD": 96,
         "INPUT__SCALE_JITTER_SIZE": 96,
         "INPUT__MAX_SIZE_TEST": 96,
@@ -145,6 +147,19 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(timm.create_model("test_vit").state_dict(), folder / "in.pth")
     convert_timm(str(folder / "in.pth"), folder / "vit.safetensors", "timm:test_vit")
     return folder / "vit.safetensors"
+
+
+def test_a_file_of_another_project_is_converted_without_the_windows(pretrained: Path, tmp_path: Path) -> None:
+    cfg = toy(tmp_path, pretrained.with_name("in.pth"), MODEL__BACKBONE__NAME=f"{WINDOWED}&global_blocks=2,5")
+    converted = with_own_weights(cfg)
+    model = build_model(converted)
+    load_weights(model, converted)
+    theirs = torch.load(pretrained.with_name("in.pth"), weights_only=True)
+    assert torch.equal(
+        model.state_dict()["backbone.net.model.blocks.5.mlp.fc1.weight"], theirs["blocks.5.mlp.fc1.weight"]
+    )
+    bare = toy(tmp_path, pretrained.with_name("in.pth"), MODEL__BACKBONE__NAME="timm:test_vit?window=3")
+    load_weights(build_model(bare), with_own_weights(bare))
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:

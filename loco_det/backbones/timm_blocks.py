@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from loco_det.backbones.timm_models import PREFIX, TimmBackbone, create
+from loco_det.backbones.windows import WINDOW_OPTIONS
 from loco_det.core.errors import UserError
 
 _NO_PREFIX = {"class_token": False, "reg_tokens": 0, "global_pool": ""}  # "token", the usual pooling, needs the token
-_OF_DETECTORS = ("pretrained", "map_stride", "maps", "positions", "level_norm", "image_size")
-_OF_DETECTORS += ("window", "global_blocks", "rel_pos")
+_OF_DETECTORS = ("pretrained", "map_stride", "maps", "positions", "level_norm", "image_size", *WINDOW_OPTIONS)
 
 
 class PatchEmbedding(nn.Module):

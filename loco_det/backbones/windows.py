@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from loco_det.core.errors import UserError
 
 REL_POS = ("rel_pos_h", "rel_pos_w")  # names of the parameters of an attention
+WINDOW_OPTIONS = ("window", "global_blocks", "rel_pos")  # behind the name of a model of timm
 
 
 class Windows(NamedTuple):

@@ -10,6 +10,7 @@ from fvcore.common.config import CfgNode
 from loco_det.backbones.artifact import HEADER_KEY
 from loco_det.backbones.own import WITH_WEIGHTS
 from loco_det.backbones.timm_models import PREFIX as TIMM
+from loco_det.backbones.windows import WINDOW_OPTIONS
 from loco_det.convert import Stated, convert
 from loco_det.convert.conversion import is_described
 from loco_det.convert.load import open_tensors, safetensors_metadata
@@ -65,7 +66,7 @@ def is_foreign(path: str) -> bool:
 def _convert(cfg: CfgNode, path: str, target: Path, is_timm: bool) -> None:
     log.info("MODEL.WEIGHTS %s is not Detectron2's: converting it to %s", path, target)
     if is_timm:
-        name = path if path.startswith(TIMM) else cfg.MODEL.BACKBONE.NAME
+        name = path if path.startswith(TIMM) else _without_windows(cfg.MODEL.BACKBONE.NAME)
         account = convert_timm(path, target, name)
     else:
         try:
@@ -77,3 +78,10 @@ def _convert(cfg: CfgNode, path: str, target: Path, is_timm: bool) -> None:
             account = convert(path, target, stated=Stated(*pixels, bool(cfg.MODEL.RESNETS.STRIDE_IN_1X1)))
     for line in account.lines():
         log.info("%s", line)
+
+
+def _without_windows(name: str) -> str:
+    """The model that a file is of: only a detector adds windows and relative positions to it."""
+    model, _, query = name.partition("?")
+    kept = [option for option in query.split("&") if option.partition("=")[0] not in WINDOW_OPTIONS]
+    return "?".join(filter(None, (model, "&".join(kept))))

@@ -23,7 +23,7 @@ from loco_det.backbones.names import to_detectron2, to_torchvision
 from loco_det.backbones.networks import OWN_NETWORKS
 from loco_det.backbones.own import OTHER_BACKBONES, WITH_WEIGHTS
 from loco_det.backbones.timm_models import PREFIX, family_positions, parse
-from loco_det.backbones.windows import REL_POS
+from loco_det.backbones.windows import REL_POS, WINDOW_OPTIONS
 from loco_det.convert import read_checkpoint
 from loco_det.core import config
 from loco_det.core.config import shell_value
@@ -422,7 +422,7 @@ def is_same_model(weights: str, ours: str, is_backbone: bool) -> bool:
     A backbone may be given windows; a detector was trained with those that its name says.
     """
     (name, options), (own, chosen) = parse(weights), parse(ours)
-    fixed = () if is_backbone else ("window", "global_blocks", "rel_pos")
+    fixed = () if is_backbone else WINDOW_OPTIONS
     return name == own and options.items() <= chosen.items() and all(options.get(k) == chosen.get(k) for k in fixed)
 
 
