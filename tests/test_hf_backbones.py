@@ -310,7 +310,10 @@ def test_a_final_norm_that_is_missing_is_refused(folders: dict[str, Path], tmp_p
 def test_wrong_pixels_are_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"was made with MODEL\.PIXEL_MEAN \[127\.5, 63\.75, 31\.\d+\] and the config"):
         build_model(small(f"hf:{folders['convnext']}", FPN, MODEL__PIXEL_MEAN=[123.675, 116.28, 103.53]))
-    with pytest.raises(UserError, match=r"was made with INPUT\.FORMAT RGB and the configuration has BGR"):
+    build_model(small(f"hf:{folders['convnext']}", FPN, MODEL__PIXEL_MEAN=[127.5, 63.75, 31.88]))  # rounded
+    with pytest.raises(
+        UserError, match=r"INPUT\.FORMAT \"RGB\" and the configuration has \"BGR\"; add INPUT\.FORMAT RGB$"
+    ):
         build_model(small(f"hf:{folders['convnext']}", FPN, INPUT__FORMAT="BGR"))
 
 

@@ -30,6 +30,7 @@ from loco_det.detection.deformable import deformable
 from loco_det.detection.feature_cache import FeatureCache
 from loco_det.detection.layers import Conv, c2_xavier_fill
 from loco_det.detection.pyramid import STRIDE, SimpleFeaturePyramid
+from loco_det.detection.weights import check_facts, pixel_facts
 
 Batch = Sequence[dict[str, Any]]
 
@@ -238,20 +239,14 @@ class HfTrunk(Trunk, HfBackbone):
     def __init__(self, cfg: CfgNode) -> None:
         wanted = list(cfg.MODEL.FPN.IN_FEATURES)
         super().__init__(cfg.MODEL.BACKBONE.NAME.removeprefix(own.HF_PREFIX), map_stride=STRIDE, maps=wanted)
-        self._check_pixels(cfg)
+        mean, std = ([round(value, 4) for value in values] for values in (self.pixel_mean, self.pixel_std))
+        facts = {"INPUT.FORMAT": self.order, "MODEL.PIXEL_MEAN": mean, "MODEL.PIXEL_STD": std}
+        check_facts(self.architecture, facts, pixel_facts(cfg))
         self.out_features = tuple(wanted or list(self.channels)[-1:]) if self.is_plain else tuple(wanted)
         if self.is_plain:
             self.channels = {stage: self.channels[stage] for stage in self.out_features}
             self.strides = dict.fromkeys(self.out_features, STRIDE)
         self.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
-
-    def _check_pixels(self, cfg: CfgNode) -> None:
-        pairs = [("INPUT.FORMAT", cfg.INPUT.FORMAT, self.order)]
-        for key, theirs in (("PIXEL_MEAN", self.pixel_mean), ("PIXEL_STD", self.pixel_std)):
-            pairs.append((f"MODEL.{key}", [round(v, 2) for v in cfg.MODEL[key]], [round(v, 2) for v in theirs]))
-        for key, given, theirs in pairs:
-            if given != theirs:
-                raise UserError(f"{self.architecture} was made with {key} {theirs} and the configuration has {given}")
 
 
 class OwnTrunk(Trunk, own.OwnBackbone):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -388,10 +389,21 @@ def check_manifest(weights: Weights, cfg: CfgNode) -> None:
     elif weights.pixels is not None:
         facts = weights.pixels
     ours = {**pixel_facts(cfg), RES2: config.value(cfg, RES2)}
+    check_facts(weights.path, facts, ours, is_backbone=weights.is_backbone)
+
+
+def check_facts(source: object, facts: Mapping[str, Any], ours: Mapping[str, Any], *, is_backbone: bool = True) -> None:
+    """Refuse a configuration with other values than `source`, a file or model, was made with.
+
+    Args:
+        facts: keys and values of `source`; those that `ours` lacks do not count.
+        ours: keys and values of the configuration.
+
+    Raises:
+        UserError: naming every key that differs, and the line that sets them.
+    """
     wrong = {
-        key: value
-        for key, value in facts.items()
-        if key in ours and not _fits(key, value, ours[key], weights.is_backbone)
+        key: value for key, value in facts.items() if key in ours and not _fits(key, value, ours[key], is_backbone)
     }
     if wrong:
         named = ", ".join(
@@ -399,7 +411,7 @@ def check_manifest(weights: Weights, cfg: CfgNode) -> None:
             for key, value in wrong.items()
         )
         lines = " ".join(f"{key} {shell_value(value)}" for key, value in wrong.items())
-        raise UserError(f"{weights.path} was made with {named}; add {lines}", add=lines)
+        raise UserError(f"{source} was made with {named}; add {lines}", add=lines)
 
 
 def pixel_facts(cfg: CfgNode) -> dict[str, Any]:
