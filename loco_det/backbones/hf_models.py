@@ -181,13 +181,11 @@ def _load(name: str, place: Path | str, maps: Sequence[str]) -> tuple[nn.Module,
 def _chosen(name: str, config: Any, maps: Sequence[str]) -> list[str]:
     """Names of the stages whose maps are wanted: `maps`, the ends of a plain transformer's quarters, or all."""
     stages = list(config.stage_names)[1:]
-    unknown = [stage for stage in maps if stage not in stages]
-    if hasattr(config, "depths") and not unknown and not maps:
-        return stages
-    if unknown and not hasattr(config, "depths"):
-        raise UserError(f"backbone {name}: has no map {unknown[0]!r}; use {stages[0]} to {stages[-1]}")
     if hasattr(config, "depths"):
         return stages
+    unknown = [stage for stage in maps if stage not in stages]
+    if unknown:
+        raise UserError(f"backbone {name}: has no map {unknown[0]!r}; use {stages[0]} to {stages[-1]}")
     ends = [int(part[-1]) for part in torch.arange(len(stages)).tensor_split(QUARTERS) if len(part)]
     return [stage for stage in stages if stage in maps] or [stages[end] for end in ends]
 

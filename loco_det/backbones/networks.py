@@ -7,8 +7,8 @@ from loco_det.backbones.resnet import BLOCKS, STEM_CHANNELS, ResNet, StagedBackb
 from loco_det.backbones.shufflenet import SHUFFLENET, ShuffleNet
 
 RESNETS = {f"resnet{depth}": depth for depth in BLOCKS}
-NETWORKS = (*RESNETS, PRESNET, SHUFFLENET)
 OWN_NETWORKS = {PRESNET: "Progressive ResNet-50", SHUFFLENET: "ShuffleNet v2-50"}  # no ResNet; title of each
+NETWORKS = (*RESNETS, *OWN_NETWORKS)
 
 
 def build_network(

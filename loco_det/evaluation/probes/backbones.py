@@ -219,9 +219,8 @@ def _timm(name: str, rest: str, *, pretrained: bool, image_size: int | None) -> 
 def measure_on(backbone: Backbone, images: Sequence[Path], seed: int) -> None:
     """Measure an untrained backbone's BatchNorm statistics on some images, chosen by `seed`: the baseline "random"."""
     order = np.random.default_rng(seed).permutation(len(images))[:MEASURED]
-    whole = (
-        max(1, len(order) // MEASURED_BATCH) * MEASURED_BATCH
-    )  # statistics of a smaller last batch would count as much
+    # Whole batches: the statistics of a smaller last one would count as much as theirs.
+    whole = max(1, len(order) // MEASURED_BATCH) * MEASURED_BATCH
     source = DatasetSource([images[i] for i in order[:whole]], root="images")
     loader = build_plain_loader(source, backbone.image_size, batch_size=MEASURED_BATCH)
     backbone.measure(backbone.input(found.images, torch.device("cpu")) for found in loader)
