@@ -471,6 +471,20 @@ def test_weights_of_another_project_are_a_note_since_train_converts_them(dataset
 
 
 @pytest.mark.parametrize(
+    ("weights", "status", "text"),
+    [("random:resnet18", "ok", "train measures"), ("timm:resnet18", "note", "timm:resnet18 is of another project")],
+)
+def test_weights_that_are_no_file(
+    weights: str, status: str, text: str, datasets: Path, found, capsys: pytest.CaptureFixture
+) -> None:
+    found()
+    main(["doctor", "--json", "--config-file", CONFIG, "--weights", weights])
+    check = next(one for one in json.loads(capsys.readouterr().out)["checks"] if one["name"] == "weights")
+    assert check["status"] == status
+    assert text in check["found"]
+
+
+@pytest.mark.parametrize(
     ("argv", "text"),
     [
         (["--weights", "absent.pkl", "--config-file", CONFIG], "absent.pkl does not exist"),

@@ -32,6 +32,7 @@ RATE_SPAN = 2.5  # deviations from the rule by a larger factor get a note
 NORM_KEYS = tuple(f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD"))
 # In the names of sources and methods of weights that were made with labels, or not trained at all.
 SUPERVISED = ("torchvision", "timm", "msra", "caffe2", "detectron2", "hugging face", "random")
+NAMED_WEIGHTS = ("timm:", "random:")  # beginnings of weights that train takes and that are no files
 SMALL_DISK = 5 * GIB
 # Shared memory below which the loader processes of this package's configurations fail, or might.
 LITTLE_SHARED_MEMORY, SMALL_SHARED_MEMORY = GIB // 4, GIB
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if not args.config_file and (args.weights or args.opts):
         raise UserError("--weights and KEY VALUE are checked against a configuration; give --config-file too.")
-    if args.weights and not Path(args.weights).is_file():
+    if args.weights and not args.weights.startswith(NAMED_WEIGHTS) and not Path(args.weights).is_file():
         raise UserError(f"--weights {args.weights} does not exist; correct the path.")
     with _stdout_to_stderr():  # so that stdout has only the result
         checks = examine()
@@ -350,6 +351,8 @@ def _weights(cfg: Any, settings: Any, path: str) -> Check:
         return Check("weights", "ok", f"{cfg.MODEL.BACKBONE.NAME} has its own weights and fits the config")
     if not path:
         return Check("weights", "note", "MODEL.WEIGHTS is empty: random values", "pretrain or convert a backbone")
+    if path.startswith("random:"):
+        return Check("weights", "ok", f"{path}: train measures its BatchNorm statistics on the training images")
     if is_foreign(path):
         advice = "train converts it, with a proof; look at it first: loco-det convert FILE --inspect"
         return Check("weights", "note", f"{path} is of another project", advice)
@@ -411,7 +414,7 @@ def _norm(cfg: Any, weights: str) -> Check:
 def _norm_of_recipes(cfg: Any, self_supervised: bool) -> tuple[str, str] | None:
     """Return what departs from MoCo's and LoCo's recipes of fine-tuning, and the advice; None for a frozen backbone."""
     norm, freeze = cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT
-    if freeze >= 5 or cfg.MODEL.BACKBONE.NAME.startswith(("timm:", "python:")):
+    if freeze >= 5 or cfg.MODEL.BACKBONE.NAME.startswith(("timm:", "hf:", "python:")):
         return None
     if norm == "FrozenBN" and self_supervised:
         found = f"a self-supervised backbone is tuned from stage {freeze} on under MODEL.RESNETS.NORM FrozenBN"
