@@ -14,11 +14,12 @@ from tiny_detection import tiny_cfg
 from torch.utils.data import DataLoader
 
 from loco_det.annotations.instances import Instances
-from loco_det.annotations.loader import build_train_loader
+from loco_det.annotations.loader import build_train_loader, check_room
 from loco_det.annotations.masks import BitMasks
 from loco_det.core import workers
 from loco_det.core.errors import UserError
 from loco_det.core.workers import check_shared_memory, raising, shared
+from loco_det.detection.keys import load_cfg
 
 MIB = 2**20
 
@@ -56,6 +57,20 @@ def test_training_looks_before_it_starts(tiny_data: Path, tmp_path: Path, monkey
     build_train_loader(tiny_cfg(tmp_path, DATALOADER__NUM_WORKERS=0))
     with pytest.raises(UserError, match=r"2 loader processes need 1 MiB; set DATALOADER.NUM_WORKERS 0"):
         build_train_loader(tiny_cfg(tmp_path, DATALOADER__NUM_WORKERS=2))
+
+
+def test_a_machine_needs_room_for_its_own_processes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight processes with two 800 x 1066 images each, or one with sixteen: four workers, two batches ahead."""
+    monkeypatch.setattr("loco_det.annotations.loader.usable_cores", lambda: 4)
+    cfg, share = load_cfg("", [])[0], 4 * 2 * 2 * 3 * 800 * 1066
+    for processes, here, needed in ((1, 1, 8 * share), (8, 8, 8 * share), (64, 8, share), (8, 1, share)):
+        monkeypatch.setattr("loco_det.annotations.loader.world_size", lambda count=processes: count)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+        room(monkeypatch, -(-needed // MIB))
+        check_room(cfg)
+        room(monkeypatch, needed // MIB)
+        with pytest.raises(UserError, match="4 loader processes need"):
+            check_room(cfg)
 
 
 class Batches:

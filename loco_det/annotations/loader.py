@@ -23,11 +23,12 @@ from loco_det.annotations.classes import category_ids, check_training_classes
 from loco_det.annotations.coco import CocoDataset, load_coco
 from loco_det.annotations.mapper import DetectionMapper, ProposalsOfImage, sample_rng
 from loco_det.annotations.registry import Dataset, find_dataset, has_pixels
-from loco_det.core.device import common_seed, usable_cores
+from loco_det.core.device import common_seed, local_processes, usable_cores
 from loco_det.core.distributed import rank, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.launch import leave_stopping_to_parent
 from loco_det.core.log import log
+from loco_det.core.own_keys import own_value
 from loco_det.core.workers import check_shared_memory, raising, shared
 from loco_det.images.unusable import SUBSTITUTES, Unusable
 
@@ -356,12 +357,15 @@ def _as_list(samples: Sequence[Any]) -> list[Any]:
 
 
 def check_room(cfg: CfgNode) -> None:
-    """Refuse more workers than shared memory has room for: the largest training image, 4:3, times the batch.
+    """Refuse more workers than shared memory has room for, by this machine's batch of the largest training image (4:3).
 
     Raises:
         UserError: as `check_shared_memory`.
     """
     short = max(cfg.INPUT.MIN_SIZE_TRAIN, default=0)
     image = 3 * short * min(cfg.INPUT.MAX_SIZE_TRAIN, short * 4 // 3)
+    if own_value(cfg, "INPUT.SCALE_JITTER"):
+        image = 3 * own_value(cfg, "INPUT.SCALE_JITTER_SIZE") ** 2
+    images = cfg.SOLVER.IMS_PER_BATCH * min(local_processes(), world_size()) // world_size()
     workers = min(cfg.DATALOADER.NUM_WORKERS, usable_cores())
-    check_shared_memory(image * cfg.SOLVER.IMS_PER_BATCH, workers, "DATALOADER.NUM_WORKERS")
+    check_shared_memory(image * images, workers, "DATALOADER.NUM_WORKERS")

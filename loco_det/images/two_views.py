@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from loco_det.core import distributed
-from loco_det.core.device import keep_freed_memory, loader_workers, resolve_device
+from loco_det.core.device import keep_freed_memory, loader_workers, local_processes, resolve_device
 from loco_det.core.errors import UserError
 from loco_det.core.launch import leave_stopping_to_parent
 from loco_det.core.workers import check_shared_memory, raising, shared
@@ -299,8 +299,8 @@ def _fitting_batch(images: int, world_size: int) -> int:
 
 
 def _check_room(cfg: CfgNode, share: int, world_size: int) -> None:
-    """Refuse more workers than shared memory has room for: two views of each image of a batch."""
-    workers = world_size * loader_workers(cfg.DATA.NUM_WORKERS)
+    """Refuse more workers than this machine's shared memory has room for: two views of each image of a batch."""
+    workers = min(local_processes(), world_size) * loader_workers(cfg.DATA.NUM_WORKERS)
     check_shared_memory(2 * share * 3 * cfg.DATA.IMAGE_SIZE**2, workers, "DATA.NUM_WORKERS")
 
 
