@@ -201,7 +201,7 @@ def _run(job: ModuleType, args: argparse.Namespace, logs: bool, line: str) -> in
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
-        if message.add:
+        if message.add and hasattr(args, "opts"):  # what to add is KEY VALUE
             print(f"type: {line} {message.add}", file=sys.stderr)
         return BAD_INPUT
 

@@ -160,6 +160,21 @@ def test_options_may_stand_between_the_overrides(job) -> None:
     assert seen[0].quiet
 
 
+@pytest.mark.parametrize("takes_overrides", [True, False])
+def test_the_line_to_type_is_for_commands_that_take_it(
+    takes_overrides: bool, job, capsys: pytest.CaptureFixture
+) -> None:
+    def refuse(args: argparse.Namespace) -> None:
+        raise UserError("too many; add A.B 1", add="A.B 1")
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        if takes_overrides:
+            parser.add_argument("opts", nargs="*")
+
+    assert job(refuse, add_arguments)() == 2
+    assert ("type: loco-det work" in capsys.readouterr().err) == takes_overrides
+
+
 @pytest.mark.parametrize("argv", [["--nonsense"], ["surplus"]])
 def test_unknown_arguments_are_status_2(argv: list[str], job, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as info:
