@@ -267,11 +267,8 @@ def verdict(frozen: dict[str, Any]) -> str:
     untrained = scores.pop("random")
     better = [method for method, score in scores.items() if score > untrained]
     others = [method for method in scores if method not in better]
-    said = (
-        "every pretrained backbone detects"
-        if not others
-        else f"{', '.join(better) or 'no pretrained backbone'} detects"
-    )
+    said = f"{' and '.join(better) or 'no pretrained backbone'} detect{'s' * (len(better) < 2)}"
+    said = said if others else "every pretrained backbone detects"
     least, most = min(scores.values()), max(scores.values())
     return (
         f"{said} better than the untrained one: box AP {least:.0f} to {most:.0f} against {untrained:.0f}. After "

@@ -160,7 +160,7 @@ def _named(backbones: list[str]) -> dict[str, str]:
             name = path.parent.name if path.stem in ("backbone", "backbone_d2") and path.parent.name else path.stem
         if not name or name in found or name == "backbones" or "/" in name:
             raise UserError(
-                f"--backbones {text}: {name!r} is not a valid name here, or is used twice; write NAME={source}"
+                f"--weights {text}: {name!r} is not a valid name here, or is used twice; write NAME={source}"
             )
         found[name] = source
     return found

@@ -113,7 +113,8 @@ def last_words(cfg: CfgNode, found: dict[str, Any]) -> list[str]:
     lines = [f"{name}: {_numbers(numbers)}" for name, numbers in by_set.items()]
     folder = shlex.quote(cfg.OUTPUT_DIR)
     lines.append(f"in {folder}: checkpoints, metrics.json, log.txt{', inference/' if found else ''}")
-    following = [f"loco-det predict {folder} photo.jpg"] if cfg.MODEL.META_ARCHITECTURE != "ProposalNetwork" else []
+    needs_more = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork" or cfg.MODEL.LOAD_PROPOSALS  # than an image
+    following = [] if needs_more else [f"loco-det predict {folder} photo.jpg"]
     if found:
         following.append(f"loco-det report {folder} --out {shlex.quote(f'{cfg.OUTPUT_DIR}/report')}")
     return [*lines, *(f"next: {line}" for line in following)]

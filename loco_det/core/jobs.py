@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 def check_launcher(args: argparse.Namespace) -> None:
     """Raise UserError for fewer than one process or job."""
     if args.num_gpus < 1 or args.jobs < 1:
-        raise UserError("--num-gpus and --jobs must be at least 1")
+        raise UserError(f"--num-gpus is {args.num_gpus} and --jobs {args.jobs}; give at least 1 for each")
 
 
 def command_line(words: Sequence[str], args: argparse.Namespace) -> list[str]:
