@@ -188,7 +188,7 @@ def test_the_blocks_count_from_the_top_whatever_is_frozen():
 
 
 def test_a_decay_by_layers_needs_a_plain_transformer():
-    with pytest.raises(UserError, match=r"SOLVER\.LAYER_DECAY is 0\.7, which is for plain transformers"):
+    with pytest.raises(UserError, match=r"SOLVER\.LAYER_DECAY is 0\.7, which is for timm's plain transformers"):
         solver.build_optimizer(config(*VITDET), Net())
     swin = Layers(
         backbone=Layers(bottom_up=Layers(model=Layers(layers_0=Layers(blocks=nn.Sequential(nn.Linear(2, 2))))))

@@ -25,7 +25,8 @@ OWN_KEYS: dict[str, OwnKey] = {
     "SOLVER.OPTIMIZER": OwnKey("SGD", "`SGD` or `AdamW`"),
     "SOLVER.BETAS": OwnKey((0.9, 0.999), "AdamW's decay of the mean gradient and of its square"),
     "SOLVER.LAYER_DECAY": OwnKey(
-        1.0, "plain transformers: factor of the learning rate from one block to the block below (ViTDet's ViT-B: 0.7)"
+        1.0,
+        "plain transformers of timm: factor of the learning rate from a block to the one below (ViTDet's ViT-B: 0.7)",
     ),
     "SOLVER.WEIGHT_DECAY_POSITIONS": OwnKey(
         None, "weight decay of position embeddings (ViTDet: 0.0); none: as for other weights"

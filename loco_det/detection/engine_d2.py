@@ -143,7 +143,7 @@ def _scale_jitter(cfg: CfgNode) -> dict[str, Any]:
 
 
 def _register_backbone(name: str) -> None:
-    """Let Detectron2 build this package's backbone `name`, timm:..., python:... or a network, with its pyramid."""
+    """Let Detectron2 build this package's backbone `name`, no ResNet of Detectron2's, with its pyramid."""
     from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ShapeSpec
 
     if name in BACKBONE_REGISTRY:

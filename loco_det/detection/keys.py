@@ -358,7 +358,8 @@ def _check_own_sizes(cfg: CfgNode, settings: Settings | None) -> None:
     if square < 0 or square % 32:
         raise refusal(cfg, settings, key, "; give a multiple of 32 pixels, or 0 for no square.")
     if not cfg.MODEL.BACKBONE.NAME.startswith(OTHER_BACKBONES):
-        raise refusal(cfg, settings, key, ", which is for a MODEL.BACKBONE.NAME timm:... or python:...; leave it out.")
+        reason = ", which is for a MODEL.BACKBONE.NAME timm:..., hf:... or python:...; leave it out."
+        raise refusal(cfg, settings, key, reason)
     sides = {"INPUT.MAX_SIZE_TEST": cfg.INPUT.MAX_SIZE_TEST}
     sides |= {"INPUT.SCALE_JITTER_SIZE": size} if jitter else {"INPUT.MAX_SIZE_TRAIN": cfg.INPUT.MAX_SIZE_TRAIN}
     sides |= {"TEST.AUG.MAX_SIZE": cfg.TEST.AUG.MAX_SIZE} if cfg.TEST.AUG.ENABLED else {}

@@ -47,7 +47,7 @@ class SimpleFeaturePyramid(nn.Module):
         if set(net.strides.values()) != {STRIDE}:
             raise UserError(
                 f"the feature pyramid of a plain backbone needs maps of stride {STRIDE}, and its strides are "
-                f"{sorted(set(net.strides.values()))}; give a backbone of one stride"
+                f"{sorted(set(net.strides.values()))}; give maps of stride {STRIDE} alone"
             )
         self.net = net
         channels = sum(net.channels.values())

@@ -94,7 +94,8 @@ def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
     block = {name: int(found[1]) for name in names if (found := _BLOCK.match(name))}
     if not block:
         raise UserError(
-            f"SOLVER.LAYER_DECAY is {decay}, which is for plain transformers, and this backbone is none; set it to 1.0."
+            f"SOLVER.LAYER_DECAY is {decay}, which is for timm's plain transformers, and this backbone is none; set it "
+            "to 1.0."
         )
     count = max(block.values()) + 1
     below = {name: decay ** (count + 1) for name in names if _BELOW_BLOCKS.match(name)}
