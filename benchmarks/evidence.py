@@ -28,7 +28,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -52,8 +51,7 @@ BLOCKS = [f"res{stage}.{block}" for stage in (2, 3, 4, 5) for block in (0, 1)]  
 SEEDS = (0, 1, 2)
 RATES = (0.0625, 0.125, 0.25, 0.5, 1.0)
 RATE_EPOCHS = 6
-DETECTION_METHODS = ("random", "gim", "simclr", "loco")
-PROTOCOLS = {"linear": ("--epochs", "30"), "knn": (), "ridge": ()}
+DETECTION_METHODS = plan.SMALL_DETECTION
 
 
 @dataclass(frozen=True)
@@ -123,10 +121,9 @@ def switches(row: Row) -> dict[str, Any]:
 
 def unpacked(archive: Path, out: Path) -> Path:
     """The folder with train and test, the archive's only one; beside it the lists train.txt and held_out.txt."""
-    with zipfile.ZipFile(archive) as file:
-        (top,) = {name.partition("/")[0] for name in file.namelist()}
-    unpack(archive, out / top, out)
-    return out / top
+    folder = out / plan.folder_in(archive)
+    unpack(archive, folder, out)
+    return folder
 
 
 # --- cells ------------------------------------------------------------------------------------------------------
@@ -180,7 +177,7 @@ def cell(name: str, seed: int, out: Path, images: Path) -> dict[str, Any]:
     commands = Commands(out)
     backbone = pretrain(commands, row, folder, rate, seed)
     probes = {}
-    for protocol, options in PROTOCOLS.items():
+    for protocol, options in plan.SMALL_PROBES.items():
         told = ("--data", images, *options, "--cache", folder / "features")
         probes[protocol] = probe(commands, backbone, folder, protocol, told)
     return {
@@ -201,13 +198,8 @@ def pretrain(commands: Commands, row: Row, folder: Path, rate: float, seed: int,
     settings = {**switches(row), "SOLVER.BASE_LR": rate, "SEED": seed, "DATA.PATH": commands.out / "train.txt"}
     settings |= {"OUTPUT_DIR": folder, **({"SOLVER.EPOCHS": epochs} if epochs else {})}
     config, made = ROOT / "configs" / "pretrain" / f"evidence_{row.network}.yaml", folder / "backbone.safetensors"
-    commands.run(made, "pretrain", "--quiet", "--resume", "--config-file", config, *words(settings))
+    commands.run(made, "pretrain", "--quiet", "--resume", "--config-file", config, *plan.words_of(settings))
     return made
-
-
-def words(settings: dict[str, Any]) -> list[str]:
-    """KEY VALUE KEY VALUE ..."""
-    return [str(part) for pair in settings.items() for part in pair]
 
 
 def probe(
@@ -262,13 +254,13 @@ def detector(method: str, seed: int, args: argparse.Namespace) -> list[tuple[str
         settings["DECODER.CONV_BLOCKS"] = 0
     config = ROOT / "configs" / "pretrain" / "evidence_detection.yaml"
     backbone, weights = folder / "backbone.safetensors", folder / "backbone.pkl"
-    commands.run(backbone, "pretrain", "--quiet", "--resume", "--config-file", config, *words(settings))
+    commands.run(backbone, "pretrain", "--quiet", "--resume", "--config-file", config, *plan.words_of(settings))
     commands.run(weights, "convert", "--quiet", backbone, weights)
     settings = {"MODEL.WEIGHTS": weights, "SEED": seed, "OUTPUT_DIR": folder / "detector"}
     settings |= {f"DATASETS.{split.upper()}": f"('{args.data}@{split}',)" for split in ("train", "test")}
     config = ROOT / "configs" / "evidence_detection.yaml"
     told = ("--quiet", "--resume", "--engine", "torchvision", "--config-file", config)
-    commands.run(found_by(method, seed, args.out), "train", *told, *words(settings))
+    commands.run(found_by(method, seed, args.out), "train", *told, *plan.words_of(settings))
     return commands.done
 
 

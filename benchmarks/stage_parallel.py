@@ -100,8 +100,7 @@ class Recorder:
 
     def around(self, kind: str, box: object, channel: tuple) -> None:
         """Note every message of a box."""
-        name = {"send": "send", "receive": "receive"}[kind]
-        original = getattr(box, name)
+        original = getattr(box, kind)
 
         def noted(*args: object) -> object:
             begun = time.perf_counter()
@@ -109,7 +108,7 @@ class Recorder:
             self.events.append((begun, time.perf_counter(), kind, channel))
             return out
 
-        setattr(box, name, noted)
+        setattr(box, kind, noted)
 
     def program(self, begun: float, ended: float) -> Program:
         """Return what was done between two moments."""

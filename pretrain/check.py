@@ -50,6 +50,7 @@ RANGES = {
     "SHARING.PENALTY": (0, _MOST),
     "SEED": (-(2**63), 2**63 - 1),
 }
+NO_RECOMPUTE = (None, "none", "", [], ())
 CHOICES = {
     "BACKBONE.STEM": ("imagenet", "cifar"),
     "BACKBONE.NORM": ("BN", "SyncBN"),
@@ -114,7 +115,6 @@ def _check_parallel(cfg: CfgNode, settings: Settings | None) -> None:
     if world_size() == 1:
         reason = ", but there is one process; start several with --num-gpus or torchrun, or use data"
         raise refusal(cfg, settings, "SOLVER.PARALLEL", reason)
-    nothing = (None, "none", "", [], ())
     refused = {
         "SOLVER.AMP": cfg.SOLVER.AMP == "fp16" and "its loss scale is one for all stages; use bf16 or none",
         "SOLVER.ACCUMULATE": cfg.SOLVER.ACCUMULATE > 1 and "a process sees a batch once; use 1",
@@ -122,7 +122,7 @@ def _check_parallel(cfg: CfgNode, settings: Settings | None) -> None:
         "SHARING.MODE": cfg.SHARING.MODE != "hard" and "only hard sharing is spread over processes; use hard",
         "METHOD": cfg.METHOD == "random" and not cfg.UNITS and "nothing is trained; use SOLVER.PARALLEL data",
         "SOLVER.RECOMPUTE": streaming
-        and cfg.SOLVER.RECOMPUTE not in nothing
+        and cfg.SOLVER.RECOMPUTE not in NO_RECOMPUTE
         and "streaming would recompute with newer weights; use none",
     }
     for key, remedy in refused.items():
@@ -165,6 +165,6 @@ def _check_sharing(cfg: CfgNode, settings: Settings | None) -> None:
     if penalty and mode != "soft":
         reason = f" and ties copies, which SHARING.MODE {mode} has none of; set SHARING.MODE soft or SHARING.PENALTY 0"
         raise refusal(cfg, settings, "SHARING.PENALTY", reason)
-    if mode == "soft" and cfg.SOLVER.RECOMPUTE not in (None, "none", "", [], ()):
+    if mode == "soft" and cfg.SOLVER.RECOMPUTE not in NO_RECOMPUTE:
         reason = ", but SHARING.MODE soft keeps every activation until its unit has its loss; set SOLVER.RECOMPUTE none"
         raise refusal(cfg, settings, "SOLVER.RECOMPUTE", reason)

@@ -68,7 +68,7 @@ class UnreadLosses:
         self.losses: list[Tensor] = []  # of all these steps, a step's in the order of the labels
 
     def add(self, step: int, losses: list[Tensor], indices: Tensor) -> None:
-        """Add a step's scalar loss of each unit, and its (b,) image indices."""
+        """Add a step's scalar loss of each unit, and its (b,) image indices; none where they are not known."""
         self.steps.append((step, indices[:NAMED_IMAGES].clone()))
         self.losses += losses
 
@@ -83,10 +83,10 @@ class UnreadLosses:
             for label, loss in zip(self.labels, losses):
                 if not math.isfinite(loss):
                     names = ", ".join(self.source.name(i) for i in indices.tolist())
+                    where = f"step {step} (images {names}, ...)" if names else f"step {step}"
                     raise UserError(
-                        f"the loss of unit {label} is {loss} at step {step} (images {names}, ...); start again with a "
-                        "lower SOLVER.BASE_LR, a higher LOSS.TEMPERATURE or SOLVER.AMP none; nothing of this step was "
-                        "saved"
+                        f"the loss of unit {label} is {loss} at {where}; start again with a lower SOLVER.BASE_LR, a "
+                        "higher LOSS.TEMPERATURE or SOLVER.AMP none; nothing of this step was saved"
                     )
         self.steps, self.losses = [], []
 

@@ -70,7 +70,7 @@ def _cost(stage: nn.Module, passes: list[Pass], x: Tensor) -> tuple[float, Tenso
     for p in passes:
         wanted = [*(weights if p.weights else []), *([x] if p.input else [])]
         if wanted:
-            torch.autograd.grad(output, wanted, gradient, retain_graph=True)
+            torch.autograd.grad(output, wanted, gradient, retain_graph=True, allow_unused=True)
     return _now(x) - begun, output.detach()
 
 

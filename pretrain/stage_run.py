@@ -26,7 +26,7 @@ from loco_det.core.launch import CommonStop, StopSignal
 from loco_det.core.log import Progress, log
 from loco_det.core.metrics import RunMetrics
 from loco_det.images.source import Source
-from loco_det.images.two_views import build_two_view_loader
+from loco_det.images.two_views import TwoViewLoader
 from pretrain.average import GradientAverage
 from pretrain.loco import running_statistics_kept
 from pretrain.loss import embedding_health
@@ -251,6 +251,8 @@ class StageSteps:
     """The steps of this process, with their lines, checkpoints and probes.
 
     Args:
+        loader: of this pipeline's share of the images.
+        total: number of steps.
         schedule: learning rate by progress.
         probe: the nearest-neighbour probe, or what looks like one.
         save: writes a checkpoint of a step, given the optimizer's state at rank 0.
@@ -258,6 +260,8 @@ class StageSteps:
 
     run: StageRun
     source: Source
+    loader: TwoViewLoader
+    total: int
     metrics: RunMetrics
     schedule: Callable[[float], float]
     autocast: Callable[[], object]
@@ -265,17 +269,14 @@ class StageSteps:
     save: Callable[[int, dict[str, Any] | None], None]
     warned: bool = False  # of a collapse
 
-    def train(self, start: int) -> int:
-        """Run all steps from `start`; returns their number."""
+    def train(self, start: int) -> None:
+        """Run all steps from `start`."""
         run, cfg, where = self.run, self.run.cfg, self.run.place
         run.owned.forget()
         with replicated(where.replicas):
             self.trainer, self.stepping = run.build()
-            loader = build_two_view_loader(cfg, self.source, rank=where.pipeline, world_size=where.pipelines)
-            self.steps_per_epoch = loader.steps_per_epoch
-            self.total = cfg.SOLVER.MAX_STEPS or cfg.SOLVER.EPOCHS * loader.steps_per_epoch
             self.waited, self.counted = Stopwatch(), 0
-            batches = self.waited.through(loader.batches(start)) if where.position == 0 else None
+            batches = self.waited.through(self.loader.batches(start)) if where.position == 0 else None
             self.unread = UnreadLosses(run.learner.unit_labels, self.source)
             self.lines = Lines(run.names(), where.pipelines, self._write)
             log.info(
@@ -296,7 +297,6 @@ class StageSteps:
                         raise UserError(f"stopped by {by} after step {step + 1}; --resume continues from there")
             self.trainer.close()
             run.log_memory()
-        return self.total
 
     def _step(self, step: int, x: Tensor | None) -> None:
         """Run one step, with its line of metrics.json if one is due."""
@@ -339,7 +339,7 @@ class StageSteps:
         """Probe and save if due, with all weights up to date; all processes wait for each other."""
         run = self.run
         saving = stopped or done == self.total or done % run.cfg.CHECKPOINT_PERIOD == 0
-        probing = self.probe.due(done, self.steps_per_epoch, self.total)
+        probing = self.probe.due(done, self.loader.steps_per_epoch, self.total)
         if not (saving or probing):
             return
         self.unread.read()

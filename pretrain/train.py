@@ -51,7 +51,8 @@ from pretrain.sync_batchnorm import sync_anywhere
 
 RANDOM_BATCHES = 50  # batches for BatchNorm's statistics with METHOD random
 LAYOUT = torch.channels_last  # memory format of images and weights: faster on a CPU; not timed on GPUs
-# Keys that affect where and how fast a run goes but not its result; they may differ under --resume.
+# Keys that affect where and how fast a run goes but not its result; they may differ under --resume. In streaming a
+# checkpoint and a probe apply the gradients under way a forward earlier, so there their periods matter a little.
 FREE_KEYS = (
     "OUTPUT_DIR",
     "DEVICE",
@@ -291,7 +292,9 @@ def _train_stages(
     start = _same_start(state, _restore(cfg, state, source) if resume and is_main() else 0)
     probe = KnnProbe(cfg, source, device, LAYOUT, autocast(cfg, device))
     run = StageRun(cfg, learner, optimizer, device, _input)
-    per_epoch = len(source) // cfg.SOLVER.BATCH_SIZE
+    loader = build_two_view_loader(cfg, source, rank=run.place.pipeline, world_size=run.place.pipelines)
+    total = cfg.SOLVER.MAX_STEPS or cfg.SOLVER.EPOCHS * loader.steps_per_epoch
+    schedule = learning_rate(cfg, total, loader.steps_per_epoch)
     _begin(cfg, start)
     metrics.trim(start)
 
@@ -299,9 +302,9 @@ def _train_stages(
         values = {"learner": learner.state_dict(), "optimizer": optimizer_state, "scaler": scaler.state_dict()}
         _save(cfg, values, done, source)
 
-    total = cfg.SOLVER.MAX_STEPS or cfg.SOLVER.EPOCHS * per_epoch
-    schedule = learning_rate(cfg, total, per_epoch)
-    return StageSteps(run, source, metrics, schedule, autocast(cfg, device), probe, save).train(start)
+    context = autocast(cfg, device)
+    StageSteps(run, source, loader, total, metrics, schedule, context, probe, save).train(start)
+    return total
 
 
 def local_trainer(

@@ -33,8 +33,12 @@ def forked(count: int, worker: Callable[..., Any], folder: Path, *args: Any) -> 
     children = [context.Process(target=_child, args=(i, count, worker, str(folder), args)) for i in range(count)]
     for child in children:
         child.start()
-    for child in children:
-        child.join(120)
+    try:
+        for child in children:
+            child.join(300)
+    finally:
+        for child in children:
+            child.kill()  # one that still runs waits for the others
     errors = [path.read_text() for path in sorted(folder.glob("error*"))]
     assert not errors, "\n".join(errors)
     assert all(child.exitcode == 0 for child in children), [child.exitcode for child in children]

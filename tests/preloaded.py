@@ -32,8 +32,9 @@ def serve(path: str) -> None:
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children here
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(path)
+        server.bind(f"{path}.bound")
         server.listen()
+        os.rename(f"{path}.bound", path)  # only now, so that whoever finds it is answered
         while True:
             ready, _, _ = select.select([server, sys.stdin], [], [])
             if sys.stdin in ready:

@@ -238,6 +238,18 @@ def test_a_failure_is_told_and_the_rest_is_made(
     assert "| GIM, res5 | 1.43 | not run |" in text
 
 
+def test_a_backbone_that_fails_is_tried_once(
+    here: list[list[str]], objects: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not again by each row that needs it."""
+    monkeypatch.setattr(plan, "SMALL_DETECTION", ("loco",))
+    (tmp_path / "detect_loco_0" / "config.yaml").mkdir(parents=True)  # in the way
+    options = ("--seeds", 0, "--set-pretrain", *words(TOY_OBJECTS), "--set-train", *words(TOY_DETECTOR))
+    assert small("few_labels", objects, tmp_path, *options) == 1
+    assert [command[0] for command in here] == ["pretrain"]
+    assert len(json.loads((tmp_path / "few_labels.json").read_text())["rows"]) == 2
+
+
 # --- the plan ---------------------------------------------------------------------------------------------------
 
 FULL = Options("full", "/data/imagenet", Path("/out"), (0,), supervised="/data/r50.pkl")
@@ -290,13 +302,20 @@ def test_full_scale_has_the_papers_schedules() -> None:
     ]
 
 
+def test_a_cluster_is_asked_for_the_cores_of_automatic_workers() -> None:
+    chains = plan.plan("table1", FULL)[0].chains
+    assert configuration(chains[0].steps[0]).DATA.NUM_WORKERS == -1
+    assert paper._most_workers(chains) == 8
+    assert paper._most_workers(plan.plan("curves", Options("small", "/x", Path("/out"), (0,)))[0].chains) == 0
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_full_scale_is_dry_run(target: str, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
     kinds: list[str] = []
 
     def measure(job: str, cfg) -> Measured:
         kinds.append(job)
-        return Measured(2, 1.0, 0.25, 2**30, 2**28, 2)
+        return Measured(2, 1.0, 0.25, 2**30, 2**28)
 
     monkeypatch.setattr(costs, "measure_step", measure)
     argv = ["paper", target, "--scale", "full", "--data", "/nowhere/imagenet", "--out", tmp_path, "--dry-run"]
@@ -331,7 +350,7 @@ def test_bad_arguments(argv: list[str], said: str, tmp_path: Path, capsys: pytes
 
 
 def fixed(job: str, cfg) -> Measured:
-    return Measured(images=2, seconds=3.0, forward=0.5, saved=1000, weights=70, steps=2)
+    return Measured(images=2, seconds=3.0, forward=0.5, saved=1000, weights=70)
 
 
 def test_hours_and_memory_follow_batch_processes_and_length() -> None:
@@ -359,7 +378,6 @@ def test_a_step_is_measured(objects: Path, tmp_path: Path) -> None:
     options = Options("small", "/x/cifar10.zip", tmp_path, (0,), pretrain=tuple(words(TOY)))
     simclr, gim = (costs.measure_step("pretrain", configuration(row.chains[0].steps[0])) for row in
                    plan.plan("curves", options)[:2])  # fmt: skip
-    assert simclr.steps == 2
     assert simclr.images == 4  # the whole batch, since they are small
     assert min(simclr.seconds, simclr.forward) > 0
     assert 0 < gim.saved < simclr.saved  # local losses keep less
@@ -383,7 +401,7 @@ def rows_with(tmp_path: Path, values: dict[str, list[float]], paper_top1: dict[s
             made = tmp_path / f"{label}_{seed}" / "linear.json"
             made.parent.mkdir(parents=True)
             made.write_text(json.dumps({"stages": {"res4": {"top1": 0.0}, "res5": {"top1": value}}}))
-            chains.append(Chain(label, seed, (Step(made, ("probe", "--recipe", "paper")),)))
+            chains.append(Chain(seed, (Step(made, ("probe", "--recipe", "paper")),)))
         rows.append(PlannedRow(label, {"top-1": paper_top1[label]}, tuple(chains)))
     return rows
 
@@ -411,7 +429,7 @@ def test_small_rows_are_compared_with_the_first_of_their_network(tmp_path: Path)
 
 def test_what_was_not_run_says_so(tmp_path: Path) -> None:
     rows = rows_with(tmp_path, {"a": [50.0]}, {"a": 52.0})
-    absent = Chain("b", 0, (Step(tmp_path / "b_0" / "linear.json", ("probe", "--recipe", "paper")),))
+    absent = Chain(0, (Step(tmp_path / "b_0" / "linear.json", ("probe", "--recipe", "paper")),))
     rows += [PlannedRow("b", {"top-1": 63.0}, (absent,)), PlannedRow("c", {"top-1": 1.0}, why="give its weights")]
     text = write_page("table1", rows, Options("full", "/x", tmp_path, (0,)), MACHINE).read_text()
     assert "| a | 52.0 | 50.0 | -2.0 |" in text
@@ -437,6 +455,15 @@ def test_the_lists_are_those_of_the_evidence(tmp_path: Path) -> None:
     assert (len(kept), len(held)) == (16, 4)
     assert not set(kept) & set(held)
     assert all(line.startswith("cifar10/train/") and line.split("\t")[1] in line for line in kept)
+
+
+def test_a_zip_has_one_folder(cifar: Path, tmp_path: Path) -> None:
+    assert plan.labelled(Options("small", str(cifar), tmp_path, (0,))) == tmp_path / "toy"
+    with zipfile.ZipFile(tmp_path / "two.zip", "w") as file:
+        for name in ("a/train/x/0.png", "b/train/x/0.png"):
+            file.writestr(name, b"")
+    with pytest.raises(UserError, match=r"two\.zip: has 2 folders at its top"):
+        plan.labelled(Options("small", str(tmp_path / "two.zip"), tmp_path, (0,)))
 
 
 def test_the_switches_of_a_small_row_are_its_configurations() -> None:

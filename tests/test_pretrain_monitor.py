@@ -13,10 +13,11 @@ import torch
 from fvcore.common.config import CfgNode
 
 from loco_det.backbones.resnet import ResNet
+from loco_det.core.errors import UserError
 from loco_det.core.metrics import RunMetrics
 from pretrain import monitor
 from pretrain.defaults import get_cfg
-from pretrain.monitor import HEALTH_IMAGES, Monitor, Stopwatch
+from pretrain.monitor import HEALTH_IMAGES, Monitor, Stopwatch, UnreadLosses
 
 
 class Clock:
@@ -121,3 +122,12 @@ def test_health_is_of_each_units_own_embeddings_and_of_the_first_pairs(clock: Cl
     for label, z in zip(("low", "high"), few):
         want = {f"{name}/{label}": value.item() for name, value in monitor.embedding_health(z).items()}
         assert {key: line[key] for key in want} == pytest.approx(want)
+
+
+@pytest.mark.parametrize(("indices", "at"), [([7, 8], r"step 3 \(images 7, 8, \.\.\.\)"), ([], "step 3")])
+def test_a_loss_that_is_not_finite_is_told_with_its_images_where_they_are_known(indices: list[int], at: str) -> None:
+    unread = UnreadLosses(["low", "high"], SimpleNamespace(name=str))
+    for step, loss in ((2, 1.0), (3, torch.nan), (4, torch.nan)):
+        unread.add(step, [torch.tensor(1.0), torch.tensor(loss)], torch.tensor(indices, dtype=torch.int64))
+    with pytest.raises(UserError, match=f"^the loss of unit high is nan at {at}; start again with a lower"):
+        unread.read()

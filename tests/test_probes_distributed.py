@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from forked import forked
 
 from loco_det.cli import main
 from loco_det.core.distributed import share_of
@@ -38,7 +36,6 @@ def work(root: Path, cache: Path) -> dict[str, torch.Tensor]:
     """Classifiers after two epochs in batches of 4, 4 and 1, the test images' features, computed and cached, and the
     number of images that went through the network for them.
     """
-    torch.set_num_threads(1)
     data = open_probe_data(str(root), None, limit=0, seed=0)
     backbone = load_backbone_for_probe("random:resnet18-cifar", seed=0)
     extractor = Extractor(backbone, 16, torch.device("cpu"), batch=2, workers=0, cache=cache)
@@ -52,24 +49,10 @@ def work(root: Path, cache: Path) -> dict[str, torch.Tensor]:
     return {**found, "images": torch.tensor(sum(seen))}
 
 
-def process(rank: int, count: int, root: Path, out: Path) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", init_method=f"file://{out}/meet{count}", rank=rank, world_size=count)
-    torch.save(work(root, out / f"cache{count}"), out / f"{count}_{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("count", [2, 3])
 def test_several_processes_have_the_numbers_of_one(count: int, images: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=process, args=(rank, count, images, tmp_path)) for rank in range(count)]
-    for child in children:
-        child.start()
-    alone = work(images, tmp_path / "cache1")
-    for child in children:
-        child.join(120)
-    assert [child.exitcode for child in children] == [0] * count
-    shares = [torch.load(tmp_path / f"{count}_{rank}.pt") for rank in range(count)]
+    shares = forked(count, work, tmp_path / "job", images, tmp_path / "cache")
+    alone = work(images, tmp_path / "cache of one")
     assert sum(found.pop("images") for found in shares) == alone.pop("images") == 2 * 9 + 5
     for found in shares:
         assert list(found) == list(alone)

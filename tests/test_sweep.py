@@ -163,7 +163,6 @@ def test_a_folder_that_cannot_be_written_is_the_failure_of_its_cell(
 WAITING = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands it on as ignored
-from loco_det import arguments as command_arguments
 from loco_det.commands import sweep
 from loco_det.cli import main
 CELL = '''

@@ -45,6 +45,7 @@ from loco_det.paper.settings import changed_settings, configuration
 
 OF_OBJECTS = ("detection", "few_labels", "pictures")  # at small scale --data is a detection set
 OUTPUT = "commands.txt"  # beside what a command makes: all that it prints
+_AUTOMATIC_WORKERS = 8  # cores to ask a cluster for, where data workers share those that there are (NUM_WORKERS -1)
 _SEEDS = {"full": (0,), "small": (0, 1, 2)}
 
 
@@ -115,7 +116,7 @@ def _print_plan(args: argparse.Namespace, rows: Sequence[PlannedRow]) -> None:
     """Print every command to run with its cost, and the sums."""
     steps = commands_of(rows)
     waiting = [step for step in steps if not step.made.exists()]
-    measure = (lambda job, cfg: costs.Measured(1, 0.0, 0.0, 0, 0, 0)) if args.no_measure else costs.measure_step
+    measure = (lambda job, cfg: costs.Measured(1, 0.0, 0.0, 0, 0)) if args.no_measure else costs.measure_step
     found = costs.costs(steps, args.num_gpus, args.scale == "small", measure) if waiting else {}
     table = Table("command", "state", "steps", "hours", "GiB", box=None, pad_edge=False)
     for step in steps:
@@ -162,7 +163,8 @@ def _run_all(args: argparse.Namespace, rows: Sequence[PlannedRow]) -> dict[str, 
     shared = [step for step in dict.fromkeys(firsts) if firsts.count(step) > 1 and not step.made.exists()]
     failed: dict[str, str] = {}
     told = {"on_cpu": args.scale == "small", "workers": _most_workers(chains)}
-    for items in ([Chain("", 0, (step,)) for step in shared], chains):
+    for items in ([Chain(0, (step,)) for step in shared], chains):
+        items = [chain for chain in items if str(chain.steps[0].made) not in failed]  # their backbone has failed
         with Progress(len(items), "rows and seeds") as progress:
             for chain, problem in launch_all(args, items, _Runner(args), **told):
                 if problem:
@@ -173,10 +175,11 @@ def _run_all(args: argparse.Namespace, rows: Sequence[PlannedRow]) -> dict[str, 
 
 
 def _most_workers(chains: Sequence[Chain]) -> int:
-    """Return the most data workers that a command of the chains starts for each process."""
+    """Return the most data workers for which a command of the chains needs cores, for each process."""
     keys = {"pretrain": "DATA.NUM_WORKERS", "train": "DATALOADER.NUM_WORKERS"}
     steps = [step for chain in chains for step in chain.steps if step.words[0] in keys]
-    return max([0, *(config.value(configuration(step), keys[step.words[0]]) for step in steps)])
+    found = [config.value(configuration(step), keys[step.words[0]]) for step in steps]
+    return max([0, *(_AUTOMATIC_WORKERS if count < 0 else count for count in found)])
 
 
 class _Runner:

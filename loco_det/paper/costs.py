@@ -24,6 +24,7 @@ from loco_det.core import config
 from loco_det.core.device import resolve_device
 from loco_det.detection import solver
 from loco_det.detection.engine_torchvision import TorchvisionEngine
+from loco_det.paper.data import PRETRAINED
 from loco_det.paper.figures import SAVINGS
 from loco_det.paper.plan import Step
 from loco_det.paper.settings import configuration
@@ -31,7 +32,7 @@ from pretrain.memory import SavedBytes, savings
 from pretrain.train import LAYOUT, Learner, autocast, local_trainer
 
 IMAGENET = {"train": 1_281_167, "test": 50_000}
-CIFAR = {"pretrained": 10_000, "train": 50_000, "test": 10_000}
+CIFAR = {"pretrained": PRETRAINED, "train": 50_000, "test": 10_000}
 MEASURED_IMAGES = 2  # of MEMORY_SIZE in a measured step; as many pixels of other sizes
 MEMORY_SIZE = 224  # pixels of the images of `memory_savings`
 PAPER_EPOCHS = 100  # of the paper's linear recipe, each a forward of all training images
@@ -47,7 +48,6 @@ class Measured:
         seconds: of forward, backward and what lies between; `forward` of the backbone's forward alone.
         saved: bytes that the step keeps for its backward.
         weights: bytes of parameters and buffers, trained ones with gradient and momentum.
-        steps: how many steps were run.
     """
 
     images: int
@@ -55,7 +55,6 @@ class Measured:
     forward: float
     saved: int
     weights: int
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def _measure_pretraining(cfg: CfgNode) -> Measured:
     learner.eval()
     with torch.no_grad():
         forward = _seconds(device, lambda: learner.backbone(x[:images]))
-    return Measured(images, seconds, forward, saved, _weight_bytes(learner), steps=2)
+    return Measured(images, seconds, forward, saved, _weight_bytes(learner))
 
 
 def _measure_detector(cfg: CfgNode) -> Measured:
@@ -180,7 +179,7 @@ def _measure_detector(cfg: CfgNode) -> Measured:
         sum(losses.values()).backward()
 
     saved, seconds = _timed(model, device, step)
-    return Measured(len(batch), seconds, 0.0, saved, _weight_bytes(model), steps=2)
+    return Measured(len(batch), seconds, 0.0, saved, _weight_bytes(model))
 
 
 def _made_up(cfg: CfgNode) -> dict[str, object]:

@@ -56,7 +56,7 @@ def write_lists(train: Path, out: Path, pretrained: int, held_out: int) -> None:
     """Write train.txt and held_out.txt: the images to pretrain on and those held out, the same of each class."""
     lines: dict[str, list[str]] = {name: [] for name in LISTS}
     root = os.path.relpath(train, out) if train.is_relative_to(out) else str(train.absolute())
-    classes = sorted(folder.name for folder in train.iterdir())
+    classes = sorted(folder.name for folder in train.iterdir() if folder.is_dir())
     for name in classes:
         files = sorted(path.name for path in (train / name).iterdir())
         random.Random(f"0 {name}").shuffle(files)

@@ -15,8 +15,6 @@ SHARING = "sharing ablation"
 PROGRESSIVE = "Progressive ResNet-50"
 CURVES = "training curves"
 DETECTION = "frozen Mask R-CNN"
-FEW_LABELS = "few labels"
-MEMORY = "memory"
 
 
 class Row(NamedTuple):

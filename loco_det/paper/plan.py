@@ -12,10 +12,11 @@ exists is not run again, whoever made it.
 
 from __future__ import annotations
 
+import functools
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,6 @@ class Step:
 class Chain:
     """The commands of one row and seed, each of which may need the one before."""
 
-    name: str
     seed: int
     steps: tuple[Step, ...]
 
@@ -181,14 +181,22 @@ def labelled(options: Options) -> Path:
     """Return the folder with the labelled images, training and test: CIFAR-10's is in OUT if it comes in a zip."""
     path = Path(options.data)
     if options.is_small and path.suffix == ".zip" and path.is_file():
-        with zipfile.ZipFile(path) as file:
-            tops = {name.partition("/")[0] for name in file.namelist()}
-        if len(tops) != 1:
-            raise UserError(
-                f"--data {path}: has {len(tops)} folders at its top; give a zip of one, with train and test"
-            )
-        return options.out / tops.pop()
+        return options.out / folder_in(path)
     return path
+
+
+@functools.cache  # reading the names of 60,000 images takes a while
+def folder_in(archive: Path) -> str:
+    """Return the name of the only folder at the top of a zip.
+
+    Raises:
+        UserError: there are others, or files.
+    """
+    with zipfile.ZipFile(archive) as file:
+        tops = {name.partition("/")[0] for name in file.namelist()}
+    if len(tops) != 1:
+        raise UserError(f"{archive}: has {len(tops)} folders at its top; give a zip of one, with train and test")
+    return tops.pop()
 
 
 def last_stage(config: str) -> str:
@@ -202,7 +210,7 @@ def _read_out(rows: Sequence[Row], options: Options) -> Iterator[PlannedRow]:
         for seed in options.seeds:
             first = pretraining(row.config, seed, options)
             steps = (first, *probes(first.made, last_stage(row.config), options))
-            chains.append(Chain(small_name(row.config) if options.is_small else row.config, seed, steps))
+            chains.append(Chain(seed, steps))
         paper = {"top-1": row.top1} if row.top1 is not None else {}
         label = f"{row.words}, {row.place}" if row.place == PROGRESSIVE else row.words
         group = small_network(small_name(row.config))
@@ -227,8 +235,7 @@ def _sharing(options: Options) -> Iterator[PlannedRow]:
 def _curves(options: Options) -> Iterator[PlannedRow]:
     words = {row.config: row.words for row in ROWS}
     for config in ("simclr_r50", "gim_r50", "loco_res2_r50"):
-        name = small_name(config) if options.is_small else config
-        chains = [Chain(name, seed, (pretraining(config, seed, options),)) for seed in options.seeds]
+        chains = [Chain(seed, (pretraining(config, seed, options),)) for seed in options.seeds]
         yield PlannedRow(words[config], {}, tuple(chains))
 
 
@@ -241,7 +248,7 @@ def _tsne(options: Options) -> Iterator[PlannedRow]:
         told = ("--protocol", "knn", "--stages", last_stage(config), "--tsne", str(picture), "--quiet", "--no-cache")
         told += ("--data", str(labelled(options)), *(("--workers", "0") if options.is_small else ()))
         step = Step(picture.with_suffix(".json"), ("probe", str(first.made), *told))
-        yield PlannedRow(METHODS[method], {}, (Chain(config, seed, (first, step)),))
+        yield PlannedRow(METHODS[method], {}, (Chain(seed, (first, step)),))
 
 
 # --- detection --------------------------------------------------------------------------------------------------
@@ -306,7 +313,7 @@ def _full_detector(
         if splits:
             settings["DATASETS.TRAIN"] = f"('{splits.format(seed)}',)"
         folder = options.out / f"{name}{f'_{epochs}ep' if epochs else ''}_{seed}"
-        chains.append(Chain(name, seed, (*steps, _detector(config, folder, settings, options))))
+        chains.append(Chain(seed, (*steps, _detector(config, folder, settings, options))))
     return PlannedRow(label, paper, tuple(chains))
 
 
@@ -344,7 +351,7 @@ def _small_detector(method: str, seed: int, options: Options) -> Chain:
     first = small_pretraining(method, seed, options)
     settings = {"MODEL.WEIGHTS": first.made, "SEED": seed, **_small_sets(options)}
     second = _detector("configs/evidence_detection.yaml", first.made.parent / "detector", settings, options)
-    return Chain(method, seed, (first, second))
+    return Chain(seed, (first, second))
 
 
 def _small_sets(options: Options, part: str = "") -> dict[str, Any]:
@@ -364,11 +371,11 @@ def _small_few(size: str, share: str, method: str, split: int, options: Options)
     if method == "random":
         settings["MODEL.BACKBONE.FREEZE_AT"] = 0
     folder = options.out / f"few_{size}_{method}_{split}"
-    return Chain(method, split, (first, _detector("configs/evidence_few_labels.yaml", folder, settings, options)))
+    return Chain(split, (first, _detector("configs/evidence_few_labels.yaml", folder, settings, options)))
 
 
 def _pictures(options: Options) -> Iterator[PlannedRow]:
-    rows = _detection(Options(**{**vars(options), "seeds": options.seeds[:1]}))
+    rows = _detection(replace(options, seeds=options.seeds[:1]))
     wanted = re.compile(r"no pretraining|(SimCLR|GIM|LoCo)(, ResNet-50, 800 epochs, COCO)?")
     yield from (PlannedRow(row.label, {}, row.chains, row.why) for row in rows if wanted.fullmatch(row.label))
 
