@@ -13,7 +13,7 @@ from torchvision.ops import roi_align
 
 from loco_det.backbones.folding import convolve
 from loco_det.backbones.resnet import BLOCKS, Conv2d, ResNet, freeze
-from loco_det.detection import solver
+from loco_det.detection import cpu_speed, solver
 from loco_det.detection.cpu_speed import is_fast, predict_cells, speed_up
 from loco_det.detection.keys import get_cfg
 from loco_det.detection.masks import MaskHead
@@ -301,9 +301,10 @@ def test_the_rpn_at_some_anchors_equals_all_of_them() -> None:
             assert x is None or torch.allclose(x, y, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("regions", [0, 3])
-def test_masks_of_any_number_of_regions(regions: int) -> None:
-    """An image in which nothing is found has no masks, and that is no error."""
+@pytest.mark.parametrize("regions", [0, 3, 4])
+def test_masks_of_any_number_of_regions(regions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image in which nothing is found has no masks, and that is no error; two regions at once, and a rest."""
+    monkeypatch.setattr(cpu_speed, "MASKS_AT_ONCE", 2)
     torch.manual_seed(0)
     head = MaskHead(cases.configure(get_cfg(), cases.FPN), 8).eval()
     features, classes = torch.randn(regions, 8, 14, 14), torch.arange(regions)

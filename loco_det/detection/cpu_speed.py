@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MASKS_AT_ONCE = 64  # regions whose masks are computed together
+
 
 def speed_up(model: nn.Module, on: bool = True) -> nn.Module:
     """Switch every part of `model` that has two forms to the fast form, or with `on` False to the exact one.
@@ -113,6 +115,12 @@ def logits_of_own_class(deconv: nn.ConvTranspose2d, predictor: nn.Conv2d, x: Ten
     Returns:
         (R, 2S, 2S).
     """
+    # In backward each part needs the gradient of its hidden map, the largest of the network, and no longer than that.
+    parts = zip(x.split(MASKS_AT_ONCE), classes.split(MASKS_AT_ONCE))
+    return torch.cat([_logits_of_part(deconv, predictor, *part) for part in parts])
+
+
+def _logits_of_part(deconv: nn.ConvTranspose2d, predictor: nn.Conv2d, x: Tensor, classes: Tensor) -> Tensor:
     count, channels, height, width = x.shape
     weight = deconv.weight.permute(2, 3, 1, 0).reshape(-1, channels)  # two rows, two columns, out channels
     cells = x.permute(0, 2, 3, 1).reshape(-1, channels)
