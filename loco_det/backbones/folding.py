@@ -40,7 +40,7 @@ def convolve(conv: nn.Conv2d, x: Tensor, *, relu: bool = False, add: Tensor | No
     norm = conv.norm
     if not conv.fast or not _is_constant(norm):
         out = conv._conv_forward(x, conv.weight, conv.bias)
-        return _finish(out if norm is None else norm(out), add, relu)
+        return _finish(out if norm is None else norm(out), add, relu, norm)
     if not len(x) or (torch.is_grad_enabled() and _needs_gradient(conv, x, add)):  # oneDNN accepts no empty batch
         weight, bias = _folded(conv)
         return _finish(conv._conv_forward(x, weight, bias), add, relu)
@@ -58,15 +58,16 @@ def convolve(conv: nn.Conv2d, x: Tensor, *, relu: bool = False, add: Tensor | No
         )
 
 
-def _finish(out: Tensor, add: Tensor | None, relu: bool) -> Tensor:
+def _finish(out: Tensor, add: Tensor | None, relu: bool, norm: nn.Module | None = None) -> Tensor:
     if add is not None:
         out += add
-    return rectified(out) if relu else out
+    return rectified(out, norm) if relu else out
 
 
-def rectified(out: Tensor) -> Tensor:
-    """ReLU, in place if that is cheaper: of a view, as of a LayerNorm's result, backward would copy the whole map."""
-    return F.relu(out) if torch.is_grad_enabled() and out._is_view() else F.relu_(out)
+def rectified(out: Tensor, norm: nn.Module | None) -> Tensor:
+    """ReLU of what `norm` gave: in place, unless that is a LayerNorm's view, of which backward would copy the map."""
+    gives_view = getattr(norm, "fast", False)
+    return F.relu(out) if gives_view and torch.is_grad_enabled() else F.relu_(out)
 
 
 def _is_constant(norm: nn.Module | None) -> bool:

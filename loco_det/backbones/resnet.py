@@ -54,7 +54,7 @@ class LayerNorm(nn.Module):
     Source: detectron2/layers/batch_norm.py.
     """
 
-    fast = False  # torch's own kernel
+    fast = False  # torch's own kernel; the result is a view
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()

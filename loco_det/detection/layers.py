@@ -64,7 +64,7 @@ def run_convs(convs: Iterable[Conv], x: torch.Tensor) -> torch.Tensor:
         with saved_tensors_hooks(
             lambda _, made=made: made, lambda again: again()
         ):  # a ReLU keeps nothing but its result
-            x = rectified(x)
+            x = rectified(x, conv.norm)
     return x
 
 
