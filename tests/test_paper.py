@@ -179,9 +179,11 @@ def test_curves(here: list[list[str]], cifar: Path, tmp_path: Path) -> None:
     assert f"| LoCo, losses after res2 to res5, res2 | 1.79 | {lines[-1]['loss/res2-res2']:.2f} |" in text
     options = Options("small", str(cifar), tmp_path, (0,), pretrain=tuple(words(settings)))
     steps = commands_of(plan.plan("curves", options))
-    found = costs.costs(steps, 1, True, fixed)
+    assert costs.costs(steps, 1, True, fixed) == {}
     for step in steps:
-        assert found[step].steps == len((step.made.parent / "metrics.json").read_text().splitlines()) == 12
+        again = Step(tmp_path / "again", step.words)
+        assert costs.costs([again], 1, True, fixed)[again].steps == 12
+        assert len((step.made.parent / "metrics.json").read_text().splitlines()) == 12
         assert changed_settings(step) == {}
     other = words({**settings, "LOSS.TEMPERATURE": 0.5, "LOG_PERIOD": 2})
     here.clear()
@@ -364,6 +366,27 @@ def test_hours_and_memory_follow_batch_processes_and_length() -> None:
     assert found[probe].hours == pytest.approx((100 * 1_281_167 + 50_000) * 0.25 / 8 / 3600)
     detector = plan.plan("detection", FULL)[1].chains[0].steps[-1]
     assert costs.costs([detector], 8, False, fixed)[detector].hours == pytest.approx(90_000 * 1.5 * 2 / 3600)
+
+
+def test_only_what_is_not_done_is_measured(tmp_path: Path) -> None:
+    """A readout that is not done needs its backbone's network, whether that is pretrained already or not."""
+    measured: list[str] = []
+
+    def measure(job: str, cfg) -> Measured:
+        measured.append(cfg.METHOD)
+        return fixed(job, cfg)
+
+    steps = commands_of(plan.plan("table1", Options("small", "/x/cifar10", tmp_path, (0,))))
+    by_name = {f"{step.made.parent.name}/{step.made.stem}": step for step in steps}
+    left = {"gim_0/ridge", "loco_0/backbone", "loco_0/ridge"}
+    for name, step in by_name.items():
+        if name not in left:
+            step.made.parent.mkdir(exist_ok=True)
+            step.made.touch()
+    found = costs.costs(steps, 1, True, measure)
+    assert measured == ["gim", "loco"]
+    assert set(found) == {by_name[name] for name in left}
+    assert found[by_name["gim_0/ridge"]].hours == pytest.approx(60_000 * 0.25 / 3600)
 
 
 def test_savings_are_counted_on_the_papers_networks(monkeypatch: pytest.MonkeyPatch) -> None:

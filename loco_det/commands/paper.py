@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from loco_det.core import config
+from loco_det.core.device import resolve_device
 from loco_det.core.errors import UserError
 from loco_det.core.files import write_json
 from loco_det.core.jobs import (
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         _print_plan(args, rows)
         failed = _run_all(args, rows)
     savings = _savings(options.out) if args.target == "memory" else None
-    page = write_page(args.target, rows, options, environment(torch.device(_device())), savings, _changed(rows))
+    page = write_page(args.target, rows, options, environment(resolve_device("auto")), savings, _changed(rows))
     log.info("wrote %s", page)
     return 1 if failed else 0
 
@@ -115,28 +115,27 @@ def _options(args: argparse.Namespace) -> Options:
 def _print_plan(args: argparse.Namespace, rows: Sequence[PlannedRow]) -> None:
     """Print every command to run with its cost, and the sums."""
     steps = commands_of(rows)
-    waiting = [step for step in steps if not step.made.exists()]
     measure = (lambda job, cfg: costs.Measured(1, 0.0, 0.0, 0, 0)) if args.no_measure else costs.measure_step
-    found = costs.costs(steps, args.num_gpus, args.scale == "small", measure) if waiting else {}
+    found = costs.costs(steps, args.num_gpus, args.scale == "small", measure)
     table = Table("command", "state", "steps", "hours", "GiB", box=None, pad_edge=False)
     for step in steps:
         cost = found.get(step)
         numbers = ("", "", "") if cost is None else _shown(cost, args.no_measure)
         table.add_row(
             f"{step.words[0]} {step.made.relative_to(args.out.absolute())}",
-            "done" if step.made.exists() else "to run",
+            "done" if cost is None else "to run",
             *numbers,
         )
     if not args.quiet:
         Console(width=None if Console().is_terminal else 200).print(table)
-    hours = sum(found[step].hours for step in waiting if step in found)
-    most = max((found[step].bytes for step in waiting if step in found), default=0) / 2**30
-    log.info("%d commands, %d of them done", len(steps), len(steps) - len(waiting))
-    if waiting and not args.no_measure:
+    hours = sum(cost.hours for cost in found.values())
+    most = max((cost.bytes for cost in found.values()), default=0) / 2**30
+    log.info("%d commands, %d of them done", len(steps), len(steps) - len(found))
+    if found and not args.no_measure:
         log.info(
             "expected: %.1f hours one after another, at most %.1f GiB in a process; from a step measured on %s, "
             "without reading images and evaluation",
-            *(hours, most, _device()),
+            *(hours, most, resolve_device("auto")),
         )  # fmt: skip
     for row in rows:
         if row.why:
@@ -147,10 +146,6 @@ def _shown(cost: costs.Cost, unmeasured: bool) -> tuple[str, str, str]:
     if unmeasured:
         return f"{cost.steps:,}", "", ""
     return f"{cost.steps:,}", f"{cost.hours:.2f}", f"{cost.bytes / 2**30:.2f}"
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # --- running ----------------------------------------------------------------------------------------------------

@@ -76,34 +76,38 @@ Measure = Callable[[str, CfgNode], Measured]
 
 
 def costs(steps: Sequence[Step], processes: int, small: bool, measure: Measure) -> dict[Step, Cost]:
-    """Return the cost of every command that takes more than moments.
+    """Return the cost of every command that is not done.
 
     Args:
-        steps: in the order of their plan.
+        steps: in the order of their plan, done ones included, since a readout's cost follows from its pretraining.
         processes: of each command.
         small: the images are CIFAR-10's, else ImageNet's, where they cannot be counted.
-        measure: measures a step of "pretrain" or "train" with a configuration; called once for each kind of network.
+        measure: measures a step of "pretrain" or "train" with a configuration; called once for each kind of network
+            that a command which is not done needs.
     """
+    kinds: dict[str, Measured] = {}
+
+    def measured(step: Step) -> Measured:
+        job, cfg = step.words[0], configuration(step)
+        kind = _kind(job, cfg)
+        if kind not in kinds:
+            kinds[kind] = measure(job, cfg)
+        return kinds[kind]
+
     found: dict[Step, Cost] = {}
-    measured: dict[str, Measured] = {}
-    by_backbone: dict[str, Measured] = {}
+    made_by = {str(step.made): step for step in steps}
     for step in steps:
-        job = step.words[0]
-        if job == "probe":
-            of = by_backbone.get(step.words[1])
-            if of is not None:
-                found[step] = _of_probe(step, of, processes, small)
+        if step.made.exists():
+            continue
+        if step.words[0] == "probe":
+            found[step] = _of_probe(step, measured(made_by[step.words[1]]), processes, small)
             continue
         cfg = configuration(step)
-        kind = _kind(job, cfg)
-        if kind not in measured:
-            measured[kind] = measure(job, cfg)
-        if job == "pretrain":
-            by_backbone[str(step.made)] = measured[kind]
+        if step.words[0] == "pretrain":
             count = _steps(cfg, _listed(cfg.DATA.PATH) or (CIFAR["pretrained"] if small else IMAGENET["train"]))
-            found[step] = _scaled(measured[kind], count, cfg.SOLVER.BATCH_SIZE, processes)
+            found[step] = _scaled(measured(step), count, cfg.SOLVER.BATCH_SIZE, processes)
         else:
-            found[step] = _scaled(measured[kind], cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, processes)
+            found[step] = _scaled(measured(step), cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, processes)
     return found
 
 
