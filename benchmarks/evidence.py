@@ -39,11 +39,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout it stands in, installed or not
 
-from loco_det.core.files import atomic_write, write_json
+from loco_det.core.files import write_json
 from loco_det.core.log import log, setup_logging
 from loco_det.detection.run_record import environment
 from loco_det.paper import plan
-from loco_det.paper.data import PRETRAINED, unpack
+from loco_det.paper.data import PRETRAINED, list_detection_images, unpack
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
@@ -248,29 +248,17 @@ def found_by(method: str, seed: int, out: Path) -> Path:
 def detector(method: str, seed: int, args: argparse.Namespace) -> list[tuple[str, float]]:
     """Everything from the training images to the AP of a detector on the frozen backbone; the commands."""
     commands, folder = Commands(args.out), args.out / f"detect_{method}_{seed}"
-    images = listed(args.data, args.out)
-    settings = {"METHOD": method, "DATA.PATH": images, "SEED": seed, "OUTPUT_DIR": folder}
-    if method != "loco":
-        settings["DECODER.CONV_BLOCKS"] = 0
-    config = ROOT / "configs" / "pretrain" / "evidence_detection.yaml"
-    backbone, weights = folder / "backbone.safetensors", folder / "backbone.pkl"
-    commands.run(backbone, "pretrain", "--quiet", "--resume", "--config-file", config, *plan.words_of(settings))
-    commands.run(weights, "convert", "--quiet", backbone, weights)
+    options = plan.Options("small", str(args.data), args.out, tuple(args.seeds))
+    list_detection_images(options)
+    first, weights = plan.small_pretraining(method, seed, options), folder / "backbone.pkl"
+    commands.run(first.made, *first.words)
+    commands.run(weights, "convert", "--quiet", first.made, weights)
     settings = {"MODEL.WEIGHTS": weights, "SEED": seed, "OUTPUT_DIR": folder / "detector"}
     settings |= {f"DATASETS.{split.upper()}": f"('{args.data}@{split}',)" for split in ("train", "test")}
     config = ROOT / "configs" / "evidence_detection.yaml"
     told = ("--quiet", "--resume", "--engine", "torchvision", "--config-file", config)
     commands.run(found_by(method, seed, args.out), "train", *told, *plan.words_of(settings))
     return commands.done
-
-
-def listed(data: Path, out: Path) -> Path:
-    """A file that lists the training images, for pretraining."""
-    path = out / f"{data.name}_train.txt"
-    names = (data / "ImageSets" / "Main" / "train.txt").read_text().split()
-    with atomic_write(path, "w") as file:
-        file.writelines(f"{data / 'JPEGImages' / name}.jpg\n" for name in names)
-    return path
 
 
 def comparison(cells: list[tuple[str, int]], args: argparse.Namespace) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import yaml
 
@@ -194,11 +196,14 @@ def test_a_detector_is_made_with_the_decoder_of_its_method_from_images_that_are_
     method: str, tmp_path: Path, monkeypatch
 ) -> None:
     data = tmp_path / "bccd"
-    for folder in ("ImageSets/Main", "JPEGImages"):
+    for folder in ("ImageSets/Main", "JPEGImages", "Annotations"):
         (data / folder).mkdir(parents=True)
     (data / "ImageSets/Main/train.txt").write_text("0\n1\n")
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>4</xmax><ymax>4</ymax></bndbox>"
     for k in range(2):
-        (data / f"JPEGImages/{k}.jpg").write_bytes(b"%d" % k)
+        cv2.imwrite(str(data / f"JPEGImages/{k}.jpg"), np.full((8, 8, 3), 200 * k, dtype=np.uint8))
+        text = f"<annotation><filename>{k}.jpg</filename><object><name>cell</name>{box}</object></annotation>"
+        (data / f"Annotations/{k}.xml").write_text(text)
     ran: list[tuple[str, ...]] = []
     monkeypatch.setattr(evidence.Commands, "run", lambda _, made, *words: ran.append(tuple(map(str, words))))
     jobs: list[evidence.argparse.Namespace] = []
@@ -213,7 +218,7 @@ def test_a_detector_is_made_with_the_decoder_of_its_method_from_images_that_are_
     assert (settings["METHOD"], settings["SEED"]) == (method, "1")
     assert ("DECODER.CONV_BLOCKS" not in settings) == (method == "loco")
     source = open_source(settings["DATA.PATH"])
-    assert [source.read(k) for k in range(len(source))] == [b"0", b"1"]
+    assert [source.read(k) for k in range(len(source))] == [(data / f"JPEGImages/{k}.jpg").read_bytes() for k in (0, 1)]
     assert f"('{data}@train',)" in train
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import cv2
+import evidence
 import numpy as np
 import paper_page
 import pytest
@@ -18,7 +20,7 @@ from loco_det.commands import paper
 from loco_det.core.errors import UserError
 from loco_det.paper import costs, plan
 from loco_det.paper.costs import Measured
-from loco_det.paper.data import unpack
+from loco_det.paper.data import prepare, unpack
 from loco_det.paper.figures import FEW, FROZEN, ROWS
 from loco_det.paper.page import write_page
 from loco_det.paper.plan import TARGETS, Chain, Options, PlannedRow, Step, commands_of
@@ -478,6 +480,24 @@ def test_the_lists_are_those_of_the_evidence(tmp_path: Path) -> None:
     assert (len(kept), len(held)) == (16, 4)
     assert not set(kept) & set(held)
     assert all(line.startswith("cifar10/train/") and line.split("\t")[1] in line for line in kept)
+
+
+def test_the_evidence_pretrains_on_a_detection_set_as_planned(
+    objects: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same images in the same order, and the same words, whichever command is first."""
+    run: list[tuple[Path, tuple[str, ...]]] = []
+    monkeypatch.setattr(evidence.Commands, "run", lambda self, made, *words: run.append((made, words)))
+    evidence.detector("gim", 1, Namespace(data=objects, out=tmp_path, seeds=[1]))
+    options = Options("small", str(objects), tmp_path, (1,))
+    step = plan.small_pretraining("gim", 1, options)
+    assert run[0] == (step.made, step.words)
+    listed = tmp_path / "toys_train.txt"
+    assert str(listed) == configuration(step).DATA.PATH
+    assert listed.read_text().split() == [str(objects / "JPEGImages" / f"train{i}.jpg") for i in range(6)]
+    listed.write_text("kept")
+    prepare(options, objects=True)
+    assert listed.read_text() == "kept"
 
 
 def test_a_zip_has_one_folder(cifar: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def prepare(options: Options, objects: bool) -> None:
     if not os.path.exists(options.data):
         raise UserError(f"--data {options.data}: there is no such file or folder; correct the path")
     if options.is_small and objects:
-        _list_detection_images(options)
+        list_detection_images(options)
     elif options.is_small:
         unpack(Path(options.data), labelled(options), options.out)
 
@@ -68,7 +68,8 @@ def write_lists(train: Path, out: Path, pretrained: int, held_out: int) -> None:
             file.write("\n".join(content) + "\n")
 
 
-def _list_detection_images(options: Options) -> None:
+def list_detection_images(options: Options) -> None:
+    """Write the list of a detection set's training images, in the order of its annotations."""
     path = detection_images(options)
     if path.is_file():
         return
