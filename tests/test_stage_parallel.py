@@ -8,8 +8,10 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -31,7 +33,7 @@ from pretrain.loco import LocalTrainer, Unit
 from pretrain.loss import nt_xent
 from pretrain.placement import measure_costs, place
 from pretrain.stage_parallel import Place, StageTrainer, pipeline_length
-from pretrain.stage_run import check_spans
+from pretrain.stage_run import StageSteps, check_spans
 from pretrain.stepping import Stepping
 from pretrain.sync_batchnorm import SyncBatchNorm
 from pretrain.train import pretrain
@@ -43,7 +45,8 @@ UNITS = {
     "loco_res2": [Unit(0, 0), Unit(0, 1), Unit(1, 2), Unit(2, 3)],
     "nested": [Unit(0, 3), Unit(1, 1), Unit(1, 2)],
 }
-STEPS, RATE = 4, 0.2
+RATES = (0.2, 0.1, 0.3, 0.15)  # of each step
+STEPS = len(RATES)
 
 
 def network(units: list[Unit], norm: type[nn.Module] = nn.BatchNorm2d) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -67,9 +70,10 @@ def one_process(name: str) -> dict[str, Tensor]:
     """The plain loop: all gradients of a step, then SGD."""
     stages, heads = network(UNITS[name])
     modules = nn.ModuleList([*stages, *heads])
-    optimizer = torch.optim.SGD(modules.parameters(), lr=RATE, momentum=0.9)
+    optimizer = torch.optim.SGD(modules.parameters(), lr=0.0, momentum=0.9)
     trainer = LocalTrainer(stages, UNITS[name], [partial(head_loss, head) for head in heads])
-    for x in batches():
+    for rate, x in zip(RATES, batches()):
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         trainer.step(x)
         optimizer.step()
@@ -77,15 +81,20 @@ def one_process(name: str) -> dict[str, Tensor]:
 
 
 def delayed(name: str, owners: list[range]) -> dict[str, Tensor]:
-    """Streaming, by its definition: a stage with a gradient from above is stepped with it a batch later."""
+    """Streaming, by definition: a stage steps with a gradient from above a batch later, at the rate of its batch."""
     stages, heads = network(UNITS[name])
     units = UNITS[name]
     modules = nn.ModuleList([*stages, *heads])
-    optimizers = [torch.optim.SGD(m.parameters(), lr=RATE, momentum=0.9) for m in modules]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.0, momentum=0.9) for m in modules]
     owner = [next(s for s, own in enumerate(owners) if k in own) for k in range(4)]
     late = {k for k in range(4) if any(u.covers(k) and owner[u.last] > owner[k] for u in units)}
     waiting: dict[int, list[Tensor]] = {}
-    for x in batches():
+
+    def step(k: int, number: int) -> None:
+        optimizers[k].param_groups[0]["lr"] = RATES[number]
+        optimizers[k].step()
+
+    for number, x in enumerate(batches()):
         for m in modules:
             m.zero_grad()
         LocalTrainer(stages, units, [partial(head_loss, head) for head in heads]).step(x)
@@ -95,14 +104,14 @@ def delayed(name: str, owners: list[range]) -> dict[str, Tensor]:
             if gradients is not None:
                 for p, gradient in zip(stages[k].parameters(), gradients):
                     p.grad = gradient
-                optimizers[k].step()
+                step(k, number - (k in late))
         for i in range(len(heads)):
-            optimizers[4 + i].step()
+            step(4 + i, number)
         waiting = {k: found[k] for k in late}
     for k, gradients in waiting.items():
         for p, gradient in zip(stages[k].parameters(), gradients):
             p.grad = gradient
-        optimizers[k].step()
+        step(k, STEPS - 1)
     return dict(modules.state_dict())
 
 
@@ -120,7 +129,6 @@ def spread(name: str, schedule: str, recompute: tuple[int, ...] = (), pipelines:
         assert (replicas(), replica_rank()) == (pipelines, where.pipeline)
         average = GradientAverage([p for m in mine for p in m.parameters()], group=where.messages)
         stepping = Stepping(optimizer, mine, average, torch.amp.GradScaler("cpu", enabled=False), early=True)
-        stepping.lr = RATE
         taken: list[nn.Module] = []
 
         def loss(i: int, h: Tensor) -> Tensor:
@@ -147,7 +155,13 @@ def spread(name: str, schedule: str, recompute: tuple[int, ...] = (), pipelines:
             on_start=lambda k: stepping.ready(stages[k]),
         )
         for number, x in enumerate(batches(where.pipeline, pipelines)):
-            trainer.step(x if where.position == 0 else None, more=number < STEPS - 1)
+            stepping.lr = RATES[number]
+            trainer.step(
+                x if where.position == 0 else None,
+                more=number < STEPS - 1,
+                before_late=lambda n=number: setattr(stepping, "lr", RATES[n - 1]),
+            )
+            stepping.lr = RATES[number]
         trainer.drain()
         stepping.finish()
         trainer.close()
@@ -207,6 +221,25 @@ def test_two_pipelines_of_two_processes_share_a_batch(tmp_path: Path) -> None:
             got = union([part[number] for part in pipeline])
             for key, tensor in want.items():
                 torch.testing.assert_close(got[key], tensor, rtol=1e-9, atol=1e-11)
+
+
+def test_a_gradient_from_above_has_the_rate_of_its_own_step() -> None:
+    """In a run, whose rate changes with every step."""
+    seen: list[float] = []
+
+    def step(x, *, more: bool, autocast, before_late: Callable[[], None]) -> dict[int, Tensor]:
+        seen.append(steps.stepping.lr)
+        before_late()
+        seen.append(steps.stepping.lr)
+        return {}
+
+    run = SimpleNamespace(cfg=get_cfg())
+    steps = StageSteps(run, None, None, 10, None, lambda progress: 1 - progress, nullcontext, None, None)
+    steps.trainer, steps.stepping, steps.counted = SimpleNamespace(step=step), SimpleNamespace(), 0
+    for number in (3, 4):
+        steps._step(number, None)
+        seen.append(steps.stepping.lr)
+    assert seen == pytest.approx([0.7, 0.8, 0.7, 0.6, 0.7, 0.6])
 
 
 # --- places -----------------------------------------------------------------------------------------------------
