@@ -186,6 +186,10 @@ def pretrain(
             measure_statistics(backbone, loader)
             return write_backbone(cfg, backbone, [], source, step=0)
         learner = network.to(device)
+        if _is_slow_bf16(cfg, device):
+            log.warning(
+                "SOLVER.AMP is bf16 and this CPU has no units for it: computing in float32, which is faster here"
+            )
         if spread:
             step = _train_stages(cfg, learner, source, device, resume, metrics)
         else:
@@ -222,8 +226,6 @@ def _train(
         )
     parts = cfg.SOLVER.ACCUMULATE
     trainer = local_trainer(learner, stepping, compiler, parts)
-    if _is_slow_bf16(cfg, device):
-        log.warning("SOLVER.AMP is bf16 and this CPU has no units for it: computing in float32, which is faster here")
     log.info(
         "%s: %d images, %d steps of %d images on %s", cfg.METHOD, len(source), total, cfg.SOLVER.BATCH_SIZE, device
     )
