@@ -108,6 +108,20 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with eight images of 24 pixels in two class folders, to be read only."""
+    import cv2
+    import numpy as np
+
+    folder = tmp_path_factory.mktemp("noise")
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        (folder / str(i % 2)).mkdir(exist_ok=True)
+        cv2.imwrite(str(folder / str(i % 2) / f"{i}.png"), rng.integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with `python` and `loco-det`, which start at once: torch is there already (preloaded.py)."""
     root = Path(__file__).resolve().parent.parent

@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import torch
 from loco_cases import UNIT_LISTS, build, gradients
@@ -165,33 +163,25 @@ def test_scaling_and_half_precision(dtype: torch.dtype | None) -> None:
 # --- the program ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(8):
-        cv2.imwrite(str(made / f"{i}.png"), rng.integers(0, 256, (24, 24, 3), dtype=np.uint8))
-    return made
-
-
 def run(folder: Path, output: Path, resume: bool = False, **extra: object) -> dict[str, Tensor]:
     text = f"""BACKBONE.NAME resnet18 BACKBONE.STEM cifar BACKBONE.WIDTH 8 DECODER.HIDDEN_DIM 16 DECODER.OUT_DIM 8
         DATA.PATH {folder} DATA.IMAGE_SIZE 16 DATA.NUM_WORKERS 0 SOLVER.BATCH_SIZE 8 SOLVER.MAX_STEPS 3
-        SOLVER.OPTIMIZER adamw SOLVER.BASE_LR 0.001 SOLVER.WARMUP_EPOCHS 0 DEVICE cpu OUTPUT_DIR {output}"""
+        SOLVER.OPTIMIZER adamw SOLVER.BASE_LR 0.001 SOLVER.WARMUP_EPOCHS 0 KNN.PERIOD 0
+        DEVICE cpu OUTPUT_DIR {output}"""
     more = [str(part) for key, value in extra.items() for part in (key.replace("__", "."), value)]
     return load_backbone(pretrain(load_config(get_cfg(), "", [*text.split(), *more])[0], resume))[0]
 
 
-def test_the_program_accumulates_steps_early_and_resumes(folder: Path, tmp_path: Path) -> None:
-    want = run(folder, tmp_path / "a", SOLVER__ACCUMULATE=4)
-    late = run(folder, tmp_path / "b", SOLVER__ACCUMULATE=4, SOLVER__STEP_EARLY=False, SOLVER__RECOMPUTE="first")
-    run(folder, tmp_path / "c", SOLVER__ACCUMULATE=4, CHECKPOINT_PERIOD=2)
+def test_the_program_accumulates_steps_early_and_resumes(noise: Path, tmp_path: Path) -> None:
+    want = run(noise, tmp_path / "a", SOLVER__ACCUMULATE=4)
+    late = run(noise, tmp_path / "b", SOLVER__ACCUMULATE=4, SOLVER__STEP_EARLY=False, SOLVER__RECOMPUTE="first")
+    run(noise, tmp_path / "c", SOLVER__ACCUMULATE=4, CHECKPOINT_PERIOD=2)
     (tmp_path / "c" / "checkpoint_00000003.pth").unlink()
-    again = run(folder, tmp_path / "c", True, SOLVER__ACCUMULATE=4, CHECKPOINT_PERIOD=2)
+    again = run(noise, tmp_path / "c", True, SOLVER__ACCUMULATE=4, CHECKPOINT_PERIOD=2)
     for name, tensor in want.items():
         assert torch.equal(late[name], tensor)
         assert torch.equal(again[name], tensor)
-    assert not torch.equal(run(folder, tmp_path / "d")["conv1.weight"], want["conv1.weight"])
+    assert not torch.equal(run(noise, tmp_path / "d")["conv1.weight"], want["conv1.weight"])
     counted = {int(v) for k, v in latest_checkpoint(tmp_path / "a")[1]["learner"].items() if k.endswith("tracked")}
     assert counted == {12}  # of 3 steps of 4 parts
 
@@ -209,8 +199,8 @@ def test_what_cannot_be_accumulated_is_refused(settings: str, message: str) -> N
         check(*load_config(get_cfg(), "", settings.split()))
 
 
-def test_an_upper_sharing_has_its_own_passes(folder: Path, tmp_path: Path) -> None:
-    hard, upper = (run(folder, tmp_path / m, SOLVER__ACCUMULATE=2, SHARING__MODE=m) for m in ("hard", "upper"))
+def test_an_upper_sharing_has_its_own_passes(noise: Path, tmp_path: Path) -> None:
+    hard, upper = (run(noise, tmp_path / m, SOLVER__ACCUMULATE=2, SHARING__MODE=m) for m in ("hard", "upper"))
     assert not torch.equal(hard["layer1.0.conv1.weight"], upper["layer1.0.conv1.weight"])
 
 

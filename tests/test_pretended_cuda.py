@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -80,16 +79,6 @@ def test_it_refuses_and_counts() -> None:
 # --- pretraining ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(8):
-        (made / str(i % 2)).mkdir(exist_ok=True)
-        cv2.imwrite(str(made / str(i % 2) / f"{i}.png"), rng.integers(0, 256, (24, 24, 3), dtype=np.uint8))
-    return made
-
-
 def configured(folder: Path, output: Path, *more: object):
     text = f"""BACKBONE.NAME resnet18 BACKBONE.STEM cifar BACKBONE.WIDTH 8 DECODER.HIDDEN_DIM 16 DECODER.OUT_DIM 8
         DECODER.CONV_BLOCKS 1 DATA.PATH {folder} DATA.IMAGE_SIZE 16 DATA.NUM_WORKERS 0 SOLVER.BATCH_SIZE 4
@@ -109,7 +98,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_pretraining_step_does_not_wait(case: str, folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_pretraining_step_does_not_wait(case: str, noise: Path, tmp_path: Path, monkeypatch) -> None:
     """Between two lines of metrics.json; fp16 must know whether a gradient overflowed."""
     seen = []
     original = train.Monitor.__call__
@@ -122,28 +111,28 @@ def test_a_pretraining_step_does_not_wait(case: str, folder: Path, tmp_path: Pat
 
     monkeypatch.setattr(train.Monitor, "__call__", counted)
     with pretended_cuda() as waits:
-        path = pretrain(configured(folder, tmp_path, "DEVICE", "cuda", *CASES[case]))
+        path = pretrain(configured(noise, tmp_path, "DEVICE", "cuda", *CASES[case]))
     tensors, _ = load_backbone(path)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     step, count, table = seen[1]
     assert (step, count) == (1, 1 if "fp16" in case else 0), table
 
 
-def test_a_run_with_a_line_a_step_a_probe_a_resume_and_views_from_the_device(folder: Path, tmp_path: Path) -> None:
+def test_a_run_with_a_line_a_step_a_probe_a_resume_and_views_from_the_device(noise: Path, tmp_path: Path) -> None:
     more = ("DEVICE", "cuda", "KNN.PERIOD", 1, "KNN.K", 1, "LOG_PERIOD", 1, "AUGMENT.DEVICE", "auto")
     with pretended_cuda():
-        pretrain(configured(folder, tmp_path, *more, "CHECKPOINT_PERIOD", 2))
+        pretrain(configured(noise, tmp_path, *more, "CHECKPOINT_PERIOD", 2))
         (tmp_path / "checkpoint_00000003.pth").unlink()
-        pretrain(configured(folder, tmp_path, *more, "CHECKPOINT_PERIOD", 2), resume=True)
+        pretrain(configured(noise, tmp_path, *more, "CHECKPOINT_PERIOD", 2), resume=True)
     lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [0, 1, 2]
     assert "knn/res5" in lines[-1]
 
 
-def test_what_it_computes_is_what_the_cpu_computes(folder: Path, tmp_path: Path) -> None:
+def test_what_it_computes_is_what_the_cpu_computes(noise: Path, tmp_path: Path) -> None:
     with pretended_cuda():
-        path = pretrain(configured(folder, tmp_path / "cuda", "DEVICE", "cuda"))
-    want = pretrain(configured(folder, tmp_path / "cpu", "DEVICE", "cpu"))
+        path = pretrain(configured(noise, tmp_path / "cuda", "DEVICE", "cuda"))
+    want = pretrain(configured(noise, tmp_path / "cpu", "DEVICE", "cpu"))
     for name, tensor in load_backbone(want)[0].items():
         torch.testing.assert_close(load_backbone(path)[0][name], tensor, rtol=1e-4, atol=1e-5)
 
@@ -243,9 +232,9 @@ PROBES = {
 }
 
 
-def test_probes(folder: Path, tmp_path: Path) -> None:
-    path = pretrain(configured(folder, tmp_path / "run", "DEVICE", "cpu", "SOLVER.MAX_STEPS", 1))
-    fixed = f"--data {folder} --image-size 16 --device cuda --workers 0 --no-cache --json"
+def test_probes(noise: Path, tmp_path: Path) -> None:
+    path = pretrain(configured(noise, tmp_path / "run", "DEVICE", "cpu", "SOLVER.MAX_STEPS", 1))
+    fixed = f"--data {noise} --image-size 16 --device cuda --workers 0 --no-cache --json"
     with pretended_cuda():
         for number, (protocol, options) in enumerate(PROBES.items()):
             words = f"probe {path} --protocol {protocol} {options} {fixed} {tmp_path / str(number)}"

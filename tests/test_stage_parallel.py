@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -312,16 +311,6 @@ def test_what_cannot_be_spread_is_refused(settings: str, monkeypatch: pytest.Mon
 # --- the program ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(8):
-        (made / str(i % 2)).mkdir(exist_ok=True)
-        cv2.imwrite(str(made / str(i % 2) / f"{i}.png"), rng.integers(0, 256, (24, 24, 3), dtype=np.uint8))
-    return made
-
-
 def run(images: Path, output: Path, *more: object, resume: bool = False) -> Path:
     text = f"""BACKBONE.NAME resnet18 BACKBONE.STEM cifar BACKBONE.WIDTH 8 BACKBONE.NORM SyncBN DECODER.HIDDEN_DIM 16
         DECODER.OUT_DIM 8 DATA.PATH {images} DATA.IMAGE_SIZE 16 DATA.NUM_WORKERS 0 SOLVER.BATCH_SIZE 4
@@ -394,10 +383,10 @@ def dies(images: Path, folder: Path) -> None:
         run(images, folder / "dies", *STAGES)
 
 
-def test_a_process_that_dies_ends_its_neighbour(images: Path, tmp_path: Path) -> None:
+def test_a_process_that_dies_ends_its_neighbour(noise: Path, tmp_path: Path) -> None:
     """The launcher then names it (test_launch)."""
     with pytest.raises(AssertionError, match=r"(?s)RuntimeError.*(by peer|Broken pipe)"):
-        forked(2, dies, tmp_path / "job", images, tmp_path)
+        forked(2, dies, tmp_path / "job", noise, tmp_path)
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
@@ -405,13 +394,13 @@ def lines(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait_share")} for line in read]
 
 
-def test_the_program_logs_saves_and_resumes_as_with_one_process(images: Path, tmp_path: Path) -> None:
-    (said, stopped), (_, also) = forked(2, programs, tmp_path / "job", images, tmp_path)
+def test_the_program_logs_saves_and_resumes_as_with_one_process(noise: Path, tmp_path: Path) -> None:
+    (said, stopped), (_, also) = forked(2, programs, tmp_path / "job", noise, tmp_path)
     assert "process 0: stem..res2.1, res3.0..res3.1 (50% of the work)" in said
     assert [line[:18] for line in said if " MiB" in line] == ["process 0: at most", "process 1: at most"]
     assert stopped.startswith("stopped by a signal after step 4;")
     assert also.startswith("stopped by SIGTERM after step 4;")
-    want = load_backbone(run(images, tmp_path / "one"))[0]
+    want = load_backbone(run(noise, tmp_path / "one"))[0]
     for name, tensor in load_backbone(tmp_path / "exact" / "backbone.safetensors")[0].items():
         torch.testing.assert_close(tensor, want[name], rtol=1e-5, atol=1e-6)
     one: dict[int, dict] = {}
@@ -430,7 +419,7 @@ def test_the_program_logs_saves_and_resumes_as_with_one_process(images: Path, tm
     assert a["config_hash"] == b["config_hash"]
     # One process continues what two began.
     (tmp_path / "exact" / "checkpoint_00000006.pth").unlink()
-    again = load_backbone(run(images, tmp_path / "exact", resume=True))[0]
+    again = load_backbone(run(noise, tmp_path / "exact", resume=True))[0]
     for name, tensor in again.items():
         torch.testing.assert_close(tensor, want[name], rtol=1e-5, atol=1e-6)
     whole, cut = (load_backbone(tmp_path / d / "backbone.safetensors")[0] for d in ("streaming", "cut"))
