@@ -78,7 +78,10 @@ def test_what_is_set_is_read_written_and_left_out_for_detectron2(tmp_path: Path)
         (["INPUT.SCALE_JITTER", "(0.1, 2.0)", "INPUT.SCALE_JITTER_SIZE", "0"], "give a size in pixels"),
         (["INPUT.SCALE_JITTER_PAD", "True"], "INPUT.SCALE_JITTER is off"),
         (["INPUT.SCALE_JITTER_SIZE", "512"], "INPUT.SCALE_JITTER is off"),
-        (["MODEL.BACKBONE.SQUARE_PAD", "1024"], "which is for a MODEL.BACKBONE.NAME timm:..., hf:... or python:"),
+        (
+            ["MODEL.BACKBONE.SQUARE_PAD", "1024"],
+            "which is for a MODEL.BACKBONE.NAME timm:..., hf:..., python:..., presnet50 or",
+        ),
         ([*VIT, "MODEL.BACKBONE.SQUARE_PAD", "1000"], "give a multiple of 32 pixels"),
         ([*VIT, "MODEL.BACKBONE.SQUARE_PAD", "-32"], "give a multiple of 32 pixels"),
         ([*VIT, "MODEL.BACKBONE.SQUARE_PAD", "512"], "and INPUT.MAX_SIZE_TEST is 1024; lower INPUT.MAX_SIZE_TEST or"),

@@ -318,6 +318,24 @@ def test_what_does_not_fit_is_refused(
         load()
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("presnet50", r"has no place in presnet50; set MODEL\.BACKBONE\.NAME to those"),
+        (
+            "build_resnet_fpn_backbone",
+            r"has no place in the model's ResNet; set MODEL\.RESNETS\.DEPTH and NORM to those",
+        ),
+    ],
+)
+def test_a_tensor_without_a_place_names_the_keys_of_its_network(name: str, said: str, tmp_path: Path) -> None:
+    torch.save({"res2.0.conv9.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    settings = settings_of(name) if name in UNDER_FPN else {}
+    cfg = tiny_cfg(tmp_path, MODEL__WEIGHTS=tmp_path / "other.pth", **settings)
+    with pytest.raises(UserError, match=said):
+        load_weights(build_model(cfg), cfg)
+
+
 def test_presnets_neighbouring_stages_are_too_near_for_a_pyramid() -> None:
     cfg = cases.configure(get_cfg(), cases.FPN, {"MODEL.BACKBONE.NAME": "presnet50"})
     cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]

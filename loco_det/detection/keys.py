@@ -358,7 +358,8 @@ def _check_own_sizes(cfg: CfgNode, settings: Settings | None) -> None:
     if square < 0 or square % 32:
         raise refusal(cfg, settings, key, "; give a multiple of 32 pixels, or 0 for no square.")
     if not cfg.MODEL.BACKBONE.NAME.startswith(OTHER_BACKBONES):
-        reason = ", which is for a MODEL.BACKBONE.NAME timm:..., hf:... or python:...; leave it out."
+        names = f"timm:..., hf:..., python:..., {' or '.join(OWN_NETWORKS)}"
+        reason = f", which is for a MODEL.BACKBONE.NAME {names}; leave it out."
         raise refusal(cfg, settings, key, reason)
     sides = {"INPUT.MAX_SIZE_TEST": cfg.INPUT.MAX_SIZE_TEST}
     sides |= {"INPUT.SCALE_JITTER_SIZE": size} if jitter else {"INPUT.MAX_SIZE_TRAIN": cfg.INPUT.MAX_SIZE_TRAIN}

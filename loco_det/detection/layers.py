@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from loco_det.backbones.folding import convolve, rectified
 from loco_det.backbones.resnet import LayerNorm, make_norm
@@ -50,45 +48,22 @@ class Conv(nn.Conv2d):
 def run_convs(convs: Iterable[Conv], x: torch.Tensor) -> torch.Tensor:
     """Run convolutions one after another, (B, C, H, W) -> (B, out, H, W), and keep less of them for backward.
 
-    A convolution and a ReLU keep the map between them, and a LayerNorm before them its own input: two maps a layer.
-    Here the map between is made again in backward, from what the LayerNorm keeps: the same bits.
+    A LayerNorm keeps its input, and the convolution and ReLU behind it the map between them: two maps a layer. Here
+    the map between is made again in backward, from what the LayerNorm keeps: the same bits.
     """
-    made: _Again | None = None
+    convs = list(convs)
+    if not (torch.is_grad_enabled() and all(conv.relu and isinstance(conv.norm, LayerNorm) for conv in convs)):
+        for conv in convs:
+            x = conv(x)
+        return x
+    norm = None
     for conv in convs:
-        with _kept_as(x, made) if made else nullcontext():
-            if not (torch.is_grad_enabled() and conv.relu and isinstance(conv.norm, LayerNorm)):
-                x, made = conv(x), None
-                continue
-            raw = conv._conv_forward(x, conv.weight, conv.bias)
-        x, made = conv.norm(raw), _Again(conv.norm, raw.detach())
-        with saved_tensors_hooks(
-            lambda _, made=made: made, lambda again: again()
-        ):  # a ReLU keeps nothing but its result
-            x = rectified(x, conv.norm)
-    return x
+        x = checkpoint(_between_norms, norm, conv, x, use_reentrant=False, preserve_rng_state=False)
+        norm = conv.norm
+    return x if norm is None else rectified(norm(x), norm)
 
 
-class _Again:
-    """Makes the output of a LayerNorm and ReLU again, once for the two that ask for it in a backward pass."""
-
-    def __init__(self, norm: LayerNorm, x: torch.Tensor) -> None:
-        self.norm, self.x = norm, x
-        self.output: torch.Tensor | None = None
-
-    @torch.no_grad()
-    def __call__(self) -> torch.Tensor:
-        if self.output is None:
-            self.output = F.relu_(self.norm(self.x))
-            return self.output
-        output, self.output = self.output, None
-        return output
-
-
-def _kept_as(x: torch.Tensor, made: _Again) -> saved_tensors_hooks:
-    """Operations in this context that would keep `x` for backward keep `made` instead."""
-    where, shape = x.data_ptr(), x.shape
-
-    def pack(kept: torch.Tensor) -> torch.Tensor | _Again:
-        return made if kept.data_ptr() == where and kept.shape == shape else kept
-
-    return saved_tensors_hooks(pack, lambda kept: kept() if isinstance(kept, _Again) else kept)
+def _between_norms(norm: LayerNorm | None, conv: Conv, x: torch.Tensor) -> torch.Tensor:
+    if norm is not None:
+        x = rectified(norm(x), norm)
+    return conv._conv_forward(x, conv.weight, conv.bias)

@@ -213,9 +213,11 @@ def _match_backbone(weights: Weights, target: dict[str, Tensor], cfg: CfgNode) -
         if DROPPED.fullmatch(name) or (stage and stage[1] not in stages):
             dropped.append(name)
         elif name not in places:
+            own = cfg.MODEL.BACKBONE.NAME in OWN_NETWORKS
+            network = cfg.MODEL.BACKBONE.NAME if own else "the model's ResNet"
+            keys = "MODEL.BACKBONE.NAME" if own else "MODEL.RESNETS.DEPTH and NORM"
             raise UserError(
-                f"{weights.path}: tensor {name} has no place in the model's ResNet; MODEL.RESNETS.DEPTH and NORM must "
-                "be those of the weights."
+                f"{weights.path}: tensor {name} has no place in {network}; set {keys} to those of the weights."
             )
         else:
             _check_shape(weights.path, name, tensor, target[places[name]])
