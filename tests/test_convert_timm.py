@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loco_det.backbones.artifact import load_backbone
+from loco_det.backbones.timm_models import parse
 from loco_det.cli import main
 from loco_det.convert import plain_vit, read_backbone
 from loco_det.convert.timm_models import convert_timm
@@ -25,7 +26,8 @@ TOKENS = 101  # of VIT: 10 x 10 patches and the cls token
 def weights(name: str = VIT) -> dict[str, Tensor]:
     """timm's model with weights that no initialisation gives, so that a lost one shows."""
     torch.manual_seed(0)
-    state = timm.create_model(name).state_dict()
+    name, options = parse(name)
+    state = timm.create_model(name, **options).state_dict()
     return {
         key: t if key.endswith("num_batches_tracked") else torch.rand_like(t) + 0.5 if "var" in key
         else t + 0.1 * torch.randn_like(t)
@@ -96,7 +98,12 @@ def test_dinov2s_own_file_with_registers_in_chunks(tmp_path: Path) -> None:
     assert manifest.pixel_mean == pytest.approx((123.675, 116.28, 103.53))
 
 
-@pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet", "regnety_002", "vit_small_patch16_dinov3"])
+PARALLEL = "vit_small_patch16_18x2_224?depth=2&embed_dim=48&num_heads=3&img_size=64"  # blocks without attn and mlp
+
+
+@pytest.mark.parametrize(
+    "name", ["test_convnext", "test_efficientnet", "regnety_002", "vit_small_patch16_dinov3", PARALLEL]
+)
 def test_other_families_come_over_whole(name: str, tmp_path: Path) -> None:
     state = weights(name)
     account = converted(tmp_path, state, name)
@@ -105,7 +112,8 @@ def test_other_families_come_over_whole(name: str, tmp_path: Path) -> None:
     lost = {key for key in state if not key.endswith("num_batches_tracked")} - set(tensors)
     assert lost <= {key for keys in account.dropped.values() for key in keys}
     assert manifest.proof["relative"] < 1e-9
-    assert list(manifest.stages)[-1] == ("blocks.9-11" if "vit" in name else "res5")
+    last = {"vit_small_patch16_dinov3": "blocks.9-11", PARALLEL: "blocks.1"}
+    assert list(manifest.stages)[-1] == last.get(name, "res5")
 
 
 def test_convnext_in_its_own_layout(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from loco_det.backbones.artifact import HEADER_KEY, Manifest, backbone_tensors, describe, save_backbone
 from loco_det.backbones.timm_models import PREFIX, TimmBackbone, create, parse
+from loco_det.backbones.timm_swin import SWINS
 from loco_det.convert import hierarchical, plain_vit
 from loco_det.convert.export import SIGNED, is_fragment
 from loco_det.convert.load import check_sums, in_memory, open_tensors, safetensors_metadata
@@ -400,10 +401,11 @@ def _independent(backbone: TimmBackbone, own: Mapping[str, Tensor], x: Tensor) -
         tensors = plain_vit.clip_names(own)
         rope = getattr(model, "rope", None)
         base = 0.0 if rope is None else rope.temperature if type(rope).__name__ == "RotaryEmbeddingDinoV3" else None
-        known = hasattr(model.blocks[0], "attn") and all(plain_vit.LAYOUT.fullmatch(name) for name in tensors)
+        if base is None or not all(plain_vit.LAYOUT.fullmatch(name) for name in tensors):
+            return None
         activation = type(model.blocks[0].mlp.act).__name__
         is_gated = any(".mlp.w12." in name for name in tensors)
-        if base is None or not known or not (is_gated or activation in ("GELU", "QuickGELU")):
+        if not is_gated and activation not in ("GELU", "QuickGELU"):
             return None
         heads, eps, quick = model.blocks[0].attn.num_heads, model.norm.eps, activation == "QuickGELU"
         return "vision transformer", plain_vit.forward(tensors, x, heads=heads, eps=eps, base=base, quick=quick)
@@ -412,7 +414,7 @@ def _independent(backbone: TimmBackbone, own: Mapping[str, Tensor], x: Tensor) -
         is_the_authors = type(block.mlp.act).__name__ == "GELU" and block.norm.eps == hierarchical.CONVNEXT_EPS
         if is_the_authors and all(hierarchical.CONVNEXT.fullmatch(name) for name in tensors):
             return "ConvNeXt", hierarchical.convnext(tensors, x)
-    if kind in ("SwinTransformer", "SwinTransformerV2"):
+    if kind in SWINS:
         tensors, attention = hierarchical.swin_names(own), model.layers[0].blocks[0].attn
         is_resized = any(getattr(attention, "pretrained_window_size", ()))  # positions of another window
         if all(hierarchical.SWIN.fullmatch(name) for name in tensors) and not is_resized:
