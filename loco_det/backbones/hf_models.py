@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from loco_det.backbones.own import HF_PREFIX as PREFIX
 from loco_det.backbones.own import OwnBackbone, names_by_stride
-from loco_det.backbones.timm_models import QUARTERS, quiet_hub, resized_to_stride
+from loco_det.backbones.timm_models import evaluate_frozen, quarters, quiet_hub, resized_to_stride
 from loco_det.core.errors import UserError
 
 # Tensors of a checkpoint that no backbone has.
@@ -95,11 +95,9 @@ class HfBackbone(OwnBackbone):
 
     def _ends_of_stages(self, model: nn.Module) -> dict[str, int]:
         """Return {stage: number of its last block} in the numbering of the parameters' names."""
-        numbers = {int(found[1]) for name, _ in model.named_parameters() if (found := _BLOCK.fullmatch(name))}
         if not self.is_plain:
             return {name: number for number, name in enumerate(self.channels)}
-        quarters = torch.arange(max(numbers, default=0) + 1).tensor_split(QUARTERS)
-        return {f"blocks.{part[0]}-{part[-1]}": int(part[-1]) for part in quarters if len(part)}
+        return quarters(len(model.config.stage_names) - 1)  # behind the stem
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {stage: (B, channels, H / stride, W / stride)}, rounded up for a plain transformer."""
@@ -120,10 +118,7 @@ class HfBackbone(OwnBackbone):
 
     def train(self, mode: bool = True) -> HfBackbone:
         super().train(mode)
-        for module in self.module.modules():
-            parameters = list(module.parameters())
-            if parameters and not any(parameter.requires_grad for parameter in parameters):
-                module.eval()
+        evaluate_frozen(self.module)
         return self
 
 
@@ -186,8 +181,7 @@ def _chosen(name: str, config: Any, maps: Sequence[str]) -> list[str]:
     unknown = [stage for stage in maps if stage not in stages]
     if unknown:
         raise UserError(f"backbone {name}: has no map {unknown[0]!r}; use {stages[0]} to {stages[-1]}")
-    ends = [int(part[-1]) for part in torch.arange(len(stages)).tensor_split(QUARTERS) if len(part)]
-    return [stage for stage in stages if stage in maps] or [stages[end] for end in ends]
+    return [stage for stage in stages if stage in maps] or [stages[end] for end in quarters(len(stages)).values()]
 
 
 def _pixels(name: str, processor: dict[str, Any]) -> tuple[str, tuple[float, ...], tuple[float, ...]]:

@@ -23,7 +23,6 @@ import contextlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from types import MethodType
 from typing import Any
 
@@ -133,24 +132,18 @@ class TimmBackbone(StagedBackbone):
         self.image_size = size[-1]
 
     def _plain(self, features: Sequence[dict[str, Any]], maps: Sequence[str]) -> None:
-        self.ends, first = {}, 0
-        for part in torch.arange(self.depth).tensor_split(min(QUARTERS, self.depth)):
-            last = first + len(part) - 1
-            self.ends[f"blocks.{first}-{last}" if last > first else f"blocks.{last}"] = last
-            first = last + 1
-        self.stage_names = ("stem", *self.ends)
-        quarters = [(stage, last, True) for stage, last in self.ends.items()]
-        chosen = [(name, *self._block(name)) for name in maps] or quarters
+        ends = quarters(self.depth)
+        self.stage_names = ("stem", *ends)
+        chosen = [(name, *self._block(name)) for name in maps] or [(stage, last, True) for stage, last in ends.items()]
         self.indices = {name: index for name, index, _ in sorted(chosen, key=lambda one: one[1])}
         self.normed = {name for name, _, is_normed in chosen if is_normed}
-        self.ends = {stage: features[last]["module"] for stage, last in self.ends.items()}
+        self.ends = {stage: features[last]["module"] for stage, last in ends.items()}
         self.channels = {name: features[index]["num_chs"] for name, index in self.indices.items()}
         self.strides = dict.fromkeys(self.indices, self.map_stride)
 
     def _windows(self, window: int | None, global_blocks: Sequence[int] | int | None, rel_pos: int | None) -> Windows:
         if global_blocks is None:
-            quarters = torch.arange(self.depth).tensor_split(min(QUARTERS, self.depth))
-            global_blocks = tuple(end - 1 for end in accumulate(map(len, quarters)))
+            global_blocks = tuple(quarters(self.depth).values())
         chosen = global_blocks if isinstance(global_blocks, (tuple, list)) else (global_blocks,)
         windows = Windows(window or 0, tuple(chosen), rel_pos or 0)
         add_windows(self.model, windows, self.architecture)
@@ -214,10 +207,7 @@ class TimmBackbone(StagedBackbone):
 
     def train(self, mode: bool = True) -> TimmBackbone:
         super().train(mode)
-        for module in self.model.modules():
-            parameters = list(module.parameters())
-            if parameters and not any(parameter.requires_grad for parameter in parameters):
-                module.eval()
+        evaluate_frozen(self.model)
         return self
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -255,6 +245,23 @@ class TimmBackbone(StagedBackbone):
     def resized(self, x: Tensor) -> Tensor:
         """Resize images so that a map of this plain ViT has ceil(H / map_stride) x ceil(W / map_stride) pixels."""
         return resized_to_stride(x, self.patch, self.map_stride)
+
+
+def quarters(depth: int) -> dict[str, int]:
+    """Divide `depth` blocks into `QUARTERS` parts or fewer, longer first: {"blocks.FIRST-LAST" or "blocks.N": LAST}."""
+    ends = {}
+    for part in torch.arange(depth).tensor_split(min(QUARTERS, depth)):
+        first, last = int(part[0]), int(part[-1])
+        ends[f"blocks.{first}-{last}" if last > first else f"blocks.{last}"] = last
+    return ends
+
+
+def evaluate_frozen(model: nn.Module) -> None:
+    """Set all modules whose parameters are frozen to evaluation mode."""
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
 
 
 def resized_to_stride(x: Tensor, patch: int, stride: int) -> Tensor:
