@@ -334,5 +334,7 @@ def test_keys_go_to_a_yaml(folders: dict[str, Path], tmp_path: Path, capsys: pyt
     ):
         assert main(["convert", *argv]) == 2
         assert said in capsys.readouterr().err
-    assert main(["convert", name, str(tmp_path / "out.yaml")]) == 0
+    for _ in range(2):  # its own YAML may be replaced
+        assert main(["convert", name, str(tmp_path / "out.yaml")]) == 0
     assert "res2 (stride 4), res3 (stride 8)" in capsys.readouterr().out
+    assert "prove" not in (tmp_path / "out.yaml").read_text()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,39 +63,52 @@ def write_torch(file: IO[bytes], tensors: dict[str, Tensor], manifest: Manifest)
 WRITERS = {".pkl": write_pickle, ".pth": write_torch, ".safetensors": write_backbone}
 """Suffix of the output -> (file, tensors, manifest) -> None; only the .pkl has Detectron2's names."""
 
-SIGNED = "converted and proven by loco_det."
+CONVERTED, READ = "converted and proven by loco_det.", "keys written by loco_det."  # each ends a fragment's first line
 
 
 def is_fragment(path: Path) -> bool:
-    """Whether `yaml_text` wrote the file `path`, so that another conversion may replace it."""
+    """Whether `keys_text` wrote the file `path`, so that another conversion may replace it."""
     try:
-        return SIGNED in path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+        first = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     except OSError:
         return False
+    return first.endswith((CONVERTED, READ))
 
 
 def yaml_text(weights: Path, manifest: Manifest, architecture: Architecture) -> str:
     """Return the YAML fragment for stock Detectron2: the weights, pixels and ResNet keys that these weights need."""
     wide = (architecture.groups, architecture.width_per_group) != (1, 64)
-    method = " ".join(manifest.method.split())  # text from the file must not end the comment
-    lines = [
-        f"# {architecture.name} backbone ({method}), {SIGNED}",
-        "# These keys must agree with the weights: put them into your config, or name this file as its _BASE_.",
-        "MODEL:",
-        f"  WEIGHTS: {json.dumps(str(weights.absolute()), ensure_ascii=False)}",
-        f"  PIXEL_MEAN: {_numbers(manifest.pixel_mean)}",
-        f"  PIXEL_STD: {_numbers(manifest.pixel_std)}",
+    network = [
         "  RESNETS:",
         f"    DEPTH: {architecture.depth}",
         f"    STRIDE_IN_1X1: {'true' if manifest.stride_in_1x1 else 'false'}",
         f"    RES2_OUT_CHANNELS: {architecture.res2_out_channels}",
         *([f"    NUM_GROUPS: {architecture.groups}"] if wide else []),
         *([f"    WIDTH_PER_GROUP: {architecture.width_per_group}"] if wide else []),
+    ]
+    title = f"{architecture.name} backbone ({manifest.method}), {CONVERTED}"
+    pixels = manifest.channel_order, manifest.pixel_mean, manifest.pixel_std
+    return keys_text(title, str(weights.absolute()), *pixels, network)
+
+
+def keys_text(
+    title: str, weights: str, order: str, mean: Sequence[float], std: Sequence[float], network: Sequence[str]
+) -> str:
+    """Return a YAML fragment of the keys that must agree with weights; `network` are its lines below MODEL."""
+    lines = [
+        f"# {' '.join(title.split())}",  # text from a file must not end the comment
+        "# These keys must agree with the weights: put them into your config, or name this file as its _BASE_.",
+        "MODEL:",
+        f"  WEIGHTS: {json.dumps(weights, ensure_ascii=False)}",
+        f"  PIXEL_MEAN: {json.dumps([float(value) for value in mean])}",
+        f"  PIXEL_STD: {json.dumps([float(value) for value in std])}",
+        *network,
         "INPUT:",
-        f'  FORMAT: "{manifest.channel_order}"',
+        f'  FORMAT: "{order}"',
     ]
     return "\n".join(lines) + "\n"
 
 
-def _numbers(values: tuple[float, ...]) -> str:
-    return "[" + ", ".join(repr(float(value)) for value in values) + "]"
+def backbone_name(name: str) -> list[str]:
+    """Return the lines of MODEL.BACKBONE.NAME for `keys_text`."""
+    return ["  BACKBONE:", f"    NAME: {json.dumps(name, ensure_ascii=False)}"]

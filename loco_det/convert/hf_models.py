@@ -5,12 +5,11 @@ loco-det convert hf:facebook/dinov2-small dinov2.yaml
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from loco_det.backbones.hf_models import HfBackbone
 from loco_det.backbones.own import HF_PREFIX
-from loco_det.convert.export import SIGNED, is_fragment
+from loco_det.convert.export import READ, backbone_name, is_fragment, keys_text
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 
@@ -30,19 +29,7 @@ def write_keys(source: str, output: str | Path) -> HfBackbone:
     if output.exists() and not is_fragment(output):
         raise UserError(f"{output}: is in the way of the YAML keys of {source}; give the output another name")
     backbone = HfBackbone(source.removeprefix(HF_PREFIX))
-    mean, std = (json.dumps([float(v) for v in values]) for values in (backbone.pixel_mean, backbone.pixel_std))
-    lines = [
-        f"# {source}, {SIGNED}",
-        "# These keys must agree with the weights: put them into your config, or name this file as its _BASE_.",
-        "MODEL:",
-        '  WEIGHTS: ""',
-        f"  PIXEL_MEAN: {mean}",
-        f"  PIXEL_STD: {std}",
-        "  BACKBONE:",
-        f"    NAME: {json.dumps(source, ensure_ascii=False)}",
-        "INPUT:",
-        f'  FORMAT: "{backbone.order}"',
-    ]
+    pixels = backbone.order, backbone.pixel_mean, backbone.pixel_std
     with atomic_write(output, "w") as file:
-        file.write("\n".join(lines) + "\n")
+        file.write(keys_text(f"{source}, {READ}", "", *pixels, backbone_name(source)))
     return backbone

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,7 @@ from loco_det.backbones.artifact import HEADER_KEY, Manifest, backbone_tensors, 
 from loco_det.backbones.timm_models import PREFIX, TimmBackbone, create, parse
 from loco_det.backbones.timm_swin import SWINS
 from loco_det.convert import hierarchical, plain_vit
-from loco_det.convert.export import SIGNED, is_fragment
+from loco_det.convert.export import CONVERTED, backbone_name, is_fragment, keys_text
 from loco_det.convert.load import check_sums, in_memory, open_tensors, safetensors_metadata
 from loco_det.convert.report import shown
 from loco_det.convert.sources import Pixels, flatten
@@ -197,21 +196,9 @@ def load_timm(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest) -> 
 
 def yaml_text(weights: Path, manifest: Manifest) -> str:
     """Return the YAML fragment with the keys of a detector that must agree with these weights."""
-    numbers = (json.dumps([float(v) for v in values]) for values in (manifest.pixel_mean, manifest.pixel_std))
-    mean, std = numbers
-    lines = [
-        f"# {manifest.architecture} backbone ({' '.join(manifest.method.split())}), {SIGNED}",
-        "# These keys must agree with the weights: put them into your config, or name this file as its _BASE_.",
-        "MODEL:",
-        f"  WEIGHTS: {json.dumps(str(weights.absolute()), ensure_ascii=False)}",
-        f"  PIXEL_MEAN: {mean}",
-        f"  PIXEL_STD: {std}",
-        "  BACKBONE:",
-        f"    NAME: {json.dumps(manifest.architecture)}",
-        "INPUT:",
-        f'  FORMAT: "{manifest.channel_order}"',
-    ]
-    return "\n".join(lines) + "\n"
+    title = f"{manifest.architecture} backbone ({manifest.method}), {CONVERTED}"
+    pixels = manifest.channel_order, manifest.pixel_mean, manifest.pixel_std
+    return keys_text(title, str(weights.absolute()), *pixels, backbone_name(manifest.architecture))
 
 
 def _take(
