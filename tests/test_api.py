@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from tiny_detection import TINY
+from tiny_detection import TINY_HEADS as SMALL
 from torch import nn
 
 import loco_det
@@ -20,18 +20,6 @@ from loco_det.backbones.own import OwnBackbone
 from loco_det.core.errors import UserError
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "docs" / "tutorials" / "notebook.ipynb"
-HEADS = (
-    "MODEL.FPN",
-    "MODEL.ANCHOR",
-    "MODEL.RPN",
-    "MODEL.ROI",
-    "INPUT",
-    "DATALOADER",
-    "SOLVER.IMS",
-    "SOLVER.BASE",
-    "TEST",
-)
-SMALL = {key: value for key, value in TINY.items() if key.startswith(HEADS)} | {"MODEL.ROI_BOX_HEAD.CONV_DIM": 16}
 
 
 class Maps(nn.Module):

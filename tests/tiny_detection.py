@@ -52,6 +52,20 @@ TINY = {
     "SEED": 3,
 }
 
+# TINY's heads, sizes and batches for any backbone.
+_HEADS = (
+    "MODEL.FPN",
+    "MODEL.ANCHOR",
+    "MODEL.RPN",
+    "MODEL.ROI",
+    "INPUT",
+    "DATALOADER",
+    "SOLVER.IMS",
+    "SOLVER.BASE",
+    "TEST",
+)
+TINY_HEADS = {key: value for key, value in TINY.items() if key.startswith(_HEADS)} | {"MODEL.ROI_BOX_HEAD.CONV_DIM": 16}
+
 # `changes` for weights of a whole ResNet-18.
 RESNET_18 = {
     "MODEL__RESNETS__DEPTH": 18,
