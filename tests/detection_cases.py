@@ -219,6 +219,25 @@ def detectron2_batch(train: bool) -> list[dict[str, Any]]:
     return batch
 
 
+def both_losses(cfg: Any) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Build `cfg` by both engines, with the same names and losses; returns our model, theirs, our losses, theirs."""
+    from detectron2.utils.events import EventStorage
+
+    from loco_det.detection.engine_d2 import Detectron2Engine
+    from loco_det.detection.rcnn import build_model
+
+    theirs = formula_weights(Detectron2Engine().build_model(cfg)).train()
+    ours = formula_weights(build_model(cfg)).train()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    torch.manual_seed(1)
+    with EventStorage(0):
+        their_losses = theirs(detectron2_batch(train=True))
+    torch.manual_seed(1)
+    our_losses = ours(our_batch(train=True))
+    assert {k: v.item() for k, v in our_losses.items()} == {k: v.item() for k, v in their_losses.items()}
+    return ours, theirs, our_losses, their_losses
+
+
 def _solver(steps: int) -> dict[str, Any]:
     return {
         "SOLVER.BASE_LR": 0.01,

@@ -1,9 +1,12 @@
-"""Small nets under lists of units, and the slow step that every other one must equal."""
+"""Small nets under lists of units, the slow step that every other one must equal, and patches to pretrain on."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
 from torch import nn
 
@@ -56,3 +59,15 @@ def obvious_step(stages, units, losses, x, autocast=nullcontext, scale=lambda lo
         scale(value).backward()
         values.append(value.item())
     return values
+
+
+def write_patches(root: Path) -> Path:
+    """train/ and val/ below `root` with two classes of noisy patches."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for name, colour in (("blue", (220, 30, 30)), ("red", (30, 30, 220))):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(rng.normal(colour, 20, (16, 16, 3)), 0, 255).astype(np.uint8)
+                cv2.imwrite(str(root / split / name / f"{i}.png"), pixels)
+    return root

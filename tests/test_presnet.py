@@ -9,13 +9,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import cv2
 import msgspec
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loco_cases import gradients, obvious_step
+from convert_cases import randomised
+from loco_cases import gradients, obvious_step, write_patches
 from torch import Tensor, nn
 
 from loco_det.backbones.artifact import Stage, backbone_tensors, describe, load_backbone, save_backbone
@@ -155,16 +154,6 @@ def by_functions(state: dict[str, Tensor], x: Tensor, small: bool) -> dict[str, 
     return outputs
 
 
-def randomised(backbone: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for module in backbone.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                for tensor, low in ((module.running_mean, -0.5), (module.running_var, 0.5), (module.weight, 0.5)):
-                    tensor.uniform_(low, low + 1)
-                module.bias.uniform_(-0.5, 0.5)
-    return backbone
-
-
 @pytest.mark.parametrize(("stem", "size"), [("imagenet", (96, 80)), ("cifar", (32, 32)), ("cifar", (1, 5))])
 def test_every_stage_equals_the_same_layers_written_out(stem: str, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
@@ -289,16 +278,7 @@ def test_decoders_of_every_stage(conv: str, blocks: int, stage: str) -> None:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train/ and val/ with two classes of noisy patches."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 4)):
-        for name, colour in (("blue", (220, 30, 30)), ("red", (30, 30, 220))):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = np.clip(rng.normal(colour, 20, (16, 16, 3)), 0, 255).astype(np.uint8)
-                cv2.imwrite(str(root / split / name / f"{i}.png"), pixels)
-    return root
+    return write_patches(tmp_path_factory.mktemp("images"))
 
 
 def config(images: Path, out: Path, **changed: object):

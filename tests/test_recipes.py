@@ -12,7 +12,6 @@ from torch import nn
 from loco_det.backbones.artifact import backbone_tensors, describe, save_backbone
 from loco_det.backbones.resnet import ResNet
 from loco_det.core.config import flat
-from loco_det.detection.engine_d2 import Detectron2Engine
 from loco_det.detection.keys import get_cfg, load_cfg
 from loco_det.detection.rcnn import build_model
 from loco_det.detection.weights import load_weights
@@ -149,15 +148,5 @@ def test_a_backbone_leaves_the_extra_norm_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_both_engines_have_mocos_head() -> None:
     pytest.importorskip("detectron2")
-    from detectron2.utils.events import EventStorage
-
     cfg = cases.configure(get_cfg(), cases.C4, EXTRA)
-    theirs = cases.formula_weights(Detectron2Engine().build_model(cfg)).train()
-    ours = cases.formula_weights(build_model(cfg)).train()
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    torch.manual_seed(1)
-    with EventStorage(0):
-        their_losses = theirs(cases.detectron2_batch(train=True))
-    torch.manual_seed(1)
-    our_losses = ours(cases.our_batch(train=True))
-    assert {k: v.item() for k, v in our_losses.items()} == {k: v.item() for k, v in their_losses.items()}
+    cases.both_losses(cfg)

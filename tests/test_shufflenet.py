@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import cv2
 import detection_cases as cases
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loco_cases import gradients, obvious_step
+from convert_cases import randomised
+from loco_cases import gradients, obvious_step, write_patches
 from tiny_detection import tiny_cfg, write_tiny
 from torch import Tensor, nn
 from torchvision.models.shufflenetv2 import InvertedResidual
@@ -26,7 +25,6 @@ from loco_det.backbones.shufflenet import ShuffleNet, shuffled
 from loco_det.cli import main
 from loco_det.convert import convert, read_backbone
 from loco_det.core.errors import UserError
-from loco_det.detection.engine_d2 import Detectron2Engine
 from loco_det.detection.fpn import build_backbone
 from loco_det.detection.keys import check_supported, get_cfg
 from loco_det.detection.rcnn import build_model
@@ -41,17 +39,6 @@ from pretrain.train import pretrain
 STAGES = ["res2", "res3", "res4", "res5"]
 # The table of large models in ShuffleNet v2: units, channels and the side of the map at 224 pixels.
 TABLE = {"res2": (3, 244, 56), "res3": (4, 488, 28), "res4": (6, 976, 14), "res5": (3, 1952, 7)}
-
-
-def randomised(network: nn.Module) -> nn.Module:
-    """Give every BatchNorm statistics and parameters that a wrong order or place would show."""
-    with torch.no_grad():
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                for tensor, low in ((module.running_mean, -0.5), (module.running_var, 0.5), (module.weight, 0.5)):
-                    tensor.uniform_(low, low + 1)
-                module.bias.uniform_(-0.5, 0.5)
-    return network
 
 
 # --- the network ------------------------------------------------------------------------------------------------
@@ -169,16 +156,7 @@ def test_a_local_step_equals_the_units_run_alone(method: str) -> None:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train/ and val/ with two classes of noisy patches."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 4)):
-        for name, colour in (("blue", (220, 30, 30)), ("red", (30, 30, 220))):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = np.clip(rng.normal(colour, 20, (16, 16, 3)), 0, 255).astype(np.uint8)
-                cv2.imwrite(str(root / split / name / f"{i}.png"), pixels)
-    return root
+    return write_patches(tmp_path_factory.mktemp("images"))
 
 
 def pretrained(images: Path, out: Path) -> Path:
@@ -348,19 +326,9 @@ def test_presnets_neighbouring_stages_are_too_near_for_a_pyramid() -> None:
 @pytest.mark.parametrize("name", UNDER_FPN)
 def test_both_engines_have_the_same_losses_gradients_and_detections(name: str) -> None:
     pytest.importorskip("detectron2")
-    from detectron2.utils.events import EventStorage
-
     settings = {key.replace("__", "."): value for key, value in settings_of(name, 2, "BN").items()}
     cfg = cases.configure(get_cfg(), cases.FPN, settings)
-    theirs = cases.formula_weights(Detectron2Engine().build_model(cfg)).train()
-    ours = cases.formula_weights(build_model(cfg)).train()
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    torch.manual_seed(1)
-    with EventStorage(0):
-        their_losses = theirs(cases.detectron2_batch(train=True))
-    torch.manual_seed(1)
-    our_losses = ours(cases.our_batch(train=True))
-    assert {k: v.item() for k, v in our_losses.items()} == {k: v.item() for k, v in their_losses.items()}
+    ours, theirs, our_losses, their_losses = cases.both_losses(cfg)
     for losses in (our_losses, their_losses):
         sum(losses.values()).backward()
     for (key, one), two in zip(ours.named_parameters(), theirs.parameters(), strict=True):
