@@ -399,7 +399,7 @@ def test_random_weights_are_the_same_measured_network_everywhere(
 
     monkeypatch.setattr(backbones, "MEASURED_BATCH", 2)
     cfg = small(tmp_path, "random:resnet18", **{"MODEL__RESNETS__DEPTH": 18, "SEED": 5})
-    found = train_command._with_random_weights(cfg)
+    found = train_command._with_random_weights(cfg, resume=False)
     tensors, manifest = load_backbone(found.MODEL.WEIGHTS)
     assert (manifest.method, manifest.architecture) == ("random", "resnet18")
     backbone = backbones.load_backbone_for_probe("random:resnet18", seed=5)
@@ -419,3 +419,32 @@ def test_random_weights_are_the_same_measured_network_everywhere(
         output=tmp_path / "b", seed=5,
     )  # fmt: skip
     torch.testing.assert_close(seen[0].stem.conv1.norm.running_mean, tensors["bn1.running_mean"])
+
+
+def test_random_weights_are_measured_once_a_run_by_its_main_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    monkeypatch.setattr(train_command, "_write_random", lambda cfg, path: written.append(path))
+    cfg = small(tmp_path, "random:resnet18")
+    path, run = tmp_path / "run" / "random_backbone.safetensors", tmp_path / "run"
+    run.mkdir(exist_ok=True)
+
+    def weights(resume: bool) -> str:
+        return train_command._with_random_weights(cfg, resume).MODEL.WEIGHTS
+
+    assert weights(resume=True) == str(path)
+    assert written == [path]  # nothing to resume
+    (run / "model_0000001.pth").touch()
+    (run / "last_checkpoint").write_text("model_0000001.pth")
+    assert weights(resume=True) == str(path)
+    assert written == [path]
+    monkeypatch.setattr(train_command, "is_main", lambda: False)
+    assert weights(resume=False) == str(path)
+    assert written == [path]
+    monkeypatch.setattr(train_command, "is_main", lambda: True)
+    weights(resume=False)
+    assert written == [path, path]
+    (run / "model_0000001.pth").unlink()
+    with pytest.raises(UserError, match=r"model_0000001.pth, which is gone"):
+        weights(resume=True)

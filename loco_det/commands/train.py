@@ -14,12 +14,13 @@ from loco_det.annotations.registry import find_dataset
 from loco_det.annotations.subsets import part_name
 from loco_det.backbones.artifact import backbone_tensors, describe, save_backbone
 from loco_det.core import config
-from loco_det.core.distributed import is_main
+from loco_det.core.distributed import first_of_all, is_main
 from loco_det.core.errors import UserError
 from loco_det.core.key_table import print_keys
 from loco_det.core.launch import launch
 from loco_det.core.log import is_quiet, log, setup_logging
 from loco_det.core.metrics import check_wandb
+from loco_det.detection.checkpoint import last_checkpoint
 from loco_det.detection.keys import load_cfg, meanings, whole_tree
 
 RANDOM = "random:"  # of weights: an untrained network
@@ -46,8 +47,6 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--num-gpus is {args.num_gpus}; give at least 1, which without a GPU means one CPU process.")
     engine = choose_engine(args.engine)
     engine.check(cfg, settings)
-    if str(cfg.MODEL.WEIGHTS).startswith(RANDOM):
-        cfg = _with_random_weights(cfg)
     options = {"engine": engine, "eval_only": args.eval_only, "resume": args.resume, "evaluator": args.evaluator}
     options.update(new_heads=args.new_heads, fast=not args.exact, feature_cache=args.feature_cache)
     options.update(train_feature_cache=args.train_feature_cache)
@@ -55,12 +54,26 @@ def run(args: argparse.Namespace) -> None:
     launch(_worker, args.num_gpus, cfg, options)
 
 
-def _with_random_weights(cfg: CfgNode) -> CfgNode:
-    """Return `cfg` with an untrained backbone, whose BatchNorm statistics are measured on the training images.
+def _with_random_weights(cfg: CfgNode, resume: bool) -> CfgNode:
+    """Return `cfg` with an untrained backbone in a file, which the main process writes unless a checkpoint is resumed.
 
     Raises:
-        UserError: no such network, or no training images.
+        UserError: in every process: no such network, or no training images.
     """
+    path, problem = Path(cfg.OUTPUT_DIR) / "random_backbone.safetensors", None
+    if is_main():
+        try:
+            if not (resume and last_checkpoint(cfg.OUTPUT_DIR)):
+                _write_random(cfg, path)
+        except UserError as error:
+            problem = str(error)
+    if problem := first_of_all(problem):
+        raise UserError(problem)
+    return config.changed(cfg, **{"MODEL.WEIGHTS": str(path)})
+
+
+def _write_random(cfg: CfgNode, path: Path) -> None:
+    """Write the network that MODEL.WEIGHTS names, its BatchNorm statistics measured on the training images."""
     from loco_det.evaluation.probes.backbones import load_backbone_for_probe, measure_on
 
     if not cfg.DATASETS.TRAIN:
@@ -69,15 +82,12 @@ def _with_random_weights(cfg: CfgNode) -> CfgNode:
     files = [file for name in cfg.DATASETS.TRAIN for file in image_files(find_dataset(name))]
     log.info("%s: measuring its BatchNorm statistics on training images", cfg.MODEL.WEIGHTS)
     measure_on(backbone, files, max(cfg.SEED, 0))
-    path = Path(cfg.OUTPUT_DIR) / "random_backbone.safetensors"
-    network = backbone.facts["architecture"]
     stem = backbone.facts.get("stem") or ("patch" if backbone.model.is_plain else "timm")
     pixels = {"channel_order": backbone.order, "pixel_mean": backbone.mean, "pixel_std": backbone.std}
     save_backbone(
         path, backbone_tensors(backbone.model), describe(backbone.model, stem=stem, method="random", **pixels)
     )
-    log.info("wrote %s, a random %s", path, network)
-    return config.changed(cfg, **{"MODEL.WEIGHTS": str(path)})
+    log.info("wrote %s, a random %s", path, backbone.facts["architecture"])
 
 
 def _with_part_of_training_set(cfg: CfgNode, fraction: float | None, shots: int | None) -> CfgNode:
@@ -96,6 +106,8 @@ def _worker(cfg: CfgNode, options: dict[str, Any]) -> dict[str, Any]:
     from loco_det.detection.train import train_net
 
     setup_logging(cfg.OUTPUT_DIR or None)
+    if str(cfg.MODEL.WEIGHTS).startswith(RANDOM):
+        cfg = _with_random_weights(cfg, options["resume"])
     found = train_net(cfg, **options)
     if is_main() and not is_quiet():
         print("\n".join(last_words(cfg, found)))
