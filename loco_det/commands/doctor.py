@@ -401,7 +401,7 @@ def _norm(cfg: Any, weights: str) -> Check:
     used = {key: value(cfg, key) for key in NORM_KEYS}
     synced = [key for key, norm in used.items() if norm == "SyncBN"]
     shown = ", ".join(f"{key} {norm or 'none'}" for key, norm in used.items())
-    if problem := _norm_of_recipes(cfg, _is_self_supervised(weights)):
+    if problem := _norm_of_recipes(cfg, weights):
         return Check("norm", "note", *problem)
     if synced and torch.cuda.device_count() < 2:
         advice = (
@@ -411,12 +411,12 @@ def _norm(cfg: Any, weights: str) -> Check:
     return Check("norm", "ok", shown)
 
 
-def _norm_of_recipes(cfg: Any, self_supervised: bool) -> tuple[str, str] | None:
+def _norm_of_recipes(cfg: Any, weights: str) -> tuple[str, str] | None:
     """Return what departs from MoCo's and LoCo's recipes of fine-tuning, and the advice; None for a frozen backbone."""
     norm, freeze = cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT
     if freeze >= 5 or cfg.MODEL.BACKBONE.NAME.startswith(("timm:", "hf:", "python:")):
         return None
-    if norm == "FrozenBN" and self_supervised:
+    if norm == "FrozenBN" and _is_self_supervised(weights):
         found = f"a self-supervised backbone is tuned from stage {freeze} on under MODEL.RESNETS.NORM FrozenBN"
         return found, "its activations are not of supervised scale: set MODEL.RESNETS.NORM SyncBN, as MoCo and LoCo do"
     if norm == "BN" and cfg.SOLVER.IMS_PER_BATCH > 1:
