@@ -94,11 +94,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: invalid arguments, or OUT has cells of other settings.
     """
-    shared = _check(args)
+    cfg, shared = _check(args)
     setup_logging(args.out)
     failed: dict[str, str] = {}
     cells: list[Cell] = []
-    cfg = _config(args)
     for name, source in _named(args.backbones).items():
         try:
             cells += _cells(args, shared, name, _backbone(args.out, name, source, cfg.MODEL.BACKBONE.NAME))
@@ -120,8 +119,8 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _check(args: argparse.Namespace) -> dict[str, Any]:
-    """Check the arguments; returns the settings shared by all cells that affect their numbers, without the launcher."""
+def _check(args: argparse.Namespace) -> tuple[CfgNode, dict[str, Any]]:
+    """Check the arguments; returns the configuration, and what all cells share that affects their numbers."""
     check_wandb(args.wandb)
     if any(not 0 < fraction <= 1 for fraction in args.fractions):
         raise UserError(f"--fractions {args.fractions}: give shares above 0, up to 1")
@@ -141,11 +140,7 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
         if folder:
             check_cacheable(cfg, engine.name, training=training)
     common = config.changed(cfg, OUTPUT_DIR="", SEED=0, **{"MODEL.WEIGHTS": ""})
-    return {"config": common.dump(), "engine": args.engine, "num_gpus": args.num_gpus}
-
-
-def _config(args: argparse.Namespace) -> CfgNode:
-    return load_cfg(args.config_file, [*args.set, *args.opts])[0]
+    return cfg, {"config": common.dump(), "engine": args.engine, "num_gpus": args.num_gpus}
 
 
 def _named(backbones: list[str]) -> dict[str, str]:
