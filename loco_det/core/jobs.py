@@ -207,7 +207,7 @@ def submitit_executor(args: argparse.Namespace, workers: int) -> Any:
         executor = submitit.AutoExecutor(folder=str(folder), cluster=args.cluster)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--cluster {args.cluster}: {error}; use slurm or local") from error
-    gpus = args.num_gpus if executor.cluster != "local" or _has_gpu() else 0
+    gpus = args.num_gpus if executor.cluster != "local" or visible_gpus() else 0
     # Each process and each of its data workers needs a core; SLURM's default is one for all.
     cores = args.num_gpus * (1 + workers)
     executor.update_parameters(
@@ -216,9 +216,3 @@ def submitit_executor(args: argparse.Namespace, workers: int) -> Any:
     if args.partition:
         executor.update_parameters(slurm_partition=args.partition)
     return executor
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
