@@ -28,13 +28,14 @@ def print_keys(cfg: CfgNode, meanings: Mapping[str, str], section: str) -> None:
         UserError: no key has that name or section.
     """
     section = section.upper().strip(".")
-    shown = {key: value for key, value in flat(cfg).items() if key in meanings and f"{key}.".startswith(f"{section}.")}
-    if section and not shown:
+    below = f"{section}." if section else ""
+    shown = {key: value for key, value in flat(cfg).items() if key in meanings and f"{key}.".startswith(below)}
+    if not shown:
         sections = sorted({key.rpartition(".")[0] for key in meanings} - {""} | set(meanings))
         close = difflib.get_close_matches(section, sections, n=1, cutoff=0.3)
         hint = f"did you mean {close[0]}?" if close else "leave it out for all keys"
         raise UserError(f"--keys {section}: there is no such section or key; {hint}")
     table = Table("key", "default", "meaning", box=None, pad_edge=False)
-    for key, value in (shown if section else {k: v for k, v in flat(cfg).items() if k in meanings}).items():
+    for key, value in shown.items():
         table.add_row(key, shell_value(value), meanings[key])
     Console(width=None if sys.stdout.isatty() else WIDTH, markup=False, highlight=False).print(table)
