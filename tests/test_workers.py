@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,8 +25,8 @@ MIB = 2**20
 
 def room(monkeypatch: pytest.MonkeyPatch, mib: int) -> None:
     """Let shared memory have this much free, and twice that in all."""
-    found = SimpleNamespace(f_bavail=mib, f_blocks=2 * mib, f_frsize=MIB)
-    monkeypatch.setattr(workers.os, "statvfs", lambda folder: found)
+    found = (2 * mib * MIB, mib * MIB, mib * MIB)  # total, used, free
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda folder: found)
 
 
 def test_a_sentence_with_the_size_found_the_size_needed_and_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ that to its queue, as a DataLoader does, a batch that does not fit would be lost
 
 from __future__ import annotations
 
-import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,10 +23,10 @@ MIB = 2**20
 def free_shared_memory() -> tuple[int, int] | None:
     """Return the free and all bytes of shared memory; None where the system has no such folder (macOS)."""
     try:
-        found = os.statvfs(FOLDER)
+        total, _used, free = shutil.disk_usage(FOLDER)
     except OSError:
         return None
-    return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+    return free, total
 
 
 def check_shared_memory(batch: int, workers: int, key: str) -> None:
