@@ -1,6 +1,6 @@
 """How long the quickstart takes, in 150 plain training steps of torchvision's ResNet-18.
 
-    python benchmarks/quickstart.py --out output/quickstart
+    python benchmarks/quickstart.py --json benchmarks/results/quickstart_cpu.json
 
 Plain steps (64 images of 64 x 64 pixels, SGD, cross-entropy) are timed before the quickstart and after each of its
 backbones, 30 at a time and with the same threads, so that both meet the same load of the machine. Prints processor and
@@ -9,13 +9,12 @@ wall-clock time of both, and their ratio; the bound is 4.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _common import parser, report
 from torchvision.models import resnet18
 
 from loco_det.commands import quickstart
@@ -52,10 +51,10 @@ class Plain:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("output/quickstart"))
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--out", type=Path, default=Path("output/quickstart"))
+    options.add_argument("--seed", type=int, default=0)
+    args = options.parse_args()
     plain, evaluate = Plain(), quickstart._evaluate
 
     def interleaved(*arguments: object) -> dict[str, object]:
@@ -69,20 +68,21 @@ def main() -> None:
     results = quickstart.quickstart(args.out, args.seed)
     cpu = time.process_time() - cpu - (plain.cpu - before[0])
     wall = time.perf_counter() - wall - (plain.wall - before[1])
-    print(
-        json.dumps(
-            {
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "quickstart": {"cpu_s": round(cpu, 1), "wall_s": round(wall, 1)},
-                "plain_steps": {"steps": STEPS, "cpu_s": round(plain.cpu, 1), "wall_s": round(plain.wall, 1)},
-                "ratio": {"cpu": round(cpu / plain.cpu, 2), "wall": round(wall / plain.wall, 2)},
-                "box_AP": {method: round(found["bbox"]["AP"], 1) for method, found in results["frozen"].items()},
-                "mask_AP": {method: round(found["segm"]["AP"], 1) for method, found in results["frozen"].items()},
-            },
-            indent=1,
-        )
-    )
+    scores = {
+        f"{name}_AP": {method: round(found[kind]["AP"], 1) for method, found in results["frozen"].items()}
+        for name, kind in (("box", "bbox"), ("mask", "segm"))
+    }
+    figures = {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "quickstart": {"cpu_s": round(cpu, 1), "wall_s": round(wall, 1)},
+        "plain_steps": {"steps": STEPS, "cpu_s": round(plain.cpu, 1), "wall_s": round(plain.wall, 1)},
+        "ratio": {"cpu": round(cpu / plain.cpu, 2), "wall": round(wall / plain.wall, 2)},
+        **scores,
+    }
+    rows = [[name, figures[name]["cpu_s"], figures[name]["wall_s"]] for name in ("quickstart", "plain_steps")]
+    rows += [["ratio", *figures["ratio"].values()]]
+    report(["", "processor s", "wall s"], rows, figures, args.json)
 
 
 if __name__ == "__main__":

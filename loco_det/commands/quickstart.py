@@ -34,7 +34,7 @@ TRAIN_IMAGES, VAL_IMAGES = 400, 100
 FEW_IMAGES = 96  # of a user's: fewer are pretrained on in smaller batches
 OWN_SIDE = 160  # pixels of the shorter side of a user's images
 SHOWN_IMAGES, SHOWN_BEST = (2, 3, 4, 5), 3  # images, and detections of each
-# Times relative to each other, measured by benchmarks/quickstart.py, for the minutes left.
+# Times relative to each other, for the minutes left: roughly those between the steps in the quickstart's log.txt.
 DATA_COST, DETECTOR_COST = 0.07, 0.5
 PRETRAINING_COST = {"random": 0.05, "gim": 0.85, "simclr": 0.8, "loco": 1.1}
 ROBOFLOW = "_annotations.coco.json"
