@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from loco_cases import UNIT_LISTS, build, gradients
-from test_pretended_cuda import configured, folder  # noqa: F401 (a fixture)
+from test_pretended_cuda import configured
 from tiny_detection import tiny_cfg
 
 from loco_det.backbones.artifact import load_backbone
@@ -35,7 +35,7 @@ def test_a_step_computes_what_the_cpu_does(name: str) -> None:
         torch.testing.assert_close(got.cpu(), want, rtol=1e-8, atol=1e-10)
 
 
-def test_pretraining_steps_do_not_wait(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_pretraining_steps_do_not_wait(noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = train.Monitor.__call__
 
     def strict(self, step, *args):
@@ -46,7 +46,7 @@ def test_pretraining_steps_do_not_wait(folder: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(train.Monitor, "__call__", strict)
     try:
-        path = pretrain(configured(folder, tmp_path, "DEVICE", "cuda", "METHOD", "loco"))
+        path = pretrain(configured(noise, tmp_path, "DEVICE", "cuda", "METHOD", "loco"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(tensor.isfinite().all() for tensor in load_backbone(path)[0].values())

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -250,7 +251,7 @@ class TimmBackbone(StagedBackbone):
 def quarters(depth: int) -> dict[str, int]:
     """Divide `depth` blocks into `QUARTERS` parts or fewer, longer first: {"blocks.FIRST-LAST" or "blocks.N": LAST}."""
     ends = {}
-    for part in torch.arange(depth).tensor_split(min(QUARTERS, depth)):
+    for part in np.array_split(range(depth), min(QUARTERS, depth)):
         first, last = int(part[0]), int(part[-1])
         ends[f"blocks.{first}-{last}" if last > first else f"blocks.{last}"] = last
     return ends
