@@ -63,17 +63,18 @@ def assert_converted(account: Account, state: dict[str, Tensor]) -> None:
 
 
 def documented() -> dict[str, list[str]]:
-    """docs/conversion.md's table of sources: name -> cells (prefixes, branches, pixels, what is dropped)."""
+    """docs/conversion.md's table of sources: name -> cells (prefixes, branches, pixels)."""
     lines = (ROOT / "docs" / "conversion.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
-    return {row[0]: row[1:] for row in rows if len(row) == 5}
+    return {row[0]: row[1:] for row in rows if len(row) == 4}
 
 
 def pixels_text(pixels: Pixels | None) -> str:
     if pixels is None:
         return "must be stated"
     if (pixels.mean, pixels.std) == (IMAGENET_MEAN, IMAGENET_STD):
-        return f"{pixels.order}, ImageNet's mean and std"
+        assert pixels.order == "RGB"
+        return "ImageNet"
     numbers = (
         f"{pixels.order}, mean {' '.join(f'{v:g}' for v in pixels.mean)}, std {' '.join(f'{v:g}' for v in pixels.std)}"
     )
@@ -82,10 +83,9 @@ def pixels_text(pixels: Pixels | None) -> str:
 
 @pytest.mark.parametrize("row", SOURCES, ids=lambda row: row.name)
 def test_the_documented_table_is_that_of_the_code(row: Source) -> None:
-    _, branches, pixels, dropped = documented()[row.name]
+    _, branches, pixels = documented()[row.name]
     assert branches == (", ".join(f"`{b}`" for b in row.branches) if len(row.branches) > 1 else "")
     assert pixels == pixels_text(row.pixels)
-    assert dropped == ", ".join(dict.fromkeys(reason for _, reason in (*row.inside, *row.outside)))
 
 
 FOREIGN = [case for case in CASES if case.source != OWN]
