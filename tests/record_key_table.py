@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
@@ -24,15 +26,31 @@ OWN_BEGIN, OWN_END = "<!-- own keys: tests/record_key_table.py -->", "<!-- /own 
 
 
 def table() -> str:
-    """One row a key: its default, and what the torchvision engine takes."""
+    """The keys that take some values only, with their defaults; those that take any; the others."""
+    defaults = flat(get_cfg())
     rows = ["| key | default | torchvision engine takes |", "|---|---|---|"]
-    for key, default in sorted(flat(get_cfg()).items()):
-        allowed = SUPPORTED.get(key, ())
-        taken = "any" if allowed is None else ", ".join(f"`{value!r}`" for value in allowed) or "only the default"
-        if key in SUPPORTED:
-            rows.append(f"| `{key}` | `{default!r}` | {taken} |")
-    rest = ", ".join(f"`{key}`" for key in sorted(flat(get_cfg())) if key not in SUPPORTED)
-    return "\n".join([*rows, "", f"Every other key must keep its default: {rest}.", "", *stock_rows()])
+    for key, allowed in sorted(SUPPORTED.items()):
+        if allowed is not None:
+            taken = ", ".join(f"`{value!r}`" for value in allowed) or "only the default"
+            rows.append(f"| `{key}` | `{defaults[key]!r}` | {taken} |")
+    free = groupby(sorted(key for key, allowed in SUPPORTED.items() if allowed is None), section_of)
+    any_value = [f"- {', '.join(f'`{key}`' for key in keys)}" for _, keys in free]
+    whole = [section for section in map("MODEL.{}".format, get_cfg().MODEL) if not of_section(section, SUPPORTED)]
+    kept = [f"`{section}.*`" for section in whole if of_section(section, defaults)]
+    kept += [f"`{key}`" for key in defaults if key not in SUPPORTED and not any(of_section(s, [key]) for s in whole)]
+    last = f"Only the default: {', '.join(sorted(kept))}."
+    return "\n".join([*rows, "", "Any value of its type:", "", *any_value, "", last, "", *stock_rows()])
+
+
+def section_of(key: str) -> str:
+    """Of `MODEL.RPN.NMS_THRESH` `MODEL.RPN`; of other keys what is in front of the first dot, if anything."""
+    *sections, _ = key.split(".")
+    return ".".join(sections if key.startswith("MODEL.") else sections[:1])
+
+
+def of_section(section: str, keys: Iterable[str]) -> list[str]:
+    """The keys below a section."""
+    return [key for key in keys if key.startswith(f"{section}.")]
 
 
 def own_table() -> str:
