@@ -25,47 +25,49 @@ class Row(NamedTuple):
     words: str
     top1: float | None
     epochs: int
-    ours: str = ""  # choices made here because the paper does not state them
+    ours: str = ""  # what the paper does not state and was chosen here; letters are keys of CHOSEN
 
 
-_BLOCK = "the block's channels (those of the unit) and kind"
-_COPIES = _BLOCK + "; the factor of the penalty; the upper unit's copy is the network that is read out"
-_UNITS = _BLOCK + "; res5 has a unit of its own, as without sharing"
-_LAST = "whether the last 1x1 convolution belongs to res5"
-_RESIZED = "where and how maps are interpolated; the groups of the last 1x1 of res5 and res6"
+CHOSEN = {
+    "a": "the block's channels (those of the unit) and kind",
+    "b": "whether the last 1x1 convolution belongs to res5",
+    "c": "the factor of the penalty; the upper unit's copy is the network that is read out",
+    "d": "res5 has a unit of its own, as without sharing",
+    "e": "where and how maps are interpolated; the groups of the last 1x1 of res5 and res6",
+}
 ROWS = (
     Row("simclr_r50", MAIN, "SimCLR", 69.8, 800),
     Row("gim_r50", MAIN, "GIM", 64.7, 800),
-    Row("loco_r50", MAIN, "LoCo", 69.5, 800, _BLOCK),
-    Row("simclr_sh50", MAIN, "SimCLR, ShuffleNet v2-50", 69.1, 800, _LAST),
-    Row("gim_sh50", MAIN, "GIM, ShuffleNet v2-50", 63.5, 800, _LAST),
-    Row("loco_sh50", MAIN, "LoCo, ShuffleNet v2-50", 69.3, 800, f"{_BLOCK}; {_LAST}"),
+    Row("loco_r50", MAIN, "LoCo", 69.5, 800, "a"),
+    Row("simclr_sh50", MAIN, "SimCLR, ShuffleNet v2-50", 69.1, 800, "b"),
+    Row("gim_sh50", MAIN, "GIM, ShuffleNet v2-50", 63.5, 800, "b"),
+    Row("loco_sh50", MAIN, "LoCo, ShuffleNet v2-50", 69.3, 800, "a, b"),
     Row("loco_res2_r50", CURVES, "LoCo, losses after res2 to res5", None, 800, "whether the loss on res2 trains it"),
     Row("simclr_r50_100ep", DECODER, "none, end to end", 65.7, 100),
     Row("gim_r50_100ep", DECODER, "none, local", 60.9, 100),
     Row("loco_mlp_r50_100ep", DECODER, "none, local and shared (commented out in the LaTeX)", 64.9, 100),
-    Row("simclr_conv_r50_100ep", DECODER, "1 conv block, end to end", 65.6, 100, _BLOCK),
-    Row("gim_conv_nods_r50_100ep", DECODER, "1 conv block without downsampling, local", 63.6, 100, _BLOCK),
-    Row("gim_conv_r50_100ep", DECODER, "1 conv block, local; sharing ablation: no sharing", 65.1, 100, _BLOCK),
-    Row("gim_2conv_r50_100ep", DECODER, "2 conv blocks, local", 65.8, 100, _BLOCK + "; the first halves the map"),
+    Row("simclr_conv_r50_100ep", DECODER, "1 conv block, end to end", 65.6, 100, "a"),
+    Row("gim_conv_nods_r50_100ep", DECODER, "1 conv block without downsampling, local", 63.6, 100, "a"),
+    Row("gim_conv_r50_100ep", DECODER, "1 conv block, local; sharing ablation: no sharing", 65.1, 100, "a"),
+    Row("gim_2conv_r50_100ep", DECODER, "2 conv blocks, local", 65.8, 100, "a; the first halves the map"),
     Row("gim_stage_r50_100ep", DECODER, "1 stage, local", 65.8, 100, "res5's decoder, which has no next stage"),
-    Row("gim_full_r50_100ep", DECODER, "full network, local", 65.8, 100, _BLOCK + " throughout"),
+    Row("gim_full_r50_100ep", DECODER, "full network, local", 65.8, 100, "a, throughout"),
     Row("simclr_mlp4_r50_100ep", DECODER, "MLP of 4 layers, end to end", 67.1, 100),
     Row("gim_mlp4_r50_100ep", DECODER, "MLP of 4 layers, local", 62.3, 100),
-    Row("loco_r50_100ep", DECODER, "LoCo; sharing ablation: 1 stage", 66.2, 100, _BLOCK),
-    Row("loco_mlp4_r50_100ep", DECODER, "LoCo, MLP of 4 layers", 67.5, 100, _BLOCK),
-    Row("loco_upper_r50_100ep", SHARING, "upper layer's gradient only", 65.3, 100, _BLOCK),
-    Row("loco_soft_1e-4_r50_100ep", SHARING, "L2 penalty 1e-4", 65.5, 100, _COPIES),
-    Row("loco_soft_1e-3_r50_100ep", SHARING, "L2 penalty 1e-3", 66.0, 100, _COPIES),
-    Row("loco_soft_1e-2_r50_100ep", SHARING, "L2 penalty 1e-2", 65.9, 100, _COPIES),
-    Row("loco_share1block_r50_100ep", SHARING, "sharing 1 block", 64.8, 100, _UNITS),
-    Row("loco_share2blocks_r50_100ep", SHARING, "sharing 2 blocks", 65.3, 100, _UNITS),
-    Row("simclr_presnet50_100ep", PROGRESSIVE, "SimCLR", 66.8, 100, _RESIZED),
-    Row("gim_presnet50_100ep", PROGRESSIVE, "GIM", 52.6, 100, _RESIZED),
-    Row("loco_presnet50_100ep", PROGRESSIVE, "LoCo", 66.6, 100, f"{_BLOCK}; {_RESIZED}"),
-    Row("simclr_sh50_100ep", DETECTION, "SimCLR, ShuffleNet v2-50", None, 100, _LAST),
-    Row("gim_sh50_100ep", DETECTION, "GIM, ShuffleNet v2-50", None, 100, _LAST),
-    Row("loco_sh50_100ep", DETECTION, "LoCo, ShuffleNet v2-50", None, 100, f"{_BLOCK}; {_LAST}"),
+    Row("loco_r50_100ep", DECODER, "LoCo; sharing ablation: 1 stage", 66.2, 100, "a"),
+    Row("loco_mlp4_r50_100ep", DECODER, "LoCo, MLP of 4 layers", 67.5, 100, "a"),
+    Row("loco_upper_r50_100ep", SHARING, "upper layer's gradient only", 65.3, 100, "a"),
+    Row("loco_soft_1e-4_r50_100ep", SHARING, "L2 penalty 1e-4", 65.5, 100, "a, c"),
+    Row("loco_soft_1e-3_r50_100ep", SHARING, "L2 penalty 1e-3", 66.0, 100, "a, c"),
+    Row("loco_soft_1e-2_r50_100ep", SHARING, "L2 penalty 1e-2", 65.9, 100, "a, c"),
+    Row("loco_share1block_r50_100ep", SHARING, "sharing 1 block", 64.8, 100, "a, d"),
+    Row("loco_share2blocks_r50_100ep", SHARING, "sharing 2 blocks", 65.3, 100, "a, d"),
+    Row("simclr_presnet50_100ep", PROGRESSIVE, "SimCLR", 66.8, 100, "e"),
+    Row("gim_presnet50_100ep", PROGRESSIVE, "GIM", 52.6, 100, "e"),
+    Row("loco_presnet50_100ep", PROGRESSIVE, "LoCo", 66.6, 100, "a, e"),
+    Row("simclr_sh50_100ep", DETECTION, "SimCLR, ShuffleNet v2-50", None, 100, "b"),
+    Row("gim_sh50_100ep", DETECTION, "GIM, ShuffleNet v2-50", None, 100, "b"),
+    Row("loco_sh50_100ep", DETECTION, "LoCo, ShuffleNet v2-50", None, 100, "a, b"),
 )
 METHODS = {"random": "random", "supervised": "supervised", "simclr": "SimCLR", "gim": "GIM", "loco": "LoCo"}
 NETWORKS = {"r50": "ResNet-50", "sh50": "ShuffleNet v2-50", "presnet50": "PResNet-50"}
@@ -131,16 +133,17 @@ EVERYWHERE = (
 
 
 def table() -> str:
-    """Return the pretraining rows as a Markdown table, and the choices common to all."""
+    """Return the pretraining rows as a Markdown table, its legend, and the choices common to all."""
     lines = [
-        "| the paper's row | its place | epochs | the paper, top-1 | ours | configuration | not stated, chosen here |",
-        "|---|---|--:|--:|---|---|---|",
+        "| the paper's row | its place | epochs | top-1 | configuration | not stated, chosen here |",
+        "|---|---|--:|--:|---|---|",
     ]
     for row in ROWS:
         figure = "" if row.top1 is None else f"{row.top1:.1f}"
         file = f"`{row.config}.yaml`"
-        lines.append(f"| {row.words} | {row.place} | {row.epochs} | {figure} | not run | {file} | {row.ours} |")
-    return "\n".join([*lines, "", EVERYWHERE, ""])
+        lines.append(f"| {row.words} | {row.place} | {row.epochs} | {figure} | {file} | {row.ours} |")
+    legend = [f"- {letter}: {choice}" for letter, choice in CHOSEN.items()]
+    return "\n".join([*lines, "", *legend, "", EVERYWHERE, ""])
 
 
 if __name__ == "__main__":
