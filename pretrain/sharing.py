@@ -5,9 +5,9 @@
 - **upper**: only a stage's uppermost unit trains it, the one with the highest first stage (or those, if several start
   there). The lower units' gradient propagates through the stage to those below, as in hard.
 - **soft**: every unit has its own copy of its stages. If several units cover stage k, the uppermost unit's copy is the
-backbone's own (of several with the same first stage, the first in the list); the others have private copies, initially
-equal. A penalty ties them: lambda * sum of (copy - backbone)^2 over all trainable tensors, added once to the
-  sum of the units' losses for every private copy, and differentiated for both sides.
+  backbone's own (of several with the same first stage, the first in the list); the others have private copies,
+  initially equal. A penalty ties them: lambda * sum of (copy - backbone)^2 over all trainable tensors, added once to
+  the sum of the units' losses for every private copy, and differentiated for both sides.
 
 Not stated in the paper, so chosen here for soft: the penalty is neither halved nor averaged, and includes norms'
 weights and biases; the backbone consists of the uppermost copies; a unit reads the backbone's output of the stage below

@@ -7,8 +7,7 @@ The paper does not state the position of the interpolation, and its table of blo
 GFLOPs, and 4.14 for ResNet-50). This implementation follows the costs:
 
 - The interpolation replaces a ResNet's stride: before the first 3x3 convolution of a stage's first block, and before
-its
-  shortcut, an ungrouped 1x1 convolution. The 1x1 before that 3x3 still has the larger map.
+  its shortcut, an ungrouped 1x1 convolution. The 1x1 before that 3x3 still has the larger map.
 - The last 1x1 of res5's and res6's blocks is never grouped. The table groups it in the second and third block, which
   would give 3.79 GFLOPs, 14.85 % of them in res6.
 
