@@ -16,15 +16,24 @@ from _common import ROOT
 from loco_det.core.files import atomic_write
 
 PAGE = ROOT / "docs" / "paper.md"
+PROSE = re.compile(r"[A-Z]")  # no heading, table, list, picture or code
 MARK = re.compile(r"(<!-- page: (\w+) -->\n).*?(?=<!-- |\Z)", re.DOTALL)
 
 
 def with_pages(text: str, folder: Path) -> str:
-    """The text with what follows each mark replaced by the page of that name in `folder`, if there is one."""
+    """The text with what follows each mark replaced by the page of that name in `folder`, if there is one.
+
+    Of the sentences that open every page only the first page keeps those that a later one would repeat.
+    """
+    said: set[str] = set()
 
     def page(mark: re.Match[str]) -> str:
         file = folder / f"{mark[2]}.md"
-        return f"{mark[1]}\n{inserted(file.read_text())}\n" if file.is_file() else mark[0]
+        if not file.is_file():
+            return mark[0]
+        paragraphs = [part for part in inserted(file.read_text()).split("\n\n") if part not in said]
+        said.update(part for part in paragraphs if PROSE.match(part))
+        return f"{mark[1]}\n" + "\n\n".join(paragraphs) + "\n"
 
     return MARK.sub(page, text)
 

@@ -456,10 +456,11 @@ def test_what_was_not_run_says_so(tmp_path: Path) -> None:
     rows = rows_with(tmp_path, {"a": [50.0]}, {"a": 52.0})
     absent = Chain(0, (Step(tmp_path / "b_0" / "linear.json", ("probe", "--recipe", "paper")),))
     rows += [PlannedRow("b", {"top-1": 63.0}, (absent,)), PlannedRow("c", {"top-1": 1.0}, why="give its weights")]
+    rows += [PlannedRow("d", {"top-1": 63.0}, (absent,))]
     text = write_page("table1", rows, Options("full", "/x", tmp_path, (0,)), MACHINE).read_text()
     assert "| a | 52.0 | 50.0 | -2.0 |" in text
     assert "| b | 63.0 | not run |  |" in text
-    assert "## Not run\n\n- b: seed 0\n- c: give its weights\n" in text
+    assert "## Not run\n\n- b; d: seed 0\n- c: give its weights\n" in text
 
 
 def test_a_damaged_result_is_named(tmp_path: Path) -> None:
@@ -529,3 +530,13 @@ def test_pages_are_put_below_their_marks(tmp_path: Path) -> None:
     assert "old" not in found
     assert found.endswith("<!-- page: table1 -->\n\nkept\n")
     assert paper_page.with_pages(found, tmp_path) == found
+
+
+def test_pages_put_together_say_once_what_opens_all(tmp_path: Path) -> None:
+    for name in ("curves", "table1"):
+        (tmp_path / f"{name}.md").write_text(f"# {name}\n\nMeans.\n\n| a |\n\nOf {name}.\n")
+    found = paper_page.with_pages("<!-- page: curves -->\n<!-- page: table1 -->\n", tmp_path)
+    assert found == (
+        "<!-- page: curves -->\n\n## curves\n\nMeans.\n\n| a |\n\nOf curves.\n\n"
+        "<!-- page: table1 -->\n\n## table1\n\n| a |\n\nOf table1.\n\n"
+    )

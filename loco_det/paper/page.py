@@ -183,14 +183,14 @@ def _test_set(step: Step) -> str:
 
 
 def _not_run(found: Sequence[Result]) -> Section:
-    missing = []
+    missing: dict[str, list[str]] = {}  # what is missing -> the rows that miss it
     for result in found:
         left = [str(chain.seed) for chain in result.row.chains if not chain.done]
         if result.row.why:
-            missing.append(f"{result.row.label}: {result.row.why}")
+            missing.setdefault(result.row.why, []).append(result.row.label)
         elif left:
-            missing.append(f"{result.row.label}: seed {', '.join(left)}")
-    return Section("Not run", points=missing)
+            missing.setdefault(f"seed {', '.join(left)}", []).append(result.row.label)
+    return Section("Not run", points=[f"{'; '.join(labels)}: {what}" for what, labels in missing.items()])
 
 
 def _differences(found: Sequence[Result], changed: dict[str, str]) -> Section:
