@@ -8,6 +8,7 @@ from __future__ import annotations
 from fvcore.common.config import CfgNode
 
 from loco_det.backbones.networks import NETWORKS
+from loco_det.backbones.own import HF_PREFIX
 from loco_det.backbones.presnet import PRESNET
 from loco_det.backbones.resnet import STEM_CHANNELS
 from loco_det.backbones.timm_models import PREFIX
@@ -50,6 +51,7 @@ RANGES = {
     "SHARING.PENALTY": (0, _MOST),
     "SEED": (-(2**63), 2**63 - 1),
 }
+_OTHERS = (PREFIX, HF_PREFIX)  # beginnings of names of networks that are not this package's
 NO_RECOMPUTE = (None, "none", "", [], ())
 CHOICES = {
     "BACKBONE.STEM": ("imagenet", "cifar"),
@@ -132,11 +134,12 @@ def _check_parallel(cfg: CfgNode, settings: Settings | None) -> None:
 
 def _check_backbone(cfg: CfgNode, settings: Settings | None) -> None:
     name, width, stem = cfg.BACKBONE.NAME, cfg.BACKBONE.WIDTH, cfg.BACKBONE.STEM
-    is_timm = name.startswith(PREFIX)
-    if not is_timm and name not in NETWORKS:
-        raise refusal(cfg, settings, "BACKBONE.NAME", f"; use one of {', '.join(NETWORKS)}, or {PREFIX}NAME")
+    is_other = name.startswith(_OTHERS)
+    if not is_other and name not in NETWORKS:
+        names = f"{', '.join(NETWORKS)}, {PREFIX}NAME or {HF_PREFIX}FOLDER"
+        raise refusal(cfg, settings, "BACKBONE.NAME", f"; use one of {names}")
     for key, default in (("STEM", "imagenet"), ("WIDTH", STEM_CHANNELS)):
-        if is_timm and cfg.BACKBONE[key] != default:
+        if is_other and cfg.BACKBONE[key] != default:
             reason = f", which is for ResNets; leave it {default}, {name} has its own"
             raise refusal(cfg, settings, f"BACKBONE.{key}", reason)
     if not 1 <= width <= STEM_CHANNELS or (width < STEM_CHANNELS and stem != "cifar"):
@@ -148,7 +151,7 @@ def _check_backbone(cfg: CfgNode, settings: Settings | None) -> None:
 
 def _check_decoder(cfg: CfgNode, settings: Settings | None) -> None:
     kind, blocks = cfg.DECODER.CONV, cfg.DECODER.CONV_BLOCKS
-    if kind != "blocks" and cfg.BACKBONE.NAME.startswith(PREFIX):
+    if kind != "blocks" and cfg.BACKBONE.NAME.startswith(_OTHERS):
         raise refusal(cfg, settings, "DECODER.CONV", f", which is for ResNets; {cfg.BACKBONE.NAME} needs blocks")
     if not cfg.DECODER.DOWNSAMPLE and not blocks:
         reason = ", which is for the blocks that DECODER.CONV_BLOCKS counts, and that is 0; leave it True"

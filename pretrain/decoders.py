@@ -3,9 +3,9 @@
 The paper's LoCo has one residual block that halves the map before the pooling; its SimCLR and GIM have only the MLP,
 and its ablations try other depths. Here any method can have any decoder. Not stated in the paper, so chosen here: the
 blocks keep the unit's channels and have the kind (basic or bottleneck) of the unit's last block (for the stem, of the
-first stage; timm's networks get bottlenecks); every hidden linear layer is followed by BatchNorm and ReLU. Below the
-last stage a plain vision transformer's map is its residual stream, without the final normalisation; BatchNorm behind
-the first linear layer removes its scale.
+first stage; networks of timm and transformers get bottlenecks); every hidden linear layer is followed by BatchNorm and
+ReLU. Below the last stage a plain vision transformer's map is its residual stream, without the final normalisation;
+BatchNorm behind the first linear layer removes its scale.
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ def build_decoder(settings: dict[str, Any], backbone: StagedBackbone, stage: str
             "full": (sum(depths), set(accumulate(depths[:-1]))),
         }[kind]
         conv = residual_blocks(channels, count, halved, bottleneck=_ends_in_bottleneck(backbone, stage), norm=norm)
+    if (to_map := backbone.to_map()) is not None:
+        conv.insert(0, to_map)
     sizes = {key: settings[key.upper()] for key in ("mlp_layers", "hidden_dim", "out_dim")}
     return Decoder(channels, conv, **sizes, norm=norm)
 

@@ -19,7 +19,7 @@ def get_cfg() -> CfgNode:
                 "PENALTY": 0.0,  # soft: factor of the squared differences of the copies; 0: not tied
             },
             "BACKBONE": {
-                "NAME": "resnet50",  # resnet18 | 34 | 50 | 101 | 152 | presnet50 | shufflenetv2_50 | timm:NAME?...
+                "NAME": "resnet50",  # resnet18 | 34 | ... | presnet50 | shufflenetv2_50 | timm:NAME?... | hf:FOLDER
                 "STEM": "imagenet",  # imagenet: 7x7 stride 2 and pool; cifar: 3x3 stride 1
                 "WIDTH": 64,  # 64 is full width; scales all channels; below 64 with STEM cifar only
                 "NORM": "BN",  # BN | SyncBN (statistics over all GPUs)

@@ -15,7 +15,9 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD, backbone_tensors, describe, save_backbone
+from loco_det.backbones.hf_blocks import HfBlocks
 from loco_det.backbones.networks import build_network
+from loco_det.backbones.own import HF_PREFIX
 from loco_det.backbones.resnet import StagedBackbone, measure_batchnorm
 from loco_det.backbones.timm_blocks import TimmBlocks
 from loco_det.backbones.timm_models import PREFIX, parse
@@ -113,21 +115,26 @@ def build_backbone(cfg: CfgNode) -> StagedBackbone:
     """Build the network of BACKBONE.*, validated by `check`.
 
     Raises:
-        UserError: a model of timm that cannot be pretrained.
+        UserError: a model of timm or transformers that cannot be pretrained.
     """
-    if cfg.BACKBONE.NAME.startswith(PREFIX):
-        return _timm(cfg)
+    if cfg.BACKBONE.NAME.startswith((PREFIX, HF_PREFIX)):
+        return _of_a_library(cfg)
     shape = {"stem": cfg.BACKBONE.STEM, "norm": cfg.BACKBONE.NORM, "width": cfg.BACKBONE.WIDTH}
     return sync_anywhere(build_network(cfg.BACKBONE.NAME, **shape))
 
 
-def _timm(cfg: CfgNode) -> TimmBlocks:
-    name, options = parse(cfg.BACKBONE.NAME)
-    backbone = TimmBlocks(name, image_size=cfg.DATA.IMAGE_SIZE, **options)
+def _of_a_library(cfg: CfgNode) -> TimmBlocks | HfBlocks:
+    name, library = cfg.BACKBONE.NAME, "timm"
+    if name.startswith(HF_PREFIX):
+        library = "transformers"
+        backbone = HfBlocks(name.removeprefix(HF_PREFIX), image_size=cfg.DATA.IMAGE_SIZE)
+    else:
+        timm_name, options = parse(name)
+        backbone = TimmBlocks(timm_name, image_size=cfg.DATA.IMAGE_SIZE, **options)
     if cfg.BACKBONE.NORM == "SyncBN" and any(
         isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()
     ):
-        raise UserError(f"BACKBONE.NORM is 'SyncBN', but the BatchNorm of {cfg.BACKBONE.NAME} is timm's own; use BN")
+        raise UserError(f"BACKBONE.NORM is 'SyncBN', but the BatchNorm of {name} is {library}'s own; use BN")
     return backbone
 
 
@@ -475,8 +482,8 @@ def write_backbone(cfg: CfgNode, backbone: StagedBackbone, units: list[list[str]
     path = Path(cfg.OUTPUT_DIR) / "backbone.safetensors"
     if is_main():
         stem = cfg.BACKBONE.STEM
-        if isinstance(backbone, TimmBlocks):
-            stem = "patch" if backbone.is_plain else "timm"
+        if isinstance(backbone, (TimmBlocks, HfBlocks)):
+            stem = "patch" if backbone.is_plain else "timm" if isinstance(backbone, TimmBlocks) else "transformers"
         manifest = describe(
             backbone,
             stem=stem,
@@ -491,5 +498,8 @@ def write_backbone(cfg: CfgNode, backbone: StagedBackbone, units: list[list[str]
         )
         save_backbone(path, backbone_tensors(backbone), manifest)
         log.info("wrote %s", path)
+        if isinstance(backbone, HfBlocks):
+            backbone.write_folder(path.parent, path.name)
+            log.info("every command takes it as %s%s", HF_PREFIX, path.parent)
     barrier()
     return path

@@ -340,8 +340,11 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written_images(tmp_path_factory.mktemp("images"))
+
+
+def written_images(found: Path) -> Path:
     """Twelve images of two classes."""
-    found = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for i in range(12):
         (found / str(i % 2)).mkdir(exist_ok=True)
@@ -520,7 +523,7 @@ def test_random_weights_are_written_too(folder: Path, tmp_path: Path) -> None:
         ({"BACKBONE__WIDTH": 8}, "BACKBONE.WIDTH is 8, which is for ResNets; leave it 64"),
         (
             {"BACKBONE__NAME": "vit_tiny"},
-            "BACKBONE.NAME is 'vit_tiny'; use one of .*shufflenetv2_50, or timm:NAME",
+            "BACKBONE.NAME is 'vit_tiny'; use one of .*shufflenetv2_50, timm:NAME or hf:FOLDER",
         ),
         ({"DECODER__CONV": "stage", "DECODER__CONV_BLOCKS": 0}, "DECODER.CONV is 'stage', which is for ResNets"),
         ({"UNITS": [["stem", "stem"], ["blocks", "blocks"]]}, "a unit ends in the stem of timm:test_vit.*blocks.0-1"),

@@ -1,7 +1,7 @@
 """The backbone on disk: `backbone.safetensors`, the only interface between pretraining and everything else.
 
-Tensors have torchvision's names, those of timm's models timm's own; the header's key "loco_det" holds a JSON manifest
-that describes them and the pixels they expect. Reading one executes nothing.
+Tensors have torchvision's names, those of timm's and transformers' models their own; the header's key "loco_det" holds
+a JSON manifest that describes them and the pixels they expect. Reading one executes nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loco_det import __version__
+from loco_det.backbones.hf_models import HfBackbone
 from loco_det.backbones.names import to_torchvision
 from loco_det.backbones.networks import OWN_NETWORKS
+from loco_det.backbones.own import HF_PREFIX
 from loco_det.backbones.resnet import StagedBackbone, tensors_hash
 from loco_det.backbones.timm_models import PREFIX, TimmBackbone
 from loco_det.core.errors import UserError
@@ -81,11 +83,16 @@ def describe(backbone: StagedBackbone, *, stem: str, method: str, **fields: Any)
 
 
 def backbone_tensors(backbone: StagedBackbone) -> dict[str, Tensor]:
-    """Return the backbone's tensors under torchvision's or timm's names, on the CPU, in float32, without counters."""
-    is_timm = isinstance(backbone, TimmBackbone)
+    """Return the backbone's tensors on the CPU, in float32, without counters.
+
+    Their names are torchvision's, those of timm's and transformers' models their own.
+    """
+    model, rename = backbone, to_torchvision
+    if isinstance(backbone, (TimmBackbone, HfBackbone)):
+        model, rename = backbone.model if isinstance(backbone, TimmBackbone) else backbone.module.model, str
     return {
-        name if is_timm else to_torchvision(name): tensor.detach().to("cpu", torch.float32).contiguous()
-        for name, tensor in (backbone.model if is_timm else backbone).state_dict().items()
+        rename(name): tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in model.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
 
@@ -142,6 +149,11 @@ def require_resnet(path: str | Path, manifest: Manifest) -> None:
         raise UserError(
             f"{path}: is timm's {manifest.architecture.removeprefix(PREFIX)}, no ResNet; give it as MODEL.WEIGHTS with "
             f"MODEL.BACKBONE.NAME {manifest.architecture}, or to loco-det probe"
+        )
+    if manifest.architecture.startswith(HF_PREFIX):
+        raise UserError(
+            f"{path}: is a model of transformers; name its folder, which has its configuration too: "
+            f"{HF_PREFIX}{Path(path).parent}"
         )
     if manifest.architecture in OWN_NETWORKS:
         raise UserError(

@@ -31,8 +31,8 @@ _DROPPED = re.compile(
     r"(.*\.)?(classifier|cls_classifier|distillation_classifier|pooler|decoder|layernorm|norm|lm_head|head)\..*|"
     r"(.*\.)?(mask_token|position_ids|relative_position_index|num_batches_tracked)"
 )
-# Norms of detection, which no checkpoint of a classifier has: they begin as 1 and 0.
-_FRESH = re.compile(r"hidden_states_norms\..*")
+# Norms of detection, which no checkpoint of a classifier has: they begin as 1 and 0; and counters of training steps.
+_FRESH = re.compile(r"hidden_states_norms\..*|(.*\.)?num_batches_tracked")
 _BLOCK = re.compile(r"(?:.*?\.)?(?:layer|layers|stages|blocks)\.(\d+)\..*")
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _REMEDY = "give the folder of a model that save_pretrained wrote, or its name on the hub"
@@ -75,7 +75,7 @@ class HfBackbone(OwnBackbone):
         image_size: int | None = None,
     ) -> None:
         name = PREFIX + source
-        model, dropped, processor = _load(name, _place(source), maps)
+        model, dropped, processor = self._load(name, _place(source), maps, image_size)
         side = image_size or _side(processor, model.config)
         unit = 32 if hasattr(model.config, "depths") else model.config.patch_size
         super().__init__(Maps(model), name, max(side // unit, 1) * unit)
@@ -92,6 +92,36 @@ class HfBackbone(OwnBackbone):
         self._names = tuple(self.channels)
         self._ends = self._ends_of_stages(model)
         self.stage_names = ("stem", *self._ends)
+
+    def _load(
+        self, name: str, place: Path | str, maps: Sequence[str], image_size: int | None
+    ) -> tuple[nn.Module, list[str], dict[str, Any]]:
+        """Return the model in evaluation mode, names of tensors that it lacks, and its preprocessor's settings."""
+        config, network = configuration(name, place, maps)
+        if isinstance(place, Path) and not any((place / file).is_file() for file in _PREPROCESSORS):
+            raise UserError(
+                f"backbone {name}: has no {_PREPROCESSORS[0]}, which states the pixels; write one with image_mean and "
+                "image_std"
+            )
+        with one_sentence(name):
+            from transformers.image_processing_base import ImageProcessingMixin
+
+            processor, _ = ImageProcessingMixin.get_image_processor_dict(place, **_where(place))
+            model, info = network.from_pretrained(
+                place, config=config, output_loading_info=True, weights_only=True, dtype=torch.float32, **_where(place)
+            )
+        missing = sorted(key for key in info["missing_keys"] if not _FRESH.fullmatch(key))
+        other = sorted(str(key) for key in info["mismatched_keys"])
+        unexpected = sorted(key for key in info["unexpected_keys"] if not _DROPPED.fullmatch(key))
+        for keys, what in (
+            (missing, "has no tensor"),
+            (other, "has another shape of"),
+            (unexpected, "has no place for tensor"),
+        ):
+            if keys:
+                many = f"{keys[0]} ({len(keys)} in all)"
+                raise UserError(f"backbone {name}: {what} {many}; give weights of its config.json")
+        return model.eval(), sorted(info["unexpected_keys"]), processor
 
     def _ends_of_stages(self, model: nn.Module) -> dict[str, int]:
         """Return {stage: number of its last block} in the numbering of the parameters' names."""
@@ -132,45 +162,30 @@ def _place(source: str) -> Path | str:
     return source
 
 
-def _load(name: str, place: Path | str, maps: Sequence[str]) -> tuple[nn.Module, list[str], dict[str, Any]]:
-    """Return the model in evaluation mode, names of tensors that it does not have, and its preprocessor's settings."""
+def configuration(name: str, place: Path | str, maps: Sequence[str] = ()) -> tuple[Any, type[nn.Module]]:
+    """Return the configuration of the model at `place`, its maps chosen, and its backbone's class.
+
+    Raises:
+        UserError: transformers is missing, there is no such model or no AutoBackbone of it.
+    """
     try:
         from transformers import AutoConfig
-        from transformers.image_processing_base import ImageProcessingMixin
         from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
     except ImportError as error:
         raise UserError(f"backbone {name}: needs transformers ({error}); pip install 'loco_det[hf]'") from error
-    where = {"local_files_only": isinstance(place, Path)}
-    with _one_sentence(name):
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False, **where)
+    with one_sentence(name):
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False, **_where(place))
     if type(config) not in MODEL_FOR_BACKBONE_MAPPING or config.model_type == "timm_backbone":
         raise UserError(
             f"backbone {name}: transformers has no AutoBackbone of a {config.model_type}; give a model that has one, "
             "e.g. of dinov2, swin or convnext, or name timm's of it: timm:NAME"
         )
-    if isinstance(place, Path) and not any((place / file).is_file() for file in _PREPROCESSORS):
-        raise UserError(
-            f"backbone {name}: has no {_PREPROCESSORS[0]}, which states the pixels; write one with image_mean and "
-            "image_std"
-        )
     config.out_features = _chosen(name, config, maps)
-    with _one_sentence(name):
-        processor, _ = ImageProcessingMixin.get_image_processor_dict(place, **where)
-        network = MODEL_FOR_BACKBONE_MAPPING[type(config)]
-        model, info = network.from_pretrained(
-            place, config=config, output_loading_info=True, weights_only=True, dtype=torch.float32, **where
-        )
-    missing = sorted(key for key in info["missing_keys"] if not _FRESH.fullmatch(key))
-    other = sorted(str(key) for key in info["mismatched_keys"])
-    unexpected = sorted(key for key in info["unexpected_keys"] if not _DROPPED.fullmatch(key))
-    for keys, what in (
-        (missing, "has no tensor"),
-        (other, "has another shape of"),
-        (unexpected, "has no place for tensor"),
-    ):
-        if keys:
-            raise UserError(f"backbone {name}: {what} {keys[0]} ({len(keys)} in all); give weights of its config.json")
-    return model.eval(), sorted(info["unexpected_keys"]), processor
+    return config, MODEL_FOR_BACKBONE_MAPPING[type(config)]
+
+
+def _where(place: Path | str) -> dict[str, bool]:
+    return {"local_files_only": isinstance(place, Path)}
 
 
 def _chosen(name: str, config: Any, maps: Sequence[str]) -> list[str]:
@@ -213,7 +228,7 @@ def _side(processor: dict[str, Any], config: Any) -> int:
 
 
 @contextlib.contextmanager
-def _one_sentence(name: str) -> Iterator[None]:
+def one_sentence(name: str) -> Iterator[None]:
     """Turn what transformers and the hub raise into one sentence, without progress bars and reports meanwhile."""
     from transformers.utils import logging
 

@@ -262,6 +262,10 @@ class StagedBackbone(nn.Module):
         inner = [(f"{name}.{i}", name, b) for name in self.stage_names[1:] for i, b in enumerate(getattr(self, name))]
         return [("stem", "stem", self.stem), *inner]
 
+    def to_map(self) -> nn.Module | None:
+        """Return a module that makes a map (B, C, h, w) of what a block gives; None where that is one already."""
+        return None
+
 
 class ResNet(StagedBackbone):
     """A ResNet of `depth` 18, 34, 50, 101 or 152 up to and including `last_stage`: `stem`, `res2`..`last_stage`."""
