@@ -100,7 +100,7 @@ def pretrain(parser: argparse.ArgumentParser) -> None:
 
 def convert(parser: argparse.ArgumentParser) -> None:
     """INPUT, OUTPUT and the facts that a file does not record."""
-    told = "a .pth, .pt, .tar, .ckpt, .bin, .safetensors or .pkl; timm:NAME for timm's own weights; hf:FOLDER"
+    told = "a .pth, .pt, .tar, .ckpt, .bin, .safetensors, .pkl or .npz; timm:NAME for timm's own weights; hf:FOLDER"
     parser.add_argument("input", metavar="INPUT", help=told)
     parser.add_argument(
         "output",

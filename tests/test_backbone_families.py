@@ -54,10 +54,12 @@ FAMILIES = (
     Family("DINOv3", "timm's; Meta's", f"vit_small_patch16_dinov3?{SMALL}&img_size=64"),
     Family("EVA-02", "timm's", f"eva02_tiny_patch14_224?{SMALL}&img_size=56"),
     Family("CLIP", "timm's; OpenAI's, open_clip's", f"vit_base_patch16_clip_224?{SMALL}&img_size=64"),
-    Family("SigLIP", "timm's; open_clip's", f"vit_base_patch16_siglip_224?{SMALL}&img_size=64"),
+    Family("SigLIP", "timm's; open_clip's, big_vision's", f"vit_base_patch16_siglip_224?{SMALL}&img_size=64"),
     Family("Perception Encoder", "timm's", f"vit_pe_core_tiny_patch16_384?{SMALL}&img_size=64"),
     Family("ConvNeXt", "timm's; ConvNeXt's", "convnext_atto?depths=(1,1,1,1)&dims=(8,16,24,32)"),
-    Family("ConvNeXt v2, FCMAE", "timm's; ConvNeXt V2's", "convnextv2_atto?depths=(1,1,1,1)&dims=(8,16,24,32)"),
+    Family(
+        "ConvNeXt v2, FCMAE", "timm's; ConvNeXt V2's, sparse too", "convnextv2_atto?depths=(1,1,1,1)&dims=(8,16,24,32)"
+    ),
     Family("Swin", "timm's; Swin's", "swin_tiny_patch4_window7_224?depths=(1,1,1,1)&embed_dim=24&num_heads=(1,2,4,8)"),
     Family("Swin v2", "timm's; Swin's", "swinv2_tiny_window8_256?depths=(1,1,1,1)&embed_dim=24&num_heads=(1,2,4,8)"),
     Family("RegNet", "timm's", "regnety_002"),

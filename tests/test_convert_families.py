@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -146,6 +147,74 @@ def fcmae(state: State) -> object:
     return {"model": {n: t for n, t in convnext(state)["model"].items() if not n.startswith(("norm.", "head."))}}
 
 
+def siglip_for_jax(state: State) -> dict[str, np.ndarray]:
+    """big_vision's: both towers in one archive, heads a dimension of their own, pooled by attention."""
+    body = {
+        "embedding/kernel": state["patch_embed.proj.weight"].permute(2, 3, 1, 0),
+        "embedding/bias": state["patch_embed.proj.bias"],
+        "pos_embedding": state["pos_embed"],
+        "Transformer/encoder_norm/scale": state["norm.weight"],
+        "Transformer/encoder_norm/bias": state["norm.bias"],
+        "MAPHead_0/probe": torch.ones(1, 1, 48),
+        "MAPHead_0/MultiHeadDotProductAttention_0/query/kernel": torch.ones(48, 3, 16),
+    }
+    for i in range(2):
+        theirs, ours = f"Transformer/encoderblock_{i}", f"blocks.{i}"
+        for place in (0, 1):
+            body[f"{theirs}/LayerNorm_{place}/scale"] = state[f"{ours}.norm{place + 1}.weight"]
+            body[f"{theirs}/LayerNorm_{place}/bias"] = state[f"{ours}.norm{place + 1}.bias"]
+            body[f"{theirs}/MlpBlock_0/Dense_{place}/kernel"] = state[f"{ours}.mlp.fc{place + 1}.weight"].T
+            body[f"{theirs}/MlpBlock_0/Dense_{place}/bias"] = state[f"{ours}.mlp.fc{place + 1}.bias"]
+        attention = f"{theirs}/MultiHeadDotProductAttention_0"
+        for name, weight, bias in zip(
+            ("query", "key", "value"),
+            state[f"{ours}.attn.qkv.weight"].split(48),
+            state[f"{ours}.attn.qkv.bias"].split(48),
+        ):
+            by_head = [rows.T for rows in weight.split(16)]  # (inputs, channels of a head)
+            body[f"{attention}/{name}/kernel"] = torch.stack(by_head, dim=1)
+            body[f"{attention}/{name}/bias"] = torch.stack(bias.split(16))
+        columns = state[f"{ours}.attn.proj.weight"].split(16, dim=1)
+        body[f"{attention}/out/kernel"] = torch.stack([part.T for part in columns])
+        body[f"{attention}/out/bias"] = state[f"{ours}.attn.proj.bias"]
+    text = {"params/txt/Embed_0/embedding": torch.ones(9, 4), "params/t": torch.tensor(2.3), "params/b": torch.ones(1)}
+    return {name: tensor.numpy() for name, tensor in {**prefixed(body, "params/img/"), **text}.items()}
+
+
+def scanned(state: State) -> dict[str, np.ndarray]:
+    """The same with all blocks in one array, as newer models of big_vision keep them."""
+    content = siglip_for_jax(state)
+    first = "params/img/Transformer/encoderblock_0/"
+    for name in [name for name in content if name.startswith(first)]:
+        rest = name.removeprefix(first)
+        both = [content.pop(f"params/img/Transformer/encoderblock_{i}/{rest}") for i in range(2)]
+        content[f"params/img/Transformer/encoderblock/{rest}"] = np.stack(both)
+    return content
+
+
+def sparse(state: State) -> object:
+    """FCMAE's checkpoint of pretraining: MinkowskiEngine's kernels, with the decoder."""
+    layers = {}
+    for name, tensor in fcmae(state)["model"].items():
+        is_stem = name.startswith("downsample_layers.0.")
+        if name.endswith("weight") and tensor.ndim == 4 and not is_stem:
+            places = range(tensor.shape[-1])
+            name = name.replace("weight", "kernel")  # rows run fastest
+            by_place = [tensor[:, :, row, column].T for column in places for row in places]
+            tensor = torch.stack([part[0] if ".dwconv." in name else part for part in by_place])
+        elif (name.endswith("bias") and ".dwconv." in name) or re.fullmatch(r"downsample_layers\.[1-3]\.1\.bias", name):
+            tensor = tensor[None]
+        elif ".grn." in name:
+            tensor = tensor.reshape(1, -1)
+        if not is_stem:
+            name = re.sub(r"(pwconv\d)\.", r"\1.linear.", name)
+            name = re.sub(r"(\.norm|downsample_layers\.\d\.0)\.", r"\1.ln.", name)
+        layers[f"encoder.{name}"] = tensor
+    extra = {"mask_token": torch.zeros(1, 8, 1, 1), "proj.weight": torch.ones(8, 32, 1, 1), "proj.bias": torch.ones(8)}
+    extra |= {"decoder.0.dwconv.weight": torch.ones(8, 1, 7, 7), "pred.weight": torch.ones(4, 8, 1, 1)}
+    return {"model": layers | extra, "epoch": 3}
+
+
 def swin(state: State) -> object:
     """Microsoft's file: a stage's downsampling is at its end, and tables are stored."""
     layers = {
@@ -159,6 +228,7 @@ def swin(state: State) -> object:
 
 DINOV3 = f"vit_small_patch16_dinov3?{SMALL}&img_size=64"
 DINOV3_BIASED = f"vit_small_patch16_dinov3_qkvb?{SMALL}&img_size=64"
+SIGLIP = f"vit_base_patch16_siglip_224?{SMALL}&img_size=64&act_layer=gelu_tanh"
 SWIN = "swin_tiny_patch4_window7_224?img_size=96&window_size=3&depths=(2,2,1,1)&embed_dim=24&num_heads=(1,2,4,8)"
 SWIN2 = "swinv2_tiny_window8_256?img_size=96&window_size=3&depths=(2,2,1,1)&embed_dim=24&num_heads=(1,2,4,8)"
 LAYOUTS: dict[str, tuple[str, Callable[[State], object], str | None, tuple, str]] = {
@@ -173,6 +243,11 @@ LAYOUTS: dict[str, tuple[str, Callable[[State], object], str | None, tuple, str]
     "ConvNeXt": ("convnext_tiny?depths=(1,2,1,1)&dims=(8,16,24,32)", convnext, None, IMAGENET, "ConvNeXt"),
     "ConvNeXt v2": ("convnextv2_atto?depths=(1,2,1,1)&dims=(8,16,24,32)", convnext, None, IMAGENET, "ConvNeXt"),
     "FCMAE": ("convnextv2_atto.fcmae?depths=(1,2,1,1)&dims=(8,16,24,32)", fcmae, None, IMAGENET, "ConvNeXt"),
+    "FCMAE in pretraining": (
+        "convnextv2_atto.fcmae?depths=(1,2,1,1)&dims=(8,16,24,32)", sparse, None, IMAGENET, "ConvNeXt"
+    ),
+    "SigLIP of big_vision": (SIGLIP, siglip_for_jax, None, HALF, "vision"),
+    "SigLIP of big_vision, scanned": (SIGLIP, scanned, None, HALF, "vision"),
     "Swin": (SWIN, swin, None, IMAGENET, "Swin"),
     "Swin v2": (SWIN2, swin, None, IMAGENET, "Swin"),
 }  # fmt: skip
@@ -188,8 +263,7 @@ def test_a_file_in_its_authors_layout_comes_over_whole(title: str, tmp_path: Pat
     member, layout, branch, pixels, witness = LAYOUTS[title]
     state = weights(member)
     content = layout(state)
-    torch.save(content, tmp_path / "in.pth")
-    account = convert_timm(str(tmp_path / "in.pth"), tmp_path / "out.safetensors", f"timm:{member}", branch=branch)
+    account = convert_timm(str(saved(content, tmp_path)), tmp_path / "out.safetensors", f"timm:{member}", branch=branch)
     tensors, manifest = load_backbone(tmp_path / "out.safetensors")
     assert all(torch.equal(tensor, state[key]) for key, tensor in tensors.items())
     behind = {key for key in state if key.startswith(("head", "fc_norm", "attn_pool", "norm."))}
@@ -202,6 +276,14 @@ def test_a_file_in_its_authors_layout_comes_over_whole(title: str, tmp_path: Pat
     assert manifest.proof["relative"] < 1e-6
     assert manifest.pixel_mean == pytest.approx(pixels[0], abs=1e-3)
     assert manifest.pixel_std == pytest.approx(pixels[1], abs=1e-3)
+
+
+def saved(content: dict, folder: Path) -> Path:
+    if any(isinstance(value, np.ndarray) for value in content.values()):
+        np.savez(folder / "in.npz", **content)
+        return folder / "in.npz"
+    torch.save(content, folder / "in.pth")
+    return folder / "in.pth"
 
 
 def flat(content: object, prefix: str = "") -> list[str]:
@@ -231,9 +313,9 @@ def test_an_independent_network_is_timms_and_every_tensor_moves_it(title: str) -
             return hierarchical.swin(hierarchical.swin_names(tensors), x, window=3)
         if "ConvNeXt" in title:
             return hierarchical.convnext(hierarchical.convnext_names(tensors), x)
-        base, quick = (100.0 if "DINOv3" in title else 0.0), "CLIP" in title
+        base, gelu = (100.0 if "DINOv3" in title else 0.0), "quick" if "CLIP" in title else "erf"
         eps = network.norm.eps
-        return plain_vit.forward(plain_vit.clip_names(tensors), x, heads=3, eps=eps, base=base, quick=quick)
+        return plain_vit.forward(plain_vit.clip_names(tensors), x, heads=3, eps=eps, base=base, gelu=gelu)
 
     kept = {key: tensor for key, tensor in state.items() if not key.startswith("head")}
     if "Swin" in title or "ConvNeXt" in title:
@@ -247,6 +329,67 @@ def test_an_independent_network_is_timms_and_every_tensor_moves_it(title: str) -
             tensor = kept[key]
             moved = run(kept | {key: tensor + 0.05 * torch.randn_like(tensor)})
             assert not torch.allclose(moved, found, rtol=1e-7, atol=1e-9), key
+
+
+def test_big_visions_file_is_what_timm_reads_of_it(tmp_path: Path) -> None:
+    """timm's own loader of .npz as another witness, which also fills what is dropped here."""
+    path = saved(siglip_for_jax(weights(SIGLIP)), tmp_path)
+    name, options = parse(SIGLIP)
+    network = timm.create_model(name, **{**options, "global_pool": "avg", "fc_norm": False})
+    timm.models.vision_transformer._load_weights(network, str(path), "params/img/")
+    convert_timm(str(path), tmp_path / "out.safetensors", f"timm:{SIGLIP}")
+    theirs = network.state_dict()
+    tensors, _ = load_backbone(tmp_path / "out.safetensors")
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in tensors.items())
+
+
+def test_big_visions_bfloat16_and_another_activation(tmp_path: Path) -> None:
+    state = {name: tensor.bfloat16() for name, tensor in weights(SIGLIP).items()}
+    content = siglip_for_jax({name: tensor.float() for name, tensor in state.items()})
+    half = {name: torch.from_numpy(a).bfloat16().view(torch.int16).numpy().view("V2") for name, a in content.items()}
+    path = saved(half, tmp_path)
+    convert_timm(str(path), tmp_path / "out.safetensors", f"timm:{SIGLIP}")
+    tensors, _ = load_backbone(tmp_path / "out.safetensors")
+    assert all(torch.equal(tensor, state[name].float()) for name, tensor in tensors.items())
+    exact = SIGLIP.replace("&act_layer=gelu_tanh", "")
+    with pytest.raises(UserError, match=r"tanh approximation, and that of .* is GELU; add the option act_layer=gelu_t"):
+        convert_timm(str(path), tmp_path / "out.safetensors", f"timm:{exact}")
+
+
+@pytest.mark.parametrize(
+    ("title", "change", "said"),
+    [
+        ("SigLIP of big_vision", ("Transformer/encoderblock_1/LayerNorm_0/scale", None), r"no tensor for blocks\.1\.n"),
+        ("SigLIP of big_vision", ("Transformer/encoderblock_2/LayerNorm_0/scale", (48,)), "has no place in"),
+        (
+            "SigLIP of big_vision",
+            ("Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel", (48, 9)),
+            r"mlp\.fc1\.weight is",
+        ),
+        ("SigLIP of big_vision", ("embedding/kernel", (48,)), "in no layout of"),
+        ("SigLIP of big_vision", ("pos_embedding", (1, 4, 48)), r"pos_embed is \(1, 4, 48\)"),
+        ("SigLIP of big_vision", ("cls", (1, 1, 48)), r"'params/img/cls' has no place in"),
+        ("FCMAE in pretraining", ("stages.1.0.dwconv.kernel", (48, 16)), "in no layout of"),
+        (
+            "FCMAE in pretraining",
+            ("stages.1.0.dwconv.kernel", None),
+            r"no tensor for stages\.1\.blocks\.0\.conv_dw\.weight",
+        ),
+        ("FCMAE in pretraining", ("stages.1.9.grn.gamma", (1, 64)), "no layout of|has no place in"),
+    ],
+)
+def test_what_these_layouts_lack_is_one_sentence(title: str, change: tuple, said: str, tmp_path: Path) -> None:
+    member, layout = LAYOUTS[title][:2]
+    content = layout(weights(member))
+    tensors, prefix = (content, "params/img/") if "SigLIP" in title else (content["model"], "encoder.")
+    name, shape = prefix + change[0], change[1]
+    if shape is None:
+        del tensors[name]
+    else:
+        tensors[name] = np.ones(shape, np.float32) if "SigLIP" in title else torch.ones(shape)
+    with pytest.raises(UserError, match=said) as error:
+        convert_timm(str(saved(content, tmp_path)), tmp_path / "out.safetensors", f"timm:{member}")
+    assert "\n" not in str(error.value)
 
 
 def test_openais_clip_in_a_model_of_another_activation_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from random import Random
 from tempfile import TemporaryDirectory
 
 import msgspec
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -100,6 +101,8 @@ class Parser:
 INDEX = json.dumps({"metadata": {"total_size": 60}, "weight_map": dict.fromkeys(TENSORS, "s.safetensors")}, indent=1)
 with zipfile.ZipFile(io.BytesIO(saved())) as _archive:
     INNER = _archive.read(next(name for name in _archive.namelist() if name.endswith("data.pkl")))
+np.savez(_buffer := io.BytesIO(), **ARRAYS)
+ARCHIVE = _buffer.getvalue()
 PARSERS = {
     "zip": Parser("modern.pth", saved()),
     "pickle in a zip": Parser("inner.pth", INNER, lambda c: torch_zip(c, {"0": bytes(48), "1": bytes(12)})),
@@ -107,6 +110,7 @@ PARSERS = {
     "pickle 2": Parser("arrays.pkl", pickle.dumps({"model": ARRAYS}, protocol=2)),
     "pickle 5": Parser("arrays.pkl", pickle.dumps({"model": ARRAYS}, protocol=5)),
     "python 2": Parser("R-50.pkl", detectron_pkl(TENSORS, "MODEL: {}")),
+    "npz": Parser("w.npz", ARCHIVE),
     "safetensors": Parser("w.safetensors", DATA),
     "safetensors header": Parser("w.safetensors", DATA[8 : 8 + HEADER].rstrip(), header),
     "index": Parser("model.safetensors.index.json", INDEX.encode()),

@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import subprocess
 import sys
 import zipfile
@@ -31,7 +32,7 @@ from torch import nn
 
 from loco_det.convert import read_backbone_tensors
 from loco_det.convert.inspect import inspect
-from loco_det.convert.load import left_out, load_tensors, open_tensors
+from loco_det.convert.load import in_memory, left_out, load_tensors, open_tensors
 from loco_det.convert.report import take_account
 from loco_det.convert.unpickle import LeftOut
 from loco_det.core.errors import UserError
@@ -238,6 +239,78 @@ def test_safetensors_read(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(2, 3), "b": torch.arange(4)}
     safetensors.torch.save_file(tensors, tmp_path / "w.safetensors")
     assert_same(load_tensors(tmp_path / "w.safetensors"), tensors)
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<f8", "<f2", "<i8", "<i4", "|u1", "|b1"])
+def test_numpy_archives_read_as_numpy_reads_them(tmp_path: Path, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "params/a": (9 * rng.random((3, 4, 2))).astype(dtype),
+        "params/columns": np.asfortranarray((9 * rng.random((5, 3))).astype(dtype)),
+        "scalar": np.array(3).astype(dtype),
+        "empty": np.zeros((0, 4), dtype),
+    }
+    np.savez(tmp_path / "a.npz", **arrays)
+    with np.load(tmp_path / "a.npz") as expected:
+        found = load_tensors(tmp_path / "a.npz")
+        assert found.keys() == set(expected.keys())
+        for name, tensor in found.items():
+            assert tensor.shape == expected[name].shape
+            assert np.array_equal(in_memory(tensor).numpy(), expected[name])
+
+
+class _Trap:
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple:
+        return (open, (str(self.canary), "w"))
+
+
+def npz(*arrays: tuple[str, str, int]) -> Callable[[Path], None]:
+    """An archive whose headers say what they like: (name, header's dictionary, bytes behind it)."""
+
+    def write(path: Path) -> None:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, header, count in arrays:
+                text = header.encode() + b"\n"
+                archive.writestr(name, b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(count))
+
+    return write
+
+
+def header(dtype: str = "<f4", shape: str = "(2,)") -> str:
+    return f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}"
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda path: np.savez(path, a=np.array([_Trap(path.with_name("ran"))])), "pickled objects in 'a.npy'"),
+        (lambda path: np.savez_compressed(path, a=np.ones(9)), "is a compressed zip archive"),
+        (npz(("a.npy", header(), 9)), "another size than its header says"),
+        (npz(("a.npy", header(), 7)), "another size than its header says"),
+        (npz(("a.npy", header(shape="(2**40,)"), 8)), "is damaged"),
+        (npz(("a.npy", header(shape="(9" * 30 + ",)"), 8)), "does not begin as an array"),
+        (npz(("a.npy", header(shape="(1099511627776,)"), 8)), "another size than its header says"),
+        (npz(("a.npy", header(shape="(-2, -1)"), 8)), "does not begin as an array"),
+        (npz(("a.npy", header(dtype=">f4"), 8)), "holds an array of '>f4'"),
+        (npz(("a.npy", header(dtype="<c8"), 16)), "holds an array of '<c8'"),
+        (npz(("a.npy", header(dtype="|S4"), 8)), r"holds an array of '\|S4'"),
+        (npz(("a.npy", "(" * 5000, 8)), "is damaged"),
+        (npz(("a.npy", "{" + "'x': 1, " * 5000 + "}", 8)), "is damaged"),
+        (npz(("a.npy", "__import__('os').system('true')", 8)), "is damaged"),
+        (npz(("a.npy", header(), 8), ("data.pkl", header(), 8)), "'data.pkl' is no array"),
+        (npz(("a.npy", header(), 8), ("a.npy", header(), 8)), "cut short or there twice"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_numpy_archive_that_lies_is_refused(write: Callable[[Path], None], said: str, tmp_path: Path) -> None:
+    write(tmp_path / "a.npz")
+    with pytest.raises(UserError, match=said) as error:
+        load_tensors(tmp_path / "a.npz")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
 
 
 def sharded(folder: Path, suffix: str = "safetensors") -> tuple[Path, dict[str, torch.Tensor]]:

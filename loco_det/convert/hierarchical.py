@@ -1,8 +1,9 @@
 """ConvNeXt and Swin (both versions of each) as functions of their tensors, to prove conversions with: no module.
 
-They read the names of the authors' files, and timm's. Sources: A ConvNet for the 2020s (Liu et al. 2022); ConvNeXt V2
-(Woo et al. 2023), its global response normalisation; Swin Transformer (Liu et al. 2021); Swin Transformer V2 (Liu et
-al. 2022), its cosine attention, continuous position bias and norms behind attention and MLP.
+They read the names of the authors' files, of dense and sparse convolutions, and timm's. Sources: A ConvNet for the
+2020s (Liu et al. 2022); ConvNeXt V2 (Woo et al. 2023), its global response normalisation; Swin Transformer (Liu et al.
+2021); Swin Transformer V2 (Liu et al. 2022), its cosine attention, continuous position bias and norms behind attention
+and MLP.
 
 Shape legend: B images, a map (B, H, W, C), w the side of a window, N = w * w its tokens, h heads.
 """
@@ -19,15 +20,15 @@ from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
 CONVNEXT = re.compile(
-    r"downsample_layers\.\d\.[01]\.(weight|bias)|"
-    r"stages\.\d\.\d+\.((dwconv|norm|pwconv[12])\.(weight|bias)|gamma|grn\.(gamma|beta))"
+    r"downsample_layers\.\d\.[01]\.(weight|bias|kernel)|"
+    r"stages\.\d\.\d+\.((dwconv|norm|pwconv[12])\.(weight|bias)|dwconv\.kernel|gamma|grn\.(gamma|beta))"
 )
 SWIN = re.compile(
     r"patch_embed\.(proj|norm)\.(weight|bias)|layers\.\d\.downsample\.(reduction\.weight|norm\.(weight|bias))|"
     r"layers\.\d\.blocks\.\d+\.((norm[12]|attn\.(qkv|proj)|mlp\.fc[12]|attn\.cpb_mlp\.[02])\.(weight|bias)|"
     r"attn\.(relative_position_bias_table|logit_scale|q_bias|v_bias))"
 )
-# timm's names of a ConvNeXt -> the authors'.
+# timm's names of a ConvNeXt, and those of FCMAE's pretraining -> the authors'.
 _TIMMS_CONVNEXT = (
     (r"^stem\.", "downsample_layers.0."),
     (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
@@ -36,6 +37,7 @@ _TIMMS_CONVNEXT = (
     (r"\.mlp\.fc([12])\.", r".pwconv\1."),
     (r"\.mlp\.grn\.weight$", ".grn.gamma"),
     (r"\.mlp\.grn\.bias$", ".grn.beta"),
+    (r"\.(ln|linear)\.", "."),
 )
 CONVNEXT_EPS, SWIN_EPS = 1e-6, 1e-5  # of every LayerNorm
 MASKED = -100.0  # added to the logits of tokens that are no neighbours, as in the authors' code
@@ -59,8 +61,7 @@ def convnext(tensors: Tensors, x: Tensor) -> Tensor:
         if stage:
             x = _norm_of_map(tensors, f"{before}0.", x)
         place = 1 if stage else 0  # the stem's convolution comes first, later ones behind their norm
-        kernel = tensors[f"{before}{place}.weight"]
-        x = F.conv2d(x, kernel, tensors[f"{before}{place}.bias"], stride=kernel.shape[-1])
+        x = _convolved(tensors, f"{before}{place}.", x)
         if not stage:
             x = _norm_of_map(tensors, f"{before}1.", x)
         for block in _numbered(tensors, f"stages.{stage}."):
@@ -69,8 +70,7 @@ def convnext(tensors: Tensors, x: Tensor) -> Tensor:
 
 
 def _convnext_block(block: Tensors, x: Tensor) -> Tensor:
-    kernel = block["dwconv.weight"]
-    y = F.conv2d(x, kernel, block["dwconv.bias"], padding=kernel.shape[-1] // 2, groups=len(kernel))
+    y = _convolved(block, "dwconv.", x, each=True)
     y = _norm(block, "norm.", y.permute(0, 2, 3, 1), CONVNEXT_EPS)
     y = _gelu(F.linear(y, block["pwconv1.weight"].flatten(1), block["pwconv1.bias"]))
     if "grn.gamma" in block:
@@ -80,6 +80,28 @@ def _convnext_block(block: Tensors, x: Tensor) -> Tensor:
     y = F.linear(y, block["pwconv2.weight"].flatten(1), block["pwconv2.bias"])
     y = y * block["gamma"] if "gamma" in block else y
     return y.permute(0, 3, 1, 2)
+
+
+def _convolved(tensors: Tensors, name: str, x: Tensor, each: bool = False) -> Tensor:
+    """Convolve patches by their side as stride, or with `each` every channel by itself, with as many results as pixels.
+
+    A sparse convolution's `kernel` is (places, inputs, outputs) or (places, channels); rows run fastest over places.
+    """
+    bias, kernel = tensors[f"{name}bias"], tensors.get(f"{name}kernel")
+    if kernel is None:
+        kernel = tensors[f"{name}weight"]
+        if each:
+            return F.conv2d(x, kernel, bias, padding=kernel.shape[-1] // 2, groups=len(kernel))
+        return F.conv2d(x, kernel, bias, stride=kernel.shape[-1])
+    side = math.isqrt(len(kernel))
+    step, margin = (1, side // 2) if each else (side, 0)
+    x = F.pad(x, (margin,) * 4)
+    y = bias.reshape(1, -1, 1, 1)
+    for place, weight in enumerate(kernel):
+        row, column = place % side, place // side
+        seen = x[:, :, row : x.shape[2] - side + row + 1 : step, column : x.shape[3] - side + column + 1 : step]
+        y = y + (seen * weight[:, None, None] if each else torch.einsum("bihw,io->bohw", seen, weight))
+    return y
 
 
 def swin_names(tensors: Tensors) -> dict[str, Tensor]:

@@ -1,12 +1,13 @@
 """Reads any usual weights file as plain data and tensors, without executing anything in it.
 
-`unpickle` reads torch's files and pickles, the safetensors library its own format. The content, not the name, decides
-the kind. Tensors are views of the memory-mapped file.
+`unpickle` reads torch's files and pickles, the safetensors library its own format; an archive of numpy (.npz) is
+read here. The content, not the name, decides the kind. Tensors are views of the memory-mapped file.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import pickle
 import re
@@ -30,10 +31,17 @@ from loco_det.core.errors import UserError
 
 MAX_DEPTH = 64
 MAX_HEADER = 25 * 2**20
+MAX_ARRAY_HEADER = 2**16
 MAX_SENTENCE = 300
 MAX_VIEWS = 8  # limit of all tensors' size in multiples of the file's, for tied weights,
 SMALL = 2**24  # and a number of bytes that is always allowed
 _LEGACY = re.compile(rb"(\x80.)?(\x95.{8})?(\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19|L119547037146038801333356L\n)\.", re.DOTALL)
+# The beginning of a .npy file as numpy writes it: dtype, order, and shape of plain numbers.
+_ARRAY = re.compile(
+    rb"\x93NUMPY(?:\x01\x00..|[\x02\x03]\x00....)"
+    rb"\{'descr': '([^']*)', 'fortran_order': (True|False), 'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), \} *\n",
+    re.DOTALL,
+)
 _DISTRIBUTED = (
     "is a part of a distributed checkpoint; join its folder first: "
     "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {} model.pth"
@@ -103,7 +111,7 @@ def check_sums(path: str | Path) -> None:
     path = Path(path)
     data = _pages(path)
     with _as_user_error(path):
-        if _kind(path, data[:512]) == "torch (zip)":
+        if _kind(path, data[:512]) in _ZIPS:
             with zipfile.ZipFile(path) as archive:
                 for info in filter(lambda info: info.CRC, archive.infolist()):  # 0 if torch wrote no checksums
                     with archive.open(info) as entry:
@@ -171,7 +179,8 @@ def file_kind(path: str | Path) -> str:
 
 def _kind(path: Path, start: bytes) -> str:
     if start.startswith(b"PK\x03\x04"):
-        return "torch (zip)"
+        first = start[30 : 30 + int.from_bytes(start[26:28], "little")]
+        return "numpy (zip)" if first.endswith(b".npy") else "torch (zip)"
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER:
         return "safetensors"
     if start.lstrip().startswith(b"{") and path.name.endswith(".index.json"):
@@ -186,6 +195,35 @@ def _kind(path: Path, start: bytes) -> str:
         if start.startswith(magic):
             raise UserError(f"{path}: {what}")
     raise UserError(f"{path}: is no torch, safetensors or pickle file; give a .pth, .pt, .safetensors or .pkl")
+
+
+def _read_npz(path: Path, data: mmap.mmap) -> dict[str, Tensor]:
+    """Read the arrays that numpy.savez wrote; those of objects are pickles, and refused."""
+    with zipfile.ZipFile(path) as archive:
+        places = _zip_places(data, archive.infolist())
+    other = next((name for name in places if not name.endswith(".npy")), None)
+    if other is not None:
+        raise ValueError(f"{other!r:.100} is no array of numpy's")
+    return {name.removesuffix(".npy"): _array(data, name, *place) for name, place in sorted(places.items())}
+
+
+def _array(data: mmap.mmap, name: str, start: int, size: int) -> Tensor:
+    """Map one .npy file of `size` bytes at `start`; two bytes without a type are bfloat16, which numpy lacks."""
+    header = _ARRAY.match(data[start : start + min(size, MAX_ARRAY_HEADER)])
+    if header is None:
+        raise ValueError(f"{name!r:.100} does not begin as an array of numpy's")
+    kind, order, sides = (part.decode() for part in header.groups())
+    if "O" in kind:
+        raise Refused(f"holds pickled objects in {name!r:.100}")
+    if not re.fullmatch(r"[<|][biuf][1248]|[<|]V2", kind):
+        raise Refused(f"holds an array of {kind!r:.20} in {name!r:.100}")
+    shape = tuple(int(side) for side in sides.split(",") if side.strip())
+    dtype = np.dtype(np.int16 if kind.endswith("V2") else kind)
+    if math.prod(shape) * dtype.itemsize != size - header.end():
+        raise ValueError(f"array {name!r:.100} is of another size than its header says")
+    flat = np.frombuffer(data, dtype, math.prod(shape), start + header.end())
+    tensor = torch.from_numpy(flat.reshape(shape, order="F" if order == "True" else "C"))
+    return tensor.view(torch.bfloat16) if kind.endswith("V2") else tensor
 
 
 def _read_zip(path: Path, data: mmap.mmap) -> Any:
@@ -215,7 +253,7 @@ def _read_zip(path: Path, data: mmap.mmap) -> Any:
 def _zip_places(data: mmap.mmap, infos: list[zipfile.ZipInfo]) -> dict[str, tuple[int, int]]:
     """Return (start, size) of every entry of an archive by name, all of them uncompressed and inside the file."""
     if any(info.compress_type or info.compress_size != info.file_size for info in infos):
-        raise Refused("is a compressed zip archive, which torch.save never writes")
+        raise Refused("is a compressed zip archive, which torch.save and numpy.savez never write")
     if sum(info.file_size for info in infos) > len(data):
         raise Refused("has zip entries that overlap")
     places: dict[str, tuple[int, int]] = {}
@@ -291,7 +329,9 @@ def _read_index(path: Path, data: mmap.mmap) -> dict[str, Tensor]:
     return found
 
 
+_ZIPS = ("torch (zip)", "numpy (zip)")
 _KINDS: dict[str, Callable[[Path, mmap.mmap], Any]] = {
+    "numpy (zip)": _read_npz,
     "torch (zip)": _read_zip,
     "torch (before 1.6)": _read_legacy,
     "pickle": lambda _, data: _plain(data, read_pickle(data)),

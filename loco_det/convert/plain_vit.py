@@ -50,7 +50,7 @@ def clip_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def forward(
-    tensors: Mapping[str, Tensor], x: Tensor, *, heads: int, eps: float, base: float = 0.0, quick: bool = False
+    tensors: Mapping[str, Tensor], x: Tensor, *, heads: int, eps: float, base: float = 0.0, gelu: str = "erf"
 ) -> Tensor:
     """(B, 3, H, W), of the size that the positions are for, -> the last block's patch tokens, normalised.
 
@@ -61,7 +61,7 @@ def forward(
         heads: of attention.
         eps: of every LayerNorm.
         base: of DINOv3's rotary positions; 0: none.
-        quick: CLIP's approximation of the GELU, x * sigmoid(1.702 x).
+        gelu: "erf", exact; "quick", CLIP's x * sigmoid(1.702 x); "tanh", the other approximation.
 
     Returns:
         (B, C, H / patch, W / patch).
@@ -83,7 +83,7 @@ def forward(
     angles = _angles(height, width, tokens.shape[2] // heads, base).to(x) if base else None
     for block in _blocks(tensors):
         tokens = tokens + _scaled(block, "1", _attention(block, _norm(block, "norm1.", tokens, eps), heads, angles))
-        tokens = tokens + _scaled(block, "2", _mlp(block, _norm(block, "norm2.", tokens, eps), quick))
+        tokens = tokens + _scaled(block, "2", _mlp(block, _norm(block, "norm2.", tokens, eps), gelu))
     tokens = _norm(tensors, "norm.", tokens, eps)[:, inside.shape[1] :]
     return tokens.transpose(1, 2).reshape(len(x), -1, height, width)
 
@@ -141,10 +141,15 @@ def _attention(block: Mapping[str, Tensor], x: Tensor, heads: int, angles: Tenso
     return F.linear(mixed, block["attn.proj.weight"], block.get("attn.proj.bias"))
 
 
-def _mlp(block: Mapping[str, Tensor], x: Tensor, quick: bool) -> Tensor:
+def _mlp(block: Mapping[str, Tensor], x: Tensor, gelu: str) -> Tensor:
     if "mlp.w12.weight" in block:
         gate, value = F.linear(x, block["mlp.w12.weight"], block["mlp.w12.bias"]).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * value, block["mlp.w3.weight"], block["mlp.w3.bias"])
     hidden = F.linear(x, block["mlp.fc1.weight"], block["mlp.fc1.bias"])
-    hidden = hidden * torch.sigmoid(1.702 * hidden) if quick else 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
+    if gelu == "quick":
+        hidden = hidden * torch.sigmoid(1.702 * hidden)
+    elif gelu == "tanh":
+        hidden = 0.5 * hidden * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (hidden + 0.044715 * hidden**3)))
+    else:
+        hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
     return F.linear(hidden, block["mlp.fc2.weight"], block["mlp.fc2.bias"])

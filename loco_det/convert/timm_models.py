@@ -3,11 +3,12 @@
     loco-det convert dinov2_vits14.pth dinov2.safetensors --architecture timm:vit_small_patch14_dinov2
 
 The result is our artifact with timm's names, beside it the keys that a detector needs. timm's own filters rename the
-layouts of other code bases (DINO, DINOv2, MAE, MoCo v3, ConvNeXt, Swin, CLIP, ...); what they leave out without a word
-is found by experiment: a tensor of the file that no tensor of the result depends on must be one of a named kind.
+layouts of other code bases (DINO, DINOv2, MAE, MoCo v3, ConvNeXt, Swin, CLIP, ...), `layouts` those that they do not
+know (SigLIP's for JAX, FCMAE's sparse one). What is left out without a word is found by experiment: a tensor of the
+file that no tensor of the result depends on must be one of a named kind.
 
-Proof: a vision transformer is compared with `plain_vit`, a ConvNeXt or Swin with `hierarchical`, independent
-implementations that read the file's own names; another network with timm's own, loaded from the result.
+Proof: a vision transformer is compared with `plain_vit` or `flax_vit`, a ConvNeXt or Swin with `hierarchical`,
+independent implementations that read the file's own names; another network with timm's own, loaded from the result.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,8 +29,9 @@ from torch import Tensor
 from loco_det.backbones.artifact import HEADER_KEY, Manifest, backbone_tensors, describe, save_backbone
 from loco_det.backbones.timm_models import PREFIX, TimmBackbone, create, parse
 from loco_det.backbones.timm_swin import SWINS
-from loco_det.convert import hierarchical, plain_vit
+from loco_det.convert import flax_vit, hierarchical, plain_vit
 from loco_det.convert.export import CONVERTED, backbone_name, is_fragment, keys_text
+from loco_det.convert.layouts import is_flax, known_names
 from loco_det.convert.load import check_sums, in_memory, open_tensors, safetensors_metadata
 from loco_det.convert.report import shown
 from loco_det.convert.sources import Pixels, flatten
@@ -39,9 +41,10 @@ from loco_det.core.files import atomic_write
 
 # The first tensor of a backbone in the layouts that timm's filters know.
 _FIRST = re.compile(
-    r"(?P<prefix>(?:.*[.:])?)(patch_embed\.(proj|backbone\.proj|patch_embedding|proj\.0)\.weight|stem(\.0|\.conv|_conv)?\.weight|"
+    r"(?P<prefix>(?:.*[.:/])?)(patch_embed\.(proj|backbone\.proj|patch_embedding|proj\.0)\.weight|"
+    r"stem(\.0|\.conv|_conv)?\.weight|"
     r"conv_stem\.weight|conv1\.weight|downsample_layers\.0\.0\.weight|stem\.conv1?\.conv\.weight|"
-    r"embeddings\.patch_embedding\.weight|patch_embed1?\.proj\.weight)"
+    r"embeddings\.patch_embedding\.weight|patch_embed1?\.proj\.weight|embedding/kernel)"
 )
 _OF_RESNET = re.compile(r"(.*[.:])?(layer1|res2)\.0\.conv1\.weight")
 # Tensors that no backbone has: (names behind the prefix or in the whole file, why they are dropped).
@@ -55,7 +58,8 @@ _DROPPED = (
     ),
     (r"mask_token|masked_embed", "the token of masked patches"),
     (r"local_cls_norm\..*", "normalisation of pretraining's local crops"),
-    (r"decoder.*", "decoder of reconstruction"),
+    (r"(decoder.*|(pred|proj)\.(weight|bias))", "decoder of reconstruction"),
+    (r"MAPHead_0/.*", "pooling by attention"),
     (
         r"(.*\.)?(relative_position_index|attn_mask|relative_coords_table|rope(_embed)?\.periods|qkv\.bias_mask)",
         "constants",
@@ -300,13 +304,19 @@ def _refuse_resnet(path: Path, tensors: Mapping[str, Tensor], backbone: TimmBack
 
 
 def _check_activation(path: Path, tensors: Mapping[str, Tensor], backbone: TimmBackbone) -> None:
-    """Raise UserError for OpenAI's CLIP in a model with another activation, which no tensor's shape shows."""
+    """Raise UserError for OpenAI's CLIP and big_vision's in a model of another activation, which no tensor shows."""
     activation = getattr(getattr(getattr(backbone.model, "blocks", [None])[0], "mlp", None), "act", None)
     if "input_resolution" in tensors and type(activation).__name__ != "QuickGELU":
         raise UserError(
             f"{path}: is OpenAI's CLIP, whose activation is QuickGELU, and that of {backbone.architecture} is "
             f"{type(activation).__name__}; give an --architecture with quickgelu in its name, e.g. "
             f"{PREFIX}vit_base_patch16_clip_quickgelu_224"
+        )
+    if any(name.endswith("embedding/kernel") for name in tensors) and type(activation).__name__ != "GELUTanh":
+        raise UserError(
+            f"{path}: is big_vision's, whose activation is the GELU's tanh approximation, and that of "
+            f"{backbone.architecture} is {type(activation).__name__}; add the option act_layer=gelu_tanh to the name, "
+            f"e.g. '{PREFIX}vit_base_patch16_siglip_224?act_layer=gelu_tanh'"
         )
 
 
@@ -324,14 +334,21 @@ def _filtered(backbone: TimmBackbone, tensors: Mapping[str, Tensor]) -> dict[str
     module = sys.modules[type(backbone.model).__module__]
     renamed: Callable[..., Any] | None = getattr(module, "checkpoint_filter_fn", None)
     wanted = {name for name in backbone.model.state_dict() if not name.endswith("num_batches_tracked")}
+    with _one_sentence(backbone):
+        tensors = known_names(tensors)
     if renamed is None or wanted <= tensors.keys():
         return dict(tensors)
     prefix = "visual." if "class_embedding" in tensors else ""  # by which timm knows CLIP's layout
     given = {prefix + name: tensor for name, tensor in tensors.items()}
+    with _one_sentence(backbone), contextlib.redirect_stdout(io.StringIO()):  # timm's filter of DINOv3 prints
+        return dict(renamed(given, backbone.model))
+
+
+@contextlib.contextmanager
+def _one_sentence(backbone: TimmBackbone) -> Iterator[None]:
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # timm's filter of DINOv3 prints
-            return dict(renamed(given, backbone.model))
-    except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:
+        yield
+    except (KeyError, IndexError, RuntimeError, AttributeError, TypeError, ValueError) as error:
         said = " ".join(str(error).split())[:150]
         raise UserError(
             f"these weights are in no layout of {backbone.architecture} that timm knows ({said}); give the "
@@ -384,6 +401,9 @@ def _independent(backbone: TimmBackbone, own: Mapping[str, Tensor], x: Tensor) -
     """The last map by a function of the file's tensors, and the name of its network; None for families without one."""
     model = backbone.model
     kind = type(model).__name__
+    if is_flax(own):
+        is_whole = all(flax_vit.LAYOUT.fullmatch(name) for name in own)
+        return ("vision transformer", flax_vit.forward(own, x)) if is_whole else None
     if backbone.is_plain:
         tensors = plain_vit.clip_names(own)
         rope = getattr(model, "rope", None)
@@ -392,10 +412,11 @@ def _independent(backbone: TimmBackbone, own: Mapping[str, Tensor], x: Tensor) -
             return None
         activation = type(model.blocks[0].mlp.act).__name__
         is_gated = any(".mlp.w12." in name for name in tensors)
-        if not is_gated and activation not in ("GELU", "QuickGELU"):
+        gelu = {"GELU": "erf", "QuickGELU": "quick", "GELUTanh": "tanh"}.get(activation, "erf" if is_gated else None)
+        if gelu is None:
             return None
-        heads, eps, quick = model.blocks[0].attn.num_heads, model.norm.eps, activation == "QuickGELU"
-        return "vision transformer", plain_vit.forward(tensors, x, heads=heads, eps=eps, base=base, quick=quick)
+        heads, eps = model.blocks[0].attn.num_heads, model.norm.eps
+        return "vision transformer", plain_vit.forward(tensors, x, heads=heads, eps=eps, base=base, gelu=gelu)
     if kind == "ConvNeXt":
         tensors, block = hierarchical.convnext_names(own), model.stages[0].blocks[0]
         is_the_authors = type(block.mlp.act).__name__ == "GELU" and block.norm.eps == hierarchical.CONVNEXT_EPS
