@@ -199,7 +199,7 @@ def torchvision_side(job: str, cfg: CfgNode, state: dict[str, torch.Tensor], sam
     from torchvision.models.detection import MaskRCNN
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
-    size, classes, device = cfg.INPUT.MIN_SIZE_TRAIN[0], cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.DEVICE
+    size, classes = cfg.INPUT.MIN_SIZE_TRAIN[0], cfg.MODEL.ROI_HEADS.NUM_CLASSES
     levels = {f"layer{i}": str(i - 1) for i in range(1, 5)}
     body = resnet50(norm_layer=nn.BatchNorm2d)
     model = MaskRCNN(
@@ -215,8 +215,14 @@ def torchvision_side(job: str, cfg: CfgNode, state: dict[str, torch.Tensor], sam
         rpn_post_nms_top_n_train=cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN,
         rpn_post_nms_top_n_test=cfg.MODEL.RPN.POST_NMS_TOPK_TEST,
         box_detections_per_img=DETECTIONS,
-    ).to(device)
+    ).to(cfg.MODEL.DEVICE)
     model.load_state_dict(torchvision_names(state, model.state_dict(), classes))
+    return torchvision_step(job, cfg, model, samples)
+
+
+def torchvision_step(job: str, cfg: CfgNode, model: nn.Module, samples: list[dict[str, Any]]) -> Step:
+    """A step of one of torchvision's detectors, which gets the images normalised and of their final size."""
+    device = cfg.MODEL.DEVICE
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
     images = [sample["image"] for sample in samples]
     targets = []
@@ -271,8 +277,7 @@ def torchvision_names(
     from loco_det.backbones.names import to_torchvision
 
     result = copy.copy(target)
-    order = torch.tensor([classes, *range(classes)])
-    renamed = {}
+    renamed = predictors(state, classes)
     for name, tensor in state.items():
         if name.startswith("backbone.bottom_up."):
             renamed["backbone.body." + to_torchvision(name.removeprefix("backbone.bottom_up."))] = tensor
@@ -292,6 +297,15 @@ def torchvision_names(
     }
     for leaf in ("weight", "bias"):
         renamed.update({f"{new}.{leaf}": state[f"{old}.{leaf}"] for old, new in plain.items()})
+    assert set(renamed) == set(target), set(renamed) ^ set(target)
+    result.update(renamed)
+    return result
+
+
+def predictors(state: dict[str, torch.Tensor], classes: int) -> dict[str, torch.Tensor]:
+    """The layers by class under torchvision's names, with the background first."""
+    order, renamed = torch.tensor([classes, *range(classes)]), {}
+    for leaf in ("weight", "bias"):
         renamed[f"roi_heads.box_predictor.cls_score.{leaf}"] = state[f"roi_heads.box_predictor.cls_score.{leaf}"][order]
         deltas = state[f"roi_heads.box_predictor.bbox_pred.{leaf}"]
         by_class = deltas.view(classes, 4, *deltas.shape[1:])
@@ -299,9 +313,7 @@ def torchvision_names(
         renamed[f"roi_heads.box_predictor.bbox_pred.{leaf}"] = with_background
         masks = state[f"roi_heads.mask_head.predictor.{leaf}"]
         renamed[f"roi_heads.mask_predictor.mask_fcn_logits.{leaf}"] = torch.cat([torch.zeros_like(masks[:1]), masks])
-    assert set(renamed) == set(target), set(renamed) ^ set(target)
-    result.update(renamed)
-    return result
+    return renamed
 
 
 MAKE = {"ours": our_side, "detectron2": detectron2_side, "torchvision": torchvision_side}

@@ -1,20 +1,25 @@
-"""Time and memory of Mask R-CNN on a frozen ViT-S/16, against Detectron2's ViTDet with its backbone frozen.
+"""Time and memory of Mask R-CNN on a frozen ViT-S/16, against Detectron2's ViTDet and torchvision's classes.
 
     OMP_NUM_THREADS=1 python benchmarks/vit_detection.py --json vit_detection.json      # about four minutes
 
-Both have ViTDet's simple feature pyramid and heads (configs/base_rcnn_vit.yaml), the same weights, images, anchors,
-proposals and samples, and attention over the whole image. Detectron2's ViT has no cls token. Sides take turns as in
+The others' backbones are frozen likewise: Detectron2's own ViTDet, and timm's ViT under torchvision's MaskRCNN, as a
+user would put them together (`Pyramid` and `torchvision_side` below; torchvision itself has no pyramid of a plain ViT).
+All have ViTDet's simple feature pyramid and heads (configs/base_rcnn_vit.yaml), the same weights, images, anchors,
+numbers of proposals and samples, and attention over the whole image. Detectron2's ViT has no cls token; torchvision
+samples regions at 2 x 2 points where the others choose the number by their size. Sides take turns as in
 detection_step.py, which this uses: a training step is forward, backward and SGD on two images, an inference step two
 images one after the other; `peak` is how far the process's memory rose. Seconds are of the processor, which other
 programs on the machine hardly change: run it with one thread, since those that wait for each other count too.
 
-JSON: the ratios train, infer (time) and their peaks of this package over Detectron2, null where it is not installed.
+JSON: the ratios train, infer (time) and their peaks of this package over Detectron2, null where it is not installed,
+and over torchvision.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import re
 import statistics
 import sys
 import tempfile
@@ -25,7 +30,17 @@ from typing import Any
 import detection_step
 import torch
 from _common import parser, report
-from detection_step import DETECTIONS, IMAGES, configuration, engine_step, sample_images, take_turns, usual_step
+from detection_step import (
+    DETECTIONS,
+    IMAGES,
+    configuration,
+    engine_step,
+    predictors,
+    sample_images,
+    take_turns,
+    torchvision_step,
+    usual_step,
+)
 from fvcore.common.config import CfgNode
 from torch import nn
 
@@ -90,7 +105,110 @@ def vitdet_side(job: str, cfg: CfgNode, state: dict[str, torch.Tensor], samples:
     return engine_step(Detectron2Engine(), job, cfg, model, converted, usual_step)
 
 
-detection_step.MAKE["detectron2"] = vitdet_side
+class Pyramid(nn.Module):
+    """timm's ViT under ViTDet's pyramid, as a backbone for torchvision: maps "0" (stride 4) to "3" (32), and "pool"."""
+
+    def __init__(self, out_channels: int = 256) -> None:
+        import timm
+        from torchvision.models.convnext import LayerNorm2d
+        from torchvision.ops import Conv2dNormActivation
+
+        super().__init__()
+        self.out_channels = out_channels
+        self.vit = timm.create_model(NAME, num_classes=0, dynamic_img_size=True)
+        self.vit.norm = nn.Identity()  # the pyramid reads the last block's map as it is
+        width = self.vit.embed_dim
+        norm = functools.partial(LayerNorm2d, eps=1e-6)
+        conv = functools.partial(Conv2dNormActivation, norm_layer=norm, activation_layer=None)
+
+        def halved(channels: int) -> nn.Module:
+            return nn.ConvTranspose2d(channels, channels // 2, 2, 2)
+
+        starts = [
+            [halved(width), norm(width // 2), nn.GELU(), halved(width // 2)],
+            [halved(width)],
+            [],
+            [nn.MaxPool2d(2, 2)],
+        ]
+        self.levels = nn.ModuleList(
+            nn.Sequential(*start, conv(channels, out_channels, kernel_size=1), conv(out_channels, out_channels))
+            for start, channels in zip(starts, (width // 4, width // 2, width, width))
+        )
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        (last,) = self.vit.forward_intermediates(images, indices=1, norm=False, intermediates_only=True)
+        maps = {str(number): level(last) for number, level in enumerate(self.levels)}
+        return {**maps, "pool": nn.functional.max_pool2d(maps["3"], 1, stride=2)}
+
+
+def torchvision_side(job: str, cfg: CfgNode, state: dict[str, torch.Tensor], samples: list[dict[str, Any]]) -> Any:
+    """torchvision's MaskRCNN with its own anchors, poolers and heads of the form that ViTDet has."""
+    from torchvision.models.convnext import LayerNorm2d
+    from torchvision.models.detection import MaskRCNN
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+    from torchvision.models.detection.rpn import RPNHead
+    from torchvision.ops import MultiScaleRoIAlign
+
+    size, classes, rpn = cfg.INPUT.MIN_SIZE_TRAIN[0], cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.RPN
+    backbone = Pyramid()
+    channels, maps = backbone.out_channels, ["0", "1", "2", "3"]
+    norm = functools.partial(LayerNorm2d, eps=1e-6)
+    anchors = AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
+    model = MaskRCNN(
+        backbone,
+        num_classes=classes + 1,
+        min_size=size,
+        max_size=size * 5 // 3,
+        image_mean=[0.0, 0.0, 0.0],  # the images come normalised, and of their final size
+        image_std=[1.0, 1.0, 1.0],
+        _skip_resize=True,
+        rpn_anchor_generator=anchors,
+        rpn_head=RPNHead(channels, anchors.num_anchors_per_location()[0], conv_depth=2),
+        rpn_pre_nms_top_n_train=rpn.PRE_NMS_TOPK_TRAIN,
+        rpn_pre_nms_top_n_test=rpn.PRE_NMS_TOPK_TEST,
+        rpn_post_nms_top_n_train=rpn.POST_NMS_TOPK_TRAIN,
+        rpn_post_nms_top_n_test=rpn.POST_NMS_TOPK_TEST,
+        box_roi_pool=MultiScaleRoIAlign(maps, 7, 2),
+        box_head=FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [1024], norm_layer=norm),
+        box_detections_per_img=DETECTIONS,
+        mask_roi_pool=MultiScaleRoIAlign(maps, 14, 2),
+        mask_head=MaskRCNNHeads(channels, [channels] * 4, 1, norm_layer=norm),
+    ).to(cfg.MODEL.DEVICE)
+    model.load_state_dict(torchvision_names(state, classes))
+    backbone.vit.requires_grad_(False)
+    return torchvision_step(job, cfg, model, samples)
+
+
+def torchvision_names(state: dict[str, torch.Tensor], classes: int) -> dict[str, torch.Tensor]:
+    """A state_dict under the names of `torchvision_side`'s model."""
+    renamed = (
+        (r"backbone\.net\.model", "backbone.vit"),
+        (r"backbone\.simfp_(\d)", lambda found: f"backbone.levels.{int(found[1]) - 2}"),
+        (r"proposal_generator\.rpn_head\.conv\.conv(\d)", r"rpn.head.conv.\1"),
+        (r"proposal_generator\.rpn_head\.objectness_logits", "rpn.head.cls_logits"),
+        (r"proposal_generator\.rpn_head\.anchor_deltas", "rpn.head.bbox_pred"),
+        (r"roi_heads\.box_head\.fc1", "roi_heads.box_head.5"),
+        (r"(roi_heads\.(?:box|mask)_head)\.(?:conv|mask_fcn)(\d)", lambda found: f"{found[1]}.{int(found[2]) - 1}"),
+        (r"roi_heads\.mask_head\.deconv", "roi_heads.mask_predictor.conv5_mask"),
+    )
+    result = predictors(state, classes)
+    for name, tensor in state.items():
+        if ".box_predictor." in name or ".mask_head.predictor." in name:
+            continue
+        module, leaf = name.rsplit(".", 1)
+        is_norm = module.endswith(".norm")
+        module = module.removesuffix(".norm")
+        # torchvision's convolutions with a norm or an activation are sequences of those.
+        is_conv = f"{module}.norm.weight" in state or ".rpn_head.conv." in module
+        for pattern, to in renamed:
+            module = re.sub(f"^{pattern}", to, module)
+        result[f"{module}.{int(is_norm)}.{leaf}" if is_conv else f"{module}.{leaf}"] = tensor
+    return result
+
+
+detection_step.MAKE |= {"detectron2": vitdet_side, "torchvision": torchvision_side}
 
 
 def main() -> None:
@@ -102,32 +220,33 @@ def main() -> None:
     vit = {"MODEL__MASK_ON": True, "MODEL__BACKBONE__NAME": f"timm:{NAME}", "MODEL__FPN__IN_FEATURES": ["blocks.11"]}
     cfg = configuration("base_rcnn_vit.yaml", args.device, args.size, **vit)
     samples, source = sample_images(cfg, args.size)
-    sides = [f"ours:{job}" for job in ("frozen", "infer")]
+    jobs = {"train": "frozen", "infer": "infer"}
+    sides = [f"ours:{job}" for job in jobs.values()]
     if engine_d2.installed() and source != "made up":
-        sides += [f"detectron2:{job}" for job in ("frozen", "infer")]
+        sides += [f"detectron2:{job}" for job in jobs.values()]
     else:
         print("Detectron2 or COCO's images are not here; its sides are left out")
+    sides += [f"torchvision:{job}" for job in jobs.values()]
     with tempfile.TemporaryDirectory() as folder:
         path = make_weights(cfg, samples, Path(folder))
         kinds = {"frozen": cfg, "finetune": cfg}
         clock = "processor" if args.device == "cpu" else "wall"
         turns, peaks = take_turns(sides, kinds, dict.fromkeys(kinds, path), samples, args.turns, clock)
 
-    def over(job: str) -> float | None:
-        names = f"ours:{job}", f"detectron2:{job}"
-        return statistics.median(turn[names[0]] / turn[names[1]] for turn in turns) if names[1] in sides else None
+    def over(name: str) -> tuple[float, float]:
+        """Time and peak memory of this package over another side's."""
+        ours = f"ours:{name.partition(':')[2]}"
+        return statistics.median(turn[ours] / turn[name] for turn in turns), peaks[ours] / peaks[name]
 
     seconds = {name: statistics.median(turn[name] for turn in turns) for name in sides}
-    ratios = {"train": over("frozen"), "infer": over("infer")}
-    memory = {
-        job: peaks[f"ours:{job}"] / peaks[f"detectron2:{job}"] if f"detectron2:{job}" in peaks else None
-        for job in ("frozen", "infer")
+    ratios = {name: over(name) for name in sides}
+    figures: dict[str, Any] = {
+        f"{title}{what}_over_{library}": ratios[f"{library}:{job}"][i] if f"{library}:{job}" in ratios else None
+        for library in ("detectron2", "torchvision")
+        for i, what in enumerate(("", "_peak"))
+        for title, job in jobs.items()
     }
-    figures = {
-        "train_over_detectron2": ratios["train"],
-        "infer_over_detectron2": ratios["infer"],
-        "train_peak_over_detectron2": memory["frozen"],
-        "infer_peak_over_detectron2": memory["infer"],
+    figures |= {
         "seconds": seconds,
         "seconds_of_turns": turns,
         "peak_bytes": peaks,
@@ -139,10 +258,8 @@ def main() -> None:
             "turns": args.turns,
         },
     }
-    rows = [[name, seconds[name] * 1e3, IMAGES / seconds[name], peaks[name] / 1e6] for name in sides]
-    report(["side", "ms", "images/s", "peak MB"], rows, {}, None)
-    rows = [[key, value if value is not None else "-"] for key, value in figures.items() if "_over_" in key]
-    report(["ratio", ""], rows, figures, args.json)
+    rows = [[name, seconds[name] * 1e3, IMAGES / seconds[name], peaks[name] / 1e6, *ratios[name]] for name in sides]
+    report(["side", "ms", "images/s", "peak MB", "time of ours", "peak of ours"], rows, figures, args.json)
 
 
 if __name__ == "__main__":
