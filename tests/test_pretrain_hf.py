@@ -232,13 +232,18 @@ def test_recomputed_is_kept_bit_for_bit(kind: str, folders: dict[str, Path]) -> 
     assert all(torch.equal(once, twice) for once, twice in zip(*results))
 
 
-def test_private_copies_have_the_constants_of_their_blocks(folders: dict[str, Path]) -> None:
-    """Soft sharing of a model with rotary positions: a copy in float32 is one of float32 throughout."""
+def test_constants_move_with_their_blocks(folders: dict[str, Path]) -> None:
+    """Rotary positions: on another device, and of soft sharing's copies, of which one in float32 is so throughout."""
     _, stages, units, _, losses = build(folders["dinov3"], OF_SIX_BLOCKS["loco"][0])
     modules = [stage.module for stage in stages]
     copies = private_copies(modules, units)
     values = SoftTrainer(modules, copies, units, losses, 0.0).step(images_in())
     assert all(value.isfinite() for value in values)
+    network = HfBlocks(str(folders["dinov3"]), image_size=SIDE).to("meta")
+    x = images_in().float().to("meta")
+    for _, _, block in network.blocks():
+        x = block(x)  # raises where a constant has stayed behind
+    assert x.device.type == "meta"
     alone = nn.Sequential(*copies[0]).float()
     assert alone(modules[0](images_in()).float().detach()).dtype == torch.float32
 

@@ -207,7 +207,9 @@ class HfBlocks(HfBackbone):
         outputs = {call.module: _first(call.output) for call in calls}
         is_same, to_map = True, self.to_map()
         for number, (_, stage, block) in enumerate(self._blocks):
-            x = block(x)
+            before, version = x, x._version
+            x = block(before)
+            is_same &= before._version == version  # recomputing reads it again
             is_last = number == len(modules)
             if self.is_plain and is_last:  # under the final norm
                 is_same &= torch.equal(to_map(x) if to_map else x, maps[stage])
@@ -215,7 +217,7 @@ class HfBlocks(HfBackbone):
                 is_same &= torch.equal(x, outputs[modules[number - 1]])
                 is_same &= self.is_plain or x.shape == maps[stage].shape
         if not is_same:
-            raise self._refusal("is no sequence of blocks that each read one tensor alone")
+            raise self._refusal("is no sequence of blocks that each read one tensor alone and leave it as it is")
 
     def _refusal(self, reason: str, remedy: str = "pretrain another family, e.g. DINOv2 or ConvNeXt") -> UserError:
         return UserError(f"backbone {self.architecture}: {reason}; {remedy}")
