@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from loco_cases import gradients
+from torch._inductor import compile_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loco_det.backbones.resnet import BasicBlock
 from loco_det.core.errors import UserError
@@ -60,6 +62,59 @@ def test_a_stage_is_one_graph_and_compiled_no_more_than_once(recompute: list[int
     assert not counters["graph_break"]
     # Stages of the same code may share a graph; those without a convolution are trials before training.
     assert 1 <= len([code for code in made if "conv" in code]) <= graphs
+
+
+class _Convolutions(TorchDispatchMode):
+    """How many gradients of convolutions are computed, of their (inputs, weights, biases)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computed = [0, 0, 0]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.computed = [count + asked for count, asked in zip(self.computed, args[10])]
+        return func(*args, **(kwargs or {}))
+
+    def counted(self, graph: torch.fx.GraphModule, *_: object, **__: object) -> Callable:
+        """Stand for inductor: run its graph as it is. Nothing is compiled where the mode is on already."""
+
+        def run(values: list) -> list:
+            with self:
+                return graph.forward(*values)
+
+        run._boxed_call = True
+        return run
+
+
+@pytest.mark.parametrize("recompute", [[], [0, 1, 2]], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", ["loco", "nested"])
+def test_a_pass_computes_the_gradients_that_an_eager_one_does(
+    name: str, recompute: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An input-only pass no weight's, and a parameter pass that ends in its stage no gradient of the input."""
+    eager, compiled = _Convolutions(), _Convolutions()
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", compiled.counted)
+    with eager:
+        want = two_steps(UNITS[name], recompute, None)
+    got = two_steps(UNITS[name], recompute, "inductor")
+    assert compiled.computed == eager.computed
+    assert compiled.computed[1] == 2 * 2 * 3  # steps, convolutions of a block, blocks: each weight's once
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_other_sizes_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile then takes sizes as further inputs of the graph, which have no gradient."""
+    counted = _Convolutions()
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", counted.counted)
+    torch.compiler.reset()
+    stage = stage_compiler(CPU)(BasicBlock(4, 4, 1, "BN"))
+    for side in (8, 12, 16):
+        x = torch.randn(2, 4, side, side, requires_grad=True)
+        counted.computed = [0, 0, 0]
+        torch.autograd.grad(stage(x).sum(), x)
+        assert counted.computed == [2, 0, 0]
 
 
 def test_every_stage_is_compiled_though_many_share_their_code() -> None:
