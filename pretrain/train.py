@@ -23,7 +23,14 @@ from loco_det.backbones.timm_blocks import TimmBlocks
 from loco_det.backbones.timm_models import PREFIX, parse
 from loco_det.core import config
 from loco_det.core.config import Settings
-from loco_det.core.device import has_bf16_units, keep_freed_memory, resolve_device, seed_everything, set_arithmetic
+from loco_det.core.device import (
+    check_bf16,
+    has_bf16_units,
+    keep_freed_memory,
+    resolve_device,
+    seed_everything,
+    set_arithmetic,
+)
 from loco_det.core.distributed import barrier, is_main, of_rank_0, on_cpu, same_on_all, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
@@ -172,6 +179,8 @@ def pretrain(
     set_arithmetic(
         device, benchmark=cfg.CUDNN_BENCHMARK, precision=cfg.FLOAT32_PRECISION, deterministic=cfg.DETERMINISTIC
     )
+    if cfg.SOLVER.AMP == "bf16":
+        check_bf16(device, "SOLVER.AMP", "SOLVER.AMP fp16")
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(cfg.SEED)  # the same weights on every process

@@ -70,6 +70,8 @@ def test_what_is_set_is_read_written_and_left_out_for_detectron2(tmp_path: Path)
         (["SOLVER.WEIGHT_DECAY_POSITIONS", "some"], "SOLVER.WEIGHT_DECAY_POSITIONS is 'some'; give a finite number"),
         (["SOLVER.WEIGHT_DECAY_POSITIONS", "-1"], "give a finite number that is not negative"),
         (["SOLVER.WEIGHT_DECAY_POSITIONS", "1e999"], "give a finite number that is not negative"),
+        (["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "fp8"], "is 'fp8'; use auto, fp16 or bf16"),
+        (["SOLVER.AMP.DTYPE", "bf16"], "SOLVER.AMP.DTYPE is 'bf16', but SOLVER.AMP.ENABLED is False; set that to True"),
         (["INPUT.SCALE_JITTER", "(0.1,)"], "give the least and the largest scale"),
         (["INPUT.SCALE_JITTER", "(0.0, 1.0)"], "give the least and the largest scale"),
         (["INPUT.SCALE_JITTER", "(2.0, 0.1)"], "give the least and the largest scale"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pretended_cuda import CUDA, DeviceMix, Pretended, pretended_cuda
+from pretended_cuda import CPU, CUDA, DeviceMix, Pretended, pretended_cuda
 from pretended_cuda import waits as WAITS
 from tiny_detection import TINY, tiny_cfg
 from torch import nn
@@ -18,6 +18,8 @@ from torch import nn
 from loco_det.backbones.artifact import load_backbone
 from loco_det.cli import main
 from loco_det.core.config import load_config
+from loco_det.core.device import check_bf16
+from loco_det.core.errors import UserError
 from loco_det.detection import loop, onnx
 from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.keys import get_cfg as detection_keys
@@ -189,6 +191,39 @@ def test_the_detector_trains_and_is_evaluated(changes, is_counted, tiny_data, co
     if is_counted:
         within(counted["step"][1:], DETECTOR_WAITS["step"])
         within(counted["image"], DETECTOR_WAITS["image"])
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_the_detectors_half_precision_is_chosen(chosen, expected, tiny_data, tmp_path, monkeypatch) -> None:
+    """And only float16's losses are scaled, a state that the checkpoint keeps."""
+    seen, losses = [], TorchvisionEngine.losses
+
+    def watched(self, *args):
+        seen.append(torch.get_autocast_dtype("cpu"))
+        return losses(self, *args)
+
+    monkeypatch.setattr(TorchvisionEngine, "losses", watched)
+    half = {"MODEL__DEVICE": "cuda", "SOLVER__AMP__ENABLED": True, "SOLVER__AMP__DTYPE": chosen, **ONE_STEP}
+    with pretended_cuda():
+        train_net(tiny_cfg(tmp_path, **half), engine="torchvision")
+    assert seen == [expected]
+    saved = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert ("grad_scaler" in saved) == (chosen == "fp16")
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+def test_bfloat16_is_refused_on_gpus_without_it(tiny_data, noise: Path, tmp_path: Path, monkeypatch) -> None:
+    """By training of both kinds, before it; a CPU takes it."""
+    half = {"SOLVER__AMP__ENABLED": True, "SOLVER__AMP__DTYPE": "bf16"}
+    with pretended_cuda():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
+        said = r"is bf16, and this GPU \(Tesla T4\) has no units for it; set SOLVER.AMP"
+        with pytest.raises(UserError, match=f"SOLVER.AMP.DTYPE {said}.DTYPE fp16"):
+            train_net(tiny_cfg(tmp_path, MODEL__DEVICE="cuda", **half), engine="torchvision")
+        with pytest.raises(UserError, match=f"SOLVER.AMP {said} fp16"):
+            pretrain(configured(noise, tmp_path, "DEVICE", "cuda", "SOLVER.AMP", "bf16"))
+        check_bf16(CPU, "SOLVER.AMP", "")
 
 
 def test_predict(tiny_data: Path, tmp_path: Path) -> None:

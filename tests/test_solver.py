@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from pretended_cuda import pretended_cuda
 from torch import nn
 
 from loco_det.core.errors import UserError
@@ -290,6 +291,26 @@ def test_mixed_precision_on_the_cpu_is_bfloat16_without_loss_scaling():
     with solver.autocast(off, cpu, layer):
         assert layer(x).dtype == torch.float32
     assert not solver.grad_scaler(on, cpu).is_enabled()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "device", "expected"),
+    [
+        ("auto", "cpu", torch.bfloat16),
+        ("auto", "cuda", torch.float16),
+        ("bf16", "cpu", torch.bfloat16),
+        ("bf16", "cuda", torch.bfloat16),
+        ("fp16", "cpu", torch.float16),
+        ("fp16", "cuda", torch.float16),
+    ],
+)
+def test_the_type_of_mixed_precision_and_loss_scaling_for_float16_alone(chosen, device, expected):
+    cfg, layer = config("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", chosen), nn.Linear(3, 2)
+    with pretended_cuda():
+        layer, x = layer.to(device), torch.ones(2, 3).to(device)
+        with solver.autocast(cfg, torch.device(device), layer):
+            assert layer(x).dtype == expected
+        assert solver.grad_scaler(cfg, torch.device(device)).is_enabled() == (expected == torch.float16)
 
 
 # --- Detectron2 itself ------------------------------------------------------------------------------------------

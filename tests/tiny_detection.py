@@ -9,8 +9,7 @@ import numpy as np
 from fvcore.common.config import CfgNode
 from PIL import Image
 
-from loco_det.core.config import load_config
-from loco_det.detection.keys import get_cfg
+from loco_det.detection.keys import load_cfg
 
 # A Mask R-CNN whose ResNet-50, pyramid, heads and numbers of regions are as small as they can be, and without norms.
 TINY = {
@@ -83,7 +82,7 @@ def overrides(**changes: object) -> list[str]:
 
 def tiny_cfg(output_dir: Path, **changes: object) -> CfgNode:
     """configs/coco_loco_r50.yaml with TINY and `changes` over it: frozen Mask R-CNN."""
-    return load_config(get_cfg(), "configs/coco_loco_r50.yaml", overrides(OUTPUT_DIR=output_dir, **changes))[0]
+    return load_cfg("configs/coco_loco_r50.yaml", overrides(OUTPUT_DIR=output_dir, **changes))[0]
 
 
 def write_tiny(root: Path, images: int = 6) -> Path:

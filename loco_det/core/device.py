@@ -118,6 +118,20 @@ def has_bf16_units(cpuinfo: str = "/proc/cpuinfo") -> bool:
     return False
 
 
+def check_bf16(device: torch.device, key: str, other: str) -> None:
+    """Refuse bfloat16, the value of `key`, on a GPU without units for it.
+
+    Args:
+        other: what to set instead, "KEY VALUE".
+
+    Raises:
+        UserError: the GPU is older than Ampere.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"{key} is bf16, and this GPU ({name}) has no units for it; set {other}.")
+
+
 def resolve_device(name: str) -> torch.device:
     """Return the device called `name`: auto (CUDA if available), cpu, cuda, cuda:N, mps.
 

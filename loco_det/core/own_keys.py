@@ -31,6 +31,9 @@ OWN_KEYS: dict[str, OwnKey] = {
     "SOLVER.WEIGHT_DECAY_POSITIONS": OwnKey(
         None, "weight decay of position embeddings (ViTDet: 0.0); none: as for other weights"
     ),
+    "SOLVER.AMP.DTYPE": OwnKey(
+        "auto", "of `SOLVER.AMP.ENABLED`: `fp16` (with loss scaling), `bf16`, or `auto`: fp16 on a GPU, bf16 on a CPU"
+    ),
     "INPUT.SCALE_JITTER": OwnKey(
         (), "least and largest scale of large-scale jitter (ViTDet: 0.1, 2.0), which replaces `INPUT.MIN_SIZE_TRAIN`"
     ),

@@ -334,6 +334,10 @@ def _check_own_solver(cfg: CfgNode, settings: Settings | None) -> None:
         raise refusal(cfg, settings, "SOLVER.LAYER_DECAY", "; give a factor above 0, up to 1.")
     if decay != 1 and cfg.SOLVER.BIAS_LR_FACTOR != 1:
         raise refusal(cfg, settings, "SOLVER.LAYER_DECAY", ", which needs SOLVER.BIAS_LR_FACTOR 1.0; set one of them.")
+    if own_value(cfg, "SOLVER.AMP.DTYPE") not in ("auto", "fp16", "bf16"):
+        raise refusal(cfg, settings, "SOLVER.AMP.DTYPE", "; use auto, fp16 or bf16.")
+    if own_value(cfg, "SOLVER.AMP.DTYPE") != "auto" and not cfg.SOLVER.AMP.ENABLED:
+        raise refusal(cfg, settings, "SOLVER.AMP.DTYPE", ", but SOLVER.AMP.ENABLED is False; set that to True.")
     if of_positions is not None and not (type(of_positions) in (int, float) and 0 <= of_positions < math.inf):
         reason = "; give a finite number that is not negative."
         raise refusal(cfg, settings, "SOLVER.WEIGHT_DECAY_POSITIONS", reason)

@@ -249,19 +249,29 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     return cfg
 
 
-def autocast(cfg: CfgNode, device: torch.device, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Return the autocast of one forward pass: float16 on CUDA and bfloat16 elsewhere if SOLVER.AMP.ENABLED."""
+def half_type(cfg: CfgNode, device: torch.device) -> torch.dtype | None:
+    """Return the type of SOLVER.AMP on `device`; None without SOLVER.AMP.ENABLED."""
     if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    name = own_value(cfg, "SOLVER.AMP.DTYPE")
+    if name == "auto":
+        name = "fp16" if device.type == "cuda" else "bf16"
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+def autocast(cfg: CfgNode, device: torch.device, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Return the autocast of one forward pass, to `half_type`."""
+    dtype = half_type(cfg, device)
+    if dtype is None:
         return contextlib.nullcontext()
-    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
     # A fast RPN first scores all cells without gradients. Until torch 2.10 autocast cached the weight casts of that
     # pass, so that the sampled cells gave its biases no gradient either.
     return torch.autocast(device.type, dtype=dtype, cache_enabled=not is_fast(model))
 
 
 def grad_scaler(cfg: CfgNode, device: torch.device) -> torch.amp.GradScaler:
-    """Return the loss scaler for float16 on CUDA; disabled on other devices and without AMP."""
-    return torch.amp.GradScaler("cuda", enabled=cfg.SOLVER.AMP.ENABLED and device.type == "cuda")
+    """Return the loss scaler for float16; disabled for other types."""
+    return torch.amp.GradScaler(device.type, enabled=half_type(cfg, device) is torch.float16)
 
 
 def optimizer_step(

@@ -20,7 +20,14 @@ from loco_det.annotations import loader
 from loco_det.annotations.classes import check_training_classes, missing_classes
 from loco_det.annotations.registry import find_dataset
 from loco_det.core import config
-from loco_det.core.device import common_seed, keep_freed_memory, resolve_device, seed_everything, set_arithmetic
+from loco_det.core.device import (
+    check_bf16,
+    common_seed,
+    keep_freed_memory,
+    resolve_device,
+    seed_everything,
+    set_arithmetic,
+)
 from loco_det.core.distributed import averaged, barrier, is_main, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
@@ -173,6 +180,8 @@ def _prepare(cfg: CfgNode, eval_only: bool) -> CfgNode:
     cfg = solver.scale_to_world_size(cfg, world_size())
     device, seed = str(detector_device(cfg.MODEL.DEVICE)), common_seed(cfg.SEED)
     cfg = config.changed(cfg, SEED=seed, **{"MODEL.DEVICE": device})
+    if not eval_only and solver.half_type(cfg, torch.device(device)) is torch.bfloat16:
+        check_bf16(torch.device(device), "SOLVER.AMP.DTYPE", "SOLVER.AMP.DTYPE fp16")
     if cfg.MODEL.DEVICE == "cpu" and not eval_only:
         keep_freed_memory()
     benchmark = cfg.CUDNN_BENCHMARK and not eval_only
