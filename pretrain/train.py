@@ -24,12 +24,12 @@ from loco_det.backbones.timm_models import PREFIX, parse
 from loco_det.core import config
 from loco_det.core.config import Settings
 from loco_det.core.device import (
+    arithmetic,
     check_bf16,
     has_bf16_units,
     keep_freed_memory,
     resolve_device,
     seed_everything,
-    set_arithmetic,
 )
 from loco_det.core.distributed import barrier, is_main, of_rank_0, on_cpu, same_on_all, world_size
 from loco_det.core.errors import UserError
@@ -176,9 +176,6 @@ def pretrain(
     """
     check(cfg, settings)
     device = resolve_device(cfg.DEVICE)
-    set_arithmetic(
-        device, benchmark=cfg.CUDNN_BENCHMARK, precision=cfg.FLOAT32_PRECISION, deterministic=cfg.DETERMINISTIC
-    )
     if cfg.SOLVER.AMP == "bf16":
         check_bf16(device, "SOLVER.AMP", "SOLVER.AMP fp16")
     if device.type == "cpu":
@@ -186,7 +183,12 @@ def pretrain(
     torch.manual_seed(cfg.SEED)  # the same weights on every process
     is_random = cfg.METHOD == "random" and not cfg.UNITS
     network = build_backbone(cfg) if is_random else Learner(cfg)  # refuses invalid UNITS before files are read
-    with run_folder(cfg.OUTPUT_DIR), RunMetrics(cfg, wandb, resume) as metrics:
+    exact = {"precision": cfg.FLOAT32_PRECISION, "deterministic": cfg.DETERMINISTIC}
+    with (
+        run_folder(cfg.OUTPUT_DIR),
+        RunMetrics(cfg, wandb, resume) as metrics,
+        arithmetic(device, benchmark=cfg.CUDNN_BENCHMARK, **exact),
+    ):
         if source is None:
             source = open_source(cfg.DATA.PATH, cfg.DATA.FORMAT)
         else:

@@ -3,7 +3,7 @@
 A `Pretended` tensor holds a CPU tensor. Every operation on it, autograd's too, arrives in `__torch_dispatch__`:
 
 - tensors of the CPU among its operands, other than single numbers, are an error, as with CUDA;
-- `.numpy()` is an error;
+- `.numpy()` is an error, and so are, under deterministic algorithms, operations that have none;
 - operations that need a value on the host before they can go on are counted by the line of this project that asked:
   `item`, `bool`, `tolist`, `nonzero`, indexing with a mask, `nms`, and copies to and from the host, unless they are
   `non_blocking`.
@@ -33,6 +33,12 @@ OURS = (str(ROOT / "loco_det"), str(ROOT / "pretrain"))
 aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.is_nonzero.default, aten.equal.default,
          aten.masked_select.default, aten._unique2.default}  # fmt: skip
+# No deterministic kernel on CUDA, by torch.use_deterministic_algorithms; torchvision's own raise nothing there.
+UNREPEATED = {
+    "upsample_linear1d_backward", "upsample_bilinear2d_backward", "upsample_bicubic2d_backward", "nll_loss2d_forward",
+    "_adaptive_avg_pool2d_backward", "adaptive_max_pool2d_backward", "avg_pool3d_backward", "reflection_pad2d_backward",
+    "grid_sampler_2d_backward", "put_", "histc", "_roi_align_backward", "_roi_pool_backward", "_deform_conv2d_backward",
+}  # fmt: skip
 COPIES = {aten.copy_.default, aten._to_copy.default}
 
 
@@ -127,6 +133,8 @@ class Pretended(Tensor):
         _check_operands(func, args, kwargs)
         _count(func, args)
         name = func.name().split("::")[1]
+        if name.split(".")[0] in UNREPEATED and torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError(f"{name} does not have a deterministic implementation")
         if name in EMULATED:
             return tree_map(_wrap, EMULATED[name](*tree_map(_unwrap, args)))
         inner_args, inner_kwargs = tree_map(_unwrap, (args, kwargs))

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from loco_det.backbones.artifact import load_backbone
 from loco_det.core import device as device_module
 from loco_det.core.config import load_config
-from loco_det.core.device import loader_workers, resolve_device, set_arithmetic
+from loco_det.core.device import arithmetic, loader_workers, resolve_device
 from loco_det.core.distributed import is_main, local_rank, rank, replica_rank
 from loco_det.core.errors import UserError
 from loco_det.evaluation.probes.linear import Recipe, linear_probe
@@ -73,24 +73,30 @@ def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loader_workers(-1) == 1
 
 
-def test_arithmetic_of_a_gpu_and_none_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    backends = SimpleNamespace(benchmark=None, allow_tf32=None, deterministic=None)
-    calls = []
-    monkeypatch.setattr(torch.backends, "cudnn", backends)
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", calls.append)
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", calls.append)
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    set_arithmetic(torch.device("cpu"), benchmark=True, precision="highest", deterministic=True)
-    assert (vars(backends), calls) == ({"benchmark": None, "allow_tf32": None, "deterministic": None}, [])
-    gpu = torch.device("cuda")
-    set_arithmetic(gpu, benchmark=True)
-    assert (backends.benchmark, backends.allow_tf32, calls) == (True, None, [])
+def _arithmetic() -> tuple:
+    """What torch is told of: benchmark, TF32 in convolutions, precision of products, determinism of both."""
+    cudnn = torch.backends.cudnn
+    products, exact = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    return cudnn.benchmark, cudnn.allow_tf32, products, cudnn.deterministic, exact
+
+
+def test_arithmetic_of_a_gpu_and_none_of_a_cpu_restored_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    before, gpu = _arithmetic(), torch.device("cuda")
+    assert before == (False, True, "highest", False, False)
+    with arithmetic(torch.device("cpu"), benchmark=True, precision="high", deterministic=True):
+        assert _arithmetic() == before
+    with arithmetic(gpu, benchmark=True):
+        assert _arithmetic() == (True, *before[1:])
     for precision, tf32 in (("highest", False), ("high", True)):
-        set_arithmetic(gpu, benchmark=False, precision=precision)
-        assert (backends.benchmark, backends.allow_tf32, calls.pop()) == (False, tf32, precision)
-    set_arithmetic(gpu, benchmark=True, deterministic=True)  # timing would choose anew in every run
-    assert (backends.benchmark, backends.deterministic, calls) == (False, True, [True])
-    assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+        with arithmetic(gpu, benchmark=False, precision=precision):
+            assert _arithmetic() == (False, tf32, precision, False, False)
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with arithmetic(gpu, benchmark=True, deterministic=True):
+        assert _arithmetic() == (False, True, "highest", True, True)  # timing would choose anew in every run
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert _arithmetic() == before
 
 
 # --- messages ---------------------------------------------------------------------------------------------------

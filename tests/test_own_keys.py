@@ -9,6 +9,7 @@ import pytest
 from loco_det.core.config import flat, load_config, read_yaml
 from loco_det.core.errors import UserError
 from loco_det.core.own_keys import OWN_KEYS, own_value
+from loco_det.detection.engine_d2 import Detectron2Engine
 from loco_det.detection.keys import check_supported, check_task, get_cfg, load_cfg, stock
 
 ROOT = Path(__file__).parent.parent
@@ -112,6 +113,29 @@ def test_impossible_values_are_one_sentence(overrides: list[str], said: str) -> 
 def test_what_vitdet_sets_is_accepted() -> None:
     jitter = ["INPUT.SCALE_JITTER", "(0.1, 2.0)", "INPUT.MAX_SIZE_TRAIN", "1333"]  # which jitter does not read
     check_task(*load_cfg("", [*VIT, *jitter, "MODEL.BACKBONE.SQUARE_PAD", "1024"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool"], "MODEL.ROI_BOX_HEAD.POOLER_TYPE is 'ROIPool', whose gradient"),
+        (["MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIPool"], "MODEL.ROI_MASK_HEAD.POOLER_TYPE is 'ROIPool', whose"),
+        (["MODEL.META_ARCHITECTURE", "SemanticSegmentor"], "is 'SemanticSegmentor', whose gradient on a GPU differs"),
+        (["MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, True, True, True]"], "MODEL.RESNETS.DEFORM_ON_PER_STAGE is"),
+    ],
+)
+def test_what_no_gpu_repeats_is_refused_with_deterministic(overrides: list[str], said: str) -> None:
+    fits = ["MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"]
+    check_supported(*load_cfg("", [*fits, *overrides]))
+    with pytest.raises(UserError, match=said):
+        check_supported(*load_cfg("", [*fits, *overrides, "DETERMINISTIC", "True"]))
+    check_supported(*load_cfg("", [*fits, "DETERMINISTIC", "True"]))
+
+
+def test_deterministic_is_the_torchvision_engines() -> None:
+    Detectron2Engine().check(*load_cfg("", ["DETERMINISTIC", "False"]))
+    with pytest.raises(UserError, match=r"the command line: DETERMINISTIC is True, but .* use --engine torchvision"):
+        Detectron2Engine().check(*load_cfg("", ["DETERMINISTIC", "True"]))
 
 
 @pytest.mark.detectron2

@@ -14,8 +14,8 @@ from functools import partial
 import cv2
 import numpy as np
 import torch
+import torchvision.ops  # noqa: F401 (defines torch.ops.torchvision)
 from pycocotools import mask as coco_mask
-from torchvision.ops import roi_align
 
 from loco_det.annotations.segmentation import outline_is_long
 
@@ -188,5 +188,6 @@ class BitMasks:
             raise ValueError(f"{len(boxes)} boxes for {len(self)} masks")
         boxes = boxes.detach().to(self.bitmaps.device, torch.float32)
         rois = torch.cat([self.index[:, None].to(boxes.dtype), boxes], 1)
-        crops = roi_align(self.bitmaps[:, None].float(), rois, size, 1.0, sampling_ratio=0, aligned=True)
+        # The operator itself: torchvision's function has another form under deterministic algorithms, for a gradient.
+        crops = torch.ops.torchvision.roi_align(self.bitmaps[:, None].float(), rois, 1.0, size, size, 0, True)
         return crops[:, 0] >= 0.5

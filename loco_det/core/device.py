@@ -86,8 +86,11 @@ def loader_workers(wanted: int) -> int:
     return share if wanted < 0 else min(wanted, usable_cores())
 
 
-def set_arithmetic(device: torch.device, *, benchmark: bool, precision: str = "", deterministic: bool = False) -> None:
-    """Set cuDNN's and torch's arithmetic for a run on `device`; without effect on a CPU.
+@contextlib.contextmanager
+def arithmetic(
+    device: torch.device, *, benchmark: bool, precision: str = "", deterministic: bool = False
+) -> Iterator[None]:
+    """Set cuDNN's and torch's arithmetic for a run on `device`, in this context; without effect on a CPU.
 
     Args:
         benchmark: time cuDNN's algorithms for every new shape and take the fastest.
@@ -96,15 +99,24 @@ def set_arithmetic(device: torch.device, *, benchmark: bool, precision: str = ""
         deterministic: refuse operations whose result changes from run to run, and choose algorithms that repeat theirs.
     """
     if device.type != "cuda":
+        yield
         return
-    torch.backends.cudnn.benchmark = benchmark and not deterministic
-    if precision:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = precision != "highest"
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-        torch.backends.cudnn.deterministic = True
-        torch.use_deterministic_algorithms(True)
+    with contextlib.ExitStack() as after:
+        cudnn = torch.backends.cudnn
+        after.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
+        cudnn.benchmark = benchmark and not deterministic
+        if precision:
+            after.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            after.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+            torch.set_float32_matmul_precision(precision)
+            cudnn.allow_tf32 = precision != "highest"
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+            after.callback(setattr, cudnn, "deterministic", cudnn.deterministic)
+            after.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+            cudnn.deterministic = True
+            torch.use_deterministic_algorithms(True)
+        yield
 
 
 @functools.cache

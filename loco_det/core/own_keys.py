@@ -22,6 +22,9 @@ class OwnKey(NamedTuple):
 
 
 OWN_KEYS: dict[str, OwnKey] = {
+    "DETERMINISTIC": OwnKey(
+        False, "on a GPU: the same numbers in every run, slower; torchvision engine (a CPU repeats its numbers anyway)"
+    ),
     "SOLVER.OPTIMIZER": OwnKey("SGD", "`SGD` or `AdamW`"),
     "SOLVER.BETAS": OwnKey((0.9, 0.999), "AdamW's decay of the mean gradient and of its square"),
     "SOLVER.LAYER_DECAY": OwnKey(

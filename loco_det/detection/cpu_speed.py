@@ -166,19 +166,37 @@ def roi_align_pyramid(
     places, weights = [], []
     for index, (feature, scale) in enumerate(zip(features, scales)):
         chosen = (level == index).nonzero().squeeze(1)
-        boxes = regions[chosen, 1:].to(_precision(feature)) * scale - (0.5 if aligned else 0.0)
-        lengths = boxes[:, 2:] - boxes[:, :2]
-        lengths = lengths if aligned else lengths.clamp(min=1.0)
-        height, width = feature.shape[-2:]
-        rows, top, bottom = axis_weights(boxes[:, 1], lengths[:, 1], height, side, sampling_ratio)
-        columns, left, right = axis_weights(boxes[:, 0], lengths[:, 0], width, side, sampling_ratio)
+        boxes = regions[chosen, 1:].to(precision(feature)) * scale
+        vertical, horizontal = region_weights(boxes, feature.shape[-2:], side, sampling_ratio, aligned)
+        (rows, top, bottom), (columns, left, right) = vertical, horizontal
         image = regions[chosen, 0].to(torch.int64)
         places.append(torch.stack([chosen, image, top, bottom, left, right], dim=1).tolist())
         weights.append((rows, columns))
     return _Pool.apply(places, weights, side, *features)
 
 
-def axis_weights(start: Tensor, length: Tensor, cells: int, side: int, ratio: int) -> tuple[Tensor, Tensor, Tensor]:
+Axis = tuple[Tensor, Tensor, Tensor]
+"""What `axis_weights` returns."""
+
+
+def region_weights(
+    boxes: Tensor, shape: Sequence[int], side: int, sampling_ratio: int, aligned: bool
+) -> tuple[Axis, Axis]:
+    """Return the vertical and the horizontal weights of regions.
+
+    Args:
+        boxes: (R, 4) XYXY in cells.
+        shape: (H, W) of the feature.
+        side, sampling_ratio, aligned: as for `roi_align_pyramid`.
+    """
+    boxes = boxes - (0.5 if aligned else 0.0)
+    lengths = boxes[:, 2:] - boxes[:, :2]
+    lengths = lengths if aligned else lengths.clamp(min=1.0)
+    vertical = axis_weights(boxes[:, 1], lengths[:, 1], shape[0], side, sampling_ratio)
+    return vertical, axis_weights(boxes[:, 0], lengths[:, 0], shape[1], side, sampling_ratio)
+
+
+def axis_weights(start: Tensor, length: Tensor, cells: int, side: int, ratio: int) -> Axis:
     """Return the weight of each cell in each bin along one axis.
 
     Args:
@@ -192,12 +210,14 @@ def axis_weights(start: Tensor, length: Tensor, cells: int, side: int, ratio: in
         is none.
     """
     samples = torch.full_like(start, ratio) if ratio > 0 else torch.ceil(length / side)
-    k = torch.arange(int(samples.max().clamp(min=0)) if len(samples) else 0)
+    k = torch.arange(int(samples.max().clamp(min=0)) if len(samples) else 0, device=start.device)
     size, samples = (length / side)[:, None, None], samples[:, None, None]
-    position = start[:, None, None] + torch.arange(side)[:, None] * size + (k + 0.5) * size / samples
+    position = (
+        start[:, None, None] + torch.arange(side, device=start.device)[:, None] * size + (k + 0.5) * size / samples
+    )
     used = (k < samples) & (position >= -1.0) & (position <= cells)  # samples further outside are 0
-    position = position.clamp(min=0)
-    low = torch.where(used, position, 0).to(torch.int64).clamp(max=cells - 1)
+    position = torch.where(used, position.clamp(min=0), 0)
+    low = position.to(torch.int64).clamp(max=cells - 1)
     high = (low + 1).clamp(max=cells - 1)
     beyond = torch.where(low < cells - 1, position - low, 0)
     share = used / samples.clamp(min=1)
@@ -217,7 +237,7 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, places: list, weights: list, side: int, *features: Tensor) -> Tensor:
-        channels, dtype = features[0].shape[1], _precision(features[0])
+        channels, dtype = features[0].shape[1], precision(features[0])
         out = torch.empty(sum(map(len, places)), channels, side, side, dtype=dtype)
         pooled = torch.empty(side, side, channels, dtype=dtype)
         with _one_thread():
@@ -237,7 +257,7 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradient.to(_precision(gradient))
+        gradient = gradient.to(precision(gradient))
         channels, side = gradient.shape[1:3]
         results: list[Tensor | None] = []
         with _one_thread():
@@ -257,7 +277,7 @@ class _Pool(torch.autograd.Function):
         return None, None, None, *results
 
 
-def _precision(tensor: Tensor) -> torch.dtype:
+def precision(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 

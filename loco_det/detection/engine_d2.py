@@ -20,7 +20,7 @@ from loco_det.annotations.instances import Instances
 from loco_det.annotations.pixels import IGNORED
 from loco_det.annotations.registry import Dataset, find_dataset
 from loco_det.backbones.own import OTHER_BACKBONES
-from loco_det.core.config import Settings
+from loco_det.core.config import Settings, refusal
 from loco_det.core.errors import UserError
 from loco_det.core.launch import leave_stopping_to_parent
 from loco_det.core.own_keys import own_value
@@ -55,8 +55,11 @@ class Detectron2Engine:
     name = "detectron2"
 
     def check(self, cfg: CfgNode, settings: Settings | None = None) -> None:
-        """Check the task only: every key is Detectron2's, which validates most values itself."""
+        """Check the task, and own keys: the others are Detectron2's, which validates most values itself."""
         check_task(cfg, settings)
+        if own_value(cfg, "DETERMINISTIC"):
+            reason = ", but the gradient of Detectron2's ROIAlign differs from run to run; use --engine torchvision."
+            raise refusal(cfg, settings, "DETERMINISTIC", reason)
 
     def build_model(self, cfg: CfgNode) -> nn.Module:
         from detectron2.modeling import build_model

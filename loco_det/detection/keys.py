@@ -233,7 +233,7 @@ def whole_tree() -> CfgNode:
     tree = get_cfg()
     for key, (default, _) in OWN_KEYS.items():
         section, _, last = key.rpartition(".")
-        config.value(tree, section)[last] = default
+        (config.value(tree, section) if section else tree)[last] = default
     return tree
 
 
@@ -375,6 +375,7 @@ def _check_own_sizes(cfg: CfgNode, settings: Settings | None) -> None:
 
 def _check_combinations(cfg: CfgNode, settings: Settings | None) -> None:
     """Refuse keys that are supported one by one but not together."""
+    _check_deterministic(cfg, settings)
     model, heads = cfg.MODEL, cfg.MODEL.ROI_HEADS.NAME
     depth, deform = model.RESNETS.DEPTH, list(model.RESNETS.DEFORM_ON_PER_STAGE)
     trained_here = not model.LOAD_PROPOSALS or model.META_ARCHITECTURE == "ProposalNetwork"
@@ -396,6 +397,22 @@ def _check_combinations(cfg: CfgNode, settings: Settings | None) -> None:
             "; it takes four values, for res2 to res5, needs depth 50 or more, and Res5ROIHeads has no deformable res5."
         )
         raise refusal(cfg, settings, "MODEL.RESNETS.DEFORM_ON_PER_STAGE", reason)
+
+
+def _check_deterministic(cfg: CfgNode, settings: Settings | None) -> None:
+    """Refuse what has no deterministic kernel on a GPU; torchvision's would silently differ from run to run."""
+    if not own_value(cfg, "DETERMINISTIC"):
+        return
+    refused = {
+        f"MODEL.ROI_{part}_HEAD.POOLER_TYPE": cfg.MODEL[f"ROI_{part}_HEAD"].POOLER_TYPE == "ROIPool"
+        for part in ("BOX", "MASK")
+    }
+    refused["MODEL.RESNETS.DEFORM_ON_PER_STAGE"] = any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE)
+    refused["MODEL.META_ARCHITECTURE"] = cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor"
+    for key, is_set in refused.items():
+        if is_set:
+            reason = ", whose gradient on a GPU differs from run to run; change it or set DETERMINISTIC to False."
+            raise refusal(cfg, settings, key, reason)
 
 
 def _check_no_resnet(cfg: CfgNode, settings: Settings | None) -> None:

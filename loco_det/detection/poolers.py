@@ -15,6 +15,7 @@ from torchvision.ops import roi_align, roi_pool
 from loco_det.core.errors import UserError
 from loco_det.detection.boxes import area
 from loco_det.detection.cpu_speed import roi_align_pyramid
+from loco_det.detection.deterministic import deterministic_roi_align
 
 POOLER_TYPES = ("ROIAlignV2", "ROIAlign", "ROIPool")
 
@@ -109,4 +110,7 @@ class RoiPooler(nn.Module):
         if self.kind == "ROIPool":
             wide = torch.promote_types(feature.dtype, torch.float32)  # torchvision's CPU kernel needs at least float32
             return roi_pool(feature.to(wide), regions.to(wide), size, scale).to(feature.dtype)
-        return roi_align(feature, regions, size, scale, self.sampling_ratio, self.kind == "ROIAlignV2")
+        align = roi_align
+        if torch.are_deterministic_algorithms_enabled() and feature.is_cuda:
+            align = deterministic_roi_align
+        return align(feature, regions, size, scale, self.sampling_ratio, self.kind == "ROIAlignV2")

@@ -6,6 +6,7 @@ inference/coco_instances_results.json; and run.json with the run's inputs.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from logging import INFO, WARNING
 from pathlib import Path
@@ -21,18 +22,19 @@ from loco_det.annotations.classes import check_training_classes, missing_classes
 from loco_det.annotations.registry import find_dataset
 from loco_det.core import config
 from loco_det.core.device import (
+    arithmetic,
     check_bf16,
     common_seed,
     keep_freed_memory,
     resolve_device,
     seed_everything,
-    set_arithmetic,
 )
 from loco_det.core.distributed import averaged, barrier, is_main, world_size
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
 from loco_det.core.log import log
 from loco_det.core.metrics import RunMetrics
+from loco_det.core.own_keys import own_value
 from loco_det.core.run_folder import run_folder
 from loco_det.detection import engine_d2, solver
 from loco_det.detection.checkpoint import (
@@ -111,8 +113,9 @@ def train_net(
     for _, training in caches:
         check_cacheable(cfg, engine.name, training=training)
     drawn, written = cfg.SEED < 0, cfg
-    with run_folder(cfg.OUTPUT_DIR), RunMetrics(cfg, wandb, resume) as metrics:
+    with run_folder(cfg.OUTPUT_DIR), RunMetrics(cfg, wandb, resume) as metrics, contextlib.ExitStack() as stack:
         cfg = _prepare(cfg, eval_only)
+        stack.enter_context(_arithmetic(cfg, eval_only))
         if not eval_only:
             check_data(cfg, own_reader=engine.name != "detectron2")
         model = engine.build_model(cfg)
@@ -184,14 +187,18 @@ def _prepare(cfg: CfgNode, eval_only: bool) -> CfgNode:
         check_bf16(torch.device(device), "SOLVER.AMP.DTYPE", "SOLVER.AMP.DTYPE fp16")
     if cfg.MODEL.DEVICE == "cpu" and not eval_only:
         keep_freed_memory()
-    benchmark = cfg.CUDNN_BENCHMARK and not eval_only
-    set_arithmetic(torch.device(cfg.MODEL.DEVICE), benchmark=benchmark, precision=cfg.FLOAT32_PRECISION)
     parts = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD")
     synced = [part for part in parts if cfg.MODEL[part].NORM == "SyncBN"]
     if synced and cfg.MODEL.DEVICE == "cpu" and world_size() > 1:
         raise UserError(f"MODEL.{synced[0]}.NORM is SyncBN, which needs GPUs on several processes; set it to BN.")
     seed_everything(cfg.SEED)
     return cfg
+
+
+def _arithmetic(cfg: CfgNode, eval_only: bool) -> contextlib.AbstractContextManager[None]:
+    benchmark, exact = cfg.CUDNN_BENCHMARK and not eval_only, own_value(cfg, "DETERMINISTIC")
+    device, precision = torch.device(cfg.MODEL.DEVICE), cfg.FLOAT32_PRECISION
+    return arithmetic(device, benchmark=benchmark, precision=precision, deterministic=exact)
 
 
 def _write_config(cfg: CfgNode) -> None:
