@@ -39,8 +39,10 @@ def stage_compiler(device: torch.device, backend: str | Callable = "inductor") -
             f"SOLVER.COMPILE: torch.compile does not work here ({reason[0]}); install "
             f"{'Triton' if device.type == 'cuda' else 'a C++ compiler such as g++'} or set SOLVER.COMPILE False"
         ) from error
-    torch._functorch.config.donated_buffer = False  # a backward must not reuse buffers that the next one reads
-    torch._functorch.config.enable_autograd_cache = False  # it may hold whole backwards of an earlier program
+    # A backward must not reuse buffers that the next one reads; a cache may hold whole backwards of an earlier program.
+    for name in ("donated_buffer", "enable_autograd_cache"):
+        if hasattr(torch._functorch.config, name):  # torch 2.4 has no donated buffers
+            setattr(torch._functorch.config, name, False)
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)  # stages share their code
     return partial(torch.compile, backend=backend)
 
