@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import importlib.util
 import io
+import logging
 import multiprocessing
 import os
 import pickle
@@ -27,7 +29,7 @@ from loco_det.core import log as log_module
 from loco_det.core.device import resolve_device, seed_everything
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, read_regular, write_json
-from loco_det.core.log import Progress, log, log_failure, setup_logging
+from loco_det.core.log import Progress, log, log_failure, logging_to, setup_logging
 from loco_det.core.workers import raising
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -415,6 +417,75 @@ def test_the_log_of_a_job_goes_on_under_those_of_its_parts(tmp_path: Path, capsy
     texts = [(tmp_path / name / "log.txt").read_text() for name in (".", "a/pretrain", "a/detector")]
     assert ["first" in text for text in texts] == [True, True, False]
     assert ["second" in text for text in texts] == [True, False, True]
+
+
+def log_two_lines_and_fail(folder: Path) -> None:
+    with logging_to(folder):
+        log.info("a line")
+        log.warning("trouble")
+        raise UserError("a.jpg: broken")
+
+
+@pytest.mark.parametrize("own", ["root", "none", "quiet"])
+def test_a_call_from_python_logs_as_a_command_and_leaves_the_programs_logging_alone(
+    own: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    root, seen = logging.getLogger(), logging.StreamHandler(sys.stdout)
+    level = root.level
+    try:
+        if own == "root":
+            root.addHandler(seen)
+            root.setLevel(logging.INFO)
+        elif own == "quiet":
+            log.setLevel(logging.WARNING)
+        before = list(log.handlers), log.level, log.propagate
+        with pytest.raises(UserError, match="broken"):
+            log_two_lines_and_fail(tmp_path / "run")
+        assert (log.handlers, log.level, log.propagate) == before
+    finally:
+        root.removeHandler(seen)
+        root.setLevel(level)
+    out, err = capsys.readouterr()
+    assert (out.count("a line"), err.count("a line")) == {"root": (1, 0), "none": (0, 1), "quiet": (0, 0)}[own]
+    assert out.count("trouble") + err.count("trouble") == 1
+    assert err.count("broken") == 0
+    written = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert [line.partition(" ")[2].split(" ", 2)[2] for line in written] == [
+        *([] if own == "quiet" else ["a line"]), "trouble", "a.jpg: broken"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("widgets", "drawn"), [(True, True), (False, False)])
+def test_a_notebook_gets_a_bar_if_it_can_draw_one(
+    widgets: bool,
+    drawn: bool,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: (object() if widgets else None) if name == "ipywidgets" else find(name),
+    )
+    at = []  # where a bar is drawn
+    monkeypatch.setattr(log_module.RichProgress, "start", lambda self: None)
+    monkeypatch.setattr(log_module.RichProgress, "refresh", lambda self: at.append(self.tasks[0].completed))
+    setup_logging(tmp_path, quiet=False)
+    with Progress(3, "train") as progress:
+        at.clear()  # adding the row draws it
+        for seconds in (0.1, 0.5, 0.1):
+            clock.now += seconds
+            progress.advance()
+        log.warning("trouble")
+    assert at == ([2, 3] if drawn else [])
+    err = capsys.readouterr().err
+    assert ("train 3/3" in err) != drawn
+    assert "trouble" in err
+    assert "train 3/3" in (tmp_path / "log.txt").read_text()
 
 
 def test_the_log_says_what_ended_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

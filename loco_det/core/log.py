@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -21,6 +23,7 @@ from loco_det.core.files import os_errors
 log = logging.getLogger("loco_det")
 _LINE = "%(asctime)s %(levelname).1s %(message)s"
 _LINE_SECONDS = 10.0  # between two progress lines
+_DRAWING_SECONDS = 0.5  # between two drawings of a notebook's bar
 FILE_ONLY = {"file_only": True}  # marks lines that the terminal shows in another form
 _quiet = False
 _display: RichProgress | None = None  # the active display; a bar inside another's block becomes a row of it
@@ -76,16 +79,55 @@ def setup_logging(output_dir: str | Path | None = None, quiet: bool | None = Non
             handler.close()
     log.setLevel(logging.INFO)
     log.propagate = False
+    log.addHandler(_console())
+    if output_dir is not None and is_main():
+        log.addHandler(_file(output_dir))
+
+
+@contextlib.contextmanager
+def logging_to(output_dir: str | Path) -> Iterator[None]:
+    """Log a call from Python as a command's run: to standard error and OUTPUT_DIR/log.txt, with the error that ends it.
+
+    Where the program's own logging, or a command's in this process, shows these lines already, only the file is added.
+    A level that the program gave the logger holds. Afterwards the logger is as before.
+
+    Raises:
+        UserError: the folder or its log.txt cannot be written.
+    """
+    added, before = [_file(output_dir)] if is_main() else [], (log.level, log.propagate)
+    if not (log.hasHandlers() and log.isEnabledFor(logging.INFO)):
+        added.append(_console())
+        log.propagate = False
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.INFO)
+    for handler in added:
+        log.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        log_failure(error)
+        raise
+    finally:
+        for handler in added:
+            log.removeHandler(handler)
+            handler.close()
+        log.setLevel(before[0])
+        log.propagate = before[1]
+
+
+def _console() -> _Console:
     console = _Console()
     console.setLevel(logging.INFO if _shows_progress() else logging.WARNING)
     console.setFormatter(logging.Formatter(_LINE, "%H:%M:%S"))
-    log.addHandler(console)
-    if output_dir is not None and is_main():
-        with os_errors(output_dir):
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            file = _File(Path(output_dir) / "log.txt", encoding="utf-8")
-        file.setFormatter(logging.Formatter(_LINE, "%Y-%m-%d %H:%M:%S"))
-        log.addHandler(file)
+    return console
+
+
+def _file(output_dir: str | Path) -> _File:
+    with os_errors(output_dir):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        file = _File(Path(output_dir) / "log.txt", encoding="utf-8")
+    file.setFormatter(logging.Formatter(_LINE, "%Y-%m-%d %H:%M:%S"))
+    return file
 
 
 def log_failure(error: BaseException) -> None:
@@ -104,7 +146,7 @@ def _shows_progress() -> bool:
 
 
 class Progress:
-    """A progress bar with ETA on a terminal, a plain line every ten seconds elsewhere; log.txt always gets the lines.
+    """A bar with ETA on a terminal or in a notebook, elsewhere a line every ten seconds; log.txt always gets the lines.
 
     `advance(n, loss=..., ...)` moves it by n; the last given fields are shown beside the rate.
     """
@@ -112,12 +154,12 @@ class Progress:
     def __init__(self, total: int, description: str, initial: int = 0, unit: str = "it") -> None:
         self.total, self.description, self.unit = total, description, unit
         self.done = self.initial = initial
-        self.started = self.last_line = time.monotonic()
+        self.started = self.last_line = self.drawn = time.monotonic()
         self.display: RichProgress | None = None
 
     def __enter__(self) -> Progress:
         global _display
-        if _shows_progress() and _is_terminal():
+        if _shows_progress() and _shows_bars():
             self.outermost = _display is None
             if _display is None:
                 _display = _new_display()
@@ -144,19 +186,32 @@ class Progress:
         eta = _duration((self.total - self.done) / rate) if rate else "unknown"
         shown = " ".join([f"{rate:.3g} {self.unit}/s", *(f"{k} {_short(v)}" for k, v in fields.items())])
         if self.display is not None:
-            self.display.update(self.row, completed=self.done, eta=eta, shown=shown)
+            is_due = now - self.drawn >= _DRAWING_SECONDS or self.done >= self.total
+            draw = is_due and not self.display.live.auto_refresh
+            self.drawn = now if draw else self.drawn
+            self.display.update(self.row, completed=self.done, eta=eta, shown=shown, refresh=draw)
         if now - self.last_line >= _LINE_SECONDS or self.done >= self.total:
             self.last_line = now
             destination = FILE_ONLY if self.display is not None else None
             log.info("%s %d/%d eta %s %s", self.description, self.done, self.total, eta, shown, extra=destination)
 
 
-def _is_terminal() -> bool:
-    return _display is not None or (sys.stderr.isatty() and not Console(stderr=True).is_dumb_terminal)
+def _shows_bars() -> bool:
+    """Whether standard error is a terminal, or a notebook with ipywidgets, without which rich draws nothing there."""
+    if _display is not None:
+        return True
+    console = Console(stderr=True)
+    if console.is_jupyter:
+        return importlib.util.find_spec("ipywidgets") is not None
+    return sys.stderr.isatty() and not console.is_dumb_terminal
 
 
 def _new_display() -> RichProgress:
-    """Create the display with our own ETA: rich's averages over 30 seconds and has none for slower steps."""
+    """Create the display with our own ETA: rich's averages over 30 seconds and has none for slower steps.
+
+    A notebook's is drawn by `advance`: what is printed while rich draws in its thread would be drawn over.
+    """
+    console = Console(stderr=True)
     return RichProgress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
@@ -167,7 +222,9 @@ def _new_display() -> RichProgress:
             "{task.fields[shown]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
         ),
         expand=True,
-        console=Console(stderr=True),
+        auto_refresh=not console.is_jupyter,
+        console=console,
+        redirect_stderr=not console.is_jupyter,
         redirect_stdout=sys.stdout.isatty(),  # keep redirected output where it is
     )
 
