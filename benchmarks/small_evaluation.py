@@ -1,6 +1,6 @@
 """How long an evaluation of docs/is_my_backbone_good.md takes, in processor and wall-clock time.
 
-    python benchmarks/small_evaluation.py --json benchmarks/results/small_evaluation_cpu.json
+    OMP_NUM_THREADS=1 python benchmarks/small_evaluation.py --json benchmarks/results/small_evaluation_cpu.json
 
 A ResNet-18 of timm, untrained, and torchvision's as a module, each frozen under the small detector: 200 iterations on
 120 made-up images, tested on 40.

@@ -6,18 +6,21 @@ The commands `probe` and `train` do the same; here a backbone may also be any `n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det import arguments
 from loco_det.annotations.coco import image_files
-from loco_det.annotations.registry import find_dataset
+from loco_det.annotations.registry import Dataset, find_dataset
 from loco_det.backbones import own
 from loco_det.backbones.artifact import backbone_tensors, save_backbone
 from loco_det.backbones.hf_models import HfBackbone
@@ -30,7 +33,11 @@ from loco_det.convert.sources import Pixels
 from loco_det.convert.timm_models import describe_timm
 from loco_det.core.config import read_settings
 from loco_det.core.errors import UserError
+from loco_det.core.files import atomic_write
+from loco_det.core.log import log, logging_to
+from loco_det.detection.checkpoint import LAST
 from loco_det.detection.keys import load_cfg
+from loco_det.detection.loop import StoppedError
 from loco_det.detection.train import train_net
 from loco_det.evaluation.probes.backbones import Backbone, load_backbone_for_probe, measure_on, own_backbone
 
@@ -45,23 +52,30 @@ class Result(dict[str, Any]):
     Attributes:
         rows: {name of the row: {name of the column: number}}.
         folder: of the run, if it has one.
+        notes: lines below the table, on what was run and how to read it.
     """
 
     def __init__(
-        self, content: Mapping[str, Any], rows: Mapping[str, Mapping[str, float]], folder: Path | None
+        self,
+        content: Mapping[str, Any],
+        rows: Mapping[str, Mapping[str, float]],
+        folder: Path | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         super().__init__(content)
-        self.rows, self.folder = {name: dict(row) for name, row in rows.items()}, folder
+        self.rows = {name: dict(row) for name, row in rows.items()}
+        self.folder, self.notes = folder, list(notes)
 
     def __str__(self) -> str:
         columns = list(dict.fromkeys(column for row in self.rows.values() for column in row))
         table = [["", *columns]]
         table += [[name, *(_shown(row.get(column)) for column in columns)] for name, row in self.rows.items()]
         widths = [max(map(len, cells)) for cells in zip(*table)]
-        return "\n".join(
+        lines = [
             "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
             for row in table
-        )
+        ]
+        return "\n".join([*lines, *self.notes])
 
     __repr__ = __str__
 
@@ -152,7 +166,7 @@ def probe(
         stage: {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
         for stage, numbers in found["stages"].items()
     }
-    return Result(found, rows, None)
+    return Result(found, rows)
 
 
 def evaluate_detection(
@@ -165,11 +179,12 @@ def evaluate_detection(
     masks: bool = False,
     small: bool = False,
     output: str | Path | None = None,
+    resume: bool = False,
     device: str = "auto",
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Train a detector on a backbone and evaluate it.
+    """Train a detector on a backbone and evaluate it; shows progress on standard error, and logs to log.txt.
 
     Args:
         backbone: from `load_backbone`, or what that takes. Maps of one stride, 16, get the simple feature pyramid;
@@ -180,53 +195,146 @@ def evaluate_detection(
             the backbone is trained, so the next evaluation begins with the same weights.
         masks: Mask R-CNN instead of Faster R-CNN.
         small: images of 256 pixels, batches of 4 and small heads, as in configs/laptop.yaml: minutes on a CPU.
-        output: new folder of the run, with checkpoints and detections; None: a temporary one.
+        output: new folder of the run, with checkpoints and detections; None: a temporary one, removed if the call is
+            interrupted or fails before its first checkpoint.
+        resume: continue the run in `output` from its last checkpoint, if it has one.
         device: "auto", "cpu" or "cuda".
+        seed: of the detector's initial weights and of the order and augmentation of the images.
         settings: further keys of `train`, {"SOLVER.BASE_LR": 0.01, "INPUT.MIN_SIZE_TRAIN": (320,)}.
 
     Returns:
-        {"bbox": {"AP": percent, ...}, "segm": {...}}; prints as a table.
+        {"bbox": {"AP": percent, ...}, "segm": {...}}; prints as a table, and how to read it.
 
     Raises:
-        UserError: bad data, settings or weights, or a backbone whose strides no pyramid takes.
+        UserError: bad data, settings or weights, a backbone whose strides no pyramid takes, or another run to resume.
+        KeyboardInterrupt: SIGINT (Ctrl-C) or SIGTERM; during training, after a checkpoint.
     """
+    _check_arguments(protocol, iterations, {"train": train, "test": test}, settings)
+    if resume and output is None:
+        raise UserError("resume=True: give the output of the run to continue")
+    backbone = backbone if isinstance(backbone, Backbone) else load_backbone(backbone)
+    folder = _run_folder(output, resume)
+    with _interruptible(folder, is_temporary=output is None), logging_to(folder):
+        data = [find_dataset(name) for name in (train, test)]
+        log.info(
+            "training %s R-CNN on %s (%s): %d iterations on %s, then a test on %s; in %s",
+            *("Mask" if masks else "Faster", backbone.name, protocol, iterations, *map(_counted, data), folder),
+        )
+        weights = _check_same_backbone(backbone, folder)
+        is_plain = getattr(backbone.model, "is_plain", False)
+        if backbone.untrained:
+            backbone = replace(backbone, model=copy.deepcopy(backbone.model))  # the caller's stays as it is
+            measure_on(backbone, image_files(data[0]), seed)
+        keys, _kept = _of_backbone(backbone, folder, protocol, weights)
+        chosen = {
+            **(_small_keys() if small else {}),
+            **keys,
+            **_keys_of_data(*data, iterations),
+            "MODEL.BACKBONE.FREEZE_AT": PROTOCOLS[protocol],
+            "MODEL.MASK_ON": masks,
+            "MODEL.DEVICE": device,
+            "SEED": seed,
+            "OUTPUT_DIR": str(folder),
+            **(settings or {}),
+        }
+        base = "base_rcnn_vit.yaml" if is_plain else "base_rcnn_fpn.yaml"
+        cfg, _ = load_cfg(base, [text for key, value in chosen.items() for text in (key, str(value))])
+        found = train_net(cfg, engine="torchvision", fast=True, resume=resume)
+    rows = {kind: {name: v for name, v in numbers.items() if "AP-" not in name} for kind, numbers in found.items()}
+    return Result(found, rows, folder, _notes(cfg, rows, backbone))
+
+
+def _check_arguments(
+    protocol: str, iterations: int, data: Mapping[str, str], settings: Mapping[str, Any] | None
+) -> None:
     if protocol not in list(PROTOCOLS):
         raise UserError(f"protocol {protocol!r}: use one of {', '.join(PROTOCOLS)}")
     if not isinstance(iterations, int) or iterations < 1:
         raise UserError(f"iterations {iterations!r}: give a whole number of at least 1")
-    for key, name in (("train", train), ("test", test)):
+    for key, name in data.items():
         if not isinstance(name, str) or not name:
             raise UserError(f"{key} {name!r}: give a data set by name or path, e.g. 'coco_2017_{key}'")
     if settings is not None and not (isinstance(settings, Mapping) and all(isinstance(key, str) for key in settings)):
         raise UserError(f"settings {settings!r}: give a dict of Detectron2's keys, {{'SOLVER.BASE_LR': 0.01}}")
-    backbone = backbone if isinstance(backbone, Backbone) else load_backbone(backbone)
-    folder = _new_folder(output)
-    is_plain = getattr(backbone.model, "is_plain", False)
-    if backbone.untrained:
-        backbone = replace(backbone, model=copy.deepcopy(backbone.model))  # the caller's stays as it is
-        measure_on(backbone, image_files(find_dataset(train)), seed)
-    keys, _kept = _of_backbone(backbone, folder, protocol)
-    chosen = {
-        **(_small_keys() if small else {}),
-        **keys,
-        "MODEL.BACKBONE.FREEZE_AT": PROTOCOLS[protocol],
-        "MODEL.MASK_ON": masks,
-        "MODEL.DEVICE": device,
-        "MODEL.ROI_HEADS.NUM_CLASSES": len(find_dataset(train).index.category_names),
-        "DATASETS.TRAIN": (train,),
-        "DATASETS.TEST": (test,),
+
+
+@contextlib.contextmanager
+def _interruptible(folder: Path, is_temporary: bool) -> Iterator[None]:
+    """Make a stop by a signal a KeyboardInterrupt; a temporary folder is then removed, as is one without a checkpoint.
+
+    Raises:
+        KeyboardInterrupt: with what became of the run.
+    """
+    try:
+        yield
+    except BaseException as error:
+        stopped = isinstance(error, (StoppedError, KeyboardInterrupt))
+        if is_temporary and (stopped or not (folder / LAST).exists()):
+            shutil.rmtree(folder, ignore_errors=True)
+        if not stopped:
+            raise
+        what = error.what if isinstance(error, StoppedError) else "interrupted"
+        left = (
+            "its temporary folder is removed; output=DIR would keep the run"
+            if is_temporary
+            else f"{folder} holds the run, and the same call with resume=True continues it"
+        )
+        raise KeyboardInterrupt(f"{what}; {left}") from None
+
+
+def _check_same_backbone(backbone: Backbone, folder: Path) -> str:
+    """Return the hash of a backbone's weights, untrained ones not yet measured; a new run's folder gets it as a file.
+
+    Raises:
+        UserError: the run to be resumed is another backbone's, whose checkpoint would replace this one's weights.
+    """
+    file, weights = folder / "backbone.sha256", backbone.weights_hash()
+    if (folder / LAST).exists() and file.exists() and file.read_text().strip() != weights:
+        raise UserError(f"{folder}: holds a run of another backbone than {backbone.name}; give another output")
+    with atomic_write(file, "w") as written:
+        written.write(f"{weights}\n")
+    return weights
+
+
+def _keys_of_data(train: Dataset, test: Dataset, iterations: int) -> dict[str, Any]:
+    return {
+        "MODEL.ROI_HEADS.NUM_CLASSES": len(train.index.category_names),
+        "DATASETS.TRAIN": (train.name,),
+        "DATASETS.TEST": (test.name,),
         "SOLVER.MAX_ITER": iterations,
         "SOLVER.STEPS": sorted({max(1, round(iterations * share)) for share in (2 / 3, 8 / 9)}),
         "SOLVER.WARMUP_ITERS": min(1000, iterations // 10),
-        "SEED": seed,
-        "OUTPUT_DIR": str(folder),
-        **(settings or {}),
     }
-    base = "base_rcnn_vit.yaml" if is_plain else "base_rcnn_fpn.yaml"
-    cfg, _ = load_cfg(base, [text for key, value in chosen.items() for text in (key, str(value))])
-    found = train_net(cfg, engine="torchvision", fast=True)
-    rows = {kind: {name: v for name, v in numbers.items() if "AP-" not in name} for kind, numbers in found.items()}
-    return Result(found, rows, folder)
+
+
+def _counted(*datasets: Dataset) -> str:
+    return " and ".join(f"the {len(dataset.index.image_id)} images of {dataset.name}" for dataset in datasets)
+
+
+def _notes(cfg: CfgNode, rows: Mapping[str, Mapping[str, float]], backbone: Backbone) -> list[str]:
+    """Return what is printed below the numbers: what was run, and how to read them."""
+    train, test = ([find_dataset(name) for name in names] for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST))
+    notes = [
+        f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images, from {_counted(*train)}; tested on "
+        f"{_counted(*test) or 'nothing'}; in {cfg.OUTPUT_DIR}"
+    ]
+    if any(value != value for numbers in rows.values() for value in numbers.values()):
+        notes.append(
+            "nan: no such object in the test set (APs, APm, APl: areas below 32 x 32 pixels, up to 96 x 96, above)"
+        )
+    return [*notes, _how_to_read(backbone)]
+
+
+def _how_to_read(backbone: Backbone) -> str:
+    too_few = "where both are near 0, the iterations are too few: raise them until doubling them changes the AP little"
+    if backbone.untrained:
+        return f"random weights: the AP that a trained backbone has to exceed in the same call; {too_few}"
+    model, name = backbone.model, backbone.facts.get("architecture")
+    if isinstance(model, (TimmBackbone, ResNet)):
+        other = f'evaluate_detection("random:{model.architecture if isinstance(model, TimmBackbone) else name}", ...)'
+    else:
+        other = "of an untrained copy"
+    return f"compare with the same call on random weights, {other}: the features add what is above; {too_few}"
 
 
 def _small_keys() -> dict[str, Any]:
@@ -236,12 +344,14 @@ def _small_keys() -> dict[str, Any]:
     return {key: value for key, value in own.items() if key not in set_here}
 
 
-def _new_folder(output: str | Path | None) -> Path:
+def _run_folder(output: str | Path | None, resume: bool) -> Path:
     if output is None:
         return Path(tempfile.mkdtemp(prefix="loco_det_"))
     folder = Path(output)
-    if (folder / "config.yaml").exists():
-        raise UserError(f"{folder}: holds another run; give another output, or remove that folder")
+    if (folder / "config.yaml").exists() and not resume:
+        raise UserError(
+            f"{folder}: holds another run; give another output, or remove that folder, or continue with resume=True"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -249,10 +359,13 @@ def _new_folder(output: str | Path | None) -> Path:
     return folder
 
 
-def _of_backbone(backbone: Backbone, folder: Path, protocol: str) -> tuple[dict[str, Any], nn.Module | None]:
+def _of_backbone(
+    backbone: Backbone, folder: Path, protocol: str, label: str
+) -> tuple[dict[str, Any], nn.Module | None]:
     """The keys that put a backbone under a detector.
 
-    Its weights are written into `folder`, or a copy is `own.given`: the second value, which must be kept meanwhile.
+    Its weights are written into `folder`, or a copy is `own.given` by its `label`: the second value, which must be kept
+    meanwhile.
     """
     pixels = {
         "INPUT.FORMAT": backbone.order,
@@ -288,7 +401,7 @@ def _of_backbone(backbone: Backbone, folder: Path, protocol: str) -> tuple[dict[
             f"dict of maps called {', '.join(FPN_STAGES)}, of strides 4, 8, 16 and 32, or one map of stride 16"
         )
     copied = copy.deepcopy(model).requires_grad_(True)  # what is frozen is the protocol's choice alone
-    keys = {"MODEL.BACKBONE.NAME": own.given(copied), "MODEL.WEIGHTS": "", "MODEL.FPN.IN_FEATURES": maps}
+    keys = {"MODEL.BACKBONE.NAME": own.given(copied, label), "MODEL.WEIGHTS": "", "MODEL.FPN.IN_FEATURES": maps}
     return {**pixels, **keys}, copied
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
+import os
+import re
+import signal
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +18,16 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from tiny_detection import TINY_HEADS as SMALL
+from tiny_detection import overrides
 from torch import nn
 
 import loco_det
+from loco_det import api
 from loco_det.backbones import own
 from loco_det.backbones.own import OwnBackbone
 from loco_det.core.errors import UserError
+from loco_det.detection.engine_torchvision import TorchvisionEngine
+from loco_det.detection.keys import load_cfg
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "docs" / "tutorials" / "notebook.ipynb"
 
@@ -225,6 +235,165 @@ def test_another_runs_folder_is_left_alone(tiny_data: Path, tmp_path: Path) -> N
         loco_det.evaluate_detection(Maps(), output=tmp_path / "config.yaml", **options)
     with pytest.raises(UserError, match="iterations '3': give a whole number"):
         loco_det.evaluate_detection(Maps(), **{**options, "iterations": "3"})
+
+
+OPTIONS = {"train": "tiny_train", "test": "tiny_val", "device": "cpu", "settings": SMALL}
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals = signal.SIGINT) -> None:
+    """This process gets the signal in the step of that number, from 1."""
+    forward, done = TorchvisionEngine.losses, []
+
+    def losses(*args: object) -> object:
+        done.append(1)
+        if len(done) == step:
+            os.kill(os.getpid(), number)
+        return forward(*args)
+
+    monkeypatch.setattr(TorchvisionEngine, "losses", losses)
+
+
+def test_detection_says_what_it_does_and_leaves_the_logger_as_it_was(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    log = logging.getLogger("loco_det")
+    before = list(log.handlers), log.level, log.propagate
+    found = loco_det.evaluate_detection(Maps(), iterations=3, output=tmp_path / "run", **OPTIONS)
+    out, err = capsys.readouterr()
+    assert out == ""
+    first = (
+        "training Faster R-CNN on Maps (frozen): 3 iterations on the 6 images of tiny_train, then a test on the 6 "
+        f"images of tiny_val; in {tmp_path / 'run'}"
+    )
+    written = (tmp_path / "run" / "log.txt").read_text()
+    for text in (err, written):
+        assert text.splitlines()[0].endswith(f" I {first}")
+        assert text.count("train 3/3 eta 00:00:00") == 1
+        assert text.count(" evaluation 6/6") + text.count(" evaluation 3/3") >= 1
+    assert (log.handlers, log.level, log.propagate) == before
+    settings = {**SMALL, "SOLVER.BASE_LR": 1e30}
+    with pytest.raises(UserError, match=r"SOLVER\.BASE_LR"):
+        loco_det.evaluate_detection(Maps(), iterations=3, output=tmp_path / "b", **{**OPTIONS, "settings": settings})
+    assert "lower SOLVER.BASE_LR" in (tmp_path / "b" / "log.txt").read_text().splitlines()[-1]
+    assert (log.handlers, log.level, log.propagate) == before
+    assert found.notes[0] in str(found)
+
+
+def test_the_page_has_every_argument_with_its_default_and_what_small_changes() -> None:
+    page = (NOTEBOOK.parent.parent / "is_my_backbone_good.md").read_text()
+    table = page.split("## Arguments of evaluate_detection")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| `")]
+    defaults = {name: row[1].strip("`") for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    parameters = list(inspect.signature(loco_det.evaluate_detection).parameters.values())[1:]
+    empty = inspect.Parameter.empty
+    assert defaults == {p.name: "" if p.default is empty else repr(p.default).replace("'", '"') for p in parameters}
+    (small,) = [row[2] for row in rows if row[0] == "`small`"]
+    keys, base = api._small_keys(), load_cfg("base_rcnn_fpn.yaml", [])[0]
+    for key, said in (
+        ("INPUT.MIN_SIZE_TEST", "images of {} instead of {} pixels"),
+        ("SOLVER.IMS_PER_BATCH", "batches of {} instead of {}"),
+        ("MODEL.FPN.OUT_CHANNELS", "a pyramid of {} instead of {} channels"),
+    ):
+        section, *path = key.split(".")
+        before = base[section]
+        for name in path:
+            before = before[name]
+        assert said.format(keys[key], before) in small
+    assert f"a rate of {keys['SOLVER.BASE_LR']} with clipped" in small
+
+
+def test_a_result_says_how_to_read_it(tiny_data: Path) -> None:
+    rows = {"bbox": {"AP": 1.5, "APl": float("nan")}}
+    cfg = load_cfg("base_rcnn_fpn.yaml", overrides(SOLVER__MAX_ITER=7, OUTPUT_DIR="runs/a"))[0]
+    notes = api._notes(cfg, rows, loco_det.load_backbone(Maps(), image_size=64))
+    assert notes[0] == (
+        "7 iterations of 2 images, from the 6 images of tiny_train; tested on the 6 images of tiny_val; in runs/a"
+    )
+    assert notes[1].startswith("nan: no such object in the test set")
+    assert "the same call on random weights, of an untrained copy: " in notes[2]
+    assert "too few: raise them" in notes[2]
+    del rows["bbox"]["APl"]
+    for source, said in (
+        ("random:timm:test_vit", "random weights: the AP that a trained backbone has to exceed"),
+        ("file", 'evaluate_detection("random:resnet18", ...)'),
+    ):
+        backbone = loco_det.load_backbone("random:resnet18" if source == "file" else source, image_size=64)
+        backbone.untrained = source != "file"
+        notes = api._notes(cfg, rows, backbone)
+        assert len(notes) == 2
+        assert said in notes[1]
+    timm = loco_det.load_backbone("random:timm:test_vit")
+    timm.untrained = False
+    assert 'evaluate_detection("random:timm:test_vit", ...)' in api._notes(cfg, rows, timm)[1]
+
+
+@pytest.mark.parametrize("source", ["module", "random:timm:test_vit"])
+def test_ctrl_c_keeps_the_run_and_the_same_call_continues_it(
+    source: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Maps() if source == "module" else source
+    whole = loco_det.evaluate_detection(source, iterations=4, output=tmp_path / "whole", **OPTIONS)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            loco_det.evaluate_detection(source, iterations=4, output=tmp_path / "run", **OPTIONS)
+    assert str(stopped.value) == (
+        f"stopped by SIGINT after iteration 2; {tmp_path / 'run'} holds the run, and the same call with resume=True "
+        "continues it"
+    )
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000001.pth"
+    with pytest.raises(UserError, match=r"holds another run; .* or continue with resume=True"):
+        loco_det.evaluate_detection(source, iterations=4, output=tmp_path / "run", **OPTIONS)
+    found = loco_det.evaluate_detection(source, iterations=4, output=tmp_path / "run", resume=True, **OPTIONS)
+    assert found == whole
+    ours, theirs = (torch.load(tmp_path / d / "model_final.pth", weights_only=True)["model"] for d in ("run", "whole"))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert "resumed from" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_another_backbone_does_not_resume_a_run(tiny_data: Path, tmp_path: Path) -> None:
+    """Its checkpoint would replace the weights to be evaluated, and the first backbone's AP be returned again."""
+    run = {"iterations": 1, "output": tmp_path / "run", "resume": True, **OPTIONS}
+    first = loco_det.evaluate_detection("random:timm:test_vit", **run)  # resume without a run starts one
+    assert loco_det.evaluate_detection("random:timm:test_vit", **run) == first
+    other = loco_det.load_backbone("random:timm:test_vit")
+    next(other.model.parameters()).data.add_(1)
+    kept = (tmp_path / "run" / "backbone.safetensors").read_bytes()
+    with pytest.raises(
+        UserError, match="holds a run of another backbone than random:timm:test_vit; give another output"
+    ):
+        loco_det.evaluate_detection(other, **run)
+    assert (tmp_path / "run" / "backbone.safetensors").read_bytes() == kept
+    with pytest.raises(UserError, match="resume=True: give the output"):
+        loco_det.evaluate_detection(Maps(), iterations=1, resume=True, **OPTIONS)
+
+
+@pytest.mark.parametrize("moment", ["training", "evaluation"])
+def test_an_interrupted_call_leaves_no_temporary_folder(
+    moment: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if moment == "training":
+        stop_at(monkeypatch, 2, signal.SIGTERM)
+    else:
+        monkeypatch.setattr(TorchvisionEngine, "test_batches", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt, match=r"its temporary folder is removed; output=DIR would keep the run"):
+        loco_det.evaluate_detection(Maps(), iterations=3, **OPTIONS)
+    with pytest.raises(UserError, match=r"SOLVER\.BASE_RL"):
+        loco_det.evaluate_detection(Maps(), iterations=3, **{**OPTIONS, "settings": {"SOLVER.BASE_RL": 1}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_after_training_keeps_what_was_trained(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(TorchvisionEngine, "test_batches", lambda *_: [][0])
+    with pytest.raises(IndexError):
+        loco_det.evaluate_detection(Maps(), iterations=1, **OPTIONS)
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "model_final.pth").is_file()
+    assert "IndexError" in (folder / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("source", ["random:resnet18", "file"])

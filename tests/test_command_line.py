@@ -413,7 +413,7 @@ def test_random_weights_are_the_same_measured_network_everywhere(
     torch.testing.assert_close(tensors["bn1.running_mean"], mean, rtol=1e-4, atol=1e-5)
     seen = []
     monkeypatch.setattr(api, "train_net", lambda cfg, **options: seen.append(api.own._given) or {})
-    monkeypatch.setattr(api.own, "given", lambda module: seen.append(module) or "python:x")
+    monkeypatch.setattr(api.own, "given", lambda module, label: seen.append(module) or "python:x")
     api.evaluate_detection(
         backbones.load_backbone_for_probe("random:resnet18", seed=5), train="tiny_train", test="tiny_val", iterations=1,
         output=tmp_path / "b", seed=5,

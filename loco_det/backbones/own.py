@@ -122,10 +122,14 @@ def names_by_stride(strides: Sequence[float]) -> list[str]:
     return names if all(names) and len(set(names)) == len(names) else [f"map{i}" for i in range(len(strides))]
 
 
-def given(module: nn.Module) -> str:
-    """Return a MODEL.BACKBONE.NAME for `module`, in this process and while something else refers to the module."""
+def given(module: nn.Module, label: str = "") -> str:
+    """Return a MODEL.BACKBONE.NAME for `module`, in this process and while something else refers to the module.
+
+    Args:
+        label: the name's end, by which a resumed run knows the backbone again; of several modules the last has it.
+    """
     known = next((name for name, other in _given.items() if other is module), None)
-    name = known or f"{PREFIX}{_GIVEN}{next(_numbers)}"
+    name = f"{PREFIX}{_GIVEN}{label}" if label else known or f"{PREFIX}{_GIVEN}{next(_numbers)}"
     _given[name] = module
     return name
 

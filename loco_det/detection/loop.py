@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -36,6 +37,18 @@ from loco_det.detection.inference import evaluate, flatten
 # Further keys of a checkpoint's note: values of the last iterations, and that the last one's line is not yet written.
 RECENT, LINE_DUE = "recent", "line_due"
 LOG_PERIOD = 20  # iterations between two lines of metrics.json, and the window of their medians
+
+
+class StoppedError(UserError):
+    """A signal ended the training, whose last complete iteration is saved.
+
+    Attributes:
+        what: what happened, as a clause.
+    """
+
+    def __init__(self, signal: str | None, done: int, path: Path) -> None:
+        self.what = f"stopped by {signal or 'a signal'} after iteration {done}"
+        super().__init__(f"{self.what}; {path} holds the run, continue with --resume.")
 
 
 @dataclass
@@ -88,10 +101,7 @@ def train(run: Run, evaluator: str, metrics: RunMetrics) -> None:
                 path = run.checkpointer.save(f"model_{iteration:07d}", iteration)
                 run.done = None
                 barrier()
-                raise UserError(
-                    f"stopped by {stop.received or 'a signal'} after iteration {iteration + 1}; {path} holds the run, "
-                    "continue with --resume."
-                )
+                raise StoppedError(stop.received, iteration + 1, path)
             _write_line(run, iteration, evaluator, metrics)
             run.checkpointer.note[LINE_DUE] = False
             periodic.step(iteration)  # last: metrics.json already has what a checkpoint holds
