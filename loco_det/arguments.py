@@ -51,16 +51,18 @@ def configs(parser: argparse.ArgumentParser) -> None:
 
 
 def data(parser: argparse.ArgumentParser) -> None:
-    """What to check or convert, and the output."""
+    """What to check, convert or draw, and the output."""
     parser.add_argument(
         "action",
-        choices=["check", "convert"],
-        help="check: validate a data set and draw samples; convert: annotations to COCO's format",
+        choices=["check", "convert", "shapes"],
+        help="check: validate a data set and draw samples; convert: annotations to COCO's format; shapes: draw a "
+        "made-up data set",
     )
     parser.add_argument(
         "path",
         metavar="PATH",
-        help="check: images as for DATA.PATH, or a data set as for DATASETS.TRAIN; convert: a folder or file",
+        help="check: images as for DATA.PATH, or a data set as for DATASETS.TRAIN; convert: a folder or file; "
+        "shapes: the new folder, whose splits are PATH/@train and PATH/@test",
     )
     parser.add_argument("to", nargs="?", type=Path, metavar="OUT", help="convert: output folder of annotations/*.json")
     parser.add_argument(
@@ -77,14 +79,17 @@ def data(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="data workers (default: 4)")
-    parser.add_argument(
-        "--size", type=int, default=224, metavar="PIXELS", help="size of a view on the sheet (default: 224)"
-    )
+    size = "check: size of a view on the sheet (default: 224); shapes: of the images (default: 128)"
+    parser.add_argument("--size", type=int, metavar="PIXELS", help=size)
+    parser.add_argument("--train", type=int, metavar="N", help="shapes: training images (default: 120)")
+    parser.add_argument("--test", type=int, metavar="N", help="shapes: test images (default: 40)")
     parser.add_argument("--preset", choices=PRESETS, default="simclr", help="the views' augmentation")
     masks = "check for this INPUT.MASK_FORMAT, or boxes only (default: by the file's masks)"
     parser.add_argument("--masks", choices=MASKS, default="auto", help=masks)
     parser.add_argument("--max-bad-share", type=float, default=0.01, metavar="SHARE", help="as DATA.MAX_BAD_SHARE")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the samples and their views")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the samples and their views, or of the shapes"
+    )
 
 
 def pretrain(parser: argparse.ArgumentParser) -> None:

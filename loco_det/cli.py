@@ -32,7 +32,7 @@ JOBS = {
     "quickstart": "make a data set, pretrain on it, convert, detect: all steps in minutes on a CPU",
     "doctor": "check this machine, its data sets and a config with its weights, with remedies",
     "configs": "list the configurations that come with this package",
-    "data": "`data check PATH`: validate a whole data set; `data convert SRC OUT`: convert it to COCO's format",
+    "data": "`data check PATH`: validate a data set; `convert SRC OUT`: to COCO's format; `shapes DIR`: draw one",
     "pretrain": "pretrain a backbone on unlabelled images with LoCo, GIM or SimCLR",
     "convert": "convert a backbone to weights for Detectron2 and `train`, with a proof",
     "train": "train and evaluate Faster or Mask R-CNN on a frozen or fine-tuned backbone",

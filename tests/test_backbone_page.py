@@ -6,17 +6,15 @@ import re
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
 
 from loco_det.cli import main
 from loco_det.evaluation.probes import backbones
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "is_my_backbone_good.md").read_text()
-# Fewer and smaller than on the page, which is for real images.
+# Fewer and smaller than on the page.
 TOY = {
     "SOLVER.MAX_ITER": "2",
     "SOLVER.STEPS": "(1,)",
@@ -32,26 +30,20 @@ def blocks(language: str) -> list[list[str]]:
 
 @pytest.fixture(autouse=True)
 def cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The page's folder, in YOLO's format with two classes, and its weights; no pretrained weights of timm."""
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for kind in ("images", "labels"):
-            (tmp_path / "cells" / kind / split).mkdir(parents=True)
-        for i in range(4):
-            pixels = rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "cells" / "images" / split / f"{i}.jpg")
-            (tmp_path / "cells" / "labels" / split / f"{i}.txt").write_text(f"{i % 2} 0.5 0.5 0.4 0.4\n")
-    (tmp_path / "cells" / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [red, white]\n")
+    """The page's folder, drawn by its own line but fewer and smaller images, and its weights; none of timm's."""
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split("\n".join(blocks("sh")[0]))
+    assert words == ["loco-det", "data", "shapes", "cells"]
+    assert main([*words[1:], "--train", "4", "--test", "4", "--size", "64"]) == 0
     torch.manual_seed(0)
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "mine.pth")
-    monkeypatch.chdir(tmp_path)
     random = backbones._timm
     monkeypatch.setattr(backbones, "_timm", lambda *args, **kwargs: random(*args, **{**kwargs, "pretrained": False}))
     return tmp_path
 
 
 def test_there_are_six_lines_each() -> None:
-    (shell,), python = blocks("sh"), blocks("python")
+    (_, shell), python = blocks("sh"), blocks("python")
     assert len(shell) == 6
     assert len(python) == 2
     assert all(len([line for line in block if line]) <= 6 for block in python)
@@ -59,7 +51,7 @@ def test_there_are_six_lines_each() -> None:
 
 def test_the_lines_for_a_file(capsys: pytest.CaptureFixture) -> None:
     variables: dict[str, str] = {}
-    for line in blocks("sh")[0]:
+    for line in blocks("sh")[1]:
         if found := re.fullmatch(r'(\w+)="(.*)"', line):
             variables[found[1]] = found[2]
             continue
@@ -75,7 +67,7 @@ def test_the_lines_for_a_file(capsys: pytest.CaptureFixture) -> None:
         assert main([*words[1:], *toy]) == 0, line
     out = capsys.readouterr().out
     for name in ("random", "mine"):
-        assert re.search(rf"cells/@val: bbox AP \d+\.\d.*\nin output/{name}: ", out)
+        assert re.search(rf"cells/@test: bbox AP \d+\.\d.*\nin output/{name}: ", out)
     assert Path("output/report/index.html").is_file()
     assert Path("output/mine/converted_backbone.pkl").is_file()
 

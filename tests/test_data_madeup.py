@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,8 +16,10 @@ from loco_det.annotations.coco import load_coco
 from loco_det.annotations.loader import build_train_loader
 from loco_det.annotations.registry import find_dataset
 from loco_det.annotations.synthetic import CLASS_NAMES, LEAST_VISIBLE, draw_image, make_shapes_dataset
+from loco_det.cli import _parsed, _parser, main
 from loco_det.core.errors import UserError
-from loco_det.detection.keys import get_cfg
+from loco_det.detection.keys import get_cfg, load_cfg
+from loco_det.detection.train import check_classes
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +150,64 @@ def test_senseless_sizes_are_refused(tmp_path, arguments):
     with pytest.raises(UserError, match="made-up"):
         make_shapes_dataset(tmp_path, **arguments)
     assert not any(tmp_path.iterdir())
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def pixels(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.png")}
+
+
+def test_the_command_draws_into_the_folder_that_is_given(tmp_path, monkeypatch, capsys):
+    """The pixels are those of `make_shapes_dataset`, and the line to type names data with the model's classes."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["--train", "3", "--test", "2", "--size", "48", "--seed", "5"]
+    assert main(["data", "shapes", "my cells", *argv]) == 0
+    said, line = capsys.readouterr().out.rsplit("next: loco-det ", 1)
+    assert (
+        "my cells/@train: 3 images of 48 x 48 pixels\nmy cells/@test: 2 images of 48 x 48 pixels\n6 classes: " in said
+    )
+    make_shapes_dataset("same", train=3, val=2, size=48, seed=5)
+    ours, theirs = pixels(tmp_path / "my cells"), pixels(tmp_path / "same" / "shapes")
+    assert ours == {name.replace("val/", "test/"): data for name, data in theirs.items()}
+    name, *argv = shlex.split(line)
+    args = _parsed(_parser(name, None), argv)
+    cfg, _ = load_cfg(args.config_file, args.opts)
+    assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("my cells/@train",), ("my cells/@test",))
+    check_classes(cfg, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    assert [len(find_dataset(name).index.image_id) for name in ("my cells/@train", "my cells/@test")] == [3, 2]
+
+
+def test_the_commands_json_names_the_splits_even_with_an_at_in_the_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "shapes", "a@b", "--train", "1", "--test", "1", "--size", "48", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["classes"] == list(CLASS_NAMES)
+    assert [len(find_dataset(answer[split]).index.image_id) for split in ("train", "test")] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ("shapes x --train 0", "train 0, test 40, size 128"),
+        ("shapes x --size 20", "size 20"),
+        ("shapes x --seed -1", "--seed is -1; give 0 or more"),
+        ("shapes x y", "data shapes takes one PATH; leave y out"),
+        ("shapes x --out y", "--out y is of data check; leave it out of data shapes"),
+        ("check x --train 3", "--train 3 is of data shapes; leave it out of data check"),
+        ("convert x y --test 3", "--test 3 is of data shapes; leave it out of data convert"),
+        ("shapes .", ". is the working directory; name a new folder"),
+        ("shapes full", "full exists and is not 'loco_det made-up shapes"),
+        ("shapes full/keep", "full/keep cannot be written (Not a directory)"),
+    ],
+)
+def test_what_the_command_cannot_draw_is_one_sentence(arguments, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "keep").write_text("mine")
+    assert main(["data", *arguments.split()]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert word in said
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "keep"]

@@ -1059,7 +1059,10 @@ def test_two_formats_are_not_guessed_between(tmp_path):
         (["plain", "out"], ["plain holds no annotations of a known format", "voc, yolo"]),
         (["plain", "out", "--format", "vok"], ["--format vok is none of auto, voc"]),
         (["plain"], ["SRC OUT"]),
-        (["plain", "out", "--annotations", "a.json"], ["--annotations a.json is of data check", "SRC OUT"]),
+        (
+            ["plain", "out", "--annotations", "a.json"],
+            ["--annotations a.json is of data check", "leave it out of data convert"],
+        ),
         (["plain", "--out", "out"], ["SRC OUT"]),
         (["plain", "out", "--out", "there"], ["--out there is of data check"]),
         (["coco", "out"], ["COCO's format already", "FILE.json@FOLDER"]),

@@ -156,6 +156,23 @@ def test_roboflows_folders():
     assert len(load_coco(find_dataset("robo/train@10pct_seed0"))) == 1
 
 
+def test_cocos_own_layout():
+    for split in ("train2017", "val2017"):
+        image(Path(f"coco/{split}/a.jpg"))
+        coco(Path(f"coco/annotations/instances_{split}.json"), ["a.jpg"])
+    coco(Path("coco/annotations/instances_test2017.json"), ["a.jpg"])  # its images are not there
+    coco(Path("coco/annotations/captions_val2017.json"), ["a.jpg"])
+    for name in ("coco/@val2017", "./coco@val2017"):
+        file = Path("coco/annotations/instances_val2017.json")
+        assert find_dataset(name) == Dataset(name, Path("coco/val2017"), file)
+    assert len(load_coco(find_dataset("coco/@train2017@10pct_seed0"))) == 1
+    for name, reason in (("coco/", "has several splits"), ("coco/@test2017", "has no split 'test2017'")):
+        with pytest.raises(UserError, match=rf"'{name}' {reason}; put one of @train2017, @val2017 behind the path"):
+            find_dataset(name)
+    shutil.rmtree("coco/val2017")
+    assert find_dataset("coco/").annotations == Path("coco/annotations/instances_train2017.json")
+
+
 def test_a_folder_of_another_format_and_its_splits(caplog, monkeypatch):
     voc(Path("pets"))
     converted = []

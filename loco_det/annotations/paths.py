@@ -4,6 +4,7 @@
     file's
                                     own folder or `images` in it
     FOLDER                          with _annotations.coco.json (Roboflow) or COCO's result.json (Label Studio) in it
+    FOLDER@SPLIT                    COCO's own layout: FOLDER/annotations/instances_SPLIT.json, images in FOLDER/SPLIT
     SOURCE[@IMAGES][@SPLIT]         a folder or file that `loco-det data convert` reads (`formats/`)
 
 each optionally with @PART, as for names (`subsets.py`). A path has a / before its first @, or ends there in .json,
@@ -86,7 +87,16 @@ def find_path(whole: str) -> Place:
     for file in (source / name for name in COCO_FILES):
         if split is None and file.is_file() and _may_be_coco(file):
             return Place(_default_images(file), file, False)
+    if splits := coco_splits(source):
+        split = _chosen_split(whole, list(splits), split)
+        return Place(source / split, splits[split], False)
     return _converted(whole, source, None, split)
+
+
+def coco_splits(folder: Path) -> dict[str, Path]:
+    """Return the annotation file of every split of a folder in COCO's layout; none if it is in another."""
+    files = {file.stem.removeprefix("instances_"): file for file in folder.glob("annotations/instances_*.json")}
+    return {split: files[split] for split in sorted(files) if (folder / split).is_dir()}
 
 
 def _of_file(whole: str, file: Path, rest: str | None) -> Place:

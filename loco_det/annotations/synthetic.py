@@ -16,6 +16,7 @@ Shape legend: S the side of an image in pixels.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,42 +50,50 @@ class Grain(NamedTuple):
 def make_shapes_dataset(
     root: str | Path, train: int = 400, val: int = 100, size: int = 128, seed: int = 0
 ) -> dict[str, Dataset]:
-    """Draw the set in ROOT/shapes, where `find_dataset` expects shapes_train and shapes_val.
+    """Draw the set in ROOT/shapes, where `find_dataset` expects shapes_train and shapes_val; see `draw_shapes`.
+
+    Args:
+        train, val: number of images.
+
+    Returns:
+        The paths of "shapes_train" and "shapes_val".
+    """
+    folder, splits = Path(root) / "shapes", {"train": train, "val": val}
+    draw_shapes(folder, splits, size, seed)
+    return {
+        f"shapes_{split}": Dataset(f"shapes_{split}", folder / split, _annotation_file(folder, split))
+        for split in splits
+    }
+
+
+def draw_shapes(folder: Path, splits: Mapping[str, int], size: int = 128, seed: int = 0) -> None:
+    """Draw the set in COCO's layout: the images of a split in FOLDER/SPLIT, FOLDER/annotations/instances_SPLIT.json.
 
     The same arguments give the same pixels. An existing set with the same arguments is kept.
 
     Args:
-        train, val: number of images.
+        splits: the number of images of each.
         size: S, at least 48.
-
-    Returns:
-        The paths of "shapes_train" and "shapes_val".
+        seed: at least 0.
 
     Raises:
-        UserError: invalid counts or size, or ROOT/shapes holds something else or cannot be written.
+        UserError: invalid numbers or size, or the folder holds something else or cannot be written.
     """
-    if min(train, val) < 1 or size < 48:
+    numbers = ", ".join(f"{split} {count}" for split, count in splits.items())
+    if min(splits.values()) < 1 or size < 48:
         raise UserError(
-            f"The made-up set needs images of 48 pixels or more, not train {train}, val {val}, size {size}."
+            f"The made-up set needs an image or more in each split, of 48 pixels or more, not {numbers}, size {size}."
         )
-    root = Path(root)
-    folder = root / "shapes"
-    paths = {
-        f"shapes_{split}": Dataset(
-            f"shapes_{split}", folder / split, folder / "annotations" / f"instances_{split}.json"
-        )
-        for split in ("train", "val")
-    }
-    made_by = f"loco_det made-up shapes {VERSION}: train {train}, val {val}, size {size}, seed {seed}"
-    if folder.exists() and any(folder.iterdir()):
-        if all(_made_by(p.annotations) == made_by for p in paths.values()):
-            return paths
-        raise UserError(f"{folder} exists and is not '{made_by}'; remove it or choose another folder.")
+    made_by = f"loco_det made-up shapes {VERSION}: {numbers}, size {size}, seed {seed}"
     # Drawn in a temporary folder and renamed, so that an interrupted run leaves no incomplete set.
-    half = root / ".shapes.half"
+    half = folder.parent / f".{folder.name}.half"
     try:
+        if folder.exists() and any(folder.iterdir()):
+            if all(_made_by(_annotation_file(folder, split)) == made_by for split in splits):
+                return
+            raise UserError(f"{folder} exists and is not '{made_by}'; remove it or choose another folder.")
         shutil.rmtree(half, ignore_errors=True)
-        for number, (split, count) in enumerate((("train", train), ("val", val))):
+        for number, (split, count) in enumerate(splits.items()):
             _make_split(half, split, count, size, (seed, number), made_by)
         if folder.exists():
             folder.rmdir()
@@ -93,7 +102,10 @@ def make_shapes_dataset(
         raise UserError(
             f"{folder} cannot be written ({error.strerror}); free space or choose another folder."
         ) from None
-    return paths
+
+
+def _annotation_file(folder: Path, split: str) -> Path:
+    return folder / "annotations" / f"instances_{split}.json"
 
 
 def draw_image(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
@@ -142,7 +154,7 @@ def _make_split(folder: Path, split: str, count: int, size: int, seed: tuple[int
         "categories": categories,
     }
     (folder / "annotations").mkdir(exist_ok=True)
-    (folder / "annotations" / f"instances_{split}.json").write_bytes(msgspec.json.encode(content))
+    _annotation_file(folder, split).write_bytes(msgspec.json.encode(content))
 
 
 def _annotation(number: int, image: int, kind: int, visible: np.ndarray) -> dict[str, Any]:

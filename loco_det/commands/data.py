@@ -1,4 +1,4 @@
-"""`loco-det data`: check a data set for training, with pictures, or convert any tool's annotations to COCO."""
+"""`loco-det data`: check a data set with pictures, convert any tool's annotations to COCO, or draw a made-up set."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from loco_det.annotations.index import CocoIndex, load_index
 from loco_det.annotations.paths import is_annotated, is_path
 from loco_det.annotations.registry import COCO_NAMES, Dataset, find_dataset, folder_name
 from loco_det.annotations.rules import SUSPECT, finite_boxes
+from loco_det.annotations.synthetic import CLASS_NAMES, draw_shapes
+from loco_det.core.config import shell_value
 from loco_det.core.errors import UserError
 from loco_det.core.files import write_json
 from loco_det.images.folders import open_source
@@ -35,6 +37,9 @@ PAIRS, ANNOTATED = 10, 12  # images on the sheets
 IMAGE_FILES = (".tar", ".zip", ".txt")  # files that DATA.PATH accepts besides folders
 BARS, BAR_WIDTH = 20, 30  # classes in the text; characters of the longest bar
 PLOTTED = 100  # classes in histogram.png
+ACTIONS_OF = {"annotations": "check", "out": "check", "train": "shapes", "test": "shapes"}  # of options
+SIZES = {"check": 224, "convert": 224, "shapes": 128}  # pixels
+TRAIN_SHAPES, TEST_SHAPES = 120, 40  # images
 
 
 class Target(NamedTuple):
@@ -46,18 +51,16 @@ class Target(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check or convert, and print; returns 0, or 1 if the check found a defect that stops training.
+    """Check, convert or draw, and print; returns 0, or 1 if the check found a defect that stops training.
 
     Raises:
-        UserError: nothing to check or to convert, or an invalid annotation file.
+        UserError: nothing to check or to convert, an invalid annotation file, or a folder that is taken.
     """
+    _check_options(args)
     if args.action == "convert":
         return _convert(args)
-    if args.to is not None:
-        raise UserError(f"data check takes one PATH; give {args.to} as --out {args.to} if the pictures belong there.")
-    for option, value, least in (("seed", args.seed, 0), ("workers", args.workers, 0), ("size", args.size, 1)):
-        if value < least:
-            raise UserError(f"--{option} is {value}; give {least} or more.")
+    if args.action == "shapes":
+        return _draw_shapes(args)
     target = _target(args)
     out = args.out or Path("output") / "data_check" / folder_name(target.name)
     masks = ""
@@ -86,6 +89,24 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(target, checked, masks, [out / "check.json", *pictures])
     return 1 if checked.stops else 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse what the action does not take, and numbers out of range; completes --size."""
+    if args.action == "convert" and args.to is None:
+        raise UserError("data convert takes SRC OUT: what to convert, and the folder for annotations/*.json.")
+    for option, action in ACTIONS_OF.items():
+        value = getattr(args, option)
+        if value is not None and args.action != action:
+            raise UserError(f"--{option} {value} is of data {action}; leave it out of data {args.action}.")
+    if args.action != "convert" and args.to is not None:
+        remedy = f"give {args.to} as --out {args.to} if the pictures belong there"
+        remedy = remedy if args.action == "check" else f"leave {args.to} out"
+        raise UserError(f"data {args.action} takes one PATH; {remedy}.")
+    args.size = SIZES[args.action] if args.size is None else args.size
+    for option, value, least in (("seed", args.seed, 0), ("workers", args.workers, 0), ("size", args.size, 1)):
+        if value < least:
+            raise UserError(f"--{option} is {value}; give {least} or more.")
 
 
 def _target(args: argparse.Namespace) -> Target:
@@ -121,11 +142,6 @@ def _is_name(text: str) -> bool:
 
 def _convert(args: argparse.Namespace) -> int:
     """Write COCO files of all splits; report what was converted and what was not."""
-    if args.to is None:
-        raise UserError("data convert takes SRC OUT: what to convert, and the folder for annotations/*.json.")
-    for option, value in (("--annotations", args.annotations), ("--out", args.out)):
-        if value is not None:
-            raise UserError(f"{option} {value} is of data check; data convert takes SRC OUT, so leave it out.")
     converted = convert_annotations(Path(args.path), args.format)
     files = write_conversion(converted, args.to)
     if args.json:
@@ -147,6 +163,28 @@ def _convert(args: argparse.Namespace) -> int:
     for split, file in files.items():
         print(f"{split}: DATASETS.TRAIN \"('{file}@{converted.images}',)\"")
     print(f"MODEL.ROI_HEADS.NUM_CLASSES {len(summary['classes'])}")
+    return 0
+
+
+def _draw_shapes(args: argparse.Namespace) -> int:
+    """Draw the made-up set; print its splits, its classes and a line that trains on it."""
+    folder = Path(args.path)
+    if os.path.realpath(folder) == os.path.realpath("."):
+        raise UserError(f"{args.path} is the working directory; name a new folder: loco-det data shapes shapes")
+    train, test = args.train, args.test
+    splits = {"train": TRAIN_SHAPES if train is None else train, "test": TEST_SHAPES if test is None else test}
+    draw_shapes(folder, splits, args.size, args.seed)
+    names = {split: f"{folder}/@{split}" for split in splits}
+    names = {split: name if is_path(name) else f"./{name}" for split, name in names.items()}  # an @ in the folder
+    if args.json:
+        print(json.dumps({**names, "classes": CLASS_NAMES}, indent=1))
+        return 0
+    for split, count in splits.items():
+        print(f"{names[split]}: {count} images of {args.size} x {args.size} pixels")
+    print(f"{len(CLASS_NAMES)} classes: {', '.join(CLASS_NAMES)}")
+    data = " ".join(f"DATASETS.{split.upper()} {shell_value((name,))}" for split, name in names.items())
+    keys = f"MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.ROI_HEADS.NUM_CLASSES {len(CLASS_NAMES)}"
+    print(f"next: loco-det train --config-file configs/laptop.yaml --weights random:resnet18 {keys} {data}")
     return 0
 
 

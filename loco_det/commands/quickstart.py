@@ -17,6 +17,7 @@ from rich.table import Table
 
 from loco_det.annotations.check import masks_of
 from loco_det.annotations.coco import image_files, load_coco
+from loco_det.annotations.paths import coco_splits
 from loco_det.annotations.registry import Dataset, find_dataset
 from loco_det.annotations.subsets import hashed_order
 from loco_det.annotations.synthetic import make_shapes_dataset
@@ -154,11 +155,7 @@ def own_sets(data: str, out: Path) -> Sets:
 
 def _splits(folder: Path, out: Path) -> tuple[str, str]:
     """Return the names of a training and a test set in a folder; a single set is divided, four to one."""
-    found: dict[str, str] = {}
-    for file in sorted((folder / "annotations").glob("instances_*.json")):  # COCO's own layout
-        split = file.stem.removeprefix("instances_")
-        if (folder / split).is_dir():
-            found[split] = f"{file}@{folder / split}"
+    found = {split: f"{folder}/@{split}" for split in coco_splits(folder)}
     for inside in () if found else sorted(path for path in folder.glob("*/") if (path / ROBOFLOW).is_file()):
         found[inside.name] = f"{inside}/"
     if not found:
