@@ -361,6 +361,11 @@ def test_predict_finds_config_and_weights_in_a_run(tmp_path: Path) -> None:
     for argv in (["a.jpg"], ["a.jpg", "--config-file", "c.yaml"], ["a.jpg", "--weights", "w.pth"]):
         with pytest.raises(UserError, match="the folder of a run before the images"):
             predict_args(*argv)
+    with pytest.raises(UserError, match=rf"^{run}_2 does not exist; name the folder of a run before the images"):
+        predict_args(f"{run}_2", "a.jpg")
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(UserError, match=r"^predict needs a detector; name the folder of a run"):
+        predict_args(str(tmp_path / "a.jpg"))
 
 
 # --- the end of a run -------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -112,8 +113,10 @@ def _find_run(args: argparse.Namespace) -> None:
     if not args.config_file and (run / CONFIG).is_file():
         args.config_file = [str(run / CONFIG)]
     if not args.config_file or not args.weights:
+        gone = not args.config_file and not args.weights and not os.path.exists(run)
         raise UserError(
-            "predict needs a detector: the folder of a run before the images, or --config-file FILE --weights FILE"
+            f"{f'{run} does not exist' if gone else 'predict needs a detector'}; name the folder of a run before the "
+            "images, or --config-file FILE --weights FILE"
         )
     args.out = args.out or Path("predictions")
 
