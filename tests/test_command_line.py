@@ -426,6 +426,21 @@ def test_random_weights_are_the_same_measured_network_everywhere(
     torch.testing.assert_close(seen[0].stem.conv1.norm.running_mean, tensors["bn1.running_mean"])
 
 
+def test_wrong_classes_are_refused_before_random_weights_are_measured(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loco_det.evaluation.probes import backbones
+
+    monkeypatch.setattr(backbones, "measure_on", lambda *_: pytest.fail("measured"))
+    cfg = small(tmp_path, "random:resnet18", **{"MODEL__RESNETS__DEPTH": 18})
+    right = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    wrong = load_config(cfg, "", ["MODEL.ROI_HEADS.NUM_CLASSES", str(right + 1)])[0]
+    with pytest.raises(UserError, match=rf"has {right} classes and MODEL.ROI_HEADS.NUM_CLASSES is") as refused:
+        train_command._with_random_weights(wrong, resume=False)
+    assert refused.value.add == f"MODEL.ROI_HEADS.NUM_CLASSES {right}"
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_random_weights_are_measured_once_a_run_by_its_main_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,26 +58,28 @@ def _with_random_weights(cfg: CfgNode, resume: bool) -> CfgNode:
     """Return `cfg` with an untrained backbone in a file, which the main process writes unless a checkpoint is resumed.
 
     Raises:
-        UserError: in every process: no such network, or no training images.
+        UserError: in every process: no such network, no training images, or classes that are not the model's.
     """
-    path, problem = Path(cfg.OUTPUT_DIR) / "random_backbone.safetensors", None
+    path, problem = Path(cfg.OUTPUT_DIR) / "random_backbone.safetensors", None  # (message, what to add)
     if is_main():
         try:
             if not (resume and last_checkpoint(cfg.OUTPUT_DIR)):
                 _write_random(cfg, path)
         except UserError as error:
-            problem = str(error)
+            problem = str(error), error.add
     if problem := first_of_all(problem):
-        raise UserError(problem)
+        raise UserError(*problem)
     return config.changed(cfg, **{"MODEL.WEIGHTS": str(path)})
 
 
 def _write_random(cfg: CfgNode, path: Path) -> None:
     """Write the network that MODEL.WEIGHTS names, its BatchNorm statistics measured on the training images."""
+    from loco_det.detection.train import check_classes
     from loco_det.evaluation.probes.backbones import load_backbone_for_probe, measure_on
 
     if not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty; name a data set to measure the untrained network's statistics on")
+    check_classes(cfg, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)  # before the time that measuring takes
     backbone = load_backbone_for_probe(str(cfg.MODEL.WEIGHTS), seed=max(cfg.SEED, 0))
     files = [file for name in cfg.DATASETS.TRAIN for file in image_files(find_dataset(name))]
     log.info("%s: measuring its BatchNorm statistics on training images", cfg.MODEL.WEIGHTS)
