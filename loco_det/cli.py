@@ -121,7 +121,7 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
             parser = _parser(name, prog)
             args = _parsed(parser, argv)
             job = importlib.import_module(f"loco_det.commands.{name}")
-            return _run(job, args, logs=name not in OWN_LOG, line=f"{parser.prog} {shlex.join(argv)}")
+            return _run(job, args, logs=name not in OWN_LOG, line=[*parser.prog.split(), *argv])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -185,7 +185,7 @@ def _without_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> 
     return others, overrides
 
 
-def _run(job: ModuleType, args: argparse.Namespace, logs: bool, line: str) -> int:
+def _run(job: ModuleType, args: argparse.Namespace, logs: bool, line: Sequence[str]) -> int:
     if logs:
         from loco_det.core.log import log_failure, setup_logging
 
@@ -202,8 +202,22 @@ def _run(job: ModuleType, args: argparse.Namespace, logs: bool, line: str) -> in
             raise
         print(f"error: {message}", file=sys.stderr)
         if message.add and hasattr(args, "opts"):  # what to add is KEY VALUE
-            print(f"type: {line} {message.add}", file=sys.stderr)
+            print(f"type: {_line_to_type(line, message.add)}", file=sys.stderr)
         return BAD_INPUT
+
+
+def _line_to_type(line: Sequence[str], add: str) -> str:
+    """Return a command line with the pairs `add`, KEY VALUE ..., in place of the values that it gave these keys."""
+    from loco_det.core.config import shell_word
+
+    words, added = list(line), shlex.split(add)
+    for key, value in zip(added[::2], added[1::2]):
+        given = [i for i, word in enumerate(words[:-1]) if word == key]
+        if given:
+            words[given[-1] + 1] = value  # the last one counts
+        else:
+            words += [key, value]
+    return " ".join(map(shell_word, words))
 
 
 if __name__ == "__main__":

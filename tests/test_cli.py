@@ -175,6 +175,29 @@ def test_the_line_to_type_is_for_commands_that_take_it(
     assert ("type: loco-det work" in capsys.readouterr().err) == takes_overrides
 
 
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ([], "A.B 1 A.C \"('x',)\""),
+        (["A.B", "2", "--resume"], "A.B 1 --resume A.C \"('x',)\""),
+        (["A.C", "y", "A.B", "2", "A.B", "3"], "A.C \"('x',)\" A.B 2 A.B 1"),
+        (["D.E", "('a',)", "F.G", "$5 a'b"], """D.E "('a',)" F.G '$5 a'"'"'b' A.B 1 A.C "('x',)\""""),
+    ],
+)
+def test_the_line_to_type_has_the_right_values_in_place_of_the_wrong_ones(
+    given: list[str], shown: str, job, capsys: pytest.CaptureFixture
+) -> None:
+    def refuse(args: argparse.Namespace) -> None:
+        raise UserError("wrong", add="A.B 1 A.C \"('x',)\"")
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--resume", action="store_true")
+        parser.add_argument("opts", nargs="*")
+
+    assert job(refuse, add_arguments)(*given) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"type: loco-det work {shown}"
+
+
 @pytest.mark.parametrize("argv", [["--nonsense"], ["surplus"]])
 def test_unknown_arguments_are_status_2(argv: list[str], job, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as info:

@@ -433,10 +433,13 @@ def example(key: str, value: Any, default: Any) -> str:
 
 def shell_value(value: Any) -> str:
     """Return a value as one word of a command line that `load_config` reads back as the same value."""
-    text = value if isinstance(value, str) and _decode(value) == value else repr(value)
-    return (
-        shlex.quote(text) if re.search(r'["$`\\!]', text) or not re.search(r"[\s'(\[{*?;&|<>~#]", text) else f'"{text}"'
-    )
+    return shell_word(value if isinstance(value, str) and _decode(value) == value else repr(value))
+
+
+def shell_word(text: str) -> str:
+    """Quote a text for a shell where needed, in double quotes if it needs no escape there: `"('x',)"`."""
+    double = re.search(r"[\s'(\[{*?;&|<>~#]", text) and not re.search(r'["$`\\!]', text)
+    return f'"{text}"' if double else shlex.quote(text)
 
 
 def _nearest(value: Any, default: Any) -> Any:
