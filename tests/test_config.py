@@ -246,7 +246,7 @@ def test_configs_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
     own.parent.mkdir()
     own.write_text("NAME: mine")
     assert find_config("configs/coco_loco_r50.yaml").resolve() == own  # the user's own file comes first
-    with pytest.raises(UserError, match=r"coco_loko_r50.yaml; did you mean configs/coco_loco_r50.yaml"):
+    with pytest.raises(UserError, match=r"coco_loko_r50.yaml; did you mean configs/coco_loco_r50.yaml\?$"):
         find_config("coco_loko_r50.yaml")
 
 

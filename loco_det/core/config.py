@@ -182,9 +182,11 @@ def find_config(path: str | Path) -> Path:
                 return folder / inside
     close = difflib.get_close_matches(f"configs/{inside.as_posix()}", packaged_configs(), n=1)
     hint = (
-        f"did you mean {close[0]}" if close else "give the path of a .yaml file, or a name that loco-det configs lists"
+        f"did you mean {close[0]}?"
+        if close
+        else "give the path of a .yaml file, or a name that loco-det configs lists."
     )
-    raise UserError(f"There is no configuration file {path}; {hint}.")
+    raise UserError(f"There is no configuration file {path}; {hint}")
 
 
 def packaged_configs() -> dict[str, Path]:
