@@ -28,7 +28,9 @@ def serve(path: str) -> None:
     import signal
 
     from loco_det.commands import convert, data, doctor, pretrain, report, train  # noqa: F401
+    from loco_det.core import launch  # noqa: F401
     from loco_det.detection import engine_torchvision  # noqa: F401
+    from pretrain.train import pretrain as _
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children here
     with socket.socket(socket.AF_UNIX) as server:

@@ -22,7 +22,6 @@ import torch
 
 from loco_det import __version__, arguments, cli
 from loco_det.cli import JOBS, main, run_job
-from loco_det.commands import pretrain as command
 from loco_det.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -224,10 +223,27 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
         assert text in done.stdout
 
 
-@pytest.mark.parametrize("name", ["pretrain", "convert", "doctor"])
+def test_what_needs_no_torch_is_answered_without(tmp_path: Path) -> None:
+    """Tables and bad configurations: torch takes seconds to import."""
+    config = ["pretrain", "--config-file", "configs/pretrain/loco_r50.yaml"]
+    lines = {0: [["configs"], ["pretrain", "--keys", "SOLVER"]]}
+    lines[2] = [["configs", "no", "such"], ["pretrain", "--config-file", "absent.yaml"], [*config, "SOLVER.EPOCH", "1"]]
+    code = (
+        "import sys\nfrom loco_det.cli import main\n"
+        f"for status, lines in {lines}.items():\n"
+        "    for line in lines: assert main(line) == status, line\n"
+        "print('HEAVY', {'torch', 'cv2'} & set(sys.modules))"
+    )
+    done = shell("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("HEAVY set()\n")
+    assert len(done.stderr.splitlines()) == 3
+
+
+@pytest.mark.parametrize("name", ["commands.pretrain, pretrain.train", "commands.convert", "commands.doctor"])
 def test_a_command_that_needs_no_torchvision_starts_without(name: str) -> None:
     """It takes as long to import as torch itself, and so does timm."""
-    code = f"import sys, loco_det.commands.{name}\nprint({{'torchvision', 'timm', 'matplotlib'}} & set(sys.modules))"
+    code = f"import sys, loco_det.{name}\nprint({{'torchvision', 'timm', 'matplotlib'}} & set(sys.modules))"
     done = shell("-c", code)
     assert done.stdout == "set()\n", done.stderr
 
@@ -270,12 +286,12 @@ def test_every_file_of_commands_is_a_job() -> None:
 
 def test_processes_resume_and_overrides_reach_the_pretraining(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, runs = [], []
-    monkeypatch.setattr(command, "launch", lambda *values: calls.append(values))
+    monkeypatch.setattr("loco_det.core.launch.launch", lambda *values: calls.append(values))
     config = str(ROOT / "configs/pretrain/loco_r50.yaml")
     assert main(["pretrain", "--config-file", config, "--num-gpus", "2", "--resume", "SEED", "7"]) == 0
     assert main(["pretrain", "--config-file", config]) == 0
-    monkeypatch.setattr(command, "pretrain", lambda cfg, resume, **options: runs.append((cfg.SEED, resume)))
-    monkeypatch.setattr(command, "setup_logging", lambda folder: None)
+    monkeypatch.setattr("pretrain.train.pretrain", lambda cfg, resume, **_: runs.append((cfg.SEED, resume)))
+    monkeypatch.setattr("loco_det.commands.pretrain.setup_logging", lambda folder: None)
     for worker, _, *values in calls:
         worker(*values)
     assert [processes for _, processes, *_ in calls] == [2, 1]

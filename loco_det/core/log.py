@@ -16,7 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
-from loco_det.core.distributed import is_main
 from loco_det.core.errors import UserError
 from loco_det.core.files import os_errors
 
@@ -80,7 +79,7 @@ def setup_logging(output_dir: str | Path | None = None, quiet: bool | None = Non
     log.setLevel(logging.INFO)
     log.propagate = False
     log.addHandler(_console())
-    if output_dir is not None and is_main():
+    if output_dir is not None and _is_main():
         log.addHandler(_file(output_dir))
 
 
@@ -94,7 +93,7 @@ def logging_to(output_dir: str | Path) -> Iterator[None]:
     Raises:
         UserError: the folder or its log.txt cannot be written.
     """
-    added, before = [_file(output_dir)] if is_main() else [], (log.level, log.propagate)
+    added, before = [_file(output_dir)] if _is_main() else [], (log.level, log.propagate)
     if not (log.hasHandlers() and log.isEnabledFor(logging.INFO)):
         added.append(_console())
         log.propagate = False
@@ -142,7 +141,16 @@ def is_quiet() -> bool:
 
 
 def _shows_progress() -> bool:
-    return is_main() and not _quiet
+    return _is_main() and not _quiet
+
+
+def _is_main() -> bool:
+    """Whether this is the job's main process; a process without torch, which takes seconds to import, has no job."""
+    if sys.modules.get("torch") is None:
+        return True
+    from loco_det.core.distributed import is_main
+
+    return is_main()
 
 
 class Progress:
