@@ -368,6 +368,11 @@ def test_another_backbone_does_not_resume_a_run(tiny_data: Path, tmp_path: Path)
         loco_det.evaluate_detection(Maps(), iterations=1, resume=True, **OPTIONS)
 
 
+def interrupted(*_: object) -> None:
+    """What Python does at Ctrl-C, where SIGINT is not ignored as in a shell's background job."""
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("moment", ["training", "evaluation"])
 def test_an_interrupted_call_leaves_no_temporary_folder(
     moment: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -376,7 +381,7 @@ def test_an_interrupted_call_leaves_no_temporary_folder(
     if moment == "training":
         stop_at(monkeypatch, 2, signal.SIGTERM)
     else:
-        monkeypatch.setattr(TorchvisionEngine, "test_batches", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        monkeypatch.setattr(TorchvisionEngine, "test_batches", interrupted)
     with pytest.raises(KeyboardInterrupt, match=r"its temporary folder is removed; output=DIR would keep the run"):
         loco_det.evaluate_detection(Maps(), iterations=3, **OPTIONS)
     with pytest.raises(UserError, match=r"SOLVER\.BASE_RL"):
