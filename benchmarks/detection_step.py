@@ -199,25 +199,33 @@ def torchvision_side(job: str, cfg: CfgNode, state: dict[str, torch.Tensor], sam
     from torchvision.models.detection import MaskRCNN
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
-    size, classes = cfg.INPUT.MIN_SIZE_TRAIN[0], cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     levels = {f"layer{i}": str(i - 1) for i in range(1, 5)}
     body = resnet50(norm_layer=nn.BatchNorm2d)
     model = MaskRCNN(
         BackboneWithFPN(body, levels, [256, 512, 1024, 2048], 256, norm_layer=nn.BatchNorm2d),
-        num_classes=classes + 1,
-        min_size=size,
-        max_size=size * 5 // 3,
-        image_mean=[0.0, 0.0, 0.0],  # the images come normalised, and of their final size
-        image_std=[1.0, 1.0, 1.0],
-        _skip_resize=True,
-        rpn_pre_nms_top_n_train=cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN,
-        rpn_pre_nms_top_n_test=cfg.MODEL.RPN.PRE_NMS_TOPK_TEST,
-        rpn_post_nms_top_n_train=cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN,
-        rpn_post_nms_top_n_test=cfg.MODEL.RPN.POST_NMS_TOPK_TEST,
-        box_detections_per_img=DETECTIONS,
+        **torchvision_settings(cfg),
     ).to(cfg.MODEL.DEVICE)
     model.load_state_dict(torchvision_names(state, model.state_dict(), classes))
     return torchvision_step(job, cfg, model, samples)
+
+
+def torchvision_settings(cfg: CfgNode) -> dict[str, Any]:
+    """Arguments of MaskRCNN that a configuration states, for images that come normalised and of their final size."""
+    size, rpn = cfg.INPUT.MIN_SIZE_TRAIN[0], cfg.MODEL.RPN
+    return {
+        "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1,
+        "min_size": size,
+        "max_size": size * 5 // 3,
+        "image_mean": [0.0, 0.0, 0.0],
+        "image_std": [1.0, 1.0, 1.0],
+        "_skip_resize": True,
+        "rpn_pre_nms_top_n_train": rpn.PRE_NMS_TOPK_TRAIN,
+        "rpn_pre_nms_top_n_test": rpn.PRE_NMS_TOPK_TEST,
+        "rpn_post_nms_top_n_train": rpn.POST_NMS_TOPK_TRAIN,
+        "rpn_post_nms_top_n_test": rpn.POST_NMS_TOPK_TEST,
+        "box_detections_per_img": DETECTIONS,
+    }
 
 
 def torchvision_step(job: str, cfg: CfgNode, model: nn.Module, samples: list[dict[str, Any]]) -> Step:

@@ -38,6 +38,7 @@ from detection_step import (
     predictors,
     sample_images,
     take_turns,
+    torchvision_settings,
     torchvision_step,
     usual_step,
 )
@@ -151,32 +152,21 @@ def torchvision_side(job: str, cfg: CfgNode, state: dict[str, torch.Tensor], sam
     from torchvision.models.detection.rpn import RPNHead
     from torchvision.ops import MultiScaleRoIAlign
 
-    size, classes, rpn = cfg.INPUT.MIN_SIZE_TRAIN[0], cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.RPN
     backbone = Pyramid()
     channels, maps = backbone.out_channels, ["0", "1", "2", "3"]
     norm = functools.partial(LayerNorm2d, eps=1e-6)
     anchors = AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
     model = MaskRCNN(
         backbone,
-        num_classes=classes + 1,
-        min_size=size,
-        max_size=size * 5 // 3,
-        image_mean=[0.0, 0.0, 0.0],  # the images come normalised, and of their final size
-        image_std=[1.0, 1.0, 1.0],
-        _skip_resize=True,
+        **torchvision_settings(cfg),
         rpn_anchor_generator=anchors,
         rpn_head=RPNHead(channels, anchors.num_anchors_per_location()[0], conv_depth=2),
-        rpn_pre_nms_top_n_train=rpn.PRE_NMS_TOPK_TRAIN,
-        rpn_pre_nms_top_n_test=rpn.PRE_NMS_TOPK_TEST,
-        rpn_post_nms_top_n_train=rpn.POST_NMS_TOPK_TRAIN,
-        rpn_post_nms_top_n_test=rpn.POST_NMS_TOPK_TEST,
         box_roi_pool=MultiScaleRoIAlign(maps, 7, 2),
         box_head=FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [1024], norm_layer=norm),
-        box_detections_per_img=DETECTIONS,
         mask_roi_pool=MultiScaleRoIAlign(maps, 14, 2),
         mask_head=MaskRCNNHeads(channels, [channels] * 4, 1, norm_layer=norm),
     ).to(cfg.MODEL.DEVICE)
-    model.load_state_dict(torchvision_names(state, classes))
+    model.load_state_dict(torchvision_names(state, cfg.MODEL.ROI_HEADS.NUM_CLASSES))
     backbone.vit.requires_grad_(False)
     return torchvision_step(job, cfg, model, samples)
 
