@@ -507,10 +507,11 @@ def write_backbone(cfg: CfgNode, backbone: StagedBackbone, units: list[list[str]
             dataset=Path(cfg.DATA.PATH).name,
             images=len(source),
         )
-        save_backbone(path, backbone_tensors(backbone), manifest)
+        tensors = backbone_tensors(backbone)
+        save_backbone(path, tensors, manifest)
         log.info("wrote %s", path)
         if isinstance(backbone, HfBlocks):
-            backbone.write_folder(path.parent, path.name)
+            backbone.write_folder(path.parent, path.name, tensors)
             log.info("every command takes it as %s%s", HF_PREFIX, path.parent)
     barrier()
     return path

@@ -17,7 +17,7 @@ recording is of evaluation, so DINOv3's rotary positions are not scaled at rando
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,11 +116,14 @@ class HfBlocks(HfBackbone):
         side = self.image_size // self.module.model.config.patch_size if self._has_tokens else 0
         return PatchTokens((side, side)) if side else None
 
-    def write_folder(self, folder: Path, weights: str) -> None:
-        """Make `folder` one that transformers and `hf:` read: the files beside its safetensors `weights`."""
+    def write_folder(self, folder: Path, weights: str, names: Iterable[str]) -> None:
+        """Make `folder` one that transformers and `hf:` read: the files beside its safetensors `weights`.
+
+        Args:
+            names: of all tensors in that file.
+        """
         config = self.module.model.config
         config.architectures = [type(self.module.model).__name__]
-        names = [name for name in self.module.model.state_dict() if not name.endswith("num_batches_tracked")]
         index = {"metadata": {}, "weight_map": dict.fromkeys(names, weights)}
         files = {
             "config.json": config.to_json_string(),
