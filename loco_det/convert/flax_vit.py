@@ -15,6 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from loco_det.convert.plain_vit import gelu_tanh
+
 LAYOUT = re.compile(
     r"embedding/(kernel|bias)|pos_embedding|Transformer/encoder_norm/(scale|bias)|"
     r"Transformer/encoderblock(_\d+)?/(LayerNorm_[01]/(scale|bias)|MlpBlock_0/Dense_[01]/(kernel|bias)|"
@@ -36,7 +38,7 @@ def forward(tensors: Tensors, x: Tensor) -> Tensor:
         y = _norm(tokens, block["LayerNorm_0/scale"], block["LayerNorm_0/bias"])
         tokens = tokens + _attention(block, y)
         y = _norm(tokens, block["LayerNorm_1/scale"], block["LayerNorm_1/bias"])
-        y = _gelu(y @ block["MlpBlock_0/Dense_0/kernel"] + block["MlpBlock_0/Dense_0/bias"])
+        y = gelu_tanh(y @ block["MlpBlock_0/Dense_0/kernel"] + block["MlpBlock_0/Dense_0/bias"])
         tokens = tokens + y @ block["MlpBlock_0/Dense_1/kernel"] + block["MlpBlock_0/Dense_1/bias"]
     tokens = _norm(tokens, tensors["Transformer/encoder_norm/scale"], tensors["Transformer/encoder_norm/bias"])
     return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
@@ -69,7 +71,3 @@ def _attention(block: Tensors, x: Tensor) -> Tensor:
 def _norm(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale + bias
-
-
-def _gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -149,7 +149,12 @@ def _mlp(block: Mapping[str, Tensor], x: Tensor, gelu: str) -> Tensor:
     if gelu == "quick":
         hidden = hidden * torch.sigmoid(1.702 * hidden)
     elif gelu == "tanh":
-        hidden = 0.5 * hidden * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (hidden + 0.044715 * hidden**3)))
+        hidden = gelu_tanh(hidden)
     else:
         hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
     return F.linear(hidden, block["mlp.fc2.weight"], block["mlp.fc2.bias"])
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The GELU's approximation by tanh (Hendrycks and Gimpel 2016)."""
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
