@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_pretrain_timm import OF_FOUR_STAGES, OF_SIX_BLOCKS, config, gradients, trace, written_images
+from test_pretrain_timm import OF_FOUR_STAGES, OF_SIX_BLOCKS, check_resumed, config, gradients, written_images
 from tiny_detection import overrides
 from torch import Tensor, nn
 
@@ -28,7 +28,6 @@ from loco_det.core.errors import UserError  # noqa: E402
 from loco_det.detection.keys import get_cfg as get_detector_cfg  # noqa: E402
 from loco_det.detection.rcnn import build_model  # noqa: E402
 from loco_det.evaluation.probes.backbones import load_backbone_for_probe  # noqa: E402
-from pretrain import train  # noqa: E402
 from pretrain.decoders import build_decoder  # noqa: E402
 from pretrain.defaults import get_cfg  # noqa: E402
 from pretrain.loco import METHODS, LocalTrainer, method_units, split_backbone  # noqa: E402
@@ -256,25 +255,8 @@ def test_interrupted_and_resumed_is_uninterrupted(
     kind: str, folders: dict[str, Path], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"BACKBONE__NAME": f"hf:{folders[kind]}", "KNN__PERIOD": 1, "SOLVER__OPTIMIZER": "lars"}
-    made = partial(config, folder, CHECKPOINT_PERIOD=2, **changes)
-    whole = pretrain(made(tmp_path / "whole"))
-    save = train._save
-
-    def save_and_stop(*args: object) -> None:
-        save(*args)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "_save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            pretrain(made(tmp_path / "cut"))
-    cut = pretrain(made(tmp_path / "cut"), resume=True)
-    assert load_backbone(whole)[1].tensors_sha256 == load_backbone(cut)[1].tensors_sha256
-    assert trace(tmp_path / "whole") == trace(tmp_path / "cut")
     stages = ["blocks.0-1", "blocks.2-3", "blocks.4", "blocks.5"] if kind in IS_PLAIN else [f"res{i}" for i in "2345"]
-    line = trace(tmp_path / "cut")[-1]
-    assert [key for key in line if key.startswith("knn/")] == [f"knn/{stage}" for stage in stages]
-    assert [key for key in line if key.startswith("grad_norm/")] == [f"grad_norm/{s}" for s in ("stem", *stages)]
+    check_resumed(partial(config, folder, **changes), stages, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", KINDS)

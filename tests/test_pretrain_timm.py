@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from fvcore.common.config import CfgNode
 from tiny_detection import overrides
 from torch import Tensor, nn
 
@@ -377,8 +378,16 @@ def trace(output: Path) -> list[dict]:
 def test_interrupted_and_resumed_is_uninterrupted(
     changes: dict, stages: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = partial(config, folder, CHECKPOINT_PERIOD=2, **changes)
-    whole = pretrain(made(tmp_path / "whole"))
+    recompute = {} if "METHOD" in changes else {"SOLVER__RECOMPUTE": "first"}  # may differ: the same bits
+    check_resumed(partial(config, folder, **changes), stages, tmp_path, monkeypatch, **recompute)
+
+
+def check_resumed(
+    made: Callable[..., CfgNode], stages: list[str], place: Path, monkeypatch: pytest.MonkeyPatch, **resumed: object
+) -> None:
+    """A run stopped after its second step and resumed, with `resumed` changed, against one that was not."""
+    made = partial(made, CHECKPOINT_PERIOD=2)
+    whole = pretrain(made(place / "whole"))
     save = train._save
 
     def save_and_stop(*args: object) -> None:
@@ -388,12 +397,11 @@ def test_interrupted_and_resumed_is_uninterrupted(
     with monkeypatch.context() as patch:
         patch.setattr(train, "_save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
-            pretrain(made(tmp_path / "cut"))
-    recompute = {} if "METHOD" in changes else {"SOLVER__RECOMPUTE": "first"}  # may differ: the same bits
-    cut = pretrain(made(tmp_path / "cut", **recompute), resume=True)
+            pretrain(made(place / "cut"))
+    cut = pretrain(made(place / "cut", **resumed), resume=True)
     assert load_backbone(whole)[1].tensors_sha256 == load_backbone(cut)[1].tensors_sha256
-    assert trace(tmp_path / "whole") == trace(tmp_path / "cut")
-    line = trace(tmp_path / "cut")[-1]
+    assert trace(place / "whole") == trace(place / "cut")
+    line = trace(place / "cut")[-1]
     assert line["iteration"] == 2
     assert [key for key in line if key.startswith("knn/")] == [f"knn/{stage}" for stage in stages]
     assert [key for key in line if key.startswith("grad_norm/")] == [
