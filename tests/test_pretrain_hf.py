@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -275,6 +276,8 @@ def test_what_was_pretrained_is_read_back_bit_for_bit(
     assert not report["unexpected_keys"]
     assert all("num_batches_tracked" in name for name in report["missing_keys"])
     own = {n: t for n, t in theirs.state_dict().items() if not n.endswith("num_batches_tracked")}
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == dict.fromkeys(tensors, path.name)
     assert tensors_hash(own.items()) == tensors_hash(tensors.items()) == manifest.tensors_sha256
     torch.manual_seed(cfg.SEED)
     random = Learner(cfg).backbone.module.model.state_dict()
@@ -397,6 +400,18 @@ def test_a_model_that_gives_other_maps_is_refused(folders: dict[str, Path], monk
     monkeypatch.setattr(encoder, "forward", impure)
     with pytest.raises(UserError, match="is no sequence of blocks that each read one tensor alone"):
         HfBlocks(str(folders["resnet"]), image_size=SIDE)
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "convnext"])
+def test_a_block_that_overwrites_its_input_is_refused(
+    kind: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recomputing reads the input again; here with the same values, so that only the writing tells."""
+    layer = type(backbone(folders[kind]).blocks()[1][2].module)
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda self, x, *args, **named: forward(self, x.mul_(1), *args, **named))
+    with pytest.raises(UserError, match="leave it as it is"):
+        HfBlocks(str(folders[kind]), image_size=SIDE)
 
 
 if __name__ == "__main__":
