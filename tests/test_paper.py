@@ -193,6 +193,13 @@ def test_curves(here: list[list[str]], cifar: Path, tmp_path: Path) -> None:
     assert here == []
     text = (tmp_path / "curves.md").read_text()
     assert "gim_0 was made with other settings than planned: LOSS.TEMPERATURE is 0.2 before, 0.5 now" in text
+    # The loss of one batch says little: of 40 lines the mean of the last two counts.
+    more = [{**lines[-1], "iteration": 12 + i, "loss/res2-res2": 10.0 + i} for i in range(40 - len(lines))]
+    metrics = tmp_path / "loco_res2_0" / "metrics.json"
+    metrics.write_text("\n".join(json.dumps(line) for line in [*lines, *more]) + "\n")
+    (metrics.parent / "SHA256SUMS").unlink()
+    assert small("curves", cifar, tmp_path, "--seeds", 0, "--page") == 0
+    assert f"res2 | 1.79 | {10 + len(more) - 1.5:.1f} |" in (tmp_path / "curves.md").read_text()
 
 
 def test_tsne(here: list[list[str]], cifar: Path, tmp_path: Path) -> None:

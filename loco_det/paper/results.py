@@ -77,7 +77,7 @@ def pretrained(rows: Sequence[PlannedRow]) -> list[Step]:
 def losses(rows: Sequence[PlannedRow]) -> tuple[list[UnitLoss], str, dict[str, dict[str, BySeed]]]:
     """Return every unit's curve of the first seed, the unit of x, and {row's label: {unit: {seed: loss at the end}}}.
 
-    The loss at the end is the mean over the last hundredth of the run.
+    The loss at the end is the mean over the last twentieth of the run: one batch's varies too much.
     """
     ends: dict[str, dict[str, BySeed]] = {}
     shown: list[PretrainRun] = []
@@ -88,7 +88,8 @@ def losses(rows: Sequence[PlannedRow]) -> tuple[list[UnitLoss], str, dict[str, d
             (run,) = find_runs([f"{row.label}={chain.steps[0].made.parent}"]).pretrainings
             curves, _ = unit_losses([run], [])
             for curve in curves:
-                ends.setdefault(row.label, {}).setdefault(curve.unit, {})[chain.seed] = float(curve.y[-1])
+                end = curve.y[-max(1, len(curve.y) // 20) :]
+                ends.setdefault(row.label, {}).setdefault(curve.unit, {})[chain.seed] = float(end.mean())
             if run.backbone not in [one.backbone for one in shown]:
                 shown.append(run)
     curves, x = unit_losses(shown, []) if shown else ([], "step")
