@@ -8,7 +8,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from loco_det.backbones.artifact import load_backbone
-from loco_det.core.config import load_config
+from loco_det.core.config import flat, load_config
 from loco_det.core.run_folder import differences
 from loco_det.detection.keys import load_cfg
 from loco_det.paper.plan import Step, config_of
@@ -30,10 +30,11 @@ def configuration(step: Step) -> CfgNode:
 def changed_settings(step: Step) -> dict[str, str]:
     """Return the keys in which a finished pretraining differs from its plan: {"SOLVER.BASE_LR": "0.5 before, ..."}.
 
-    Keys that do not affect the result may differ.
+    Keys that do not affect the result may differ. Those that an older run lacks had their default.
 
     Raises:
         UserError: the backbone cannot be read.
     """
     _, manifest = load_backbone(step.made)
-    return differences(manifest.config, yaml.safe_load(configuration(step).dump()), FREE_KEYS)
+    defaults, planned = (flat(yaml.safe_load(cfg.dump())) for cfg in (get_cfg(), configuration(step)))
+    return differences({**defaults, **flat(manifest.config)}, planned, FREE_KEYS)
