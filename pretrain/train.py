@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from loco_det.backbones.resnet import StagedBackbone, measure_batchnorm
 from loco_det.backbones.timm_blocks import TimmBlocks
 from loco_det.backbones.timm_models import PREFIX, parse
 from loco_det.core import config
-from loco_det.core.config import Settings
+from loco_det.core.config import Settings, flat
 from loco_det.core.device import (
     arithmetic,
     check_bf16,
@@ -48,6 +48,7 @@ from pretrain.check import check
 from pretrain.checkpoint import drop_old_checkpoints, latest_checkpoint, retire_checkpoints, save_checkpoint
 from pretrain.compiling import stage_compiler
 from pretrain.decoders import build_decoder
+from pretrain.defaults import get_cfg
 from pretrain.loco import LocalTrainer, method_units, split_backbone
 from pretrain.loss import nt_xent
 from pretrain.monitor import Monitor, Stopwatch, UnreadLosses
@@ -419,6 +420,18 @@ def config_hash(cfg: CfgNode) -> str:
     return hashlib.sha256(config.without(cfg, keys).dump().encode()).hexdigest()
 
 
+def changed_settings(before: Mapping[str, Any], cfg: CfgNode) -> dict[str, str]:
+    """Return the keys in which `cfg` differs from an earlier run's configuration: {"SEED": "0 before, 1 now", ...}.
+
+    Keys that do not affect the result may differ. Those that an older release did not have had their default.
+
+    Args:
+        before: nested plain data, as YAML has it.
+    """
+    defaults, now = (flat(yaml.safe_load(one.dump())) for one in (get_cfg(), cfg))
+    return differences({**defaults, **flat(before)}, now, FREE_KEYS)
+
+
 def _begin(cfg: CfgNode, start: int) -> None:
     """Write config.yaml, only after a refused --resume can no longer overwrite the folder's configuration."""
     if is_main():
@@ -450,12 +463,15 @@ def _restore(cfg: CfgNode, state: dict[str, object], source: Source) -> int:
         log.info("%s has no checkpoint; starting from the beginning", cfg.OUTPUT_DIR)
         return 0
     path, values = found
-    if values["config_hash"] != config_hash(cfg):
-        before = yaml.safe_load(values.get("config", "")) or {}
-        found = summary(differences(before, yaml.safe_load(cfg.dump()), FREE_KEYS)) if before else "its hash differs"
+    before = yaml.safe_load(values.get("config", ""))
+    if before:
+        different = summary(changed_settings(before, cfg))
+    else:
+        different = "its hash differs" if values["config_hash"] != config_hash(cfg) else ""
+    if different:
         raise UserError(
-            f"{path} was made with another configuration ({found}); resume with the {path.parent / 'config.yaml'} that "
-            "it was made with, or choose another OUTPUT_DIR"
+            f"{path} was made with another configuration ({different}); resume with the "
+            f"{path.parent / 'config.yaml'} that it was made with, or choose another OUTPUT_DIR"
         )
     if values["images"] != len(source):  # epochs would be cut differently
         raise UserError(

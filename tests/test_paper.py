@@ -11,12 +11,10 @@ from typing import Any
 
 import cv2
 import evidence
-import msgspec
 import numpy as np
 import paper_page
 import pytest
 
-from loco_det.backbones.artifact import Manifest, load_backbone
 from loco_det.cli import main
 from loco_det.commands import paper
 from loco_det.core.errors import UserError
@@ -26,7 +24,7 @@ from loco_det.paper.data import prepare, unpack
 from loco_det.paper.figures import FEW, FROZEN, ROWS
 from loco_det.paper.page import write_page
 from loco_det.paper.plan import TARGETS, Chain, Options, PlannedRow, Step, commands_of
-from loco_det.paper.settings import changed_settings, configuration
+from loco_det.paper.settings import changed_from_plan, configuration
 
 TOY = {
     "BACKBONE.WIDTH": 8, "DECODER.HIDDEN_DIM": 8, "DATA.IMAGE_SIZE": 16, "SOLVER.BATCH_SIZE": 4, "SOLVER.EPOCHS": 1,
@@ -188,7 +186,7 @@ def test_curves(here: list[list[str]], cifar: Path, tmp_path: Path) -> None:
         again = Step(tmp_path / "again", step.words)
         assert costs.costs([again], 1, True, fixed)[again].steps == 12
         assert len((step.made.parent / "metrics.json").read_text().splitlines()) == 12
-        assert changed_settings(step) == {}
+        assert changed_from_plan(step) == {}
     other = words({**settings, "LOSS.TEMPERATURE": 0.5, "LOG_PERIOD": 2})
     here.clear()
     assert small("curves", cifar, tmp_path, "--seeds", 0, "--page", "--set-pretrain", *other) == 0
@@ -202,26 +200,6 @@ def test_curves(here: list[list[str]], cifar: Path, tmp_path: Path) -> None:
     (metrics.parent / "SHA256SUMS").unlink()
     assert small("curves", cifar, tmp_path, "--seeds", 0, "--page") == 0
     assert f"res2 | 1.79 | {10 + len(more) - 1.5:.1f} |" in (tmp_path / "curves.md").read_text()
-
-
-def test_a_run_made_before_a_key_existed_had_its_default(
-    here: list[list[str]], cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plan, "SMALL_PROBES", {"ridge": ()})
-    assert small("curves", cifar, tmp_path, "--seeds", 0, "--set-pretrain", *words(TOY)) == 0
-
-    def older(path: Path) -> tuple[dict, Manifest]:
-        tensors, manifest = load_backbone(path)
-        config = {**manifest.config, "SOLVER": {**manifest.config["SOLVER"]}}
-        del config["SOLVER"]["ACCUMULATE"]
-        return tensors, msgspec.structs.replace(manifest, config=config)
-
-    monkeypatch.setattr("loco_det.paper.settings.load_backbone", older)
-    for parts, expected in ((1, {}), (2, {"SOLVER.ACCUMULATE": "1 before, 2 now"})):
-        given = words({**TOY, "SOLVER.ACCUMULATE": parts})
-        options = Options("small", str(cifar), tmp_path, (0,), pretrain=tuple(given))
-        step = next(s for s in commands_of(plan.plan("curves", options)) if s.words[0] == "pretrain")
-        assert changed_settings(step) == expected
 
 
 def test_tsne(here: list[list[str]], cifar: Path, tmp_path: Path) -> None:

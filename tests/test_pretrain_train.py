@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from fvcore.common.config import CfgNode
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -303,6 +304,18 @@ def test_resume_needs_the_same_configuration(images: Path, tmp_path: Path) -> No
         pretrain(config(images, tmp_path, LOSS__TEMPERATURE=0.5), resume=True)
     assert load_config(get_cfg(), tmp_path / "config.yaml")[0].LOSS.TEMPERATURE == 0.1  # still the run's own
     assert pretrain(config(images, tmp_path, LOG_PERIOD=7), resume=True).is_file()
+
+
+def test_a_key_that_an_older_release_lacked_had_its_default(images: Path, tmp_path: Path) -> None:
+    pretrain(config(images, tmp_path))
+    checkpoint, values = latest_checkpoint(tmp_path)
+    before = yaml.safe_load(values["config"])
+    del before["SOLVER"]["ACCUMULATE"], before["FLOAT32_PRECISION"]
+    checkpoint.unlink()  # mapped into memory
+    torch.save({**values, "config": yaml.safe_dump(before), "config_hash": "another"}, checkpoint)
+    with pytest.raises(UserError, match=r"another configuration \(SOLVER.ACCUMULATE is 1 before, 2 now\)"):
+        pretrain(config(images, tmp_path, SOLVER__ACCUMULATE=2), resume=True)
+    assert pretrain(config(images, tmp_path), resume=True).is_file()
 
 
 def test_a_run_may_change_where_and_how_fast_it_goes_and_nothing_else(images: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from loco_det.paper.plan import (
     plan,
 )
 from loco_det.paper.results import pretrained
-from loco_det.paper.settings import changed_settings, configuration
+from loco_det.paper.settings import changed_from_plan, configuration
 
 OF_OBJECTS = ("detection", "few_labels", "pictures")  # at small scale --data is a detection set
 OUTPUT = "commands.txt"  # beside what a command makes: all that it prints
@@ -222,5 +222,5 @@ def _savings(out: Path) -> dict[str, Any]:
 
 def _changed(rows: Sequence[PlannedRow]) -> dict[str, str]:
     """Return the finished pretrainings whose settings are not those planned, with what differs."""
-    found = {step.made.parent.name: changed_settings(step) for step in pretrained(rows)}
+    found = {step.made.parent.name: changed_from_plan(step) for step in pretrained(rows)}
     return {name: summary(changes) for name, changes in found.items() if changes}

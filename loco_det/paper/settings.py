@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 
-import yaml
 from fvcore.common.config import CfgNode
 
 from loco_det.backbones.artifact import load_backbone
-from loco_det.core.config import flat, load_config
-from loco_det.core.run_folder import differences
+from loco_det.core.config import load_config
 from loco_det.detection.keys import load_cfg
 from loco_det.paper.plan import Step, config_of
 from pretrain.defaults import get_cfg
-from pretrain.train import FREE_KEYS
+from pretrain.train import changed_settings
 
 
 @functools.cache
@@ -27,14 +25,10 @@ def configuration(step: Step) -> CfgNode:
     return (load_config(get_cfg(), file, overrides) if step.words[0] == "pretrain" else load_cfg(file, overrides))[0]
 
 
-def changed_settings(step: Step) -> dict[str, str]:
+def changed_from_plan(step: Step) -> dict[str, str]:
     """Return the keys in which a finished pretraining differs from its plan: {"SOLVER.BASE_LR": "0.5 before, ..."}.
-
-    Keys that do not affect the result may differ. Those that an older run lacks had their default.
 
     Raises:
         UserError: the backbone cannot be read.
     """
-    _, manifest = load_backbone(step.made)
-    defaults, planned = (flat(yaml.safe_load(cfg.dump())) for cfg in (get_cfg(), configuration(step)))
-    return differences({**defaults, **flat(manifest.config)}, planned, FREE_KEYS)
+    return changed_settings(load_backbone(step.made)[1].config, configuration(step))
