@@ -35,7 +35,8 @@ class StopSignal:
 
     The main process answers the first one at once, on standard error. A second signal interrupts at once. Signals
     within two seconds of the first count as the same request: terminals and schedulers signal every process of a job,
-    and its launcher forwards what it receives.
+    and its launcher forwards what it receives. Outside the main thread, where Python has no signal handlers, signals
+    stay as they are.
     """
 
     def __init__(self, answer: str = "stopping after this step and saving; again to stop now") -> None:
@@ -43,7 +44,8 @@ class StopSignal:
         self.answer = answer if is_main() else ""
 
     def __enter__(self) -> StopSignal:
-        self._before = {s: signal.signal(s, self._handle) for s in _STOPS}
+        handled = _STOPS if threading.current_thread() is threading.main_thread() else ()
+        self._before = {s: signal.signal(s, self._handle) for s in handled}
         return self
 
     def __exit__(self, *_: object) -> None:
