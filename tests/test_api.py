@@ -281,6 +281,13 @@ def test_detection_says_what_it_does_and_leaves_the_logger_as_it_was(
     assert found.notes[0] in str(found)
 
 
+def test_small_heads_are_the_same_whatever_the_pyramid() -> None:
+    keys = [text for key, value in api._small_keys().items() for text in (key, str(value))]
+    plain, staged = (load_cfg(f"base_rcnn_{kind}.yaml", keys)[0].MODEL for kind in ("vit", "fpn"))
+    assert plain.RPN == staged.RPN
+    assert {**plain.ROI_BOX_HEAD, "NORM": ""} == staged.ROI_BOX_HEAD  # of convolutions, and there are none
+
+
 def test_the_page_has_every_argument_with_its_default_and_what_small_changes() -> None:
     page = (NOTEBOOK.parent.parent / "is_my_backbone_good.md").read_text()
     table = page.split("## Arguments of evaluate_detection")[1].split("\n## ")[0]
