@@ -15,15 +15,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
 from loco_det import arguments
+from loco_det.annotations.check import masks_of
 from loco_det.annotations.coco import image_files
 from loco_det.annotations.registry import Dataset, find_dataset
 from loco_det.backbones import own
 from loco_det.backbones.artifact import backbone_tensors, save_backbone
 from loco_det.backbones.hf_models import HfBackbone
+from loco_det.backbones.own import OwnBackbone
 from loco_det.backbones.resnet import ResNet
 from loco_det.backbones.timm_models import TimmBackbone
 from loco_det.commands import probe as probe_command
@@ -100,6 +103,7 @@ def load_backbone(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     order: str = "RGB",
+    untrained: bool = False,
 ) -> Backbone:
     """Load a backbone, in evaluation mode, on the CPU.
 
@@ -111,6 +115,8 @@ def load_backbone(
         branch: of a file with several backbones.
         mean, std: pixels that a module was trained with, in 0-255 units in `order`; None: ImageNet's.
         order: RGB or BGR, of a module.
+        untrained: a module's weights are random, so BatchNorm statistics are first measured on the training images, as
+            those of "random:resnet50" are.
 
     Returns:
         `.features(images)` gives its maps, `.channels` their channels; `.model` is the module.
@@ -121,9 +127,11 @@ def load_backbone(
     if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
         raise UserError(f"image_size {image_size!r}: give a whole number of pixels, at least 1")
     if isinstance(source, nn.Module):
-        return own_backbone(source, image_size or 224, order, mean, std)
-    if mean or std or order != "RGB":
-        raise UserError(f"backbone {source}: mean, std and order are for a module; weights state their own")
+        return own_backbone(source, image_size or 224, order, mean, std, untrained)
+    if not isinstance(source, (str, Path)):
+        raise UserError(f"backbone {source!r}: give an nn.Module, or a file or a name as text")
+    if mean or std or order != "RGB" or untrained:
+        raise UserError(f"backbone {source}: mean, std, order and untrained are for a module; weights state their own")
     return load_backbone_for_probe(str(source), image_size=image_size, branch=branch)
 
 
@@ -212,7 +220,8 @@ def evaluate_detection(
     _check_arguments(protocol, iterations, {"train": train, "test": test}, settings)
     if resume and output is None:
         raise UserError("resume=True: give the output of the run to continue")
-    backbone = backbone if isinstance(backbone, Backbone) else load_backbone(backbone)
+    if not isinstance(backbone, Backbone):  # in evaluation mode, which a module given is not put into
+        backbone = load_backbone(copy.deepcopy(backbone))
     folder = _run_folder(output, resume)
     with _interruptible(folder, is_temporary=output is None), logging_to(folder):
         data = [find_dataset(name) for name in (train, test)]
@@ -225,6 +234,7 @@ def evaluate_detection(
         if backbone.untrained:
             backbone = replace(backbone, model=copy.deepcopy(backbone.model))  # the caller's stays as it is
             measure_on(backbone, image_files(data[0]), seed)
+        _check_own(backbone)
         keys, _kept = _of_backbone(backbone, folder, protocol, weights)
         chosen = {
             **(_small_keys() if small else {}),
@@ -232,6 +242,7 @@ def evaluate_detection(
             **_keys_of_data(*data, iterations),
             "MODEL.BACKBONE.FREEZE_AT": PROTOCOLS[protocol],
             "MODEL.MASK_ON": masks,
+            "INPUT.MASK_FORMAT": masks_of(data[0].index) or "polygon",
             "MODEL.DEVICE": device,
             "SEED": seed,
             "OUTPUT_DIR": str(folder),
@@ -296,6 +307,37 @@ def _check_same_backbone(backbone: Backbone, folder: Path) -> str:
     return weights
 
 
+def _check_own(backbone: Backbone) -> None:
+    """Run a module of the user on an image that is not square, as a detector will; warn of unmeasured BatchNorm.
+
+    Raises:
+        UserError: it does not take that image, or its maps are not finite.
+    """
+    if not isinstance(backbone.model, OwnBackbone):
+        return
+    device = next((tensor.device for tensor in backbone.model.state_dict().values()), torch.device("cpu"))
+    height, width = backbone.image_size, backbone.image_size + 64
+    try:
+        with torch.no_grad():
+            maps = backbone.model(torch.zeros(1, 3, height, width, device=device))
+    except Exception as error:  # a user's code raises anything
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"backbone {backbone.name}: takes images of {height} x {height} pixels, but not of {height} x {width} "
+            f"({said}); a detector's images have all sizes"
+        ) from error
+    bad = [name for name, map_ in maps.items() if not map_.isfinite().all()]
+    if bad:
+        raise UserError(f"backbone {backbone.name}: its map {bad[0]} of a black image is not finite; check its weights")
+    norms = [m for m in backbone.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if any(n.track_running_stats and not n.running_mean.any() and bool((n.running_var == 1).all()) for n in norms):
+        log.warning(
+            "%s: BatchNorm statistics were never measured (mean 0, variance 1); if its weights are random, "
+            "load_backbone(module, untrained=True) has them measured on the training images",
+            backbone.name,
+        )
+
+
 def _keys_of_data(train: Dataset, test: Dataset, iterations: int) -> dict[str, Any]:
     return {
         "MODEL.ROI_HEADS.NUM_CLASSES": len(train.index.category_names),
@@ -333,7 +375,7 @@ def _how_to_read(backbone: Backbone) -> str:
     if isinstance(model, (TimmBackbone, ResNet)):
         other = f'evaluate_detection("random:{model.architecture if isinstance(model, TimmBackbone) else name}", ...)'
     else:
-        other = "of an untrained copy"
+        other = "load_backbone(the same module with random weights, untrained=True)"
     return f"compare with the same call on random weights, {other}: the features add what is above; {too_few}"
 
 

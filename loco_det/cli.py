@@ -24,6 +24,7 @@ from types import ModuleType
 from loco_det import __version__, arguments
 from loco_det.core.errors import INTERRUPTED, UserError, out_of_memory
 
+BROKEN_PIPE = 141  # as a shell reports SIGPIPE
 BAD_INPUT = 2  # argparse's own status for arguments that it refuses
 
 
@@ -121,10 +122,15 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
             parser = _parser(name, prog)
             args = _parsed(parser, argv)
             job = importlib.import_module(f"loco_det.commands.{name}")
-            return _run(job, args, logs=name not in OWN_LOG, line=[*parser.prog.split(), *argv])
+            status = _run(job, args, logs=name not in OWN_LOG, line=[*parser.prog.split(), *argv])
+            sys.stdout.flush()
+            return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # of `| head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return BROKEN_PIPE
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ import loco_det
 from loco_det import api
 from loco_det.backbones import own
 from loco_det.backbones.own import OwnBackbone
+from loco_det.cli import main
 from loco_det.core.errors import UserError
 from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.keys import load_cfg
@@ -111,13 +112,30 @@ def test_what_are_no_pixels(pixels: dict[str, object]) -> None:
         loco_det.load_backbone(Maps(), image_size=64, **pixels)
 
 
+def test_pixels_in_0_to_1_units_are_told() -> None:
+    with pytest.raises(UserError, match=r"0-1 units; multiply mean and std by 255: mean=\[127.5, 102.0, 0.0\]"):
+        loco_det.load_backbone(Maps(), image_size=64, mean=[0.5, 0.4, 0.0], std=[0.5, 0.5, 0.5])
+    assert loco_det.load_backbone(Maps(), image_size=64, mean=[0, 0, 0], std=[1, 1, 1]).std == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [("resnet18", "for a model of timm write timm:resnet18, for its untrained network random:timm:resnet18"),
+     (len, "give an nn.Module"), (nn.Identity, "give an nn.Module")],
+)  # fmt: skip
+def test_what_is_no_backbone(source: object, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        loco_det.load_backbone(source)
+
+
 def test_a_given_module_is_kept_while_it_is_referred_to() -> None:
     module = Maps()
     name = own.given(module)
     assert own.given(module) == name
     assert own.find(name) is module
     del module
-    with pytest.raises(UserError, match="a module that is gone"):
+    with pytest.raises(UserError, match="was a module given from Python, in another process or gone"):
         own.find(name)
 
 
@@ -154,7 +172,7 @@ class Wrong(nn.Module):
         ("raises", r"does not take an image of 64 x 64 pixels \(wants 512 x 512\); give another image_size"),
         ("vector", r"returns Tensor \(1, 3\); return maps"),
         ("nothing", "returns nothing"),
-        ("skewed", r"a square image has a map \(32, 64\)"),
+        ("skewed", r"a square image has a map \(1, 3, 32, 64\); return \(B, C, H, W\)"),
         ("text", "returns str"),
     ],
 )
@@ -224,6 +242,57 @@ def test_every_evaluation_begins_with_the_same_weights(tiny_data: Path) -> None:
         assert torch.equal(module.weight, before)
     with ThreadPoolExecutor(1) as other:  # a thread, where Python has no signal handlers
         assert other.submit(loco_det.evaluate_detection, module, **{**options, "iterations": 1}).result().rows
+
+
+class Normed(Maps):
+    """With a BatchNorm on each map; of 64 x 64 pixels alone, if it is `fixed`."""
+
+    def __init__(self, is_fixed: bool = False) -> None:
+        super().__init__()
+        self.norm, self.is_fixed = nn.BatchNorm2d(5), is_fixed
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        if self.is_fixed and x.shape[3] != 64:
+            raise RuntimeError("64 positions")
+        return [self.norm(map_) for map_ in super().forward(x)]
+
+
+def test_statistics_of_a_module_are_measured_if_it_is_untrained(
+    tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = Normed().requires_grad_(False).train()
+    never = "BatchNorm statistics were never measured"
+    assert loco_det.evaluate_detection(module, iterations=1, **OPTIONS).rows
+    assert never in capsys.readouterr().err
+    untrained = loco_det.load_backbone(Normed().requires_grad_(False), image_size=64, untrained=True)
+    run = loco_det.evaluate_detection(untrained, iterations=1, **OPTIONS)
+    assert never not in capsys.readouterr().err
+    assert "random weights: the AP that a trained backbone has to exceed" in str(run)
+    tensors = torch.load(run.folder / "model_final.pth", weights_only=True)["model"]
+    (mean,) = (tensor for name, tensor in tensors.items() if name.endswith("norm.running_mean"))
+    assert mean.abs().min() > 0.01
+    assert module.training
+    assert not module.norm.running_mean.any()
+    assert not untrained.model.module.norm.running_mean.any()
+
+
+@pytest.mark.parametrize("how", ["fixed", "nan"])
+def test_a_module_that_no_detector_can_use(how: str, tiny_data: Path) -> None:
+    backbone = loco_det.load_backbone(Normed(how == "fixed"), image_size=64)
+    if how == "nan":
+        nn.init.constant_(backbone.model.module.norm.bias, float("nan"))
+    said = r"but not of 64 x 128 \(64 positions\)" if how == "fixed" else "its map res2 of a black image is not finite"
+    with pytest.raises(UserError, match=said):
+        loco_det.evaluate_detection(backbone, iterations=1, **OPTIONS)
+
+
+def test_masks_are_read_in_the_form_that_the_file_has(tmp_path: Path) -> None:
+    assert main(["data", "shapes", str(tmp_path / "cells"), "--train", "2", "--test", "2"]) == 0  # RLE
+    data = {"train": f"{tmp_path / 'cells'}/@train", "test": f"{tmp_path / 'cells'}/@test"}
+    settings = {**SMALL, "MODEL.ROI_HEADS.NUM_CLASSES": 6}
+    options = {**OPTIONS, **data, "settings": settings}
+    found = loco_det.evaluate_detection(Maps(), masks=True, iterations=1, **options)
+    assert set(found.rows) == {"bbox", "segm"}
 
 
 def test_another_runs_folder_is_left_alone(tiny_data: Path, tmp_path: Path) -> None:
@@ -319,7 +388,7 @@ def test_a_result_says_how_to_read_it(tiny_data: Path) -> None:
         "7 iterations of 2 images, from the 6 images of tiny_train; tested on the 6 images of tiny_val; in runs/a"
     )
     assert notes[1].startswith("nan: no such object in the test set")
-    assert "the same call on random weights, of an untrained copy: " in notes[2]
+    assert "load_backbone(the same module with random weights, untrained=True): " in notes[2]
     assert "too few: raise them" in notes[2]
     del rows["bbox"]["APl"]
     for source, said in (
@@ -454,7 +523,7 @@ def test_a_function_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("python:my_backbone:wrong", "returns a int; return an nn.Module"),
         ("python:my_backbone:gone", "AttributeError.*python:package.module:function"),
         ("python:my_backbone_2:build", "ModuleNotFoundError"),
-        ("python:given-99", "a module that is gone, or of another process"),
+        ("python:given-99", "a module given from Python, in another process or gone"),
     ):
         with pytest.raises(UserError, match=said):
             own.find(name)

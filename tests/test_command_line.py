@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import subprocess
@@ -118,6 +119,15 @@ def test_arguments_and_help_import_nothing_heavy() -> None:
     assert done.stdout.startswith("usage: loco-det")  # without arguments: the help
     for name in JOBS:
         assert f"  {name} " in done.stdout
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write) as closed:
+        line = [sys.executable, "-m", "loco_det", "configs"]
+        done = subprocess.run(line, stdout=closed, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize(("word", "meant"), [("prtrain", "pretrain"), ("tarin", "train"), ("eval", "evaluate")])

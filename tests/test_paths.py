@@ -276,7 +276,9 @@ def test_files_of_other_formats_with_their_images_elsewhere():
     [
         ("./pets", ["'./pets' has several splits", "@train, @val"]),
         ("./pets@test", ["has no split 'test'", "@train, @val"]),
-        ("./gone", ["there is no folder gone"]),
+        ("./gone", ["there is no folder gone; correct the path"]),
+        ("./pest@train", ["there is no folder pest; did you mean pets?"]),
+        ("./shapes/train", ["'./shapes/train' is the images of a split; write shapes/@train"]),
         ("gone.json@pets", ["there is no file gone.json"]),
         ("~nosuchuser/x", ["there is no folder ~nosuchuser/x"]),
         ("~nosuchuser/x.json", ["there is no file ~nosuchuser/x.json"]),
@@ -296,6 +298,8 @@ def test_what_is_not_there_is_one_sentence(name, words):
     voc(Path("pets"))
     image(Path("plain/a.jpg"))
     coco(Path("x.json"), ["a.jpg"])
+    image(Path("shapes/train/a.jpg"))
+    coco(Path("shapes/annotations/instances_train.json"), ["a.jpg"])
     with pytest.raises(UserError) as caught:
         find_dataset(name)
     for word in words:

@@ -25,6 +25,7 @@ from tiny_detection import tiny_cfg, write_tiny
 from loco_det.backbones.artifact import load_backbone
 from loco_det.core.config import load_config
 from loco_det.core.errors import UserError
+from loco_det.core.log import log
 from loco_det.core.metrics import RunMetrics
 from loco_det.core.run_folder import SUMS, check_sums, differences, run_folder, summary
 from loco_det.detection import loop
@@ -235,11 +236,14 @@ def test_a7_a_full_disk_is_a_sentence_and_the_old_checkpoint_stays(tmp_path: Pat
 def test_a4_a_new_run_is_never_resumed_from_an_earlier_one(tmp_path: Path) -> None:
     short = {"SOLVER__MAX_ITER": 2, "SOLVER__STEPS": (), "DATASETS__TEST": ()}
     train_net(tiny_cfg(tmp_path / "run", **short), engine="torchvision")
+    warned: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_write_line", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(log, "warning", lambda text, *values: warned.append(text % values))
         with pytest.raises(Killed):
             train_net(tiny_cfg(tmp_path / "run", SEED=9, **short), engine="torchvision")
     assert (tmp_path / "run" / "model_final.pth").is_file(), "the earlier run's model is the user's"
+    assert [text for text in warned if f"{tmp_path / 'run'} holds a run already; this one begins anew" in text]
     train_net(tiny_cfg(tmp_path / "run", SEED=9, **short), engine="torchvision", resume=True)
     train_net(tiny_cfg(tmp_path / "alone", SEED=9, **short), engine="torchvision")
     again, alone = (torch.load(tmp_path / name / "model_final.pth")["model"] for name in ("run", "alone"))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,13 +84,18 @@ def find_path(whole: str) -> Place:
     if source.suffix.lower() in ARCHIVES and os.path.isfile(source):
         raise UserError(f"DATASETS: '{whole}': {source} is an archive; unpack it and name the folder.")
     if not os.path.isdir(source):
-        raise UserError(f"DATASETS: '{whole}': there is no folder {source}; correct the path.")
+        folders = [path.name for path in source.parent.glob("*") if path.is_dir()]
+        close = get_close_matches(source.name, folders, n=1)
+        hint = f"did you mean {source.parent / close[0]}?" if close else "correct the path."
+        raise UserError(f"DATASETS: '{whole}': there is no folder {source}; {hint}")
     for file in (source / name for name in COCO_FILES):
         if split is None and file.is_file() and _may_be_coco(file):
             return Place(_default_images(file), file, False)
     if splits := coco_splits(source):
         split = _chosen_split(whole, list(splits), split)
         return Place(source / split, splits[split], False)
+    if source.name in coco_splits(source.parent):
+        raise UserError(f"DATASETS: '{whole}' is the images of a split; write {source.parent}/@{source.name}")
     return _converted(whole, source, None, split)
 
 

@@ -86,7 +86,9 @@ class OwnBackbone(StagedBackbone):
     def _stride(self, map_: Tensor, image_size: int) -> float:
         strides = {image_size / side for side in map_.shape[2:]}
         if len(strides) != 1:
-            raise UserError(f"backbone {self.architecture}: a square image has a map {tuple(map_.shape[2:])}")
+            raise UserError(
+                f"backbone {self.architecture}: a square image has a map {tuple(map_.shape)}; return (B, C, H, W)"
+            )
         stride = strides.pop()
         return int(stride) if stride == int(stride) else stride
 
@@ -144,8 +146,8 @@ def find(name: str) -> nn.Module:
     if path.startswith(_GIVEN):
         if name not in _given:
             raise UserError(
-                f"MODEL.BACKBONE.NAME {name} was a module that is gone, or of another process; write "
-                "python:package.module:function"
+                f"MODEL.BACKBONE.NAME {name} was a module given from Python, in another process or gone; add "
+                "MODEL.BACKBONE.NAME python:package.module:function, an importable function that returns that module"
             )
         return _given[name]
     place, _, function = path.partition(":")

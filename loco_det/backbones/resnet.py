@@ -371,6 +371,7 @@ def measure_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     norms = [m for m in model.train().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [m.momentum for m in norms]
     for norm in norms:
+        norm.train()  # of a frozen module of one's own, which otherwise stays in evaluation
         norm.reset_running_stats()
         norm.momentum = None  # cumulative mean
     for batch in batches:

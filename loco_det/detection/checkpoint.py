@@ -162,9 +162,12 @@ def check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
 
 def retire_checkpoints(output_dir: str | Path) -> None:
     """Start a run anew: an earlier run's checkpoints stay, but --resume does not find them."""
-    if is_main():
+    if is_main() and (Path(output_dir) / LAST).exists():
+        log.warning(
+            "%s holds a run already; this one begins anew in its place, and --resume continues a run", output_dir
+        )
         with os_errors(output_dir):
-            (Path(output_dir) / LAST).unlink(missing_ok=True)
+            (Path(output_dir) / LAST).unlink()
 
 
 def training_state(weights: Weights) -> dict[str, Any]:

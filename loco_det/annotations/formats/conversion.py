@@ -76,8 +76,8 @@ def _chosen(tree: Tree, kind: str) -> str:
         raise UserError(f"{tree.source} is an archive; unpack it and name the folder.")
     if not found:
         raise UserError(
-            f"{tree.source} holds no annotations of a known format ({', '.join(FORMATS)}); name the folder that holds "
-            "both them and the images, or give --format."
+            f"{tree.source} holds no annotations of a known format (coco, {', '.join(FORMATS)}); name the folder that "
+            "holds both them and the images, or name the format: loco-det data convert --format."
         )
     if found == ["coco"]:
         raise UserError(

@@ -122,12 +122,17 @@ def _picture(image: Any) -> Any:
 
 
 def own_backbone(
-    module: nn.Module, image_size: int, order: str, mean: Sequence[float] | None, std: Sequence[float] | None
+    module: nn.Module,
+    image_size: int,
+    order: str,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    untrained: bool = False,
 ) -> Backbone:
-    """Wrap a module of the user; `order`, `mean` and `std` as in `Backbone`, None for ImageNet's.
+    """Wrap a module of the user; `order`, `mean`, `std` and `untrained` as in `Backbone`, None for ImageNet's pixels.
 
     Raises:
-        UserError: it gives no maps, or the pixels are no three numbers.
+        UserError: it gives no maps, or the pixels are no three numbers in 0-255 units.
     """
     name = type(module).__name__
     for key, values in (("mean", mean), ("std", std)):
@@ -136,12 +141,17 @@ def own_backbone(
         sound = len(numbers) == 3 and all(isinstance(v, (int, float)) and least <= v <= 255 for v in numbers)
         if values is not None and not sound:
             raise UserError(f"backbone {name}: {key} {values!r} is no list of three numbers in 0-255 units")
+    if mean and 0 < max(mean) <= 1:
+        scaled = [round(255 * value, 3) for value in mean]
+        raise UserError(
+            f"backbone {name}: mean {mean!r} is in 0-1 units; multiply mean and std by 255: mean={scaled}, std=..."
+        )
     if order not in ("RGB", "BGR"):
         raise UserError(f"backbone {name}: order {order!r} is neither RGB nor BGR")
     model = OwnBackbone(module, name, image_size).eval()
     facts = {"architecture": name, "source": "a module"}
     pixels = (order, tuple(mean or IMAGENET_MEAN), tuple(std or IMAGENET_STD))
-    return Backbone(name, model, model.channels, *pixels, image_size, facts=facts)
+    return Backbone(name, model, model.channels, *pixels, image_size, untrained=untrained, facts=facts)
 
 
 def load_backbone_for_probe(
@@ -168,6 +178,11 @@ def load_backbone_for_probe(
             f"backbone {name!r}: the kind {kind!r} is unknown; give a file, timm:NAME, hf:FOLDER or random:resnet50"
         )
     if kind not in _KINDS:
+        if re.fullmatch(r"[\w-]+", name) and not Path(name).exists():
+            raise UserError(
+                f"backbone {name!r}: there is no such file; for a model of timm write timm:{name}, for its untrained "
+                f"network random:timm:{name}"
+            )
         model, manifest = read_backbone(name, branch, stated=stated)
         default = 32 if manifest.stem == "cifar" else getattr(model, "image_size", 224)
         size = image_size or manifest.config.get("DATA", {}).get("IMAGE_SIZE", default)
