@@ -477,6 +477,23 @@ def test_images_that_are_gone_are_named(data, tmp_path, monkeypatch):
     assert "| none: random weights |" in text
 
 
+def test_a_backbone_that_brings_its_weights_is_not_random(data, tmp_path):
+    """Of a module given from Python, and one that a function returns."""
+    names = [f"python:given-{'ab' * 32}", f"python:given-{'cd' * 32}", "python:package.module:function"]
+    for i, name in enumerate(names):
+        make_run(tmp_path / f"{i}", data, detections(data, 3, i), MODEL__BACKBONE__NAME=name)
+    folders = [str(tmp_path / f"{i}") for i in range(3)]
+    assert main(["report", *folders, "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    text = (tmp_path / "out/report.md").read_text()
+    assert "random weights" not in text
+    shown = ["python:given-abababab", "python:given-cdcdcdcd", names[2]]
+    assert [run.backbone for run in find_runs(folders).detectors] == shown
+    inputs = [
+        line.split(" | ")[3] for line in text.splitlines() if line.startswith("| python:") and str(tmp_path) in line
+    ]
+    assert inputs == [f"{name} hash not recorded" for name in names]
+
+
 def test_a_backbone_without_detections_keeps_its_place_in_the_pictures(runs, tmp_path):
     for seed in (0, 1):
         (runs / f"random{seed}/inference/coco_instances_results.json").unlink()

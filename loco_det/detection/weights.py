@@ -103,8 +103,8 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, new_heads: bool = False) -> 
     path = cfg.MODEL.WEIGHTS
     if not path:
         own_weights = cfg.MODEL.BACKBONE.NAME.startswith(WITH_WEIGHTS)
-        which = "every layer outside the backbone, which has its own weights," if own_weights else "every layer"
-        log.info("MODEL.WEIGHTS is empty: %s starts from random values", which)
+        which = "the backbone has its own weights, all other layers start" if own_weights else "every layer starts"
+        log.info("MODEL.WEIGHTS is empty: %s from random values", which)
         return None
     weights = read_weights(path)
     apply_weights(model, weights, cfg, new_heads=new_heads)

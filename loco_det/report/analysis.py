@@ -24,7 +24,7 @@ from loco_det.core.log import Progress, log
 from loco_det.evaluation.bootstrap import Matched, Resamplable
 from loco_det.evaluation.coco import EVALUATORS
 from loco_det.evaluation.measure import Subject, measure_class
-from loco_det.report.runs import DetectorRun, Runs
+from loco_det.report.runs import DetectorRun, Runs, source_of_weights
 from loco_det.report.statistics import summarise
 
 CURVES = {"0.50": 0, "0.75": 5}  # IoU threshold -> index in .50:.05:.95
@@ -251,7 +251,7 @@ def inputs(runs: Runs) -> list[dict[str, Any]]:
                 "engine": record.get("engine"),
                 "seed": run.seed,
                 "started": record.get("started"),
-                "weights": record.get("weights") or {"path": run.config["MODEL.WEIGHTS"]},
+                "weights": record.get("weights") or {"path": source_of_weights(run.config)},
                 "datasets": record.get("datasets"),
                 "environment": record.get("environment"),
                 "config_sha256": file_sha256(run.path / "config.yaml"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from loco_det.annotations.registry import find_dataset
 from loco_det.backbones.artifact import HEADER_KEY, decode_manifest
-from loco_det.backbones.own import OTHER_BACKBONES
+from loco_det.backbones.own import OTHER_BACKBONES, WITH_WEIGHTS
 from loco_det.core.config import read_yaml
 from loco_det.core.errors import UserError
 from loco_det.core.files import has_checksum, read_regular
@@ -314,7 +315,7 @@ def _read(place: Path, name: str | None, runs: Runs) -> None:
         for key, kind in DETECTOR_KEYS.items():
             check(config[key], kind, f"{place}: {key}")
         record = _record(folder / "run.json")
-        label = name or _name_of(config["MODEL.WEIGHTS"], (record or {}).get("weights"))
+        label = name or _name_of(source_of_weights(config), (record or {}).get("weights"))
         runs.detectors.append(DetectorRun(label, folder, config, metrics, record))
     elif "METHOD" in config:
         check(config["METHOD"], str, f"{place}: METHOD")
@@ -369,12 +370,20 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
+def source_of_weights(config: Mapping[str, Any]) -> str:
+    """Return MODEL.WEIGHTS, or the backbone's name if it brings its weights itself; "" for random ones."""
+    network = config["MODEL.BACKBONE.NAME"]
+    return config["MODEL.WEIGHTS"] or (network if network.startswith(WITH_WEIGHTS) else "")
+
+
 def _name_of(weights: str, record: dict[str, Any] | None) -> str:
     """Return a backbone's name if the user gave none: its method, else its file's name."""
     if record and record.get("method"):
         return record["method"]
     if not weights:
         return "from scratch"
+    if weights.startswith(WITH_WEIGHTS):
+        return re.sub(r"(given-\w{8})\w+", r"\1", weights)  # of a module given from Python: its hash
     path = Path(weights)
     return path.parent.name if path.stem in _PLAIN_NAMES and path.parent.name else path.stem
 
@@ -404,7 +413,7 @@ def _check_names(runs: Runs) -> None:
 
 
 def _weights(run: DetectorRun) -> str:
-    return ((run.record or {}).get("weights") or {}).get("sha256") or run.config["MODEL.WEIGHTS"]
+    return ((run.record or {}).get("weights") or {}).get("sha256") or source_of_weights(run.config)
 
 
 def last_scores(folder: Path) -> dict[str, float] | None:
