@@ -165,9 +165,19 @@ def test_keys_are_printed_with_default_and_meaning(
     assert absent not in out
 
 
-def test_a_section_that_is_not_there_is_answered_with_one_that_is(capsys: pytest.CaptureFixture) -> None:
-    assert main(["train", "--keys", "SLOVER"]) == 2
-    assert "did you mean SOLVER?" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("SLOVER", "did you mean SOLVER?"),
+        ("ROI_HEADS.NUM", "did you mean MODEL.ROI_HEADS.NUM_CLASSES?"),
+        ("FOO", "leave it out for all keys"),
+    ],
+)
+def test_a_section_that_is_not_there_is_answered_with_one_that_is(
+    word: str, hint: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["train", "--keys", word]) == 2
+    assert hint in capsys.readouterr().err
 
 
 def test_configs_lists_every_file_with_its_header(capsys: pytest.CaptureFixture) -> None:

@@ -91,6 +91,8 @@ def test_settings_know_where_they_were_written(tmp_path):
         ("SOLVR: {BASE_LR: 1.0}", [], ["SOLVR.BASE_LR", "did you mean SOLVER.BASE_LR?"]),
         ("BASE_LR: 1.0", [], ["BASE_LR", "did you mean SOLVER.BASE_LR?"]),
         ("solver: {base_lr: 1.0}", [], ["solver.base_lr", "did you mean SOLVER.BASE_LR?"]),
+        ("NAME: a", ["SOLVER.LR", "0.1"], ["SOLVER.LR", "did you mean SOLVER.BASE_LR?"]),
+        ("SOLVER: {QUITE_ELSE: 1.0}", [], ["SOLVER.QUITE_ELSE", "remove it"]),
         ("QUITE_ELSE: 1.0", [], ["QUITE_ELSE", "remove it"]),
         ("NAME: a\nSEED: 1\nNAME: b", [], ["a.yaml, line 3", "NAME", "twice", "line 1"]),
         ("SOLVER:\n  BASE_LR: 1.0\nSOLVER:\n  AMP: {}", [], ["line 3", "SOLVER", "twice"]),

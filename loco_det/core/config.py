@@ -482,8 +482,14 @@ def _no_such_key(cfg: CfgNode, key: str, setting: Setting) -> UserError:
     parts, parts_of_key = [name.split(".") for name in flat(cfg)], key.split(".")
     known = dict.fromkeys(".".join(names[:depth]) for names in parts for depth in range(1, len(names) + 1))
     upper = key.upper()
-    same_word = [k for k in known if k.rpartition(".")[2] == upper.rpartition(".")[2]]
-    close = difflib.get_close_matches(upper, same_word or known, n=1, cutoff=0.0 if same_word else 0.6)
+    section, _, word = upper.rpartition(".")
+    same_word = [k for k in known if k.rpartition(".")[2] == word]
+    siblings = {k.rpartition(".")[2]: k for k in flat(cfg) if section and k.rpartition(".")[0] == section}
+    alike = same_word or [k for name, k in siblings.items() if word and word in name]  # LR for BASE_LR
+    if siblings and not alike:
+        close = [siblings[name] for name in difflib.get_close_matches(word, siblings, n=1)]
+    else:
+        close = difflib.get_close_matches(upper, alike or known, n=1, cutoff=0.0 if alike else 0.6)
     hint = f"did you mean {close[0]}?" if close else "remove it."
     for command, sections in _SECTIONS.items():
         if parts_of_key[0] in sections and parts_of_key[0] not in cfg:

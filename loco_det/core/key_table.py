@@ -32,7 +32,8 @@ def print_keys(cfg: CfgNode, meanings: Mapping[str, str], section: str) -> None:
     shown = {key: value for key, value in flat(cfg).items() if key in meanings and f"{key}.".startswith(below)}
     if not shown:
         sections = sorted({key.rpartition(".")[0] for key in meanings} - {""} | set(meanings))
-        close = difflib.get_close_matches(section, sections, n=1, cutoff=0.3)
+        within = [key for key in sections if section in key]
+        close = difflib.get_close_matches(section, within or sections, n=1, cutoff=0.0 if within else 0.5)
         hint = f"did you mean {close[0]}?" if close else "leave it out for all keys"
         raise UserError(f"--keys {section}: there is no such section or key; {hint}")
     table = Table("key", "default", "meaning", box=None, pad_edge=False)
