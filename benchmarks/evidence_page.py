@@ -49,10 +49,8 @@ DETECTION_WORDS = {"random": "none", **{method: WORDS[method] for method in DETE
 def write_page() -> None:
     """docs/results.md, docs/results_*.png and the table in README.md."""
     cells = complete(read_cells(RESULTS))
-    for name, rows in TABLES.items():
-        present = [cell for row in rows for cell in cells.get(row, [])]
-        if present:
-            save_figure(curves(present), PAGE.parent / picture(name))
+    for name, rows in compared(cells).items():
+        save_figure(curves([cell for row in rows for cell in cells[row]]), PAGE.parent / picture(name))
     with atomic_write(PAGE, "w") as file:
         file.write(page())
     text = README.read_text()
@@ -69,6 +67,12 @@ def page() -> str:
 def complete(cells: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
     """The rows of which every seed has been run."""
     return {row: some for row, some in cells.items() if {cell["seed"] for cell in some} >= set(SEEDS)}
+
+
+def compared(cells: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[str, ...]]:
+    """The tables of which at least two rows have been run, with those rows."""
+    found = {name: tuple(row for row in rows if row in cells) for name, rows in TABLES.items()}
+    return {name: rows for name, rows in found.items() if len(rows) > 1}
 
 
 def read_cells(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -111,10 +115,9 @@ def with_table(text: str, table: str) -> str:
 
 
 def full_table(rows: tuple[str, ...], cells: dict[str, list[dict[str, Any]]], protocol: str) -> str:
-    present = [row for row in rows if row in cells]
-    stages = list(cells[present[0]][0]["probes"][protocol])
+    stages = list(cells[rows[0]][0]["probes"][protocol])
     lines = ["| pretraining | seeds | " + " | ".join(stages) + " | minutes |", "|---|--:|" + "--:|" * (len(stages) + 1)]
-    for row in present:
+    for row in rows:
         figures = [number(top1(cells[row], protocol, stage)) for stage in stages]
         figures.append(f"{sum(map(minutes, cells[row])) / len(cells[row]):.0f}")
         lines.append(f"| {WORDS[row]} | {len(cells[row])} | {' | '.join(figures)} |")
@@ -208,7 +211,7 @@ def curves(cells: list[dict[str, Any]]) -> Figure:
 def final_losses(rows: tuple[str, ...], cells: dict[str, list[dict[str, Any]]]) -> str:
     """A line a row: each unit's loss at the end, mean over seeds."""
     lines = []
-    for row in (row for row in rows if row in cells):
+    for row in rows:
         ends = {
             unit: sum(cell["losses"][unit][-1][1] for cell in cells[row]) / len(cells[row])
             for unit in cells[row][0]["losses"]
@@ -229,9 +232,7 @@ def page_text(
 ) -> str:
     """docs/results.md from the figures alone."""
     parts = [HEAD]
-    for name, rows in TABLES.items():
-        if not any(row in cells for row in rows):
-            continue
+    for name, rows in compared(cells).items():
         parts.append(f"## {name}\n")
         for protocol, words in (("linear", "linear probe"), ("knn", "20 nearest neighbours"), ("ridge", "ridge")):
             parts += [
