@@ -13,6 +13,7 @@ import difflib
 import importlib
 import os
 import re
+import select
 import shlex
 import signal
 import sys
@@ -128,9 +129,21 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # of `| head`, which has seen enough
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         return BROKEN_PIPE
+
+
+def _reader_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as after `| head`."""
+    watch = select.poll()
+    try:
+        watch.register(sys.stdout, select.POLLOUT)
+    except (OSError, ValueError):  # replaced by something without a file descriptor
+        return False
+    return any(event & select.POLLERR for _, event in watch.poll(0))
 
 
 @contextlib.contextmanager

@@ -121,13 +121,25 @@ def test_arguments_and_help_import_nothing_heavy() -> None:
         assert f"  {name} " in done.stdout
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
+@pytest.mark.parametrize(("argv", "status"), [(["configs"], 141), (["pretrain", "--keys"], 1)])  # 1: rich's own
+def test_a_reader_that_leaves_early_is_no_error(argv: list[str], status: int) -> None:
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write) as closed:
-        line = [sys.executable, "-m", "loco_det", "configs"]
+        line = [sys.executable, "-m", "loco_det", *argv]
         done = subprocess.run(line, stdout=closed, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=120)
-    assert (done.returncode, done.stderr) == (141, "")
+    assert (done.returncode, done.stderr) == (status, "")
+
+
+def test_another_broken_pipe_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a worker process or a connection, say."""
+
+    def run(_: argparse.Namespace) -> int:
+        raise BrokenPipeError("a worker's")
+
+    monkeypatch.setattr("loco_det.commands.configs.run", run)
+    with pytest.raises(BrokenPipeError, match="a worker's"):
+        main(["configs"])
 
 
 @pytest.mark.parametrize(("word", "meant"), [("prtrain", "pretrain"), ("tarin", "train"), ("eval", "evaluate")])
