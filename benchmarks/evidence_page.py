@@ -17,6 +17,7 @@ from loco_det.core.config import load_config
 from loco_det.core.files import atomic_write
 from loco_det.paper.data import HELD_OUT, PRETRAINED
 from loco_det.report.drawing import COLOURS
+from loco_det.report.losses import at_end
 from loco_det.report.plots import save_figure
 from loco_det.report.statistics import summarise
 from pretrain.defaults import get_cfg
@@ -213,7 +214,7 @@ def final_losses(rows: tuple[str, ...], cells: dict[str, list[dict[str, Any]]]) 
     lines = []
     for row in rows:
         ends = {
-            unit: sum(cell["losses"][unit][-1][1] for cell in cells[row]) / len(cells[row])
+            unit: sum(at_end([loss for _, loss in cell["losses"][unit]]) for cell in cells[row]) / len(cells[row])
             for unit in cells[row][0]["losses"]
         }
         told = ", ".join(f"{unit.partition('-')[2]} {value:.2f}" for unit, value in ends.items())

@@ -10,7 +10,7 @@ from typing import Any
 
 from loco_det.core.errors import UserError
 from loco_det.paper.plan import BACKBONE, DONE, PlannedRow, Step, commands_of
-from loco_det.report.losses import UnitLoss, unit_losses
+from loco_det.report.losses import UnitLoss, at_end, unit_losses
 from loco_det.report.runs import PretrainRun, find_runs, last_scores
 from loco_det.report.statistics import summarise
 
@@ -75,10 +75,7 @@ def pretrained(rows: Sequence[PlannedRow]) -> list[Step]:
 
 
 def losses(rows: Sequence[PlannedRow]) -> tuple[list[UnitLoss], str, dict[str, dict[str, BySeed]]]:
-    """Return every unit's curve of the first seed, the unit of x, and {row's label: {unit: {seed: loss at the end}}}.
-
-    The loss at the end is the mean over the last twentieth of the run: one batch's varies too much.
-    """
+    """Return every unit's curve of the first seed, the unit of x, and {row's label: {unit: {seed: `at_end`}}}."""
     ends: dict[str, dict[str, BySeed]] = {}
     shown: list[PretrainRun] = []
     for row in rows:
@@ -88,8 +85,7 @@ def losses(rows: Sequence[PlannedRow]) -> tuple[list[UnitLoss], str, dict[str, d
             (run,) = find_runs([f"{row.label}={chain.steps[0].made.parent}"]).pretrainings
             curves, _ = unit_losses([run], [])
             for curve in curves:
-                end = curve.y[-max(1, len(curve.y) // 20) :]
-                ends.setdefault(row.label, {}).setdefault(curve.unit, {})[chain.seed] = float(end.mean())
+                ends.setdefault(row.label, {}).setdefault(curve.unit, {})[chain.seed] = at_end(curve.y)
             if run.backbone not in [one.backbone for one in shown]:
                 shown.append(run)
     curves, x = unit_losses(shown, []) if shown else ([], "step")

@@ -95,6 +95,11 @@ def _height(unit: re.Match[str]) -> tuple[int, float]:
     return int(number[0]) if number else -1, float(unit["block"] or "inf")
 
 
+def at_end(losses: Sequence[float] | np.ndarray) -> float:
+    """Return the loss at the end of a run: the mean over its last twentieth, since one batch's varies too much."""
+    return float(np.mean(losses[-max(1, len(losses) // 20) :]))
+
+
 def smoothed(y: np.ndarray) -> np.ndarray:
     """Smooth (n,) -> (n,) by the mean over a hundredth of all values on either side, or as many as there are."""
     places, reach = np.arange(len(y)), len(y) // (2 * _SMOOTHED)
