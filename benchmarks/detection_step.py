@@ -130,10 +130,12 @@ def make_weights(cfgs: dict[str, CfgNode], samples: list[dict[str, Any]], folder
 # --- the sides --------------------------------------------------------------------------------------------------
 
 
-def our_side(job: str, cfg: CfgNode, state: dict[str, torch.Tensor], samples: list[dict[str, Any]]) -> Step:
+def our_side(
+    job: str, cfg: CfgNode, state: dict[str, torch.Tensor], samples: list[dict[str, Any]], keep: bool = True
+) -> Step:
     model = speed_up(TorchvisionEngine().build_model(cfg))
     model.load_state_dict(state)
-    if job != "infer" and cfg.MODEL.DEVICE == "cpu":
+    if keep and job != "infer" and cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()  # as `loco-det train` does
     return engine_step(TorchvisionEngine(), job, cfg, model, samples, solver.optimizer_step)
 

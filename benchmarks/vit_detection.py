@@ -11,6 +11,8 @@ detection_step.py, which this uses: a training step is forward, backward and SGD
 images one after the other; `peak` is how far the process's memory rose. Seconds are of the processor, which other
 programs on the machine hardly change: run it with one thread, since those that wait for each other count too.
 
+The side `freed` is a training step of this package that gives freed memory back to the system.
+
 JSON: the ratios train, infer (time) and their peaks of this package over Detectron2, null where it is not installed,
 and over torchvision.
 """
@@ -198,7 +200,11 @@ def torchvision_names(state: dict[str, torch.Tensor], classes: int) -> dict[str,
     return result
 
 
-detection_step.MAKE |= {"detectron2": vitdet_side, "torchvision": torchvision_side}
+detection_step.MAKE |= {
+    "detectron2": vitdet_side,
+    "torchvision": torchvision_side,
+    "freed": functools.partial(detection_step.our_side, keep=False),
+}
 
 
 def main() -> None:
@@ -216,7 +222,7 @@ def main() -> None:
         sides += [f"detectron2:{job}" for job in jobs.values()]
     else:
         print("Detectron2 or COCO's images are not here; its sides are left out")
-    sides += [f"torchvision:{job}" for job in jobs.values()]
+    sides += ["freed:frozen", *(f"torchvision:{job}" for job in jobs.values())]
     with tempfile.TemporaryDirectory() as folder:
         path = make_weights(cfg, samples, Path(folder))
         kinds = {"frozen": cfg, "finetune": cfg}
