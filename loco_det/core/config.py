@@ -479,12 +479,13 @@ def _kind(value: Any) -> str:
 
 
 def _no_such_key(cfg: CfgNode, key: str, setting: Setting) -> UserError:
-    parts, parts_of_key = [name.split(".") for name in flat(cfg)], key.split(".")
+    leaves = flat(cfg)
+    parts, parts_of_key = [name.split(".") for name in leaves], key.split(".")
     known = dict.fromkeys(".".join(names[:depth]) for names in parts for depth in range(1, len(names) + 1))
     upper = key.upper()
     section, _, word = upper.rpartition(".")
     same_word = [k for k in known if k.rpartition(".")[2] == word]
-    siblings = {k.rpartition(".")[2]: k for k in flat(cfg) if section and k.rpartition(".")[0] == section}
+    siblings = {k.rpartition(".")[2]: k for k in leaves if section and k.rpartition(".")[0] == section}
     alike = same_word or [k for name, k in siblings.items() if word and word in name]  # LR for BASE_LR
     if siblings and not alike:
         close = [siblings[name] for name in difflib.get_close_matches(word, siblings, n=1)]
