@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
@@ -26,7 +25,6 @@ from loco_det.annotations.registry import Dataset, find_dataset
 from loco_det.backbones import own
 from loco_det.backbones.artifact import backbone_tensors, save_backbone
 from loco_det.backbones.hf_models import HfBackbone
-from loco_det.backbones.own import OwnBackbone
 from loco_det.backbones.resnet import ResNet
 from loco_det.backbones.timm_models import TimmBackbone
 from loco_det.commands import probe as probe_command
@@ -220,7 +218,7 @@ def evaluate_detection(
     _check_arguments(protocol, iterations, {"train": train, "test": test}, settings)
     if resume and output is None:
         raise UserError("resume=True: give the output of the run to continue")
-    if not isinstance(backbone, Backbone):  # in evaluation mode, which a module given is not put into
+    if not isinstance(backbone, Backbone):  # a copy, since loading puts a module into evaluation mode
         backbone = load_backbone(copy.deepcopy(backbone))
     folder = _run_folder(output, resume)
     with _interruptible(folder, is_temporary=output is None), logging_to(folder):
@@ -308,27 +306,18 @@ def _check_same_backbone(backbone: Backbone, folder: Path) -> str:
 
 
 def _check_own(backbone: Backbone) -> None:
-    """Run a module of the user on an image that is not square, as a detector will; warn of unmeasured BatchNorm.
+    """Run a module of the user as a detector will, and warn of BatchNorm that was never measured.
 
     Raises:
-        UserError: it does not take that image, or its maps are not finite.
+        UserError: it takes square images alone, or its maps are not finite.
     """
-    if not isinstance(backbone.model, OwnBackbone):
+    if not isinstance(backbone.model, own.OwnBackbone):
         return
-    device = next((tensor.device for tensor in backbone.model.state_dict().values()), torch.device("cpu"))
-    height, width = backbone.image_size, backbone.image_size + 64
-    try:
-        with torch.no_grad():
-            maps = backbone.model(torch.zeros(1, 3, height, width, device=device))
-    except Exception as error:  # a user's code raises anything
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"backbone {backbone.name}: takes images of {height} x {height} pixels, but not of {height} x {width} "
-            f"({said}); a detector's images have all sizes"
-        ) from error
-    bad = [name for name, map_ in maps.items() if not map_.isfinite().all()]
+    bad = [name for name, map_ in backbone.model.on_oblong().items() if not map_.isfinite().all()]
     if bad:
-        raise UserError(f"backbone {backbone.name}: its map {bad[0]} of a black image is not finite; check its weights")
+        raise UserError(
+            f"backbone {backbone.name}: its map {bad[0]} of an image of one colour is not finite; check its weights"
+        )
     norms = [m for m in backbone.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if any(n.track_running_stats and not n.running_mean.any() and bool((n.running_var == 1).all()) for n in norms):
         log.warning(

@@ -29,6 +29,7 @@ from loco_det.backbones.own import OwnBackbone
 from loco_det.cli import main
 from loco_det.core.errors import UserError
 from loco_det.detection.engine_torchvision import TorchvisionEngine
+from loco_det.detection.fpn import build_backbone
 from loco_det.detection.keys import load_cfg
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "docs" / "tutorials" / "notebook.ipynb"
@@ -245,15 +246,15 @@ def test_every_evaluation_begins_with_the_same_weights(tiny_data: Path) -> None:
 
 
 class Normed(Maps):
-    """With a BatchNorm on each map; of 64 x 64 pixels alone, if it is `fixed`."""
+    """With a BatchNorm on each map; of square images alone, if `is_square`."""
 
-    def __init__(self, is_fixed: bool = False) -> None:
+    def __init__(self, is_square: bool = False) -> None:
         super().__init__()
-        self.norm, self.is_fixed = nn.BatchNorm2d(5), is_fixed
+        self.norm, self.is_square = nn.BatchNorm2d(5), is_square
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        if self.is_fixed and x.shape[3] != 64:
-            raise RuntimeError("64 positions")
+        if self.is_square and x.shape[2] != x.shape[3]:
+            raise RuntimeError("196 positions")
         return [self.norm(map_) for map_ in super().forward(x)]
 
 
@@ -276,14 +277,24 @@ def test_statistics_of_a_module_are_measured_if_it_is_untrained(
     assert not untrained.model.module.norm.running_mean.any()
 
 
-@pytest.mark.parametrize("how", ["fixed", "nan"])
+@pytest.mark.parametrize("how", ["square", "nan"])
 def test_a_module_that_no_detector_can_use(how: str, tiny_data: Path) -> None:
-    backbone = loco_det.load_backbone(Normed(how == "fixed"), image_size=64)
+    backbone = loco_det.load_backbone(Normed(how == "square"), image_size=64)
     if how == "nan":
         nn.init.constant_(backbone.model.module.norm.bias, float("nan"))
-    said = r"but not of 64 x 128 \(64 positions\)" if how == "fixed" else "its map res2 of a black image is not finite"
-    with pytest.raises(UserError, match=said):
+    said = {
+        "square": r"an image of 64 x 128 pixels \(196 positions\); a detector's images have all sizes",
+        "nan": "its map res2 of an image of one colour is not finite",
+    }
+    with pytest.raises(UserError, match=said[how]):
         loco_det.evaluate_detection(backbone, iterations=1, **OPTIONS)
+
+
+def test_a_named_module_of_square_images_is_refused_as_a_detectors() -> None:
+    module = Normed(is_square=True)
+    cfg, _ = load_cfg("base_rcnn_fpn.yaml", ["MODEL.BACKBONE.NAME", own.given(module)])
+    with pytest.raises(UserError, match=r"an image of 224 x 288 pixels \(196 positions\)"):
+        build_backbone(cfg)
 
 
 def test_masks_are_read_in_the_form_that_the_file_has(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from loco_det.backbones.artifact import IMAGENET_MEAN, IMAGENET_STD
 from loco_det.backbones.hf_models import HfBackbone, configuration, one_sentence
-from loco_det.core.errors import UserError
+from loco_det.core.errors import UserError, said
 from loco_det.core.files import atomic_write
 
 _LISTS = ("layer", "layers", "stages", "blocks")  # names of a model's list of blocks
@@ -175,8 +175,7 @@ class HfBlocks(HfBackbone):
         try:
             maps = self(x)
         except Exception as error:  # transformers' families raise various exceptions
-            said = " ".join(str(error).split())[:200] or type(error).__name__
-            takes = f"cannot take images of {self.image_size} pixels ({said})"
+            takes = f"cannot take images of {self.image_size} pixels ({said(error)})"
             raise self._refusal(takes, "change DATA.IMAGE_SIZE") from error
         finally:
             for handle in handles:

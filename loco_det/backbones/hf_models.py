@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from loco_det.backbones.own import HF_PREFIX as PREFIX
 from loco_det.backbones.own import OwnBackbone, names_by_stride
 from loco_det.backbones.timm_models import evaluate_frozen, quarters, quiet_hub, resized_to_stride
-from loco_det.core.errors import UserError
+from loco_det.core.errors import UserError, said
 
 # Tensors of a checkpoint that no backbone has.
 _DROPPED = re.compile(
@@ -241,8 +241,7 @@ def one_sentence(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # the library raises anything
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"backbone {name}: transformers cannot load it ({said}); {_REMEDY}") from error
+        raise UserError(f"backbone {name}: transformers cannot load it ({said(error)}); {_REMEDY}") from error
     finally:
         logging.set_verbosity(verbosity)
         if has_bar:

@@ -10,6 +10,7 @@ import importlib
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from loco_det.backbones import timm_models
 from loco_det.backbones.networks import OWN_NETWORKS
 from loco_det.backbones.resnet import StagedBackbone
 from loco_det.backbones.timm_models import BY_STRIDE
-from loco_det.core.errors import UserError
+from loco_det.core.errors import UserError, said
 
 PREFIX = "python:"
 HF_PREFIX = "hf:"  # of transformers' models, see hf_models.py
@@ -51,22 +52,7 @@ class OwnBackbone(StagedBackbone):
     def __init__(self, module: nn.Module, name: str, image_size: int = 224) -> None:
         super().__init__()
         self.architecture, self.module, self.image_size = name, module, image_size
-        was_training = module.training
-        example = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), torch.zeros(1))
-        if example.dtype != torch.float32:
-            raise UserError(f"backbone {name}: its weights are {example.dtype}; give it in float32: module.float()")
-        x = torch.zeros(1, 3, image_size, image_size, device=example.device)
-        try:
-            with torch.no_grad():
-                found = module.eval()(x)
-        except Exception as error:  # a user's code raises anything
-            said = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(
-                f"backbone {name}: does not take an image of {image_size} x {image_size} pixels ({said}); give another "
-                "image_size"
-            ) from error
-        finally:
-            module.train(was_training)
+        found = self._tried(image_size, image_size, "give another image_size")
         self.is_named = isinstance(found, Mapping)
         maps = list(found.values()) if self.is_named else list(found) if isinstance(found, (list, tuple)) else [found]
         if not maps or any(not isinstance(map_, Tensor) or map_.ndim != 4 for map_ in maps):
@@ -83,6 +69,34 @@ class OwnBackbone(StagedBackbone):
         self.is_plain = len(set(strides)) == 1
         self.depth = len(names)
 
+    def _tried(self, height: int, width: int, remedy: str) -> Any:
+        """Run the module, in evaluation, on one image whose every pixel is the mean."""
+        module, was_training = self.module, self.module.training
+        example = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), torch.zeros(1))
+        if example.dtype != torch.float32:
+            raise UserError(
+                f"backbone {self.architecture}: its weights are {example.dtype}; give it in float32: module.float()"
+            )
+        try:
+            with torch.no_grad():
+                return module.eval()(torch.zeros(1, 3, height, width, device=example.device))
+        except Exception as error:  # a user's code raises anything
+            raise UserError(
+                f"backbone {self.architecture}: does not take an image of {height} x {width} pixels ({said(error)}); "
+                f"{remedy}"
+            ) from error
+        finally:
+            module.train(was_training)
+
+    def on_oblong(self) -> dict[str, Tensor]:
+        """Return the maps of an image that is wider than high, as a detector's are.
+
+        Raises:
+            UserError: the module does not take it.
+        """
+        found = self._tried(self.image_size, self.image_size + 64, "a detector's images have all sizes")
+        return self._named(found)
+
     def _stride(self, map_: Tensor, image_size: int) -> float:
         strides = {image_size / side for side in map_.shape[2:]}
         if len(strides) != 1:
@@ -93,7 +107,9 @@ class OwnBackbone(StagedBackbone):
         return int(stride) if stride == int(stride) else stride
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        found = self.module(x)
+        return self._named(self.module(x))
+
+    def _named(self, found: Any) -> dict[str, Tensor]:
         maps = found.values() if self.is_named else found if isinstance(found, (list, tuple)) else [found]
         return dict(zip(self.stage_names, maps))
 
@@ -154,10 +170,9 @@ def find(name: str) -> nn.Module:
     try:
         found = getattr(importlib.import_module(place), function)()
     except Exception as error:  # a user's code raises anything
-        said = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"MODEL.BACKBONE.NAME {name}: {type(error).__name__}: {said}; write python:package.module:function, a "
-            "function without arguments, importable from here"
+            f"MODEL.BACKBONE.NAME {name}: {type(error).__name__}: {said(error)}; write python:package.module:function, "
+            "a function without arguments, importable from here"
         ) from error
     if not isinstance(found, nn.Module):
         raise UserError(f"MODEL.BACKBONE.NAME {name}: returns a {type(found).__name__}; return an nn.Module")

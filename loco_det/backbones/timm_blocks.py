@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from loco_det.backbones.timm_models import PREFIX, TimmBackbone, create
 from loco_det.backbones.windows import WINDOW_OPTIONS
-from loco_det.core.errors import UserError
+from loco_det.core.errors import UserError, said
 
 _NO_PREFIX = {"class_token": False, "reg_tokens": 0, "global_pool": ""}  # "token", the usual pooling, needs the token
 _OF_DETECTORS = ("pretrained", "map_stride", "maps", "positions", "level_norm", "image_size", *WINDOW_OPTIONS)
@@ -150,9 +150,8 @@ class TimmBlocks(TimmBackbone):
         try:
             expected = self(x)
         except Exception as error:  # timm's families raise various exceptions
-            said = " ".join(str(error).split())[:200] or type(error).__name__
             raise self._refusal(
-                f"cannot take images of {image_size} pixels ({said})", "change DATA.IMAGE_SIZE"
+                f"cannot take images of {image_size} pixels ({said(error)})", "change DATA.IMAGE_SIZE"
             ) from error
         found: dict[str, Tensor] = {}
         overwriting: list[str] = []

@@ -31,6 +31,11 @@ def _printable(character: str) -> str:
     return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
+def said(error: BaseException) -> str:
+    """Return the message of an exception of another's code on one line, at most 200 characters; else its type."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def out_of_memory(error: BaseException) -> UserError | None:
     """Convert an out-of-memory error of torch (any device) or NumPy to a UserError; None for other errors."""
     # Matches by name and text, because this must work without torch.

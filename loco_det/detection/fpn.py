@@ -254,7 +254,10 @@ class OwnTrunk(Trunk, own.OwnBackbone):
 
     def __init__(self, cfg: CfgNode) -> None:
         name, wanted = cfg.MODEL.BACKBONE.NAME, list(cfg.MODEL.FPN.IN_FEATURES)
-        super().__init__(own.find(name), name)
+        module = own.find(name)
+        super().__init__(module, name)
+        if not isinstance(module, own.OwnBackbone):  # of one given from Python it is known
+            self.on_oblong()
         unknown = [stage for stage in wanted if stage not in self.channels]
         if unknown:
             known = ", ".join(self.channels)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loco_det.core.errors import UserError
+from loco_det.core.errors import UserError, said
 from loco_det.core.files import os_errors
 from loco_det.core.log import log
 from loco_det.detection.cpu_speed import speed_up
@@ -141,9 +141,8 @@ def _trace_or_refuse(network: OneImage, image: Tensor, path: Path) -> None:
     except UserError:
         raise
     except Exception as error:  # timm's and users' networks hold anything
-        said = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"this network cannot be exported to ONNX ({said}); predict with its checkpoint here"
+            f"this network cannot be exported to ONNX ({said(error)}); predict with its checkpoint here"
         ) from error
 
 
