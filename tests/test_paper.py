@@ -14,6 +14,8 @@ import evidence
 import numpy as np
 import paper_page
 import pytest
+from evidence import RESULTS
+from evidence_page import read_cells
 
 from loco_det.cli import main
 from loco_det.commands import paper
@@ -547,3 +549,34 @@ def test_pages_put_together_say_once_what_opens_all(tmp_path: Path) -> None:
         "<!-- page: curves -->\n\n## curves\n\nMeans.\n\n| a |\n\nOf curves.\n\n"
         "<!-- page: table1 -->\n\n## table1\n\n| a |\n\nOf table1.\n\n"
     )
+
+
+def test_the_pages_in_the_documentation_are_those_of_the_committed_figures(tmp_path: Path) -> None:
+    paper_page.write_pages(read_cells(RESULTS), ["table1", "decoder", "curves"], tmp_path)
+    assert "# " in (tmp_path / "table1.md").read_text()
+    told = "docs/paper.md is not what benchmarks/paper_page.py writes; run it"
+    assert paper_page.with_pages(paper_page.PAGE.read_text(), tmp_path) == paper_page.PAGE.read_text(), told
+
+
+def test_pages_of_committed_figures_are_those_of_the_runs(tmp_path: Path) -> None:
+    """Of made-up figures: what the program reads of a folder is what `evidence.py` recorded of it."""
+    probes = {name: {"res4": {"top1": 10.0}, "res5": {"top1": 20.0}} for name in ("linear", "knn", "ridge")}
+    cells = {
+        row: [
+            {
+                "row": row, "seed": seed, "rate": rate, "switches": {"METHOD": row}, "probes": probes,
+                "losses": {"res2-res5": [[step, 5.0 - seed] for step in range(1, 41)]},
+                "commands": [["loco-det", 3600.0]] * 4, "environment": MACHINE,
+            }
+            for seed in (0, 1, 2)
+        ]
+        for row, rate in (("simclr", 0.125), ("gim", 0.5))
+    }  # fmt: skip
+    paper_page.write_pages(cells, ["table1", "curves"], tmp_path)
+    text = (tmp_path / "table1.md").read_text()
+    assert "| SimCLR | 69.8 | 20.0 [20.0, 20.0] |" in text
+    assert "24 of 72 commands have been run, in 24.0 hours of processor time" in text
+    assert "gim_1 was made with other settings than planned: SOLVER.BASE_LR is 0.5 before, 0.125 now" in text
+    assert "simclr_1 was made" not in text
+    # the mean of 5, 4 and 3, and 4.3027 / sqrt(3) to either side
+    assert "| SimCLR, res5 | 1.22 | 4.00 [1.52, 6.48] |" in (tmp_path / "curves.md").read_text()
