@@ -303,6 +303,8 @@ def how(cells: dict[str, list[dict[str, Any]]]) -> str:
         f"rows share. Probes learn from all 50,000 training images. {len(every)} runs took "
         f"{sum(map(minutes, every)) / 60:.1f} hours of processor time together, one thread each, the longest "
         f"{max(map(minutes, every)):.0f} minutes, on {machine['cores']} cores, torch {machine['packages']['torch']}. "
+        "Processors with bfloat16 units computed in bfloat16, others in float32, as `SOLVER.AMP` bf16 does on a CPU; "
+        "which of the two a run had was not recorded. "
         "Intervals are 95 % intervals of the mean over seeds (Student's t). What each row sets besides:\n\n"
         + "\n".join(f"- {label(row)}: {told_switches(some[0]['switches'])}" for row, some in cells.items())
         + "\n\n```sh\n"
