@@ -1068,6 +1068,15 @@ def test_two_formats_are_not_guessed_between(tmp_path):
         (["coco", "out"], ["COCO's format already", "FILE.json@FOLDER"]),
         (["empty", "out"], ["no object could be converted as voc", "no area", "a.xml: object 1 (x)"]),
         (["strangers", "out"], ["no object could be converted as voc", "it is not there"]),
+        (["plain", "out"], ["CSV, CreateML, KITTI", "export COCO"]),
+        (["nothing", "out"], ["no object could be converted as voc; the annotations have none."]),
+        (
+            ["lines", "out"],
+            [
+                "converted as cvat; objects left out, 2 x: <polyline> is no area (annotations.xml: a.jpg: <polyline> ",
+                "images left out, 1 x: no annotation names it (b.jpg)",
+            ],
+        ),
     ],
 )
 def test_what_cannot_be_converted_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, words):
@@ -1077,6 +1086,12 @@ def test_what_cannot_be_converted_is_one_sentence(tmp_path, monkeypatch, capsys,
     image(Path("empty/a.jpg"))
     voc(Path("empty/a.xml"), thing("x", (5, 5, 2, 2)))
     voc(Path("strangers/b.xml"), thing("x", (1, 1, 2, 2)))
+    image(Path("nothing/a.jpg"))
+    voc(Path("nothing/a.xml"), "")
+    image(Path("lines/a.jpg"))
+    image(Path("lines/b.jpg"))
+    drawings = "".join(f'<{kind} label="x" points="1,1;5,5"/>' for kind in ("points", "polyline", "polyline"))
+    write(Path("lines/annotations.xml"), f'<annotations><image name="a.jpg">{drawings}</image></annotations>')
     assert main(["data", "convert", *arguments]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1

@@ -77,7 +77,8 @@ def _chosen(tree: Tree, kind: str) -> str:
     if not found:
         raise UserError(
             f"{tree.source} holds no annotations of a known format (coco, {', '.join(FORMATS)}); name the folder that "
-            "holds both them and the images, or name the format: loco-det data convert --format."
+            "holds both them and the images, or name the format: loco-det data convert --format. Of other formats "
+            "(CSV, CreateML, KITTI, ...) export COCO with the program that made them."
         )
     if found == ["coco"]:
         raise UserError(
@@ -111,7 +112,7 @@ def convert_annotations(source: Path, kind: str = "auto", images: Path | None = 
     _count_others(tree, kind, summary)
     kept = {id(picture): list(_usable_objects(tree, picture, summary)) for picture in pictures}
     if not any(kept.values()):
-        raise UserError(f"{source}: no object could be converted as {kind}{_first_reason(summary)}.")
+        raise UserError(f"{source}: no object could be converted as {kind}; {_why_nothing(summary)}.")
     names = _classes(kept.values(), summary)
     pictures.sort(key=lambda picture: str(picture.image))
     folder = Path(os.path.commonpath([picture.image.parent for picture in pictures]))
@@ -134,11 +135,14 @@ def _existing(source: Path) -> Path:
     return source
 
 
-def _first_reason(summary: Summary) -> str:
-    for what, reasons in (("images", summary.images), ("objects", summary.objects)):
-        for reason, (count, examples) in reasons.found.items():
-            return f"; {count} {what} were left out because: {reason} ({examples[0]})"
-    return ""
+def _why_nothing(summary: Summary) -> str:
+    """Return the most frequent reason for which objects were left out, and that of images."""
+    told = []
+    for what, reasons in (("objects", summary.objects), ("images", summary.images)):
+        if reasons.found:
+            reason, (count, examples) = max(reasons.found.items(), key=lambda item: item[1][0])
+            told.append(f"{what} left out, {count} x: {reason} ({examples[0]})")
+    return "; ".join(told) or "the annotations have none"
 
 
 def _usable(tree: Tree, pictures: Iterable[Picture], summary: Summary) -> Iterator[Picture]:
