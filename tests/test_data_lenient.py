@@ -185,6 +185,51 @@ def test_an_area_that_is_none_is_absent(tmp_path, spelling):
     assert_same(found, twin, but={"area"})
 
 
+@pytest.mark.parametrize("box", [None, [], "absent"])
+@pytest.mark.parametrize("ids", [int, str, "{}-uuid".format])
+def test_a_box_that_is_none_is_that_of_the_mask(tmp_path, box, ids):
+    content = clean()
+    for k, annotation in enumerate(content["annotations"]):
+        x, y, w, h = annotation["bbox"] = [10 + k, 5, 7, 11 + k % 3]
+        mask = np.zeros((H, W), dtype=bool)
+        mask[y : y + h, x : x + w] = True
+        runs = np.diff(np.flatnonzero(np.diff(mask.T.ravel(), prepend=False, append=not mask[-1, -1])), prepend=0)
+        rle = {"size": [H, W], "counts": runs.tolist()}
+        annotation["segmentation"] = rle if k % 2 else [*square(x, y, 2, 2), *square(x + 2, y + 2, w - 2, h - 2)]
+    together(each("images", id=ids), each("annotations", image_id=ids))(content)
+    twin = load_index(saved(tmp_path, content, "twin.json"))
+    for annotation in content["annotations"]:
+        annotation["bbox"] = box
+        if box == "absent":
+            del annotation["bbox"]
+    found = load_index(saved(tmp_path, content))
+    assert_same(found, twin)
+    assert found.notes["annotation without a bbox: that of its segmentation"] == 30
+
+
+def test_a_box_cannot_be_had_from_a_mask_that_is_none(tmp_path):
+    content = clean()
+    for segmentation in ([], [[1, 2, 3, 4]], {"size": [H, W + 1], "counts": [1]}, "x", None):
+        content["annotations"][0] |= {"bbox": None, "segmentation": segmentation}
+        with pytest.raises(UserError, match=r"1 x annotation whose bbox is not four numbers, the first \(id 500\)"):
+            load_index(saved(tmp_path, content))
+    content["annotations"][0] |= {"image_id": 12345, "segmentation": square(1, 2, 3, 4)}  # an image without a size
+    with pytest.raises(UserError, match="1 x annotation whose bbox"):
+        load_index(saved(tmp_path, content))
+
+
+@pytest.mark.parametrize("change", [without("annotations", "id"), each("annotations", id=lambda _: None)])
+def test_annotations_of_which_none_has_an_id_are_numbered(tmp_path, change):
+    content = clean()
+    for number, annotation in enumerate(content["annotations"], 1):
+        annotation["id"] = number
+    twin = load_index(saved(tmp_path, content, "twin.json"))
+    change(content)
+    found = load_index(saved(tmp_path, content))
+    assert_same(found, twin)
+    assert found.notes == {"annotation without an id: numbered from 1 on": 30}
+
+
 ENCODINGS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "byte-order mark": (lambda t: b"\xef\xbb\xbf" + t, "utf-8 with a byte-order mark"),
     "utf-16": (lambda t: t.decode().encode("utf-16"), "utf-16"),
@@ -351,7 +396,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
         lambda c: [a.update(bbox=[1, 2, 3]) for a in c["annotations"][4:9]],
         ["5 x annotation whose bbox", "(id 496) with [1, 2, 3]"],
     ),
-    "no box": (without("annotations", "bbox"), ["30 x annotation whose bbox", "has none"]),
+    "no box": (without("annotations", "bbox", "segmentation"), ["30 x annotation whose bbox", "has none"]),
     "an infinite box": (lambda c: c["annotations"][0].update(bbox=[0, 0, math.inf, 1]), ["1 x", "(id 500)"]),
     "a number too large": (lambda c: c["annotations"][0].update(bbox=[0, 0, 10**400, 1]), ["1 x", "(id 500)"]),
     "a broken width": (lambda c: c["images"][1].update(width=80.5), ["1 x image whose width", "80.5"]),
@@ -367,7 +412,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     "maybe a crowd": (lambda c: c["annotations"][2].update(iscrowd="maybe"), ["iscrowd is not 0 or 1", "'maybe'"]),
     "a list for a name": (lambda c: c["images"][0].update(file_name=["a.jpg"]), ["file_name is not text"]),
     "two kinds": (
-        lambda c: (c["images"][0].update(width="x"), c["annotations"][0].update(bbox=None)),
+        lambda c: (c["images"][0].update(width="x"), c["annotations"][0].update(bbox=None, segmentation=[])),
         ["1 x image whose width", "1 x annotation whose bbox"],
     ),
     "no categories": (lambda c: c.pop("categories"), ["has no 'categories'"]),

@@ -289,6 +289,8 @@ NAMES = {
     "a b.jpg": ["a%20b.jpg", "D:\\photos\\a b.jpg", "http://example.org/train/a%20b.jpg?size=large"],
     "sub/c.jpg": ["sub\\c.jpg", "val/sub/c.jpg", "/data/val/sub/c.jpg", "C:/sub/c.jpg", "file:///x/sub/c.jpg"],
     "50%.jpg": ["val/50%.jpg", "val\\50%25.jpg", "50%25.jpg"],
+    "d.jpg": ["..\\imgs\\d.jpg", "../../media/upload/1/d.jpg", "x/../d.jpg", "D.JPG", "X\\D.jpg"],
+    "E.JPG": ["e.jpg", "../e.JPG"],
     "ü.jpg": ["%C3%BC.jpg", "s3://bucket/val/%C3%BC.jpg", " ü.jpg "],
 }
 
@@ -334,6 +336,8 @@ def test_a_file_of_that_very_name_comes_first(tmp_path):
         ["1.jpg", "x/1.jpg"],
         ["../val/1.jpg", "other.jpg"],  # leaves the folder: never
         ["gone.jpg", "other.jpg"],
+        ["..", "other.jpg"],
+        ["OTHER.jpg", "other.jpg"],  # two images cannot be one file
         ["", "other.jpg"],
         ["x" * 5000, "other.jpg"],
         ["\0", "other.jpg"],

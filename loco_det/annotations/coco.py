@@ -227,8 +227,8 @@ class Matched(NamedTuple):
 def match_files(paths: Dataset, index: CocoIndex) -> Matched:
     """Find the files of the listed images.
 
-    A name without a file is interpreted as written on another machine: with backslashes, %20, a drive, a URL or leading
-    folders. It must match exactly one file, which no other name matches.
+    A name without a file is interpreted as written on another machine: with backslashes, %20, a drive, a URL, leading
+    folders or "..", or letters of another case. It must match exactly one file, which no other name matches.
 
     Raises:
         UserError: the folder cannot be listed.
@@ -246,7 +246,15 @@ def match_files(paths: Dataset, index: CocoIndex) -> Matched:
     lost = [i for i, name in enumerate(names) if name not in present and not is_there(name)]
     if not lost:
         return Matched(index.file_name, [], [])
-    meant = {i: next(filter(is_there, _spellings(names[i])), None) for i in lost}
+    cases = Counter(map(str.lower, present))
+    alone = {name.lower(): name for name in present if cases[name.lower()] == 1}
+
+    def meant_by(name: str) -> str | None:
+        spellings = list(_spellings(name))
+        there = (alone[text.lower()] for text in spellings if text.lower() in alone)
+        return next(filter(is_there, spellings), None) or next(filter(is_there, there), None)
+
+    meant = {i: meant_by(names[i]) for i in lost}
     claims = Counter(names) + Counter(name for name in meant.values() if name)
     found = {i: name for i, name in meant.items() if name and claims[name] == 1}
     matched = PackedStrings.pack([found.get(i, name) for i, name in enumerate(names)])
@@ -261,8 +269,9 @@ def _spellings(name: str) -> Iterator[str]:
             below = urlsplit(below).path
     for text in dict.fromkeys((below, unquote(below))):
         parts = [part for part in text.split("/") if part not in ("", ".")]
-        if parts and ".." not in parts:
-            yield from ("/".join(parts[k:]) for k in range(len(parts)))
+        if ".." in parts:  # of the other machine, too
+            parts = parts[len(parts) - parts[::-1].index("..") :]
+        yield from ("/".join(parts[k:]) for k in range(len(parts)))
 
 
 def readable_annotations(paths: Dataset) -> Path:

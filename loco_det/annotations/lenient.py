@@ -12,6 +12,8 @@
 | an area, or one of a bbox's four numbers, as "12.5"; a bbox as "[1, 2, 3, 4]" | the number |
 | iscrowd, ignore or difficult null | 0 |
 | an area that is null or not a number | absent |
+| a bbox that is null, [] or absent | the box around the segmentation |
+| no annotation with an id | ids from 1 on |
 | a category's name or a file_name as a number; a category without a name | its text; its id |
 
 Everything else is refused in one sentence, with the number of entries of each kind.
@@ -19,6 +21,7 @@ Everything else is refused in one sentence, with the number of entries of each k
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -31,6 +34,7 @@ from typing import Any
 
 import msgspec
 
+from loco_det.annotations.segmentation import box_around, decode
 from loco_det.core.device import no_garbage_collection
 from loco_det.core.errors import UserError
 
@@ -168,6 +172,7 @@ def _tables(text: bytes, path: Path) -> tuple[Entry, dict[str, list[Entry]]]:
 
 def _convert(tables: dict[str, list[Entry]], account: _Account) -> None:
     """Convert the used keys to the strict parser's types."""
+    _number_annotations(tables["annotations"], account)
     image_id, category_id, annotation_id = (_ids(tables[key], what, account) for key, what in _TABLES.items())
     required: dict[str, dict[str, tuple[Convert, str]]] = {
         "images": {"height": _WIDE, "width": _WIDE, "id": image_id},  # ids last: messages show the originals
@@ -179,6 +184,7 @@ def _convert(tables: dict[str, list[Entry]], account: _Account) -> None:
         "categories": {"name": _TEXT},
         "annotations": {"area": _AREA, "iscrowd": _FLAG, "ignore": _FLAG, "difficult": _FLAG},
     }
+    _add_boxes(tables, image_id[0], account)
     for table, what in _TABLES.items():
         for entry in tables[table]:
             for key, (convert, wanted) in optional[table].items():
@@ -189,6 +195,31 @@ def _convert(tables: dict[str, list[Entry]], account: _Account) -> None:
             if what == "category" and "name" not in entry:
                 entry["name"] = msgspec.Raw(msgspec.json.encode(str(_value(entry, "id"))))
                 account.read["category without a name: its id is taken"] += 1
+
+
+def _number_annotations(annotations: list[Entry], account: _Account) -> None:
+    if any(_value(entry, "id") is not None for entry in annotations):
+        return
+    for number, entry in enumerate(annotations, 1):
+        entry["id"] = msgspec.Raw(msgspec.json.encode(number))
+        account.read["annotation without an id: numbered from 1 on"] += 1
+
+
+def _add_boxes(tables: dict[str, list[Entry]], image_id: Convert, account: _Account) -> None:
+    """Give annotations without a box that around their segmentation, if it can be decoded."""
+    lacking = [entry for entry in tables["annotations"] if _value(entry, "bbox") in (None, [])]
+    sizes: dict[int, tuple[int, int]] = {}
+    for entry in tables["images"] if lacking else ():
+        with contextlib.suppress(ValueError):
+            height, width = (_whole(_value(entry, side)) for side in ("height", "width"))
+            sizes[image_id(_value(entry, "id"))] = (height, width)
+    for entry in lacking:
+        with contextlib.suppress(ValueError, KeyError, UserError):  # what remains without is refused
+            size = sizes[image_id(_value(entry, "image_id"))]
+            box = box_around(decode(bytes(entry["segmentation"]), *size, "the segmentation"))
+            if box is not None:
+                entry["bbox"] = msgspec.Raw(msgspec.json.encode(box))
+                account.read["annotation without a bbox: that of its segmentation"] += 1
 
 
 def _set(entry: Entry, key: str, convert: Convert, wanted: str, what: str, account: _Account) -> None:

@@ -132,6 +132,16 @@ def mask_area(segmentation: Segmentation | list[list[float]], height: int, width
     return float(coco_mask.area(segmentation))
 
 
+def box_around(segmentation: Segmentation) -> list[float] | None:
+    """Return the smallest box around what `decode` returned as COCO's XYWH, pixels; None without a mask."""
+    if not segmentation:
+        return None
+    if isinstance(segmentation, dict):
+        return coco_mask.toBbox(segmentation).tolist()
+    x0, y0, x1, y1 = extent(segmentation).tolist()
+    return [x0, y0, x1 - x0, y1 - y0]
+
+
 def extent(polygons: list[np.ndarray]) -> np.ndarray:
     """Return (4,) float64 XYXY: the smallest box around polygons."""
     points = np.concatenate(polygons).reshape(-1, 2)
