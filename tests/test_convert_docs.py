@@ -144,10 +144,10 @@ def test_inspection_of_what_cannot_be_converted(tmp_path: Path, capsys: pytest.C
     assert "none: " in printed
     assert "holds no ResNet backbone" in printed
     assert "weight [3, 3]" in printed
-    state = {k: v.half() for k, v in BY_FILE["resnet50-11ad3fa6.pth"].make()[0].items()}
-    torch.save(state, tmp_path / "half.pth")
-    (record,) = inspection.inspect(tmp_path / "half.pth").backbones
-    assert "'conv1.weight' is float16, not float32" in record["problem"]
+    state = {k: v.double() for k, v in BY_FILE["resnet50-11ad3fa6.pth"].make()[0].items()}
+    torch.save(state, tmp_path / "double.pth")
+    (record,) = inspection.inspect(tmp_path / "double.pth").backbones
+    assert "'conv1.weight' is float64, not float32" in record["problem"]
 
 
 def test_inspection_and_conversion_exclude_each_other(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

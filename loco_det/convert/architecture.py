@@ -20,6 +20,8 @@ _NAMES = {
     (1, 128): "wide_resnet{}_2",
 }
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # float32 holds every value of the other two
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -92,10 +94,14 @@ def refuse_small_stem(path: object, stem: tuple[int, ...]) -> None:
         )
 
 
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def check_shapes(
     path: object, tensors: dict[str, Tensor], architecture: Architecture, key: Callable[[str], str] = str
 ) -> dict[str, Tensor]:
-    """Check that `tensors` are the ResNet's: complete, of the right shape and dtype; returns them.
+    """Check that `tensors` are the ResNet's: complete, of the right shape, of a dtype in `DTYPES`; returns them.
 
     `key` maps torchvision's name to the tensor's name in the file.
 
@@ -118,23 +124,23 @@ def check_shapes(
         if tuple(tensor.shape) != expected[name]:
             shapes = f"{list(tensor.shape)}, not {list(expected[name])}"
             raise UserError(f"{path}: tensor {key(name)!r} has shape {shapes}; give a {architecture.name}'s weights")
-        if tensor.dtype != torch.float32:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"{path}: tensor {key(name)!r} is {dtype}, not float32; save the weights in float32")
+        if tensor.dtype not in DTYPES:
+            kind = dtype_name(tensor)
+            raise UserError(f"{path}: tensor {key(name)!r} is {kind}, not float32; save the weights in float32")
     return tensors
 
 
 def checked_tensors(
     path: object, tensors: dict[str, Tensor], architecture: Architecture, key: Callable[[str], str] = str
 ) -> dict[str, Tensor]:
-    """Read `tensors` into memory after `check_shapes`, and check that all values are finite.
+    """Read `tensors` into memory as float32 after `check_shapes`, and check that all values are finite.
 
     Raises:
         UserError: as `check_shapes`, or naming the first tensor with an invalid value.
     """
     read: dict[str, Tensor] = {}
     for name, tensor in check_shapes(path, tensors, architecture, key).items():
-        values = read[name] = in_memory(tensor).contiguous()
+        values = read[name] = in_memory(tensor).float().contiguous()
         lowest, highest = torch.aminmax(values)  # NaN if any value is; unlike isfinite it allocates no second tensor
         if not torch.isfinite(lowest + highest):
             raise UserError(f"{path}: tensor {key(name)!r} has NaN or infinite values; take a sound checkpoint")

@@ -14,8 +14,9 @@ import msgspec
 from torch import Tensor
 
 from loco_det.backbones.artifact import HEADER_KEY, Manifest, decode_manifest, require_resnet
+from loco_det.convert.architecture import dtype_name
 from loco_det.convert.load import file_kind, left_out, open_tensors, safetensors_metadata
-from loco_det.convert.report import left_out_text, take_account
+from loco_det.convert.report import left_out_text, network_names, take_account
 from loco_det.convert.sources import Candidate, Pixels, candidates, flatten
 from loco_det.core.errors import UserError
 
@@ -108,7 +109,7 @@ def inspect(path: str | Path) -> Report:
     """
     path = Path(path)
     opened = open_tensors(path)
-    tensors = dict(flatten(path, opened))
+    tensors = {key: tensor for key, (_, tensor) in network_names(path, dict(flatten(path, opened))).items()}
     header = safetensors_metadata(path).get(HEADER_KEY) or opened.get(HEADER_KEY)
     manifest = decode_manifest(header, path) if isinstance(header, str) else None
     found = candidates(path, tensors)
@@ -188,6 +189,6 @@ def _groups(tensors: dict[str, Tensor], found: list[Candidate]) -> list[dict[str
         group = groups.setdefault(place, {"place": place, "tensors": 0, "values": 0, "dtypes": Counter(), "first": ""})
         group["tensors"] += 1
         group["values"] += math.prod(tensor.shape)
-        group["dtypes"][str(tensor.dtype).removeprefix("torch.")] += 1
+        group["dtypes"][dtype_name(tensor)] += 1
         group["first"] = group["first"] or f"{rest} {list(tensor.shape)}"
     return [{**group, "dtypes": dict(group["dtypes"])} for group in groups.values()]

@@ -25,6 +25,7 @@ from torchvision.models.resnet import ResNet as TorchvisionResNet
 from loco_det.backbones.resnet import BLOCKS, STAGES
 from loco_det.convert.architecture import Architecture
 from loco_det.convert.load import in_memory
+from loco_det.convert.sources import WRAPPERS
 from loco_det.core.errors import UserError
 from loco_det.images.decode import read_image
 
@@ -96,7 +97,8 @@ def witnesses(account: Account) -> Iterator[Witness]:
     if account.naming == "children":
         chain = nn.Sequential(*(model.get_submodule(name) for name in _LAYERS))
         stages = {stage: _CHILDREN[name] for stage, name in _STAGES.items()}
-        own = {account.keys[name][len(account.prefix) :]: tensor for name, tensor in converted.items()}
+        keys = {name: WRAPPERS.sub("", account.keys[name]) for name in converted}
+        own = {keys[name][len(account.prefix) :]: tensor for name, tensor in converted.items()}
         yield Witness(f"torchvision {torchvision.__version__} as a Sequential, the file's names", chain, stages, own)
     else:
         names = "the file's names" if account.naming == "torchvision" else "names by our table"

@@ -16,13 +16,20 @@ import torch
 from torch import Tensor
 
 from loco_det.backbones.names import to_detectron2
-from loco_det.convert.architecture import Architecture, check_shapes, checked_tensors, recognise
+from loco_det.convert.architecture import (
+    Architecture,
+    check_shapes,
+    checked_tensors,
+    dtype_name,
+    recognise,
+)
 from loco_det.convert.load import left_out
 from loco_det.convert.name_patterns import NAMINGS
 from loco_det.convert.sources import (
     COUNTERS,
     HEAD,
     SOURCES,
+    WRAPPERS,
     Candidate,
     Pixels,
     Rules,
@@ -56,6 +63,7 @@ class Account:
         keys: torchvision's name -> key in the file.
         dropped: reason -> keys.
         left_out: name of a type that is not plain data, and was not constructed -> keys.
+        widened: the narrower dtypes of the file's backbone, "float16" or "bfloat16".
         made: torchvision's names of the statistics added to norms that only scale and shift.
         prefix, naming: the backbone's prefix in the file, and its key in `NAMINGS`.
         timm: whether its network may be timm's.
@@ -71,6 +79,7 @@ class Account:
     converted: dict[str, Tensor]
     keys: dict[str, str]
     dropped: dict[str, list[str]]
+    widened: list[str] = field(default_factory=list)
     made: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     prefix: str = ""
@@ -90,6 +99,7 @@ class Account:
             "batch_norm": {"eps": BN_EPS, "momentum": BN_MOMENTUM},
             "read": self.read,
             "converted": {name: self.keys.get(name, name) for name in self.converted if name not in self.made},
+            "widened": self.widened,
             "added": self.made,
             "dropped": self.dropped,
             "left_out": self.left_out,
@@ -110,6 +120,7 @@ class Account:
             ("pixels", self.pixels.text()),
             ("read", f"{self.read:4d} tensors"),
             ("converted", f"{len(self.converted) - len(self.made):4d}"),
+            *([("", f"     of {', '.join(self.widened)}, which float32 holds exactly")] if self.widened else []),
             *(
                 [("added", f"{len(self.made):4d} statistics, mean 0 and variance 1: the norms only scale and shift")]
                 if self.made
@@ -163,7 +174,7 @@ def take_account(
     Raises:
         UserError: no or several backbones, or a tensor is unknown, missing, duplicate or invalid.
     """
-    original = _moved(path, dict(flatten(path, loaded)))
+    original = network_names(path, dict(flatten(path, loaded)))
     tensors = {key: tensor for key, (_, tensor) in original.items()}
     objects = left_out(loaded)
     if objects and not tensors:
@@ -185,7 +196,9 @@ def take_account(
     check = checked_tensors if read else check_shapes
     converted = check(path, found, architecture, lambda name: keys.get(name, f"{chosen.prefix}{name}"))
     source = chosen.source.name if chosen.source else "unknown code base"
-    account = Account(source, chosen.branch, architecture, len(tensors), converted, keys, dropped, list(made), objects)
+    account = Account(source, chosen.branch, architecture, len(tensors), converted, keys, dropped)
+    account.widened = sorted({dtype_name(tensor) for tensor in found.values()} - {"float32"})
+    account.made, account.left_out = list(made), objects
     account.prefix, account.naming = chosen.prefix, chosen.naming
     account.timm = chosen.source is not None and chosen.source.timm
     account.network = _network(path, loaded) if account.timm else ""
@@ -213,12 +226,16 @@ def _statistics(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return means | {f"{norm}running_var": torch.ones(shape) for norm, shape in norms.items()}
 
 
-def _moved(path: object, tensors: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
-    """Apply the rows' moves: new key -> (key in the file, tensor)."""
+def network_names(path: object, tensors: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    """Take wrappers out of the keys and apply the rows' moves: new key -> (key in the file, tensor).
+
+    Raises:
+        UserError: two tensors get one key.
+    """
     moves = [move for source in SOURCES for move in source.moves]
     found: dict[str, tuple[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        new = key
+        new = WRAPPERS.sub("", key)
         for pattern, replacement in moves:
             new = re.sub(pattern, replacement, new)
         if new in found:

@@ -334,6 +334,9 @@ SOURCES = (
     ),
 )
 
+WRAPPERS = re.compile(r"(?<![^.:])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, FSDP and activation checkpointing put into names; nobody's network has it in its own."""
+
 COUNTERS = (
     (r"(.+\.)?num_batches_tracked", "batch counters"),
     (r"n_averaged", "counter of averaged weights"),  # of torch's AveragedModel
