@@ -5,10 +5,10 @@
     python benchmarks/evidence.py detect --data BCCD --out output/evidence
     python benchmarks/evidence_page.py
 
-`rates` chooses each method's learning rate on images that are held out of the training images. `run` pretrains every
-row with every seed and probes it on CIFAR-10's test images. `detect` pretrains on the training images of a detection
-set in Pascal VOC's folders, trains a detector on the frozen backbone and compares all on the test images.
-evidence_page.py writes docs/results.md, its pictures and README's table.
+`rates` chooses each method's learning rate on images that are held out of the training images; with --rows it shows
+what that of other rows would be. `run` pretrains every row with every seed and probes it on CIFAR-10's test images.
+`detect` pretrains on the training images of a detection set in Pascal VOC's folders, trains a detector on the frozen
+backbone and compares all on the test images. evidence_page.py writes docs/results.md, its pictures and README's table.
 
 Each cell is made by the commands that a user would give. One JSON a cell lies in benchmarks/results/evidence/, and a
 cell that has one is not made again. Several processes may work at once, on cells of their own; a run that was stopped
@@ -105,7 +105,8 @@ def arguments() -> argparse.ArgumentParser:
             job.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
         if name != "detect":
             job.add_argument("--cifar", type=Path, required=True, help="zip of CIFAR-10: NAME/{train,test}/CLASS/*.jpg")
-            job.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+            rows = [row for row in ROWS if name == "run" or ROWS[row].rate_of == row]
+            job.add_argument("--rows", nargs="+", choices=list(ROWS), default=rows)
     told = "a detection set in Pascal VOC's folders, with ImageSets/Main/{train,test}.txt, of three classes"
     jobs.choices["detect"].add_argument("--data", type=Path, required=True, help=told)
     return parser
@@ -131,7 +132,7 @@ def unpacked(archive: Path, out: Path) -> Path:
 
 def choose_rates(args: argparse.Namespace) -> None:
     """Pretrain each method briefly with each rate, then probe its last stage by ridge on the images held out."""
-    for name in dict.fromkeys(ROWS[name].rate_of for name in args.rows):
+    for name in args.rows:
         for rate in RATES:
             made = RESULTS / f"rate_{name}_{rate:g}.json"
             with claimed(made, args.out) as mine:

@@ -347,7 +347,8 @@ def rates_table(rates: dict[str, dict[float, float]]) -> str:
     lines = [
         "## Learning rates\n",
         f"Chosen for each method by {RATE_EPOCHS} epochs with seed 100 and the ridge probe of the last stage on "
-        f"{HELD_OUT:,} training images that no run pretrains on; the test images take no part. Top-1, percent:\n",
+        f"{HELD_OUT:,} training images that no run pretrains on; the test images take no part. Rows of other decoders, "
+        "of single blocks and of a loss more have their method's rate. Top-1, percent:\n",
         "| pretraining | " + " | ".join(f"rate {rate:g}" for rate in RATES) + " |",
         "|---|" + "--:|" * len(RATES),
     ]

@@ -193,6 +193,18 @@ def test_the_rate_of_a_row_is_the_one_with_the_highest_score(tmp_path: Path, mon
     assert evidence.best_rate("gim") == evidence.RATES[1]
 
 
+def test_rates_are_chosen_for_methods_and_shown_for_other_rows_when_asked(tmp_path: Path, monkeypatch) -> None:
+    options = ["rates", "--cifar", "x.zip", "--out", "x"]
+    args = evidence.arguments().parse_args(options)
+    assert {evidence.ROWS[row].rate_of for row in evidence.ROWS} == set(args.rows)
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    monkeypatch.setattr(evidence, "rate_cell", lambda name, rate, _: {"row": name, "held_out_top1": rate})
+    args = evidence.arguments().parse_args([*options, "--rows", "gim_blocks"])
+    args.out = tmp_path
+    evidence.choose_rates(args)
+    assert {file.name for file in tmp_path.glob("*.json")} == {f"rate_gim_blocks_{r:g}.json" for r in evidence.RATES}
+
+
 @pytest.mark.parametrize("method", evidence.DETECTION_METHODS)
 def test_a_detector_is_made_with_the_decoder_of_its_method_from_images_that_are_there(
     method: str, tmp_path: Path, monkeypatch
