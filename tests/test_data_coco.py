@@ -161,7 +161,7 @@ def test_boxes_without_area_are_counted_in_one_line(tmp_path, caplog, monkeypatc
         (changed(images__2__id=9), ["image id 9"]),
         (changed(categories__0__id=17), ["category id 17"]),
         (changed(annotations__2__bbox=[1, 2, 3]), ["bbox", "(id 3)"]),
-        (changed(annotations__2__bbox=None), ["bbox", "(id 3)"]),
+        (changed(annotations__2__bbox=None, annotations__2__segmentation=[]), ["bbox", "(id 3)"]),
         (changed(annotations__2__bbox=[1e300, 0, 1, 1]), ["annotation id 3", "finite"]),
         (changed(annotations__2__image_id="nine"), ["image_id", "(id 3)"]),
         (changed(annotations__2__ignore=1), ["annotation id 3", "ignore"]),
