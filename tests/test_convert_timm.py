@@ -169,6 +169,17 @@ def test_what_does_not_fit_is_one_sentence(change: Callable, said: str, tmp_path
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_what_wrappers_put_into_names_is_no_part_of_them(wrapper: str, tmp_path: Path) -> None:
+    state = weights()
+    inside = {name.replace(".attn.", f".{wrapper}.attn."): tensor for name, tensor in state.items()}
+    assert inside.keys() != state.keys()
+    converted(tmp_path, {"model": {f"{wrapper}.{name}": tensor for name, tensor in inside.items()}})
+    tensors, _ = load_backbone(tmp_path / "out.safetensors")
+    assert set(tensors) == {key for key in state if not key.startswith("head")}
+    assert all(torch.equal(tensor, state[key]) for key, tensor in tensors.items())
+
+
 def test_no_file_of_the_user_is_overwritten(tmp_path: Path) -> None:
     mine = tmp_path / "mine.safetensors"
     save_file({k: t.contiguous() for k, t in weights().items()}, mine)

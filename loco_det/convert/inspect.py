@@ -16,8 +16,8 @@ from torch import Tensor
 from loco_det.backbones.artifact import HEADER_KEY, Manifest, decode_manifest, require_resnet
 from loco_det.convert.architecture import dtype_name
 from loco_det.convert.load import file_kind, left_out, open_tensors, safetensors_metadata
-from loco_det.convert.report import left_out_text, network_names, take_account
-from loco_det.convert.sources import Candidate, Pixels, candidates, flatten
+from loco_det.convert.report import left_out_text, take_account
+from loco_det.convert.sources import Candidate, Pixels, candidates, network_names
 from loco_det.core.errors import UserError
 
 MAX_ROWS = 60
@@ -109,7 +109,7 @@ def inspect(path: str | Path) -> Report:
     """
     path = Path(path)
     opened = open_tensors(path)
-    tensors = {key: tensor for key, (_, tensor) in network_names(path, dict(flatten(path, opened))).items()}
+    tensors = {key: tensor for key, (_, tensor) in network_names(path, opened).items()}
     header = safetensors_metadata(path).get(HEADER_KEY) or opened.get(HEADER_KEY)
     manifest = decode_manifest(header, path) if isinstance(header, str) else None
     found = candidates(path, tensors)

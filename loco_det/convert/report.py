@@ -16,27 +16,19 @@ import torch
 from torch import Tensor
 
 from loco_det.backbones.names import to_detectron2
-from loco_det.convert.architecture import (
-    Architecture,
-    check_shapes,
-    checked_tensors,
-    dtype_name,
-    recognise,
-)
+from loco_det.convert.architecture import Architecture, check_shapes, checked_tensors, dtype_name, recognise
 from loco_det.convert.load import left_out
 from loco_det.convert.name_patterns import NAMINGS
 from loco_det.convert.sources import (
     COUNTERS,
     HEAD,
-    SOURCES,
-    WRAPPERS,
     Candidate,
     Pixels,
     Rules,
     candidates,
     choose,
     fitting,
-    flatten,
+    network_names,
 )
 from loco_det.core.errors import UserError
 
@@ -174,7 +166,7 @@ def take_account(
     Raises:
         UserError: no or several backbones, or a tensor is unknown, missing, duplicate or invalid.
     """
-    original = network_names(path, dict(flatten(path, loaded)))
+    original = network_names(path, loaded)
     tensors = {key: tensor for key, (_, tensor) in original.items()}
     objects = left_out(loaded)
     if objects and not tensors:
@@ -224,24 +216,6 @@ def _statistics(found: dict[str, Tensor]) -> dict[str, Tensor]:
     norms = {name.removesuffix("weight"): found[name].shape for name in scales}
     means = {f"{norm}running_mean": torch.zeros(shape) for norm, shape in norms.items()}
     return means | {f"{norm}running_var": torch.ones(shape) for norm, shape in norms.items()}
-
-
-def network_names(path: object, tensors: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
-    """Take wrappers out of the keys and apply the rows' moves: new key -> (key in the file, tensor).
-
-    Raises:
-        UserError: two tensors get one key.
-    """
-    moves = [move for source in SOURCES for move in source.moves]
-    found: dict[str, tuple[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        new = WRAPPERS.sub("", key)
-        for pattern, replacement in moves:
-            new = re.sub(pattern, replacement, new)
-        if new in found:
-            raise UserError(f"{path}: {found[new][0]!r} and {key!r} are the same tensor; remove one of them")
-        found[new] = key, tensor
-    return found
 
 
 def _best_row(

@@ -390,6 +390,24 @@ def flatten(path: object, loaded: dict[str, Any]) -> Iterator[tuple[str, Tensor]
                 waiting.append((f"{place}/{name}" if place else str(name), value))
 
 
+def network_names(path: object, loaded: dict[str, Any]) -> dict[str, tuple[str, Tensor]]:
+    """Take wrappers out of the keys of `flatten` and apply the rows' moves: new key -> (key in the file, tensor).
+
+    Raises:
+        UserError: as `flatten`, or two tensors get one key.
+    """
+    moves = [move for source in SOURCES for move in source.moves]
+    found: dict[str, tuple[str, Tensor]] = {}
+    for key, tensor in flatten(path, loaded):
+        new = WRAPPERS.sub("", key)
+        for pattern, replacement in moves:
+            new = re.sub(pattern, replacement, new)
+        if new in found:
+            raise UserError(f"{path}: {found[new][0]!r} and {key!r} are the same tensor; remove one of them")
+        found[new] = key, tensor
+    return found
+
+
 def candidates(path: object, tensors: dict[str, Tensor]) -> list[Candidate]:
     """Return every backbone among `tensors`, in key order, each with the first row that matches it.
 

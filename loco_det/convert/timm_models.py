@@ -34,7 +34,7 @@ from loco_det.convert.export import CONVERTED, backbone_name, is_fragment, keys_
 from loco_det.convert.layouts import is_flax, known_names
 from loco_det.convert.load import check_sums, in_memory, open_tensors, safetensors_metadata
 from loco_det.convert.report import shown
-from loco_det.convert.sources import Pixels, flatten
+from loco_det.convert.sources import Pixels, network_names
 from loco_det.convert.stated import Stated
 from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write
@@ -213,7 +213,7 @@ def _take(
     check_sums(path)
     if HEADER_KEY in safetensors_metadata(path):
         raise UserError(f"{path}: is a backbone that loco-det wrote already; give it as MODEL.WEIGHTS")
-    everything = dict(flatten(path, loaded))
+    everything = {key: tensor for key, (_, tensor) in network_names(path, loaded).items()}
     _refuse_resnet(path, everything, backbone)
     prefix = _prefix(path, everything, branch, backbone.architecture)
     _check_activation(path, everything, backbone)
