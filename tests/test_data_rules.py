@@ -354,6 +354,11 @@ def test_a_name_that_means_no_file_or_two_images_is_refused(tmp_path, names):
         load_coco(paths)
 
 
+def test_a_name_of_another_case_must_mean_one_file(tmp_path):
+    paths = folder_of(tmp_path, ["x/A.JPG", "other.jpg"], ["A.jpg", "a.jpg", "other.jpg"])
+    assert match_files(paths, load_index(paths.annotations)).absent == [0]
+
+
 def test_a_lenient_file_is_readable_for_others_by_its_copy(tmp_path):
     content = sound()
     for image in content["images"]:

@@ -228,7 +228,8 @@ def match_files(paths: Dataset, index: CocoIndex) -> Matched:
     """Find the files of the listed images.
 
     A name without a file is interpreted as written on another machine: with backslashes, %20, a drive, a URL, leading
-    folders or "..", or letters of another case. It must match exactly one file, which no other name matches.
+    folders or "..", or, for files directly in the folder, letters of another case. It must match exactly one file,
+    which no other name matches.
 
     Raises:
         UserError: the folder cannot be listed.
@@ -251,8 +252,8 @@ def match_files(paths: Dataset, index: CocoIndex) -> Matched:
 
     def meant_by(name: str) -> str | None:
         spellings = list(_spellings(name))
-        there = (alone[text.lower()] for text in spellings if text.lower() in alone)
-        return next(filter(is_there, spellings), None) or next(filter(is_there, there), None)
+        of_another_case = (alone[text.lower()] for text in spellings if text.lower() in alone)
+        return next(filter(is_there, spellings), None) or next(of_another_case, None)
 
     meant = {i: meant_by(names[i]) for i in lost}
     claims = Counter(names) + Counter(name for name in meant.values() if name)
