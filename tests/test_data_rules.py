@@ -359,6 +359,12 @@ def test_a_name_of_another_case_must_mean_one_file(tmp_path):
     assert match_files(paths, load_index(paths.annotations)).absent == [0]
 
 
+def test_a_name_with_dots_is_never_looked_for_outside_the_folder(tmp_path):
+    paths = folder_of(tmp_path, ["x/../../d.jpg", "other.jpg"], ["other.jpg"])
+    (paths.images.parent / "d.jpg").touch()
+    assert match_files(paths, load_index(paths.annotations)).absent == [0]
+
+
 def test_a_lenient_file_is_readable_for_others_by_its_copy(tmp_path):
     content = sound()
     for image in content["images"]:
