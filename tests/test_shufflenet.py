@@ -193,15 +193,15 @@ def test_a_run_is_written_read_and_probed(images: Path, tmp_path: Path) -> None:
 # --- under a detector -------------------------------------------------------------------------------------------
 
 UNDER_FPN = {
-    "shufflenetv2_50": {"stages": STAGES, "all": 5, "make": ShuffleNet},
-    "presnet50": {"stages": ["res2", "res3", "res5", "res7"], "all": 7, "make": PResNet},
+    "shufflenetv2_50": {"stages": STAGES, "make": ShuffleNet},
+    "presnet50": {"stages": ["res2", "res3", "res5", "res7"], "make": PResNet},
 }
 
 
-def settings_of(name: str, freeze: int | None = None, norm: str = "FrozenBN") -> dict[str, Any]:
+def settings_of(name: str, freeze: int = 5, norm: str = "FrozenBN") -> dict[str, Any]:
     return {
         "MODEL__BACKBONE__NAME": name,
-        "MODEL__BACKBONE__FREEZE_AT": UNDER_FPN[name]["all"] if freeze is None else freeze,
+        "MODEL__BACKBONE__FREEZE_AT": freeze,
         "MODEL__FPN__IN_FEATURES": UNDER_FPN[name]["stages"],
         "MODEL__RESNETS__NORM": norm,
     }
@@ -312,6 +312,15 @@ def test_a_tensor_without_a_place_names_the_keys_of_its_network(name: str, said:
     cfg = tiny_cfg(tmp_path, MODEL__WEIGHTS=tmp_path / "other.pth", **settings)
     with pytest.raises(UserError, match=said):
         load_weights(build_model(cfg), cfg)
+
+
+@pytest.mark.parametrize("frozen", [-1, 0, 4, 5, 7])
+def test_five_freezes_all_of_presnets_seven_stages(frozen: int) -> None:
+    settings = {key.replace("__", "."): value for key, value in settings_of("presnet50", frozen).items()}
+    trunk = build_backbone(cases.configure(get_cfg(), cases.FPN, settings)).bottom_up
+    still = [s for s in trunk.stage_names if not any(p.requires_grad for p in getattr(trunk, s).parameters())]
+    assert still == {0: [], -1: [], 4: ["stem", "res2", "res3", "res4"]}.get(frozen, list(trunk.stage_names))
+    assert len(trunk.stage_names) == 7
 
 
 def test_presnets_neighbouring_stages_are_too_near_for_a_pyramid() -> None:

@@ -120,7 +120,8 @@ class StagedTrunk(Trunk):
 
     The stride of a map is the power of two nearest to its own, so that the pyramid's levels halve one another: 4, 8, 16
     and 32 for PResNet-50's res2, res3, res5 and res7, whose own are 4, 6.2, 14 and 28. MODEL.RESNETS.NORM is the
-    network's normalisation; its first MODEL.BACKBONE.FREEZE_AT stages are frozen.
+    network's normalisation; its first MODEL.BACKBONE.FREEZE_AT stages are frozen, and for 5 or more, as in every other
+    backbone, all of them: PResNet-50 has seven.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -133,7 +134,8 @@ class StagedTrunk(Trunk):
             )
         self.out_features = tuple(wanted)
         self.strides = {name: 2 ** round(math.log2(stride)) for name, stride in self.strides.items()}
-        for name in self.stage_names[: max(0, cfg.MODEL.BACKBONE.FREEZE_AT)]:
+        frozen = cfg.MODEL.BACKBONE.FREEZE_AT
+        for name in self.stage_names[: max(0, frozen) if frozen < 5 else None]:
             freeze(getattr(self, name))
 
     def _maps(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -146,7 +148,7 @@ class StagedTrunk(Trunk):
 
 
 class PResNetTrunk(StagedTrunk, PResNet):
-    """A detector's Progressive ResNet-50, `presnet50`; all of it is frozen by FREEZE_AT 7."""
+    """A detector's Progressive ResNet-50, `presnet50`."""
 
 
 class ShuffleNetTrunk(StagedTrunk, ShuffleNet):
