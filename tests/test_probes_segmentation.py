@@ -704,16 +704,19 @@ def test_bad_test_images_give_one_sentence(tmp_path: Path, capsys: pytest.Captur
     assert "class 'sky' is not among the training classes" in capsys.readouterr().err
 
 
-def test_the_report_refuses_a_segmentation_probe_and_passes_over_it_in_a_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_report_shows_a_segmentation_probe(tmp_path: Path) -> None:
     out = tmp_path / "results/dense.json"
     out.parent.mkdir()
     options = ("--method", "ridge", "--quiet", "--json", out)
     assert probe("random:resnet18-cifar", write_set(tmp_path / "all"), *options) == 0
-    for path, said in ((out, "is a segmentation probe"), (out.parent, "holds no run")):
-        assert main(["report", str(path), "--out", str(tmp_path / "report")]) == 2
-        assert said in capsys.readouterr().err
+    ((stage, found),) = json.loads(out.read_text())["stages"].items()
+    for path in (out, out.parent):
+        assert main(["report", str(path), "--out", str(tmp_path / "report")]) == 0
+        lines = (tmp_path / "report/report.md").read_text().splitlines()
+        heading = next(i for i, line in enumerate(lines) if line.startswith("## segmentation (ridge, "))
+        table = [line for line in lines[heading:] if line.startswith("|")]
+        assert table[0] == f"| backbone, mean IoU | runs | {stage} |"
+        assert f"| 1 | {found['miou']:.1f}" in table[2]
 
 
 def test_maps_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -413,6 +413,55 @@ def test_probes_of_one_name_are_averaged(tmp_path):
     assert found["backbones"]["x"]["res5"]["top1"] == pytest.approx(23)
 
 
+def segmented(folder: Path, name: str, miou: float, seed: int = 0, size: int = 448, **changes: object) -> Path:
+    """A file as `loco-det probe --protocol segmentation --json` leaves it."""
+    found = {"miou": miou, "miou_interval": [miou - 2, miou + 2], "pixel_accuracy": 90.0, "iou": {"cat": miou}}
+    content = {
+        "protocol": "segmentation",
+        "method": "ridge",
+        "seed": seed,
+        "stages": {"norm": found, "blocks.3": found},
+    }
+    content |= {"features": {"image_size": size, "batchnorm": "as stored"}, "data": {"path": "voc"}}
+    content["backbone"] = {"name": name, "weights_sha256": "00"}
+    path = folder / f"{name}_{seed}_{size}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_checked_json(path, content | changes)
+    return path
+
+
+def test_segmentation_probes_are_tables_of_their_own(tmp_path):
+    """Mean IoU, averaged over seeds; sizes of images apart, stages of any name, in table and chart."""
+    for seed, miou in enumerate((40, 44)):
+        segmented(tmp_path / "p", "dino", miou, seed)
+    segmented(tmp_path / "p", "loco", 30)
+    segmented(tmp_path / "p", "dino", 50, size=224)
+    probe(tmp_path / "p", "resnet", 20)
+    assert main(["report", str(tmp_path / "p"), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.md").read_text()
+    one, two, top1 = (
+        page.partition(f"## {title}\n")[2].partition("##")[0]
+        for title in ("segmentation (ridge, 448 pixels) probe, voc", "segmentation (ridge, 224 pixels) probe, voc",
+                      "linear probe, set.zip, 50 images")
+    )  # fmt: skip
+    assert "backbone, mean IoU" in one
+    mean = "42.0 ± 2.8 [16.6, 67.4]"  # of 40 and 44: Student's t of one degree of freedom, 12.706 * 2
+    assert f"| dino | 2 | {mean} | {mean} |" in one
+    assert "| loco | 1 | 30.0 [28.0, 32.0] |" in one
+    assert "| dino | 1 | 50.0 [48.0, 52.0] |" in two
+    assert "mean IoU" not in top1
+    drawn = (tmp_path / "out" / "index.html").read_text()
+    assert drawn.count("mean IoU, percent</text>") == 2
+    assert "blocks.3</text>" in drawn
+
+
+@pytest.mark.parametrize("stages", [{}, {"norm": {"miou": None}}, {"norm": {"miou": 3}, "res5": {"top1": 3}}])
+def test_a_segmentation_probe_without_numbers_is_refused(tmp_path, stages):
+    file = segmented(tmp_path, "dino", 1, stages=stages)
+    with pytest.raises(UserError, match=r"dino_0_448\.json: is no result of loco-det probe"):
+        find_runs([str(file)])
+
+
 def test_probes_of_different_backbones_are_not_averaged_unasked(tmp_path):
     probe(tmp_path / "p", "gim/pretrain", 20)
     probe(tmp_path / "p", "loco/pretrain", 30)

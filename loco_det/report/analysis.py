@@ -213,30 +213,35 @@ def probe_curves(runs: Runs) -> list[dict[str, Any]]:
     """Return one entry per protocol (for few labels, per share of them) and data set, with its number of images.
 
     Returns:
-        {"protocol", "data", "backbones": {name: {stage: {"top1", "top1_interval", "top1_std", "runs"}}}}. Of several
-        results top1 is the mean and the interval the mean's, as in `summarise`; of one, the probe's own.
+        {"protocol", "data", "measure", "backbones": {name: {stage: {"top1", "top1_interval", "top1_std", "runs"}}}},
+        "miou" for "top1" where that is the measure. Of several results top1 is the mean and the interval the mean's,
+        as in `summarise`; of one, the probe's own.
     """
-    groups: dict[tuple[str, str], dict[str, dict[str, list[dict[str, Any]]]]] = {}
+    groups: dict[tuple[str, str, str], dict[str, dict[str, list[dict[str, Any]]]]] = {}
     for probe in runs.probes:
         for stage, whole in probe.content["stages"].items():
             for percent, found in whole.get("by_percent", {"": whole}).items():
                 protocol = f"{probe.protocol}{percent and f' {percent} %'}"
-                stages = groups.setdefault((protocol, probe.data), {}).setdefault(probe.backbone, {})
+                stages = groups.setdefault((protocol, probe.data, probe.measure), {}).setdefault(probe.backbone, {})
                 stages.setdefault(stage, []).append(found)
     return [
         {
             "protocol": protocol,
             "data": data,
-            "backbones": {n: {s: _mean_top1(found) for s, found in stages.items()} for n, stages in backbones.items()},
+            "measure": measure,
+            "backbones": {
+                name: {stage: _mean(found, measure) for stage, found in stages.items()}
+                for name, stages in backbones.items()
+            },
         }
-        for (protocol, data), backbones in groups.items()
+        for (protocol, data, measure), backbones in groups.items()
     ]
 
 
-def _mean_top1(found: list[dict[str, Any]]) -> dict[str, Any]:
-    whole = summarise([one["top1"] for one in found])
-    interval = whole["ci95"] if len(found) > 1 else found[0].get("top1_interval")
-    return {"top1": whole["mean"], "top1_interval": interval, "top1_std": whole["std"], "runs": len(found)}
+def _mean(found: list[dict[str, Any]], measure: str) -> dict[str, Any]:
+    whole, interval = summarise([one[measure] for one in found]), f"{measure}_interval"
+    shown = whole["ci95"] if len(found) > 1 else found[0].get(interval)
+    return {measure: whole["mean"], interval: shown, f"{measure}_std": whole["std"], "runs": len(found)}
 
 
 def inputs(runs: Runs) -> list[dict[str, Any]]:

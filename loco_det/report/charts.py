@@ -25,6 +25,7 @@ ERRORS = {
     "Bkg": "background",
     "Miss": "missed",
 }
+MEASURES = {"top1": "top-1", "miou": "mean IoU"}  # of probes
 _INK = "#010203"  # placeholder for the page's text colour
 _LINES = 400  # maximum points drawn of a training curve
 _RC = {
@@ -153,22 +154,29 @@ def losses(curves: Sequence[UnitLoss], x: str, colours: dict[str, str]) -> str:
     return _svg(lambda axes: draw_losses(axes, curves, x, colours), SIZE, "loss of each unit of every pretraining")
 
 
-def stages(backbones: dict[str, dict[str, Any]], label: str, colours: dict[str, str]) -> str:
-    """Draw top-1 accuracy after each stage, with its interval if there is one."""
+def stage_order(backbones: dict[str, dict[str, Any]]) -> list[str]:
+    """Every stage of any backbone: those of ResNets in order, then others in order of appearance."""
+    known = ("stem", *(f"res{number}" for number in range(2, 8)))
+    found = dict.fromkeys(stage for stages in backbones.values() for stage in stages)
+    return sorted(found, key=lambda stage: known.index(stage) if stage in known else len(known))
+
+
+def stages(backbones: dict[str, dict[str, Any]], measure: str, label: str, colours: dict[str, str]) -> str:
+    """Draw the measure, one of MEASURES, after each stage, with its interval if there is one."""
 
     def draw(axes: Axes) -> None:
-        known = ("stem", *(f"res{number}" for number in range(2, 8)))
-        names = [stage for stage in known if any(stage in found for found in backbones.values())]
+        names = stage_order(backbones)
         for name, found in backbones.items():
             present = [s for s in names if s in found]
-            places, values = [names.index(s) for s in present], [found[s]["top1"] for s in present]
+            places, values = [names.index(s) for s in present], [found[s][measure] for s in present]
             axes.plot(places, values, "o-", color=colours[name], label=name, markersize=4)
             for place, stage in zip(places, present):
-                interval = found[stage].get("top1_interval")
+                interval = found[stage].get(f"{measure}_interval")
                 if interval:
                     axes.plot([place, place], interval, color=colours[name], linewidth=1.2)
-        axes.set_xticks(range(len(names)), names)
-        axes.set(ylabel="top-1, percent", title=label)
+        slanted = {"rotation": 30, "ha": "right"} if len("".join(names)) > 40 else {}
+        axes.set_xticks(range(len(names)), names, **slanted)
+        axes.set(ylabel=f"{MEASURES[measure]}, percent", title=label)
         axes.legend(frameon=False, fontsize=8)
 
     return _svg(draw, (4.2, 3.0), label)

@@ -169,19 +169,19 @@ def _probe_title(probe: dict[str, Any]) -> str:
 
 
 def _probe_table(probe: dict[str, Any]) -> Table:
-    stages = list(dict.fromkeys(stage for found in probe["backbones"].values() for stage in found))
+    stages, measure = charts.stage_order(probe["backbones"]), probe["measure"]
     rows = []
     for name, found in probe["backbones"].items():
         count = max(one["runs"] for one in found.values())
-        rows.append([name, str(count), *(_top1(found.get(stage)) for stage in stages)])
-    return ["backbone, top-1", "runs", *stages], rows
+        rows.append([name, str(count), *(_percent(found.get(stage), measure) for stage in stages)])
+    return [f"backbone, {charts.MEASURES[measure]}", "runs", *stages], rows
 
 
-def _top1(found: dict[str, Any] | None) -> str:
+def _percent(found: dict[str, Any] | None, measure: str) -> str:
     if not found:
         return EMPTY
-    interval, std = found["top1_interval"], found["top1_std"]
-    text = f"{found['top1']:.1f}" + ("" if std is None else f" ± {std:.1f}")
+    interval, std = found[f"{measure}_interval"], found[f"{measure}_std"]
+    text = f"{found[measure]:.1f}" + ("" if std is None else f" ± {std:.1f}")
     return text + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
 
 
@@ -261,7 +261,8 @@ def _classes(experiment: dict[str, Any]) -> dict[str, Any]:
 
 def _probe(probe: dict[str, Any], colours: dict[str, str]) -> dict[str, Any]:
     title = _probe_title(probe)
-    return {"title": title, "chart": charts.stages(probe["backbones"], title, colours), "table": _probe_table(probe)}
+    chart = charts.stages(probe["backbones"], probe["measure"], title, colours)
+    return {"title": title, "chart": chart, "table": _probe_table(probe)}
 
 
 def _training(

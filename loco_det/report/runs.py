@@ -19,7 +19,7 @@ from loco_det.core.config import read_yaml
 from loco_det.core.errors import UserError
 from loco_det.core.files import has_checksum, read_regular
 from loco_det.core.run_folder import check_sums
-from loco_det.report.schemas import DETECTOR_KEYS, LINE, ProbeResult, ProbeWeights, Record, check
+from loco_det.report.schemas import DETECTOR_KEYS, LINE, PROBES, ProbeWeights, Record, check
 
 # Keys in which runs of one experiment may differ: machine, seed, and the backbone's own.
 _FREE = (
@@ -44,7 +44,7 @@ _FREE = (
 MEASURES = ("/AP", "/IoU")  # suffixes of a detector's main scores in metrics.json
 _PLAIN_NAMES = ("backbone", "backbone_d2", "model_final", "model")  # of weights files; the folder's name says more
 _PROBE_BYTES = 4 << 20  # no probe's JSON is larger
-_OF_A_PROBE = (b'"top1_interval"', b'"batchnorm"')  # keys that only a probe writes into one file
+_OF_A_PROBE = (b'_interval"', b'"batchnorm"')  # keys that only a probe writes into one file
 
 
 @dataclass
@@ -172,11 +172,13 @@ class Probe:
     """A file of `loco-det probe --json`; `content` has "stages" and "protocol".
 
     `named`: the user gave the backbone's name.
+    `measure`: what it has of each stage, "top1" or "miou", in percent, and its interval under "top1_interval" ...
     """
 
     backbone: str
     path: Path
     content: dict[str, Any]
+    measure: str
     named: bool = False
 
     def facts(self, part: str) -> dict[str, Any]:
@@ -186,8 +188,11 @@ class Probe:
 
     @property
     def protocol(self) -> str:
-        """The protocol, with its recipe if not the default; numbers of different ones are not comparable."""
+        """The protocol and what else numbers must have in common: a recipe that is no default, method and pixels."""
         name, recipe = str(self.content.get("protocol", "")), self.content.get("recipe", "sweep")
+        features = self.content.get("features")
+        if self.measure == "miou" and isinstance(features, dict):
+            return f"{name} ({self.content.get('method')}, {features.get('image_size')} pixels)"
         return name if recipe == "sweep" else f"{name} ({recipe} recipe)"
 
     @property
@@ -269,14 +274,16 @@ def _is_probe(file: Path) -> bool:
     if file.stat().st_size >= _PROBE_BYTES:
         return False
     # `_read` refuses what has the keys alone.
-    return _has_stages(_json(file)) or all(key in read_regular(file) for key in _OF_A_PROBE)
+    return _measured(_json(file)) is not None or all(key in read_regular(file) for key in _OF_A_PROBE)
 
 
-def _has_stages(content: dict[str, Any] | None) -> bool:
+def _measured(content: dict[str, Any] | None) -> str | None:
+    """Return the measure that every stage of a probe has; None for what is no probe."""
     stages = (content or {}).get("stages")
-    if not stages or not isinstance(stages, dict):
-        return False
-    return all(isinstance(found, dict) and isinstance(found.get("top1"), (int, float)) for found in stages.values())
+    if not stages or not isinstance(stages, dict) or not all(isinstance(found, dict) for found in stages.values()):
+        return None
+    numbers = ({name for name in PROBES if isinstance(found.get(name), (int, float))} for found in stages.values())
+    return next(iter(set.intersection(*numbers)), None)
 
 
 def _json(file: Path) -> dict[str, Any] | None:
@@ -290,14 +297,13 @@ def _json(file: Path) -> dict[str, Any] | None:
 def _read(place: Path, name: str | None, runs: Runs) -> None:
     if place.suffix == ".json":
         content = _json(place)
-        if content and content.get("protocol") == "segmentation":
-            raise UserError(f"{place}: is a segmentation probe, which the report does not show; leave it out")
-        if content is None or not _has_stages(content):
+        measure = _measured(content)
+        if content is None or measure is None:
             raise UserError(f"{place}: is no result of loco-det probe; write one with loco-det probe ... --json PATH")
         if "sha256" in content and not has_checksum(content):
             raise UserError(f"{place}: is not what loco-det probe wrote; take an intact copy, or delete its key sha256")
-        check(content, ProbeResult, place)
-        probe = Probe(name or "", place, content, named=name is not None)
+        check(content, PROBES[measure], place)
+        probe = Probe(name or "", place, content, measure, named=name is not None)
         facts = probe.facts("backbone")
         check(facts, ProbeWeights, place)
         ours = {"method": facts.get("source")} if str(facts.get("name")).endswith(".safetensors") else None

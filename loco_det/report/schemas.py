@@ -51,20 +51,37 @@ class Record(msgspec.Struct):
 
 
 class Accuracy(msgspec.Struct):
-    """Of a probe, one stage or one share of labels."""
+    """Of a probe of classes, one stage or one share of labels."""
 
     top1: Number
     top1_interval: tuple[Number, Number] | None = None
     by_percent: dict[str, Accuracy] = {}
 
 
-class ProbeResult(msgspec.Struct):
+class MeanIoU(msgspec.Struct):
+    """Of a segmentation probe, one stage."""
+
+    miou: Number
+    miou_interval: tuple[Number, Number] | None = None
+
+
+class ProbeResult(msgspec.Struct, kw_only=True):
     """What `loco-det probe --json` writes."""
 
     stages: dict[str, Accuracy]
     protocol: str | None = None
     recipe: str | None = None
     seed: int | None = None
+
+
+class SegmentationProbeResult(ProbeResult, kw_only=True):
+    """What `loco-det probe --protocol segmentation --json` writes."""
+
+    stages: dict[str, MeanIoU]
+    method: str | None = None
+
+
+PROBES = {"top1": ProbeResult, "miou": SegmentationProbeResult}  # by what they measure
 
 
 class ProbeWeights(msgspec.Struct):
