@@ -24,6 +24,7 @@ from loco_det.annotations.index import load_index
 from loco_det.annotations.instances import Instances
 from loco_det.annotations.paths import is_path, split_parts
 from loco_det.annotations.registry import Dataset, find_dataset, folder_name
+from loco_det.annotations.synthetic import make_shapes_dataset
 from loco_det.cli import main
 from loco_det.core.errors import UserError
 from loco_det.detection import inference, run_record
@@ -347,6 +348,14 @@ def test_an_archive_is_to_be_unpacked(name, capsys):
             find_dataset(spelling)
     assert main(["data", "convert", name, "out"]) == 2
     assert f"{name} is an archive; unpack it" in capsys.readouterr().err
+
+
+def test_data_check_takes_a_folder_in_cocos_layout_for_a_detection_set(capsys):
+    make_shapes_dataset("drawn", train=2, val=2, size=48)
+    assert main(["data", "check", "drawn/shapes", "--out", "out"]) == 2
+    assert "'drawn/shapes' has several splits; put one of @train, @val behind the path" in capsys.readouterr().err
+    assert main(["data", "check", "drawn/shapes/train", "--out", "out", "--workers", "0", "--quiet"]) == 0
+    assert json.loads(Path("out/check.json").read_text())["data"] == "drawn/shapes/train"
 
 
 def test_data_check_says_of_a_folder_what_training_would(capsys):

@@ -149,7 +149,7 @@ def is_annotated(path: Path) -> bool:
     """Whether a folder or file is one of the above, so that its images have annotations."""
     if not os.path.isdir(path):
         return ANNOTATION_FILE.fullmatch(path.name) is not None
-    if any((path / name).is_file() for name in COCO_FILES):
+    if any((path / name).is_file() for name in COCO_FILES) or coco_splits(path):
         return True
     return bool(set(recognise(Tree(path))) - {"coco"})
 
