@@ -48,7 +48,10 @@ def test_compiled_stages_equal_eager_ones(name: str, recompute: list[int]) -> No
 
 @pytest.mark.parametrize(("recompute", "graphs"), [([], 3), ([0, 1, 2], 6)], ids=["kept", "recomputed"])
 def test_a_stage_is_one_graph_and_compiled_no_more_than_once(recompute: list[int], graphs: int) -> None:
-    """A recomputed one twice: its first forward has no gradient, the later ones leave the statistics alone."""
+    """A recomputed one twice: its first forward has no gradient, the later ones leave the statistics alone.
+
+    torch 2.4 traces one of them a third time.
+    """
     from torch._dynamo.utils import counters
 
     made = []
@@ -61,7 +64,8 @@ def test_a_stage_is_one_graph_and_compiled_no_more_than_once(recompute: list[int
     two_steps(UNITS["loco"], recompute, backend)
     assert not counters["graph_break"]
     # Stages of the same code may share a graph; those without a convolution are trials before training.
-    assert 1 <= len([code for code in made if "conv" in code]) <= graphs
+    older = bool(recompute) and torch.__version__.startswith("2.4")
+    assert 1 <= len([code for code in made if "conv" in code]) <= graphs + older
 
 
 class _Convolutions(TorchDispatchMode):
