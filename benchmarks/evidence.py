@@ -50,6 +50,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "evidence"
 BLOCKS = [f"res{stage}.{block}" for stage in (2, 3, 4, 5) for block in (0, 1)]  # of ResNet-18
 SEEDS = (0, 1, 2)
 RATES = (0.0625, 0.125, 0.25, 0.5, 1.0)
+RATES_OF = {"r18": RATES, "presnet": RATES[:3]}  # of each network; every row of r18 has its best among those three
 RATE_EPOCHS = 6
 DETECTION_METHODS = plan.SMALL_DETECTION
 
@@ -133,19 +134,20 @@ def unpacked(archive: Path, out: Path) -> Path:
 def choose_rates(args: argparse.Namespace) -> None:
     """Pretrain each method briefly with each rate, then probe its last stage by ridge on the images held out."""
     for name in args.rows:
-        for rate in RATES:
+        rates = RATES_OF[ROWS[name].network]
+        for rate in rates:
             made = RESULTS / f"rate_{name}_{rate:g}.json"
             with claimed(made, args.out) as mine:
                 if mine:
                     write_json(made, rate_cell(name, rate, args.out))
-        if all((RESULTS / f"rate_{name}_{rate:g}.json").is_file() for rate in RATES):
+        if all((RESULTS / f"rate_{name}_{rate:g}.json").is_file() for rate in rates):
             log.info("%s: rate %g", name, best_rate(name))
 
 
 def best_rate(name: str) -> float:
     """The rate that `rates` found best for a row."""
     scores = {}
-    for rate in RATES:
+    for rate in RATES_OF[ROWS[name].network]:
         file = RESULTS / f"rate_{name}_{rate:g}.json"
         if not file.is_file():
             raise SystemExit(f"{file} is not there; run: python benchmarks/evidence.py rates --rows {name} ...")

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from evidence import DETECTION_METHODS, RATE_EPOCHS, RATES, RESULTS, ROOT, ROWS, SEEDS
+from evidence import DETECTION_METHODS, RATE_EPOCHS, RATES, RATES_OF, RESULTS, ROOT, ROWS, SEEDS
 from matplotlib.figure import Figure
 
 from loco_det.core.config import load_config
@@ -348,7 +348,8 @@ def rates_table(rates: dict[str, dict[float, float]]) -> str:
         "## Learning rates\n",
         f"Chosen for each method by {RATE_EPOCHS} epochs with seed 100 and the ridge probe of the last stage on "
         f"{HELD_OUT:,} training images that no run pretrains on; the test images take no part. Rows of other decoders, "
-        "of single blocks and of a loss more have their method's rate. Top-1, percent:\n",
+        "of single blocks and of a loss more have their method's rate. The Progressive ResNet's are sought among the "
+        f"first {len(RATES_OF['presnet'])}, where all other rows have their best. Top-1, percent:\n",
         "| pretraining | " + " | ".join(f"rate {rate:g}" for rate in RATES) + " |",
         "|---|" + "--:|" * len(RATES),
     ]

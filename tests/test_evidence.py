@@ -199,10 +199,13 @@ def test_rates_are_chosen_for_methods_and_shown_for_other_rows_when_asked(tmp_pa
     assert {evidence.ROWS[row].rate_of for row in evidence.ROWS} == set(args.rows)
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
     monkeypatch.setattr(evidence, "rate_cell", lambda name, rate, _: {"row": name, "held_out_top1": rate})
-    args = evidence.arguments().parse_args([*options, "--rows", "gim_blocks"])
+    args = evidence.arguments().parse_args([*options, "--rows", "gim_blocks", "loco_presnet"])
     args.out = tmp_path
     evidence.choose_rates(args)
-    assert {file.name for file in tmp_path.glob("*.json")} == {f"rate_gim_blocks_{r:g}.json" for r in evidence.RATES}
+    made = {f"rate_gim_blocks_{rate:g}.json" for rate in evidence.RATES}
+    made |= {f"rate_loco_presnet_{rate}.json" for rate in ("0.0625", "0.125", "0.25")}
+    assert {file.name for file in tmp_path.glob("*.json")} == made
+    assert evidence.best_rate("loco_presnet") == 0.25
 
 
 @pytest.mark.parametrize("method", evidence.DETECTION_METHODS)
