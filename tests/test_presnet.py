@@ -426,5 +426,5 @@ def test_a_key_that_cannot_be_is_named(changed: dict, words: str, images: Path, 
 
 def test_the_report_draws_all_six_stages() -> None:
     found = {"a": {stage: {"top1": 50.0 + i} for i, stage in enumerate(["stem", *STAGES])}}
-    svg = charts.stages(found, "ridge", {"a": "red"})
+    svg = charts.stages(found, "top1", "ridge", {"a": "red"})
     assert re.findall(r">(stem|res\d)<", svg) == ["stem", *STAGES]
