@@ -39,6 +39,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout it stands in, installed or not
 
+from loco_det.core.device import has_bf16_units
 from loco_det.core.files import write_json
 from loco_det.core.log import log, setup_logging
 from loco_det.detection.run_record import environment
@@ -191,6 +192,7 @@ def cell(name: str, seed: int, out: Path, images: Path) -> dict[str, Any]:
         "switches": switches(row),
         "images": PRETRAINED,
         "environment": environment(torch.device("cpu")),
+        "precision": "bfloat16" if has_bf16_units() else "float32",  # what SOLVER.AMP bf16 is here
         "commands": commands.done,
         "losses": losses(folder / "metrics.json"),
         "probes": probes,

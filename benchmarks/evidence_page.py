@@ -303,8 +303,8 @@ def how(cells: dict[str, list[dict[str, Any]]]) -> str:
         f"rows share. Probes learn from all 50,000 training images. {len(every)} runs took "
         f"{sum(map(minutes, every)) / 60:.1f} hours of processor time together, one thread each, the longest "
         f"{max(map(minutes, every)):.0f} minutes, on {machine['cores']} cores, torch {machine['packages']['torch']}. "
-        "Processors with bfloat16 units computed in bfloat16, others in float32, as `SOLVER.AMP` bf16 does on a CPU; "
-        "which of the two a run had was not recorded. "
+        "`SOLVER.AMP` bf16 computes in bfloat16 on processors with units for it, in float32 on others. "
+        f"{precisions(cells)} "
         "Intervals are 95 % intervals of the mean over seeds (Student's t). What each row sets besides:\n\n"
         + "\n".join(f"- {label(row)}: {told_switches(some[0]['switches'])}" for row, some in cells.items())
         + "\n\n```sh\n"
@@ -314,6 +314,15 @@ def how(cells: dict[str, list[dict[str, Any]]]) -> str:
         + "\n".join(text for text, _ in every[0]["commands"])
         + "\n```\n"
     )
+
+
+def precisions(cells: dict[str, list[dict[str, Any]]]) -> str:
+    """Say which rows were computed in which precision, and of which it was not recorded."""
+    rows: dict[str, dict[str, None]] = {}
+    for row, some in cells.items():
+        for cell in some:
+            rows.setdefault(cell.get("precision", "not recorded"), {})[label(row)] = None
+    return " ".join(f"{precision.capitalize()}: {'; '.join(labels)}." for precision, labels in sorted(rows.items()))
 
 
 def label(row: str) -> str:

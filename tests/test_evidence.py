@@ -40,6 +40,14 @@ def cell(row: str, seed: int, top1: float, losses: dict[str, list[list[float]]])
     }
 
 
+def test_the_page_says_which_rows_had_which_precision(cells) -> None:
+    for one in cells["gim"]:
+        one["precision"] = "float32"
+    cells["simclr"][0]["precision"] = "bfloat16"
+    said = "float32 on others. Bfloat16: SimCLR, end to end. Float32: GIM. Not recorded: SimCLR, end to end. "
+    assert said in evidence_page.page_text(cells, {})
+
+
 @pytest.fixture
 def cells() -> dict[str, list[dict]]:
     """Two rows, three seeds; differences between them of 4, 5 and 6 points."""
