@@ -368,6 +368,8 @@ def written(file: str, data: bytes) -> Callable[[Path], None]:
         (set_in("det/config.yaml", ["SEED"], []), r"config\.yaml: SEED: is damaged"),
         (set_in("det/metrics.json", ["bbox/AP"], "high"), r"metrics\.json: line \d: is damaged"),
         (set_in("probe.json", ["stages", "res5", "top1_interval"], ["NaN", 3]), r"probe\.json: is damaged"),
+        (set_in("probe.json", ["stages", "res5"], {"miou": 3, "miou_interval": [1, {}]}), r"probe\.json: is damaged"),
+        (set_in("probe.json", ["stages", "res5"], {"miou": 3, "by_percent": 3, "top1": "x"}), None),
         (set_in("probe.json", ["backbone", "name"], ["b"]), r"probe\.json: is damaged"),
         (set_in("probe.json", ["seed"], {}), r"probe\.json: is damaged"),
         (written("det/metrics.json", b"\xff\xfe{}\n{}\n"), r"metrics\.json: cannot be read"),

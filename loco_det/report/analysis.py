@@ -220,7 +220,8 @@ def probe_curves(runs: Runs) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str, str], dict[str, dict[str, list[dict[str, Any]]]]] = {}
     for probe in runs.probes:
         for stage, whole in probe.content["stages"].items():
-            for percent, found in whole.get("by_percent", {"": whole}).items():
+            shares = whole.get("by_percent") if probe.measure == "top1" else None
+            for percent, found in ({"": whole} if shares is None else shares).items():
                 protocol = f"{probe.protocol}{percent and f' {percent} %'}"
                 stages = groups.setdefault((protocol, probe.data, probe.measure), {}).setdefault(probe.backbone, {})
                 stages.setdefault(stage, []).append(found)

@@ -280,10 +280,10 @@ def _is_probe(file: Path) -> bool:
 def _measured(content: dict[str, Any] | None) -> str | None:
     """Return the measure that every stage of a probe has; None for what is no probe."""
     stages = (content or {}).get("stages")
-    if not stages or not isinstance(stages, dict) or not all(isinstance(found, dict) for found in stages.values()):
+    if not stages or not isinstance(stages, dict):
         return None
-    numbers = ({name for name in PROBES if isinstance(found.get(name), (int, float))} for found in stages.values())
-    return next(iter(set.intersection(*numbers)), None)
+    found = [stage if isinstance(stage, dict) else {} for stage in stages.values()]
+    return next((name for name in PROBES if all(isinstance(one.get(name), (int, float)) for one in found)), None)
 
 
 def _json(file: Path) -> dict[str, Any] | None:
