@@ -243,12 +243,13 @@ def page_text(
         parts += [verdicts(rows, cells), f"![Losses of every unit]({picture(name)})\n"]
         parts += ["Losses at the end of training:\n", final_losses(rows, cells)]
     parts += [detection_part(detection), how(cells), rates_table(rates), calibration_part(calibration), TAIL]
-    parts += [f"- {name}: {', '.join(missing)}." for name, missing in not_run(cells, detection).items()]
+    missing = not_run(cells, detection).items()
+    parts += [f"- {name}, with every seed: {'; '.join(rows)}." for name, rows in missing]
     return "\n".join(part for part in parts if part)
 
 
 def not_run(cells: dict[str, list[dict[str, Any]]], detection: dict[str, Any] | None) -> dict[str, list[str]]:
-    """{comparison: its rows that this page has no figure of}."""
+    """{comparison: its rows that this page has no figure of, for want of a seed or of all}."""
     missing = {name: [WORDS[row] for row in rows if row not in cells] for name, rows in TABLES.items()}
     if detection is None:
         missing["Frozen detection"] = list(DETECTION_METHODS)
@@ -371,8 +372,8 @@ def rates_table(rates: dict[str, dict[float, float]]) -> str:
 HEAD = """\
 # What was measured
 
-The paper's claim in small, on real images: narrow networks on CIFAR-10, each method with the paper's own decoder,
-learning rates chosen for each method on images held out.
+The paper's claim in small, on real images: narrow networks on CIFAR-10, each row with the decoder that it has
+in the paper, learning rates chosen for each method on images held out.
 Written by `python benchmarks/evidence_page.py` from the figures in `benchmarks/results/evidence/`.
 """
 

@@ -74,7 +74,7 @@ def test_tables_have_means_intervals_and_differences_seed_by_seed(cells) -> None
     assert "## What was not run" in text
     assert "## Units of stages" in text
     assert "## Units of single blocks" not in text, "one row compares nothing"
-    assert "- Progressive ResNet: SimCLR, end to end, GIM, LoCo." in text
+    assert "- Progressive ResNet, with every seed: SimCLR, end to end; GIM; LoCo." in text
     assert "- Units of single blocks: GIM, a loss for each block, LoCo, a loss for every two blocks." in text
 
 
