@@ -449,6 +449,7 @@ def test_segmentation_probes_are_tables_of_their_own(tmp_path):
     assert f"| dino | 2 | {mean} | {mean} |" in one
     assert "| loco | 1 | 30.0 [28.0, 32.0] |" in one
     assert "| dino | 1 | 50.0 [48.0, 52.0] |" in two
+    assert "| backbone, top-1 | runs | res5 |" in top1
     assert "mean IoU" not in top1
     drawn = (tmp_path / "out" / "index.html").read_text()
     assert drawn.count("mean IoU, percent</text>") == 2

@@ -172,7 +172,7 @@ class Probe:
     """A file of `loco-det probe --json`; `content` has "stages" and "protocol".
 
     `named`: the user gave the backbone's name.
-    `measure`: what it has of each stage, "top1" or "miou", in percent, and its interval under "top1_interval" ...
+    `measure`: the key of each stage's number in percent, "top1" or "miou".
     """
 
     backbone: str
