@@ -75,7 +75,8 @@ def test_tables_have_means_intervals_and_differences_seed_by_seed(cells) -> None
     assert "## Units of stages" in text
     assert "## Units of single blocks" not in text, "one row compares nothing"
     assert "- Progressive ResNet, with every seed: SimCLR, end to end; GIM; LoCo." in text
-    assert "- Units of single blocks: GIM, a loss for each block, LoCo, a loss for every two blocks." in text
+    blocks = "GIM, a loss for each block; LoCo, a loss for every two blocks"
+    assert f"- Units of single blocks, with every seed: {blocks}." in text
 
 
 def test_detection_and_calibration_are_told_where_they_were_run(cells) -> None:
