@@ -217,6 +217,21 @@ def test_rates_are_chosen_for_methods_and_shown_for_other_rows_when_asked(tmp_pa
     assert evidence.best_rate("loco_presnet") == 0.25
 
 
+@pytest.mark.parametrize(("units", "precision"), [(True, "bfloat16"), (False, "float32")])
+def test_a_cell_records_what_this_processor_computes_in(tmp_path: Path, monkeypatch, units, precision) -> None:
+    made = {
+        "best_rate": 0.25,
+        "pretrain": tmp_path / "b.safetensors",
+        "probe": {},
+        "losses": {},
+        "has_bf16_units": units,
+    }
+    for name, value in made.items():
+        monkeypatch.setattr(evidence, name, lambda *_, value=value: value)
+    found = evidence.cell("loco", 1, tmp_path, tmp_path)
+    assert (found["precision"], found["rate"], found["seed"]) == (precision, 0.25, 1)
+
+
 @pytest.mark.parametrize("method", evidence.DETECTION_METHODS)
 def test_a_detector_is_made_with_the_decoder_of_its_method_from_images_that_are_there(
     method: str, tmp_path: Path, monkeypatch

@@ -32,6 +32,7 @@ from loco_det.detection.keys import get_cfg
 from loco_det.evaluation.coco import evaluate_coco
 from loco_det.evaluation.lvis import NUMBERS, evaluate_lvis
 from loco_det.evaluation.voc import evaluate_voc
+from loco_det.report import charts
 from loco_det.report.analysis import experiments, probe_curves
 from loco_det.report.page import KINDS
 from loco_det.report.panels import panels
@@ -360,8 +361,10 @@ def test_damaged_detections_are_a_gap(runs, tmp_path, capsys, content):
     assert any(text.startswith(f"{runs / 'loco0'}: its detections") for text in told)
 
 
-def test_a_probe_that_was_changed_is_refused(tmp_path):
-    content = {"stages": {"res5": {"top1": 30.0, "top1_interval": [29, 31]}}, "features": {"batchnorm": "as stored"}}
+@pytest.mark.parametrize("measure", ["top1", "miou"])
+def test_a_probe_that_was_changed_is_refused(tmp_path, measure):
+    stages = {"res5": {measure: 30.0, f"{measure}_interval": [29, 31]}}
+    content = {"stages": stages, "features": {"batchnorm": "as stored"}}
     write_checked_json(tmp_path / "probe.json", content)
     assert len(find_runs([str(tmp_path)]).probes) == 1
     text = (tmp_path / "probe.json").read_text()
@@ -454,6 +457,12 @@ def test_segmentation_probes_are_tables_of_their_own(tmp_path):
     drawn = (tmp_path / "out" / "index.html").read_text()
     assert drawn.count("mean IoU, percent</text>") == 2
     assert "blocks.3</text>" in drawn
+
+
+def test_stages_of_resnets_come_first_and_in_order():
+    found = {"vit": ["blocks.0-2", "norm"], "late": ["res5", "res3"], "early": ["norm", "stem", "blocks.0-5"]}
+    order = charts.stage_order({name: dict.fromkeys(stages) for name, stages in found.items()})
+    assert order == ["stem", "res3", "res5", "blocks.0-2", "norm", "blocks.0-5"]
 
 
 @pytest.mark.parametrize("stages", [{}, {"norm": {"miou": None}}, {"norm": {"miou": 3}, "res5": {"top1": 3}}])
