@@ -201,7 +201,7 @@ def test_too_many_unreadable_images_end_the_run(folder, workers):
 @pytest.mark.parametrize("where", AUGMENTED)
 def test_a_set_of_unreadable_images_ends_at_once(folder, workers, where):
     damage(folder, *range(IMAGES))
-    with pytest.raises(UserError, match="not a readable image"):
+    with pytest.raises(UserError, match=rf"not a readable image.* \(nor can {IMAGES - 1} others in its place\)$"):
         steps(folder, 1, DATA__MAX_BAD_SHARE=1.0, DATA__NUM_WORKERS=workers, **where)
 
 

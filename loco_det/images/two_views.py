@@ -92,7 +92,8 @@ class _ViewDataset(Dataset):
         Raises:
             UserError: none is readable.
         """
-        for image in ((index + substitute) % len(self.source) for substitute in range(SUBSTITUTES)):
+        tried = min(SUBSTITUTES, len(self.source))
+        for image in ((index + substitute) % len(self.source) for substitute in range(tried)):
             try:
                 data = self.source.read(image) if data is None else data
                 # Use the original image's draws, else a neighbour would come twice with the same views.
@@ -102,7 +103,8 @@ class _ViewDataset(Dataset):
             except UserError as error:
                 bad.append((image, str(error)))
                 data = ahead = None
-        raise UserError(f"{bad[-1][1]} (as were the {SUBSTITUTES - 1} images before it)")
+        others = f" (nor can {tried - 1} others in its place)" if tried > 1 else ""
+        raise UserError(f"{bad[-tried][1].rstrip('.')}{others}")
 
 
 class DecodedDataset(_ViewDataset):
