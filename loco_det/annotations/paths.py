@@ -1,8 +1,7 @@
 """Data sets given as paths; other formats than COCO's are converted into the cache.
 
     FILE.json[@IMAGES]              a COCO annotation file and its image folder, which may be omitted if it is the
-    file's
-                                    own folder or `images` in it
+                                    file's own folder or `images` in it
     FOLDER                          with _annotations.coco.json (Roboflow) or COCO's result.json (Label Studio) in it
     FOLDER@SPLIT                    COCO's own layout: FOLDER/annotations/instances_SPLIT.json, images in FOLDER/SPLIT
     SOURCE[@IMAGES][@SPLIT]         a folder or file that `loco-det data convert` reads (`formats/`)
