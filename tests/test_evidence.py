@@ -104,6 +104,33 @@ def test_detection_and_calibration_are_told_where_they_were_run(cells) -> None:
     assert "## Calibration" not in plain
 
 
+def test_claims_are_differences_beside_the_papers_and_bold_where_they_leave_out_zero(cells) -> None:
+    def row(name: str, last_stage: tuple[float, ...]) -> list[dict]:
+        return [cell(name, seed, value - seed - 1, {}) for seed, value in enumerate(last_stage)]
+
+    # SimCLR has 41, 42, 43 and GIM 37, 37, 37.
+    cells["gim_conv"] = row("gim_conv", (36.0, 37.0, 38.0))
+    cells["loco"] = row("loco", (40.5, 42.0, 43.5))
+    cells["loco_blocks"] = row("loco_blocks", (45.0, 46.0, 47.0))
+    plus_5 = "**+5.0 [+1.3, +8.7]**"
+    assert [line for line in evidence_page.claims(cells).splitlines() if line.startswith("|")][2:] == [
+        "| greedy training loses | GIM - SimCLR, end to end | -4.8 | **-5.0 [-7.5, -2.5]** | **-5.0 [-7.5, -2.5]** |",
+        "| a deeper decoder wins it back | GIM with LoCo's decoder - GIM | +4.2 "
+        "| +0.0 [-2.5, +2.5] | +0.0 [-2.5, +2.5] |",
+        f"| both together win it back | LoCo - GIM | +5.3 | {plus_5} | {plus_5} |",
+        "| shared stages add to the decoder | LoCo - GIM with LoCo's decoder | +1.1 "
+        "| **+5.0 [+3.8, +6.2]** | **+5.0 [+3.8, +6.2]** |",
+        "| LoCo is as good as end to end | LoCo - SimCLR, end to end | +0.5 | +0.0 [-1.2, +1.2] | +0.0 [-1.2, +1.2] |",
+        "|  | LoCo, a loss for every two blocks - SimCLR, end to end |  "
+        "| **+4.0 [+4.0, +4.0]** | **+4.0 [+4.0, +4.0]** |",
+    ]
+    assert evidence_page.claims(cells) in evidence_page.page_text(cells, {})
+    del cells["loco"]
+    first = "| LoCo is as good as end to end | LoCo, a loss for every two blocks - SimCLR"
+    assert first in evidence_page.claims(cells), "the claim is told with the first row that was run"
+    assert evidence_page.claims({"simclr": cells["simclr"]}) == ""
+
+
 def test_a_row_without_seeds_in_common_has_no_difference(cells) -> None:
     cells["gim"] = cells["gim"][:1]
     assert evidence_page.verdicts(("simclr", "gim"), cells) == "\n"
