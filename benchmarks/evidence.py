@@ -114,6 +114,11 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def images_of(row: Row) -> str:
+    """The list of the images that a row pretrains on."""
+    return plan.SMALL_LISTS[row.network]
+
+
 def switches(row: Row) -> dict[str, Any]:
     """{"METHOD": "loco", "DECODER.CONV_BLOCKS": 1, ...}: what the paper's configuration sets, its bases included."""
     return {**plan.switches(row.config), **({"UNITS": row.units} if row.units else {})}
@@ -123,7 +128,7 @@ def switches(row: Row) -> dict[str, Any]:
 
 
 def unpacked(archive: Path, out: Path) -> Path:
-    """The folder with train and test, the archive's only one; beside it the lists train.txt and held_out.txt."""
+    """The folder with train and test, the archive's only one; beside it the lists of LISTS."""
     folder = out / plan.folder_in(archive)
     unpack(archive, folder, out)
     return folder
@@ -160,7 +165,8 @@ def rate_cell(name: str, rate: float, out: Path) -> dict[str, Any]:
     folder = out / f"rate_{name}_{rate:g}"
     commands = Commands(out)
     backbone = pretrain(commands, ROWS[name], folder, rate, seed=100, epochs=RATE_EPOCHS)
-    found = probe(commands, backbone, folder, "ridge", ("--data", out / "train.txt", "--val", out / "held_out.txt"))
+    told = ("--data", out / images_of(ROWS[name]), "--val", out / "held_out.txt")
+    found = probe(commands, backbone, folder, "ridge", told)
     last = list(found)[-1]
     return {"row": name, "rate": rate, "epochs": RATE_EPOCHS, "stage": last, "held_out_top1": found[last]["top1"],
             "commands": commands.done}  # fmt: skip
@@ -190,7 +196,7 @@ def cell(name: str, seed: int, out: Path, images: Path) -> dict[str, Any]:
         "seed": seed,
         "rate": rate,
         "switches": switches(row),
-        "images": PRETRAINED,
+        "images": PRETRAINED[images_of(row)],
         "environment": environment(torch.device("cpu")),
         "precision": "bfloat16" if has_bf16_units() else "float32",  # what SOLVER.AMP bf16 is here
         "commands": commands.done,
@@ -200,7 +206,7 @@ def cell(name: str, seed: int, out: Path, images: Path) -> dict[str, Any]:
 
 
 def pretrain(commands: Commands, row: Row, folder: Path, rate: float, seed: int, epochs: int | None = None) -> Path:
-    settings = {**switches(row), "SOLVER.BASE_LR": rate, "SEED": seed, "DATA.PATH": commands.out / "train.txt"}
+    settings = {**switches(row), "SOLVER.BASE_LR": rate, "SEED": seed, "DATA.PATH": commands.out / images_of(row)}
     settings |= {"OUTPUT_DIR": folder, **({"SOLVER.EPOCHS": epochs} if epochs else {})}
     config, made = ROOT / "configs" / "pretrain" / f"evidence_{row.network}.yaml", folder / "backbone.safetensors"
     commands.run(made, "pretrain", "--quiet", "--resume", "--config-file", config, *plan.words_of(settings))

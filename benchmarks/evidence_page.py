@@ -350,8 +350,9 @@ def how(cells: dict[str, list[dict[str, Any]]]) -> str:
     machine = every[0]["environment"]
     return (
         "## How\n\n"
-        f"{PRETRAINED:,} of CIFAR-10's training images, the same of each class, {cfg.SOLVER.EPOCHS} epochs in batches "
-        f"of {cfg.SOLVER.BATCH_SIZE}; `configs/pretrain/evidence_r18.yaml` and `evidence_presnet.yaml` hold what all "
+        f"{PRETRAINED['train.txt']:,} of CIFAR-10's training images, the same of each class (the Progressive ResNet, "
+        f"which is slower: {PRETRAINED['train_half.txt']:,}), {cfg.SOLVER.EPOCHS} epochs in batches of "
+        f"{cfg.SOLVER.BATCH_SIZE}; `configs/pretrain/evidence_r18.yaml` and `evidence_presnet.yaml` hold what all "
         f"rows share. Probes learn from all 50,000 training images. {len(every)} runs took "
         f"{sum(map(minutes, every)) / 60:.1f} hours of processor time together, one thread each, the longest "
         f"{max(map(minutes, every)):.0f} minutes, on {machine['cores']} cores, torch {machine['packages']['torch']}. "

@@ -22,7 +22,7 @@ from loco_det.commands import paper
 from loco_det.core.errors import UserError
 from loco_det.paper import costs, plan
 from loco_det.paper.costs import Measured
-from loco_det.paper.data import prepare, unpack
+from loco_det.paper.data import LISTS, prepare, unpack
 from loco_det.paper.figures import FEW, FROZEN, ROWS
 from loco_det.paper.page import write_page
 from loco_det.paper.plan import TARGETS, Chain, Options, PlannedRow, Step, commands_of
@@ -486,10 +486,39 @@ def test_the_lists_are_those_of_the_evidence(tmp_path: Path) -> None:
         for i in range(10):
             (tmp_path / "cifar10" / "train" / name / f"{i}.png").write_bytes(b"")
     unpack(tmp_path / "cifar10", tmp_path / "cifar10", tmp_path)
-    kept, held = ((tmp_path / f"{name}.txt").read_text().splitlines() for name in ("train", "held_out"))
-    assert (len(kept), len(held)) == (16, 4)
+    names = ("train", "train_half", "held_out")
+    kept, half, held = ((tmp_path / f"{name}.txt").read_text().splitlines() for name in names)
+    assert (len(kept), len(half), len(held)) == (16, 8, 4)
+    assert set(half) < set(kept)
+    assert sum(line.endswith("\tcat") for line in half) == 4
     assert not set(kept) & set(held)
     assert all(line.startswith("cifar10/train/") and line.split("\t")[1] in line for line in kept)
+
+
+def test_a_folder_without_the_half_list_gets_it_and_keeps_its_images(tmp_path: Path) -> None:
+    """As an earlier version left it; runs may be reading the images."""
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as file:
+        for name in ("cat", "dog"):
+            for i in range(10):
+                file.writestr(f"toys/train/{name}/{i}.png", b"new")
+    unpack(tmp_path / "set.zip", tmp_path / "toys", tmp_path)
+    image = tmp_path / "toys/train/cat/3.png"
+    image.write_bytes(b"old")
+    before = [(tmp_path / name).read_text() for name in LISTS]
+    (tmp_path / "train_half.txt").unlink()
+    unpack(tmp_path / "set.zip", tmp_path / "toys", tmp_path)
+    assert [(tmp_path / name).read_text() for name in LISTS] == before
+    assert image.read_bytes() == b"old"
+
+
+def test_slower_networks_pretrain_on_half_of_the_images(tmp_path: Path) -> None:
+    options = Options("small", str(tmp_path / "cifar10"), tmp_path, (0,))
+    lists = {"simclr_r50": ("train.txt", 78), "simclr_presnet50_100ep": ("train_half.txt", 39)}
+    lists["simclr_sh50"] = lists["simclr_presnet50_100ep"]
+    for config, (name, batches) in lists.items():
+        step = plan.pretraining(config, 0, options)
+        assert step.words[step.words.index("DATA.PATH") + 1] == str(tmp_path / name)
+        assert costs.costs([step], 1, True, fixed)[step].steps == 30 * batches, "counted before the list is written"
 
 
 def test_the_evidence_pretrains_on_a_detection_set_as_planned(

@@ -32,7 +32,7 @@ from pretrain.memory import SavedBytes, savings
 from pretrain.train import LAYOUT, Learner, autocast, local_trainer
 
 IMAGENET = {"train": 1_281_167, "test": 50_000}
-CIFAR = {"pretrained": PRETRAINED, "train": 50_000, "test": 10_000}
+CIFAR = {"train": 50_000, "test": 10_000}
 MEASURED_IMAGES = 2  # of MEMORY_SIZE in a measured step; as many pixels of other sizes
 MEMORY_SIZE = 224  # pixels of the images of `memory_savings`
 PAPER_EPOCHS = 100  # of the paper's linear recipe, each a forward of all training images
@@ -104,7 +104,7 @@ def costs(steps: Sequence[Step], processes: int, small: bool, measure: Measure) 
             continue
         cfg = configuration(step)
         if step.words[0] == "pretrain":
-            count = _steps(cfg, _listed(cfg.DATA.PATH) or (CIFAR["pretrained"] if small else IMAGENET["train"]))
+            count = _steps(cfg, _listed(cfg.DATA.PATH) or _unlisted(cfg.DATA.PATH, small))
             found[step] = _scaled(measured(step), count, cfg.SOLVER.BATCH_SIZE, processes)
         else:
             found[step] = _scaled(measured(step), cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, processes)
@@ -122,6 +122,11 @@ def _listed(path: str) -> int:
     """Return the images that a list names; 0 without it."""
     file = Path(path)
     return sum(1 for line in file.read_text().splitlines() if line) if file.is_file() and file.suffix == ".txt" else 0
+
+
+def _unlisted(path: str, small: bool) -> int:
+    """Return the images of a list that is not written yet, or of ImageNet."""
+    return PRETRAINED.get(Path(path).name, PRETRAINED["train.txt"]) if small else IMAGENET["train"]
 
 
 def _steps(cfg: CfgNode, images: int) -> int:

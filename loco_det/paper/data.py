@@ -12,8 +12,10 @@ from loco_det.core.errors import UserError
 from loco_det.core.files import atomic_write, locked
 from loco_det.paper.plan import Options, detection_images, labelled
 
-PRETRAINED, HELD_OUT = 10_000, 10_000  # of CIFAR-10's training images; held out for choosing rates
-LISTS = ("train.txt", "held_out.txt")
+# Of CIFAR-10's training images: those of each list to pretrain on, the second in the first; held out to choose rates.
+PRETRAINED = {"train.txt": 10_000, "train_half.txt": 5_000}
+HELD_OUT = 10_000
+LISTS = (*PRETRAINED, "held_out.txt")
 
 
 def prepare(options: Options, objects: bool) -> None:
@@ -40,20 +42,24 @@ def unpack(data: Path, folder: Path, out: Path) -> None:
         UserError: it has no folder train.
     """
     with locked(out / ".unpacking.lock"):
-        if (out / LISTS[-1]).is_file():  # the last that is written
+        if all((out / name).is_file() for name in LISTS):
             return
-        if folder != data:
+        if folder != data and not (out / LISTS[0]).is_file():  # which follows the images
             with zipfile.ZipFile(data) as file:
                 file.extractall(out)
         train = folder / "train"
         if not train.is_dir():
             raise UserError(f"--data {data}: has no folder train of class folders; give CIFAR-10 as images")
         count = sum(1 for _ in train.glob("*/*"))
-        write_lists(train, out, PRETRAINED, min(HELD_OUT, count // 5))
+        write_lists(train, out, PRETRAINED["train.txt"], min(HELD_OUT, count // 5))
 
 
 def write_lists(train: Path, out: Path, pretrained: int, held_out: int) -> None:
-    """Write train.txt and held_out.txt: the images to pretrain on and those held out, the same of each class."""
+    """Write train.txt, train_half.txt and held_out.txt, with the same number of images of each class.
+
+    Args:
+        pretrained: images of train.txt; train_half.txt has half of them.
+    """
     lines: dict[str, list[str]] = {name: [] for name in LISTS}
     root = os.path.relpath(train, out) if train.is_relative_to(out) else str(train.absolute())
     classes = sorted(folder.name for folder in train.iterdir() if folder.is_dir())
@@ -61,8 +67,14 @@ def write_lists(train: Path, out: Path, pretrained: int, held_out: int) -> None:
         files = sorted(path.name for path in (train / name).iterdir())
         random.Random(f"0 {name}").shuffle(files)
         held, kept = held_out // len(classes), pretrained // len(classes)
-        for list_name, chosen in (("held_out.txt", files[:held]), ("train.txt", files[held : held + kept])):
-            lines[list_name] += [f"{root}/{name}/{file}\t{name}" for file in chosen]
+        chosen = files[held : held + kept]
+        chosen_of = {
+            "train.txt": chosen,
+            "train_half.txt": chosen[: (len(chosen) + 1) // 2],
+            "held_out.txt": files[:held],
+        }
+        for list_name, those in chosen_of.items():
+            lines[list_name] += [f"{root}/{name}/{file}\t{name}" for file in those]
     for list_name, content in lines.items():
         with atomic_write(out / list_name, "w") as file:
             file.write("\n".join(content) + "\n")

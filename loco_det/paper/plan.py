@@ -28,6 +28,8 @@ from loco_det.paper.figures import DECODER, FEW, FROZEN, MAIN, METHODS, NETWORKS
 SCALES = ("full", "small")
 SWITCHES = ("METHOD", "UNITS", "DECODER", "SHARING")  # of a paper's configuration, for the small networks
 SMALL_RATE = 0.125  # SOLVER.BASE_LR, best for simclr, gim and loco of five on held-out images: docs/results.md
+# The list of CIFAR-10's images (data.PRETRAINED) for each network: the slower ones take half as many.
+SMALL_LISTS = {"r18": "train.txt", "presnet": "train_half.txt", "sh50": "train_half.txt"}
 SMALL_PROBES = {"linear": ("--epochs", "30"), "knn": (), "ridge": ()}
 SMALL_SHARES = {"10k": "50pct", "1k": "10pct"}  # of a small detection set, in the place of COCO-10K and COCO-1K
 SMALL_DETECTION = ("random", "gim", "simclr", "loco")
@@ -150,9 +152,10 @@ def pretraining(config: str, seed: int, options: Options) -> Step:
         return _pretrain(f"configs/pretrain/{config}.yaml", folder, settings, options)
     name = small_name(config)
     folder = options.out / f"{name}_{seed}"
-    settings = {**switches(config), "SOLVER.BASE_LR": SMALL_RATE, "SEED": seed, "DATA.PATH": options.out / "train.txt"}
-    settings["OUTPUT_DIR"] = folder
-    return _pretrain(f"configs/pretrain/evidence_{small_network(name)}.yaml", folder, settings, options)
+    network = small_network(name)
+    settings = {**switches(config), "SOLVER.BASE_LR": SMALL_RATE, "SEED": seed}
+    settings |= {"DATA.PATH": options.out / SMALL_LISTS[network], "OUTPUT_DIR": folder}
+    return _pretrain(f"configs/pretrain/evidence_{network}.yaml", folder, settings, options)
 
 
 def _pretrain(config: str, folder: Path, settings: dict[str, Any], options: Options) -> Step:
