@@ -7,8 +7,8 @@
 
 `rates` chooses each method's learning rate on images that are held out of the training images; with --rows it shows
 what that of other rows would be. `run` pretrains every row with every seed and probes it on CIFAR-10's test images.
-`detect` pretrains on the training images of a detection set in Pascal VOC's folders, trains a detector on the frozen
-backbone and compares all on the test images. evidence_page.py writes docs/results.md, its pictures and README's table.
+`detect` trains a detector on each of these networks, frozen, and on an untrained one. evidence_page.py writes
+docs/results.md, its pictures and README's table.
 
 Each cell is made by the commands that a user would give. One JSON a cell lies in benchmarks/results/evidence/, and a
 cell that has one is not made again. Several processes may work at once, on cells of their own; a run that was stopped
@@ -39,12 +39,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout it stands in, installed or not
 
+from loco_det.annotations.registry import find_dataset
 from loco_det.core.device import has_bf16_units
 from loco_det.core.files import write_json
 from loco_det.core.log import log, setup_logging
 from loco_det.detection.run_record import environment
 from loco_det.paper import plan
-from loco_det.paper.data import PRETRAINED, list_detection_images, unpack
+from loco_det.paper.data import PRETRAINED, unpack
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
@@ -53,7 +54,6 @@ SEEDS = (0, 1, 2)
 RATES = (0.0625, 0.125, 0.25, 0.5, 1.0)
 RATES_OF = {"r18": RATES, "presnet": RATES[:3]}  # of each network; every row of r18 has its best among those three
 RATE_EPOCHS = 6
-DETECTION_METHODS = plan.SMALL_DETECTION
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,17 @@ def main() -> None:
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(dest="job", required=True)
-    for name in ("rates", "run", "detect"):
+    ones_own_rate = [row for row in ROWS if ROWS[row].rate_of == row]
+    resnets = [row for row in ROWS if ROWS[row].network == "r18"]
+    for name, rows in {"rates": ones_own_rate, "run": list(ROWS), "detect": resnets}.items():
         job = jobs.add_parser(name)
+        job.add_argument("--rows", nargs="+", choices=resnets if name == "detect" else list(ROWS), default=rows)
         job.add_argument("--out", type=Path, required=True, help="checkpoints, features and backbones")
         if name != "rates":
             job.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
         if name != "detect":
             job.add_argument("--cifar", type=Path, required=True, help="zip of CIFAR-10: NAME/{train,test}/CLASS/*.jpg")
-            rows = [row for row in ROWS if name == "run" or ROWS[row].rate_of == row]
-            job.add_argument("--rows", nargs="+", choices=list(ROWS), default=rows)
-    told = "a detection set in Pascal VOC's folders, with ImageSets/Main/{train,test}.txt, of three classes"
+    told = "a detection set with the splits train and test, e.g. in Pascal VOC's folders"
     jobs.choices["detect"].add_argument("--data", type=Path, required=True, help=told)
     return parser
 
@@ -240,50 +241,50 @@ def losses(metrics: Path) -> dict[str, list[list[float]]]:
 
 
 def detect(args: argparse.Namespace) -> None:
-    """Pretrain, convert, train and evaluate with every method and seed, then let `report` compare them."""
-    cells = [(method, seed) for seed in args.seeds for method in DETECTION_METHODS]
-    for method, seed in cells:
-        with claimed(found_by(method, seed, args.out), args.out, f"detect_{method}_{seed}") as mine:
+    """Train a detector on every row's frozen network and on an untrained one, then let `report` compare them."""
+    cells = [(row, seed) for seed in args.seeds for row in ("random", *args.rows)]
+    for row, seed in cells:
+        with claimed(found_by(row, seed, args.out), args.out, f"frozen_{row}_{seed}") as mine:
             if mine:
-                detector(method, seed, args)
+                detector(row, seed, args)
     made = RESULTS / "detection.json"
     with claimed(made, args.out) as mine:
         if mine and all(found_by(*cell, args.out).is_file() for cell in cells):
             write_json(made, comparison(cells, args))
 
 
-def found_by(method: str, seed: int, out: Path) -> Path:
-    return out / f"detect_{method}_{seed}" / "detector" / "inference" / "coco_instances_results.json"
+def found_by(row: str, seed: int, out: Path) -> Path:
+    return out / f"frozen_{row}_{seed}" / "inference" / "coco_instances_results.json"
 
 
-def detector(method: str, seed: int, args: argparse.Namespace) -> list[tuple[str, float]]:
-    """Everything from the training images to the AP of a detector on the frozen backbone; the commands."""
-    commands, folder = Commands(args.out), args.out / f"detect_{method}_{seed}"
-    options = plan.Options("small", str(args.data), args.out, tuple(args.seeds))
-    list_detection_images(options)
-    first, weights = plan.small_pretraining(method, seed, options), folder / "backbone.pkl"
-    commands.run(first.made, *first.words)
-    commands.run(weights, "convert", "--quiet", first.made, weights)
-    settings = {"MODEL.WEIGHTS": weights, "SEED": seed, "OUTPUT_DIR": folder / "detector"}
-    settings |= {f"DATASETS.{split.upper()}": f"('{args.data}@{split}',)" for split in ("train", "test")}
-    config = ROOT / "configs" / "evidence_detection.yaml"
-    told = ("--quiet", "--resume", "--engine", "torchvision", "--config-file", config)
-    commands.run(found_by(method, seed, args.out), "train", *told, *plan.words_of(settings))
+def detector(row: str, seed: int, args: argparse.Namespace) -> list[tuple[str, float]]:
+    """Train and evaluate a detector on the frozen network that `run` pretrained, or "random"; the commands."""
+    commands, folder = Commands(args.out), args.out / f"frozen_{row}_{seed}"
+    backbone = args.out / f"{row}_{seed}" / "backbone.safetensors"
+    if row == "random":
+        settings = {"METHOD": row, "SEED": seed, "DATA.PATH": args.out / "train.txt", "OUTPUT_DIR": backbone.parent}
+        config = ROOT / "configs" / "pretrain" / "evidence_r18.yaml"
+        commands.run(backbone, "pretrain", "--quiet", "--config-file", config, *plan.words_of(settings))
+    elif not backbone.is_file():
+        raise SystemExit(f"{backbone} is not there; run: python benchmarks/evidence.py run --rows {row} ...")
+    told = (backbone, "--data", args.data, "--out", folder, "--seed", seed)
+    commands.run(found_by(row, seed, args.out), *told, program="benchmarks/frozen_detector.py")
     return commands.done
 
 
 def comparison(cells: list[tuple[str, int]], args: argparse.Namespace) -> dict[str, Any]:
-    """AP of every method, mean and interval over seeds, and each seed's paired bootstrap, as `report` gives them."""
+    """AP of every row, mean and interval over seeds, and each seed's paired bootstrap, as `report` gives them."""
     commands = [detector(*cell, args) for cell in cells]  # nothing is made again
     last = Commands(args.out)
-    made = args.out / "detect_report" / "report.json"
-    runs = [f"{method}={args.out / f'detect_{method}_{seed}' / 'detector'}" for method, seed in cells]
-    last.run(made, "report", "--quiet", *runs, "--baseline", "random", "--out", made.parent)
+    made = args.out / "frozen_report" / "report.json"
+    runs = [f"{row}={args.out}/frozen_{row}_{seed}" for row, seed in cells]
+    last.run(made, "report", "--quiet", *runs, "--baseline", "simclr", "--out", made.parent)
     (experiment,) = json.loads(made.read_text())["experiments"]
     return {
         "data": args.data.name,
+        "images": {split: len(find_dataset(f"{args.data}@{split}").index.file_name) for split in ("train", "test")},
         "seeds": args.seeds,
-        "methods": {row["backbone"]: row["numbers"] for row in experiment["backbones"]},
+        "rows": {row["backbone"]: row["numbers"] for row in experiment["backbones"]},
         "paired": experiment["paired"],
         "resamples": experiment["resamples"],
         "environment": environment(torch.device("cpu")),
@@ -296,22 +297,26 @@ def comparison(cells: list[tuple[str, int]], args: argparse.Namespace) -> dict[s
 
 
 class Commands:
-    """Runs loco-det, remembers what was run and its processor time; what is there already is not made again."""
+    """Runs commands, remembers what was run and its processor time; what is there already is not made again."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.done: list[tuple[str, float]] = []  # command, seconds of processor time
 
-    def run(self, made: Path, *words: object) -> None:
-        """Run `loco-det WORDS`, which makes the file `made`."""
-        text = " ".join(["loco-det", *map(str, words)]).replace(f"{ROOT}/", "").replace(f"{self.out}/", "")
+    def run(self, made: Path, *words: object, program: str = "") -> None:
+        """Run `loco-det WORDS`, or with the file of a `program` that, which makes the file `made`."""
+        text = (
+            " ".join([f"python {program}" if program else "loco-det", *map(str, words)])
+            .replace(f"{ROOT}/", "")
+            .replace(f"{self.out}/", "")
+        )
         clock = made.with_name(f".{made.name}.seconds")
         spent = float(clock.read_text()) if clock.exists() else 0.0
         if not made.exists():
             made.parent.mkdir(parents=True, exist_ok=True)
             log.info(text)
             begun = processor_seconds()
-            line = [sys.executable, "-m", "loco_det.cli", *map(str, words)]
+            line = [sys.executable, *([program] if program else ["-m", "loco_det.cli"]), *map(str, words)]
             with subprocess.Popen(line, cwd=ROOT) as process:
                 while process.poll() is None:  # the clock is kept up, for a run that is killed and resumed counts whole
                     clock.write_text(f"{spent + seconds_of(process.pid):.1f}")

@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from evidence import DETECTION_METHODS, RATE_EPOCHS, RATES, RATES_OF, RESULTS, ROOT, ROWS, SEEDS
+from evidence import RATE_EPOCHS, RATES, RATES_OF, RESULTS, ROOT, ROWS, SEEDS
+from frozen_detector import ITERATIONS
 from matplotlib.figure import Figure
 
 from loco_det.core.config import load_config
@@ -72,7 +73,7 @@ PAPERS = {
     "gim_presnet": "gim_presnet50_100ep",
     "loco_presnet": "loco_presnet50_100ep",
 }
-DETECTION_WORDS = {"random": "none", **{method: WORDS[method] for method in DETECTION_METHODS[1:]}}
+DETECTION_ROWS = {"random": "none", **{row: WORDS[row] for row in ROWS if ROWS[row].network == "r18"}}
 
 
 def write_page() -> None:
@@ -303,40 +304,42 @@ def not_run(cells: dict[str, list[dict[str, Any]]], detection: dict[str, Any] | 
     """{comparison: its rows that this page has no figure of, for want of a seed or of all}."""
     missing = {name: [WORDS[row] for row in rows if row not in cells] for name, rows in TABLES.items()}
     if detection is None:
-        missing["Frozen detection"] = list(DETECTION_METHODS)
+        missing["Frozen detection"] = list(DETECTION_ROWS.values())
     return {name: rows for name, rows in missing.items() if rows}
 
 
 def detection_part(found: dict[str, Any] | None) -> str:
-    """Detectors on frozen backbones: AP over seeds, and each seed's paired bootstrap."""
+    """Detectors on frozen networks: AP over seeds, and each seed's paired bootstrap."""
     if found is None:
         return ""
+    rows = {row: words for row, words in DETECTION_ROWS.items() if row in found["rows"]}
     lines = [
         "## Frozen detection\n",
-        f"Faster R-CNN with a ResNet-18 that was pretrained on {found['data'].upper()}'s own training images and stays "
-        "frozen; box AP on its test images, percent, mean and 95 % interval over seeds "
+        f"Faster R-CNN on {found['data'].upper()} ({found['images']['train']} training images, "
+        f"{found['images']['test']} of test) and the frozen networks of the tables above: {ITERATIONS} iterations of "
+        "`evaluate_detection(..., small=True)`. The networks see a quarter of the detector's pixels in each direction, "
+        "64 of 256. Box AP on the test images, percent, mean and 95 % interval over seeds "
         f"{', '.join(map(str, found['seeds']))}:\n",
         "| pretraining | AP | AP50 | AP75 |",
         "|---|--:|--:|--:|",
     ]
-    for method in DETECTION_METHODS:
-        figures = (spread(found["methods"][method][f"bbox/{name}"]) for name in ("AP", "AP50", "AP75"))
-        lines.append(f"| {DETECTION_WORDS[method]} | {' | '.join(figures)} |")
+    for row, words in rows.items():
+        figures = (spread(found["rows"][row][f"bbox/{name}"]) for name in ("AP", "AP50", "AP75"))
+        lines.append(f"| {words} | {' | '.join(figures)} |")
     lines.append(
-        f"\nAP minus that of the untrained backbone of the same seed, with the 95 % interval of {found['resamples']:,} "
+        f"\nAP minus that of {WORDS['simclr']}, of the same seed, with the 95 % interval of {found['resamples']:,} "
         "paired resamples of the test images:\n"
     )
-    for method in DETECTION_METHODS[1:]:
+    for row, words in rows.items():
         told = [
-            f"seed {one['seed']}: {one['bbox']['AP']['difference']:+.1f} "
-            f"[{one['bbox']['AP']['ci95'][0]:+.1f}, {one['bbox']['AP']['ci95'][1]:+.1f}]"
+            f"seed {one['seed']}: {signed({**one['bbox']['AP'], 'mean': one['bbox']['AP']['difference']})}"
             for one in found["paired"]
-            if one["backbone"] == method
+            if one["backbone"] == row
         ]
-        lines.append(f"- {DETECTION_WORDS[method]}: {'; '.join(told)}")
+        if told:
+            lines.append(f"- {words}: {'; '.join(told)}")
     lines.append(
-        f"\n{found['seconds'] / 3600:.1f} hours of processor time. Pretraining: "
-        "`configs/pretrain/evidence_detection.yaml`, detector: `configs/evidence_detection.yaml`.\n\n"
+        f"\n{found['seconds'] / 3600:.1f} hours of processor time.\n\n"
         "```sh\npython benchmarks/evidence.py detect --data BCCD --out output/evidence\n```\n"
     )
     return "\n".join(lines)

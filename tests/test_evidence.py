@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,8 +19,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import evidence  # noqa: E402
 import evidence_page  # noqa: E402
+import frozen_detector  # noqa: E402
 
-from loco_det.images.folders import open_source  # noqa: E402
+from loco_det.cli import main  # noqa: E402
 from loco_det.paper.data import write_lists  # noqa: E402
 from loco_det.paper.plan import SWITCHES  # noqa: E402
 
@@ -85,22 +87,28 @@ def test_detection_and_calibration_are_told_where_they_were_run(cells) -> None:
         return {key: {"mean": value, "ci95": [value - 1, value + 1]} for key, value in values.items()}
 
     paired = [
-        {"backbone": method, "seed": seed, "bbox": {"AP": {"difference": 2.0 + seed, "ci95": [-1.0, 4.0]}}}
-        for method in ("gim", "simclr", "loco")
+        {"backbone": row, "seed": seed, "bbox": {"AP": {"difference": 2.0 + seed, "ci95": [-1.0, 4.0]}}}
+        for row in ("random", "gim", "loco")
         for seed in (0, 1)
     ]
-    methods = {name: numbers(20.0 + place) for place, name in enumerate(evidence.DETECTION_METHODS)}
-    found = {"data": "bccd", "seeds": [0, 1], "methods": methods, "paired": paired, "resamples": 1000, "seconds": 7200}
-    rows = {"rows": {"simclr": {"5": 33.44, "10": 38.0}}, "what": "kNN", "settings": "batches of 256"}
-    text = evidence_page.page_text(cells, {}, rows, found)
-    assert "| none | 20.0 [19.0, 21.0] | 40.0 [39.0, 41.0] | 10.0 [9.0, 11.0] |" in text
-    assert "| LoCo | 23.0 [22.0, 24.0] |" in text
+    rows = {name: numbers(20.0 + place) for place, name in enumerate(("simclr", "gim", "random", "loco"))}
+    found = {"data": "bccd", "seeds": [0, 1], "rows": rows, "paired": paired, "resamples": 1000, "seconds": 7200}
+    found["images"] = {"train": 205, "test": 72}
+    calibration = {"rows": {"simclr": {"5": 33.44, "10": 38.0}}, "what": "kNN", "settings": "batches of 256"}
+    text = evidence_page.page_text(cells, {}, calibration, found)
+    assert "Faster R-CNN on BCCD (205 training images, 72 of test)" in text
+    table = text[text.index("| pretraining | AP |") :].splitlines()[2:6]
+    assert table[0] == "| none | 22.0 [21.0, 23.0] | 44.0 [43.0, 45.0] | 11.0 [10.0, 12.0] |"
+    assert [line.split(" | ")[0] for line in table] == ["| none", "| SimCLR, end to end", "| GIM", "| LoCo"]
     assert "- GIM: seed 0: +2.0 [-1.0, +4.0]; seed 1: +3.0 [-1.0, +4.0]\n" in text
+    assert "- SimCLR, end to end: seed" not in text, "the others are compared with it"
     assert "1,000 paired resamples" in text
     assert "2.0 hours" in text
+    assert "Frozen detection, with every seed" not in text
     assert "| SimCLR, end to end | 33.4 | 38.0 |" in text
     plain = evidence_page.page_text(cells, {})
     assert "## Frozen detection" not in plain
+    assert "- Frozen detection, with every seed: none; SimCLR, end to end; GIM;" in plain
     assert "## Calibration" not in plain
 
 
@@ -259,35 +267,82 @@ def test_a_cell_records_what_this_processor_computes_in(tmp_path: Path, monkeypa
     assert (found["precision"], found["rate"], found["seed"]) == (precision, 0.25, 1)
 
 
-@pytest.mark.parametrize("method", evidence.DETECTION_METHODS)
-def test_a_detector_is_made_with_the_decoder_of_its_method_from_images_that_are_there(
-    method: str, tmp_path: Path, monkeypatch
-) -> None:
-    data = tmp_path / "bccd"
+@pytest.fixture
+def cells_of_blood(tmp_path: Path) -> Path:
+    """A detection set in Pascal VOC's folders: three images of training and two of test, a bright box in each."""
+    data = tmp_path / "toys"
     for folder in ("ImageSets/Main", "JPEGImages", "Annotations"):
         (data / folder).mkdir(parents=True)
-    (data / "ImageSets/Main/train.txt").write_text("0\n1\n")
-    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>4</xmax><ymax>4</ymax></bndbox>"
-    for k in range(2):
-        cv2.imwrite(str(data / f"JPEGImages/{k}.jpg"), np.full((8, 8, 3), 200 * k, dtype=np.uint8))
-        text = f"<annotation><filename>{k}.jpg</filename><object><name>cell</name>{box}</object></annotation>"
-        (data / f"Annotations/{k}.xml").write_text(text)
-    ran: list[tuple[str, ...]] = []
-    monkeypatch.setattr(evidence.Commands, "run", lambda _, made, *words: ran.append(tuple(map(str, words))))
-    jobs: list[evidence.argparse.Namespace] = []
-    monkeypatch.setattr(evidence, "detect", jobs.append)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evidence.py", "detect", "--data", "bccd", "--out", "out"])
-    evidence.main()
-    evidence.detector(method, 1, *jobs)
-    pretrain, _, train = ran
-    words = pretrain[pretrain.index("METHOD") :]
-    settings = dict(zip(words[::2], words[1::2]))
-    assert (settings["METHOD"], settings["SEED"]) == (method, "1")
-    assert ("DECODER.CONV_BLOCKS" not in settings) == (method == "loco")
-    source = open_source(settings["DATA.PATH"])
-    assert [source.read(k) for k in range(len(source))] == [(data / f"JPEGImages/{k}.jpg").read_bytes() for k in (0, 1)]
-    assert f"('{data}@train',)" in train
+    for split, names in {"train": "abc", "test": "de"}.items():
+        (data / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
+        for name in names:
+            image = np.random.default_rng(ord(name)).integers(0, 99, (64, 80, 3), dtype=np.uint8)
+            image[16:48, 20:60] += 120
+            cv2.imwrite(str(data / f"JPEGImages/{name}.jpg"), image)
+            box = "<bndbox><xmin>21</xmin><ymin>17</ymin><xmax>60</xmax><ymax>48</ymax></bndbox>"
+            text = f"<annotation><filename>{name}.jpg</filename><object><name>cell</name>{box}</object></annotation>"
+            (data / f"Annotations/{name}.xml").write_text(text)
+    return data
+
+
+def test_detectors_are_trained_on_the_frozen_networks_and_compared(
+    cells_of_blood: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """All in this process, two iterations each, on narrow networks with random weights."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "train.txt").write_text("".join(f"{cells_of_blood}/JPEGImages/{name}.jpg\n" for name in "abcd"))
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(frozen_detector, "ITERATIONS", 2)
+    ran = []
+
+    def in_process(self, made: Path, *words: object, program: str = "") -> None:
+        words = tuple(map(str, words))
+        ran.append((program, *words))
+        self.done.append((" ".join(words), 1.0))
+        if not made.exists() and program:
+            monkeypatch.setattr(sys, "argv", [program, *words])
+            frozen_detector.main()
+        elif not made.exists():
+            extra = ["SOLVER.BATCH_SIZE", "2"] if words[0] == "pretrain" else []
+            assert main([*words, *extra]) == 0
+
+    monkeypatch.setattr(evidence.Commands, "run", in_process)
+    args = evidence.arguments().parse_args(
+        ["detect", "--data", str(cells_of_blood), "--out", str(out), "--rows", "simclr", "--seeds", "0", "1"]
+    )
+    with pytest.raises(SystemExit, match=r"simclr_0.backbone\.safetensors is not there; run: .* run --rows simclr"):
+        evidence.detect(args)
+    for seed in (0, 1):  # other weights under the names of SimCLR's
+        config = ROOT / "configs/pretrain/evidence_r18.yaml"
+        words = ["METHOD", "random", "SEED", str(7 + seed), "OUTPUT_DIR", str(out / f"simclr_{seed}"),
+                 "DATA.PATH", str(out / "train.txt"), "SOLVER.BATCH_SIZE", "2"]  # fmt: skip
+        assert main(["pretrain", "--quiet", "--config-file", str(config), *words]) == 0
+    evidence.detect(args)
+    found = json.loads((tmp_path / "results/detection.json").read_text())
+    assert found["images"] == {"train": 3, "test": 2}
+    assert list(found["rows"]) == ["random", "simclr"]
+    assert {(one["backbone"], one["seed"]) for one in found["paired"]} == {("random", 0), ("random", 1)}
+    digests = [(out / f"frozen_{name}" / "backbone.sha256").read_text() for name in ("random_0", "simclr_0")]
+    assert len(set(digests)) == 2
+    before = len(ran)
+    evidence.detect(args)
+    assert len(ran) == before, "nothing is made again"
+
+
+def test_a_detectors_network_sees_a_quarter_of_the_pixels_in_each_direction() -> None:
+    seen = []
+
+    class Network(torch.nn.Module):
+        def forward(self, images):
+            seen.append(images)
+            return dict.fromkeys(("stem", "res2", "res3", "res4", "res5"), images)
+
+    images = torch.arange(2 * 3 * 8 * 12, dtype=torch.float32).view(2, 3, 8, 12)
+    maps = frozen_detector.Quarter(Network())(images)
+    assert list(maps) == ["res2", "res3", "res4", "res5"]
+    assert seen[0].shape == (2, 3, 2, 3)
+    assert seen[0][1, 2, 1, 2] == images[1, 2, 4:, 8:].mean()
 
 
 def test_only_the_commands_processor_time_counts(tmp_path: Path) -> None:
