@@ -194,7 +194,7 @@ def evaluate_detection(
 
     Args:
         backbone: from `load_backbone`, or what that takes. Maps of one stride, 16, get the simple feature pyramid;
-            maps of strides 4 to 32 the FPN.
+            maps of strides 4 to 32 the FPN. A ResNet with the CIFAR stem is given images averaged over 4 x 4 pixels.
         train, test: data sets, by name (`coco_2017_train`) or path (docs/datasets.md).
         iterations: of training.
         protocol: "frozen": the readout alone is trained; "finetune": all but the first two stages; "all". A copy of
@@ -232,6 +232,7 @@ def evaluate_detection(
         if backbone.untrained:
             backbone = replace(backbone, model=copy.deepcopy(backbone.model))  # the caller's stays as it is
             measure_on(backbone, image_files(data[0]), seed)
+        backbone = _for_a_pyramid(backbone)
         _check_own(backbone)
         keys, _kept = _of_backbone(backbone, folder, protocol, weights)
         chosen = {
@@ -303,6 +304,15 @@ def _check_same_backbone(backbone: Backbone, folder: Path) -> str:
     with atomic_write(file, "w") as written:
         written.write(f"{weights}\n")
     return weights
+
+
+def _for_a_pyramid(backbone: Backbone) -> Backbone:
+    """Return a ResNet with the CIFAR stem, of strides 1 to 8, on images of a quarter of the size; others as given."""
+    if not isinstance(backbone.model, ResNet) or backbone.model.strides["res2"] != 1:
+        return backbone
+    log.info("%s has the CIFAR stem: its images are averaged over 4 x 4 pixels", backbone.name)
+    model = own.OwnBackbone(own.Quarter(backbone.model), backbone.name).eval()
+    return replace(backbone, model=model, channels=model.channels)
 
 
 def _check_own(backbone: Backbone) -> None:

@@ -215,7 +215,10 @@ def test_a_segmentation_probe_takes_a_module(tmp_path: Path) -> None:
     assert found["backbone"]["name"] == "Maps"
 
 
-@pytest.mark.parametrize("source", ["module", "random:timm:test_vit", "random:timm:test_convnext", "random:resnet18"])
+@pytest.mark.parametrize(
+    "source",
+    ["module", "random:timm:test_vit", "random:timm:test_convnext", "random:resnet18", "random:resnet18-cifar"],
+)
 def test_detection(source: str, tiny_data: Path, tmp_path: Path) -> None:
     backbone = loco_det.load_backbone(Maps() if source == "module" else source)
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
@@ -228,6 +231,22 @@ def test_detection(source: str, tiny_data: Path, tmp_path: Path) -> None:
     assert str(found).splitlines()[1].startswith("bbox")
     after = backbone.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_cifar_stem_sees_means_over_squares_of_four_pixels() -> None:
+    backbone = loco_det.load_backbone("random:resnet18-cifar")
+    found = api._for_a_pyramid(backbone)
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    squares = images.view(2, 3, 16, 4, 24, 4).mean((3, 5))
+    with torch.no_grad():
+        maps, expected = found.model(images), backbone.model(squares)
+    assert list(maps) == ["res2", "res3", "res4", "res5"]
+    assert found.model.strides == {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
+    assert found.channels == {stage: map_.shape[1] for stage, map_ in maps.items()}
+    for stage, map_ in maps.items():
+        torch.testing.assert_close(map_, expected[stage])
+    plain = loco_det.load_backbone("random:resnet18")
+    assert api._for_a_pyramid(plain) is plain
 
 
 def test_every_evaluation_begins_with_the_same_weights(tiny_data: Path) -> None:

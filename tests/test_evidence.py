@@ -11,7 +11,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -328,21 +327,6 @@ def test_detectors_are_trained_on_the_frozen_networks_and_compared(
     before = len(ran)
     evidence.detect(args)
     assert len(ran) == before, "nothing is made again"
-
-
-def test_a_detectors_network_sees_a_quarter_of_the_pixels_in_each_direction() -> None:
-    seen = []
-
-    class Network(torch.nn.Module):
-        def forward(self, images):
-            seen.append(images)
-            return dict.fromkeys(("stem", "res2", "res3", "res4", "res5"), images)
-
-    images = torch.arange(2 * 3 * 8 * 12, dtype=torch.float32).view(2, 3, 8, 12)
-    maps = frozen_detector.Quarter(Network())(images)
-    assert list(maps) == ["res2", "res3", "res4", "res5"]
-    assert seen[0].shape == (2, 3, 2, 3)
-    assert seen[0][1, 2, 1, 2] == images[1, 2, 4:, 8:].mean()
 
 
 def test_only_the_commands_processor_time_counts(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loco_det.backbones import timm_models
 from loco_det.backbones.networks import OWN_NETWORKS
-from loco_det.backbones.resnet import StagedBackbone
+from loco_det.backbones.resnet import ResNet, StagedBackbone
 from loco_det.backbones.timm_models import BY_STRIDE
 from loco_det.core.errors import UserError, said
 
@@ -132,6 +133,21 @@ class OwnBackbone(StagedBackbone):
         """As always; a frozen module stays in evaluation."""
         is_frozen = not any(parameter.requires_grad for parameter in self.module.parameters())
         return super().train(mode and not is_frozen)
+
+
+class Quarter(nn.Module):
+    """A ResNet with the CIFAR stem on the means over 4 x 4 pixels: (B, 3, H, W) -> maps of strides 4, 8, 16 and 32.
+
+    It sees objects at a quarter of their size, as it does in images of 32 pixels, and its strides are a pyramid's.
+    """
+
+    def __init__(self, network: ResNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps = self.network(F.avg_pool2d(x, 4))
+        return {name: map_ for name, map_ in maps.items() if name != "stem"}
 
 
 def names_by_stride(strides: Sequence[float]) -> list[str]:

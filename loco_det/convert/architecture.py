@@ -90,7 +90,8 @@ def refuse_small_stem(path: object, stem: tuple[int, ...]) -> None:
     if stem[2:] == (3, 3):
         raise UserError(
             f"{path}: has the 3x3 stem for small images (CIFAR), but Detectron2's stem is 7x7 with stride 2 and a "
-            "pool; pretrain with BACKBONE.STEM imagenet"
+            "pool; pretrain with BACKBONE.STEM imagenet, or evaluate such a file of loco-det pretrain in Python: "
+            "loco_det.evaluate_detection"
         )
 
 
