@@ -91,7 +91,8 @@ def write_page() -> None:
 def page() -> str:
     """docs/results.md from the committed figures."""
     calibration, detection = (read(RESULTS, name) for name in ("calibration", "detection"))
-    return page_text(complete(read_cells(RESULTS)), read_rates(RESULTS), calibration, detection)
+    before = read_cells(RESULTS / "before")
+    return page_text(complete(read_cells(RESULTS)), read_rates(RESULTS), calibration, detection, before)
 
 
 def complete(cells: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
@@ -282,8 +283,9 @@ def page_text(
     rates: dict[str, dict[float, float]],
     calibration: dict[str, Any] | None = None,
     detection: dict[str, Any] | None = None,
+    before: dict[str, list[dict[str, Any]]] | None = None,
 ) -> str:
-    """docs/results.md from the figures alone."""
+    """docs/results.md from the figures alone; `before` are cells that were run again."""
     parts = [HEAD, claims(cells)]
     for name, rows in compared(cells).items():
         parts.append(f"## {name}\n")
@@ -294,7 +296,8 @@ def page_text(
             ]
         parts += [verdicts(rows, cells), f"![Losses of every unit]({picture(name)})\n"]
         parts += ["Losses at the end of training:\n", final_losses(rows, cells)]
-    parts += [detection_part(detection), how(cells), rates_table(rates), calibration_part(calibration), TAIL]
+    parts += [detection_part(detection), how(cells), before_part(before or {}), rates_table(rates)]
+    parts += [calibration_part(calibration), TAIL]
     missing = not_run(cells, detection).items()
     parts += [f"- {name}, with every seed: {'; '.join(rows)}." for name, rows in missing]
     return "\n".join(part for part in parts if part)
@@ -370,6 +373,24 @@ def how(cells: dict[str, list[dict[str, Any]]]) -> str:
         + "\n".join(text for text, _ in every[0]["commands"])
         + "\n```\n"
     )
+
+
+def before_part(cells: dict[str, list[dict[str, Any]]]) -> str:
+    """What rows had before they were run again."""
+    if not cells:
+        return ""
+    lines = [
+        "## Run again\n",
+        "These rows ran first on other machines, without a record of their precision. They were run again, so that all "
+        "rows are in float32 and a difference seed by seed is one of the method; the tables above have the second runs "
+        "alone. The first, last stage:\n",
+        "| pretraining | seeds | linear | kNN | ridge |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for row, some in cells.items():
+        figures = (number(top1(some, protocol, last(some))) for protocol in ("linear", "knn", "ridge"))
+        lines.append(f"| {WORDS[row]} | {len(some)} | {' | '.join(figures)} |")
+    return "\n".join(lines) + "\n"
 
 
 def precisions(cells: dict[str, list[dict[str, Any]]]) -> str:

@@ -138,6 +138,13 @@ def test_claims_are_differences_beside_the_papers_and_bold_where_they_leave_out_
     assert evidence_page.claims({"simclr": cells["simclr"]}) == ""
 
 
+def test_rows_that_were_run_again_show_what_they_had(cells) -> None:
+    text = evidence_page.page_text(cells, {}, before={"gim": [cell("gim", seed, 50.0 - seed, {}) for seed in range(3)]})
+    assert "| GIM | 3 | 51.0 [51.0, 51.0] | 51.0 [51.0, 51.0] | 51.0 [51.0, 51.0] |\n" in text
+    assert "- GIM against SimCLR, end to end, last stage, seed by seed: linear -5.0" in text, "the second runs alone"
+    assert "## Run again" not in evidence_page.page_text(cells, {})
+
+
 def test_a_row_without_seeds_in_common_has_no_difference(cells) -> None:
     cells["gim"] = cells["gim"][:1]
     assert evidence_page.verdicts(("simclr", "gim"), cells) == "\n"
