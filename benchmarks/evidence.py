@@ -259,7 +259,7 @@ def found_by(row: str, seed: int, out: Path) -> Path:
 
 def detector(row: str, seed: int, args: argparse.Namespace) -> list[tuple[str, float]]:
     """Train and evaluate a detector on the frozen network that `run` pretrained, or "random"; the commands."""
-    commands, folder = Commands(args.out), args.out / f"frozen_{row}_{seed}"
+    commands, folder = Commands(args.out, args.data), args.out / f"frozen_{row}_{seed}"
     backbone = args.out / f"{row}_{seed}" / "backbone.safetensors"
     if row == "random":
         settings = {"METHOD": row, "SEED": seed, "DATA.PATH": args.out / "train.txt", "OUTPUT_DIR": backbone.parent}
@@ -275,7 +275,7 @@ def detector(row: str, seed: int, args: argparse.Namespace) -> list[tuple[str, f
 def comparison(cells: list[tuple[str, int]], args: argparse.Namespace) -> dict[str, Any]:
     """AP of every row, mean and interval over seeds, and each seed's paired bootstrap, as `report` gives them."""
     commands = [detector(*cell, args) for cell in cells]  # nothing is made again
-    last = Commands(args.out)
+    last = Commands(args.out, args.data)
     made = args.out / "frozen_report" / "report.json"
     runs = [f"{row}={args.out}/frozen_{row}_{seed}" for row, seed in cells]
     last.run(made, "report", "--quiet", *runs, "--baseline", "simclr", "--out", made.parent)
@@ -299,17 +299,16 @@ def comparison(cells: list[tuple[str, int]], args: argparse.Namespace) -> dict[s
 class Commands:
     """Runs commands, remembers what was run and its processor time; what is there already is not made again."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, data: Path | None = None) -> None:
         self.out = out
+        self.shown = {f"{ROOT}/": "", f"{out}/": "", **({str(data): data.name} if data else {})}  # instead of paths
         self.done: list[tuple[str, float]] = []  # command, seconds of processor time
 
     def run(self, made: Path, *words: object, program: str = "") -> None:
         """Run `loco-det WORDS`, or with the file of a `program` that, which makes the file `made`."""
-        text = (
-            " ".join([f"python {program}" if program else "loco-det", *map(str, words)])
-            .replace(f"{ROOT}/", "")
-            .replace(f"{self.out}/", "")
-        )
+        text = " ".join([f"python {program}" if program else "loco-det", *map(str, words)])
+        for path, name in self.shown.items():
+            text = text.replace(path, name)
         clock = made.with_name(f".{made.name}.seconds")
         spent = float(clock.read_text()) if clock.exists() else 0.0
         if not made.exists():

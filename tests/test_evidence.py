@@ -171,6 +171,17 @@ def test_a_commands_time_is_written_down_while_it_runs(tmp_path: Path, monkeypat
     assert commands.done == []
 
 
+def test_commands_are_told_without_the_paths_of_this_machine(tmp_path: Path) -> None:
+    commands = evidence.Commands(tmp_path / "out", tmp_path / "sets" / "bccd")
+    made = tmp_path / "out" / "made"
+    made.parent.mkdir()
+    made.touch()
+    words = (tmp_path / "out" / "a.safetensors", "--data", tmp_path / "sets" / "bccd", "--config-file", ROOT / "x.yaml")
+    commands.run(made, *words, program="benchmarks/frozen_detector.py")
+    told = "python benchmarks/frozen_detector.py a.safetensors --data bccd --config-file x.yaml"
+    assert commands.done == [(told, 0.0)]
+
+
 def test_the_processor_time_of_a_child_is_what_the_system_says() -> None:
     busy = (
         "import time; t = time.process_time()\nwhile time.process_time() < t + 0.5: pass\nprint(1, flush=True); input()"
