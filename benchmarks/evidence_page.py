@@ -381,9 +381,8 @@ def before_part(cells: dict[str, list[dict[str, Any]]]) -> str:
         return ""
     lines = [
         "## Run again\n",
-        "These rows ran first on other machines, without a record of their precision. They were run again, so that all "
-        "rows are in float32 and a difference seed by seed is one of the method; the tables above have the second runs "
-        "alone. The first, last stage:\n",
+        "These runs came first on other machines, without a record of their precision, and were made again in float32, "
+        "as the other rows; the tables above have the second ones alone. The first, last stage:\n",
         "| pretraining | seeds | linear | kNN | ridge |",
         "|---|--:|--:|--:|--:|",
     ]
