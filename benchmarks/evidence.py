@@ -278,6 +278,7 @@ def comparison(cells: list[tuple[str, int]], args: argparse.Namespace) -> dict[s
     last = Commands(args.out, args.data)
     made = args.out / "frozen_report" / "report.json"
     runs = [f"{row}={args.out}/frozen_{row}_{seed}" for row, seed in cells]
+    made.unlink(missing_ok=True)  # it may be of other rows and seeds
     last.run(made, "report", "--quiet", *runs, "--baseline", "simclr", "--out", made.parent)
     (experiment,) = json.loads(made.read_text())["experiments"]
     return {
