@@ -24,6 +24,8 @@ from torch import nn
 
 import loco_det
 from loco_det import api
+from loco_det.annotations.coco import image_files
+from loco_det.annotations.registry import find_dataset
 from loco_det.backbones import own
 from loco_det.backbones.own import OwnBackbone
 from loco_det.cli import main
@@ -31,6 +33,7 @@ from loco_det.core.errors import UserError
 from loco_det.detection.engine_torchvision import TorchvisionEngine
 from loco_det.detection.fpn import build_backbone
 from loco_det.detection.keys import load_cfg
+from loco_det.evaluation.probes.backbones import measure_on
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "docs" / "tutorials" / "notebook.ipynb"
 
@@ -247,6 +250,19 @@ def test_a_cifar_stem_sees_means_over_squares_of_four_pixels() -> None:
         torch.testing.assert_close(map_, expected[stage])
     plain = loco_det.load_backbone("random:resnet18")
     assert api._for_a_pyramid(plain) is plain
+
+
+def test_an_untrained_cifar_stem_is_measured_on_images_of_its_own_size(tiny_data: Path) -> None:
+    """Not on quarters of them, as a detector's are."""
+    options = {"train": "tiny_train", "test": "tiny_val", "iterations": 1, "device": "cpu", "settings": SMALL}
+    run = loco_det.evaluate_detection("random:resnet18-cifar", **options)
+    tensors = torch.load(run.folder / "model_final.pth", weights_only=True)["model"]
+    backbone = loco_det.load_backbone("random:resnet18-cifar")
+    measure_on(backbone, image_files(find_dataset("tiny_train")), 0)
+    for name, tensor in backbone.model.state_dict().items():
+        if name.endswith("running_mean"):
+            (found,) = (there for key, there in tensors.items() if key.endswith(f"network.{name}"))
+            torch.testing.assert_close(found, tensor)
 
 
 def test_every_evaluation_begins_with_the_same_weights(tiny_data: Path) -> None:

@@ -205,6 +205,15 @@ def test_a_set_of_unreadable_images_ends_at_once(folder, workers, where):
         steps(folder, 1, DATA__MAX_BAD_SHARE=1.0, DATA__NUM_WORKERS=workers, **where)
 
 
+def test_a_limited_number_of_images_is_tried_in_the_place_of_one(folder, monkeypatch):
+    monkeypatch.setattr("loco_det.images.two_views.SUBSTITUTES", 3)
+    damage(folder, *range(IMAGES))
+    with pytest.raises(UserError, match=r"\(nor can 2 others in its place\)$") as found:
+        steps(folder, 1, DATA__MAX_BAD_SHARE=1.0, DATA__NUM_WORKERS=0)
+    first = epoch_order(IMAGES, 5, 0).tolist()[0]
+    assert open_source(str(folder)).name(first) in str(found.value), "the image asked for is named"
+
+
 def test_share_zero_tolerates_none(folder):
     damage(folder, 4)
     with pytest.raises(UserError, match="1 of 23 images"):
