@@ -18,6 +18,7 @@ from loco_det.core.config import load_config
 from loco_det.core.files import atomic_write
 from loco_det.paper.data import HELD_OUT, PRETRAINED
 from loco_det.paper.figures import ROWS as PAPERS_ROWS
+from loco_det.paper.plan import small_name
 from loco_det.report.drawing import COLOURS
 from loco_det.report.losses import at_end
 from loco_det.report.plots import save_figure
@@ -62,17 +63,6 @@ CLAIMS = (
     ("", "loco_presnet", "simclr_presnet"),
     ("a loss on res2 besides", "loco_res2", "loco"),
 )
-# The paper's row of each, 100 epochs; it has none of the others.
-PAPERS = {
-    "simclr": "simclr_r50_100ep",
-    "gim": "gim_r50_100ep",
-    "gim_conv": "gim_conv_r50_100ep",
-    "loco_mlp": "loco_mlp_r50_100ep",
-    "loco": "loco_r50_100ep",
-    "simclr_presnet": "simclr_presnet50_100ep",
-    "gim_presnet": "gim_presnet50_100ep",
-    "loco_presnet": "loco_presnet50_100ep",
-}
 DETECTION_ROWS = {"random": "none", **{row: WORDS[row] for row in ROWS if ROWS[row].network == "r18"}}
 
 
@@ -213,15 +203,14 @@ def signed(found: dict[str, Any]) -> str:
 def claims(cells: dict[str, list[dict[str, Any]]]) -> str:
     """The paper's claims as differences of two rows, the paper's own beside; nothing where none was run."""
     lines, said = [], ""
-    papers = {row.config: row.top1 for row in PAPERS_ROWS}
+    papers = {small_name(row.config): row.top1 for row in PAPERS_ROWS if row.epochs == 100}
     for words, row, base in CLAIMS:
         said = words or said
         found = [difference(cells, row, base, protocol) for protocol in ("linear", "knn")]
         if not all(found):
             continue
         ours = [f"**{signed(one)}**" if one["ci95"][0] * one["ci95"][1] > 0 else signed(one) for one in found]
-        of = [papers[PAPERS[name]] if name in PAPERS else None for name in (row, base)]
-        paper = f"{of[0] - of[1]:+.1f}" if None not in of else ""
+        paper = f"{papers[row] - papers[base]:+.1f}" if {row, base} <= set(papers) else ""
         lines.append(f"| {said} | {label(row)} - {label(base)} | {paper} | {' | '.join(ours)} |")
         said = ""
     if not lines:
