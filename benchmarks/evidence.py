@@ -115,11 +115,6 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def images_of(row: Row) -> str:
-    """The list of the images that a row pretrains on."""
-    return plan.SMALL_LISTS[row.network]
-
-
 def switches(row: Row) -> dict[str, Any]:
     """{"METHOD": "loco", "DECODER.CONV_BLOCKS": 1, ...}: what the paper's configuration sets, its bases included."""
     return {**plan.switches(row.config), **({"UNITS": row.units} if row.units else {})}
@@ -129,7 +124,7 @@ def switches(row: Row) -> dict[str, Any]:
 
 
 def unpacked(archive: Path, out: Path) -> Path:
-    """The folder with train and test, the archive's only one; beside it the lists of LISTS."""
+    """The folder with train and test, the archive's only one; beside it data.LISTS."""
     folder = out / plan.folder_in(archive)
     unpack(archive, folder, out)
     return folder
@@ -166,7 +161,7 @@ def rate_cell(name: str, rate: float, out: Path) -> dict[str, Any]:
     folder = out / f"rate_{name}_{rate:g}"
     commands = Commands(out)
     backbone = pretrain(commands, ROWS[name], folder, rate, seed=100, epochs=RATE_EPOCHS)
-    told = ("--data", out / images_of(ROWS[name]), "--val", out / "held_out.txt")
+    told = ("--data", out / plan.small_images(ROWS[name].network), "--val", out / "held_out.txt")
     found = probe(commands, backbone, folder, "ridge", told)
     last = list(found)[-1]
     return {"row": name, "rate": rate, "epochs": RATE_EPOCHS, "stage": last, "held_out_top1": found[last]["top1"],
@@ -197,7 +192,7 @@ def cell(name: str, seed: int, out: Path, images: Path) -> dict[str, Any]:
         "seed": seed,
         "rate": rate,
         "switches": switches(row),
-        "images": PRETRAINED[images_of(row)],
+        "images": PRETRAINED[plan.small_images(row.network)],
         "environment": environment(torch.device("cpu")),
         "precision": "bfloat16" if has_bf16_units() else "float32",  # what SOLVER.AMP bf16 is here
         "commands": commands.done,
@@ -207,7 +202,12 @@ def cell(name: str, seed: int, out: Path, images: Path) -> dict[str, Any]:
 
 
 def pretrain(commands: Commands, row: Row, folder: Path, rate: float, seed: int, epochs: int | None = None) -> Path:
-    settings = {**switches(row), "SOLVER.BASE_LR": rate, "SEED": seed, "DATA.PATH": commands.out / images_of(row)}
+    settings = {
+        **switches(row),
+        "SOLVER.BASE_LR": rate,
+        "SEED": seed,
+        "DATA.PATH": commands.out / plan.small_images(row.network),
+    }
     settings |= {"OUTPUT_DIR": folder, **({"SOLVER.EPOCHS": epochs} if epochs else {})}
     config, made = ROOT / "configs" / "pretrain" / f"evidence_{row.network}.yaml", folder / "backbone.safetensors"
     commands.run(made, "pretrain", "--quiet", "--resume", "--config-file", config, *plan.words_of(settings))
@@ -264,7 +264,7 @@ def detector(row: str, seed: int, args: argparse.Namespace) -> list[tuple[str, f
     if row == "random":
         settings = {"METHOD": row, "SEED": seed, "DATA.PATH": args.out / "train.txt", "OUTPUT_DIR": backbone.parent}
         config = ROOT / "configs" / "pretrain" / "evidence_r18.yaml"
-        commands.run(backbone, "pretrain", "--quiet", "--config-file", config, *plan.words_of(settings))
+        commands.run(backbone, "pretrain", "--quiet", "--resume", "--config-file", config, *plan.words_of(settings))
     elif not backbone.is_file():
         raise SystemExit(f"{backbone} is not there; run: python benchmarks/evidence.py run --rows {row} ...")
     told = (backbone, "--data", args.data, "--out", folder, "--seed", seed)

@@ -284,6 +284,21 @@ def test_a_cell_records_what_this_processor_computes_in(tmp_path: Path, monkeypa
     assert (found["precision"], found["rate"], found["seed"]) == (precision, 0.25, 1)
 
 
+@pytest.mark.parametrize(("row", "images"), [("loco", "train.txt"), ("loco_presnet", "train_half.txt")])
+def test_a_row_pretrains_and_chooses_its_rate_on_the_images_of_its_network(
+    row: str, images: str, tmp_path: Path, monkeypatch
+) -> None:
+    ran: list[tuple[str, ...]] = []
+    monkeypatch.setattr(evidence.Commands, "run", lambda _, made, *words: ran.append(tuple(map(str, words))))
+    monkeypatch.setattr(
+        evidence, "probe", lambda _, backbone, folder, protocol, told: ran.append(told) or {"x": {"top1": 3}}
+    )
+    assert evidence.rate_cell(row, 0.25, tmp_path)["held_out_top1"] == 3
+    (pretrain, probe) = ran
+    assert pretrain[pretrain.index("DATA.PATH") + 1] == str(tmp_path / images)
+    assert probe == ("--data", tmp_path / images, "--val", tmp_path / "held_out.txt")
+
+
 @pytest.fixture
 def cells_of_blood(tmp_path: Path) -> Path:
     """A detection set in Pascal VOC's folders: three images of training and two of test, a bright box in each."""
@@ -344,8 +359,9 @@ def test_detectors_are_trained_on_the_frozen_networks_and_compared(
     assert found["images"] == {"train": 3, "test": 2}
     assert list(found["rows"]) == ["random", "simclr"]
     assert {(one["backbone"], one["seed"]) for one in found["paired"]} == {("random", 0), ("random", 1)}
-    digests = [(out / f"frozen_{name}" / "backbone.sha256").read_text() for name in ("random_0", "simclr_0")]
-    assert len(set(digests)) == 2
+    names = ("random_0", "random_1", "simclr_0")
+    digests = [(out / f"frozen_{name}" / "backbone.sha256").read_text() for name in names]
+    assert len(set(digests)) == 3
     before = len(ran)
     evidence.detect(args)
     assert len(ran) == before, "nothing is made again"

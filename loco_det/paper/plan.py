@@ -28,8 +28,6 @@ from loco_det.paper.figures import DECODER, FEW, FROZEN, MAIN, METHODS, NETWORKS
 SCALES = ("full", "small")
 SWITCHES = ("METHOD", "UNITS", "DECODER", "SHARING")  # of a paper's configuration, for the small networks
 SMALL_RATE = 0.125  # SOLVER.BASE_LR, best for simclr, gim and loco of five on held-out images: docs/results.md
-# The list of CIFAR-10's images (data.PRETRAINED) for each network: the slower ones take half as many.
-SMALL_LISTS = {"r18": "train.txt", "presnet": "train_half.txt", "sh50": "train_half.txt"}
 SMALL_PROBES = {"linear": ("--epochs", "30"), "knn": (), "ridge": ()}
 SMALL_SHARES = {"10k": "50pct", "1k": "10pct"}  # of a small detection set, in the place of COCO-10K and COCO-1K
 SMALL_DETECTION = ("random", "gim", "simclr", "loco")
@@ -129,6 +127,11 @@ def small_network(name: str) -> str:
     return next((network for network in ("presnet", "sh50") if name.endswith(network)), "r18")
 
 
+def small_images(network: str) -> str:
+    """Return the list of CIFAR-10's images, of `data.PRETRAINED`, that a small network pretrains on."""
+    return Path(read_settings(f"configs/pretrain/evidence_{network}.yaml")["DATA.PATH"].value).name
+
+
 def switches(config: str) -> dict[str, Any]:
     """Return what the paper's configuration sets of METHOD, UNITS, DECODER and SHARING, its bases included."""
     settings = read_settings(f"configs/pretrain/{config}.yaml")
@@ -154,7 +157,7 @@ def pretraining(config: str, seed: int, options: Options) -> Step:
     folder = options.out / f"{name}_{seed}"
     network = small_network(name)
     settings = {**switches(config), "SOLVER.BASE_LR": SMALL_RATE, "SEED": seed}
-    settings |= {"DATA.PATH": options.out / SMALL_LISTS[network], "OUTPUT_DIR": folder}
+    settings |= {"DATA.PATH": options.out / small_images(network), "OUTPUT_DIR": folder}
     return _pretrain(f"configs/pretrain/evidence_{network}.yaml", folder, settings, options)
 
 
